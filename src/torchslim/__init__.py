@@ -1,0 +1,2 @@
+"""torchslim."""
+from torchslim.task import Task

@@ -1,0 +1,53 @@
+"""The exception tree. Whatever the user can mend is a TorchslimError; anything else is a bug of ours."""
+
+
+class TorchslimError(Exception):
+    """Base of every error that the user can mend; the message says what, got, and how."""
+
+
+class TaskError(TorchslimError):
+    """The data, the labels or the metric cannot be used."""
+
+
+class RecipeError(TorchslimError):
+    """The recipe or the order of its steps is wrong."""
+
+
+class SelectError(TorchslimError):
+    """A pattern names no layer of this model."""
+
+
+class TrainError(TorchslimError):
+    """Training cannot start or cannot go on."""
+
+
+class PruneError(TorchslimError):
+    """Pruning was asked for something impossible."""
+
+
+class DistillError(TorchslimError):
+    """Distillation was asked for something impossible."""
+
+
+class QuantizeError(TorchslimError):
+    """Quantization was asked for something impossible."""
+
+
+class ExportError(TorchslimError):
+    """The model cannot be captured as a graph; the message names the user's line."""
+
+
+class DeployError(TorchslimError):
+    """The deployed model was called or saved in a way that it cannot serve."""
+
+
+class RuntimeUnavailable(TorchslimError):
+    """A runtime's package or compiler is missing; the message says how to install it."""
+
+
+class ArtifactError(TorchslimError):
+    """A saved artifact cannot be trusted or read."""
+
+
+class StorageError(TorchslimError):
+    """A file cannot be written or read."""

@@ -1,0 +1,120 @@
+"""Nothing of the caller's changes: copies of models, and global state that is left as it was found."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+
+def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A deep copy of `model`, and the masks it was pruned with.
+
+    Modules that `torch.nn.utils.prune` has touched keep a computed, non-leaf `weight` that deepcopy refuses:
+    the copy gets plain parameters instead, with zeros where the mask was zero, and the masks are returned by
+    parameter name (boolean, True where kept).
+    """
+    # deepcopy takes what the memo holds: non-leaf attributes are replaced by detached clones
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    }
+    copied = copy.deepcopy(model, memo)
+    masks: dict[str, Tensor] = {}
+    for path, module in copied.named_modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                name = hook._tensor_name
+                mask = getattr(module, f"{name}_mask").bool()
+                prune.remove(module, name)
+                masks[f"{path}.{name}" if path else name] = mask
+    return copied, masks
+
+
+@contextmanager
+def preserved_globals(seed: int | None = None) -> Iterator[None]:
+    """Leave the random state of torch, numpy and Python, and torch's global settings, as they were.
+
+    With a seed, all three generators are seeded inside.
+    """
+    numpy_random = _numpy_random()
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    dtype, engine = torch.get_default_dtype(), torch.backends.quantized.engine
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    python_state = random.getstate()
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            if seed is not None:
+                seed_everything(seed)
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy_random:
+                numpy_random.set_state(numpy_state)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            torch.set_grad_enabled(grad)
+            torch.set_default_dtype(dtype)
+            if torch.backends.quantized.engine != engine:
+                torch.backends.quantized.engine = engine
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (call inside `preserved_globals`)."""
+    random.seed(seed)
+    if numpy_random := _numpy_random():
+        numpy_random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _numpy_random() -> Any:
+    # looked up, not imported: this module needs torch alone, and a user's loader may still use numpy's state
+    try:
+        return importlib.import_module("numpy.random")
+    except ImportError:
+        return None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what torch, torchao and the exporters print, log and warn of inside: nobody can act on it.
+
+    Errors are raised as ever; only use it around calls of libraries.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Run with this many intra-op threads, then set them back; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

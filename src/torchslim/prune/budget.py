@@ -1,0 +1,52 @@
+"""How much goes: exact decisions on rows of units, per layer or over all layers at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchslim.errors import PruneError
+
+
+def check_sparsity(sparsity: float) -> None:
+    """A sparsity is the fraction removed, in [0, 1)."""
+    if not (isinstance(sparsity, (int, float)) and math.isfinite(sparsity) and 0 <= sparsity < 1):
+        hint = "; to drop a whole layer, leave it out of the model" if sparsity == 1 else ""
+        raise PruneError(f"sparsity must be in [0, 1), the fraction that is removed, got {sparsity}{hint}")
+
+
+def keep_per_row(scores: Tensor, sparsity: float) -> Tensor:
+    """Drop exactly round(sparsity * units) of every row, the lowest first, earlier ones first among equals.
+
+    Shapes: (rows, units) -> (rows, units), boolean.
+    """
+    dropped = round(sparsity * scores.shape[1])
+    # stable: ties must not change how many are dropped, nor depend on the device
+    order = scores.argsort(dim=1, stable=True)
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    return keep.scatter_(1, order[:, :dropped], False)
+
+
+def keep_globally(scores: Sequence[Tensor], costs: Sequence[int], sparsity: float) -> list[Tensor]:
+    """Drop the lowest units of all layers together, until their cost is as near as can be to the target.
+
+    Where every unit costs one weight, exactly round(sparsity * n) go.
+
+    Args:
+        scores: per layer the units' scores, each of shape (1, units).
+        costs: per layer how many weights one of its units holds.
+        sparsity: the fraction of all weights to remove.
+    """
+    flat = torch.cat([each.reshape(-1) for each in scores])
+    cost = torch.cat([torch.full((each.numel(),), value) for each, value in zip(scores, costs, strict=True)])
+    order = flat.argsort(stable=True).cpu()
+    spent = torch.cat([torch.zeros(1, dtype=torch.long), cost[order].cumsum(0)])
+    target = round(sparsity * int(spent[-1]))
+    dropped = int((spent - target).abs().argmin())
+    keep = torch.ones(flat.numel(), dtype=torch.bool)
+    keep[order[:dropped]] = False
+    parts = keep.split([each.numel() for each in scores])
+    return [part.reshape(each.shape).to(each.device) for part, each in zip(parts, scores, strict=True)]

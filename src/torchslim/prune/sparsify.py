@@ -1,0 +1,189 @@
+"""Single weights, N:M blocks and slices set to zero: which ones, and how they are held there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchslim.errors import PruneError
+from torchslim.prune.budget import keep_globally, keep_per_row
+from torchslim.prune.criteria import Criterion, Statistics, score
+from torchslim.prune.patterns import Pattern
+from torchslim.select import Patterns, by_pattern, select_weights
+from torchslim.steps import LayerRecord
+from torchslim.training import MaskKeeper
+
+Masks = dict[str, Tensor]
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def plan(
+    model: nn.Module,
+    *,
+    sparsity: float | Mapping[str, float] | None,
+    threshold: float | None,
+    criterion: Criterion,
+    pattern: Pattern,
+    scope: Literal["global", "layer"],
+    include: Patterns = None,
+    exclude: Patterns = None,
+    previous: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> tuple[Masks, list[LayerRecord]]:
+    """Masks (True where kept) by parameter name, and a record per layer. The model is only read.
+
+    Weights that `previous` masks already are the first to go and never come back.
+    """
+    previous = previous or {}
+    chosen = select_weights(model, include, exclude)
+    if isinstance(sparsity, Mapping):
+        covered = by_pattern(sparsity, chosen, model)
+        targets = {path: sparsity[covered[path]] for path in chosen if path in covered}
+        chosen = {path: chosen[path] for path in targets}
+    else:
+        targets = dict.fromkeys(chosen, sparsity if sparsity is not None else 0.0)
+    owners = dict(model.named_modules())
+    inputs = {path: _input_dim(owners[path.rpartition(".")[0]], each) for path, each in chosen.items()}
+    refused = {path: pattern.refusal(each.shape, inputs[path]) for path, each in chosen.items()}
+    records = [LayerRecord(layer=path, action="refused", reason=why) for path, why in refused.items() if why]
+    able = [path for path, why in refused.items() if not why]
+    if not able:
+        raise PruneError(f"no chosen layer can follow the pattern: {'; '.join(f'{p}: {w}' for p, w in refused.items())}")
+
+    generator = torch.Generator().manual_seed(seed)
+    units = {}
+    for path in able:
+        scores = score(criterion, chosen[path], Statistics(name=path, generator=generator)).float()
+        units[path] = pattern.units(scores, inputs[path])
+        if path in previous:
+            mask = previous[path].to(scores.device)
+            units[path] = pattern.units(scores.masked_fill(~mask, 0), inputs[path])
+            dead = pattern.units(mask.to(scores.dtype), inputs[path]) == 0
+            units[path] = units[path].masked_fill(dead, -torch.inf)
+    keep = _decide(units, targets, threshold, pattern, scope, {path: chosen[path].numel() for path in able})
+
+    masks = dict(previous)
+    for path in able:
+        mask = pattern.spread(keep[path], chosen[path].shape, inputs[path])
+        masks[path] = mask & previous[path].to(mask.device) if path in previous else mask
+        removed = 1 - masks[path].float().mean().item()
+        records.append(LayerRecord(layer=path, action="pruned", sparsity=removed))
+    return masks, records
+
+
+def _decide(
+    units: Mapping[str, Tensor],
+    targets: Mapping[str, float],
+    threshold: float | None,
+    pattern: Pattern,
+    scope: str,
+    sizes: Mapping[str, int],
+) -> dict[str, Tensor]:
+    if threshold is not None:
+        return {path: each >= threshold for path, each in units.items()}
+    if pattern.fixed_sparsity is not None:
+        return {path: keep_per_row(each, pattern.fixed_sparsity) for path, each in units.items()}
+    if scope == "layer":
+        return {path: keep_per_row(each, targets[path]) for path, each in units.items()}
+    costs = [sizes[path] // each.numel() for path, each in units.items()]
+    (target,) = {targets[path] for path in units}
+    return dict(zip(units, keep_globally(list(units.values()), costs, target), strict=True))
+
+
+def _input_dim(owner: nn.Module, weight: Tensor) -> int:
+    return 0 if isinstance(owner, TRANSPOSED) or weight.dim() < 2 else 1
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the weights whose mask is False to zero, in place."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+
+
+def warn_refused(records: list[LayerRecord]) -> None:
+    """Plain functions return no records, so what they left alone is said as a warning."""
+    refused = [f"{record.layer} ({record.reason})" for record in records if record.action == "refused"]
+    if refused:
+        warnings.warn(f"not pruned: {', '.join(refused)}", stacklevel=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """The fraction of zeros, per weight and over all of them."""
+
+    layers: Mapping[str, float]
+    total: float
+
+    def __str__(self) -> str:
+        width = max(map(len, self.layers), default=5)
+        rows = [f"{path:<{width}}  {value:7.2%}" for path, value in self.layers.items()]
+        return "\n".join([*rows, f"{'total':<{width}}  {self.total:7.2%}"])
+
+
+def sparsity(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Sparsity:
+    """How many weights are exactly zero, over the layers that pruning touches.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> with torch.no_grad():
+    ...     _ = layer.weight.copy_(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    >>> sparsity(layer).total
+    0.25
+    """
+    chosen = select_weights(model, include, exclude)
+    zeros = {path: int((weight == 0).sum()) for path, weight in chosen.items()}
+    layers = {path: zeros[path] / max(weight.numel(), 1) for path, weight in chosen.items()}
+    return Sparsity(layers, sum(zeros.values()) / max(sum(weight.numel() for weight in chosen.values()), 1))
+
+
+class HeldZeros:
+    """What `hold_zeros` returns: `remove()` ends the holding; also a context manager."""
+
+    def __init__(self, keeper: MaskKeeper, optimizer: Optimizer) -> None:
+        self.masks = keeper.masks
+        self._handles = (
+            optimizer.register_step_pre_hook(keeper.before_step),
+            optimizer.register_step_post_hook(keeper.after_step),
+        )
+
+    def remove(self) -> None:
+        """Let the weights move again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> HeldZeros:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None) -> HeldZeros:
+    """Keep pruned weights at zero while your own loop trains: weight decay and momentum included.
+
+    Without `masks` (boolean, by parameter name, True where kept), every weight that pruning touches by default and
+    that is exactly zero now is held.
+
+    Raises:
+        PruneError: when a weight is zero altogether, as a freshly initialised head may be: held, it would never
+            learn. Pass `masks` to say what is meant.
+    """
+    if masks is None:
+        masks = {path: weight.detach() != 0 for path, weight in select_weights(model).items()}
+        masks = {path: mask for path, mask in masks.items() if not mask.all()}
+        empty = [path for path, mask in masks.items() if not mask.any()]
+        if empty:
+            raise PruneError(
+                f"{', '.join(empty)} is all zeros and would be held there for good; pass masks={{name: keep}} to say "
+                "which weights to hold"
+            )
+    keeper = MaskKeeper(dict(model.named_parameters()), optimizer, masks)
+    keeper.after_step()
+    return HeldZeros(keeper, optimizer)

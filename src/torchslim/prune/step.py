@@ -1,0 +1,226 @@
+"""The pruning step, and the same as a plain function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from torchslim.errors import PruneError
+from torchslim.isolation import copy_model
+from torchslim.prune import schedule as schedules
+from torchslim.prune.budget import check_sparsity
+from torchslim.prune.criteria import Criterion, find_criterion
+from torchslim.prune.patterns import find_pattern
+from torchslim.prune.sparsify import Masks, apply_masks, plan, warn_refused
+from torchslim.select import Patterns, by_pattern, select_weights
+from torchslim.steps import Context, Form, LayerRecord, Outcome
+from torchslim.training import Hook, Loop, Training
+
+UPDATES = 100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Set the least important weights to zero.
+
+    Args:
+        sparsity: fraction of the chosen weights to remove; or one per layer, {"conv1": 0.3, "layer4.*": 0.8}, where
+            later patterns overrule earlier ones and layers that none covers are left alone.
+        threshold: instead of a sparsity, remove whatever scores below it.
+        criterion: "l1", "random", a function (weight, statistics) -> scores, or "package.module:name".
+        pattern: "unstructured"; "slice", whole slices along `dim` by their L_`n` norm; or "N:M", such as "2:4".
+        scope: rank all chosen layers together ("global") or each by itself ("layer"). Sparsities given per layer
+            are always per layer.
+        include, exclude: globs over layer or parameter paths, or "type:Linear".
+        schedule: "one-shot"; "iterative" (`rounds` of pruning and training); "gradual" (cubic, done when `until` of
+            the training is over). The last two need `train`; after one-shot pruning it is optional.
+        train: Finetune(...) or Distill(...).
+    """
+
+    accepts: ClassVar[Form] = Form.MODULE
+    produces: ClassVar[Form] = Form.MODULE
+
+    sparsity: float | Mapping[str, float] | None = None
+    threshold: float | None = None
+    criterion: str | Criterion = "l1"
+    pattern: str = "unstructured"
+    n: float = 2.0
+    dim: int = 0
+    scope: Literal["global", "layer"] | None = None
+    include: str | tuple[str, ...] | None = None
+    exclude: str | tuple[str, ...] | None = None
+    schedule: Literal["one-shot", "iterative", "gradual"] = "one-shot"
+    rounds: int = 3
+    until: float = 0.75
+    train: Training | None = None
+
+    def __post_init__(self) -> None:
+        fixed = find_pattern(self.pattern, n=self.n, dim=self.dim).fixed_sparsity
+        if self.sparsity is not None and self.threshold is not None:
+            raise PruneError(f"give a sparsity or a threshold, not both: {self.sparsity}, {self.threshold}")
+        if self.sparsity is None and self.threshold is None and fixed is None:
+            raise PruneError("nothing to do: give sparsity=... (the fraction removed) or threshold=...")
+        if isinstance(self.sparsity, Mapping):
+            if not self.sparsity:
+                raise PruneError("sparsity names no layer: {}; give at least one pattern, such as {'conv1': 0.5}")
+            for value in self.sparsity.values():
+                check_sparsity(value)
+            if self.scope == "global":
+                raise PruneError("a sparsity for each layer cannot be ranked globally; leave out scope='global'")
+        elif self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise PruneError(f"threshold must be a finite number of at least 0, got {self.threshold}")
+        if fixed is not None and (self.threshold is not None or self.sparsity not in (None, fixed)):
+            raise PruneError(f"pattern {self.pattern!r} fixes the sparsity at {fixed:g}; leave sparsity and threshold out")
+        if self.schedule != "one-shot":
+            if self.train is None:
+                raise PruneError(f"schedule {self.schedule!r} needs train=Finetune(...) or Distill(...)")
+            if fixed is not None or not isinstance(self.sparsity, (int, float)):
+                raise PruneError(f"schedule {self.schedule!r} needs one number as sparsity, got {self.sparsity!r}")
+        if self.rounds < 1:
+            raise PruneError(f"rounds must be at least 1, got {self.rounds}")
+        if not 0 < self.until <= 1:
+            raise PruneError(f"until must be in (0, 1], the fraction of the training, got {self.until}")
+
+    def check(self, ctx: Context) -> None:
+        """The patterns match, the criterion exists, and there is data for the training."""
+        find_criterion(self.criterion)
+        chosen = select_weights(ctx.teacher, self.include, self.exclude)
+        if isinstance(self.sparsity, Mapping):
+            by_pattern(self.sparsity, chosen, ctx.teacher)
+        if self.train is not None:
+            self.train.check_training(ctx)
+
+    def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        if self.schedule == "gradual":
+            return self._gradual(model, ctx)
+        targets: list[Any] = [self.sparsity]
+        if self.schedule == "iterative" and isinstance(self.sparsity, (int, float)):
+            targets = schedules.rounds(self.sparsity, self.rounds)
+        masks: Mapping[str, Tensor] = ctx.masks
+        history: list[Mapping[str, float]] = []
+        records: list[LayerRecord] = []
+        for part, target in enumerate(targets):
+            masks, records = self.masks(model, masks, target, ctx.seed)
+            apply_masks(model, masks)
+            if self.train is not None:
+                report = self.train.fit(model, ctx, masks=masks, phase=f"prune-{part + 1}", part=part)
+                history += [{"round": part + 1.0, **row} for row in report.history]
+        return Outcome(model=model, masks=masks, layers=records, warnings=_notes(records), history=history)
+
+    def masks(
+        self, model: nn.Module, previous: Mapping[str, Tensor], sparsity: float | Mapping[str, float] | None, seed: int
+    ) -> tuple[Masks, list[LayerRecord]]:
+        """What this step would keep of `model` at a sparsity; the model is only read."""
+        return plan(
+            model,
+            sparsity=sparsity,
+            threshold=self.threshold,
+            criterion=find_criterion(self.criterion),
+            pattern=find_pattern(self.pattern, n=self.n, dim=self.dim),
+            scope=self.scope or ("layer" if isinstance(sparsity, Mapping) else "global"),
+            include=self.include,
+            exclude=self.exclude,
+            previous=previous,
+            seed=seed,
+        )
+
+    def _gradual(self, model: nn.Module, ctx: Context) -> Outcome:
+        assert self.train is not None
+        hook = _Gradual(self, ctx.masks, ctx.seed)
+        report = self.train.fit(model, ctx, hooks=[hook], phase="prune")
+        apply_masks(model, report.masks)
+        chosen = select_weights(model, self.include, self.exclude)
+        records = hook.records or [
+            LayerRecord(layer=path, action="pruned", sparsity=1 - report.masks[path].float().mean().item())
+            for path in chosen
+            if path in report.masks
+        ]
+        return Outcome(
+            model=model, masks=report.masks, layers=records, warnings=_notes(records), history=report.history
+        )
+
+
+class _Gradual(Hook):
+    """Raises the sparsity along the cubic schedule while the model trains."""
+
+    def __init__(self, step: Prune, before: Mapping[str, Tensor], seed: int) -> None:
+        self.step, self.before, self.seed = step, before, seed
+        self.updated = 0
+        self.records: list[LayerRecord] = []
+
+    def on_start(self, loop: Loop) -> None:
+        """A resumed run has made its updates up to here."""
+        self.updated = int(min(loop.progress / self.step.until, 1.0) * UPDATES)
+
+    def on_step(self, loop: Loop) -> None:
+        """Move on when another hundredth of the schedule is over."""
+        done = min(loop.progress / self.step.until, 1.0)
+        if int(done * UPDATES) > self.updated:
+            self.updated = int(done * UPDATES)
+            assert isinstance(self.step.sparsity, (int, float))
+            target = self.step.sparsity if done >= 1 else self.step.sparsity * schedules.cubic(done)
+            masks, self.records = self.step.masks(loop.model, loop.masks or self.before, target, self.seed)
+            loop.masks.update(masks)
+
+    def on_epoch(self, loop: Loop) -> None:
+        """A loader without a length only tells at the epochs' ends how far the training is."""
+        self.on_step(loop)
+
+    def settled(self, loop: Loop) -> bool:
+        """Only an epoch at the full sparsity may be kept."""
+        return loop.progress >= self.step.until
+
+
+def _notes(records: list[LayerRecord]) -> list[str]:
+    return [f"not pruned: {record.layer}: {record.reason}" for record in records if record.action == "refused"]
+
+
+def weights(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float] | None = None,
+    *,
+    threshold: float | None = None,
+    criterion: str | Criterion = "l1",
+    scope: Literal["global", "layer"] | None = None,
+    pattern: str = "unstructured",
+    n: float = 2.0,
+    dim: int = 0,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    seed: int = 0,
+) -> nn.Module:
+    """A copy of the model in which the least important weights are zero; the arguments are those of `Prune`.
+
+    Weights that `torch.nn.utils.prune` has masked stay masked. Masked weights make no dense model faster or smaller
+    by themselves; `hold_zeros` keeps them at zero while you train on.
+
+    >>> from torchslim.prune import sparsity as measure
+    >>> measure(weights(nn.Linear(10, 10), sparsity=0.3)).total
+    0.3
+
+    Raises:
+        PruneError: a sparsity outside [0, 1), an unknown criterion or pattern.
+        SelectError: a pattern that matches no layer.
+    """
+    step = Prune(
+        sparsity=sparsity,
+        threshold=threshold,
+        criterion=criterion,
+        scope=scope,
+        pattern=pattern,
+        n=n,
+        dim=dim,
+        include=include if include is None or isinstance(include, str) else tuple(include),
+        exclude=exclude if exclude is None or isinstance(exclude, str) else tuple(exclude),
+    )
+    pruned, previous = copy_model(model)
+    masks, records = step.masks(pruned, previous, sparsity, seed)
+    apply_masks(pruned, masks)
+    warn_refused(records)
+    return pruned

@@ -1,0 +1,252 @@
+"""What every runtime gives: a `Deployed`, called like the model and answering like the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchslim.errors import DeployError
+from torchslim.export import Captured, capture, positional, signature_of
+from torchslim.files import write_bytes
+from torchslim.isolation import quiet
+from torchslim.machine import instruction_set
+from torchslim.steps import Inputs
+from torchslim.structure import Structure, build, flatten
+
+
+class Session(Protocol):
+    """A compiled model: flat tensors in, flat tensors out."""
+
+    def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """How a deployed model is called; JSON-able.
+
+    `kinds` maps the names of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `sizes` and `dtypes` are those
+    of the flat input tensors, a size None where it is free.
+    """
+
+    kinds: dict[str, str]
+    inputs: Structure
+    outputs: Structure
+    sizes: list[list[int | None]]
+    dtypes: list[str]
+    batch_axis: int | None
+    instruction_set: str
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, captured: Captured, model: nn.Module) -> Spec:
+        """The spec of a captured program."""
+        parameters = signature_of(model).parameters
+        _, keywords = positional(model, dict(captured.example))
+        varying = {
+            inspect.Parameter.VAR_POSITIONAL: "varargs",
+            inspect.Parameter.VAR_KEYWORD: "varkwargs",
+        }
+
+        def kind(name: str) -> str:
+            return varying.get(parameters[name].kind, "keyword" if name in keywords else "positional")
+
+        leaves = flatten(captured.inputs, dict(captured.example))
+        axis = captured.batch_axis
+        batch = next((leaf.shape[axis] for leaf in leaves if axis is not None and leaf.dim() > axis), None)
+        free = [_free_sizes(node) for node in _placeholders(captured)]
+        if len(free) != len(leaves):  # inputs that the program never sees keep only their batch size free
+            free = [
+                [None if dim == axis and size == batch else size for dim, size in enumerate(leaf.shape)]
+                for leaf in leaves
+            ]
+        return cls(
+            kinds={name: kind(name) for name in captured.names},
+            inputs=captured.inputs,
+            outputs=captured.outputs,
+            sizes=free,
+            dtypes=[str(leaf.dtype).removeprefix("torch.") for leaf in leaves],
+            batch_axis=axis,
+            instruction_set=instruction_set(),
+            notes=list(captured.notes),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plain dict."""
+        return asdict(self)
+
+    def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The flat tensors of a call, checked against the sizes and dtypes that the program was made for."""
+        named = self._bind(args, kwargs)
+        leaves = flatten(self.inputs, named, "inputs")
+        free: set[int] = set()
+        for index, (leaf, sizes, dtype) in enumerate(zip(leaves, self.sizes, self.dtypes, strict=True)):
+            if str(leaf.dtype) != f"torch.{dtype}":
+                raise DeployError(f"input {index} must be {dtype}, got {str(leaf.dtype).removeprefix('torch.')}")
+            wrong = len(sizes) != leaf.dim() or any(
+                size is not None and size != got for size, got in zip(sizes, leaf.shape, strict=True)
+            )
+            if wrong:
+                wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+                raise DeployError(
+                    f"input {index} must have the shape ({wanted}), got {tuple(leaf.shape)}; deploy again with other "
+                    "example inputs, or with dynamic_shapes"
+                )
+            if self.batch_axis is not None and len(sizes) > self.batch_axis and sizes[self.batch_axis] is None:
+                free.add(leaf.shape[self.batch_axis])
+        if len(free) > 1:
+            raise DeployError(f"the inputs have different batch sizes: {', '.join(map(str, sorted(free)))}")
+        return leaves
+
+    def call_arguments(self, leaves: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """Flat tensors as the arguments that the captured program takes."""
+        named = build(self.inputs, leaves)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for name, kind in self.kinds.items():
+            if kind == "varargs":
+                args += named[name]
+            elif kind == "varkwargs":
+                kwargs |= named[name]
+            elif kind == "keyword":
+                kwargs[name] = named[name]
+            else:
+                args.append(named[name])
+        return args, kwargs
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        rest = list(args)
+        extra = dict(kwargs)
+        for name, kind in self.kinds.items():
+            if kind == "varargs":
+                named[name], rest = tuple(rest), []
+            elif kind == "varkwargs":
+                continue
+            elif rest:
+                named[name] = rest.pop(0)
+            elif name in extra:
+                named[name] = extra.pop(name)
+        for name, kind in self.kinds.items():
+            if kind == "varkwargs":
+                named[name], extra = extra, {}
+        extra = {name: value for name, value in extra.items() if value is not None}
+        missing = [name for name in self.kinds if name not in named]
+        if missing or rest or extra:
+            got = [f"{len(args)} by position", *kwargs]
+            raise DeployError(f"the model was captured with the inputs {', '.join(self.kinds)}; got {', '.join(got)}")
+        return named
+
+
+def _placeholders(captured: Captured) -> list[Any]:
+    """The example values of the program's user inputs that are tensors."""
+    wanted = set(captured.program.graph_signature.user_inputs)
+    return [
+        node.meta["val"]
+        for node in captured.program.graph.nodes
+        if node.op == "placeholder" and node.name in wanted and isinstance(node.meta.get("val"), Tensor)
+    ]
+
+
+def _free_sizes(value: Tensor) -> list[int | None]:
+    return [int(size) if isinstance(size, int) or str(size).isdigit() else None for size in value.shape]
+
+
+class Deployed:
+    """A model on a runtime. Called like the model, on tensors of any device; answers on the CPU without gradients."""
+
+    def __init__(
+        self,
+        session: Session,
+        spec: Spec,
+        *,
+        runtime: str,
+        threads: int | None,
+        payload: bytes | None,
+        example: Sequence[Tensor],
+        classes: Mapping[str, type] | None = None,
+        captured: Captured | None = None,
+        no_file: str = "",
+    ) -> None:
+        self.session, self.spec, self.runtime, self.threads = session, spec, runtime, threads
+        self.payload, self.example, self.classes = payload, list(example), dict(classes or {})
+        self.captured = captured
+        self._no_file = no_file
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = [leaf.detach().cpu() for leaf in self.spec.leaves(args, kwargs)]
+        return build(self.spec.outputs, self.run(leaves), self.classes)
+
+    def run(self, leaves: list[Tensor]) -> list[Tensor]:
+        """Flat tensors in, flat tensors out, unchecked: what the benchmark times."""
+        return list(self.session(leaves))
+
+    @property
+    def size_bytes(self) -> int | None:
+        """The bytes on disk of what ships; None where the runtime has no file."""
+        return None if self.payload is None else len(self.payload)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the runtime's file.
+
+        Raises:
+            DeployError: where the runtime has no file format.
+        """
+        if self.payload is None:
+            raise DeployError(f"runtime {self.runtime!r} has no file format: {self._no_file}")
+        write_bytes(Path(path), self.payload)
+        return Path(path)
+
+    def __repr__(self) -> str:
+        size = "no file" if self.payload is None else f"{len(self.payload):,} bytes"
+        return f"Deployed(runtime={self.runtime!r}, threads={self.threads}, {size})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """A way to run a model: how it is compiled, and how its file is read back.
+
+    `make` turns a captured program into a session and the bytes of its file (None where there is no format);
+    `read` makes a session of such bytes.
+    """
+
+    name: str
+    suffix: str | None
+    make: Callable[[Captured, Spec, int | None], tuple[Session, bytes | None]]
+    read: Callable[[bytes, Spec, int | None], Session] | None = None
+    no_file: str = ""
+
+    def compile(
+        self,
+        model: nn.Module | Captured,
+        example_inputs: Inputs = (),
+        dynamic_shapes: Any = "batch",
+        threads: int | None = None,
+        *,
+        source: nn.Module | None = None,
+    ) -> Deployed:
+        """Deploy a model, or a program captured before (then `source` is the model it was captured from)."""
+        if isinstance(model, Captured):
+            assert source is not None, "a captured program needs its model for the names of its inputs"
+            captured, original = model, source
+        else:
+            captured, original = capture(model, example_inputs, dynamic_shapes), model
+        spec = Spec.of(captured, original)
+        with quiet(), torch.no_grad():
+            session, payload = self.make(captured, spec, threads)
+        return Deployed(
+            session,
+            spec,
+            runtime=self.name,
+            threads=threads,
+            payload=payload,
+            example=flatten(captured.inputs, dict(captured.example)),
+            classes=captured.classes,
+            captured=captured,
+            no_file=self.no_file,
+        )

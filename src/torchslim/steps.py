@@ -1,0 +1,168 @@
+"""The one abstraction: a step takes a model and returns a model, with the evidence of what it did."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from torchslim.errors import RecipeError, TorchslimError
+from torchslim.task import Task
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+"""Example inputs: a tuple of positional arguments or a dict of keyword arguments."""
+
+
+class Form(Enum):
+    """What can still be done with a model."""
+
+    MODULE = "module"  # an ordinary nn.Module: editable, trainable
+    QUANTIZED = "quantized"  # numbers fixed; only deploy, save and measure remain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord:
+    """What one step did to one layer, or why it left the layer alone."""
+
+    version: ClassVar[int] = 1
+
+    layer: str
+    action: Literal["pruned", "quantized", "trained", "refused"]
+    reason: str = ""
+    sparsity: float | None = None  # fraction of this layer's weights that are held at zero
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A step's model and its evidence.
+
+    `masks` maps parameter names to boolean tensors of the parameter's shape, True where the weight is kept.
+    `history` holds one row per trained epoch.
+    """
+
+    model: nn.Module
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    layers: Sequence[LayerRecord] = ()
+    warnings: Sequence[str] = ()
+    history: Sequence[Mapping[str, float]] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where the model will run. `threads` None leaves the choice to the runtime."""
+
+    runtime: str = "onnxruntime"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise RecipeError(f"threads must be at least 1, got {self.threads}; leave it out for the default")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """On which devices training runs; the names are Lightning Fabric's."""
+
+    accelerator: str = "auto"
+    devices: int | str = 1
+    strategy: str = "auto"
+    precision: str | None = None  # None: full precision on CPU, bf16 mixed where the device has it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Progress: `phase` of the step runs at `current` of `total` (None: unknown)."""
+
+    step: str
+    phase: str
+    current: int = 0
+    total: int | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+def ignore_progress(event: Event) -> None:
+    """The default progress callback: the library prints nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """All that a step may look at besides the model."""
+
+    task: Task
+    teacher: nn.Module
+    example_inputs: Inputs
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    target: Target = field(default_factory=Target)
+    engine: Engine = field(default_factory=Engine)
+    seed: int = 0
+    progress: Callable[[Event], None] = ignore_progress
+    name: str = "step"
+    state: Path | None = None  # folder for checkpoints inside the step; None: nothing to resume from
+
+
+@runtime_checkable
+class Step(Protocol):
+    """Implemented by frozen dataclasses, at once config, recipe schema and code.
+
+    A step may change the model that it is handed: the runner owns a copy.
+    """
+
+    accepts: ClassVar[Form]
+    produces: ClassVar[Form]
+
+    def check(self, ctx: Context) -> None:
+        """Raise for all that can be known before any work."""
+        ...
+
+    def __call__(self, model: nn.Module, ctx: Context) -> Outcome: ...
+
+
+def step_name(step: object) -> str:
+    """The name of a step in reports and messages: its class, in lower case."""
+    return type(step).__name__.lower()
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Raise RecipeError when a step gets a model in a form that it does not accept."""
+    form, producer = Form.MODULE, None
+    for index, step in enumerate(steps, 1):
+        for attribute in ("accepts", "produces", "check"):
+            if not hasattr(step, attribute):
+                raise RecipeError(
+                    f"step {index} ({step_name(step)!r}) has no {attribute!r}; a step is a dataclass with "
+                    "accepts, produces, check(ctx) and __call__(model, ctx)"
+                )
+        if step.accepts is not form:
+            raise RecipeError(
+                f"step {index} ({step_name(step)!r}) needs a model in the form {step.accepts.value!r}, but step "
+                f"{producer} ({step_name(steps[producer - 1])!r}) leaves it {form.value!r}; move step {index} "
+                f"before step {producer}"
+                if producer
+                else f"step 1 ({step_name(step)!r}) accepts only a {step.accepts.value!r} model, but a run starts "
+                f"from a {form.value!r} one; put the step that makes it before"
+            )
+        if step.produces is not form:
+            form, producer = step.produces, index
+
+
+def resolve(spec: str, what: str, error: type[TorchslimError] = RecipeError) -> Any:
+    """The object that "package.module:name" names."""
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise error(f"{what} must be written 'package.module:name', got {spec!r}")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as cause:  # noqa: BLE001 - whatever the user's module raises is the user's to mend
+        raise error(f"{what} {spec!r} cannot be imported: {type(cause).__name__}: {cause}") from cause
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise error(f"{what} {spec!r}: module {module_name!r} has no {attribute!r}")
+        found = getattr(found, part)
+    return found
