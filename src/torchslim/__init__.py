@@ -1,2 +1,28 @@
-"""torchslim."""
-from torchslim.task import Task
+"""torchslim: a trained PyTorch model, smaller and faster, and proven so.
+
+    import torchslim as ts
+
+    result = ts.compress(model, task, steps=[ts.Prune(sparsity=0.5), ts.Distill(epochs=3), ts.Quantize("int8")])
+    print(result)
+    result.save("out/")
+"""
+
+__version__ = "0.1.0"
+
+from torchslim import distill, prune, quantize
+from torchslim.artifact import load, load_module, save
+from torchslim.compress import Result, compress
+from torchslim.distill import KD, Distill
+from torchslim.errors import TorchslimError
+from torchslim.prune import Prune
+from torchslim.quantize import Quantize
+from torchslim.runtimes import Deployed, deploy
+from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
+from torchslim.task import Metric, Task
+from torchslim.training import Finetune, fit
+
+__all__ = [
+    "KD", "Context", "Deployed", "Distill", "Engine", "Event", "Finetune", "Form", "LayerRecord", "Metric", "Outcome",
+    "Prune", "Quantize", "Result", "Step", "Target", "Task", "TorchslimError", "compress", "deploy", "distill", "fit",
+    "load", "load_module", "prune", "quantize", "save",
+]

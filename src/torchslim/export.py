@@ -76,13 +76,13 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
     spec, notes = dynamic_shapes, []
     with evaluating(model):
         if isinstance(dynamic_shapes, str) and dynamic_shapes == "batch":
-            axis, example = find_batch_axis(model, example)
+            whole = example
+            axis, example = find_batch_axis(model, whole)
             spec = None
             if axis is None:
                 notes.append("no batch dimension was found: the sizes are fixed at those of the example inputs")
             else:
-                size = _sizes(example, axis)[0]
-                spec = pytree.tree_map(lambda leaf: _free(leaf, axis, size), example)
+                spec = pytree.tree_map(lambda leaf: _free(leaf, axis, 2), example)
         elif isinstance(dynamic_shapes, str):
             raise ExportError(f"dynamic_shapes must be 'batch', None or a torch.export spec, got {dynamic_shapes!r}")
         try:
@@ -96,10 +96,11 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
         target = _FlatOutputs(model) if '"record"' in json.dumps(outputs) else model
         program, failure = _export(target, model, example, spec)
         if program is None and axis is not None:
-            program, _ = _export(target, model, example, None)
+            program, _ = _export(target, model, whole, None)
             if program is not None:
+                size = _sizes(whole, axis)[0]
                 notes.append(f"the model's code fixes the batch size ({failure}): captured with batch size {size}")
-                axis = None
+                axis, example = None, whole
         if program is None:
             raise ExportError(f"torch.export cannot capture the model; {failure}")
     given: list[Tensor] = []
@@ -139,7 +140,7 @@ def signature_of(model: nn.Module) -> inspect.Signature:
 
 
 def find_batch_axis(model: nn.Module, example: dict[str, Any]) -> tuple[int | None, dict[str, Any]]:
-    """The axis along which samples are independent, and the example with at least two samples along it.
+    """The axis along which samples are independent, and two of the example's samples (or None and all of them).
 
     For axis 0 and then 1, the model runs on three samples, and on two of them in another order: where the outputs
     are the same samples in that order, the axis is the batch.
@@ -157,7 +158,7 @@ def find_batch_axis(model: nn.Module, example: dict[str, Any]) -> tuple[int | No
             continue
         if len(full) == len(part) and all(_follows(a, b, order) for a, b in zip(full, part, strict=True)):
             if any(a.shape != b.shape for a, b in zip(full, part, strict=True)):
-                return axis, (example if sizes[0] >= 2 else two)
+                return axis, two
     return None, example
 
 

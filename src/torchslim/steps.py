@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from torchslim.errors import RecipeError, TorchslimError
+from torchslim.files import digest
 from torchslim.task import Task
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -166,3 +168,40 @@ def resolve(spec: str, what: str, error: type[TorchslimError] = RecipeError) -> 
             raise error(f"{what} {spec!r}: module {module_name!r} has no {attribute!r}")
         found = getattr(found, part)
     return found
+
+
+def canonical(value: Any) -> Any:
+    """A value as JSON that stays the same while its meaning does: what two runs are compared by.
+
+    Dataclasses become {"do": class, fields}, functions their name and a digest of their code, modules a digest of
+    their weights.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        name = f"{type(value).__module__}:{type(value).__qualname__}"
+        return {"do": name, **{each.name: canonical(getattr(value, each.name)) for each in fields(value)}}
+    if isinstance(value, Mapping):
+        return {str(key): canonical(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [canonical(each) for each in value]
+    if isinstance(value, nn.Module):
+        return {"module": type(value).__qualname__, "weights": fingerprint(value.state_dict())}
+    code = getattr(value, "__code__", None)
+    name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return {"function": name, "code": digest(code.co_code, [repr(each) for each in code.co_consts if not hasattr(each, "co_code")])} if code else name
+
+
+def fingerprint(tree: Any) -> str:
+    """A digest of all tensors in nested containers, and of the other leaves' text."""
+    leaves, structure = torch.utils._pytree.tree_flatten(tree)
+    parts: list[Any] = [str(structure)]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            data = leaf.detach().cpu().contiguous()
+            parts += [str(data.dtype), list(data.shape), data.flatten().view(torch.uint8).numpy().tobytes()]
+        else:
+            parts.append(str(leaf))
+    return digest(*parts)

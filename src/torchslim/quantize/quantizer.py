@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer, SharedQuantizationSpec
 
 from torchslim.quantize.schemes import Scheme
 from torchslim.steps import LayerRecord
@@ -21,6 +21,7 @@ from torchslim.steps import LayerRecord
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
 LINEARS = (aten.linear.default,)
+POOLS = (aten.max_pool2d.default,)
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 ACTIVATIONS = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default)
 SMALLEST_SCALE = 1e-20  # the usual 1e-7 turns networks with tiny activations into zeros
@@ -28,7 +29,7 @@ ANNOTATION = "quantization_annotation"
 
 
 class SlimQuantizer(Quantizer):  # type: ignore[misc]
-    """Annotates conv2d, linear and residual additions, with a relu or relu6 fused.
+    """Annotates conv2d, linear, residual additions and the max pools between them, with a relu or relu6 fused.
 
     Args:
         scheme: bits of weights and activations.
@@ -65,6 +66,14 @@ class SlimQuantizer(Quantizer):  # type: ignore[misc]
                 self._weighted(node)
             elif node.target in ADDITIONS and _residual(node):
                 self._mark(node, {source: self.activation for source in node.args[:2]})
+            elif node.target in POOLS and ANNOTATION in node.args[0].meta:
+                # runtimes pool on integers and take it for granted that scale and zero point stay the same
+                source = node.args[0]
+                node.meta[ANNOTATION] = QuantizationAnnotation(
+                    input_qspec_map={source: self.activation},
+                    output_qspec=SharedQuantizationSpec((source, node)),
+                    _annotated=True,
+                )
             elif any(_is_weight(source) for source in node.all_input_nodes):
                 self._refuse(node, f"scheme int8 does not quantize {_name(node)}")
         return model

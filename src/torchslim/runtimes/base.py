@@ -16,6 +16,7 @@ from torchslim.export import Captured, capture, positional, signature_of
 from torchslim.files import write_bytes
 from torchslim.isolation import quiet
 from torchslim.machine import instruction_set
+from torchslim.runtimes.pt2 import pack_program
 from torchslim.steps import Inputs
 from torchslim.structure import Structure, build, flatten
 
@@ -169,13 +170,14 @@ class Deployed:
         threads: int | None,
         payload: bytes | None,
         example: Sequence[Tensor],
+        program: Callable[[], bytes],
+        quantized: bool,
         classes: Mapping[str, type] | None = None,
-        captured: Captured | None = None,
         no_file: str = "",
     ) -> None:
         self.session, self.spec, self.runtime, self.threads = session, spec, runtime, threads
         self.payload, self.example, self.classes = payload, list(example), dict(classes or {})
-        self.captured = captured
+        self.program, self.quantized = program, quantized  # the exported program as the bytes of a .pt2
         self._no_file = no_file
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -246,7 +248,8 @@ class Runtime:
             threads=threads,
             payload=payload,
             example=flatten(captured.inputs, dict(captured.example)),
+            program=lambda: pack_program(captured.program),
+            quantized=any("quantized_decomposed" in str(node.target) for node in captured.program.graph.nodes),
             classes=captured.classes,
-            captured=captured,
             no_file=self.no_file,
         )

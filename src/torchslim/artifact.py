@@ -1,0 +1,322 @@
+"""What is saved can be loaded: weights as safetensors, programs beside them, the rest JSON, every file hashed.
+
+    artifact.json         format version, runtime, how the model is called, SHA-256 of every other file
+    model.onnx, .pt2      the runtime's file, and the exported program
+    weights.safetensors   the module's state, for `load_module`; masks.safetensors: packed bits
+    example.npz           example inputs and the outputs they gave
+    bench.py              times the model where torchslim is not installed
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from torchslim.errors import ArtifactError
+from torchslim.export import Captured
+from torchslim.files import sha256, write_bytes, write_json
+from torchslim.isolation import quiet
+from torchslim.machine import describe_machine, instruction_set
+from torchslim.measure import Timings
+from torchslim.runtimes import Deployed, Spec, deploy, find_runtime
+from torchslim.runtimes.pt2 import load_program
+from torchslim.steps import Inputs
+from torchslim.structure import build
+
+FORMAT = "torchslim-artifact"
+VERSION = 1
+MANIFEST = "artifact.json"
+PROGRAM = "model.pt2"
+BENCH = Path(__file__).parent / "artifact_bench.py"
+
+
+def save(
+    model: nn.Module | Deployed,
+    folder: str | Path,
+    *,
+    example_inputs: Inputs | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Save a module or a deployed model.
+
+    A module's weights are saved for `load_module`; with `example_inputs` its program is saved too, for `load`. A
+    deployed model is saved with its runtime's file, and loads with `load`.
+
+    Raises:
+        ArtifactError: the folder holds something else.
+        StorageError: the disk is full; what was there before is kept.
+    """
+    if isinstance(model, Deployed):
+        return write_artifact(folder, deployed=model, masks=masks)
+    if example_inputs is None:
+        return write_artifact(folder, module=model, masks=masks)
+    return write_artifact(folder, deployed=deploy(model, example_inputs, runtime="eager"), module=model, masks=masks)
+
+
+def write_artifact(
+    folder: str | Path,
+    *,
+    deployed: Deployed | None = None,
+    module: nn.Module | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write an artifact folder; the manifest goes last, so that a folder that has one is whole."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; name a folder to save to")
+    if folder.is_dir() and any(folder.iterdir()) and not _ours(folder):
+        raise ArtifactError(f"{folder} holds something that torchslim did not save; name an empty or a new folder")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    files: dict[str, bytes] = dict(extra or {})
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "machine": describe_machine()}
+    if deployed is not None:
+        files |= _deployed_files(deployed)
+        manifest |= {
+            "runtime": deployed.runtime,
+            "threads": deployed.threads,
+            "spec": deployed.spec.to_json(),
+            "quantized": deployed.quantized,
+        }
+    if module is not None:
+        state, manifest["aliases"], manifest["channels_last"] = _state(module)
+        files["weights.safetensors"] = save_tensors(state)
+    if masks:
+        files["masks.safetensors"], manifest["mask_shapes"] = pack_masks(masks)
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+    manifest["files"] = {name: sha256(folder / name) for name in sorted(files)}
+    write_json(folder / MANIFEST, manifest)
+    return folder
+
+
+def load(folder: str | Path, *, threads: int | None = None) -> Deployed:
+    """Load a saved model for use; outputs are bitwise those of the model that was saved.
+
+    Nothing is unpickled, and every file is checked against its SHA-256.
+
+    Raises:
+        ArtifactError: no artifact, a newer format, a changed or missing file, or nothing that runs.
+        RuntimeUnavailable: the artifact's runtime is not installed.
+    """
+    opened = open_artifact(folder)
+    manifest = opened.manifest
+    if "spec" not in manifest:
+        raise ArtifactError(f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)")
+    spec = Spec(**manifest["spec"])
+    if manifest["quantized"] and spec.instruction_set != instruction_set():
+        warnings.warn(
+            f"{folder} was quantized for {spec.instruction_set}, this machine has {instruction_set()}: int8 may be "
+            "slower here, and without VNNI less accurate; quantize again on such a machine",
+            stacklevel=2,
+        )
+    runtime = find_runtime(manifest["runtime"])
+    threads = threads or manifest["threads"]
+    example = opened.example()
+    payload: bytes | None = None
+    with quiet():
+        if runtime.read is not None:
+            payload = opened.read(f"model{runtime.suffix}")
+            session = runtime.read(payload, spec, threads)
+        else:
+            session, _ = runtime.make(_recaptured(opened, spec, example), spec, threads)
+    return Deployed(
+        session, spec, runtime=runtime.name, threads=threads, payload=payload, example=example,
+        program=lambda: opened.read(PROGRAM), quantized=manifest["quantized"], no_file=runtime.no_file,
+    )  # fmt: skip
+
+
+def load_module(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
+    """A module from `factory` with the saved weights, in their saved precision.
+
+    Raises:
+        ArtifactError: when the factory's model has other parameters than the saved one; names them.
+    """
+    opened = open_artifact(folder)
+    if "weights.safetensors" not in opened.manifest["files"]:
+        raise ArtifactError(f"{folder} holds no weights, only a program; use ts.load(folder)")
+    module = factory()
+    restore_state(module, opened.read("weights.safetensors"), opened.manifest)
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checked artifact."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes."""
+        if name not in self.manifest["files"]:
+            raise ArtifactError(f"{self.folder} lists no {name}; it was saved without it")
+        return (self.folder / name).read_bytes()
+
+    def example(self) -> list[Tensor]:
+        """The example inputs."""
+        try:
+            arrays = np.load(io.BytesIO(self.read("example.npz")), allow_pickle=False)
+            dtypes = self.manifest["spec"]["dtypes"]
+            return [torch.from_numpy(arrays[f"in{i:03d}"]).to(getattr(torch, dtype)) for i, dtype in enumerate(dtypes)]
+        except (ValueError, KeyError, OSError) as error:
+            raise ArtifactError(f"{self.folder}/example.npz cannot be read: {error}") from error
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks, by parameter name."""
+        if "masks.safetensors" not in self.manifest["files"]:
+            return {}
+        return unpack_masks(self.read("masks.safetensors"), self.manifest["mask_shapes"])
+
+
+def open_artifact(folder: str | Path) -> Opened:
+    """Check a folder's manifest and every file it lists."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not a torchslim artifact: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise KeyError("format")
+        files: dict[str, str] = manifest["files"]
+        version = int(manifest["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged or not torchslim's: {error}") from error
+    if version > VERSION:
+        raise ArtifactError(f"{folder} has format version {version}, this torchslim reads up to {VERSION}; upgrade it")
+    for name, expected in files.items():
+        inside = (folder / name).resolve()
+        if Path(name).is_absolute() or folder.resolve() not in inside.parents:
+            raise ArtifactError(f"{path} names a file outside its folder: {name!r}")
+        if not inside.is_file():
+            raise ArtifactError(f"{folder} is incomplete: {name} is missing; copy it again")
+        if sha256(inside) != expected:
+            raise ArtifactError(f"{folder / name} was truncated or changed since it was saved; copy it again")
+    return Opened(folder, manifest)
+
+
+def restore_state(module: nn.Module, data: bytes, manifest: Mapping[str, Any]) -> None:
+    """Load a saved state into a module of the same architecture."""
+    try:
+        state = load_tensors(data)
+    except SafetensorError as error:
+        raise ArtifactError(f"the weights cannot be read: {error}") from error
+    state |= {name: state[first] for name, first in manifest["aliases"].items()}
+    own = module.state_dict()
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    wrong = [
+        f"{name} {tuple(own[name].shape)} instead of {tuple(state[name].shape)}"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    if missing or unknown or wrong:
+        raise ArtifactError(
+            f"the factory's model does not fit the saved weights; missing: {', '.join(missing[:5]) or 'none'}; unknown: "
+            f"{', '.join(unknown[:5]) or 'none'}; other shapes: {', '.join(wrong[:5]) or 'none'}"
+        )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
+            if name in manifest["channels_last"]:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    module.load_state_dict(state)
+
+
+def pack_masks(masks: Mapping[str, Tensor]) -> tuple[bytes, dict[str, list[int]]]:
+    """Masks as packed bits, eight weights a byte, and their shapes."""
+    packed = {
+        name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool))) for name, mask in masks.items()
+    }
+    return save_tensors(packed), {name: list(mask.shape) for name, mask in masks.items()}
+
+
+def unpack_masks(data: bytes, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """The masks that `pack_masks` packed."""
+    packed = load_tensors(data)
+    masks = {}
+    for name, shape in shapes.items():
+        bits = np.unpackbits(packed[name].numpy(), count=int(np.prod(shape)))
+        masks[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
+    return masks
+
+
+def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
+    """Rows for `torchslim bench`: latency and speed-up over the first artifact."""
+    rows = []
+    for name in timings.rounds:
+        latency, ratio = timings.latency(name), timings.speedup(name, first)
+        rows.append(
+            {
+                "artifact": name,
+                "latency_ms": {"median": latency.median, "p10": latency.p10, "p90": latency.p90, "rounds": latency.rounds},
+                "speedup": {"median": ratio.median, "p10": ratio.p10, "p90": ratio.p90, "verdict": ratio.verdict},
+            }
+        )
+    return rows
+
+
+def _ours(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() or (folder / "run.json").is_file() or (folder / "work").is_dir()
+
+
+def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
+    files = {PROGRAM: deployed.program()}
+    suffix = find_runtime(deployed.runtime).suffix
+    if deployed.payload is not None and suffix is not None:
+        files[f"model{suffix}"] = deployed.payload
+    arrays = {f"in{index:03d}": _array(leaf) for index, leaf in enumerate(deployed.example)}
+    outputs = deployed.run(deployed.example)
+    arrays |= {f"out{index:03d}": _array(leaf) for index, leaf in enumerate(outputs)}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return files | {"example.npz": buffer.getvalue(), "bench.py": BENCH.read_bytes()}
+
+
+def _array(tensor: Tensor) -> Any:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().contiguous().numpy()
+
+
+def _state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """Contiguous tensors, each storage once; the other names of tied ones; and which were channels-last."""
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    channels_last: list[str] = []
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ArtifactError(f"the model's state {name!r} is a {type(value).__name__}, only tensors can be saved")
+        key = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        if value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
+            channels_last.append(name)
+        state[name] = value.detach().cpu().contiguous().clone()
+    return state, aliases, channels_last
+
+
+def _recaptured(opened: Opened, spec: Spec, example: list[Tensor]) -> Captured:
+    """What a runtime without files compiles from: the saved program."""
+    return Captured(
+        program=load_program(io.BytesIO(opened.read(PROGRAM))),
+        names=tuple(spec.kinds),
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        classes={},
+        example=build(spec.inputs, example),
+        batch_axis=spec.batch_axis,
+    )

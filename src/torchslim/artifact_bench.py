@@ -1,0 +1,92 @@
+"""Times the model in this folder on this machine: python bench.py [--threads N] [--rounds N] [--batch N]
+
+Needs numpy and the runtime of the model (onnxruntime for model.onnx, torch for model.pt2), and nothing else.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+
+
+def load_onnx(path, threads):
+    """A function from a list of arrays to a list of arrays."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if threads:
+        options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    return lambda arrays: session.run(None, dict(zip(names, arrays)))
+
+
+def load_pt2(path, threads):
+    """The same for an exported program; it takes the inputs by position."""
+    import torch
+
+    try:
+        import torchao.quantization.pt2e  # noqa: F401 - the operations of quantized programs
+    except ImportError:
+        pass
+    if threads:
+        torch.set_num_threads(threads)
+    program = torch.export.load(path).module()
+
+    def run(arrays):
+        with torch.no_grad():
+            outputs = program(*[torch.from_numpy(array) for array in arrays])
+        leaves = torch.utils._pytree.tree_leaves(outputs)
+        return [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    return run
+
+
+def main():
+    """Check the outputs against those recorded when the model was saved, then time it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=None, help="default: what the model was saved with")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=None, help="samples a call; default 1 where the batch is free")
+    arguments = parser.parse_args()
+    manifest = json.loads((HERE / "artifact.json").read_text())
+    threads = arguments.threads or manifest["threads"]
+    example = np.load(HERE / "example.npz", allow_pickle=False)
+    arrays = [example[name] for name in sorted(example.files) if name.startswith("in")]
+    expected = [example[name] for name in sorted(example.files) if name.startswith("out")]
+    onnx = HERE / "model.onnx"
+    run = load_onnx(onnx, threads) if onnx.exists() else load_pt2(HERE / "model.pt2", threads)
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(run(arrays), expected))
+    axis, sizes = manifest["spec"]["batch_axis"], manifest["spec"]["sizes"]
+    if axis is not None:
+        index = np.arange(arguments.batch or 1)
+        arrays = [
+            np.take(each, index % each.shape[axis], axis) if len(size) > axis and size[axis] is None else each
+            for each, size in zip(arrays, sizes)
+        ]
+    for _ in range(20):
+        run(arrays)
+    milliseconds = []
+    for _ in range(arguments.rounds):
+        start = time.perf_counter()
+        run(arrays)
+        milliseconds.append((time.perf_counter() - start) * 1e3)
+    p10, median, p90 = np.percentile(milliseconds, [10, 50, 90])
+    print(
+        json.dumps(
+            {
+                "latency_ms": {"median": median, "p10": p10, "p90": p90, "rounds": arguments.rounds},
+                "threads": threads,
+                "inputs": [list(each.shape) for each in arrays],
+                "largest_difference_to_recorded_outputs": difference,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

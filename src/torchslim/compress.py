@@ -1,0 +1,462 @@
+"""The run: copy the model, measure, take each step, measure again, keep the evidence, resume where it was killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchslim import __version__
+from torchslim.artifact import load, open_artifact, restore_state, write_artifact
+from torchslim.errors import ArtifactError, RecipeError, TaskError, TorchslimError
+from torchslim.export import Captured, bind, capture, signature_of
+from torchslim.files import digest, write_json
+from torchslim.isolation import copy_model, preserved_globals
+from torchslim.machine import describe_machine
+from torchslim.measure import Timings, compare, macs, nonzeros, parameters, resized
+from torchslim.quantize import QuantizedModule
+from torchslim.report import render, table
+from torchslim.runtimes import Deployed, find_runtime
+from torchslim.runtimes.pt2 import load_program
+from torchslim.steps import (
+    Context,
+    Engine,
+    Event,
+    Form,
+    Inputs,
+    Outcome,
+    Step,
+    Target,
+    canonical,
+    check_order,
+    fingerprint,
+    ignore_progress,
+    step_name,
+)
+from torchslim.structure import build
+from torchslim.task import Metric, Task, call, predictor, take_first, tensors, to_device
+
+RUN_FORMAT = 1
+COMMIT = "stage.json"  # written last: a stage folder that has it is whole
+ROUNDS = 60
+SECONDS = 40.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run returns. `print(result)` shows the table; `run` is what `run.json` holds.
+
+    `model` is the final model (a `QuantizedModule` after quantization), `module` the last trainable one, `deployed`
+    the artifact that ships.
+    """
+
+    model: nn.Module
+    module: nn.Module
+    masks: Mapping[str, Tensor]
+    deployed: Deployed
+    run: dict[str, Any]
+    folder: Path
+    _keep: Any = field(repr=False, default=None)  # holds a temporary folder open as long as the result lives
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artifact, the last trainable weights, `run.json` and `report.html` to a folder."""
+        extra = {
+            "run.json": (json.dumps(self.run, indent=1, allow_nan=False) + "\n").encode(),
+            "report.html": render(self.run).encode(),
+        }
+        return write_artifact(folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra)
+
+    def __str__(self) -> str:
+        return table(self.run)
+
+
+@dataclass(kw_only=True)
+class _Stage:
+    """The model after a step (or before the first), deployed and measured."""
+
+    name: str
+    folder: Path
+    model: nn.Module
+    module: nn.Module
+    masks: Mapping[str, Tensor]
+    deployed: Deployed
+    row: dict[str, Any]
+
+
+def compress(
+    model: nn.Module,
+    task: Task,
+    steps: Sequence[Step],
+    *,
+    runtime: str = "onnxruntime",
+    threads: int | None = None,
+    example_inputs: Inputs | None = None,
+    dynamic_shapes: Any = "batch",
+    teacher: nn.Module | None = None,
+    engine: Engine | None = None,
+    seed: int = 0,
+    workdir: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Event], None] = ignore_progress,
+) -> Result:
+    """Take the steps on a copy of the model, and measure the model after each and the artifact that ships.
+
+    Args:
+        model: a trained module; it, its modes, the random state and torch's global settings are left as they were.
+        task: data and metric.
+        steps: run in this order, which is checked before any data is loaded.
+        runtime: where the result will run; the baseline is measured there too.
+        threads: of the deployment; None leaves it to the runtime.
+        example_inputs: what is exported; by default the inputs of the first validation batch.
+        dynamic_shapes: "batch", None, or a torch.export spec.
+        teacher: what distillation learns from; by default the original model.
+        engine: devices and precision of training.
+        seed: of everything random.
+        workdir: where finished steps and checkpoints are kept. Run again with the same folder, a killed run goes on,
+            and ends as an undisturbed one does. Without it nothing can be resumed.
+        overwrite: take a folder that holds another recipe's run; its steps are used where they are the same.
+        progress: called with an `Event` as things go on.
+
+    Raises:
+        TorchslimError: one of its kinds, with what is wrong, what was got, and how to mend it.
+    """
+    steps = list(steps)
+    check_order(steps)
+    target = Target(runtime=runtime, threads=threads)
+    find_runtime(runtime)
+    if not any(True for _ in model.parameters()):
+        raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
+    keep = None if workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
+    folder = Path(workdir or keep.name)  # type: ignore[union-attr]
+    recipe = {"steps": [canonical(step) for step in steps], "target": asdict(target), "seed": seed}
+    _claim(folder, recipe, overwrite)
+    with preserved_globals(seed):
+        copied, masks = copy_model(model)
+        if teacher is None:
+            teacher = copied
+        first = take_first(task.val, "val")
+        inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
+        ctx = Context(
+            task=task,
+            teacher=copy_model(teacher)[0].eval(),
+            example_inputs=inputs,
+            masks=masks,
+            target=target,
+            engine=engine or Engine(),
+            seed=seed,
+            progress=progress,
+        )
+        for step in steps:
+            step.check(ctx)
+        runner = _Runner(ctx, folder, dynamic_shapes, _origin(copied, first, task))
+        stages = [runner.baseline(copied, masks)]
+        for index, step in enumerate(steps, 1):
+            stages.append(runner.take(index, step, stages[-1]))
+        run = runner.report(stages, recipe)
+    write_json(folder / "run.json", run)
+    last = stages[-1]
+    return Result(
+        model=last.model,
+        module=last.module,
+        masks=last.masks,
+        deployed=last.deployed,
+        run=run,
+        folder=folder,
+        _keep=keep,
+    )
+
+
+def _claim(folder: Path, recipe: dict[str, Any], overwrite: bool) -> None:
+    """A working folder belongs to one recipe."""
+    path = folder / "recipe.json"
+    if path.exists() and not overwrite:
+        try:
+            other = json.loads(path.read_text())
+        except ValueError as error:
+            raise RecipeError(f"{path} is damaged; delete {folder}, or run with overwrite") from error
+        if other != json.loads(json.dumps(recipe)):
+            raise RecipeError(
+                f"{folder} holds the run of another recipe ({_difference(other, recipe)}); choose another folder, or run "
+                "with overwrite to replace it"
+            )
+    elif not path.exists() and folder.is_dir() and any(folder.iterdir()):
+        raise RecipeError(f"{folder} holds files that no run of torchslim left there; choose another folder")
+    write_json(path, recipe)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    if len(old["steps"]) != len(new["steps"]):
+        return f"{len(old['steps'])} steps there, {len(new['steps'])} here"
+    for index, (a, b) in enumerate(zip(old["steps"], json.loads(json.dumps(new["steps"])), strict=True), 1):
+        for key in {**a, **b}:
+            if a.get(key) != b.get(key):
+                return f"step {index}, {key}: {a.get(key)!r} there, {b.get(key)!r} here"
+    return "another target or seed"
+
+
+def _origin(model: nn.Module, batch: Any, task: Task) -> str:
+    """A digest of what the run starts from: weights, first batches, and this package."""
+    with preserved_globals(0):
+        train = take_first(task.train, "train") if task.train is not None else None
+    # a loader that shuffles gives another first batch each time it is asked, unless the seed is set
+    return digest(__version__, fingerprint(model.state_dict()), fingerprint(batch), fingerprint(train))
+
+
+class _Runner:
+    """Takes steps, keeps each finished stage in a folder, and picks up the ones that a killed run has finished."""
+
+    def __init__(self, ctx: Context, folder: Path, dynamic_shapes: Any, origin: str) -> None:
+        self.ctx, self.folder, self.dynamic_shapes = ctx, folder, dynamic_shapes
+        self.key = origin
+        self.metric: Metric = ctx.task.as_metric()
+        self.machine = describe_machine(ctx.target.threads)
+
+    def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> _Stage:
+        """The model as it came."""
+        self.key = digest(self.key, asdict(self.ctx.target))
+        folder = self.folder / "00-baseline"
+        return self._restored(folder, "baseline", model, model, Form.MODULE) or self._finish(
+            "baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0
+        )
+
+    def take(self, index: int, step: Step, before: _Stage) -> _Stage:
+        """One step on a copy of the stage before."""
+        name = step_name(step)
+        self.key = digest(self.key, canonical(step), self.ctx.seed)
+        folder = self.folder / f"{index:02d}-{name}"
+        done = self._restored(folder, name, before.module, before.model, step.produces)
+        if done is not None:
+            self.ctx.progress(Event(step=name, phase="resumed"))
+            return done
+        state = self.folder / f"{folder.name}.state"
+        if state.is_dir() and _read_text(state / "key") != self.key:
+            shutil.rmtree(state)
+        state.mkdir(parents=True, exist_ok=True)
+        (state / "key").write_text(self.key)
+        ctx = replace(self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state)
+        self.ctx.progress(Event(step=name, phase="start"))
+        start = time.perf_counter()
+        with preserved_globals(ctx.seed):
+            outcome = step(copy_model(before.model)[0], ctx)
+        if not isinstance(outcome, Outcome) or not isinstance(outcome.model, nn.Module):
+            raise RecipeError(f"step {index} ({name!r}) must return an Outcome with a model, got {type(outcome).__name__}")
+        self._verify(outcome, name)
+        stage = self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index)
+        shutil.rmtree(state)
+        return stage
+
+    def _verify(self, outcome: Outcome, name: str) -> None:
+        """No step hands on a model that fails or answers nonsense."""
+        answer = call(predictor(outcome.model), to_device(self.ctx.example_inputs, "cpu"))
+        if not all(bool(torch.isfinite(each).all()) for each in tensors(answer) if each.is_floating_point()):
+            raise TorchslimError(f"after step {name!r} the model's outputs on the example inputs are not finite")
+
+    def _finish(
+        self, name: str, folder: Path, outcome: Outcome, module: nn.Module, seconds: float, index: int
+    ) -> _Stage:
+        """Deploy, measure and keep a stage."""
+        model = outcome.model
+        module = model if not isinstance(model, QuantizedModule) else module
+        self.ctx.progress(Event(step=name, phase="deploy"))
+        deployed = self._deploy(model)
+        self.ctx.progress(Event(step=name, phase="evaluate"))
+        with preserved_globals(self.ctx.seed):
+            values = self._evaluate(predictor(model))
+        arguments = deployed.spec.call_arguments(resized(deployed))
+        counted = macs(_Positional(model), (arguments,))
+        warnings = [*outcome.warnings, *deployed.spec.notes]
+        if counted.uncounted:
+            warnings.append(f"operations whose MACs nobody counts: {', '.join(counted.uncounted)}")
+        row: dict[str, Any] = {
+            "name": name,
+            "kind": "step" if index else "baseline",
+            "metric": values,
+            "parameters": number(parameters(model), "count"),
+            "nonzero": number(nonzeros(model), "count"),
+            "macs": number(counted.total, "MACs per sample"),
+            "size_bytes": _size(deployed),
+            "seconds": number(seconds, "s", machine="this") if index else not_measured("no work was done"),
+            "layers": [{"version": record.version, **asdict(record)} for record in outcome.layers],
+            "warnings": warnings,
+            "history": [dict(each) for each in outcome.history],
+        }
+        if folder.exists():
+            shutil.rmtree(folder)
+        kept = None if isinstance(model, QuantizedModule) else model
+        write_artifact(folder, deployed=deployed, module=kept, masks=outcome.masks)
+        write_json(folder / COMMIT, {"key": self.key, "row": row})
+        return _Stage(
+            name=name, folder=folder, model=model, module=module, masks=outcome.masks, deployed=deployed, row=row
+        )
+
+    def _deploy(self, model: nn.Module) -> Deployed:
+        captured = capture(model, self.ctx.example_inputs, self.dynamic_shapes)
+        return find_runtime(self.ctx.target.runtime).compile(captured, threads=self.ctx.target.threads, source=model)
+
+    def _evaluate(self, predict: Callable[..., Any]) -> dict[str, Any]:
+        task = self.ctx.task
+        splits = {"val": task.val, "test": task.test}
+        return {
+            split: number(task.evaluate(predict, split), self.metric.unit or "1")
+            if batches is not None
+            else not_measured(f"the task has no {split} batches")
+            for split, batches in splits.items()
+        }
+
+    def _restored(
+        self, folder: Path, name: str, module: nn.Module, model: nn.Module, form: Form
+    ) -> _Stage | None:
+        """The stage that an earlier run finished, if it is this one and whole."""
+        text = _read_text(folder / COMMIT)
+        if text is None:
+            return None
+        try:
+            saved = json.loads(text)
+            if saved["key"] != self.key:
+                return None
+            opened = open_artifact(folder)
+            deployed = load(folder)
+            masks = opened.masks()
+            if form is Form.QUANTIZED:
+                restored = _requantized(opened.read("model.pt2"), deployed, bind(model, self.ctx.example_inputs), model)
+                return _Stage(name=name, folder=folder, model=restored, module=module, masks=masks, deployed=deployed,
+                              row=saved["row"])  # fmt: skip
+            fresh = copy_model(module)[0]
+            restore_state(fresh, opened.read("weights.safetensors"), opened.manifest)
+        except (ArtifactError, KeyError, ValueError):
+            return None  # damaged, or a step of the user's own that changes the architecture: it is taken again
+        return _Stage(
+            name=name, folder=folder, model=fresh, module=fresh, masks=masks, deployed=deployed, row=saved["row"]
+        )
+
+    def report(self, stages: list[_Stage], recipe: dict[str, Any]) -> dict[str, Any]:
+        """Latency of all stages side by side, and everything as `run.json`."""
+        last = stages[-1]
+        self.ctx.progress(Event(step="artifact", phase="evaluate"))
+        with preserved_globals(self.ctx.seed):
+            artifact_metric = self._evaluate(last.deployed)
+        runtime = self.ctx.target.runtime
+        self.ctx.progress(Event(step="artifact", phase="measure latency"))
+        timings = compare(dict(self._candidates(stages, runtime)), rounds=ROUNDS, seconds=SECONDS)
+        rows = [dict(stage.row) for stage in stages]
+        rows.append({**rows[-1], "name": "artifact", "kind": "artifact", "metric": artifact_metric, "layers": [],
+                     "history": [], "warnings": [], "seconds": not_measured("no work was done")})  # fmt: skip
+        for index, row in enumerate(rows):
+            stage = min(index, len(stages) - 1)
+            before = min(max(index - 1, 0), len(stages) - 1)
+            row["latency_ms"] = {
+                kind: _latency(timings, f"{stage}/{kind}") for kind in dict.fromkeys((runtime, "eager"))
+            }
+            row["speedup"] = {
+                "over_baseline": _speedup(timings, f"{stage}/{runtime}", f"0/{runtime}"),
+                "over_previous": _speedup(timings, f"{stage}/{runtime}", f"{before}/{runtime}"),
+            }
+            sizes = [rows[each]["size_bytes"].get("value") for each in (0, max(index - 1, 0), index)]
+            row["shrink"] = {
+                "over_baseline": _quotient(sizes[0], sizes[2]),
+                "over_previous": _quotient(sizes[1], sizes[2]),
+            }
+        return {
+            "format": RUN_FORMAT,
+            "torchslim": __version__,
+            "recipe": recipe,
+            "metric": {
+                "name": self.metric.name,
+                "unit": self.metric.unit,
+                "higher_is_better": self.metric.higher_is_better,
+            },
+            "target": asdict(self.ctx.target),
+            "selected_on": "val",
+            "reported_on": "test" if self.ctx.task.test is not None else "val (selected on val)",
+            "batch": 1 if last.deployed.spec.batch_axis is not None else "as captured",
+            "machines": {"this": self.machine},
+            "rows": rows,
+        }
+
+    def _candidates(self, stages: list[_Stage], runtime: str) -> Iterator[tuple[str, Deployed]]:
+        for index, stage in enumerate(stages):
+            yield f"{index}/{runtime}", stage.deployed
+            if runtime != "eager":
+                eager = find_runtime("eager")
+                assert eager.read is not None
+                spec = stage.deployed.spec
+                session = eager.read(stage.deployed.program(), spec, self.ctx.target.threads)
+                yield f"{index}/eager", Deployed(
+                    session, spec, runtime="eager", threads=self.ctx.target.threads, payload=None,
+                    example=stage.deployed.example, program=stage.deployed.program, quantized=False,
+                )  # fmt: skip
+
+
+class _Positional(nn.Module):
+    """Calls a model with (args, kwargs) given as one argument."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, arguments: tuple[list[Any], dict[str, Any]]) -> Any:
+        return self.model(*arguments[0], **arguments[1])
+
+
+def _requantized(program: bytes, deployed: Deployed, example: dict[str, Any], model: nn.Module) -> QuantizedModule:
+    exported = load_program(io.BytesIO(program))
+    captured = Captured(
+        program=exported,
+        names=tuple(deployed.spec.kinds),
+        inputs=deployed.spec.inputs,
+        outputs=deployed.spec.outputs,
+        classes={},
+        example=build(deployed.spec.inputs, deployed.example),
+        batch_axis=deployed.spec.batch_axis,
+    )
+    return QuantizedModule(exported.module(), captured, signature_of(model))
+
+
+def number(
+    value: float, unit: str, *, repeats: int = 1, low: float | None = None, high: float | None = None, machine: str = ""
+) -> dict[str, Any]:
+    """A number with its unit; measured ones carry repeats, spread (p10, p90) and the machine."""
+    found: dict[str, Any] = {"value": value, "unit": unit, "repeats": repeats}
+    if low is not None and high is not None:
+        found |= {"low": low, "high": high}
+    return found | ({"machine": machine} if machine else {})
+
+
+def not_measured(reason: str) -> dict[str, Any]:
+    """In a number's place, with the reason."""
+    return {"not_measured": reason}
+
+
+def _size(deployed: Deployed) -> dict[str, Any]:
+    if deployed.size_bytes is None:
+        return not_measured(f"runtime {deployed.runtime!r} has no file")
+    return number(deployed.size_bytes, "bytes")
+
+
+def _latency(timings: Timings, name: str) -> dict[str, Any]:
+    found = timings.latency(name)
+    return number(found.median, "ms", repeats=found.rounds, low=found.p10, high=found.p90, machine="this")
+
+
+def _speedup(timings: Timings, name: str, base: str) -> dict[str, Any]:
+    found = timings.speedup(name, base)
+    rounds = len(timings.rounds[name])
+    measured = number(found.median, "x", repeats=rounds, low=found.p10, high=found.p90, machine="this")
+    return measured | {"verdict": found.verdict}
+
+
+def _quotient(before: float | None, after: float | None) -> dict[str, Any]:
+    return number(before / after, "x") if before and after else not_measured("the runtime has no file")
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
