@@ -106,6 +106,7 @@ def compress(
     seed: int = 0,
     workdir: str | Path | None = None,
     overwrite: bool = False,
+    names: Mapping[str, str] | None = None,
     progress: Callable[[Event], None] = ignore_progress,
 ) -> Result:
     """Take the steps on a copy of the model, and measure the model after each and the artifact that ships.
@@ -124,6 +125,7 @@ def compress(
         workdir: where finished steps and checkpoints are kept. Run again with the same folder, a killed run goes on,
             and ends as an undisturbed one does. Without it nothing can be resumed.
         overwrite: take a folder that holds another recipe's run; its steps are used where they are the same.
+        names: what the model and the task are called, for the report and to tell recipes apart.
         progress: called with an `Event` as things go on.
 
     Raises:
@@ -137,7 +139,9 @@ def compress(
         raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
     keep = None if workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
     folder = Path(workdir or keep.name)  # type: ignore[union-attr]
-    recipe = {"steps": [canonical(step) for step in steps], "target": asdict(target), "seed": seed}
+    recipe = {
+        **dict(names or {}), "steps": [canonical(step) for step in steps], "target": asdict(target), "seed": seed
+    }  # fmt: skip
     _claim(folder, recipe, overwrite)
     with preserved_globals(seed):
         copied, masks = copy_model(model)
@@ -200,7 +204,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
         for key in {**a, **b}:
             if a.get(key) != b.get(key):
                 return f"step {index}, {key}: {a.get(key)!r} there, {b.get(key)!r} here"
-    return "another target or seed"
+    keys = [key for key in ("model", "task", "target", "seed") if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in keys)
 
 
 def _origin(model: nn.Module, batch: Any, task: Task) -> str:

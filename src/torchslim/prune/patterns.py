@@ -103,7 +103,11 @@ class Slice:
         return keep.reshape(view).expand(shape).clone()
 
 
-PATTERNS = ("unstructured", "slice", "N:M (2:4, 4:8)")
+PATTERNS = {
+    "unstructured": "single weights",
+    "slice": "whole slices along `dim`, by their L_`n` norm",
+    "N:M": "N of every M weights along the input dimension are kept: 2:4, 4:8",
+}
 
 
 def find_pattern(pattern: str, *, n: float = 2.0, dim: int = 0) -> Pattern:

@@ -1,10 +1,7 @@
 """`run.json` as a page and as a table. Imports no torch."""
-from typing import Any
 
+from torchslim.report.load import RUN_FORMAT, load_run
+from torchslim.report.page import render
+from torchslim.report.text import table
 
-def render(run: dict[str, Any]) -> str:
-    return "<html></html>"
-
-
-def table(run: dict[str, Any]) -> str:
-    return ""
+__all__ = ["RUN_FORMAT", "load_run", "render", "table"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,11 @@ from torchslim.errors import RecipeError
 from torchslim.runtimes.base import Deployed, Runtime, Spec
 from torchslim.steps import Inputs
 
-RUNTIMES = ("eager", "inductor", "onnxruntime")
+RUNTIMES: Mapping[str, str] = {
+    "eager": "PyTorch, op by op; saves a .pt2",
+    "inductor": "torch.compile, C++ kernels made on this machine; saves nothing",
+    "onnxruntime": "ONNX Runtime; saves a .onnx",
+}
 
 
 def find_runtime(name: str) -> Runtime:

@@ -1,0 +1,229 @@
+"""The command line: everything is a thin call of the library; only here is anything drawn."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torchslim.steps import Event
+
+EXAMPLE = "\b\nExample:\n  "
+
+
+@click.group(epilog=f"{EXAMPLE}torchslim run examples/fashion_mnist/recipe.toml")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="torchslim")
+def cli(debug: bool) -> None:
+    """Prune, distil and quantize a trained PyTorch model, and measure what ships."""
+
+
+@cli.command(epilog=f"{EXAMPLE}torchslim run recipe.toml --out out/")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the result; default runs/NAME.")
+@click.option("--overwrite", is_flag=True, help="Take a folder that holds another recipe's run.")
+@click.option("--json", "as_json", is_flag=True, help="Print run.json instead of the table.")
+def run(recipe: Path, out: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Run a recipe; run again after a kill, it goes on where it stopped."""
+    from torchslim.compress import compress
+    from torchslim.recipe import load_recipe
+
+    _import_from_here()
+    parsed = load_recipe(recipe)
+    model, task, teacher = parsed.load()
+    out = out or Path("runs") / (recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name)
+    with _progress() as progress:
+        result = compress(
+            model,
+            task,
+            parsed.steps,
+            runtime=parsed.target.runtime,
+            threads=parsed.target.threads,
+            teacher=teacher,
+            engine=parsed.engine,
+            seed=parsed.seed,
+            workdir=out / "work",
+            overwrite=overwrite,
+            names={"model": parsed.model, "task": parsed.task},
+            progress=progress,
+        )
+        result.save(out)
+    if as_json:
+        click.echo(json.dumps(result.run, indent=1))
+    else:
+        click.echo(str(result))
+        click.echo(f"\nreport: {out / 'report.html'}")
+
+
+@cli.command(epilog=f"{EXAMPLE}torchslim check recipe.toml")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
+def check(recipe: Path, as_json: bool) -> None:
+    """Say whether a recipe would start: its keys, its order, and that what it names can be imported."""
+    from torchslim.recipe import load_recipe
+    from torchslim.steps import canonical, resolve, step_name
+
+    _import_from_here()
+    parsed = load_recipe(recipe)
+    for spec, what in ((parsed.model, "model"), (parsed.task, "task"), (parsed.teacher, "teacher")):
+        if spec is not None:
+            resolve(spec, what)
+    if as_json:
+        click.echo(json.dumps([canonical(step) for step in parsed.steps], indent=1))
+    else:
+        click.echo(f"{recipe}: {' -> '.join(step_name(step) for step in parsed.steps)} -> {parsed.target.runtime}: ok")
+
+
+@cli.command(epilog=f"{EXAMPLE}torchslim bench out/a out/b --batch 16")
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--batch", type=click.IntRange(min=1), help="Samples a call; default 1 where the batch is free.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: what each artifact was saved with.")
+@click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def bench(artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, as_json: bool) -> None:
+    """Time saved artifacts side by side, interleaved; ratios are over the first."""
+    from torchslim.artifact import load, render_timings
+    from torchslim.measure import compare
+
+    loaded = {str(path): load(path, threads=threads) for path in artifacts}
+    rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]))
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    width = max(len(row["artifact"]) for row in rows)
+    click.echo(f"{'artifact':<{width}}  {'latency ms [p10-p90]':>26}  {'speed-up [p10-p90]':>24}")
+    for row in rows:
+        took, ratio = row["latency_ms"], row["speedup"]
+        latency = f"{took['median']:.3f} [{took['p10']:.3f}-{took['p90']:.3f}]"
+        speedup = f"{ratio['median']:.2f}x [{ratio['p10']:.2f}-{ratio['p90']:.2f}]"
+        click.echo(f"{row['artifact']:<{width}}  {latency:>26}  {speedup:>24}  {ratio['verdict']}")
+
+
+@cli.command(epilog=f"{EXAMPLE}torchslim report runs/fashion_mnist")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Default: report.html beside run.json.")
+def report(folder: Path, out: Path | None) -> None:
+    """Make the report page again from run.json, and print the table."""
+    from torchslim.files import write_bytes
+    from torchslim.report import load_run, render, table
+
+    found = load_run(folder)
+    out = out or (folder if folder.is_dir() else folder.parent) / "report.html"
+    write_bytes(out, render(found).encode())
+    click.echo(table(found))
+    click.echo(f"\nreport: {out}")
+
+
+@cli.command("list", epilog=f"{EXAMPLE}torchslim list --json")
+@click.option("--json", "as_json", is_flag=True)
+def list_(as_json: bool) -> None:
+    """List steps, criteria, patterns, losses, schemes, metrics and runtimes."""
+    from torchslim.distill import LOSSES
+    from torchslim.prune import CRITERIA, PATTERNS
+    from torchslim.quantize import SCHEMES
+    from torchslim.recipe import STEPS
+    from torchslim.runtimes import RUNTIMES
+    from torchslim.task import METRICS
+
+    known = {
+        "steps": {name: _about(kind) for name, kind in STEPS.items()},
+        "criteria": {name: _about(function) for name, function in CRITERIA.items()},
+        "patterns": dict(PATTERNS),
+        "losses": {name: _about(kind) for name, kind in LOSSES.items()},
+        "schemes": {name: scheme.about for name, scheme in SCHEMES.items()},
+        "metrics": {name: "higher is better" if row[1] else "lower is better" for name, row in METRICS.items()},
+        "runtimes": dict(RUNTIMES),
+    }
+    if as_json:
+        click.echo(json.dumps(known, indent=1))
+        return
+    for kind, rows in known.items():
+        click.echo(click.style(kind, bold=True))
+        for name, about in rows.items():
+            click.echo(f"  {name:<14}{about}")
+
+
+def _about(documented: Any) -> str:
+    return (documented.__doc__ or "").strip().split("\n")[0]
+
+
+def _import_from_here() -> None:
+    """A recipe names modules of the user's folder; a console script does not look there by itself."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar on a terminal, a line for each phase elsewhere; on stderr, so that stdout stays the result."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    started, last = time.monotonic(), [""]
+    bars: dict[str, Any] = {}
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}"))  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def show(event: Event) -> None:
+            name = f"{event.step}: {event.phase}"
+            note = "  ".join(f"{key} {value:.4g}" for key, value in event.values.items())
+            if console.is_terminal:
+                if name not in bars:
+                    for bar in bars.values():
+                        progress.update(bar, total=progress.tasks[bar].total or 1, refresh=True)
+                        if not progress.tasks[bar].finished:
+                            progress.update(bar, completed=progress.tasks[bar].total or 1)
+                    bars[name] = progress.add_task(name, total=event.total, note=note)
+                progress.update(bars[name], completed=event.current, total=event.total, note=note)
+                return
+            tenth = 10 * event.current // event.total if event.total else 0
+            line = f"{name} {tenth * 10} %" if event.total else name
+            if line != last[0]:
+                last[0] = line
+                console.print(f"{time.monotonic() - started:6.0f} s  {line}  {note}", highlight=False)
+
+        yield show
+
+
+def main() -> None:
+    """Exit code 0 on success, 2 on the user's error (one line), 1 on ours."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        cli.main(args=arguments, prog_name="torchslim", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; run the same command again to go on", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001 - the last resort, which says whose mistake it is
+        from torchslim.errors import TorchslimError
+
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, TorchslimError):
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        hint = "" if debug else "; run with --debug for the traceback"
+        click.echo(f"internal error: {type(error).__name__}: {error}{hint}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

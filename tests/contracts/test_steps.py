@@ -1,0 +1,111 @@
+"""What every step promises, run over every registered one: nothing of the caller's changes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+import torchslim as ts
+from tests import toy
+from torchslim.recipe import STEPS
+from torchslim.steps import check_order, fingerprint
+
+INSTANCES: dict[str, Callable[[], Any]] = {
+    "prune": lambda: ts.Prune(sparsity=0.5),
+    "prune, random slices": lambda: ts.Prune(sparsity=0.25, criterion="random", pattern="slice"),
+    "prune, iterative": lambda: ts.Prune(
+        sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=1)
+    ),
+    "prune, gradual": lambda: ts.Prune(sparsity=0.5, schedule="gradual", train=ts.Distill(epochs=2)),
+    "finetune": lambda: ts.Finetune(epochs=1, optimizer="sgd"),
+    "distill": lambda: ts.Distill(epochs=1),
+    "quantize": lambda: ts.Quantize("int8"),
+}
+
+
+def test_every_registered_step_is_under_contract() -> None:
+    tested = {type(make()) for make in INSTANCES.values()}
+    assert set(STEPS.values()) <= tested
+
+
+def global_state() -> dict[str, Any]:
+    """Everything process-wide that a step could leave changed."""
+    return {
+        "torch rng": torch.get_rng_state().tolist(),
+        "numpy rng": str(np.random.get_state()),  # noqa: NPY002 - users' loaders still draw from it
+        "python rng": random.getstate(),
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "device": str(torch.get_default_device()),
+        "quantized engine": torch.backends.quantized.engine,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "attention fast path": torch.backends.mha.get_fastpath_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+    }
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    return {
+        "weights": fingerprint(model.state_dict()),
+        "modes": [module.training for module in model.modules()],
+        "grads": [parameter.requires_grad for parameter in model.parameters()],
+        "gradients": [parameter.grad is None for parameter in model.parameters()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+    }
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_a_run_leaves_the_model_and_the_process_as_they_were(name: str) -> None:
+    model, task = toy.model(), toy.task()
+    model.bn1.eval()  # a mix of modes must survive too
+    model.conv1.weight.requires_grad_(False)
+    random.seed(5)
+    np.random.seed(6)  # noqa: NPY002
+    torch.manual_seed(7)
+    before, process = model_state(model), global_state()
+
+    result = ts.compress(model, task, [INSTANCES[name]()], runtime="eager")
+
+    assert model_state(model) == before
+    assert global_state() == process
+    assert [row["name"] for row in result.run["rows"]][0] == "baseline"
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_a_step_is_a_step(name: str) -> None:
+    step = INSTANCES[name]()
+    assert isinstance(step, ts.Step)
+    check_order([step])
+    assert hash(step) == hash(INSTANCES[name]())
+    assert step == INSTANCES[name]()
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_equal_seeds_give_equal_models(name: str) -> None:
+    results = [ts.compress(toy.model(), toy.task(), [INSTANCES[name]()], runtime="eager", seed=4) for _ in range(2)]
+    states = [fingerprint(result.model.state_dict()) for result in results]
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_masks_of_an_earlier_torch_pruning_hold_through_every_step(name: str) -> None:
+    model = toy.model()
+    torch_prune.l1_unstructured(model.conv2, "weight", amount=0.5)
+    zero = model.conv2.weight == 0
+    result = ts.compress(model, toy.task(), [INSTANCES[name]()], runtime="eager")
+    assert torch_prune.is_pruned(model)
+    kept = result.module.get_parameter("conv2.weight")
+    assert bool((kept[zero] == 0).all())
+    assert bool((result.masks["conv2.weight"][zero] == False).all())  # noqa: E712
