@@ -523,7 +523,7 @@ def hostile_run() -> dict[str, Any]:
     run = make_run(metric=HOSTILE)
     run["metric"]["unit"] = "</td>"
     for row in run["rows"]:
-        row["name"] = f"{row['name']}{HOSTILE}"
+        row["name"] = f"{row['name']}<b>&lt;{HOSTILE}"  # plotly would take <b> and &lt; for markup
         row["warnings"] = [f"{HOSTILE}\" onmouseover='alert(1)'"]
     run["rows"][1]["layers"] = [layer(f"a{HOSTILE}", "refused", reason=f'" onclick=alert(1) {HOSTILE}')]
     run["rows"][1]["macs"] = {"not_measured": f'"><img src=x onerror=alert(1)>{HOSTILE}'}

@@ -102,10 +102,11 @@ def write_artifact(
     return folder
 
 
-def load(folder: str | Path, *, threads: int | None = None) -> Deployed:
+def load(folder: str | Path, *, runtime: str | None = None, threads: int | None = None) -> Deployed:
     """Load a saved model for use; outputs are bitwise those of the model that was saved.
 
-    Nothing is unpickled, and every file is checked against its SHA-256.
+    Nothing is unpickled, and every file is checked against its SHA-256. With `runtime`, the saved program is
+    compiled for another runtime than the one it was saved for.
 
     Raises:
         ArtifactError: no artifact, a newer format, a changed or missing file, or nothing that runs.
@@ -122,19 +123,19 @@ def load(folder: str | Path, *, threads: int | None = None) -> Deployed:
             "slower here, and without VNNI less accurate; quantize again on such a machine",
             stacklevel=2,
         )
-    runtime = find_runtime(manifest["runtime"])
+    chosen = find_runtime(runtime or manifest["runtime"])
     threads = threads or manifest["threads"]
     example = opened.example()
     payload: bytes | None = None
     with quiet():
-        if runtime.read is not None:
-            payload = opened.read(f"model{runtime.suffix}")
-            session = runtime.read(payload, spec, threads)
+        if chosen.read is not None and chosen.name == manifest["runtime"]:
+            payload = opened.read(f"model{chosen.suffix}")
+            session = chosen.read(payload, spec, threads)
         else:
-            session, _ = runtime.make(_recaptured(opened, spec, example), spec, threads)
+            session, payload = chosen.make(_recaptured(opened, spec, example), spec, threads)
     return Deployed(
-        session, spec, runtime=runtime.name, threads=threads, payload=payload, example=example,
-        program=lambda: opened.read(PROGRAM), quantized=manifest["quantized"], no_file=runtime.no_file,
+        session, spec, runtime=chosen.name, threads=threads, payload=payload, example=example,
+        program=lambda: opened.read(PROGRAM), quantized=manifest["quantized"], no_file=chosen.no_file,
     )  # fmt: skip
 
 

@@ -3,17 +3,22 @@
 Needs numpy and the runtime of the model (onnxruntime for model.onnx, torch for model.pt2), and nothing else.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+Run = Callable[[list[Any]], list[Any]]
 HERE = Path(__file__).resolve().parent
 
 
-def load_onnx(path, threads):
+def load_onnx(path: Path, threads: int | None) -> Run:
     """A function from a list of arrays to a list of arrays."""
     import onnxruntime
 
@@ -25,7 +30,7 @@ def load_onnx(path, threads):
     return lambda arrays: session.run(None, dict(zip(names, arrays)))
 
 
-def load_pt2(path, threads):
+def load_pt2(path: Path, threads: int | None) -> Run:
     """The same for an exported program; it takes the inputs by position."""
     import torch
 
@@ -37,7 +42,7 @@ def load_pt2(path, threads):
         torch.set_num_threads(threads)
     program = torch.export.load(path).module()
 
-    def run(arrays):
+    def run(arrays: list[Any]) -> list[Any]:
         with torch.no_grad():
             outputs = program(*[torch.from_numpy(array) for array in arrays])
         leaves = torch.utils._pytree.tree_leaves(outputs)
@@ -46,7 +51,7 @@ def load_pt2(path, threads):
     return run
 
 
-def main():
+def main() -> None:
     """Check the outputs against those recorded when the model was saved, then time it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=None, help="default: what the model was saved with")

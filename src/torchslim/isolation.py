@@ -8,6 +8,7 @@ import io
 import logging
 import random
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
@@ -22,22 +23,28 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 
     Modules that `torch.nn.utils.prune` has touched keep a computed, non-leaf `weight` that deepcopy refuses:
     the copy gets plain parameters instead, with zeros where the mask was zero, and the masks are returned by
-    parameter name (boolean, True where kept).
+    parameter name (boolean, True where kept). A parameter that an unpruned layer shares is given a copy of its own.
     """
-    # deepcopy takes what the memo holds: non-leaf attributes are replaced by detached clones
+    # deepcopy takes what the memo holds: non-leaf attributes (of lists and dicts too) are replaced by detached clones
     memo: dict[int, Any] = {
         id(value): value.detach().clone()
         for module in model.modules()
-        for value in vars(module).values()
+        for value in torch.utils._pytree.tree_leaves(dict(vars(module)))
         if isinstance(value, Tensor) and value.grad_fn is not None
     }
     copied = copy.deepcopy(model, memo)
+    owners = Counter(id(each) for module in copied.modules() for each in module._parameters.values())
     masks: dict[str, Tensor] = {}
     for path, module in copied.named_modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 name = hook._tensor_name
                 mask = getattr(module, f"{name}_mask").bool()
+                original = module._parameters[f"{name}_orig"]
+                assert original is not None
+                if owners[id(original)] > 1:  # else the zeros would reach the other layer
+                    owners[id(original)] -= 1
+                    module._parameters[f"{name}_orig"] = copy.deepcopy(original)
                 prune.remove(module, name)
                 masks[f"{path}.{name}" if path else name] = mask
     return copied, masks

@@ -18,7 +18,7 @@ PACKAGES = ("torchslim", "torch", "torchao", "onnxruntime", "onnx", "lightning-f
 @cache
 def instruction_set() -> str:
     """What decides how int8 runs here: "amx", "avx512-vnni", "avx-vnni", "avx512", "avx2", or the architecture."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not capabilities:  # torch before it could tell
         capabilities = {
             "avx512_vnni": torch.cpu._is_vnni_supported(),

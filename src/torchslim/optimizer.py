@@ -114,7 +114,9 @@ class OptimizerSettings:
         """The optimizer over the model's trainable parameters."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters:
-            raise TrainError("the model has no trainable parameter; set requires_grad on what should be trained")
+            raise TrainError(
+                "the model has no trainable parameter; set requires_grad on what should be trained"
+            )
         factory = self.factory()
         if factory is not None:
             made = factory(parameters)

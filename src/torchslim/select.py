@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from torchslim.errors import SelectError
 
@@ -40,88 +41,118 @@ def class_names(model: nn.Module) -> dict[str, list[str]]:
     """The class names of each module, bases included up to `Module`, by path."""
     return {
         path: [base.__name__ for base in type(module).__mro__ if base not in (nn.Module, object)]
-        for path, module in model.named_modules()
+        for path, module in model.named_modules(remove_duplicate=False)
     }
+
+
+def parameter_paths(model: nn.Module) -> dict[str, list[str]]:
+    """All paths of each parameter, a shared one has several, by the path that `named_parameters` gives it."""
+    by_tensor: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        by_tensor.setdefault(id(parameter), []).append(path)
+    return {paths[0]: paths for paths in by_tensor.values()}
 
 
 def prunable_by_default(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """Weights of conv, linear, recurrent and attention layers; never biases, norms or embeddings."""
     return (
         parameter.dim() >= 2
+        and parameter.numel() > 0
         and "weight" in name
         and "bias" not in name
         and parameter.is_floating_point()
         and not isinstance(owner, (*NORMS, *EMBEDDINGS))
         and not hasattr(owner, "parametrizations")
+        and not hasattr(owner, f"{name.removesuffix('_g')}_v")  # the lengths that `weight_norm` keeps
         and "Norm" not in type(owner).__name__  # a user's own norm
         and "Embedding" not in type(owner).__name__
     )
 
 
-def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, nn.Parameter]:
+def select_weights(
+    model: nn.Module, include: Patterns = None, exclude: Patterns = None
+) -> dict[str, nn.Parameter]:
     """Parameters by path, each tensor once: the default ones that are included, and those named in full.
+
+    A tensor that two layers share is known by all of its paths, and is touched by default only where both allow it.
 
     Raises:
         SelectError: when a pattern matches nothing, with the nearest names.
     """
     types = class_names(model)
-    owners = dict(model.named_modules())
+    owners = dict(model.named_modules(remove_duplicate=False))
     everything = dict(model.named_parameters())
+    paths = parameter_paths(model)
     if not everything:
-        raise SelectError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
+        raise SelectError(
+            f"the model ({type(model).__name__}) has no parameters; there is nothing to compress"
+        )
+    shapeless = [path for path, each in everything.items() if is_lazy(each)]
+    if shapeless:
+        raise SelectError(f"{shapeless[0]!r} has no shape yet; run one batch through the model first")
     default = {
         path: parameter
         for path, parameter in everything.items()
-        if prunable_by_default(owners[path.rpartition(".")[0]], path.rpartition(".")[2], parameter)
+        if all(
+            prunable_by_default(owners[each.rpartition(".")[0]], each.rpartition(".")[2], parameter)
+            for each in paths[path]
+        )
     }
+
+    def covered(pattern: str, path: str) -> bool:
+        return any(matches(pattern, each, types) for each in paths[path])
+
     wanted, unwanted = as_list(include), as_list(exclude)
-    for pattern in unwanted:
-        _require(pattern, everything, owners, types)
-    chosen = dict(default) if include is None else {}
+    for pattern in (*wanted, *unwanted):
+        if not any(matches(pattern, path, types) for path in (*owners, *everything)):
+            raise SelectError(_unmatched(pattern, [*owners, *everything], types))
+    chosen = set(default) if include is None else set()
     for pattern in wanted:
-        _require(pattern, everything, owners, types)
-        found = {path: each for path, each in default.items() if matches(pattern, path, types)}
         # biases, norms and embeddings only by a pattern that ends in the parameter's own name
-        named = {
-            path: each
-            for path, each in everything.items()
-            if not pattern.startswith("type:") and path not in default and fnmatchcase(path, pattern)
-            and fnmatchcase(path.rpartition(".")[2], pattern.rpartition(".")[2]) and not pattern.endswith("*")
-        }
-        if not found and not named:
-            inside = [path for path in everything if matches(pattern, path, types)]
+        named = {path for path in everything if any(_names(pattern, each) for each in paths[path])}
+        found = {path for path in default if covered(pattern, path)} | named
+        if not found:
+            inside = [path for path in everything if covered(pattern, path)]
+            hint = f"to prune it all the same, name the parameter: {', '.join(inside[:5])}"
             raise SelectError(
-                f"pattern {pattern!r} matches no weight that is pruned by default; to prune it all the same, name "
-                f"the parameter: {', '.join(inside[:5])}"
+                f"pattern {pattern!r} matches no weight that is pruned by default; "
+                f"{hint if inside else 'the layers that it matches have no parameters'}"
             )
-        chosen |= found | named
-    kept = {path: each for path, each in chosen.items() if not any(matches(p, path, types) for p in unwanted)}
-    if not kept:
+        chosen |= found
+    chosen = {path for path in chosen if not any(covered(pattern, path) for pattern in unwanted)}
+    if not chosen:
         raise SelectError("no layer is left to compress: every included layer is excluded, or there is none")
-    return {path: everything[path] for path in everything if path in kept}
+    return {path: each for path, each in everything.items() if path in chosen}
 
 
-def by_pattern(patterns: Iterable[str], paths: Iterable[str], model: nn.Module) -> dict[str, str]:
-    """For each path the last pattern that covers it; every pattern must cover one."""
-    types, paths = class_names(model), list(paths)
-    owners = dict(model.named_modules())
+def by_pattern(patterns: Iterable[str], chosen: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """For each chosen parameter the last pattern that covers it; every pattern must cover one."""
+    types, paths, chosen = class_names(model), parameter_paths(model), list(chosen)
+    names = [*(path for path, _ in model.named_modules(remove_duplicate=False)), *paths]
     covered: dict[str, str] = {}
     for pattern in patterns:
-        found = [path for path in paths if matches(pattern, path, types)]
+        found = [path for path in chosen if any(matches(pattern, each, types) for each in paths[path])]
+        if not found and any(matches(pattern, path, types) for path in names):
+            raise SelectError(
+                f"pattern {pattern!r} matches no weight that is chosen for pruning; there are {', '.join(chosen[:5])}; "
+                "choose others with include=..."
+            )
         if not found:
-            raise SelectError(_unmatched(pattern, [*paths, *(path for path in owners if path)]))
+            raise SelectError(_unmatched(pattern, [*chosen, *names], types))
         covered.update(dict.fromkeys(found, pattern))
     return covered
 
 
-def _require(
-    pattern: str, parameters: Iterable[str], owners: Mapping[str, nn.Module], types: Mapping[str, Sequence[str]]
-) -> None:
-    names = [*(path for path in owners if path), *parameters]
-    if not any(matches(pattern, path, types) for path in names):
-        raise SelectError(_unmatched(pattern, names))
+def _names(pattern: str, path: str) -> bool:
+    """Does the pattern spell out this parameter's own name, as `*.bias` does and `*` does not?"""
+    if pattern.startswith("type:") or pattern.endswith("*"):
+        return False
+    return fnmatchcase(path, pattern) and fnmatchcase(path.rpartition(".")[2], pattern.rpartition(".")[2])
 
 
-def _unmatched(pattern: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or list(names)[:5]
+def _unmatched(pattern: str, names: Iterable[str], types: Mapping[str, Sequence[str]]) -> str:
+    if pattern.startswith("type:"):
+        names = (f"type:{name}" for each in types.values() for name in each)
+    known = list(dict.fromkeys(name for name in names if name))
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:5]
     return f"pattern {pattern!r} matches no layer; near names: {', '.join(near)}"

@@ -6,21 +6,22 @@ import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from torchslim.errors import TrainError
 from torchslim.files import write_bytes
 from torchslim.isolation import preserved_globals, seed_everything
-from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome, resolve
-from torchslim.task import Batch, Metric, Predict, Task, checked, device_of, predictor, take_first
+from torchslim.loaders import first_batch, length, seeded, shared
+from torchslim.optimizer import MaskKeeper, OptimizerSettings
+from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome
+from torchslim.task import Batch, Task, checked, device_of, predictor
 
 Losses = Mapping[str, Tensor]
 """Named scalars; their sum is trained on, each is logged by itself."""
@@ -40,15 +41,24 @@ class Loop:
     optimizer: Optimizer
     epochs: int
     masks: dict[str, Tensor] = field(default_factory=dict)
-    steps_per_epoch: int | None = None
+    steps_per_epoch: int | None = None  # for a loader without a length known after the first epoch
     epoch: int = 0  # finished epochs
     step: int = 0  # finished optimizer steps
     step_in_epoch: int = 0
 
     @property
     def progress(self) -> float:
-        """Fraction of the training that is done, in [0, 1]; by epochs where the loader has no length."""
+        """Fraction of the training that is done, in [0, 1]; by whole epochs while an epoch's length is not known."""
         inside = min(self.step_in_epoch / self.steps_per_epoch, 1.0) if self.steps_per_epoch else 0.0
+        return min((self.epoch + inside) / self.epochs, 1.0)
+
+    @property
+    def midpoint(self) -> float:
+        """Progress in the middle of the coming step, or of the epoch: what the learning rate goes by.
+
+        A step's start would give the first step no learning rate at all.
+        """
+        inside = min((self.step_in_epoch + 0.5) / self.steps_per_epoch, 1.0) if self.steps_per_epoch else 0.5
         return min((self.epoch + inside) / self.epochs, 1.0)
 
 
@@ -98,16 +108,16 @@ class Training:
     keep: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
-        for name, valid, rule in (
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("lr", self.lr > 0 and math.isfinite(self.lr), "a finite number above 0"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
-            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0"),
-        ):
-            if not valid:
-                raise TrainError(f"{name} must be {rule}, got {getattr(self, name)}")
+        self.settings()
+        check_epochs(self.epochs)
+        if self.keep not in ("best", "last"):
+            raise TrainError(f"keep must be 'best' or 'last', got {self.keep!r}")
+
+    def settings(self) -> OptimizerSettings:
+        """The optimizer's part of the fields, checked."""
+        return OptimizerSettings(
+            **{each.name: getattr(self, each.name) for each in fields(OptimizerSettings)}
+        )
 
     def objective(self, ctx: Context) -> Objective:
         """The loss to train on."""
@@ -115,9 +125,8 @@ class Training:
 
     def check_training(self, ctx: Context) -> None:
         """Raise for what training would fail on: no data, no optimizer."""
-        take_first(ctx.task.train, "train")
-        if isinstance(self.optimizer, str) and self.optimizer not in ("sgd", "adamw"):
-            resolve(self.optimizer, "optimizer", TrainError)
+        first_batch(ctx.task)
+        self.settings().factory()
 
     def fit(
         self,
@@ -130,13 +139,12 @@ class Training:
         part: int = 0,
     ) -> FitReport:
         """Train `model` in place on the context's task; `part` numbers several trainings in one step."""
-        settings = {name: getattr(self, name) for name in OptimizerSettings.__dataclass_fields__}
         return fit(
             model,
             self.objective(ctx),
             ctx.task.train if ctx.task.train is not None else (),
             epochs=self.epochs,
-            settings=OptimizerSettings(**settings),
+            settings=self.settings(),
             evaluate=ctx.task if self.keep == "best" else None,
             hooks=hooks,
             masks=ctx.masks if masks is None else masks,
@@ -163,7 +171,11 @@ class Finetune(Training):
     def check(self, ctx: Context) -> None:
         """Needs training batches with labels."""
         self.check_training(ctx)
-        if ctx.task.loss is None and ctx.task.target(take_first(ctx.task.train, "train")) is None:
+
+    def check_training(self, ctx: Context) -> None:
+        """As `check`, for other steps that train on labels."""
+        Training.check_training(self, ctx)
+        if ctx.task.loss is None and ctx.task.target(first_batch(ctx.task)) is None:
             raise TrainError(
                 "Finetune needs labels, but Task.target gives None; use Distill with alpha=1, or give Task(loss=...)"
             )
@@ -174,7 +186,8 @@ class Finetune(Training):
 
 def trained(model: nn.Module, ctx: Context, report: FitReport) -> Outcome:
     """The outcome of a step that only trains."""
-    record = LayerRecord(layer="", action="trained", reason=f"best epoch {report.best_epoch}")
+    kept = "last epoch" if report.best_epoch is None else f"best epoch {report.best_epoch}"
+    record = LayerRecord(layer="", action="trained", reason=kept)
     return Outcome(model=model, masks=ctx.masks, layers=[record], history=report.history)
 
 
@@ -215,16 +228,21 @@ def fit(
     as it was; the model returns to its device and its train/eval modes.
 
     Raises:
-        TrainError: no batches, nothing to train, or a loss that is not finite (the last checkpoint is kept).
+        TaskError: no batches.
+        TrainError: nothing to train, or a loss or weights that are not finite (the last checkpoint is kept).
+        StorageError: the checkpoint cannot be written (the one before is kept).
     """
+    check_epochs(epochs)
     settings, engine = settings or OptimizerSettings(), engine or Engine()
     home = device_of(model)
     modes = {module: module.training for module in model.modules()}
     metric = evaluate.as_metric() if evaluate else None
-    with preserved_globals(), _fabric(engine) as fabric:
+    # a caller who only evaluates may have switched gradients off
+    with preserved_globals(), torch.enable_grad(), _fabric(engine) as fabric:
         optimizer = settings.build(model)
-        trainee = _Trainee(fabric, *fabric.setup(model, optimizer), objective, settings, hooks, progress, step_name, phase)
-        loop = Loop(model, optimizer, epochs, dict(masks or {}), _length(batches, fabric.world_size))
+        wrapped, stepper = fabric.setup(model, optimizer)
+        trainee = _Trainee(fabric, wrapped, stepper, objective, settings, hooks, progress, step_name, phase)
+        loop = Loop(model, optimizer, epochs, dict(masks or {}), length(batches, fabric.world_size))
         keeper = MaskKeeper(dict(model.named_parameters()), optimizer, loop.masks)
         history: list[dict[str, float]] = []
         best = _Best()
@@ -238,10 +256,11 @@ def fit(
             for epoch in range(loop.epoch, epochs):
                 epoch_seed = seed * 100_003 + epoch
                 seed_everything(epoch_seed)
-                with _seeded_loader(batches, epoch, epoch_seed):
-                    row = trainee.epoch(_share(checked(batches, "train"), fabric), loop, keeper)
+                with seeded(batches, epoch, epoch_seed):
+                    row = trainee.epoch(shared(checked(batches, "train"), fabric), loop, keeper)
                 if evaluate is not None and metric is not None:
-                    row["val"] = evaluate.evaluate(predictor(model), "val")
+                    with seeded(evaluate.val, epoch, epoch_seed):
+                        row["val"] = evaluate.evaluate(predictor(model), "val")
                     if all(hook.settled(loop) for hook in hooks) and metric.better(row["val"], best.value):
                         best = _Best(loop.epoch, row["val"], _weights(model), dict(loop.masks))
                 history.append(row)
@@ -289,21 +308,32 @@ class _Trainee:
         count = 0
         self.model.train()
         for count, batch in enumerate(batches, 1):
-            factor = self.settings.factor(loop.progress)
+            factor = self.settings.factor(loop.midpoint)
             for group, lr in zip(loop.optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = lr * factor
             for name, value in self.step(batch, loop, keeper, count).items():
                 sums[name] = sums.get(name, 0.0) + value
             total = loop.steps_per_epoch and loop.steps_per_epoch * loop.epochs
             self.progress(
-                Event(step=self.step_name, phase=self.phase, current=loop.step, total=total,
-                      values={"epoch": loop.epoch + 1, "loss": self.last_finite})
+                Event(
+                    step=self.step_name,
+                    phase=self.phase,
+                    current=loop.step,
+                    total=total,
+                    values={"epoch": loop.epoch + 1, "loss": self.last_finite},
+                )
             )
         loop.epoch, loop.step_in_epoch = loop.epoch + 1, 0
+        loop.steps_per_epoch = loop.steps_per_epoch or count
         for hook in self.hooks:
             hook.on_epoch(loop)
         keeper.follow(loop.masks)
         keeper.after_step()
+        broken = [name for name, each in loop.model.named_parameters() if not torch.isfinite(each).all()]
+        if broken:
+            raise self.diverged(
+                f"{', '.join(broken[:3])} became nan or infinite", f"end of epoch {loop.epoch}"
+            )
         means = {f"loss_{name}": total / count for name, total in sums.items()}
         return {"epoch": float(loop.epoch), **means, "lr": loop.optimizer.param_groups[0]["lr"]}
 
@@ -314,20 +344,21 @@ class _Trainee:
             penalty = hook.penalty(loop)
             if penalty is not None:
                 parts[f"penalty_{index}" if index else "penalty"] = penalty
-        loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
+        loss = self.total(parts)
+        where = f"epoch {loop.epoch + 1}, batch {number}"
         value = loss.item()
         if not math.isfinite(value):
-            raise TrainError(
-                f"the loss became {value} in {self.step_name!r}, epoch {loop.epoch + 1}, batch {number}; the last "
-                f"finite loss was {self.last_finite:.6g}; lower lr (now {self.settings.lr:g}), set clip_norm, or look "
-                "for bad values in that batch (the checkpoint of the last whole epoch is kept)"
-            )
+            raise self.diverged(f"the loss became {value}", where)
         self.last_finite = value
         loop.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         keeper.before_step()
         if self.settings.clip_norm is not None:
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.settings.clip_norm)
+            norm = self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False
+            )
+            if norm is not None and not math.isfinite(norm):
+                raise self.diverged(f"the gradient's norm became {float(norm)}", where)
         self.optimizer.step()
         loop.step += 1
         loop.step_in_epoch = number
@@ -336,6 +367,37 @@ class _Trainee:
         keeper.follow(loop.masks)
         keeper.after_step()
         return {name: part.item() for name, part in parts.items()}
+
+    def total(self, parts: Losses) -> Tensor:
+        """The sum that is trained on."""
+        for name, part in parts.items():
+            if not isinstance(part, Tensor) or part.numel() != 1:
+                got = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+                raise TrainError(
+                    f"the loss {name!r} must be one number in a tensor, got {got}; take its mean"
+                )
+        if not any(part.requires_grad for part in parts.values()):
+            raise TrainError(
+                f"no loss depends on a trainable weight (losses: {', '.join(parts) or 'none'}); give a loss that is "
+                "computed from the model's outputs without detach or no_grad"
+            )
+        return torch.stack([part.reshape(()) for part in parts.values()]).sum()
+
+    def diverged(self, what: str, where: str) -> TrainError:
+        """What to raise when numbers are lost."""
+        before = "there was no finite loss before"
+        if math.isfinite(self.last_finite):
+            before = f"the last finite loss was {self.last_finite:.6g}"
+        return TrainError(
+            f"{what} in {self.step_name!r}, {where}; {before}; lower lr (now {self.settings.lr:g}), set clip_norm, or "
+            "look for bad values in that batch (the checkpoint of the last whole epoch is kept)"
+        )
+
+
+def check_epochs(epochs: int) -> None:
+    """Raise TrainError unless it is a whole number of at least 1."""
+    if not isinstance(epochs, int) or epochs < 1:
+        raise TrainError(f"epochs must be a whole number of at least 1, got {epochs!r}")
 
 
 def _weights(model: nn.Module) -> dict[str, Any]:
@@ -349,6 +411,7 @@ def _checkpoint(state: Path, loop: Loop, history: list[dict[str, float]], best: 
     buffer = io.BytesIO()
     saved = {"epoch": loop.epoch, "step": loop.step, "model": _weights(loop.model), "masks": loop.masks,
              "optimizer": loop.optimizer.state_dict(), "history": history,
+             "steps_per_epoch": loop.steps_per_epoch,
              "best": [best.epoch, best.value, best.weights, best.masks]}  # fmt: skip
     torch.save(saved, buffer)
     write_bytes(state, buffer.getvalue())
@@ -360,43 +423,17 @@ def _restore(state: Path, loop: Loop) -> tuple[list[dict[str, float]], _Best]:
         loop.model.load_state_dict(saved["model"])
         loop.optimizer.load_state_dict(saved["optimizer"])
         loop.masks, loop.epoch, loop.step = saved["masks"], saved["epoch"], saved["step"]
+        loop.steps_per_epoch = saved["steps_per_epoch"]
         return saved["history"], _Best(*saved["best"])
     except Exception as error:  # noqa: BLE001 - a damaged file fails in many ways, all mended alike
-        raise TrainError(f"the checkpoint {state} cannot be resumed from ({error}); delete it to start over") from error
+        raise TrainError(
+            f"the checkpoint {state} cannot be resumed from ({error}); delete it to start over"
+        ) from error
 
 
 def _precision(engine: Engine) -> Any:
     on_gpu = engine.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def _length(batches: Iterable[Batch], world_size: int) -> int | None:
-    with suppress(TypeError):  # an iterable dataset has no length: progress then goes by epochs
-        return max(len(batches) // world_size, 1)  # type: ignore[arg-type]
-    return None
-
-
-def _share(batches: Iterator[Batch], fabric: Any) -> Iterator[Batch]:
-    """Every process sees its own batches of the one seeded order."""
-    return batches if fabric.world_size == 1 else islice(batches, fabric.global_rank, None, fabric.world_size)
-
-
-@contextmanager
-def _seeded_loader(batches: Iterable[Batch], epoch: int, seed: int) -> Iterator[None]:
-    """Seed the loader's own generators for this epoch, and give them back as they were."""
-    sampler = getattr(batches, "sampler", None)
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
-    owned = (getattr(batches, "generator", None), getattr(sampler, "generator", None))
-    generators = {id(each): each for each in owned if isinstance(each, torch.Generator)}
-    states = {key: each.get_state() for key, each in generators.items()}
-    try:
-        for each in generators.values():
-            each.manual_seed(seed)
-        yield
-    finally:
-        for key, each in generators.items():
-            each.set_state(states[key])
 
 
 @contextmanager
@@ -409,9 +446,15 @@ def _fabric(engine: Engine) -> Iterator[Any]:
         from lightning_fabric import Fabric
 
         precision: Any = engine.precision or _precision(engine)
-        fabric = Fabric(
-            accelerator=engine.accelerator, devices=engine.devices, strategy=engine.strategy, precision=precision
-        )
+        try:
+            fabric = Fabric(
+                accelerator=engine.accelerator,
+                devices=engine.devices,
+                strategy=engine.strategy,
+                precision=precision,
+            )
+        except Exception as error:  # Fabric raises many kinds, all about what the engine asks for
+            raise TrainError(f"{engine} cannot be used here: {error}") from error
         if fabric.world_size > 1:
             fabric.launch()
         yield fabric

@@ -30,7 +30,9 @@ def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float = 1.0)
         )
     log_student = functional.log_softmax(student / temperature, dim=1)
     log_teacher = functional.log_softmax(teacher.detach() / temperature, dim=1)
-    return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    return (
+        functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,9 @@ class KD:
         if self.label_weight == 0:
             return self.soft(student, teacher)
         if target is None:
-            raise DistillError(f"alpha={self.alpha} leaves weight to the labels, but there are none; set alpha=1")
+            raise DistillError(
+                f"alpha={self.alpha} leaves weight to the labels, but there are none; set alpha=1"
+            )
         return self.label_weight * default_loss(student, target) + self.soft(student, teacher)
 
 
@@ -87,4 +91,6 @@ def find_response(response: str | KD | Response) -> KD | Response:
     if ":" in response:
         found: Response = resolve(response, "response", DistillError)
         return found() if isinstance(found, type) else found
-    raise DistillError(f"response {response!r} is not known; one of {', '.join(LOSSES)}, or 'package.module:name'")
+    raise DistillError(
+        f"response {response!r} is not known; one of {', '.join(LOSSES)}, or 'package.module:name'"
+    )

@@ -11,8 +11,9 @@ from torch import nn
 from torchslim.distill.losses import KD, Response, find_response
 from torchslim.errors import DistillError
 from torchslim.isolation import copy_model
+from torchslim.loaders import first_batch
 from torchslim.steps import Context, Form, Outcome
-from torchslim.task import Batch, Task, predictor, take_first
+from torchslim.task import Batch, Task, predictor
 from torchslim.training import Losses, Objective, Training, trained
 
 
@@ -47,7 +48,9 @@ class Distill(Training):
     def objective(self, ctx: Context) -> Objective:
         """Teacher and labels, each with its weight."""
         teacher, _ = copy_model(ctx.teacher)
-        return _ResponseObjective(ctx.task, teacher, find_response(self.response), self.resolved_label_weight())
+        return _ResponseObjective(
+            ctx.task, teacher, find_response(self.response), self.resolved_label_weight()
+        )
 
     def check(self, ctx: Context) -> None:
         """There is data to train on, labels where they count, and a teacher that answers."""
@@ -57,7 +60,7 @@ class Distill(Training):
         """As `check`, for other steps that train by distillation."""
         Training.check_training(self, ctx)
         find_response(self.response)
-        batch = take_first(ctx.task.train, "train")
+        batch = first_batch(ctx.task)
         if self.resolved_label_weight() > 0 and ctx.task.loss is None and ctx.task.target(batch) is None:
             raise DistillError(
                 f"the labels have weight {self.resolved_label_weight():g}, but Task.target gives None; set alpha=1 "

@@ -6,6 +6,14 @@ from torchslim.prune.sparsify import HeldZeros, Sparsity, hold_zeros, sparsity
 from torchslim.prune.step import Prune, weights
 
 __all__ = [
-    "CRITERIA", "PATTERNS", "Criterion", "HeldZeros", "Prune", "Sparsity", "Statistics", "hold_zeros", "sparsity",
+    "CRITERIA",
+    "PATTERNS",
+    "Criterion",
+    "HeldZeros",
+    "Prune",
+    "Sparsity",
+    "Statistics",
+    "hold_zeros",
+    "sparsity",
     "weights",
 ]

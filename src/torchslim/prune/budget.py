@@ -11,11 +11,13 @@ from torch import Tensor
 from torchslim.errors import PruneError
 
 
-def check_sparsity(sparsity: float) -> None:
+def check_sparsity(sparsity: float, what: str = "sparsity") -> None:
     """A sparsity is the fraction removed, in [0, 1)."""
-    if not (isinstance(sparsity, (int, float)) and math.isfinite(sparsity) and 0 <= sparsity < 1):
+    if not isinstance(sparsity, (int, float)):
+        raise PruneError(f"{what} must be a number in [0, 1), got {sparsity!r}")
+    if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
         hint = "; to drop a whole layer, leave it out of the model" if sparsity == 1 else ""
-        raise PruneError(f"sparsity must be in [0, 1), the fraction that is removed, got {sparsity}{hint}")
+        raise PruneError(f"{what} must be in [0, 1), the fraction that is removed, got {sparsity}{hint}")
 
 
 def keep_per_row(scores: Tensor, sparsity: float) -> Tensor:
@@ -40,9 +42,9 @@ def keep_globally(scores: Sequence[Tensor], costs: Sequence[int], sparsity: floa
         costs: per layer how many weights one of its units holds.
         sparsity: the fraction of all weights to remove.
     """
-    flat = torch.cat([each.reshape(-1) for each in scores])
+    flat = torch.cat([each.reshape(-1).cpu() for each in scores])  # a model may live on several devices
     cost = torch.cat([torch.full((each.numel(),), value) for each, value in zip(scores, costs, strict=True)])
-    order = flat.argsort(stable=True).cpu()
+    order = flat.argsort(stable=True)
     spent = torch.cat([torch.zeros(1, dtype=torch.long), cost[order].cumsum(0)])
     target = round(sparsity * int(spent[-1]))
     dropped = int((spent - target).abs().argmin())

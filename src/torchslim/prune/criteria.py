@@ -52,17 +52,21 @@ def find_criterion(criterion: str | Criterion) -> Criterion:
     if ":" in criterion:
         found: Criterion = resolve(criterion, "criterion", PruneError)
         return found
-    raise PruneError(f"criterion {criterion!r} is not known; one of {', '.join(CRITERIA)}, or 'package.module:name'")
+    raise PruneError(
+        f"criterion {criterion!r} is not known; one of {', '.join(CRITERIA)}, or 'package.module:name'"
+    )
 
 
 def score(criterion: Criterion, weight: Tensor, statistics: Statistics) -> Tensor:
-    """The criterion's scores, checked."""
+    """The criterion's scores, checked; at least float32, so that halves are not ranked by rounded norms."""
     with torch.no_grad():
-        scores = criterion(weight.detach(), statistics)
+        scores = criterion(weight.detach().clone(), statistics)  # the criterion may work in place
     name = getattr(criterion, "__name__", repr(criterion))
     if not isinstance(scores, Tensor) or scores.shape != weight.shape:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise PruneError(f"criterion {name!r} must return scores of shape {tuple(weight.shape)}, got {got}")
     if not torch.isfinite(scores).all():
         raise PruneError(f"criterion {name!r} gave scores that are not finite for {statistics.name!r}")
-    return scores
+    if not scores.is_floating_point():
+        return scores.double()  # whole numbers: exact up to 2**53
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -6,6 +6,7 @@ decision on units into a mask of the weight's shape.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -19,7 +20,10 @@ from torchslim.errors import PruneError
 class Pattern(Protocol):
     """How single weights are bound together."""
 
-    fixed_sparsity: float | None  # the sparsity that the pattern itself decides, or None
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The sparsity that the pattern itself decides, or None."""
+        ...
 
     def refusal(self, shape: torch.Size, input_dim: int) -> str:
         """Why a weight of this shape cannot follow the pattern; empty when it can."""
@@ -67,6 +71,8 @@ class NM:
 
     def refusal(self, shape: torch.Size, input_dim: int) -> str:
         """The input dimension must be a multiple of M."""
+        if not shape:
+            return "a single number has no input dimension"
         size = shape[input_dim]
         return "" if size % self.m == 0 else f"input dimension {size} is not a multiple of {self.m}"
 
@@ -88,13 +94,24 @@ class Slice:
     dim: int = 0
     fixed_sparsity: ClassVar[None] = None
 
+    def __post_init__(self) -> None:
+        if math.isnan(self.n):
+            raise PruneError("n must be the order of a norm, such as 1, 2 or inf, got nan")
+
     def refusal(self, shape: torch.Size, input_dim: int) -> str:
-        """The weight must have the dimension."""
-        return "" if -len(shape) <= self.dim < len(shape) else f"a weight of {len(shape)} dimensions has no dim {self.dim}"
+        """The weight must have the dimension, and another one beside it."""
+        if len(shape) < 2:
+            return "a weight of one dimension has no slices"
+        return (
+            ""
+            if -len(shape) <= self.dim < len(shape)
+            else f"a weight of {len(shape)} dimensions has no dim {self.dim}"
+        )
 
     def units(self, scores: Tensor, input_dim: int) -> Tensor:
         """(1, slices)."""
-        return torch.linalg.vector_norm(scores.movedim(self.dim, 0).flatten(1), ord=self.n, dim=1).unsqueeze(0)
+        norms: Tensor = torch.linalg.vector_norm(scores.movedim(self.dim, 0).flatten(1), ord=self.n, dim=1)
+        return norms.unsqueeze(0)
 
     def spread(self, keep: Tensor, shape: torch.Size, input_dim: int) -> Tensor:
         """One decision per slice."""

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 from torchslim.errors import PruneError
+from torchslim.isolation import copy_model
+from torchslim.optimizer import MaskKeeper
 from torchslim.prune.budget import keep_globally, keep_per_row
 from torchslim.prune.criteria import Criterion, Statistics, score
 from torchslim.prune.patterns import Pattern
 from torchslim.select import Patterns, by_pattern, select_weights
 from torchslim.steps import LayerRecord
-from torchslim.training import MaskKeeper
 
 Masks = dict[str, Tensor]
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -54,12 +55,14 @@ def plan(
     records = [LayerRecord(layer=path, action="refused", reason=why) for path, why in refused.items() if why]
     able = [path for path, why in refused.items() if not why]
     if not able:
-        raise PruneError(f"no chosen layer can follow the pattern: {'; '.join(f'{p}: {w}' for p, w in refused.items())}")
+        raise PruneError(
+            f"no chosen layer can follow the pattern: {'; '.join(f'{p}: {w}' for p, w in refused.items())}"
+        )
 
     generator = torch.Generator().manual_seed(seed)
     units = {}
     for path in able:
-        scores = score(criterion, chosen[path], Statistics(name=path, generator=generator)).float()
+        scores = score(criterion, chosen[path], Statistics(name=path, generator=generator))
         units[path] = pattern.units(scores, inputs[path])
         if path in previous:
             mask = previous[path].to(scores.device)
@@ -72,9 +75,15 @@ def plan(
     for path in able:
         mask = pattern.spread(keep[path], chosen[path].shape, inputs[path])
         masks[path] = mask & previous[path].to(mask.device) if path in previous else mask
-        removed = 1 - masks[path].float().mean().item()
-        records.append(LayerRecord(layer=path, action="pruned", sparsity=removed))
+        records.append(pruned_record(path, masks[path]))
     return masks, records
+
+
+def pruned_record(path: str, mask: Tensor) -> LayerRecord:
+    """What pruning did to one layer; a layer that gives a constant from now on is said so."""
+    removed = int((~mask).sum())
+    reason = "every weight is removed" if removed == mask.numel() else ""
+    return LayerRecord(layer=path, action="pruned", reason=reason, sparsity=removed / mask.numel())
 
 
 def _decide(
@@ -108,11 +117,13 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
 
 
-def warn_refused(records: list[LayerRecord]) -> None:
-    """Plain functions return no records, so what they left alone is said as a warning."""
-    refused = [f"{record.layer} ({record.reason})" for record in records if record.action == "refused"]
-    if refused:
-        warnings.warn(f"not pruned: {', '.join(refused)}", stacklevel=3)
+def notes(records: Sequence[LayerRecord]) -> list[str]:
+    """What a user must know of the records: layers that were left alone, and layers that were emptied."""
+    return [
+        f"{'not pruned' if each.action == 'refused' else 'emptied'}: {each.layer}: {each.reason}"
+        for each in records
+        if each.reason
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +148,8 @@ def sparsity(model: nn.Module, include: Patterns = None, exclude: Patterns = Non
     >>> sparsity(layer).total
     0.25
     """
+    if prune.is_pruned(model):  # its zeros are in masks, not yet in the parameters
+        model, _ = copy_model(model)
     chosen = select_weights(model, include, exclude)
     zeros = {path: int((weight == 0).sum()) for path, weight in chosen.items()}
     layers = {path: zeros[path] / max(weight.numel(), 1) for path, weight in chosen.items()}
@@ -165,7 +178,9 @@ class HeldZeros:
         self.remove()
 
 
-def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None) -> HeldZeros:
+def hold_zeros(
+    model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None
+) -> HeldZeros:
     """Keep pruned weights at zero while your own loop trains: weight decay and momentum included.
 
     Without `masks` (boolean, by parameter name, True where kept), every weight that pruning touches by default and

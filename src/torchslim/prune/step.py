@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -15,12 +16,15 @@ from torchslim.prune import schedule as schedules
 from torchslim.prune.budget import check_sparsity
 from torchslim.prune.criteria import Criterion, find_criterion
 from torchslim.prune.patterns import find_pattern
-from torchslim.prune.sparsify import Masks, apply_masks, plan, warn_refused
+from torchslim.prune.sparsify import Masks, apply_masks, notes, plan, pruned_record
 from torchslim.select import Patterns, by_pattern, select_weights
 from torchslim.steps import Context, Form, LayerRecord, Outcome
 from torchslim.training import Hook, Loop, Training
 
-UPDATES = 100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
+SCHEDULES = ("one-shot", "iterative", "gradual")
+UPDATES = (
+    100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,17 @@ class Prune:
     train: Training | None = None
 
     def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("scope", self.scope, ("global", "layer", None)),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if value not in choices:
+                known = ", ".join(repr(each) for each in choices if each)
+                raise PruneError(f"{name} must be one of {known}, got {value!r}")
+        if not isinstance(self.criterion, str) or ":" not in self.criterion:
+            find_criterion(self.criterion)
+        if self.train is not None and not isinstance(self.train, Training):
+            raise PruneError(f"train must be Finetune(...) or Distill(...), got {self.train!r}")
         fixed = find_pattern(self.pattern, n=self.n, dim=self.dim).fixed_sparsity
         if self.sparsity is not None and self.threshold is not None:
             raise PruneError(f"give a sparsity or a threshold, not both: {self.sparsity}, {self.threshold}")
@@ -66,26 +81,39 @@ class Prune:
             raise PruneError("nothing to do: give sparsity=... (the fraction removed) or threshold=...")
         if isinstance(self.sparsity, Mapping):
             if not self.sparsity:
-                raise PruneError("sparsity names no layer: {}; give at least one pattern, such as {'conv1': 0.5}")
-            for value in self.sparsity.values():
-                check_sparsity(value)
+                raise PruneError(
+                    "sparsity names no layer: {}; give at least one pattern, such as {'conv1': 0.5}"
+                )
+            for pattern, value in self.sparsity.items():
+                check_sparsity(value, f"sparsity of {pattern!r}")
             if self.scope == "global":
-                raise PruneError("a sparsity for each layer cannot be ranked globally; leave out scope='global'")
+                raise PruneError(
+                    "a sparsity for each layer cannot be ranked globally; leave out scope='global'"
+                )
         elif self.sparsity is not None:
             check_sparsity(self.sparsity)
         if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold >= 0):
             raise PruneError(f"threshold must be a finite number of at least 0, got {self.threshold}")
-        if fixed is not None and (self.threshold is not None or self.sparsity not in (None, fixed)):
-            raise PruneError(f"pattern {self.pattern!r} fixes the sparsity at {fixed:g}; leave sparsity and threshold out")
+        if fixed is not None and (self.threshold is not None or not self._agrees(fixed)):
+            raise PruneError(
+                f"pattern {self.pattern!r} fixes the sparsity at {fixed:g}; leave sparsity and threshold out"
+            )
         if self.schedule != "one-shot":
             if self.train is None:
                 raise PruneError(f"schedule {self.schedule!r} needs train=Finetune(...) or Distill(...)")
             if fixed is not None or not isinstance(self.sparsity, (int, float)):
-                raise PruneError(f"schedule {self.schedule!r} needs one number as sparsity, got {self.sparsity!r}")
-        if self.rounds < 1:
-            raise PruneError(f"rounds must be at least 1, got {self.rounds}")
+                raise PruneError(
+                    f"schedule {self.schedule!r} needs one number as sparsity, got {self.sparsity!r}"
+                )
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise PruneError(f"rounds must be a whole number of at least 1, got {self.rounds}")
         if not 0 < self.until <= 1:
             raise PruneError(f"until must be in (0, 1], the fraction of the training, got {self.until}")
+
+    def _agrees(self, fixed: float) -> bool:
+        return self.sparsity is None or (
+            isinstance(self.sparsity, (int, float)) and math.isclose(self.sparsity, fixed)
+        )
 
     def check(self, ctx: Context) -> None:
         """The patterns match, the criterion exists, and there is data for the training."""
@@ -111,10 +139,14 @@ class Prune:
             if self.train is not None:
                 report = self.train.fit(model, ctx, masks=masks, phase=f"prune-{part + 1}", part=part)
                 history += [{"round": part + 1.0, **row} for row in report.history]
-        return Outcome(model=model, masks=masks, layers=records, warnings=_notes(records), history=history)
+        return Outcome(model=model, masks=masks, layers=records, warnings=notes(records), history=history)
 
     def masks(
-        self, model: nn.Module, previous: Mapping[str, Tensor], sparsity: float | Mapping[str, float] | None, seed: int
+        self,
+        model: nn.Module,
+        previous: Mapping[str, Tensor],
+        sparsity: float | Mapping[str, float] | None,
+        seed: int,
     ) -> tuple[Masks, list[LayerRecord]]:
         """What this step would keep of `model` at a sparsity; the model is only read."""
         return plan(
@@ -135,14 +167,14 @@ class Prune:
         hook = _Gradual(self, ctx.masks, ctx.seed)
         report = self.train.fit(model, ctx, hooks=[hook], phase="prune")
         apply_masks(model, report.masks)
-        chosen = select_weights(model, self.include, self.exclude)
-        records = hook.records or [
-            LayerRecord(layer=path, action="pruned", sparsity=1 - report.masks[path].float().mean().item())
-            for path in chosen
-            if path in report.masks
+        # the records of the masks that are kept; what the pattern refuses does not depend on the sparsity
+        _, planned = self.masks(model, report.masks, self.sparsity, ctx.seed)
+        records = [
+            pruned_record(each.layer, report.masks[each.layer]) if each.action == "pruned" else each
+            for each in planned
         ]
         return Outcome(
-            model=model, masks=report.masks, layers=records, warnings=_notes(records), history=report.history
+            model=model, masks=report.masks, layers=records, warnings=notes(records), history=report.history
         )
 
 
@@ -152,7 +184,6 @@ class _Gradual(Hook):
     def __init__(self, step: Prune, before: Mapping[str, Tensor], seed: int) -> None:
         self.step, self.before, self.seed = step, before, seed
         self.updated = 0
-        self.records: list[LayerRecord] = []
 
     def on_start(self, loop: Loop) -> None:
         """A resumed run has made its updates up to here."""
@@ -165,7 +196,7 @@ class _Gradual(Hook):
             self.updated = int(done * UPDATES)
             assert isinstance(self.step.sparsity, (int, float))
             target = self.step.sparsity if done >= 1 else self.step.sparsity * schedules.cubic(done)
-            masks, self.records = self.step.masks(loop.model, loop.masks or self.before, target, self.seed)
+            masks, _ = self.step.masks(loop.model, loop.masks or self.before, target, self.seed)
             loop.masks.update(masks)
 
     def on_epoch(self, loop: Loop) -> None:
@@ -175,10 +206,6 @@ class _Gradual(Hook):
     def settled(self, loop: Loop) -> bool:
         """Only an epoch at the full sparsity may be kept."""
         return loop.progress >= self.step.until
-
-
-def _notes(records: list[LayerRecord]) -> list[str]:
-    return [f"not pruned: {record.layer}: {record.reason}" for record in records if record.action == "refused"]
 
 
 def weights(
@@ -222,5 +249,6 @@ def weights(
     pruned, previous = copy_model(model)
     masks, records = step.masks(pruned, previous, sparsity, seed)
     apply_masks(pruned, masks)
-    warn_refused(records)
+    for note in notes(records):
+        warnings.warn(note, stacklevel=2)
     return pruned

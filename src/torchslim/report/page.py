@@ -151,7 +151,7 @@ def _steps(run: Run) -> tuple[list[Column], list[tuple[str, Row, list[Cell]]]]:
     reported = reported_split(run)
     others = [split for split in rows[0]["metric"] if split != reported]
     unit, unit_bytes = charts.common_unit(run)
-    # what the reader came for stands first: a narrow window shows the first columns, and the rest on scrolling
+    # what the reader came for stands first: a narrow window shows the rest on scrolling
     columns = [
         Column(name=f"{metric['name']} on {reported}", unit=metric["unit"]),
         Column(name="Size", unit=unit),

@@ -1,0 +1,145 @@
+"""The command line, in this process: exit codes, one clear line for a mistake, JSON on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import torchslim as ts
+from tests import toy
+from torchslim.cli import main
+from torchslim.recipe import STEPS
+
+RECIPE = """
+model = "tests.toy:model"
+task = "tests.toy:task"
+runtime = "eager"
+threads = 1
+
+[[step]]
+do = "prune"
+sparsity = 0.5
+
+[[step]]
+do = "finetune"
+epochs = 1
+"""
+
+
+class Finished:
+    """What a command left: exit code, stdout, stderr."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: object) -> Finished:
+        monkeypatch.setattr("sys.argv", ["torchslim", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Finished(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact") / "out"
+    return ts.save(ts.deploy(toy.model(), (toy.images(2, 0)[0],), runtime="eager", threads=1), folder)
+
+
+@pytest.mark.parametrize("command", ["run", "check", "bench", "report", "list"])
+def test_help_shows_an_example(call: Any, command: str) -> None:
+    done = call(command, "--help")
+    assert done.code == 0
+    assert f"torchslim {command}" in done.out
+
+
+def test_run_makes_the_artifact_and_says_where_the_report_is(call: Any, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    done = call("run", recipe, "--out", out)
+    assert done.code == 0, done.err
+    assert f"report: {out / 'report.html'}" in done.out
+    assert "finetune" in done.out
+    assert (out / "report.html").is_file()
+    ts.load(out)
+    again = call("run", recipe, "--out", out, "--json")
+    assert again.code == 0
+    assert json.loads(again.out)["recipe"]["model"] == "tests.toy:model"
+    assert "finetune: resumed" in again.err
+
+    recipe.write_text(RECIPE.replace("0.5", "0.6"))
+    refused = call("run", recipe, "--out", out)
+    assert refused.code == 2
+    assert "holds the run of another recipe" in refused.err
+    assert "Traceback" not in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+
+    (out / "report.html").unlink()
+    reported = call("report", out)
+    assert reported.code == 0
+    assert (out / "report.html").is_file()
+
+
+def test_check_accepts_and_refuses_without_running(call: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE)
+    assert "prune -> finetune -> eager: ok" in call("check", recipe).out
+    assert [step["do"] for step in json.loads(call("check", recipe, "--json").out)] == [
+        "torchslim.prune.step:Prune", "torchslim.training:Finetune",
+    ]  # fmt: skip
+    recipe.write_text(RECIPE.replace("sparsity", "sparsty"))
+    refused = call("check", recipe)
+    assert refused.code == 2
+    assert "did you mean 'sparsity'" in refused.err
+    recipe.write_text(RECIPE.replace("tests.toy:model", "tests.nothing:model"))
+    assert "cannot be imported" in call("check", recipe).err
+
+
+def test_bench_compares_saved_artifacts(call: Any, artifact: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    rows = json.loads(call("bench", artifact, copy, "--rounds", 5, "--json").out)
+    assert [row["artifact"] for row in rows] == [str(artifact), str(copy)]
+    assert rows[0]["speedup"] == {"median": 1.0, "p10": 1.0, "p90": 1.0, "verdict": "no difference"}
+    assert rows[1]["latency_ms"]["rounds"] == 5
+    assert str(copy) in call("bench", artifact, copy, "--rounds", 5, "--batch", 3).out
+    assert call("bench", tmp_path).code == 2
+
+
+def test_list_names_all_that_is_registered(call: Any) -> None:
+    known = json.loads(call("list", "--json").out)
+    assert set(known["steps"]) == set(STEPS)
+    for rows in known.values():
+        assert all(about for about in rows.values())
+    assert "quantize" in call("list").out
+
+
+def test_usage_errors_are_the_users_and_bugs_are_ours(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("run").code == 2
+    assert call("nonsense").code == 2
+    monkeypatch.setattr("torchslim.recipe.load_recipe", lambda path: 1 / 0)
+    broken = call("check", "x.toml")
+    assert broken.code == 1
+    assert "internal error: ZeroDivisionError" in broken.err
+    assert "--debug" in broken.err
+    assert "Traceback" in call("--debug", "check", "x.toml").err
+
+
+def test_the_current_folder_is_importable(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_module.py").write_text("from tests.toy import model, task\n")
+    (tmp_path / "r.toml").write_text(RECIPE.replace("tests.toy", "my_own_module"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry != os.fspath(tmp_path)])
+    assert call("check", "r.toml").code == 0
