@@ -1,0 +1,55 @@
+"""Every Python block of the README and the docs runs, in order, page by page; every docstring example too."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import torchslim
+
+ROOT = Path(__file__).parents[1]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "```python" in page.read_text()]
+MODULES = sorted(each.name for each in pkgutil.walk_packages(torchslim.__path__, "torchslim."))
+
+
+def test_there_are_pages_to_run() -> None:
+    assert ROOT / "README.md" in PAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), scope)  # noqa: S102 - our own pages
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("__main__", "artifact_bench"))])
+def test_docstring_examples_hold(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_the_public_names_are_those_of_all() -> None:
+    public = {name for name in vars(torchslim) if not name.startswith("_")}
+    modules = {each.name.removeprefix("torchslim.").split(".")[0] for each in pkgutil.walk_packages(torchslim.__path__, "torchslim.")}
+    assert set(torchslim.__all__) <= public
+    assert public - set(torchslim.__all__) <= modules
+
+
+def test_importing_torchslim_loads_no_optional_dependency(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torchslim; print([name for name in "
+        "('torchao', 'onnx', 'onnxruntime', 'lightning_fabric', 'plotly', 'jinja2') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""
