@@ -45,7 +45,9 @@ def measure(run: Path, identity: dict[str, Any], max_minutes: float) -> list[dic
     deployed = candidates(run)
     while len(rows) < REPEATS and time.monotonic() < stop:
         timings = compare(deployed, rounds=40, seconds=60)
-        rows.append({"identity": identity, "rounds": {name: list(each) for name, each in timings.rounds.items()}})
+        rows.append(
+            {"identity": identity, "rounds": {name: list(each) for name, each in timings.rounds.items()}}
+        )
         ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests import toy
-from torchslim.errors import ExportError, PruneError, RecipeError, SelectError, TaskError, TorchslimError, TrainError
+from torchslim.errors import (
+    ExportError,
+    PruneError,
+    RecipeError,
+    SelectError,
+    TaskError,
+    TorchslimError,
+    TrainError,
+)
 
 STEPS = [ts.Prune(sparsity=0.5), ts.Distill(epochs=2, lr=1e-2), ts.Quantize("int8")]
 
@@ -103,7 +111,9 @@ def test_a_finished_run_is_picked_up_whole(result: ts.Result) -> None:
 
 def test_another_recipe_does_not_take_the_folder(result: ts.Result) -> None:
     other = [replace(STEPS[0], sparsity=0.75), *STEPS[1:]]
-    with pytest.raises(RecipeError, match=r"holds the run of another recipe \(step 1, sparsity: 0.5 there, 0.75 here"):
+    with pytest.raises(
+        RecipeError, match=r"holds the run of another recipe \(step 1, sparsity: 0.5 there, 0.75 here"
+    ):
         ts.compress(toy.model(), toy.task(), other, runtime="onnxruntime", threads=1, workdir=result.folder)
     with pytest.raises(RecipeError, match="3 steps there, 1 here"):
         ts.compress(toy.model(), toy.task(), STEPS[:1], threads=1, workdir=result.folder)
@@ -163,7 +173,9 @@ class Widen:
 
 def test_a_step_of_the_users_own_may_change_the_architecture_and_run_again(tmp_path: Path) -> None:
     for _ in range(2):
-        result = ts.compress(toy.model(), toy.task(), [Widen(), ts.Finetune(epochs=1)], runtime="eager", workdir=tmp_path)
+        result = ts.compress(
+            toy.model(), toy.task(), [Widen(), ts.Finetune(epochs=1)], runtime="eager", workdir=tmp_path
+        )
         assert isinstance(result.model, nn.Sequential)
 
 
@@ -186,9 +198,13 @@ class Bad:
 
 
 def test_a_step_that_breaks_the_model_is_named() -> None:
-    with pytest.raises(RecipeError, match=r"step 1 \('bad'\) must return an Outcome with a model, got NoneType"):
+    with pytest.raises(
+        RecipeError, match=r"step 1 \('bad'\) must return an Outcome with a model, got NoneType"
+    ):
         ts.compress(toy.model(), toy.task(), [Bad()], runtime="eager")
-    with pytest.raises(TorchslimError, match="after step 'bad' the model's outputs on the example inputs are not finite"):
+    with pytest.raises(
+        TorchslimError, match="after step 'bad' the model's outputs on the example inputs are not finite"
+    ):
         ts.compress(toy.model(), toy.task(), [Bad("nan")], runtime="eager")
 
 
@@ -250,6 +266,8 @@ def test_distillation_needs_no_labels() -> None:
 
 
 def test_without_a_test_split_the_report_says_what_was_selected_on() -> None:
-    result = ts.compress(toy.model(), replace(toy.task(), test=None), [ts.Prune(sparsity=0.5)], runtime="eager")
+    result = ts.compress(
+        toy.model(), replace(toy.task(), test=None), [ts.Prune(sparsity=0.5)], runtime="eager"
+    )
     assert result.run["reported_on"] == "val (selected on val)"
     assert "not_measured" in rows(result)["artifact"]["metric"]["test"]

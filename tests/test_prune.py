@@ -25,7 +25,9 @@ FRACTIONS = st.floats(0, 0.999)
 
 
 @given(VALUES, FRACTIONS)
-def test_a_row_loses_exactly_what_was_asked_and_nothing_better_than_it_keeps(values: list[float], sparsity: float) -> None:
+def test_a_row_loses_exactly_what_was_asked_and_nothing_better_than_it_keeps(
+    values: list[float], sparsity: float
+) -> None:
     scores = torch.tensor([values]).abs()
     keep = keep_per_row(scores, sparsity)
     assert int((~keep).sum()) == round(sparsity * len(values))
@@ -52,11 +54,15 @@ def test_whole_slices_of_many_sizes_come_as_near_as_one_slice(sparsity: float) -
 
 
 @given(FRACTIONS, st.sampled_from(["layer", "global"]), st.sampled_from(["l1", "random"]))
-def test_a_model_gets_exactly_the_zeros_that_were_asked_for(sparsity: float, scope: str, criterion: str) -> None:
+def test_a_model_gets_exactly_the_zeros_that_were_asked_for(
+    sparsity: float, scope: str, criterion: str
+) -> None:
     pruned = ts.prune.weights(toy.model(), sparsity, scope=scope, criterion=criterion)
     weights = select_weights(pruned)
     if scope == "global":
-        assert sum(int((w == 0).sum()) for w in weights.values()) == round(sparsity * sum(w.numel() for w in weights.values()))
+        assert sum(int((w == 0).sum()) for w in weights.values()) == round(
+            sparsity * sum(w.numel() for w in weights.values())
+        )
     else:
         assert all(int((w == 0).sum()) == round(sparsity * w.numel()) for w in weights.values())
     assert not any((value == 0).all() for name, value in pruned.named_parameters() if name == "bn1.weight")
@@ -110,13 +116,17 @@ def test_of_every_m_inputs_n_are_kept(layer: nn.Module, dim: int, n: int, m: int
     kept = (ts.prune.weights(layer, pattern=f"{n}:{m}").weight != 0).movedim(dim, -1).reshape(-1, m)
     assert bool((kept.sum(1) == n).all())
     rows = layer.weight.detach().abs().movedim(dim, -1).reshape(-1, m)
-    assert torch.equal(torch.where(kept, rows, 0).sum(1), rows.topk(n, dim=1).values.sort(1).values.sum(1)) or bool(
+    assert torch.equal(
+        torch.where(kept, rows, 0).sum(1), rows.topk(n, dim=1).values.sort(1).values.sum(1)
+    ) or bool(
         (torch.where(kept, torch.inf, rows).amin(1) <= torch.where(kept, rows, torch.inf).amin(1)).all()
     )
 
 
 def test_a_layer_that_cannot_follow_the_pattern_is_named_with_the_reason() -> None:
-    with pytest.warns(UserWarning, match=r"not pruned: conv1.weight \(input dimension 1 is not a multiple of 4\)"):
+    with pytest.warns(
+        UserWarning, match=r"not pruned: conv1.weight \(input dimension 1 is not a multiple of 4\)"
+    ):
         pruned = ts.prune.weights(toy.model(), pattern="2:4")
     assert ts.prune.sparsity(pruned).layers["conv2.weight"] == 0.5
     outcome = ts.compress(toy.model(), toy.task(), [ts.Prune(pattern="2:4")], runtime="eager")
@@ -142,8 +152,19 @@ class Everything(nn.Module):
 
 def test_weights_are_touched_and_biases_norms_and_embeddings_are_not() -> None:
     chosen = set(select_weights(Everything()))
-    assert {"conv.weight", "lstm.weight_hh_l1_reverse", "gru.weight_ih_l0", "cell.weight_hh", "up.weight"} <= chosen
-    assert {"same.in_proj_weight", "same.out_proj.weight", "other.q_proj_weight", "other.v_proj_weight"} <= chosen
+    assert {
+        "conv.weight",
+        "lstm.weight_hh_l1_reverse",
+        "gru.weight_ih_l0",
+        "cell.weight_hh",
+        "up.weight",
+    } <= chosen
+    assert {
+        "same.in_proj_weight",
+        "same.out_proj.weight",
+        "other.q_proj_weight",
+        "other.v_proj_weight",
+    } <= chosen
     assert not any("bias" in name or name.startswith(("embed", "norm")) for name in chosen)
     assert set(select_weights(Everything(), include=["norm.weight", "type:LSTM"])) == {
         "norm.weight", *(name for name in chosen if name.startswith("lstm")),
@@ -244,7 +265,9 @@ def test_schedules_need_training_and_end_at_the_target() -> None:
 
 @pytest.mark.parametrize("schedule", ["iterative", "gradual"])
 def test_a_schedule_ends_at_exactly_the_sparsity(schedule: str) -> None:
-    step = ts.Prune(sparsity=0.7, schedule=schedule, rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=0.01))
+    step = ts.Prune(
+        sparsity=0.7, schedule=schedule, rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=0.01)
+    )
     result = ts.compress(toy.model(), toy.task(), [step], runtime="eager")
     total = sum(mask.numel() for mask in result.masks.values())
     assert sum(int((~mask).sum()) for mask in result.masks.values()) == round(0.7 * total)

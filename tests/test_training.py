@@ -31,7 +31,9 @@ from torchslim.training import Hook, LabelLoss, Loop
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
     settings = OptimizerSettings(optimizer="sgd", lr=0.05)
-    return ts.fit(model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options)
+    return ts.fit(
+        model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options
+    )
 
 
 def own_generator() -> ts.Task:
@@ -69,9 +71,17 @@ def test_a_resumed_training_ends_with_the_same_weights(make: Any, stop: int, tmp
 def test_training_leaves_the_process_and_the_loader_as_they_were() -> None:
     task, model = own_generator(), toy.model()
     model.bn1.eval()
-    before = (torch.get_rng_state().tolist(), task.train.generator.get_state().tolist(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    before = (
+        torch.get_rng_state().tolist(),
+        task.train.generator.get_state().tolist(),
+        np.random.get_state()[1].tolist(),
+    )
     train(model, task)
-    after = (torch.get_rng_state().tolist(), task.train.generator.get_state().tolist(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    after = (
+        torch.get_rng_state().tolist(),
+        task.train.generator.get_state().tolist(),
+        np.random.get_state()[1].tolist(),
+    )
     assert before == after
     assert not model.bn1.training
     assert model.training
@@ -128,7 +138,9 @@ def test_a_loss_that_is_not_finite_names_its_place_and_keeps_the_checkpoint(tmp_
             late = loop.epoch == 1 and loop.step_in_epoch == 1
             return torch.tensor(float("nan")) if late else torch.tensor(0.5)
 
-    with pytest.raises(TrainError, match=r"the loss became nan in 'fit', epoch 2, batch 2; the last finite loss was \d"):
+    with pytest.raises(
+        TrainError, match=r"the loss became nan in 'fit', epoch 2, batch 2; the last finite loss was \d"
+    ):
         train(model, toy.task(), hooks=[Poison()], state=state)
     saved = torch.load(state, weights_only=True)
     assert saved["epoch"] == 1
@@ -178,7 +190,9 @@ def test_an_optimizer_of_the_users_own(optimizer: Any) -> None:
 
 
 @given(st.floats(0, 1), st.floats(0, 0.9), st.sampled_from(["cosine", "constant"]))
-def test_the_learning_rate_stays_between_zero_and_its_top(progress: float, warmup: float, schedule: Any) -> None:
+def test_the_learning_rate_stays_between_zero_and_its_top(
+    progress: float, warmup: float, schedule: Any
+) -> None:
     settings = OptimizerSettings(schedule=schedule, warmup=warmup)
     assert 0 <= settings.factor(progress) <= 1
     assert settings.factor(warmup) == pytest.approx(1)
@@ -223,7 +237,9 @@ def test_kd_is_the_papers_formula(logits: Tensor, temperature: float, alpha: flo
     student, teacher = logits
     target = torch.tensor([0, 6, 3, 3, 1])
     expected = numpy_kd(student.numpy(), teacher.numpy(), target.numpy(), temperature, alpha)
-    assert ts.KD(temperature=temperature, alpha=alpha)(student, teacher, target).item() == pytest.approx(expected)
+    assert ts.KD(temperature=temperature, alpha=alpha)(student, teacher, target).item() == pytest.approx(
+        expected
+    )
     order = torch.randperm(5)
     shuffled = ts.KD(temperature=temperature, alpha=alpha)(student[order], teacher[order], target[order])
     assert shuffled.item() == pytest.approx(expected)
@@ -254,7 +270,12 @@ def test_kd_gradients_and_half_precision() -> None:
 
 
 def test_kd_refuses_what_cannot_be() -> None:
-    for fields in ({"temperature": 0.0}, {"temperature": float("nan")}, {"alpha": -0.1}, {"alpha": float("nan")}):
+    for fields in (
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"alpha": -0.1},
+        {"alpha": float("nan")},
+    ):
         with pytest.raises(DistillError, match="must be"):
             ts.KD(**fields)
     with pytest.raises(DistillError, match="set alpha=1"):
@@ -287,7 +308,11 @@ def test_the_label_loss_counts_once_with_its_weight(step: ts.Distill, label_weig
     with torch.no_grad():
         ours, theirs = student(batch[0]), predictor(teacher)(batch[0])
     label = nn.functional.cross_entropy(ours, batch[1])
-    response = scaled_mse(ours, theirs, None) if step.response not in (ts.KD(), ts.KD(alpha=0.25)) else step.response.soft(ours, theirs)
+    response = (
+        scaled_mse(ours, theirs, None)
+        if step.response not in (ts.KD(), ts.KD(alpha=0.25))
+        else step.response.soft(ours, theirs)
+    )
     expected = label_weight * label + response
     assert sum(parts.values()).item() == pytest.approx(expected.item(), rel=1e-4)
     sum(parts.values()).backward()
@@ -296,6 +321,7 @@ def test_the_label_loss_counts_once_with_its_weight(step: ts.Distill, label_weig
 
 
 # the task
+
 
 @dataclass
 class Output:
@@ -321,13 +347,17 @@ def test_ready_metrics_equal_their_definition() -> None:
     logits, labels = torch.randn(40, 5), torch.randint(5, (40,))
     batches = [(logits[:30], labels[:30]), (logits[30:], labels[30:])]
     task = ts.Task(val=batches, metric="accuracy")
-    assert task.evaluate(lambda x: x) == pytest.approx((logits.argmax(1) == labels).float().mean().item() * 100)
+    assert task.evaluate(lambda x: x) == pytest.approx(
+        (logits.argmax(1) == labels).float().mean().item() * 100
+    )
     tokens, words = torch.randn(2, 6, 5), torch.randint(5, (2, 6))
     words[:, 3:] = -100
     expected = (tokens.argmax(-1) == words)[:, :3].float().mean().item() * 100
     assert ts.Task(val=[(tokens, words)], metric="accuracy").evaluate(lambda x: x) == pytest.approx(expected)
     loss = ts.Task(val=[(tokens, words)], metric="accuracy").compute_loss(tokens, (tokens, words))
-    assert loss.item() == pytest.approx(nn.functional.cross_entropy(tokens[:, :3].flatten(0, 1), words[:, :3].flatten()).item())
+    assert loss.item() == pytest.approx(
+        nn.functional.cross_entropy(tokens[:, :3].flatten(0, 1), words[:, :3].flatten()).item()
+    )
     errors = ts.Task(val=[(logits[:, :1], labels.float())], metric="mae").evaluate(lambda x: x)
     assert errors == pytest.approx((logits[:, 0] - labels).abs().mean().item())
     assert not ts.Task(val=[1], metric="mae").as_metric().higher_is_better

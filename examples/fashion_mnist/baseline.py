@@ -22,7 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--state", type=Path, default=Path(".data/baseline"), help="a killed run resumes from here")
+    parser.add_argument(
+        "--state", type=Path, default=Path(".data/baseline"), help="a killed run resumes from here"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     model, data = ResNet(), task()
@@ -30,14 +32,21 @@ def main() -> None:
 
     def show(event: Event) -> None:
         if event.current % 100 == 0:
-            print(f"{time.time() - started:6.0f} s  {event.current}/{event.total}  {dict(event.values)}", flush=True)
+            print(
+                f"{time.time() - started:6.0f} s  {event.current}/{event.total}  {dict(event.values)}",
+                flush=True,
+            )
 
     training = Finetune(
         epochs=arguments.epochs, optimizer="sgd", lr=0.1, weight_decay=1e-3, warmup=0.05, schedule="cosine"
     )
     ctx = Context(
-        task=data, teacher=model, example_inputs=(torch.zeros(2, 1, 28, 28),), seed=arguments.seed,
-        progress=show, state=arguments.state,
+        task=data,
+        teacher=model,
+        example_inputs=(torch.zeros(2, 1, 28, 28),),
+        seed=arguments.seed,
+        progress=show,
+        state=arguments.state,
     )
     report = training.fit(model, ctx)
     for row in report.history:

@@ -52,7 +52,10 @@ class Batches:
             images = self.images[index]
             if self.augment:
                 images = shifted(images)
-            yield (images.float() / 255 - 0.286) / 0.353, self.labels[index]  # the training set's mean and deviation
+            yield (
+                (images.float() / 255 - 0.286) / 0.353,
+                self.labels[index],
+            )  # the training set's mean and deviation
 
 
 def shifted(images: Tensor) -> Tensor:
@@ -82,7 +85,12 @@ def splits() -> dict[str, Split]:
 def locate() -> Path | None:
     """The folder of the four files: $TORCHSLIM_DATA, the Debian package, its download, torchvision's download."""
     given = os.environ.get("TORCHSLIM_DATA")
-    for folder in (Path(given) if given else None, Path(given) / "fashion-mnist" if given else None, INSTALLED, CACHE):
+    for folder in (
+        Path(given) if given else None,
+        Path(given) / "fashion-mnist" if given else None,
+        INSTALLED,
+        CACHE,
+    ):
         if folder is not None and complete(folder):
             return folder
     for download in (_from_debian, _from_torchvision):
@@ -102,7 +110,9 @@ def complete(folder: Path) -> bool:
     for name, expected in FILES.items():
         found = hashlib.sha256(gzip.decompress((folder / name).read_bytes())).hexdigest()
         if found != expected:
-            raise ValueError(f"{folder / name} is damaged: SHA-256 {found}, expected {expected}; delete it, run again")
+            raise ValueError(
+                f"{folder / name} is damaged: SHA-256 {found}, expected {expected}; delete it, run again"
+            )
     return True
 
 
@@ -136,7 +146,9 @@ def _read(folder: Path, part: str) -> Split:
     pixels = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
     count, height, width = np.frombuffer(pixels, ">i4", count=3, offset=4)
     images = np.frombuffer(pixels, np.uint8, offset=16).reshape(count, 1, height, width)
-    labels = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
+    labels = np.frombuffer(
+        gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
+    )
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 

@@ -1,10 +1,10 @@
 """torchslim: a trained PyTorch model, smaller and faster, and proven so.
 
-    import torchslim as ts
+import torchslim as ts
 
-    result = ts.compress(model, task, steps=[ts.Prune(sparsity=0.5), ts.Distill(epochs=3), ts.Quantize("int8")])
-    print(result)
-    result.save("out/")
+result = ts.compress(model, task, steps=[ts.Prune(sparsity=0.5), ts.Distill(epochs=3), ts.Quantize("int8")])
+print(result)
+result.save("out/")
 """
 
 __version__ = "0.1.0"
@@ -22,7 +22,31 @@ from torchslim.task import Metric, Task
 from torchslim.training import Finetune, fit
 
 __all__ = [
-    "KD", "Context", "Deployed", "Distill", "Engine", "Event", "Finetune", "Form", "LayerRecord", "Metric", "Outcome",
-    "Prune", "Quantize", "Result", "Step", "Target", "Task", "TorchslimError", "compress", "deploy", "distill", "fit",
-    "load", "load_module", "prune", "quantize", "save",
+    "KD",
+    "Context",
+    "Deployed",
+    "Distill",
+    "Engine",
+    "Event",
+    "Finetune",
+    "Form",
+    "LayerRecord",
+    "Metric",
+    "Outcome",
+    "Prune",
+    "Quantize",
+    "Result",
+    "Step",
+    "Target",
+    "Task",
+    "TorchslimError",
+    "compress",
+    "deploy",
+    "distill",
+    "fit",
+    "load",
+    "load_module",
+    "prune",
+    "quantize",
+    "save",
 ]

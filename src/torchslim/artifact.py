@@ -1,10 +1,10 @@
 """What is saved can be loaded: weights as safetensors, programs beside them, the rest JSON, every file hashed.
 
-    artifact.json         format version, runtime, how the model is called, SHA-256 of every other file
-    model.onnx, .pt2      the runtime's file, and the exported program
-    weights.safetensors   the module's state, for `load_module`; masks.safetensors: packed bits
-    example.npz           example inputs and the outputs they gave
-    bench.py              times the model where torchslim is not installed
+artifact.json         format version, runtime, how the model is called, SHA-256 of every other file
+model.onnx, .pt2      the runtime's file, and the exported program
+weights.safetensors   the module's state, for `load_module`; masks.safetensors: packed bits
+example.npz           example inputs and the outputs they gave
+bench.py              times the model where torchslim is not installed
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def save(
         return write_artifact(folder, deployed=model, masks=masks)
     if example_inputs is None:
         return write_artifact(folder, module=model, masks=masks)
-    return write_artifact(folder, deployed=deploy(model, example_inputs, runtime="eager"), module=model, masks=masks)
+    return write_artifact(
+        folder, deployed=deploy(model, example_inputs, runtime="eager"), module=model, masks=masks
+    )
 
 
 def write_artifact(
@@ -78,7 +80,9 @@ def write_artifact(
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; name a folder to save to")
     if folder.is_dir() and any(folder.iterdir()) and not _ours(folder):
-        raise ArtifactError(f"{folder} holds something that torchslim did not save; name an empty or a new folder")
+        raise ArtifactError(
+            f"{folder} holds something that torchslim did not save; name an empty or a new folder"
+        )
     (folder / MANIFEST).unlink(missing_ok=True)
     files: dict[str, bytes] = dict(extra or {})
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "machine": describe_machine()}
@@ -115,7 +119,9 @@ def load(folder: str | Path, *, runtime: str | None = None, threads: int | None 
     opened = open_artifact(folder)
     manifest = opened.manifest
     if "spec" not in manifest:
-        raise ArtifactError(f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)")
+        raise ArtifactError(
+            f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)"
+        )
     spec = Spec(**manifest["spec"])
     if manifest["quantized"] and spec.instruction_set != instruction_set():
         warnings.warn(
@@ -171,7 +177,10 @@ class Opened:
         try:
             arrays = np.load(io.BytesIO(self.read("example.npz")), allow_pickle=False)
             dtypes = self.manifest["spec"]["dtypes"]
-            return [torch.from_numpy(arrays[f"in{i:03d}"]).to(getattr(torch, dtype)) for i, dtype in enumerate(dtypes)]
+            return [
+                torch.from_numpy(arrays[f"in{i:03d}"]).to(getattr(torch, dtype))
+                for i, dtype in enumerate(dtypes)
+            ]
         except (ValueError, KeyError, OSError) as error:
             raise ArtifactError(f"{self.folder}/example.npz cannot be read: {error}") from error
 
@@ -197,7 +206,9 @@ def open_artifact(folder: str | Path) -> Opened:
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged or not torchslim's: {error}") from error
     if version > VERSION:
-        raise ArtifactError(f"{folder} has format version {version}, this torchslim reads up to {VERSION}; upgrade it")
+        raise ArtifactError(
+            f"{folder} has format version {version}, this torchslim reads up to {VERSION}; upgrade it"
+        )
     for name, expected in files.items():
         inside = (folder / name).resolve()
         if Path(name).is_absolute() or folder.resolve() not in inside.parents:
@@ -239,7 +250,8 @@ def restore_state(module: nn.Module, data: bytes, manifest: Mapping[str, Any]) -
 def pack_masks(masks: Mapping[str, Tensor]) -> tuple[bytes, dict[str, list[int]]]:
     """Masks as packed bits, eight weights a byte, and their shapes."""
     packed = {
-        name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool))) for name, mask in masks.items()
+        name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool)))
+        for name, mask in masks.items()
     }
     return save_tensors(packed), {name: list(mask.shape) for name, mask in masks.items()}
 
@@ -262,8 +274,18 @@ def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
         rows.append(
             {
                 "artifact": name,
-                "latency_ms": {"median": latency.median, "p10": latency.p10, "p90": latency.p90, "rounds": latency.rounds},
-                "speedup": {"median": ratio.median, "p10": ratio.p10, "p90": ratio.p90, "verdict": ratio.verdict},
+                "latency_ms": {
+                    "median": latency.median,
+                    "p10": latency.p10,
+                    "p90": latency.p90,
+                    "rounds": latency.rounds,
+                },
+                "speedup": {
+                    "median": ratio.median,
+                    "p10": ratio.p10,
+                    "p90": ratio.p90,
+                    "verdict": ratio.verdict,
+                },
             }
         )
     return rows
@@ -298,13 +320,19 @@ def _state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[s
     channels_last: list[str] = []
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
-            raise ArtifactError(f"the model's state {name!r} is a {type(value).__name__}, only tensors can be saved")
+            raise ArtifactError(
+                f"the model's state {name!r} is a {type(value).__name__}, only tensors can be saved"
+            )
         key = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
         if value.numel() and key in first:
             aliases[name] = first[key]
             continue
         first[key] = name
-        if value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
+        if (
+            value.dim() == 4
+            and not value.is_contiguous()
+            and value.is_contiguous(memory_format=torch.channels_last)
+        ):
             channels_last.append(name)
         state[name] = value.detach().cpu().contiguous().clone()
     return state, aliases, channels_last

@@ -56,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=None, help="default: what the model was saved with")
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=None, help="samples a call; default 1 where the batch is free")
+    parser.add_argument(
+        "--batch", type=int, default=None, help="samples a call; default 1 where the batch is free"
+    )
     arguments = parser.parse_args()
     manifest = json.loads((HERE / "artifact.json").read_text())
     threads = arguments.threads or manifest["threads"]

@@ -73,7 +73,9 @@ class Result:
             "run.json": (json.dumps(self.run, indent=1, allow_nan=False) + "\n").encode(),
             "report.html": render(self.run).encode(),
         }
-        return write_artifact(folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra)
+        return write_artifact(
+            folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra
+        )
 
     def __str__(self) -> str:
         return table(self.run)
@@ -247,13 +249,17 @@ class _Runner:
             shutil.rmtree(state)
         state.mkdir(parents=True, exist_ok=True)
         (state / "key").write_text(self.key)
-        ctx = replace(self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state)
+        ctx = replace(
+            self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state
+        )
         self.ctx.progress(Event(step=name, phase="start"))
         start = time.perf_counter()
         with preserved_globals(ctx.seed):
             outcome = step(copy_model(before.model)[0], ctx)
         if not isinstance(outcome, Outcome) or not isinstance(outcome.model, nn.Module):
-            raise RecipeError(f"step {index} ({name!r}) must return an Outcome with a model, got {type(outcome).__name__}")
+            raise RecipeError(
+                f"step {index} ({name!r}) must return an Outcome with a model, got {type(outcome).__name__}"
+            )
         self._verify(outcome, name)
         stage = self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index)
         shutil.rmtree(state)
@@ -263,7 +269,9 @@ class _Runner:
         """No step hands on a model that fails or answers nonsense."""
         answer = call(predictor(outcome.model), to_device(self.ctx.example_inputs, "cpu"))
         if not all(bool(torch.isfinite(each).all()) for each in tensors(answer) if each.is_floating_point()):
-            raise TorchslimError(f"after step {name!r} the model's outputs on the example inputs are not finite")
+            raise TorchslimError(
+                f"after step {name!r} the model's outputs on the example inputs are not finite"
+            )
 
     def _finish(
         self, name: str, folder: Path, outcome: Outcome, module: nn.Module, seconds: float, index: int
@@ -300,12 +308,20 @@ class _Runner:
         write_artifact(folder, deployed=deployed, module=kept, masks=outcome.masks)
         write_json(folder / COMMIT, {"key": self.key, "row": row})
         return _Stage(
-            name=name, folder=folder, model=model, module=module, masks=outcome.masks, deployed=deployed, row=row
+            name=name,
+            folder=folder,
+            model=model,
+            module=module,
+            masks=outcome.masks,
+            deployed=deployed,
+            row=row,
         )
 
     def _deploy(self, model: nn.Module) -> Deployed:
         captured = capture(model, self.ctx.example_inputs, self.dynamic_shapes)
-        return find_runtime(self.ctx.target.runtime).compile(captured, threads=self.ctx.target.threads, source=model)
+        return find_runtime(self.ctx.target.runtime).compile(
+            captured, threads=self.ctx.target.threads, source=model
+        )
 
     def _evaluate(self, predict: Callable[..., Any]) -> dict[str, Any]:
         task = self.ctx.task
@@ -332,15 +348,25 @@ class _Runner:
             deployed = load(folder)
             masks = opened.masks()
             if form is Form.QUANTIZED:
-                restored = _requantized(opened.read("model.pt2"), deployed, bind(model, self.ctx.example_inputs), model)
+                restored = _requantized(
+                    opened.read("model.pt2"), deployed, bind(model, self.ctx.example_inputs), model
+                )
                 return _Stage(name=name, folder=folder, model=restored, module=module, masks=masks, deployed=deployed,
                               row=saved["row"])  # fmt: skip
             fresh = copy_model(module)[0]
             restore_state(fresh, opened.read("weights.safetensors"), opened.manifest)
         except (ArtifactError, KeyError, ValueError):
-            return None  # damaged, or a step of the user's own that changes the architecture: it is taken again
+            return (
+                None  # damaged, or a step of the user's own that changes the architecture: it is taken again
+            )
         return _Stage(
-            name=name, folder=folder, model=fresh, module=fresh, masks=masks, deployed=deployed, row=saved["row"]
+            name=name,
+            folder=folder,
+            model=fresh,
+            module=fresh,
+            masks=masks,
+            deployed=deployed,
+            row=saved["row"],
         )
 
     def report(self, stages: list[_Stage], recipe: dict[str, Any]) -> dict[str, Any]:
@@ -412,7 +438,9 @@ class _Positional(nn.Module):
         return self.model(*arguments[0], **arguments[1])
 
 
-def _requantized(program: bytes, deployed: Deployed, example: dict[str, Any], model: nn.Module) -> QuantizedModule:
+def _requantized(
+    program: bytes, deployed: Deployed, example: dict[str, Any], model: nn.Module
+) -> QuantizedModule:
     exported = load_program(io.BytesIO(program))
     captured = Captured(
         program=exported,
@@ -427,7 +455,13 @@ def _requantized(program: bytes, deployed: Deployed, example: dict[str, Any], mo
 
 
 def number(
-    value: float, unit: str, *, repeats: int = 1, low: float | None = None, high: float | None = None, machine: str = ""
+    value: float,
+    unit: str,
+    *,
+    repeats: int = 1,
+    low: float | None = None,
+    high: float | None = None,
+    machine: str = "",
 ) -> dict[str, Any]:
     """A number with its unit; measured ones carry repeats, spread (p10, p90) and the machine."""
     found: dict[str, Any] = {"value": value, "unit": unit, "repeats": repeats}

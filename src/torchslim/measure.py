@@ -43,7 +43,7 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """"faster", "slower", or "no difference" where the spread holds 1."""
+        """ "faster", "slower", or "no difference" where the spread holds 1."""
         if self.p10 <= 1 <= self.p90:
             return "no difference"
         return "faster" if self.median > 1 else "slower"
@@ -75,7 +75,9 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return tenths[0], statistics.median(values), tenths[-1]
 
 
-def interleave(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 50, seconds: float = 60.0) -> Timings:
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 50, seconds: float = 60.0
+) -> Timings:
     """Time the candidates in turn, A B A B ..., so that a machine that drifts drifts for all of them.
 
     Args:
@@ -109,7 +111,9 @@ def interleave(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 50,
     return Timings(measured)
 
 
-def compare(deployed: Mapping[str, Deployed], *, batch: int | None = None, rounds: int = 50, seconds: float = 60.0) -> Timings:
+def compare(
+    deployed: Mapping[str, Deployed], *, batch: int | None = None, rounds: int = 50, seconds: float = 60.0
+) -> Timings:
     """Interleaved latency of deployed models on their example inputs, resized to `batch` samples.
 
     Args:
@@ -117,7 +121,9 @@ def compare(deployed: Mapping[str, Deployed], *, batch: int | None = None, round
         batch: samples a call; None takes one where the batch is free, and the example's size where it is fixed.
         rounds, seconds: as for `interleave`.
     """
-    return interleave({name: _caller(each, batch) for name, each in deployed.items()}, rounds=rounds, seconds=seconds)
+    return interleave(
+        {name: _caller(each, batch) for name, each in deployed.items()}, rounds=rounds, seconds=seconds
+    )
 
 
 def _caller(deployed: Deployed, batch: int | None) -> Callable[[], Any]:
@@ -190,7 +196,20 @@ class _Operations(TorchDispatchMode):
     """Collects the operations that do more than a step for each element, or that torch knows nothing of."""
 
     KNOWN = ("aten", "prim", "prims", "quantized_decomposed")
-    HEAVY = ("lstm", "gru", "rnn", "mkldnn", "fft", "_fft", "cdist", "_cdist", "_thnn", "quantized", "linalg", "_linalg")
+    HEAVY = (
+        "lstm",
+        "gru",
+        "rnn",
+        "mkldnn",
+        "fft",
+        "_fft",
+        "cdist",
+        "_cdist",
+        "_thnn",
+        "quantized",
+        "linalg",
+        "_linalg",
+    )
 
     def __init__(self) -> None:
         super().__init__()

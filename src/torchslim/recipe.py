@@ -1,17 +1,17 @@
 """recipe.toml: the steps of a run, validated before any data is loaded.
 
-    model = "examples.fashion_mnist:resnet"     # package.module:callable, imported only because it is named here
-    task = "examples.fashion_mnist:task"
-    runtime = "onnxruntime"
+model = "examples.fashion_mnist:resnet"     # package.module:callable, imported only because it is named here
+task = "examples.fashion_mnist:task"
+runtime = "onnxruntime"
 
-    [[step]]
-    do = "prune"                                # list order is run order; keys are the fields of the step
-    sparsity = 0.5
+[[step]]
+do = "prune"                                # list order is run order; keys are the fields of the step
+sparsity = 0.5
 
-    [[step]]
-    do = "distill"
-    epochs = 3
-    response = { do = "kd", temperature = 4.0 }
+[[step]]
+do = "distill"
+epochs = 3
+response = { do = "kd", temperature = 4.0 }
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     _known(document, KEYS, name)
     for key in ("model", "task", "step"):
         if key not in document:
-            raise RecipeError(f"{name}: the key {key!r} is missing; a recipe has a model, a task and [[step]] tables")
+            raise RecipeError(
+                f"{name}: the key {key!r} is missing; a recipe has a model, a task and [[step]] tables"
+            )
     tables = document["step"]
     if not isinstance(tables, list) or not tables:
         raise RecipeError(f"{name}: steps are written as [[step]] tables, at least one")
@@ -110,13 +112,17 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
 def _make(table: Any, where: str) -> Any:
     """A step or a loss from its table, nested ones first."""
     if not isinstance(table, Mapping) or not isinstance(table.get("do"), str):
-        raise RecipeError(f"{where} needs a key 'do' with the name of a step: {_or(STEPS)}, or 'package.module:name'")
+        raise RecipeError(
+            f"{where} needs a key 'do' with the name of a step: {_or(STEPS)}, or 'package.module:name'"
+        )
     do = table["do"]
     where = f"{where} ({do!r})"
     kind = KINDS.get(do)
     if kind is None:
         if ":" not in do:
-            raise RecipeError(f"{where} is not known{_near(do, KINDS)}; known: {', '.join(KINDS)}, or 'package.module:name'")
+            raise RecipeError(
+                f"{where} is not known{_near(do, KINDS)}; known: {', '.join(KINDS)}, or 'package.module:name'"
+            )
         kind = resolve(do, where)
     given = {key: value for key, value in table.items() if key != "do"}
     try:
@@ -140,7 +146,9 @@ def _checked(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]
     checked: dict[str, Any] = {}
     for key, value in given.items():
         value = _converted(value, f"{where}, key {key!r}")
-        adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True, strict=True))
+        adapter: TypeAdapter[Any] = TypeAdapter(
+            hints[key], config=ConfigDict(arbitrary_types_allowed=True, strict=True)
+        )
         try:
             checked[key] = adapter.validate_python(value)
         except ValidationError as error:
@@ -151,7 +159,11 @@ def _checked(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]
 
 def _converted(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
-        return _make(value, where) if "do" in value else {key: _converted(each, where) for key, each in value.items()}
+        return (
+            _make(value, where)
+            if "do" in value
+            else {key: _converted(each, where) for key, each in value.items()}
+        )
     return tuple(_converted(each, where) for each in value) if isinstance(value, list) else value
 
 
@@ -179,7 +191,9 @@ def _made(spec: str, what: str, kind: type) -> Any:
     found = resolve(spec, what)
     if not isinstance(found, kind):
         if not callable(found):
-            raise RecipeError(f"{what} {spec!r} must be a {kind.__name__} or give one, got {type(found).__name__}")
+            raise RecipeError(
+                f"{what} {spec!r} must be a {kind.__name__} or give one, got {type(found).__name__}"
+            )
         found = found()
     if not isinstance(found, kind):
         raise RecipeError(f"{what} {spec!r} must give a {kind.__name__}, got {type(found).__name__}")

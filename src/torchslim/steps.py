@@ -161,7 +161,7 @@ def resolve(spec: str, what: str, error: type[TorchslimError] = RecipeError) -> 
         raise error(f"{what} must be written 'package.module:name', got {spec!r}")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as cause:  # noqa: BLE001 - whatever the user's module raises is the user's to mend
+    except Exception as cause:
         raise error(f"{what} {spec!r} cannot be imported: {type(cause).__name__}: {cause}") from cause
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -191,7 +191,16 @@ def canonical(value: Any) -> Any:
         return {"module": type(value).__qualname__, "weights": fingerprint(value.state_dict())}
     code = getattr(value, "__code__", None)
     name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return {"function": name, "code": digest(code.co_code, [repr(each) for each in code.co_consts if not hasattr(each, "co_code")])} if code else name
+    return (
+        {
+            "function": name,
+            "code": digest(
+                code.co_code, [repr(each) for each in code.co_consts if not hasattr(each, "co_code")]
+            ),
+        }
+        if code
+        else name
+    )
 
 
 def fingerprint(tree: Any) -> str:

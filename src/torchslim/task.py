@@ -155,9 +155,13 @@ class Task:
 
     def __post_init__(self) -> None:
         if isinstance(self.metric, str) and self.metric not in METRICS:
-            raise TaskError(f"metric {self.metric!r} is not known; one of {', '.join(METRICS)}, or a function")
+            raise TaskError(
+                f"metric {self.metric!r} is not known; one of {', '.join(METRICS)}, or a function"
+            )
         if not isinstance(self.metric, (str, Metric, TorchMetric)) and not callable(self.metric):
-            raise TaskError(f"metric must be a name, a Metric or a function, got {type(self.metric).__name__}")
+            raise TaskError(
+                f"metric must be a name, a Metric or a function, got {type(self.metric).__name__}"
+            )
         for name in ("train", "val", "test", "calibration"):
             batches = getattr(self, name)
             if batches is None:
@@ -193,7 +197,9 @@ class Task:
         if isinstance(self.metric, TorchMetric):
             higher = getattr(self.metric, "higher_is_better", True)
             return Metric(
-                fn=self._torchmetric, name=type(self.metric).__name__.lower(), higher_is_better=higher is not False
+                fn=self._torchmetric,
+                name=type(self.metric).__name__.lower(),
+                higher_is_better=higher is not False,
             )
         return Metric(fn=self.metric, name=getattr(self.metric, "__name__", "metric"))
 
@@ -212,7 +218,9 @@ class Task:
         except (TypeError, ValueError) as error:
             raise TaskError(f"the metric must return one number, got {type(value).__name__}") from error
         if not math.isfinite(number):
-            raise TaskError(f"the metric returned {number} on {split}; check the metric and the model's outputs")
+            raise TaskError(
+                f"the metric returned {number} on {split}; check the metric and the model's outputs"
+            )
         return number
 
     def calibration_batches(self, samples: int = 512) -> list[Any]:

@@ -425,7 +425,7 @@ def _restore(state: Path, loop: Loop) -> tuple[list[dict[str, float]], _Best]:
         loop.masks, loop.epoch, loop.step = saved["masks"], saved["epoch"], saved["step"]
         loop.steps_per_epoch = saved["steps_per_epoch"]
         return saved["history"], _Best(*saved["best"])
-    except Exception as error:  # noqa: BLE001 - a damaged file fails in many ways, all mended alike
+    except Exception as error:
         raise TrainError(
             f"the checkpoint {state} cannot be resumed from ({error}); delete it to start over"
         ) from error

@@ -39,7 +39,7 @@ def global_state() -> dict[str, Any]:
     """Everything process-wide that a step could leave changed."""
     return {
         "torch rng": torch.get_rng_state().tolist(),
-        "numpy rng": str(np.random.get_state()),  # noqa: NPY002 - users' loaders still draw from it
+        "numpy rng": str(np.random.get_state()),
         "python rng": random.getstate(),
         "threads": torch.get_num_threads(),
         "grad": torch.is_grad_enabled(),
@@ -72,7 +72,7 @@ def test_a_run_leaves_the_model_and_the_process_as_they_were(name: str) -> None:
     model.bn1.eval()  # a mix of modes must survive too
     model.conv1.weight.requires_grad_(False)
     random.seed(5)
-    np.random.seed(6)  # noqa: NPY002
+    np.random.seed(6)
     torch.manual_seed(7)
     before, process = model_state(model), global_state()
 
@@ -80,7 +80,7 @@ def test_a_run_leaves_the_model_and_the_process_as_they_were(name: str) -> None:
 
     assert model_state(model) == before
     assert global_state() == process
-    assert [row["name"] for row in result.run["rows"]][0] == "baseline"
+    assert next(row["name"] for row in result.run["rows"]) == "baseline"
 
 
 @pytest.mark.parametrize("name", INSTANCES)
@@ -94,7 +94,9 @@ def test_a_step_is_a_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", INSTANCES)
 def test_equal_seeds_give_equal_models(name: str) -> None:
-    results = [ts.compress(toy.model(), toy.task(), [INSTANCES[name]()], runtime="eager", seed=4) for _ in range(2)]
+    results = [
+        ts.compress(toy.model(), toy.task(), [INSTANCES[name]()], runtime="eager", seed=4) for _ in range(2)
+    ]
     states = [fingerprint(result.model.state_dict()) for result in results]
     assert states[0] == states[1]
 

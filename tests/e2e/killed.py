@@ -14,7 +14,9 @@ import torchslim as ts
 from tests import toy
 
 STEPS = [
-    ts.Prune(sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=1e-2)),
+    ts.Prune(
+        sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=1e-2)
+    ),
     ts.Distill(epochs=3, lr=1e-2),
     ts.Quantize("int8"),
 ]
@@ -70,7 +72,14 @@ def arm(moment: str) -> Any:
 def run(folder: Path, moment: str = "") -> ts.Result:
     runtime = "onnxruntime" if moment == "export" or folder.name.startswith("onnx") else "eager"
     return ts.compress(
-        toy.model(), toy.task(), STEPS, runtime=runtime, threads=1, seed=3, workdir=folder, progress=arm(moment)
+        toy.model(),
+        toy.task(),
+        STEPS,
+        runtime=runtime,
+        threads=1,
+        seed=3,
+        workdir=folder,
+        progress=arm(moment),
     )
 
 

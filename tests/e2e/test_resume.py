@@ -29,7 +29,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> ts.Result:
 def test_a_killed_run_goes_on(moment: str, undisturbed: ts.Result, tmp_path: Path) -> None:
     folder = tmp_path / ("onnx" if moment == "export" else "eager")
     killed = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.killed", moment, folder], capture_output=True, check=False, timeout=300
+        [sys.executable, "-m", "tests.e2e.killed", moment, folder],
+        capture_output=True,
+        check=False,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert not (folder / "run.json").exists()
@@ -40,6 +43,8 @@ def test_a_killed_run_goes_on(moment: str, undisturbed: ts.Result, tmp_path: Pat
     assert fingerprint(resumed.masks) == fingerprint(undisturbed.masks)
     assert fingerprint(resumed.model.state_dict()) == fingerprint(undisturbed.model.state_dict())
     before, after = undisturbed.run["rows"], resumed.run["rows"]
-    steps = slice(0, 4) if moment == "export" else slice(0, 5)  # another runtime's artifact may round otherwise
+    steps = (
+        slice(0, 4) if moment == "export" else slice(0, 5)
+    )  # another runtime's artifact may round otherwise
     assert [row["metric"] for row in after[steps]] == [row["metric"] for row in before[steps]]
     assert [row["history"] for row in after] == [row["history"] for row in before]

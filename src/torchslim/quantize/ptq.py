@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.errors import QuantizeError
-from torchslim.export import Captured, bind, capture, positional, signature_of
+from torchslim.export import Captured, bind, capture, signature_of
 from torchslim.isolation import copy_model, quiet
 from torchslim.quantize.schemes import find_scheme, weight_range
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome
 from torchslim.structure import build, describe
-from torchslim.task import call, device_of, predictor, take_first, tensors, to_device
+from torchslim.task import call, predictor, take_first
 
 LOUD_DB = 15.0  # below this the quantized output is worth a warning
 
@@ -73,10 +73,14 @@ class Quantize:
         quantized, records = _quantize(model, batches, self.scheme, ctx.target.runtime)
         decibels = sqnr(call(predictor(model), batches[0]), call(predictor(quantized), batches[0]))
         warnings = [
-            f"not quantized: {record.layer}: {record.reason}" for record in records if record.action == "refused"
+            f"not quantized: {record.layer}: {record.reason}"
+            for record in records
+            if record.action == "refused"
         ]
         if decibels < LOUD_DB:
-            warnings.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
+            warnings.append(
+                f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss"
+            )
         return Outcome(model=quantized, masks=ctx.masks, layers=records, warnings=warnings)
 
 
@@ -137,7 +141,10 @@ def _quantize(
             f"scheme {scheme!r} finds nothing to quantize in this model: it has no conv2d or linear layer whose weight "
             f"is stored ({refused or 'no layer has weights'}); leave the quantization out"
         )
-    leaves = [flatten(captured.inputs, bind(model, inputs), f"calibration batch {i}") for i, inputs in enumerate(batches, 1)]
+    leaves = [
+        flatten(captured.inputs, bind(model, inputs), f"calibration batch {i}")
+        for i, inputs in enumerate(batches, 1)
+    ]
     layers = observed_layers(prepared, leaf_names(captured.inputs))
     with quiet(), torch.no_grad():
         _calibrate(prepared, layers, leaves)

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer, SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
 
 from torchslim.export import WRAPPED
 from torchslim.quantize.schemes import Scheme
@@ -67,7 +72,7 @@ class SlimQuantizer(Quantizer):
             if node.target in (*CONVOLUTIONS, *LINEARS):
                 self._weighted(node)
             elif node.target in ADDITIONS and _residual(node):
-                self._mark(node, {source: self.activation for source in node.args[:2]})
+                self._mark(node, dict.fromkeys(node.args[:2], self.activation))
             elif node.target in POOLS and ANNOTATION in node.args[0].meta:
                 # runtimes pool on integers and take it for granted that scale and zero point stay the same
                 source = node.args[0]
@@ -138,7 +143,11 @@ def _residual(node: Node) -> bool:
     if not isinstance(left, Node) or not isinstance(right, Node) or node.kwargs.get("alpha", 1) != 1:
         return False
     shapes = [getattr(each.meta.get("val"), "shape", None) for each in (left, right)]
-    return shapes[0] is not None and shapes[0] == shapes[1] and any(_ends_convolution(each) for each in (left, right))
+    return (
+        shapes[0] is not None
+        and shapes[0] == shapes[1]
+        and any(_ends_convolution(each) for each in (left, right))
+    )
 
 
 def _ends_convolution(node: Node) -> bool:
@@ -149,7 +158,12 @@ def _ends_convolution(node: Node) -> bool:
 
 def _is_weight(node: Node) -> bool:
     value = node.meta.get("val")
-    return node.op == "get_attr" and isinstance(value, torch.Tensor) and value.dim() >= 2 and value.is_floating_point()
+    return (
+        node.op == "get_attr"
+        and isinstance(value, torch.Tensor)
+        and value.dim() >= 2
+        and value.is_floating_point()
+    )
 
 
 def _name(node: Node) -> str:
@@ -179,7 +193,11 @@ def fit_biases(model: GraphModule) -> None:
         if ANNOTATION not in node.meta or node.target not in (*CONVOLUTIONS, *LINEARS):
             continue
         inputs, weights, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-        if bias is None or any(each.op != "call_module" for each in (inputs, weights)) or bias.op != "get_attr":
+        if (
+            bias is None
+            or any(each.op != "call_module" for each in (inputs, weights))
+            or bias.op != "get_attr"
+        ):
             continue
         observer = getattr(model, str(weights.target))
         scale, _ = getattr(model, str(inputs.target)).calculate_qparams()

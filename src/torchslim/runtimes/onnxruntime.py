@@ -58,7 +58,9 @@ def to_onnx(captured: Captured) -> bytes:
     try:
         return proto.SerializeToString()  # type: ignore[no-any-return]
     except ValueError as error:
-        raise ExportError(f"the ONNX model is above protobuf's limit of 2 GiB: {error}; use runtime 'eager'") from error
+        raise ExportError(
+            f"the ONNX model is above protobuf's limit of 2 GiB: {error}; use runtime 'eager'"
+        ) from error
 
 
 def _strip(proto: Any) -> None:
@@ -129,14 +131,22 @@ def _integer_biases(proto: Any) -> None:
     dequantized = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     nodes = []
     for node in graph.node:
-        if node.op_type == "Gemm" and len(node.input) == 3 and all(each in dequantized for each in node.input[:2]):
+        if (
+            node.op_type == "Gemm"
+            and len(node.input) == 3
+            and all(each in dequantized for each in node.input[:2])
+        ):
             scales = [constants.get(dequantized[each].input[1]) for each in node.input[:2]]
             bias = constants.get(node.input[2])
             if bias is not None and None not in scales:
                 # in float64: the product of two small scales must not vanish before it is divided by
                 left, right = (numpy_helper.to_array(each).astype(np.float64) for each in scales)
                 steps = np.rint(numpy_helper.to_array(bias) / (left * right)).clip(-(2**31) + 1, 2**31 - 1)
-                integers, scale, name = f"{node.name}_bias", f"{node.name}_bias_scale", f"{node.name}_bias_float"
+                integers, scale, name = (
+                    f"{node.name}_bias",
+                    f"{node.name}_bias_scale",
+                    f"{node.name}_bias_float",
+                )
                 graph.initializer.append(numpy_helper.from_array(steps.astype(np.int32), integers))
                 graph.initializer.append(numpy_helper.from_array((left * right).astype(np.float32), scale))
                 axis = {"axis": 0} if right.ndim else {}
@@ -169,7 +179,9 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
             f"ONNX Runtime cannot run the model: {type(error).__name__}: {_brief(error)}; use float32, or runtime 'eager'"
         ) from error
     names = [each.name for each in session.get_inputs()]
-    assert len(names) == len(spec.dtypes), f"the ONNX model takes {names}, the program {len(spec.dtypes)} inputs"
+    assert len(names) == len(spec.dtypes), (
+        f"the ONNX model takes {names}, the program {len(spec.dtypes)} inputs"
+    )
     if "bfloat16" in spec.dtypes:
         raise DeployError("ONNX Runtime takes no bfloat16 inputs here; convert the model with .float() first")
 

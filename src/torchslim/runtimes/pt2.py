@@ -60,7 +60,9 @@ def check_program(file: BinaryIO) -> None:
             try:
                 torch.load(io.BytesIO(archive.read(name)), weights_only=True)
             except Exception as error:
-                raise ArtifactError(f"the .pt2 file's sample inputs would run code ({name}); it is not loaded") from error
+                raise ArtifactError(
+                    f"the .pt2 file's sample inputs would run code ({name}); it is not loaded"
+                ) from error
 
 
 def _pickles(value: Any) -> bool:
