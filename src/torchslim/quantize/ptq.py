@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.errors import QuantizeError
-from torchslim.export import Captured, bind, capture, signature_of
+from torchslim.export import Captured, bind, capture, positional, signature_of
 from torchslim.isolation import copy_model, quiet
 from torchslim.quantize.schemes import find_scheme, weight_range
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome
 from torchslim.structure import build, describe
-from torchslim.task import call, predictor, take_first
+from torchslim.task import call, device_of, predictor, take_first, tensors, to_device
 
 LOUD_DB = 15.0  # below this the quantized output is worth a warning
 
@@ -27,13 +27,16 @@ class QuantizedModule(nn.Module):
     def __init__(self, program: nn.Module, captured: Captured, signature: inspect.Signature) -> None:
         super().__init__()
         self.program = program
-        self.inputs, self.outputs, self.classes = captured.inputs, captured.outputs, dict(captured.classes)
+        self.outputs, self.classes = captured.outputs, dict(captured.classes)
         self.forward_signature = signature
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        named = bind_call(self.forward_signature, args, kwargs)
-        return build(self.outputs, self.program(*flatten(self.inputs, named, "inputs")), self.classes)
+        bound = self.forward_signature.bind(*args, **kwargs)
+        args, kwargs = positional(self, dict(bound.arguments))
+        leaves: list[Tensor] = []
+        describe(self.program(*args, **kwargs), leaves, {})
+        return build(self.outputs, leaves, self.classes)
 
     def train(self, mode: bool = True) -> QuantizedModule:
         """Only `train(False)` is possible."""
@@ -130,59 +133,51 @@ def _quantize(
     with quiet():  # importing torchao logs about extensions that this machine may lack
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-        from torchslim.quantize.quantizer import SlimQuantizer, fit_biases, observed_layers, strip_unused
+        from torchslim.quantize.quantizer import SlimQuantizer, observed_layers, strip_unused
     captured = capture(model, batches[0])
     quantizer = SlimQuantizer(find_scheme(scheme), weight_range(runtime))
     with quiet():
         prepared = prepare_pt2e(captured.program.module(), quantizer)
     if not any(record.action == "quantized" for record in quantizer.records):
-        refused = "; ".join(f"{record.layer}: {record.reason}" for record in quantizer.records[:5])
         raise QuantizeError(
             f"scheme {scheme!r} finds nothing to quantize in this model: it has no conv2d or linear layer whose weight "
-            f"is stored ({refused or 'no layer has weights'}); leave the quantization out"
+            "is stored"
         )
-    leaves = [
-        flatten(captured.inputs, bind(model, inputs), f"calibration batch {i}")
-        for i, inputs in enumerate(batches, 1)
-    ]
-    layers = observed_layers(prepared, leaf_names(captured.inputs))
+    _calibrate(prepared, observed_layers(prepared), model, batches)
     with quiet(), torch.no_grad():
-        _calibrate(prepared, layers, leaves)
-        fit_biases(prepared)
         converted = convert_pt2e(prepared)
     strip_unused(converted)
     return QuantizedModule(converted, captured, signature_of(model)), quantizer.records
 
 
-def _calibrate(prepared: nn.Module, layers: Mapping[str, str], batches: Sequence[Sequence[Tensor]]) -> None:
+def _calibrate(prepared: nn.Module, layers: Mapping[str, str], model: nn.Module, batches: list[Any]) -> None:
     """Show the observers every batch; a value that is not finite is an error that names its layer and batch."""
-    number = 0
+    where = {"batch": 0}
+    observers = [(name, getattr(prepared, name)) for name in layers if hasattr(prepared, name)]
 
-    def guard(layer: str) -> Any:
+    def guard(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and not _finite(args[0]):
+            if args and isinstance(args[0], Tensor) and not torch.isfinite(args[0]).all():
                 raise QuantizeError(
-                    f"calibration batch {number} gives values that are not finite at {layer}; look for NaN in the data or "
-                    "overflow in the model"
+                    f"calibration batch {where['batch']} gives values that are not finite at {layers[name]}; look for "
+                    "NaN in the data or overflow in the model"
                 )
 
         return hook
 
-    handles = [
-        getattr(prepared, name).register_forward_pre_hook(guard(layer))
-        for name, layer in layers.items()
-        if hasattr(prepared, name)
-    ]
+    handles = [observer.register_forward_pre_hook(guard(name)) for name, observer in observers]
     try:
-        for number, leaves in enumerate(batches, 1):
-            prepared(*(leaf.cpu() for leaf in leaves))
+        with torch.no_grad():
+            for number, inputs in enumerate(batches, 1):
+                where["batch"] = number
+                for index, leaf in enumerate(tensors(inputs)):
+                    if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+                        raise QuantizeError(
+                            f"calibration batch {number} has values that are not finite in input {index}; look for "
+                            "NaN in the data"
+                        )
+                args, kwargs = positional(model, to_device(bind(model, inputs), device_of(model)))
+                prepared(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _finite(value: Tensor) -> bool:
-    if not value.is_floating_point() or not value.numel():
-        return True
-    low, high = torch.aminmax(value.detach())  # one pass, no copy; NaN shows in both
-    return bool(torch.isfinite(low) & torch.isfinite(high))
