@@ -84,8 +84,8 @@ class Prune:
                 raise PruneError(
                     "sparsity names no layer: {}; give at least one pattern, such as {'conv1': 0.5}"
                 )
-            for pattern, value in self.sparsity.items():
-                check_sparsity(value, f"sparsity of {pattern!r}")
+            for pattern, each in self.sparsity.items():
+                check_sparsity(each, f"sparsity of {pattern!r}")
             if self.scope == "global":
                 raise PruneError(
                     "a sparsity for each layer cannot be ranked globally; leave out scope='global'"
