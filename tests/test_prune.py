@@ -125,7 +125,7 @@ def test_of_every_m_inputs_n_are_kept(layer: nn.Module, dim: int, n: int, m: int
 
 def test_a_layer_that_cannot_follow_the_pattern_is_named_with_the_reason() -> None:
     with pytest.warns(
-        UserWarning, match=r"not pruned: conv1.weight \(input dimension 1 is not a multiple of 4\)"
+        UserWarning, match=r"not pruned: conv1.weight: input dimension 1 is not a multiple of 4"
     ):
         pruned = ts.prune.weights(toy.model(), pattern="2:4")
     assert ts.prune.sparsity(pruned).layers["conv2.weight"] == 0.5
