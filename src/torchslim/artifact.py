@@ -9,8 +9,10 @@ bench.py              times the model where torchslim is not installed
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from torchslim.errors import ArtifactError
 from torchslim.export import Captured
-from torchslim.files import sha256, write_bytes, write_json
+from torchslim.files import sha256, write_bytes
 from torchslim.isolation import quiet
 from torchslim.machine import describe_machine, instruction_set
 from torchslim.measure import Timings
@@ -83,7 +85,6 @@ def write_artifact(
         raise ArtifactError(
             f"{folder} holds something that torchslim did not save; name an empty or a new folder"
         )
-    (folder / MANIFEST).unlink(missing_ok=True)
     files: dict[str, bytes] = dict(extra or {})
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "machine": describe_machine()}
     if deployed is not None:
@@ -99,11 +100,22 @@ def write_artifact(
         files["weights.safetensors"] = save_tensors(state)
     if masks:
         files["masks.safetensors"], manifest["mask_shapes"] = pack_masks(masks)
-    for name, data in files.items():
-        write_bytes(folder / name, data)
-    manifest["files"] = {name: sha256(folder / name) for name in sorted(files)}
-    write_json(folder / MANIFEST, manifest)
+    manifest["files"] = {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
+    _swap(folder, files, (json.dumps(manifest, indent=1) + "\n").encode())
     return folder
+
+
+def _swap(folder: Path, files: Mapping[str, bytes], manifest: bytes) -> None:
+    """Write everything beside what is there, then let it take its place; a full disk leaves the old artifact whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:
+        new = Path(name)
+        for file, data in {**files, MANIFEST: manifest}.items():
+            write_bytes(new / file, data)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for file in files:
+            (new / file).replace(folder / file)
+        (new / MANIFEST).replace(folder / MANIFEST)  # last: a folder that has a manifest is whole
 
 
 def load(folder: str | Path, *, runtime: str | None = None, threads: int | None = None) -> Deployed:
