@@ -63,7 +63,7 @@ def prunable_by_default(owner: nn.Module, name: str, parameter: nn.Parameter) ->
         and parameter.is_floating_point()
         and not isinstance(owner, (*NORMS, *EMBEDDINGS))
         and not hasattr(owner, "parametrizations")
-        and not hasattr(owner, f"{name.removesuffix('_g')}_v")  # the lengths that `weight_norm` keeps
+        and not (name.endswith("_g") and hasattr(owner, f"{name[:-2]}_v"))  # the lengths of `weight_norm`
         and "Norm" not in type(owner).__name__  # a user's own norm
         and "Embedding" not in type(owner).__name__
     )

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from torchslim.distill.losses import KD, Response, find_response
+from torchslim.distill.losses import KD, Response, classes_second, find_response
 from torchslim.errors import DistillError
 from torchslim.isolation import copy_model
 from torchslim.loaders import first_batch
@@ -20,6 +20,8 @@ from torchslim.training import Losses, Objective, Training, trained
 @dataclass(frozen=True, kw_only=True)
 class Distill(Training):
     """Train the model on the outputs of the context's teacher (by default the original model).
+
+    Padding that `Task.mask` marks is left out of the KD term of token outputs.
 
     Args:
         response: KD(...), a function (student logits, teacher logits, labels) -> scalar, or "package.module:name".
@@ -38,6 +40,11 @@ class Distill(Training):
         Training.__post_init__(self)
         if self.label_weight is not None and not 0 <= self.label_weight < float("inf"):
             raise DistillError(f"label_weight must be a finite number of at least 0, got {self.label_weight}")
+        if isinstance(self.response, str) and ":" in self.response:
+            return  # imported only when a run is checked
+        response = find_response(self.response)
+        if isinstance(response, KD) and response.alpha == 0 and self.resolved_label_weight() == 0:
+            raise DistillError("nothing to learn from: alpha=0 and label_weight=0; raise one of them")
 
     def resolved_label_weight(self) -> float:
         """How much the labels count."""
@@ -49,7 +56,7 @@ class Distill(Training):
         """Teacher and labels, each with its weight."""
         teacher, _ = copy_model(ctx.teacher)
         return _ResponseObjective(
-            ctx.task, teacher, find_response(self.response), self.resolved_label_weight()
+            ctx.task, teacher.eval(), find_response(self.response), self.resolved_label_weight()
         )
 
     def check(self, ctx: Context) -> None:
@@ -86,7 +93,7 @@ class _ResponseObjective:
         parts: dict[str, torch.Tensor] = {}
         if isinstance(self.response, KD):
             if self.response.alpha > 0:
-                parts["response"] = self.response.soft(student, teacher)
+                parts["response"] = self.response.soft(*self.positions(student, teacher, batch))
         else:
             parts["response"] = self.response(student, teacher, self.task.target(batch))
         if self.label_weight > 0:
@@ -95,3 +102,13 @@ class _ResponseObjective:
                 raise DistillError("a batch has no labels, but label_weight is above 0")
             parts["label"] = self.label_weight * label
         return parts
+
+    def positions(
+        self, student: torch.Tensor, teacher: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What of dense outputs is compared: classes in dimension 1, padding left out."""
+        mask = self.task.mask(batch)
+        tokens = student.dim() > 2 and student.shape == teacher.shape
+        if tokens and mask is not None and mask.shape == student.shape[:-1]:
+            return student[mask.bool()], teacher[mask.bool()]
+        return classes_second(student, teacher, self.task.target(batch))
