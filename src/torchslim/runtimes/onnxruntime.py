@@ -83,8 +83,9 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-    # threads that spin after a run would steal time from whatever runs next in the same process
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # idle threads that spin steal the cores from whatever else runs: on two shared cores the median call of the demo's
+    # network took three times as long with spinning as without
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = runtime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     wanted = len(spec.dtypes)
