@@ -1,7 +1,7 @@
 """The demo's figures, measured: python -m benchmarks.demo [--max-minutes M]
 
 Reads the run that `make demo` left, times the fp32 and the compressed model on every runtime in one interleaved run,
-keeps each row of timings in benchmarks/demo.jsonl (a killed benchmark goes on), and writes benchmarks/demo.md.
+keeps each row of timings in benchmarks/demo.jsonl (a killed benchmark goes on), and writes benchmarks/demo.md and the README's table.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torchslim.report import load_run, table
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "demo.jsonl", HERE / "demo.md"
+README, MARK = HERE.parent / "README.md", "<!-- the demo's table, written by benchmarks/demo.py -->"
 RUNTIMES = ("eager", "inductor", "onnxruntime")
 REPEATS = 5
 THREADS = 2
@@ -115,6 +116,9 @@ def main() -> None:
     rows = measure(arguments.run, {"model": manifest["files"]["model.onnx"], "machine": describe_machine(THREADS)},
                    arguments.max_minutes)  # fmt: skip
     PAGE.write_text(page(run, rows))
+    text = README.read_text()
+    before, rest = text.split(MARK, 1)
+    README.write_text(f"{before}{MARK}\n```\n{table(run)}\n```\n{MARK}{rest.split(MARK, 1)[1]}")
     print(PAGE)
 
 
