@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ def splits() -> dict[str, Split]:
     }
 
 
+@cache
 def locate() -> Path | None:
     """The folder of the four files: $TORCHSLIM_DATA, the Debian package, its download, torchvision's download."""
     given = os.environ.get("TORCHSLIM_DATA")
