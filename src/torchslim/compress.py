@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torchslim import __version__
 from torchslim.artifact import load, open_artifact, restore_state, write_artifact
 from torchslim.errors import ArtifactError, RecipeError, TaskError, TorchslimError
+from torchslim.evidence import compare_rows, not_measured, number, size
 from torchslim.export import Captured, bind, capture, signature_of
 from torchslim.files import digest, write_json
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.machine import describe_machine
 from torchslim.measure import Timings, compare, macs, nonzeros, parameters, resized
 from torchslim.quantize import QuantizedModule
-from torchslim.report import render, table
+from torchslim.report import RUN_FORMAT, render, table
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.pt2 import load_program
 from torchslim.steps import (
@@ -45,7 +46,6 @@ from torchslim.steps import (
 from torchslim.structure import build
 from torchslim.task import Metric, Task, call, predictor, take_first, tensors, to_device
 
-RUN_FORMAT = 1
 COMMIT = "stage.json"  # written last: a stage folder that has it is whole
 ROUNDS = 60
 SECONDS = 40.0
@@ -296,7 +296,7 @@ class _Runner:
             "parameters": number(parameters(model), "count"),
             "nonzero": number(nonzeros(model), "count"),
             "macs": number(counted.total, "MACs per sample"),
-            "size_bytes": _size(deployed),
+            "size_bytes": size(deployed),
             "seconds": number(seconds, "s", machine="this") if index else not_measured("no work was done"),
             "layers": [{"version": record.version, **asdict(record)} for record in outcome.layers],
             "warnings": warnings,
@@ -386,21 +386,7 @@ class _Runner:
         rows = [dict(stage.row) for stage in stages]
         rows.append({**rows[-1], "name": "artifact", "kind": "artifact", "metric": artifact_metric, "layers": [],
                      "history": [], "warnings": [], "seconds": not_measured("no work was done")})  # fmt: skip
-        for index, row in enumerate(rows):
-            stage = min(index, len(stages) - 1)
-            before = min(max(index - 1, 0), len(stages) - 1)
-            row["latency_ms"] = {
-                kind: _latency(timings, f"{stage}/{kind}") for kind in dict.fromkeys((runtime, "eager"))
-            }
-            row["speedup"] = {
-                "over_baseline": _speedup(timings, f"{stage}/{runtime}", f"0/{runtime}"),
-                "over_previous": _speedup(timings, f"{stage}/{runtime}", f"{before}/{runtime}"),
-            }
-            sizes = [rows[each]["size_bytes"].get("value") for each in (0, max(index - 1, 0), index)]
-            row["shrink"] = {
-                "over_baseline": _quotient(sizes[0], sizes[2]),
-                "over_previous": _quotient(sizes[1], sizes[2]),
-            }
+        compare_rows(rows, timings, runtime)
         return {
             "format": RUN_FORMAT,
             "torchslim": __version__,
@@ -450,49 +436,6 @@ def _requantized(
         batch_axis=deployed.spec.batch_axis,
     )
     return QuantizedModule(exported.module(), captured, signature_of(model))
-
-
-def number(
-    value: float,
-    unit: str,
-    *,
-    repeats: int = 1,
-    low: float | None = None,
-    high: float | None = None,
-    machine: str = "",
-) -> dict[str, Any]:
-    """A number with its unit; measured ones carry repeats, spread (p10, p90) and the machine."""
-    found: dict[str, Any] = {"value": value, "unit": unit, "repeats": repeats}
-    if low is not None and high is not None:
-        found |= {"low": low, "high": high}
-    return found | ({"machine": machine} if machine else {})
-
-
-def not_measured(reason: str) -> dict[str, Any]:
-    """In a number's place, with the reason."""
-    return {"not_measured": reason}
-
-
-def _size(deployed: Deployed) -> dict[str, Any]:
-    if deployed.size_bytes is None:
-        return not_measured(f"runtime {deployed.runtime!r} has no file")
-    return number(deployed.size_bytes, "bytes")
-
-
-def _latency(timings: Timings, name: str) -> dict[str, Any]:
-    found = timings.latency(name)
-    return number(found.median, "ms", repeats=found.rounds, low=found.p10, high=found.p90, machine="this")
-
-
-def _speedup(timings: Timings, name: str, base: str) -> dict[str, Any]:
-    found = timings.speedup(name, base)
-    rounds = len(timings.rounds[name])
-    measured = number(found.median, "x", repeats=rounds, low=found.p10, high=found.p90, machine="this")
-    return measured | {"verdict": found.verdict}
-
-
-def _quotient(before: float | None, after: float | None) -> dict[str, Any]:
-    return number(before / after, "x") if before and after else not_measured("the runtime has no file")
 
 
 def _read_text(path: Path) -> str | None:
