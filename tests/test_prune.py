@@ -53,6 +53,7 @@ def test_whole_slices_of_many_sizes_come_as_near_as_one_slice(sparsity: float) -
     assert abs(removed - sparsity * (5 * 3 + 7 * 11)) <= 11 / 2 + 0.5
 
 
+@pytest.mark.filterwarnings("ignore:emptied")
 @given(FRACTIONS, st.sampled_from(["layer", "global"]), st.sampled_from(["l1", "random"]))
 def test_a_model_gets_exactly_the_zeros_that_were_asked_for(
     sparsity: float, scope: str, criterion: str
@@ -68,6 +69,7 @@ def test_a_model_gets_exactly_the_zeros_that_were_asked_for(
     assert not any((value == 0).all() for name, value in pruned.named_parameters() if name == "bn1.weight")
 
 
+@pytest.mark.filterwarnings("ignore:emptied")
 @given(st.floats(0, 1))
 def test_a_threshold_removes_exactly_what_is_below_it(threshold: float) -> None:
     model = toy.model()

@@ -1,28 +1,18 @@
-"""The training loop, distillation and the task: one loop, exact losses, runs that resume."""
+"""The training loop: what it does to weights, what it keeps, and what it refuses."""
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
+import math
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
-from tests import toy
-from torchslim.distill import kl_divergence
-from torchslim.errors import DistillError, TaskError, TrainError
-from torchslim.isolation import preserved_globals
+from tests import models, toy
+from torchslim.errors import TaskError, TrainError
 from torchslim.optimizer import OptimizerSettings
 from torchslim.steps import fingerprint
 from torchslim.task import predictor
@@ -36,56 +26,89 @@ def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
     )
 
 
-def own_generator() -> ts.Task:
-    data = TensorDataset(*toy.images(96, 1))
-    loader = DataLoader(data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(5))
-    return replace(toy.task(), train=loader)
+def plain_loop(model: nn.Module, batches: list[Any], epochs: int, settings: OptimizerSettings) -> None:
+    """What `fit` must equal, written down as in a textbook."""
+    optimizer, steps = settings.build(model), len(batches) * epochs
+    model.train()
+    for number, (x, y) in enumerate(batches * epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * settings.factor((number + 0.5) / steps)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        if settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
 
 
-class Unsized:
-    """A loader that does not know its length."""
-
-    def __iter__(self) -> Any:
-        return iter([toy.images(16, seed) for seed in range(4)])
-
-
-@pytest.mark.parametrize("make", [toy.task, own_generator, lambda: replace(toy.task(), train=Unsized())])
-@pytest.mark.parametrize("stop", [1, 2])
-def test_a_resumed_training_ends_with_the_same_weights(make: Any, stop: int, tmp_path: Path) -> None:
-    class Stop(Hook):
-        def on_step(self, loop: Loop) -> None:
-            if loop.epoch == stop and loop.step_in_epoch == 2:
-                raise KeyboardInterrupt
-
-    whole, broken, task = toy.model(), toy.model(), make()
-    report = train(whole, task)
-    with pytest.raises(KeyboardInterrupt):
-        train(broken, task, hooks=[Stop()], state=tmp_path / "c.ckpt")
-    resumed = toy.model()
-    again = train(resumed, make(), state=tmp_path / "c.ckpt")
-    assert fingerprint(resumed.state_dict()) == fingerprint(whole.state_dict())
-    assert again.history == report.history
-    assert again.best_epoch == report.best_epoch
-
-
-def test_training_leaves_the_process_and_the_loader_as_they_were() -> None:
-    task, model = own_generator(), toy.model()
-    model.bn1.eval()
-    before = (
-        torch.get_rng_state().tolist(),
-        task.train.generator.get_state().tolist(),
-        np.random.get_state()[1].tolist(),
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fit_is_the_textbook_loop(optimizer: str, schedule: Any, clip_norm: float | None) -> None:
+    settings = OptimizerSettings(
+        optimizer=optimizer, lr=0.02, weight_decay=0.1, schedule=schedule, warmup=0.3, clip_norm=clip_norm
     )
-    train(model, task)
-    after = (
-        torch.get_rng_state().tolist(),
-        task.train.generator.get_state().tolist(),
-        np.random.get_state()[1].tolist(),
+    batches = [toy.images(16, seed) for seed in range(4)]
+    expected, model = toy.model(), toy.model()
+    plain_loop(expected, batches, 3, settings)
+    task = replace(toy.task(), train=batches)
+    report = train(model, task, settings=settings, evaluate=None)
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-6), name
+    assert [row["epoch"] for row in report.history] == [1, 2, 3]
+    assert [row["lr"] for row in report.history] == pytest.approx(
+        [settings.lr * settings.factor((4 * epoch - 0.5) / 12) for epoch in (1, 2, 3)]
     )
-    assert before == after
-    assert not model.bn1.training
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_rows_loss_is_the_mean_over_its_batches() -> None:
+    batches = [toy.images(16, seed) for seed in range(3)]
+    task, model = replace(toy.task(), train=batches), toy.model()
+    settings = OptimizerSettings(lr=1e-12)
+    with torch.no_grad():
+        expected = [nn.functional.cross_entropy(toy.model().train()(x), y).item() for x, y in batches]
+    row = train(model, task, epochs=1, settings=settings).history[0]
+    assert row["loss_label"] == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert row["val"] == task.evaluate(predictor(model))
+
+
+def test_a_caller_who_switched_gradients_off_can_train() -> None:
+    model, expected = toy.model(), toy.model()
+    train(expected, toy.task())
+    with torch.no_grad():
+        train(model, toy.task())
+        assert not torch.is_grad_enabled()
+    assert fingerprint(model.state_dict()) == fingerprint(expected.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_training_follows_the_models_dtype(dtype: torch.dtype) -> None:
+    x, y = torch.randn(32, 4, dtype=dtype), torch.randint(3, (32,))
+    task = ts.Task(val=[(x, y)], train=[(x, y)] * 5, metric="accuracy")
+    model = nn.Linear(4, 3, dtype=dtype)
+    report = train(model, task, evaluate=None)
+    assert model.weight.dtype == dtype
+    assert report.history[-1]["loss_label"] < report.history[0]["loss_label"]
+
+
+@pytest.mark.parametrize("make", [models.Recurrent, models.Encoder, models.CrossAttention])
+def test_every_family_of_models_trains(make: Any) -> None:
+    model = make()
+    inputs = {
+        models.Recurrent: (torch.randn(4, 6, 5),),
+        models.Encoder: (torch.randint(models.WORDS, (4, 6)),),
+        models.CrossAttention: (torch.randn(4, 3, 8), torch.randn(4, 5, 6), torch.randn(4, 5, 4)),
+    }[make]
+    outputs = predictor(model)(*inputs)
+    target = torch.randn(4, 3, 8) if make is models.CrossAttention else torch.randint(3, outputs.shape[:-1])
+    task = ts.Task(val=[(*inputs, target)], train=[(*inputs, target)] * 10, metric=lambda predict, data: 0.0)
+    report = train(model, task, evaluate=None)
+    assert report.history[-1]["loss_label"] < report.history[0]["loss_label"]
+
+
+def test_a_single_step_learns_something() -> None:
+    task, model = replace(toy.task(), train=[toy.images(16, 0)]), toy.model()
+    train(model, task, epochs=1)
+    assert (model.head.weight - toy.model().head.weight).abs().max() > 1e-4
 
 
 def test_the_best_epoch_is_kept_or_the_last() -> None:
@@ -105,85 +128,107 @@ def test_the_best_epoch_is_kept_or_the_last() -> None:
     assert not torch.equal(other.head.weight, model.head.weight)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_masked_weights_and_what_the_optimizer_knows_of_them_stay_zero(optimizer: str) -> None:
-    model, mask = toy.model(), torch.rand(8, 8, 3, 3) < 0.5
-    kept: dict[str, Any] = {}
-
-    class Look(Hook):
-        def on_epoch(self, loop: Loop) -> None:
-            kept["state"] = loop.optimizer.state[loop.model.conv2.weight]
-
-    settings = OptimizerSettings(optimizer=optimizer, lr=0.01, weight_decay=0.1, clip_norm=1.0)
-    train(model, toy.task(), masks={"conv2.weight": mask}, hooks=[Look()], settings=settings)
-    assert bool((model.conv2.weight[~mask] == 0).all())
-    assert not bool((model.conv2.weight[mask] == 0).any())
-    for value in kept["state"].values():
-        if value.shape == mask.shape:
-            assert bool((value[~mask] == 0).all())
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda outputs, batch: outputs.square(), r"the loss 'label' must be one number in a tensor, got shape \(16, 4\); take its mean"),
+        (lambda outputs, batch: 1.0, "the loss 'label' must be one number in a tensor, got float"),
+        (lambda outputs, batch: outputs.detach().sum(), r"no loss depends on a trainable weight \(losses: label\)"),
+        (lambda outputs, batch: outputs.sum() * math.inf, r"in 'fit', epoch 1, batch 1; there was no finite loss before; lower lr \(now 0.05\)"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_cannot_be_trained_on_says_why(loss: Any, message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        train(toy.model(), replace(toy.task(), loss=loss))
 
 
-def test_masks_that_fit_no_parameter_are_refused() -> None:
-    with pytest.raises(TrainError, match="masks name parameters that the model does not have: nothing"):
-        train(toy.model(), toy.task(), masks={"nothing": torch.ones(1, dtype=torch.bool)})
-    with pytest.raises(TrainError, match="the mask of 'head.weight' must be boolean"):
-        train(toy.model(), toy.task(), masks={"head.weight": torch.ones(1)})
+def test_a_gradient_that_is_not_finite_is_found_before_it_is_clipped() -> None:
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs * 0).abs().sqrt().sum()  # finite, with an infinite slope
 
-
-def test_a_loss_that_is_not_finite_names_its_place_and_keeps_the_checkpoint(tmp_path: Path) -> None:
-    state, model = tmp_path / "c.ckpt", toy.model()
-
-    class Poison(Hook):
-        def penalty(self, loop: Loop) -> Tensor | None:
-            late = loop.epoch == 1 and loop.step_in_epoch == 1
-            return torch.tensor(float("nan")) if late else torch.tensor(0.5)
-
-    with pytest.raises(
-        TrainError, match=r"the loss became nan in 'fit', epoch 2, batch 2; the last finite loss was \d"
-    ):
-        train(model, toy.task(), hooks=[Poison()], state=state)
-    saved = torch.load(state, weights_only=True)
-    assert saved["epoch"] == 1
-    assert saved["history"][0]["loss_penalty"] == pytest.approx(0.5)
-
-
-def test_a_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "c.ckpt").write_bytes(b"junk")
-    with pytest.raises(TrainError, match="cannot be resumed from.*delete it to start over"):
-        train(toy.model(), toy.task(), state=tmp_path / "c.ckpt")
-
-
-def momentum_free(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.01)
-
-
-@pytest.mark.parametrize("optimizer", [momentum_free, "tests.test_training:momentum_free"])
-def test_an_optimizer_of_the_users_own(optimizer: Any) -> None:
-    model, before = toy.model(), toy.model()
-    train(model, toy.task(), settings=OptimizerSettings(optimizer=optimizer), epochs=1)
-    assert not torch.equal(model.head.weight, before.head.weight)
-
-
-@given(st.floats(0, 1), st.floats(0, 0.9), st.sampled_from(["cosine", "constant"]))
-def test_the_learning_rate_stays_between_zero_and_its_top(
-    progress: float, warmup: float, schedule: Any
-) -> None:
-    settings = OptimizerSettings(schedule=schedule, warmup=warmup)
-    assert 0 <= settings.factor(progress) <= 1
-    assert settings.factor(warmup) == pytest.approx(1)
+    settings = OptimizerSettings(clip_norm=1.0)
+    with pytest.raises(TrainError, match="the gradient's norm became nan in 'fit', epoch 1, batch 1"):
+        train(toy.model(), replace(toy.task(), loss=loss), settings=settings)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("epochs", 0), ("lr", 0.0), ("lr", float("nan")), ("momentum", 1.0), ("weight_decay", -1.0), ("warmup", 1.0),
-     ("clip_norm", 0.0), ("optimizer", "lion"), ("schedule", "step"), ("keep", "first")],
-)  # fmt: skip
-def test_training_fields_are_checked(field: str, value: Any) -> None:
-    with pytest.raises(TrainError, match=f"{field} must be"):
-        ts.Finetune(**{field: value})
+    "engine", [ts.Engine(accelerator="abacus"), ts.Engine(precision="7"), ts.Engine(devices=0)]
+)
+def test_an_engine_that_is_not_there_is_an_error(engine: ts.Engine) -> None:
+    with pytest.raises(TrainError, match=r"Engine\(.*cannot be used here: "):
+        train(toy.model(), toy.task(), engine=engine)
 
 
-def test_nothing_trainable_is_an_error() -> None:
-    model = toy.model().requires_grad_(False)
-    with pytest.raises(TrainError, match="no trainable parameter"):
-        train(model, toy.task())
+def test_no_data_and_no_labels_are_errors_before_any_work() -> None:
+    ctx = ts.Context(task=replace(toy.task(), train=None), teacher=toy.model(), example_inputs=())
+    unlabelled = replace(ctx, task=replace(toy.task(), train=[(torch.randn(4, 1, 8, 8),)]))
+    for step in (ts.Finetune(), ts.Distill(), ts.Prune(sparsity=0.5, train=ts.Finetune())):
+        with pytest.raises(TaskError, match=r"no train batches; give Task\(train=...\)"):
+            step.check(ctx)
+    for step in (ts.Finetune(), ts.Prune(sparsity=0.5, train=ts.Finetune())):
+        with pytest.raises(TrainError, match="Finetune needs labels, but Task.target gives None"):
+            step.check(unlabelled)
+        step.check(replace(ctx, task=replace(unlabelled.task, loss=lambda outputs, batch: outputs.mean())))
+    with pytest.raises(TaskError, match="train gave no batch"):
+        train(toy.model(), replace(toy.task(), train=[]))
+
+
+def test_lower_may_be_better_and_ties_keep_the_earlier_epoch() -> None:
+    values = iter([3.0, 1.0, 1.0])
+    metric = ts.Metric(fn=lambda predict, batches: next(values), higher_is_better=False)
+    report = train(toy.model(), replace(toy.task(), metric=metric))
+    assert (report.best_epoch, report.best_value) == (2, 1.0)
+
+
+def test_only_a_settled_epoch_is_kept_with_its_own_masks() -> None:
+    values, scores = iter([9.0, 5.0, 7.0, 1.0]), torch.rand(8, 8, 3, 3)
+    masks = [scores < level for level in (0.9, 0.7, 0.5, 0.3)]
+
+    class Moves(Hook):
+        def on_epoch(self, loop: Loop) -> None:
+            loop.masks["conv2.weight"] = masks[loop.epoch - 1]
+
+        def settled(self, loop: Loop) -> bool:
+            return loop.epoch >= 2
+
+    model, task = toy.model(), replace(toy.task(), metric=lambda predict, batches: next(values))
+    report = train(model, task, epochs=4, hooks=[Moves()])
+    assert (report.best_epoch, report.best_value) == (3, 7.0)
+    assert torch.equal(report.masks["conv2.weight"], masks[2])
+    assert torch.equal(model.conv2.weight != 0, masks[2])
+
+
+def test_the_last_epoch_is_kept_where_it_is_asked_for() -> None:
+    model, expected = toy.model(), toy.model()
+    ctx = ts.Context(task=toy.task(), teacher=model, example_inputs=())
+    outcome = ts.Finetune(epochs=2, keep="last")(model, ctx)
+    train(expected, toy.task(), epochs=2, evaluate=None, settings=OptimizerSettings())
+    assert fingerprint(model.state_dict()) == fingerprint(expected.state_dict())
+    assert [record.reason for record in outcome.layers] == ["last epoch"]
+    assert "val" not in outcome.history[0]
+
+
+def test_a_penalty_is_trained_on_and_logged_by_itself() -> None:
+    class Shrink(Hook):
+        def __init__(self, strength: float) -> None:
+            self.strength = strength
+
+        def penalty(self, loop: Loop) -> Tensor:
+            return self.strength * loop.model.conv2.weight.abs().sum()
+
+    free, held = toy.model(), toy.model()
+    train(free, toy.task(), evaluate=None)
+    report = train(held, toy.task(), hooks=[Shrink(0.05), Shrink(0.0)], evaluate=None)
+    assert held.conv2.weight.abs().sum() < 0.5 * free.conv2.weight.abs().sum()
+    row = report.history[-1]
+    assert row.keys() == {"epoch", "loss_label", "loss_penalty", "loss_penalty_1", "lr"}
+    assert row["loss_penalty"] > 0
+    assert row["loss_penalty_1"] == 0
+
+
+def test_progress_counts_every_step_and_says_which_step_it_is() -> None:
+    events: list[ts.Event] = []
+    train(toy.model(), toy.task(), epochs=2, progress=events.append, step_name="mine", phase="again")
+    assert [event.current for event in events] == list(range(1, 17))
+    assert {(event.step, event.phase, event.total) for event in events} == {("mine", "again", 16)}
+    assert [event.values["epoch"] for event in events] == [1] * 8 + [2] * 8

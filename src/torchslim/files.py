@@ -64,6 +64,8 @@ def digest(*parts: Any) -> str:
     """Hex digest of bytes and JSON-able values, order included."""
     total = hashlib.sha256()
     for part in parts:
-        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
-        total.update(len(data).to_bytes(8, "little") + data)
+        kind, data = (
+            (b"b", part) if isinstance(part, bytes) else (b"j", json.dumps(part, sort_keys=True).encode())
+        )
+        total.update(kind + len(data).to_bytes(8, "little") + data)
     return total.hexdigest()

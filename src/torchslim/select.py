@@ -102,10 +102,11 @@ def select_weights(
     def covered(pattern: str, path: str) -> bool:
         return any(matches(pattern, each, types) for each in paths[path])
 
+    names = [*owners, *(each for known in paths.values() for each in known)]
     wanted, unwanted = as_list(include), as_list(exclude)
     for pattern in (*wanted, *unwanted):
-        if not any(matches(pattern, path, types) for path in (*owners, *everything)):
-            raise SelectError(_unmatched(pattern, [*owners, *everything], types))
+        if not any(matches(pattern, path, types) for path in names):
+            raise SelectError(_unmatched(pattern, names, types))
     chosen = set(default) if include is None else set()
     for pattern in wanted:
         # biases, norms and embeddings only by a pattern that ends in the parameter's own name
@@ -128,7 +129,7 @@ def select_weights(
 def by_pattern(patterns: Iterable[str], chosen: Iterable[str], model: nn.Module) -> dict[str, str]:
     """For each chosen parameter the last pattern that covers it; every pattern must cover one."""
     types, paths, chosen = class_names(model), parameter_paths(model), list(chosen)
-    names = [*(path for path, _ in model.named_modules(remove_duplicate=False)), *paths]
+    names = [*types, *(each for known in paths.values() for each in known)]
     covered: dict[str, str] = {}
     for pattern in patterns:
         found = [path for path in chosen if any(matches(pattern, each, types) for each in paths[path])]
@@ -153,6 +154,6 @@ def _names(pattern: str, path: str) -> bool:
 def _unmatched(pattern: str, names: Iterable[str], types: Mapping[str, Sequence[str]]) -> str:
     if pattern.startswith("type:"):
         names = (f"type:{name}" for each in types.values() for name in each)
-    known = list(dict.fromkeys(name for name in names if name))
-    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:5]
-    return f"pattern {pattern!r} matches no layer; near names: {', '.join(near)}"
+    known = {name.lower(): name for name in names if name}
+    near = difflib.get_close_matches(pattern.lower(), known, n=3, cutoff=0.4) or list(known)[:5]
+    return f"pattern {pattern!r} matches no layer; near names: {', '.join(known[each] for each in near)}"
