@@ -180,13 +180,13 @@ def test_the_teacher_answers_in_eval_mode_and_without_gradients() -> None:
     teacher.register_forward_hook(
         lambda module, _, out: seen.append((module.training, module[1].training, out.requires_grad))
     )
+    teacher[0].eval()
     x, y = torch.randn(6, 4), torch.zeros(6).long()
     task = ts.Task(val=[(x, y)], train=[(x, y)] * 3, metric="accuracy")
     ctx = ts.Context(task=task, teacher=teacher, example_inputs=(x,))
     ts.Distill(epochs=2)(student, ctx)
     assert seen == [(False, False, False)] * 6
-    assert teacher.training
-    assert teacher[1].training
+    assert [module.training for module in teacher.modules()] == [True, False, True]
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,3 +143,38 @@ def test_nothing_trainable_is_an_error() -> None:
     model = toy.model().requires_grad_(False)
     with pytest.raises(TrainError, match="no trainable parameter"):
         train(model, toy.task())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_mask_that_comes_later_clears_what_the_optimizer_remembers(optimizer: str) -> None:
+    mask, states = torch.rand(8, 8, 3, 3) < 0.5, []
+
+    class Later(Hook):
+        def on_epoch(self, loop: Loop) -> None:
+            if loop.epoch == 1:
+                loop.masks["conv2.weight"] = mask
+
+        def on_step(self, loop: Loop) -> None:
+            state = loop.optimizer.state[loop.model.conv2.weight].values()
+            states.append([value[~mask].clone() for value in state if value.shape == mask.shape])
+
+    train(toy.model(), toy.task(), hooks=[Later()], settings=OptimizerSettings(optimizer=optimizer, lr=0.01))
+    assert all(bool((value != 0).any()) for value in states[7])  # eight steps make an epoch
+    assert states[8]
+    assert not any(bool((value != 0).any()) for value in states[8])  # not even the first step remembers
+
+
+def test_held_weights_do_not_count_when_gradients_are_clipped() -> None:
+    batch, mask = toy.images(16, 0), torch.rand(8, 8, 3, 3) < 0.5
+    settings = OptimizerSettings(optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.01)
+    expected, model = toy.model().train(), toy.model()
+    with torch.no_grad():
+        expected.conv2.weight.mul_(mask)
+    nn.functional.cross_entropy(expected(batch[0]), batch[1]).backward()
+    expected.conv2.weight.grad.mul_(mask)
+    nn.utils.clip_grad_norm_(expected.parameters(), 0.01)
+    rate = 0.1 * settings.factor(0.5)
+    task = replace(toy.task(), train=[batch])
+    train(model, task, epochs=1, evaluate=None, settings=settings, masks={"conv2.weight": mask})
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(ours, theirs - rate * theirs.grad, atol=1e-7)

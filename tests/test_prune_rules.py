@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as reference
 
 import torchslim as ts
@@ -27,6 +29,7 @@ VALUES = st.lists(
 
 
 FRACTIONS = st.floats(0, 0.999)
+TIED = [(0.0, False), (1.0, False), (0.0, True), (2.0, False)]  # a zero that is masked, after one that is not
 
 
 def line(weight: Any, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -38,6 +41,8 @@ def line(weight: Any, dtype: torch.dtype = torch.float32) -> nn.Linear:
     return layer
 
 
+@example(TIED, 0.25, "layer", "l1")
+@example(TIED, 0.25, "global", "l1")
 @given(VALUES, FRACTIONS, st.sampled_from(["layer", "global"]), st.sampled_from(["l1", "random"]))
 def test_masked_weights_go_first_and_never_come_back(
     values: list[tuple[float, bool]], sparsity: float, scope: Any, criterion: str
@@ -169,6 +174,22 @@ def test_a_threshold_is_as_exact_as_the_weights(dtype: torch.dtype, values: list
     assert bool((pruned.weight[0, -2:] != 0).all())  # what equals the threshold stays
 
 
+def test_a_weight_that_is_computed_from_another_is_reported() -> None:
+    model = nn.ModuleDict({"new": parametrizations.weight_norm(nn.Linear(4, 4)), "line": nn.Linear(4, 4)})
+    model["table"] = parametrizations.spectral_norm(nn.Embedding(4, 4))  # would not be pruned anyway
+    with pytest.warns(UserWarning, match="not pruned: new.weight") as found:
+        pruned = ts.prune.weights(model, 0.5)
+    (message,) = [str(each.message) for each in found]
+    assert message.startswith(
+        "not pruned: new.weight: a parametrization computes it; torch.nn.utils.parametrize.rem"
+    )
+    assert ts.prune.sparsity(pruned).layers == {"line.weight": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ts.prune.weights(model, 0.5, exclude="new")
+        ts.prune.weights(model, 0.5, include="line")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_compared_as_the_numbers_that_it_holds(dtype: torch.dtype) -> None:
     weight = torch.linspace(-1, 1, 101, dtype=dtype)[None]
@@ -191,7 +212,7 @@ def test_a_threshold_on_slices_is_one_on_their_norms() -> None:
 
 def by_rank(weight: Tensor, statistics: Statistics) -> Tensor:
     """Whole numbers that float32 cannot tell apart."""
-    return weight.abs().flatten().argsort().argsort().reshape(weight.shape) + 2**24
+    return weight.abs().flatten().argsort().argsort().reshape(weight.shape) + 2**30
 
 
 def test_scores_may_be_whole_numbers() -> None:

@@ -7,9 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import torchslim as ts
 from tests import toy
@@ -129,3 +130,18 @@ def test_gradual_pruning_says_what_it_refused() -> None:
         ("head.weight", "refused"),
         ("conv2.weight", "pruned"),
     ]
+
+
+@pytest.mark.parametrize("schedule", ["iterative", "gradual"])
+def test_what_an_earlier_round_removed_stays_removed(schedule: str) -> None:
+    step, ctx, _ = step_of(schedule=schedule, criterion="random")
+    zeros: list[Tensor] = []
+
+    def note(event: ts.Event) -> None:
+        zeros.append(torch.cat([each.flatten() == 0 for each in select_weights(ctx.teacher).values()]))
+
+    outcome = step(ctx.teacher, replace(ctx, progress=note))
+    assert all(bool(later[earlier].all()) for earlier, later in pairwise(zeros))
+    dropped = torch.cat([~outcome.masks[name].flatten() for name in select_weights(outcome.model)])
+    assert torch.equal(dropped, zeros[-1])
+    assert int(dropped.sum()) == round(0.8 * TOTAL)

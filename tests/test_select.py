@@ -17,6 +17,10 @@ from torchslim.errors import SelectError
 from torchslim.select import by_pattern, matches, select_weights
 
 
+class Table(nn.Embedding):
+    """An embedding by another name."""
+
+
 class Zoo(nn.Module):
     """One layer of each kind that has weights."""
 
@@ -33,6 +37,7 @@ class Zoo(nn.Module):
             [nn.BatchNorm2d(4), nn.LayerNorm((4, 4)), nn.GroupNorm(2, 4), nn.RMSNorm((4, 4))]
         )
         self.embed = nn.ModuleList([nn.Embedding(9, 8), nn.EmbeddingBag(9, 8)])
+        self.table = Table(9, 8)
         self.act, self.odd, self.empty = nn.PReLU(4), nn.Parameter(torch.randn(3, 3)), nn.Linear(0, 4)
 
 

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from torchslim.errors import SelectError
 
@@ -59,10 +60,8 @@ def prunable_by_default(owner: nn.Module, name: str, parameter: nn.Parameter) ->
         parameter.dim() >= 2
         and parameter.numel() > 0
         and "weight" in name
-        and "bias" not in name
         and parameter.is_floating_point()
         and not isinstance(owner, (*NORMS, *EMBEDDINGS))
-        and not hasattr(owner, "parametrizations")
         and not (name.endswith("_g") and hasattr(owner, f"{name[:-2]}_v"))  # the lengths of `weight_norm`
         and "Norm" not in type(owner).__name__  # a user's own norm
         and "Embedding" not in type(owner).__name__
@@ -124,6 +123,23 @@ def select_weights(
     if not chosen:
         raise SelectError("no layer is left to compress: every included layer is excluded, or there is none")
     return {path: each for path, each in everything.items() if path in chosen}
+
+
+def computed_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> list[str]:
+    """Paths of chosen weights that a parametrization computes: there is no parameter in which zeros would stay."""
+    types = class_names(model)
+    paths = [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if is_parametrized(module) and not isinstance(module, (*NORMS, *EMBEDDINGS))
+        for name in module.parametrizations
+    ]
+    return [
+        path
+        for path in paths
+        if (include is None or any(matches(pattern, path, types) for pattern in as_list(include)))
+        and not any(matches(pattern, path, types) for pattern in as_list(exclude))
+    ]
 
 
 def by_pattern(patterns: Iterable[str], chosen: Iterable[str], model: nn.Module) -> dict[str, str]:

@@ -17,10 +17,11 @@ from torchslim.optimizer import MaskKeeper
 from torchslim.prune.budget import keep_globally, keep_per_row
 from torchslim.prune.criteria import Criterion, Statistics, score
 from torchslim.prune.patterns import Pattern
-from torchslim.select import Patterns, by_pattern, select_weights
+from torchslim.select import Patterns, by_pattern, computed_weights, select_weights
 from torchslim.steps import LayerRecord
 
 Masks = dict[str, Tensor]
+COMPUTED = "a parametrization computes it; torch.nn.utils.parametrize.remove_parametrizations makes it a plain weight"
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -53,6 +54,10 @@ def plan(
     inputs = {path: _input_dim(owners[path.rpartition(".")[0]], each) for path, each in chosen.items()}
     refused = {path: pattern.refusal(each.shape, inputs[path]) for path, each in chosen.items()}
     records = [LayerRecord(layer=path, action="refused", reason=why) for path, why in refused.items() if why]
+    records += [
+        LayerRecord(layer=path, action="refused", reason=COMPUTED)
+        for path in computed_weights(model, include, exclude)
+    ]
     able = [path for path, why in refused.items() if not why]
     if not able:
         raise PruneError(

@@ -164,7 +164,7 @@ class Prune:
 
     def _gradual(self, model: nn.Module, ctx: Context) -> Outcome:
         assert self.train is not None
-        hook = _Gradual(self, ctx.masks, ctx.seed)
+        hook = _Gradual(self, ctx.seed)
         report = self.train.fit(model, ctx, hooks=[hook], phase="prune")
         apply_masks(model, report.masks)
         # the records of the masks that are kept; what the pattern refuses does not depend on the sparsity
@@ -181,8 +181,8 @@ class Prune:
 class _Gradual(Hook):
     """Raises the sparsity along the cubic schedule while the model trains."""
 
-    def __init__(self, step: Prune, before: Mapping[str, Tensor], seed: int) -> None:
-        self.step, self.before, self.seed = step, before, seed
+    def __init__(self, step: Prune, seed: int) -> None:
+        self.step, self.seed = step, seed
         self.updated = 0
 
     def on_start(self, loop: Loop) -> None:
@@ -196,7 +196,7 @@ class _Gradual(Hook):
             self.updated = int(done * UPDATES)
             assert isinstance(self.step.sparsity, (int, float))
             target = self.step.sparsity if done >= 1 else self.step.sparsity * schedules.cubic(done)
-            masks, _ = self.step.masks(loop.model, loop.masks or self.before, target, self.seed)
+            masks, _ = self.step.masks(loop.model, loop.masks, target, self.seed)
             loop.masks.update(masks)
 
     def on_epoch(self, loop: Loop) -> None:
