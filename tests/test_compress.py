@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests import toy
@@ -271,3 +272,45 @@ def test_without_a_test_split_the_report_says_what_was_selected_on() -> None:
     )
     assert result.run["reported_on"] == "val (selected on val)"
     assert "not_measured" in rows(result)["artifact"]["metric"]["test"]
+
+
+def test_the_callers_loaders_draw_on_as_if_nothing_had_run() -> None:
+    loaders = [
+        DataLoader(
+            TensorDataset(*toy.images(64, seed)),
+            16,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (1, 2)
+    ]
+    before = [loader.generator.get_state() for loader in loaders]
+    task = replace(toy.task(), train=loaders[0], val=loaders[1])
+    ts.compress(toy.model(), task, [ts.Finetune(epochs=1), ts.Quantize("int8")], runtime="eager")
+    assert all(torch.equal(a, b.generator.get_state()) for a, b in zip(before, loaders, strict=True))
+
+
+def test_layers_are_looked_up_in_the_student_not_in_the_teacher() -> None:
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, toy.CLASSES))
+    steps = [ts.Prune(sparsity=0.5, include="conv2"), ts.Distill(epochs=1)]
+    result = ts.compress(toy.model(), toy.task(), steps, teacher=teacher, runtime="eager")
+    assert list(result.masks) == ["conv2.weight"]
+
+
+def test_a_recipe_that_fails_its_check_claims_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(SelectError):
+        ts.compress(toy.model(), toy.task(), [ts.Prune(sparsity=0.5, include="con1")], workdir=tmp_path)
+    ts.compress(
+        toy.model(), toy.task(), [ts.Prune(sparsity=0.5, include="conv1")], runtime="eager", workdir=tmp_path
+    )
+
+
+def test_a_changed_teacher_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        phases: list[str] = []
+        ts.compress(
+            toy.model(), toy.task(), [ts.Distill(epochs=1)], teacher=toy.Net(), runtime="eager", workdir=tmp_path,
+            progress=lambda event, seen=phases: seen.append(event.phase),
+        )  # fmt: skip
+        assert "train" in phases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -158,3 +159,29 @@ def test_steps_that_differ_are_told_apart_and_equal_ones_are_not() -> None:
     different = [ts.Prune(sparsity=0.5), ts.Prune(sparsity=0.6), ts.Prune(sparsity=0.5, criterion=one)]
     different += [ts.Prune(sparsity=0.5, criterion=other), ts.Prune(sparsity=0.5, train=ts.Finetune())]
     assert len({str(canonical(step)) for step in different}) == len(different)
+
+
+class Threshold:
+    """A criterion that is an object."""
+
+    def __init__(self, level: float) -> None:
+        self.level = level
+
+    def __call__(self, weight: object, statistics: object) -> object:
+        return weight
+
+
+def scaled(weight: object, statistics: object, level: float = 0.0) -> object:
+    return weight
+
+
+def test_what_a_function_captures_tells_it_apart() -> None:
+    def make(level: float) -> object:
+        return lambda weight, statistics: weight * level
+
+    for kind in (make, Threshold, lambda level: functools.partial(scaled, level=level)):
+        one, same, other = (
+            canonical(ts.Prune(sparsity=0.5, criterion=kind(level))) for level in (1.0, 1.0, 2.0)
+        )
+        assert one == same
+        assert one != other

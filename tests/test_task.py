@@ -238,3 +238,21 @@ def test_calibration_reads_its_own_split_or_the_first_samples_of_train() -> None
     own = replace(task, calibration=[(torch.ones(3, 1), torch.zeros(3))] * 5)
     assert len(own.calibration_batches(samples=6)) == 5
     assert len(replace(task, train=None).calibration_batches()) == 5
+
+
+def test_labels_of_any_integer_type_and_batches_without_one_that_counts() -> None:
+    logits = torch.randn(4, 3, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 0])
+    assert torch.equal(default_loss(logits, labels.int()), default_loss(logits, labels))
+    nothing = default_loss(logits, torch.full((4,), -100))
+    nothing.backward()
+    assert nothing.item() == 0
+    with pytest.raises(TaskError, match="do not fit real targets of shape"):
+        default_loss(logits, torch.randn(5))
+
+
+def test_a_metric_may_ask_for_the_length_and_pass_twice() -> None:
+    def metric(predict: object, batches: Any) -> float:
+        return len(batches) + len(list(batches)) + len(list(batches))
+
+    assert ts.Task(val=[1, 2], metric=metric).evaluate(len) == 6

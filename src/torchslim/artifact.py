@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tempfile
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -26,12 +27,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from torchslim.errors import ArtifactError
+from torchslim.errors import ArtifactError, StorageError
 from torchslim.export import Captured
-from torchslim.files import sha256, write_bytes
+from torchslim.files import digest, sha256, write_bytes, write_json
 from torchslim.isolation import quiet
 from torchslim.machine import describe_machine, instruction_set
 from torchslim.measure import Timings
+from torchslim.quantize import QuantizedModule
 from torchslim.runtimes import Deployed, Spec, deploy, find_runtime
 from torchslim.runtimes.pt2 import load_program
 from torchslim.steps import Inputs
@@ -41,6 +43,8 @@ FORMAT = "torchslim-artifact"
 VERSION = 1
 MANIFEST = "artifact.json"
 PROGRAM = "model.pt2"
+STAGING = ".saving"
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 BENCH = Path(__file__).parent / "artifact_bench.py"
 
 
@@ -62,11 +66,15 @@ def save(
     """
     if isinstance(model, Deployed):
         return write_artifact(folder, deployed=model, masks=masks)
+    quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
     if example_inputs is None:
+        if quantized:
+            raise ArtifactError(
+                "a quantized model is saved as a program, no factory makes it again; give save(..., example_inputs=...)"
+            )
         return write_artifact(folder, module=model, masks=masks)
-    return write_artifact(
-        folder, deployed=deploy(model, example_inputs, runtime="eager"), module=model, masks=masks
-    )
+    deployed = deploy(model, example_inputs, runtime="eager")
+    return write_artifact(folder, deployed=deployed, module=None if quantized else model, masks=masks)
 
 
 def write_artifact(
@@ -77,7 +85,11 @@ def write_artifact(
     masks: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write an artifact folder; the manifest goes last, so that a folder that has one is whole."""
+    """Write an artifact folder, in the place of the artifact that is there; other files in it stay.
+
+    Everything is written beside first and then renamed, the manifest last: on a full disk the old artifact is kept,
+    and a folder that has a manifest is whole.
+    """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; name a folder to save to")
@@ -100,22 +112,41 @@ def write_artifact(
         files["weights.safetensors"] = save_tensors(state)
     if masks:
         files["masks.safetensors"], manifest["mask_shapes"] = pack_masks(masks)
-    manifest["files"] = {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
-    _swap(folder, files, (json.dumps(manifest, indent=1) + "\n").encode())
+    manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    _replace(folder, files, manifest)
     return folder
 
 
-def _swap(folder: Path, files: Mapping[str, bytes], manifest: bytes) -> None:
-    """Write everything beside what is there, then let it take its place; a full disk leaves the old artifact whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:
-        new = Path(name)
-        for file, data in {**files, MANIFEST: manifest}.items():
-            write_bytes(new / file, data)
+def _replace(folder: Path, files: Mapping[str, bytes], manifest: dict[str, Any]) -> None:
+    old = _listed(folder)
+    staging = folder / STAGING
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
+        for name, data in files.items():
+            write_bytes(staging / name, data)
+        write_json(staging / MANIFEST, manifest | {"digest": digest(manifest)})
+        # from here on nothing is written, only renamed
         (folder / MANIFEST).unlink(missing_ok=True)
-        for file in files:
-            (new / file).replace(folder / file)
-        (new / MANIFEST).replace(folder / MANIFEST)  # last: a folder that has a manifest is whole
+        for name in (*files, MANIFEST):
+            (staging / name).replace(folder / name)
+        for name in old - set(files):  # a stale model.onnx would be taken for this model
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {folder}: {error.strerror or error}; choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _listed(folder: Path) -> set[str]:
+    """The files of the artifact that is in a folder, by their names alone."""
+    try:
+        return {
+            name for name in json.loads((folder / MANIFEST).read_text())["files"] if Path(name).name == name
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def load(folder: str | Path, *, runtime: str | None = None, threads: int | None = None) -> Deployed:
@@ -134,14 +165,17 @@ def load(folder: str | Path, *, runtime: str | None = None, threads: int | None 
         raise ArtifactError(
             f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)"
         )
-    spec = Spec(**manifest["spec"])
+    try:
+        spec = Spec(**manifest["spec"])
+        chosen = find_runtime(runtime or manifest["runtime"])
+    except TypeError as error:
+        raise ArtifactError(f"{folder}/{MANIFEST} is damaged: {error}") from error
     if manifest["quantized"] and spec.instruction_set != instruction_set():
         warnings.warn(
             f"{folder} was quantized for {spec.instruction_set}, this machine has {instruction_set()}: int8 may be "
             "slower here, and without VNNI less accurate; quantize again on such a machine",
             stacklevel=2,
         )
-    chosen = find_runtime(runtime or manifest["runtime"])
     threads = threads or manifest["threads"]
     example = opened.example()
     payload: bytes | None = None
@@ -182,7 +216,15 @@ class Opened:
         """A file's bytes."""
         if name not in self.manifest["files"]:
             raise ArtifactError(f"{self.folder} lists no {name}; it was saved without it")
-        return (self.folder / name).read_bytes()
+        try:
+            data = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{self.folder / name} cannot be read: {error.strerror or error}") from error
+        if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
+            raise ArtifactError(
+                f"{self.folder / name} was changed since the artifact was opened; load it again"
+            )
+        return data
 
     def example(self) -> list[Tensor]:
         """The example inputs."""
@@ -193,7 +235,7 @@ class Opened:
                 torch.from_numpy(arrays[f"in{i:03d}"]).to(getattr(torch, dtype))
                 for i, dtype in enumerate(dtypes)
             ]
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, AttributeError, TypeError, BadZipFile) as error:
             raise ArtifactError(f"{self.folder}/example.npz cannot be read: {error}") from error
 
     def masks(self) -> dict[str, Tensor]:
@@ -213,14 +255,21 @@ def open_artifact(folder: str | Path) -> Opened:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise KeyError("format")
-        files: dict[str, str] = manifest["files"]
         version = int(manifest["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged or not torchslim's: {error}") from error
+        files: dict[str, str] = dict(manifest["files"])
+        whole = version > VERSION or manifest["digest"] == digest(
+            {key: value for key, value in manifest.items() if key != "digest"}
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} is damaged or not torchslim's: {error}; copy the artifact again"
+        ) from error
     if version > VERSION:
         raise ArtifactError(
             f"{folder} has format version {version}, this torchslim reads up to {VERSION}; upgrade it"
         )
+    if not whole:
+        raise ArtifactError(f"{path} was truncated or changed since it was saved; copy the artifact again")
     for name, expected in files.items():
         inside = (folder / name).resolve()
         if Path(name).is_absolute() or folder.resolve() not in inside.parents:
@@ -239,7 +288,7 @@ def restore_state(module: nn.Module, data: bytes, manifest: Mapping[str, Any]) -
     except SafetensorError as error:
         raise ArtifactError(f"the weights cannot be read: {error}") from error
     state |= {name: state[first] for name, first in manifest["aliases"].items()}
-    own = module.state_dict()
+    own = module.state_dict(keep_vars=True)
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     wrong = [
         f"{name} {tuple(own[name].shape)} instead of {tuple(state[name].shape)}"
@@ -251,11 +300,18 @@ def restore_state(module: nn.Module, data: bytes, manifest: Mapping[str, Any]) -
             f"the factory's model does not fit the saved weights; missing: {', '.join(missing[:5]) or 'none'}; unknown: "
             f"{', '.join(unknown[:5]) or 'none'}; other shapes: {', '.join(wrong[:5]) or 'none'}"
         )
+    holders: dict[int, str] = {}
+    for name, tensor in own.items():
+        first = holders.setdefault(id(tensor), name)
+        if first != name and not torch.equal(state[first], state[name]):
+            raise ArtifactError(
+                f"the factory's model ties {first!r} and {name!r}, which differ in the saved weights; untie them"
+            )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name in state:
             tensor.data = tensor.data.to(state[name].dtype)
             if name in manifest["channels_last"]:
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+                tensor.data = tensor.data.contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
     module.load_state_dict(state)
 
 
@@ -304,7 +360,12 @@ def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
 
 
 def _ours(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file() or (folder / "run.json").is_file() or (folder / "work").is_dir()
+    return (
+        (folder / MANIFEST).is_file()
+        or (folder / STAGING).is_dir()
+        or (folder / "run.json").is_file()
+        or (folder / "work").is_dir()
+    )
 
 
 def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
@@ -321,30 +382,31 @@ def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
 
 
 def _array(tensor: Tensor) -> Any:
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().contiguous().numpy()
+    tensor = tensor.detach().cpu().contiguous()
+    try:
+        return tensor.numpy()
+    except TypeError:  # bfloat16 and smaller floats, which numpy has not; float32 holds them exactly
+        return tensor.float().numpy()
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """Contiguous tensors, each storage once; the other names of tied ones; and which were channels-last."""
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     channels_last: list[str] = []
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise ArtifactError(
                 f"the model's state {name!r} is a {type(value).__name__}, only tensors can be saved"
             )
-        key = (value.data_ptr(), tuple(value.shape), tuple(value.stride()))
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
         if value.numel() and key in first:
             aliases[name] = first[key]
             continue
         first[key] = name
-        if (
-            value.dim() == 4
-            and not value.is_contiguous()
-            and value.is_contiguous(memory_format=torch.channels_last)
-        ):
+        layout = CHANNELS_LAST.get(value.dim())
+        if layout and not value.is_contiguous() and value.is_contiguous(memory_format=layout):
             channels_last.append(name)
         state[name] = value.detach().cpu().contiguous().clone()
     return state, aliases, channels_last

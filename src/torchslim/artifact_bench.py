@@ -6,6 +6,7 @@ Needs numpy and the runtime of the model (onnxruntime for model.onnx, torch for 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -27,28 +28,37 @@ def load_onnx(path: Path, threads: int | None) -> Run:
         options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
-    return lambda arrays: session.run(None, dict(zip(names, arrays)))
+    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
-def load_pt2(path: Path, threads: int | None) -> Run:
-    """The same for an exported program; it takes the inputs by position."""
+def load_pt2(path: Path, threads: int | None, dtypes: list[str]) -> Run:
+    """The same for an exported program; whatever the model takes, its program takes flat tensors by position."""
     import torch
 
-    try:
+    with contextlib.suppress(ImportError):
         import torchao.quantization.pt2e  # noqa: F401 - the operations of quantized programs
-    except ImportError:
-        pass
     if threads:
         torch.set_num_threads(threads)
     program = torch.export.load(path).module()
 
     def run(arrays: list[Any]) -> list[Any]:
         with torch.no_grad():
-            outputs = program(*[torch.from_numpy(array) for array in arrays])
-        leaves = torch.utils._pytree.tree_leaves(outputs)
-        return [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            tensors = [
+                torch.from_numpy(array).to(getattr(torch, dtype))
+                for array, dtype in zip(arrays, dtypes, strict=True)
+            ]
+            outputs = program(*tensors)
+        # numpy has no bfloat16
+        return [(each.float() if each.dtype == torch.bfloat16 else each).numpy() for each in outputs]
 
     return run
+
+
+def difference(found: Any, recorded: Any) -> float:
+    """The largest difference of two arrays; NaN equals NaN."""
+    found, recorded = np.asarray(found, np.float64), np.asarray(recorded, np.float64)
+    same = (found == recorded) | (np.isnan(found) & np.isnan(recorded))
+    return float(np.abs(found[~same] - recorded[~same]).max(initial=0.0))
 
 
 def main() -> None:
@@ -60,20 +70,25 @@ def main() -> None:
         "--batch", type=int, default=None, help="samples a call; default 1 where the batch is free"
     )
     arguments = parser.parse_args()
+    if any(each is not None and each < 1 for each in (arguments.rounds, arguments.batch, arguments.threads)):
+        parser.error("rounds, batch and threads must be at least 1")
     manifest = json.loads((HERE / "artifact.json").read_text())
     threads = arguments.threads or manifest["threads"]
     example = np.load(HERE / "example.npz", allow_pickle=False)
     arrays = [example[name] for name in sorted(example.files) if name.startswith("in")]
     expected = [example[name] for name in sorted(example.files) if name.startswith("out")]
-    onnx = HERE / "model.onnx"
-    run = load_onnx(onnx, threads) if onnx.exists() else load_pt2(HERE / "model.pt2", threads)
-    difference = max(float(np.abs(a - b).max()) for a, b in zip(run(arrays), expected))
-    axis, sizes = manifest["spec"]["batch_axis"], manifest["spec"]["sizes"]
+    spec = manifest["spec"]
+    if "model.onnx" in manifest["files"]:
+        run = load_onnx(HERE / "model.onnx", threads)
+    else:
+        run = load_pt2(HERE / "model.pt2", threads, spec["dtypes"])
+    worst = max(difference(*pair) for pair in zip(run(arrays), expected, strict=True))
+    axis, sizes = spec["batch_axis"], spec["sizes"]
     if axis is not None:
         index = np.arange(arguments.batch or 1)
         arrays = [
             np.take(each, index % each.shape[axis], axis) if len(size) > axis and size[axis] is None else each
-            for each, size in zip(arrays, sizes)
+            for each, size in zip(arrays, sizes, strict=True)
         ]
     for _ in range(20):
         run(arrays)
@@ -89,7 +104,7 @@ def main() -> None:
                 "latency_ms": {"median": median, "p10": p10, "p90": p90, "rounds": arguments.rounds},
                 "threads": threads,
                 "inputs": [list(each.shape) for each in arrays],
-                "largest_difference_to_recorded_outputs": difference,
+                "largest_difference_to_recorded_outputs": worst,
             }
         )
     )

@@ -22,6 +22,7 @@ from torchslim.evidence import compare_rows, not_measured, number, size
 from torchslim.export import Captured, bind, capture, signature_of
 from torchslim.files import digest, write_json
 from torchslim.isolation import copy_model, preserved_globals
+from torchslim.loaders import first_batch, seeded_splits
 from torchslim.machine import describe_machine
 from torchslim.measure import Timings, compare, macs, nonzeros, parameters, resized
 from torchslim.quantize import QuantizedModule
@@ -144,8 +145,7 @@ def compress(
     recipe = {
         **dict(names or {}), "steps": [canonical(step) for step in steps], "target": asdict(target), "seed": seed
     }  # fmt: skip
-    _claim(folder, recipe, overwrite)
-    with preserved_globals(seed):
+    with preserved_globals(seed), seeded_splits(task, seed):
         copied, masks = copy_model(model)
         if teacher is None:
             teacher = copied
@@ -153,6 +153,7 @@ def compress(
         inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
         ctx = Context(
             task=task,
+            model=copied,
             teacher=copy_model(teacher)[0].eval(),
             example_inputs=inputs,
             masks=masks,
@@ -163,7 +164,8 @@ def compress(
         )
         for step in steps:
             step.check(ctx)
-        runner = _Runner(ctx, folder, dynamic_shapes, _origin(copied, first, task))
+        _claim(folder, recipe, overwrite)
+        runner = _Runner(ctx, folder, dynamic_shapes, _origin(ctx, copied, first))
         stages = [runner.baseline(copied, masks)]
         for index, step in enumerate(steps, 1):
             stages.append(runner.take(index, step, stages[-1]))
@@ -210,12 +212,12 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in keys)
 
 
-def _origin(model: nn.Module, batch: Any, task: Task) -> str:
-    """A digest of what the run starts from: weights, first batches, and this package."""
-    with preserved_globals(0):
-        train = take_first(task.train, "train") if task.train is not None else None
-    # a loader that shuffles gives another first batch each time it is asked, unless the seed is set
-    return digest(__version__, fingerprint(model.state_dict()), fingerprint(batch), fingerprint(train))
+def _origin(ctx: Context, model: nn.Module, batch: Any) -> str:
+    """A digest of what the run starts from: both models' weights, the first batches, the engine, and this package."""
+    train = first_batch(ctx.task) if ctx.task.train is not None else None
+    teacher = fingerprint(ctx.teacher.state_dict())
+    start = fingerprint(model.state_dict())
+    return digest(__version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train))
 
 
 class _Runner:
@@ -254,7 +256,7 @@ class _Runner:
         )
         self.ctx.progress(Event(step=name, phase="start"))
         start = time.perf_counter()
-        with preserved_globals(ctx.seed):
+        with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):
             outcome = step(copy_model(before.model)[0], ctx)
         if not isinstance(outcome, Outcome) or not isinstance(outcome.model, nn.Module):
             raise RecipeError(
@@ -282,8 +284,7 @@ class _Runner:
         self.ctx.progress(Event(step=name, phase="deploy"))
         deployed = self._deploy(model)
         self.ctx.progress(Event(step=name, phase="evaluate"))
-        with preserved_globals(self.ctx.seed):
-            values = self._evaluate(predictor(model))
+        values = self._evaluate(predictor(model))
         arguments = deployed.spec.call_arguments(resized(deployed))
         counted = macs(_Positional(model), (arguments,))
         warnings = [*outcome.warnings, *deployed.spec.notes]
@@ -324,14 +325,16 @@ class _Runner:
         )
 
     def _evaluate(self, predict: Callable[..., Any]) -> dict[str, Any]:
-        task = self.ctx.task
-        splits = {"val": task.val, "test": task.test}
-        return {
-            split: number(task.evaluate(predict, split), self.metric.unit or "1")
-            if batches is not None
-            else not_measured(f"the task has no {split} batches")
-            for split, batches in splits.items()
-        }
+        task, seed = self.ctx.task, self.ctx.seed
+        values = {}
+        for split, batches in (("val", task.val), ("test", task.test)):
+            if batches is None:
+                values[split] = not_measured(f"the task has no {split} batches")
+                continue
+            # every evaluation sees the same batches in the same order, whatever ran before
+            with preserved_globals(seed), seeded_splits(task, seed):
+                values[split] = number(task.evaluate(predict, split), self.metric.unit or "1")
+        return values
 
     def _restored(
         self, folder: Path, name: str, module: nn.Module, model: nn.Module, form: Form
@@ -373,8 +376,7 @@ class _Runner:
         """Latency of all stages side by side, and everything as `run.json`."""
         last = stages[-1]
         self.ctx.progress(Event(step="artifact", phase="evaluate"))
-        with preserved_globals(self.ctx.seed):
-            artifact_metric = self._evaluate(last.deployed)
+        artifact_metric = self._evaluate(last.deployed)
         runtime = self.ctx.target.runtime
         self.ctx.progress(Event(step="artifact", phase="measure latency"))
         # each runtime by itself: the threads of one spin on for a while and would steal time from the other's

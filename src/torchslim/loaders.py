@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -39,6 +39,18 @@ def seeded(batches: Any, epoch: int, seed: int) -> Iterator[None]:
         for owner, before in shufflers:
             if isinstance(before, int):
                 owner.set_epoch(before)
+
+
+@contextmanager
+def seeded_splits(task: Task, seed: int) -> Iterator[None]:
+    """Every loader of a task, seeded for one pass and given back as it was."""
+    with ExitStack() as stack:
+        for batches in {
+            id(each): each for each in (task.train, task.val, task.test, task.calibration)
+        }.values():
+            if batches is not None:
+                stack.enter_context(seeded(batches, 0, seed))
+        yield
 
 
 def _parts(batches: Any) -> list[Any]:

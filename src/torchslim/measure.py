@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchslim.export import evaluating
+from torchslim.errors import TorchslimError
+from torchslim.export import untouched
 from torchslim.isolation import quiet
 from torchslim.runtimes.base import Deployed
 from torchslim.steps import Inputs
@@ -85,6 +86,8 @@ def interleave(
         rounds: how many rounds at most.
         seconds: after at least five rounds, stop when this much time is over.
     """
+    if rounds < 1:
+        raise TorchslimError(f"rounds must be at least 1, got {rounds}; 50 give a spread that can be trusted")
     repeats: dict[str, int] = {}
     for name, function in candidates.items():
         until = time.perf_counter() + WARMUP_SECONDS
@@ -133,6 +136,8 @@ def _caller(deployed: Deployed, batch: int | None) -> Callable[[], Any]:
 
 def resized(deployed: Deployed, batch: int | None = None) -> list[Tensor]:
     """The example inputs with `batch` samples (1 by default) along every free batch dimension."""
+    if batch is not None and batch < 1:
+        raise TorchslimError(f"batch must be at least 1, got {batch}; leave it out for one sample a call")
     axis = deployed.spec.batch_axis
     if axis is None:
         return list(deployed.example)
@@ -181,7 +186,7 @@ def macs(model: nn.Module, inputs: Inputs) -> Macs:
     seen = _Operations()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     inputs = to_device(inputs, device_of(model))
-    with quiet(), evaluating(model):
+    with quiet(), untouched(model):
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), counter, seen:

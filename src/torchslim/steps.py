@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -100,6 +101,9 @@ class Context:
     task: Task
     teacher: nn.Module
     example_inputs: Inputs
+    model: nn.Module | None = (
+        None  # what the run starts from, for `check`; None: the teacher has its architecture
+    )
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     target: Target = field(default_factory=Target)
     engine: Engine = field(default_factory=Engine)
@@ -189,18 +193,44 @@ def canonical(value: Any) -> Any:
         return [canonical(each) for each in value]
     if isinstance(value, nn.Module):
         return {"module": type(value).__qualname__, "weights": fingerprint(value.state_dict())}
-    code = getattr(value, "__code__", None)
     name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return (
-        {
-            "function": name,
-            "code": digest(
-                code.co_code, [repr(each) for each in code.co_consts if not hasattr(each, "co_code")]
-            ),
+    if isinstance(value, functools.partial):
+        return {
+            "partial": canonical(value.func),
+            "args": canonical(value.args),
+            "keywords": canonical(value.keywords),
         }
-        if code
-        else name
-    )
+    if isinstance(value, Tensor):
+        return {"tensor": fingerprint(value)}
+    code = getattr(value, "__code__", None)
+    if code is not None:
+        # what a closure has captured and its defaults decide what it does as much as its code
+        captured = [_cell(cell) for cell in value.__closure__ or ()]
+        return {
+            "function": name,
+            "code": _code(code),
+            "captured": captured,
+            "defaults": canonical(value.__defaults__),
+        }
+    state = getattr(value, "__dict__", None)
+    if state is None or isinstance(value, type):
+        return name
+    return {
+        "object": name,
+        "state": canonical({key: each for key, each in state.items() if each is not value}),
+    }
+
+
+def _code(code: Any) -> str:
+    constants = [_code(each) if hasattr(each, "co_code") else repr(each) for each in code.co_consts]
+    return digest(code.co_code, constants, list(code.co_names))
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return canonical(cell.cell_contents)
+    except (ValueError, RecursionError):  # an empty cell, or a function that captures itself
+        return None
 
 
 def fingerprint(tree: Any) -> str:

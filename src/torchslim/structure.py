@@ -1,14 +1,17 @@
 """The shape of what goes in and comes out, apart from the tensors: JSON-able, so that an artifact can keep it.
 
 {"tensor": 3}                      the fourth tensor
-{"const": None}                    a number, text, or None
+{"const": None}                    a number, text, or None; {"float": "-inf"} what JSON has no number for
 {"tuple": [...]} {"list": [...]}   {"dict": {"key": ...}}
-{"record": "module.Class", "fields": {...}}   a dataclass, a named tuple, or a Hugging Face output
+{"named": "module.Class", "fields": {...}}    a named tuple, or what torch.topk and its like return
+{"record": "module.Class", "fields": {...}}   a dataclass, or a Hugging Face output
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,17 +25,25 @@ Structure = dict[str, Any]
 class Record(dict[str, Any]):
     """Stands for a dataclass that this process does not have: fields by name, by key, or by position."""
 
+    def __getattribute__(self, name: str) -> Any:
+        # a field that is called like a method of dict (`values`, `items`) is meant, not the method
+        if not name.startswith("__") and dict.__contains__(self, name):
+            return dict.__getitem__(self, name)
+        return super().__getattribute__(name)
+
     def __getattr__(self, name: str) -> Any:
-        if name in self:
-            return self[name]
         raise AttributeError(f"no field {name!r}; there are {', '.join(self)}")
 
     def __getitem__(self, key: Any) -> Any:
-        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+        return list(dict.values(self))[key] if isinstance(key, int) else dict.__getitem__(self, key)
 
 
 def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: str = "output") -> Structure:
-    """The structure of `value`; its tensors are appended to `leaves`, the classes it uses noted in `classes`."""
+    """The structure of `value`; its tensors go to `leaves`, the classes that it uses to `classes`.
+
+    Raises:
+        ExportError: for a type that no runtime can take or give.
+    """
 
     def inner(each: Any) -> Structure:
         return describe(each, leaves, classes, what)
@@ -40,16 +51,21 @@ def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: s
     if isinstance(value, Tensor):
         leaves.append(value)
         return {"tensor": len(leaves) - 1}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(float(value))}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"const": value}
     fields = _fields(value)
     if fields is not None:
         name = f"{type(value).__module__}.{type(value).__qualname__}"
         classes[name] = type(value)
-        return {"record": name, "fields": {key: inner(each) for key, each in fields.items()}}
+        kind = "named" if isinstance(value, tuple) else "record"
+        return {kind: name, "fields": {key: inner(each) for key, each in fields.items()}}
     if isinstance(value, Mapping):
         if any(not isinstance(key, str) for key in value):
-            raise ExportError(f"an {what} is a dict with keys that are not text: {list(value)[:3]}")
+            raise ExportError(
+                f"an {what} is a dict with keys that are not text: {list(value)[:3]}; use names"
+            )
         return {"dict": {key: inner(each) for key, each in value.items()}}
     if isinstance(value, (tuple, list)):
         return {"tuple" if isinstance(value, tuple) else "list": [inner(each) for each in value]}
@@ -60,16 +76,19 @@ def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: s
 
 
 def build(structure: Structure, leaves: Sequence[Any], classes: Mapping[str, type] | None = None) -> Any:
-    """The value of a structure with these tensors; records of unknown classes become `Record`."""
-    ((kind, content), *_) = structure.items()
+    """The value of a structure with these tensors; unknown classes become named tuples and `Record`s."""
+    kind = next(iter(structure))
+    content = structure[kind]
     if kind == "tensor":
         return leaves[content]
     if kind == "const":
         return content
-    if kind == "record":
+    if kind == "float":
+        return float(content)
+    if kind in ("named", "record"):
         fields = {key: build(each, leaves, classes) for key, each in structure["fields"].items()}
         known = (classes or {}).get(content)
-        return known(**fields) if known else Record(fields)
+        return _named(known, content, fields) if kind == "named" else _record(known, fields)
     if kind == "dict":
         return {key: build(each, leaves, classes) for key, each in content.items()}
     items = [build(each, leaves, classes) for each in content]
@@ -82,34 +101,71 @@ def flatten(structure: Structure, value: Any, path: str = "input") -> list[Tenso
     Raises:
         DeployError: when `value` has another structure.
     """
-    ((kind, content), *_) = structure.items()
+    kind = next(iter(structure))
+    content = structure[kind]
     if kind == "tensor":
         if not isinstance(value, Tensor):
-            raise DeployError(f"{path} must be a tensor, got {type(value).__name__}")
+            raise DeployError(
+                f"{path} must be a tensor, got {type(value).__name__}; the model was captured with one"
+            )
         return [value]
-    if kind == "const":
-        if isinstance(value, Tensor) or value != content:
-            raise DeployError(f"{path} was fixed at {content!r} when the model was captured, got {value!r}")
+    if kind in ("const", "float"):
+        fixed = float(content) if kind == "float" else content
+        if not _same(fixed, value):
+            raise DeployError(
+                f"{path} was fixed at {fixed!r} when the model was captured, got {_brief(value)}; capture it again "
+                "with example inputs that have this value"
+            )
         return []
-    if kind in ("dict", "record"):
+    if kind in ("dict", "record", "named"):
         wanted = content if kind == "dict" else structure["fields"]
-        given = value if isinstance(value, Mapping) else _fields(value)
+        given = dict(value.items()) if isinstance(value, Mapping) else _fields(value)
+        if kind == "named" and given is None and isinstance(value, tuple) and len(value) == len(wanted):
+            given = dict(zip(wanted, value, strict=True))
         if given is None or set(given) != set(wanted):
-            got = type(value).__name__ if given is None else ", ".join(given)
-            raise DeployError(f"{path} must have the keys {', '.join(wanted)}, got {got}")
+            got = _brief(value) if given is None else f"the keys {', '.join(given) or 'none'}"
+            raise DeployError(
+                f"{path} must have the keys {', '.join(wanted)}, as when it was captured; got {got}"
+            )
         return [
             leaf for key, each in wanted.items() for leaf in flatten(each, given[key], f"{path}[{key!r}]")
         ]
     if not isinstance(value, (tuple, list)) or len(value) != len(content):
-        raise DeployError(f"{path} must be a {kind} of {len(content)}, got {_brief(value)}")
+        raise DeployError(
+            f"{path} must be a {kind} of {len(content)}, as when it was captured; got {_brief(value)}"
+        )
     return [
         leaf for index, each in enumerate(content) for leaf in flatten(each, value[index], f"{path}[{index}]")
     ]
 
 
+def leaf_names(structure: Structure, path: str = "") -> list[str]:
+    """A name for each tensor, in order: the keys and positions that lead to it, joined by underscores."""
+    kind = next(iter(structure))
+    content = structure[kind]
+    if kind == "tensor":
+        return [path]
+    if kind in ("const", "float"):
+        return []
+    if kind in ("dict", "record", "named"):
+        inner = (content if kind == "dict" else structure["fields"]).items()
+    else:
+        inner = ((str(index), each) for index, each in enumerate(content))
+    return [name for key, each in inner for name in leaf_names(each, f"{path}_{key}" if path else key)]
+
+
+def _same(fixed: Any, value: Any) -> bool:
+    # 2 and 2.0 are equal but compute in other types; tensors and arrays have no single truth value
+    if not isinstance(value, type(fixed)):
+        return False
+    return bool(value == fixed) or (isinstance(fixed, float) and math.isnan(fixed) and math.isnan(value))
+
+
 def _fields(value: Any) -> dict[str, Any] | None:
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return dict(value._asdict())
+    if isinstance(value, tuple):
+        if type(value).__module__ == "torch.return_types":
+            return dict(zip(type(value).__match_args__, value, strict=True))  # type: ignore[attr-defined]
+        return dict(value._asdict()) if hasattr(value, "_asdict") else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if isinstance(value, Mapping):  # Hugging Face outputs: only the fields that are set
             return dict(value.items())
@@ -117,5 +173,27 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return None
 
 
+def _named(known: Any, name: str, fields: dict[str, Any]) -> Any:
+    if known is None:
+        make: Any = collections.namedtuple
+        known = make(name.rpartition(".")[2], list(fields), rename=True)
+    return known._make(fields.values()) if hasattr(known, "_make") else known(list(fields.values()))
+
+
+def _record(known: Any, fields: dict[str, Any]) -> Any:
+    if known is None:
+        return Record(fields)
+    computed = {field.name for field in dataclasses.fields(known) if not field.init}
+    record = known(**{key: each for key, each in fields.items() if key not in computed})
+    for name in computed & set(fields):
+        object.__setattr__(record, name, fields[name])
+    return record
+
+
 def _brief(value: Any) -> str:
-    return f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    name = type(value).__name__
+    return f"{name} of {len(value)}" if hasattr(value, "__len__") else name

@@ -19,7 +19,7 @@ Outputs = Any
 Predict = Callable[..., Outputs]
 
 LABELS = ("labels", "label", "target", "targets", "y")
-MASKS = ("attention_mask", "mask", "padding_mask")
+MASKS = ("attention_mask", "mask")  # 1 where a token is real; torch's own padding masks mean the opposite
 
 
 @runtime_checkable
@@ -92,7 +92,13 @@ def default_loss(logits: Tensor, target: Tensor) -> Tensor:
     Label -100 is ignored.
     """
     if target.is_floating_point():
+        if target.numel() != logits.numel():
+            raise TaskError(
+                f"outputs of shape {tuple(logits.shape)} do not fit real targets of shape {tuple(target.shape)}; give "
+                "Task(loss=...) or Task(logits=...)"
+            )
         return functional.mse_loss(logits, target.reshape(logits.shape).to(logits.dtype))
+    target = target.long()
     logits, target = _classes_second(logits, target)
     classes = logits.shape[1]
     counted = target[target != -100]
@@ -101,6 +107,8 @@ def default_loss(logits: Tensor, target: Tensor) -> Tensor:
             f"labels must be in [0, {classes}) for {classes} outputs, got {int(counted.min())} to "
             f"{int(counted.max())}; mark labels to leave out with -100"
         )
+    if not counted.numel():
+        return logits.sum() * 0  # nothing to learn from: a mean over no label would be NaN
     return functional.cross_entropy(logits, target)
 
 
@@ -209,7 +217,7 @@ class Task:
         Raises:
             TaskError: when the split has no batches, or the metric is not one finite number.
         """
-        batches = checked(getattr(self, split), split)
+        batches = _Checked(getattr(self, split), split)
         value = self.as_metric().fn(predict, batches)
         if isinstance(value, Tensor) and value.numel() != 1:
             raise TaskError(f"the metric must return one number, got a tensor of shape {tuple(value.shape)}")
@@ -277,6 +285,19 @@ def checked(batches: Iterable[Batch] | None, name: str) -> Iterator[Batch]:
         yield batch
     if empty:
         raise TaskError(f"{name} gave no batch; it is empty, or was used up by an earlier pass")
+
+
+class _Checked:
+    """A split as a metric sees it: it can be iterated again, has a length where the loader has one, and is not empty."""
+
+    def __init__(self, batches: Iterable[Batch] | None, name: str) -> None:
+        self.batches, self.name = batches, name
+
+    def __iter__(self) -> Iterator[Batch]:
+        return checked(self.batches, self.name)
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
 
 
 def take_first(batches: Iterable[Batch] | None, name: str) -> Batch:

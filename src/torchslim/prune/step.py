@@ -118,9 +118,10 @@ class Prune:
     def check(self, ctx: Context) -> None:
         """The patterns match, the criterion exists, and there is data for the training."""
         find_criterion(self.criterion)
-        chosen = select_weights(ctx.teacher, self.include, self.exclude)
+        model = ctx.model if ctx.model is not None else ctx.teacher
+        chosen = select_weights(model, self.include, self.exclude)
         if isinstance(self.sparsity, Mapping):
-            by_pattern(self.sparsity, chosen, ctx.teacher)
+            by_pattern(self.sparsity, chosen, model)
         if self.train is not None:
             self.train.check_training(ctx)
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from torchslim.errors import QuantizeError
-from torchslim.export import Captured, bind, capture, positional, signature_of
-from torchslim.isolation import copy_model, quiet
+from torchslim.export import Captured, bind, bind_call, capture, signature_of, tensors_of
+from torchslim.isolation import copy_model, preserved_globals, quiet
 from torchslim.quantize.schemes import find_scheme, weight_range
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome
-from torchslim.structure import build, describe
-from torchslim.task import call, device_of, predictor, take_first, tensors, to_device
+from torchslim.structure import build, flatten, leaf_names
+from torchslim.task import call, predictor, take_first
 
 LOUD_DB = 15.0  # below this the quantized output is worth a warning
 
@@ -27,16 +29,13 @@ class QuantizedModule(nn.Module):
     def __init__(self, program: nn.Module, captured: Captured, signature: inspect.Signature) -> None:
         super().__init__()
         self.program = program
-        self.outputs, self.classes = captured.outputs, dict(captured.classes)
+        self.inputs, self.outputs, self.classes = captured.inputs, captured.outputs, dict(captured.classes)
         self.forward_signature = signature
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self.forward_signature.bind(*args, **kwargs)
-        args, kwargs = positional(self, dict(bound.arguments))
-        leaves: list[Tensor] = []
-        describe(self.program(*args, **kwargs), leaves, {})
-        return build(self.outputs, leaves, self.classes)
+        named = bind_call(self.forward_signature, args, kwargs)
+        return build(self.outputs, self.program(*flatten(self.inputs, named, "inputs")), self.classes)
 
     def train(self, mode: bool = True) -> QuantizedModule:
         """Only `train(False)` is possible."""
@@ -114,70 +113,87 @@ def sqnr(reference: Any, value: Any) -> float:
         noise += float((a.double() - b.double()).square().sum())
     if noise == 0:
         return float("inf")
-    return 10 * float(torch.log10(torch.tensor(signal / noise))) if signal else float("-inf")
+    return 10 * math.log10(signal / noise) if signal else float("-inf")
 
 
 def _floats(value: Any) -> list[Tensor]:
-    leaves: list[Tensor] = []
-    describe(value, leaves, {})
-    return [leaf.detach().cpu() for leaf in leaves if leaf.is_floating_point()]
+    return [leaf.detach().cpu() for leaf in tensors_of(value) if leaf.is_floating_point()]
 
 
 def _quantize(
     model: nn.Module, batches: list[Any], scheme: str, runtime: str
 ) -> tuple[QuantizedModule, list[LayerRecord]]:
-    if isinstance(model, QuantizedModule):
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise QuantizeError("the model is quantized already; quantize the float model instead")
     if not batches:
         raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
     with quiet():  # importing torchao logs about extensions that this machine may lack
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-        from torchslim.quantize.quantizer import SlimQuantizer, observed_layers, strip_unused
+        from torchslim.quantize.quantizer import SlimQuantizer, fit_biases, strip_unused
     captured = capture(model, batches[0])
     quantizer = SlimQuantizer(find_scheme(scheme), weight_range(runtime))
-    with quiet():
+    with quiet(), preserved_globals():  # folding batch norms draws random numbers
         prepared = prepare_pt2e(captured.program.module(), quantizer)
     if not any(record.action == "quantized" for record in quantizer.records):
+        refused = "; ".join(f"{record.layer}: {record.reason}" for record in quantizer.records[:5])
         raise QuantizeError(
             f"scheme {scheme!r} finds nothing to quantize in this model: it has no conv2d or linear layer whose weight "
-            "is stored"
+            f"is stored ({refused or 'no layer has weights'}); leave the quantization out"
         )
-    _calibrate(prepared, observed_layers(prepared), model, batches)
-    with quiet(), torch.no_grad():
+    with quiet(), preserved_globals(), torch.no_grad():
+        _calibrate(prepared, captured, model, batches)
+        fit_biases(prepared)
         converted = convert_pt2e(prepared)
     strip_unused(converted)
     return QuantizedModule(converted, captured, signature_of(model)), quantizer.records
 
 
-def _calibrate(prepared: nn.Module, layers: Mapping[str, str], model: nn.Module, batches: list[Any]) -> None:
+def _calibrate(prepared: GraphModule, captured: Captured, model: nn.Module, batches: list[Any]) -> None:
     """Show the observers every batch; a value that is not finite is an error that names its layer and batch."""
-    where = {"batch": 0}
-    observers = [(name, getattr(prepared, name)) for name in layers if hasattr(prepared, name)]
+    from torchslim.quantize.quantizer import observed_layers
 
-    def guard(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and not torch.isfinite(args[0]).all():
-                raise QuantizeError(
-                    f"calibration batch {where['batch']} gives values that are not finite at {layers[name]}; look for "
-                    "NaN in the data or overflow in the model"
-                )
+    names = leaf_names(captured.inputs)
+    number = 0
 
-        return hook
+    def check(value: Tensor, where: str) -> None:
+        if not _finite(value):
+            raise QuantizeError(
+                f"calibration batch {number} has values that are not finite {where}; look for NaN in the data or "
+                "overflow in the model"
+            )
 
-    handles = [observer.register_forward_pre_hook(guard(name)) for name, observer in observers]
+    def guard(where: str) -> Any:
+        return lambda module, args: check(args[0], f"at {where}")
+
+    handles = [
+        prepared.get_submodule(name).register_forward_pre_hook(guard(where))
+        for name, where in observed_layers(prepared).items()
+    ]
     try:
-        with torch.no_grad():
-            for number, inputs in enumerate(batches, 1):
-                where["batch"] = number
-                for index, leaf in enumerate(tensors(inputs)):
-                    if leaf.is_floating_point() and not torch.isfinite(leaf).all():
-                        raise QuantizeError(
-                            f"calibration batch {number} has values that are not finite in input {index}; look for "
-                            "NaN in the data"
-                        )
-                args, kwargs = positional(model, to_device(bind(model, inputs), device_of(model)))
-                prepared(*args, **kwargs)
+        for number, inputs in enumerate(batches, 1):
+            leaves = flatten(captured.inputs, bind(model, inputs), f"calibration batch {number}")
+            for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+                check(leaf, f"in input {index} ({name!r})")
+            try:
+                prepared(*(leaf.cpu() for leaf in leaves))
+            except QuantizeError:
+                raise
+            except Exception as error:
+                shapes = ", ".join(
+                    f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True)
+                )
+                raise QuantizeError(
+                    f"calibration batch {number} ({shapes}) does not fit the graph that batch 1 gave: "
+                    f"{next(iter(str(error).splitlines()), '')}; give batches of the same sizes"
+                ) from error
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _finite(value: Tensor) -> bool:
+    if not value.is_floating_point() or not value.numel():
+        return True
+    low, high = torch.aminmax(value.detach())  # one pass, no copy; NaN shows in both
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -8,6 +8,7 @@ inputs and the output do; a following relu or relu6 moves the output's pair behi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
+from torchslim.export import WRAPPED
 from torchslim.quantize.schemes import Scheme
 from torchslim.steps import LayerRecord
 
@@ -80,7 +82,7 @@ class SlimQuantizer(Quantizer):
                     _annotated=True,
                 )
             elif any(_is_weight(source) for source in node.all_input_nodes):
-                self._refuse(node, f"scheme int8 does not quantize {_name(node)}")
+                self._refuse(node, f"{_name(node)} has no integer kernel in this scheme")
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -124,7 +126,7 @@ def layer_of(node: Node) -> str:
     """The path of the module that a node belongs to; the node's name where it belongs to none."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
-    return path.replace("L['self'].", "") or node.name
+    return f"{path}.".removeprefix("L['self'].").removeprefix(WRAPPED).removesuffix(".") or node.name
 
 
 def _fused_activation(node: Node) -> Node | None:
@@ -170,14 +172,36 @@ def _name(node: Node) -> str:
 
 def observed_layers(model: GraphModule) -> dict[str, str]:
     """For each observer of a prepared graph, by its name, the layer whose value it sees."""
-    sources: dict[str, str] = {}
+    return {
+        str(node.target): layer_of(node.args[0])
+        for node in model.graph.nodes
+        if node.op == "call_module" and node.args and isinstance(node.args[0], Node)
+    }
+
+
+def fit_biases(model: GraphModule) -> None:
+    """Widen the weight range of channels whose bias would not fit 32 bits at the scale of their products.
+
+    Integer kernels add the bias as a multiple of input scale times weight scale. A channel of zeros (pruned, or dead in
+    its batch norm) has next to no weight scale, and its bias would be cut off. What such weights lose is below one step
+    of an 8-bit output. Half of the 32 bits' range is left to the sum of the products.
+    """
     for node in model.graph.nodes:
-        if node.op == "call_module" and isinstance(node.args[0] if node.args else None, Node):
-            source: Node = node.args[0]
-            sources[str(node.target)] = (
-                f"input {source.name!r}" if source.op == "placeholder" else layer_of(source)
-            )
-    return sources
+        if ANNOTATION not in node.meta or node.target not in (*CONVOLUTIONS, *LINEARS):
+            continue
+        inputs, weights, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
+        if (
+            bias is None
+            or any(each.op != "call_module" for each in (inputs, weights))
+            or bias.op != "get_attr"
+        ):
+            continue
+        observer = getattr(model, str(weights.target))
+        scale, _ = getattr(model, str(inputs.target)).calculate_qparams()
+        value = attrgetter(str(bias.target))(model)
+        smallest = value.detach().abs().double() / (scale.double() * 2**30)
+        reach = (smallest * (observer.quant_max - observer.quant_min) / 2).to(observer.max_val.dtype)
+        observer.max_val.copy_(torch.maximum(observer.max_val, reach))
 
 
 def strip_unused(model: GraphModule) -> None:

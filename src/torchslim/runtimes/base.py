@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from torchslim.errors import DeployError
+from torchslim.errors import DeployError, ExportError
 from torchslim.export import Captured, capture, positional, signature_of
 from torchslim.files import write_bytes
 from torchslim.isolation import quiet
 from torchslim.machine import instruction_set
 from torchslim.runtimes.pt2 import pack_program
 from torchslim.steps import Inputs
-from torchslim.structure import Structure, build, flatten
+from torchslim.structure import Structure, build, describe, flatten, leaf_names
 
 
 class Session(Protocol):
@@ -31,8 +31,9 @@ class Session(Protocol):
 class Spec:
     """How a deployed model is called; JSON-able.
 
-    `kinds` maps the names of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `sizes` and `dtypes` are those
-    of the flat input tensors, a size None where it is free.
+    `kinds` maps the names of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `optional` are
+    those that were captured with their default; `sizes` and `dtypes` are those of the flat input tensors, a size None
+    where it is free.
     """
 
     kinds: dict[str, str]
@@ -42,13 +43,14 @@ class Spec:
     dtypes: list[str]
     batch_axis: int | None
     instruction_set: str
+    optional: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module) -> Spec:
         """The spec of a captured program."""
         parameters = signature_of(model).parameters
-        _, keywords = positional(model, dict(captured.example))
+        _, keywords = positional(model, captured.example)
         varying: dict[Any, str] = {
             inspect.Parameter.VAR_POSITIONAL: "varargs",
             inspect.Parameter.VAR_KEYWORD: "varkwargs",
@@ -57,23 +59,23 @@ class Spec:
         def kind(name: str) -> str:
             return varying.get(parameters[name].kind, "keyword" if name in keywords else "positional")
 
-        leaves = flatten(captured.inputs, dict(captured.example))
-        axis = captured.batch_axis
-        batch = next((leaf.shape[axis] for leaf in leaves if axis is not None and leaf.dim() > axis), None)
-        free = [_free_sizes(node) for node in _placeholders(captured)]
-        if len(free) != len(leaves):  # inputs that the program never sees keep only their batch size free
-            free = [
-                [None if dim == axis and size == batch else size for dim, size in enumerate(leaf.shape)]
-                for leaf in leaves
-            ]
+        leaves = flatten(captured.inputs, captured.example)
+        sizes = [_free_sizes(value) for value in _placeholders(captured)]
+        assert len(sizes) == len(leaves), "a program takes each input tensor, used or not"
         return cls(
             kinds={name: kind(name) for name in captured.names},
             inputs=captured.inputs,
             outputs=captured.outputs,
-            sizes=free,
+            sizes=sizes,
             dtypes=[str(leaf.dtype).removeprefix("torch.") for leaf in leaves],
-            batch_axis=axis,
+            batch_axis=captured.batch_axis,
             instruction_set=instruction_set(),
+            optional=[
+                name
+                for name in captured.names
+                if parameters[name].kind not in varying
+                and _is_default(captured, name, parameters[name].default)
+            ],
             notes=list(captured.notes),
         )
 
@@ -82,14 +84,19 @@ class Spec:
         return asdict(self)
 
     def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The flat tensors of a call, checked against the sizes and dtypes that the program was made for."""
-        named = self._bind(args, kwargs)
-        leaves = flatten(self.inputs, named, "inputs")
-        free: set[int] = set()
-        for index, (leaf, sizes, dtype) in enumerate(zip(leaves, self.sizes, self.dtypes, strict=True)):
+        """The flat tensors of a call, checked against the sizes and dtypes that the program was made for.
+
+        Raises:
+            DeployError: saying which input does not fit, and how to mend it.
+        """
+        leaves = flatten(self.inputs, self._bind(args, kwargs), "inputs")
+        names = leaf_names(self.inputs)
+        free: dict[int, str] = {}
+        for name, leaf, sizes, dtype in zip(names, leaves, self.sizes, self.dtypes, strict=True):
             if str(leaf.dtype) != f"torch.{dtype}":
+                got = str(leaf.dtype).removeprefix("torch.")
                 raise DeployError(
-                    f"input {index} must be {dtype}, got {str(leaf.dtype).removeprefix('torch.')}"
+                    f"input {name!r} must be {dtype}, got {got}; convert it with .to(torch.{dtype})"
                 )
             wrong = len(sizes) != leaf.dim() or any(
                 size is not None and size != got for size, got in zip(sizes, leaf.shape, strict=True)
@@ -97,7 +104,7 @@ class Spec:
             if wrong:
                 wanted = ", ".join("any" if size is None else str(size) for size in sizes)
                 raise DeployError(
-                    f"input {index} must have the shape ({wanted}), got {tuple(leaf.shape)}; deploy again with other "
+                    f"input {name!r} must have the shape ({wanted}), got {tuple(leaf.shape)}; deploy again with other "
                     "example inputs, or with dynamic_shapes"
                 )
             if (
@@ -105,13 +112,16 @@ class Spec:
                 and len(sizes) > self.batch_axis
                 and sizes[self.batch_axis] is None
             ):
-                free.add(leaf.shape[self.batch_axis])
+                free.setdefault(leaf.shape[self.batch_axis], name)
         if len(free) > 1:
-            raise DeployError(f"the inputs have different batch sizes: {', '.join(map(str, sorted(free)))}")
+            got = ", ".join(f"{size} in {name!r}" for size, name in free.items())
+            raise DeployError(
+                f"the inputs must have one batch size, got {got}; give every input the same samples"
+            )
         return leaves
 
     def call_arguments(self, leaves: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """Flat tensors as the arguments that the captured program takes."""
+        """Flat tensors as the arguments that the model itself takes."""
         named = build(self.inputs, leaves)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
@@ -128,37 +138,49 @@ class Spec:
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         named: dict[str, Any] = {}
-        rest = list(args)
-        extra = dict(kwargs)
+        rest, extra = list(args), dict(kwargs)
         for name, kind in self.kinds.items():
             if kind == "varargs":
                 named[name], rest = tuple(rest), []
-            elif kind == "varkwargs":
-                continue
-            elif rest:
+            elif kind == "positional" and rest:
                 named[name] = rest.pop(0)
-            elif name in extra:
+            elif kind != "varkwargs" and name in extra:
                 named[name] = extra.pop(name)
+            elif name in self.optional:
+                named[name] = build(self.inputs["dict"][name], ())
         for name, kind in self.kinds.items():
             if kind == "varkwargs":
                 named[name], extra = extra, {}
-        extra = {name: value for name, value in extra.items() if value is not None}
         missing = [name for name in self.kinds if name not in named]
         if missing or rest or extra:
-            got = [f"{len(args)} by position", *kwargs]
+            wrong = [
+                f"{', '.join(missing)} missing" if missing else "",
+                f"{len(rest)} too many by position" if rest else "",
+                f"{', '.join(extra)} not known or given twice" if extra else "",
+            ]
             raise DeployError(
-                f"the model was captured with the inputs {', '.join(self.kinds)}; got {', '.join(got)}"
+                f"the model was captured with the inputs {', '.join(self.kinds)}; got {len(args)} by position"
+                f"{''.join(f', {name}' for name in kwargs)}: {'; '.join(filter(None, wrong))}; call it as it was "
+                "captured, or capture it again with these inputs"
             )
         return named
 
 
+def _is_default(captured: Captured, name: str, default: Any) -> bool:
+    """Was the input captured with the value that it has when it is left out?"""
+    try:
+        return bool(describe(default, [], {}) == captured.inputs["dict"][name])
+    except ExportError:  # a default that is no plain value, or none at all
+        return False
+
+
 def _placeholders(captured: Captured) -> list[Any]:
-    """The example values of the program's user inputs that are tensors."""
+    """The example values of the program's inputs."""
     wanted = set(captured.program.graph_signature.user_inputs)
     return [
         node.meta["val"]
         for node in captured.program.graph.nodes
-        if node.op == "placeholder" and node.name in wanted and isinstance(node.meta.get("val"), Tensor)
+        if node.op == "placeholder" and node.name in wanted
     ]
 
 
@@ -255,7 +277,7 @@ class Runtime:
             runtime=self.name,
             threads=threads,
             payload=payload,
-            example=flatten(captured.inputs, dict(captured.example)),
+            example=flatten(captured.inputs, captured.example),
             program=lambda: pack_program(captured.program),
             quantized=any(
                 "quantized_decomposed" in str(node.target) for node in captured.program.graph.nodes

@@ -23,21 +23,21 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
     # registers the passes that lower int8 graphs; without them such a graph runs several times slower, in silence
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
-    compiled = session_of(torch.compile(captured.program.module()), spec, threads)
+    compiled = session_of(torch.compile(captured.program.module()), threads)
     seen: set[tuple[torch.Size, ...]] = set()
 
-    def run(leaves: list[Tensor]) -> list[Tensor]:
-        sizes = tuple(leaf.shape for leaf in leaves)
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        sizes = tuple(each.shape for each in tensors)
         if sizes in seen:
-            return list(compiled(leaves))
+            return list(compiled(tensors))
         # freezing folds the weights into the kernels' layouts; torch.compile reads it while it compiles, which it
         # does at the first call and again when a size changes
         with quiet(), inductor_config.patch(freezing=True):
-            answer = list(compiled(leaves))
+            answer = list(compiled(tensors))
         seen.add(sizes)
         return answer
 
-    run(flatten(captured.inputs, dict(captured.example)))
+    run(flatten(captured.inputs, captured.example))
     return run, None
 
 

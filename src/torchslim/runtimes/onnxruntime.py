@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from torchslim.errors import ExportError, RuntimeUnavailable
+from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
 from torchslim.export import Captured
 from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.structure import leaf_names
 
 PIP = "pip install 'torchslim[onnxruntime]'"
 
 
 def _import() -> Any:
     try:
-        import onnx  # noqa: F401
         import onnxruntime
-        import onnxscript  # noqa: F401
     except ImportError as error:
         raise RuntimeUnavailable(f"runtime 'onnxruntime' is not installed: {PIP}") from error
     return onnxruntime
@@ -31,7 +31,15 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
 
 
 def to_onnx(captured: Captured) -> bytes:
-    """The program as an ONNX model: weights inside, no traces of the source code, the batch named "batch"."""
+    """The program as an ONNX model: weights inside, no traces of the source code, the batch named "batch".
+
+    Inputs and outputs are called like those of the model: `x`, `logits`, `pair_0`; a lone output is `output`.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise RuntimeUnavailable(f"exporting to ONNX needs packages that are missing: {PIP}") from error
     try:
         exported = torch.onnx.export(
             captured.program, dynamo=True, verbose=False, optimize=True, external_data=False
@@ -40,16 +48,21 @@ def to_onnx(captured: Captured) -> bytes:
         proto = exported.model_proto
     except Exception as error:
         raise ExportError(
-            f"the model cannot be exported to ONNX: {type(error).__name__}: {_brief(error)}"
+            f"the model cannot be exported to ONNX: {type(error).__name__}: {_brief(error)}; runtimes 'eager' and "
+            "'inductor' need no ONNX"
         ) from error
-    _strip(proto, captured)
+    _strip(proto)
+    _name(proto, captured)
+    _integer_biases(proto)
     try:
         return proto.SerializeToString()  # type: ignore[no-any-return]
     except ValueError as error:
-        raise ExportError(f"the ONNX model is above protobuf's limit of 2 GiB: {error}") from error
+        raise ExportError(
+            f"the ONNX model is above protobuf's limit of 2 GiB: {error}; use runtime 'eager'"
+        ) from error
 
 
-def _strip(proto: Any, captured: Captured) -> None:
+def _strip(proto: Any) -> None:
     """Drop what no runtime reads (stack traces of the exporting machine, shapes of inner values)."""
     graph = proto.graph
     del proto.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
@@ -62,18 +75,91 @@ def _strip(proto: Any, captured: Captured) -> None:
         for node in function.node:
             node.doc_string = ""
             del node.metadata_props[:]
-    if captured.batch_axis is None:
-        return
+
+
+def _name(proto: Any, captured: Captured) -> None:
+    """Call inputs and outputs as the model does, and the free batch size "batch"."""
+    graph = proto.graph
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    taken |= {each.name for each in (*graph.initializer, *graph.input, *graph.output)}
+    wanted = [
+        *zip(graph.input, leaf_names(captured.inputs), strict=True),
+        *zip(graph.output, map(_output_name, leaf_names(captured.outputs)), strict=True),
+    ]
+    renamed: dict[str, str] = {}
+    for value, name in wanted:
+        if value.name in renamed:  # given back as it came, or given twice
+            continue
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        renamed[value.name] = name
+    for value, _ in wanted:
+        value.name = renamed[value.name]
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [renamed.get(each, each) for each in names]
     axis = captured.batch_axis
-    names = {
+    if axis is None:
+        return
+    batch = {
         value.type.tensor_type.shape.dim[axis].dim_param
         for value in graph.input
         if len(value.type.tensor_type.shape.dim) > axis and value.type.tensor_type.shape.dim[axis].dim_param
     }
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in names:
+            if dim.dim_param in batch:
                 dim.dim_param = "batch"
+
+
+def _output_name(name: str) -> str:
+    return "output" + (f"_{name}" if name else "") if not name or name[0].isdigit() else name
+
+
+def _integer_biases(proto: Any) -> None:
+    """Give the biases of quantized Gemms as integers, at the scale of the products that they are added to.
+
+    ONNX Runtime does so itself where the output is quantized, too; a Gemm with a float output (a network's last layer)
+    it would otherwise run in float.
+    """
+    from onnx import helper, numpy_helper
+
+    graph = proto.graph
+    constants = {each.name: each for each in graph.initializer}
+    dequantized = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    nodes = []
+    for node in graph.node:
+        if (
+            node.op_type == "Gemm"
+            and len(node.input) == 3
+            and all(each in dequantized for each in node.input[:2])
+        ):
+            scales = [constants.get(dequantized[each].input[1]) for each in node.input[:2]]
+            bias = constants.get(node.input[2])
+            if bias is not None and None not in scales:
+                # in float64: the product of two small scales must not vanish before it is divided by
+                left, right = (numpy_helper.to_array(each).astype(np.float64) for each in scales)
+                steps = np.rint(numpy_helper.to_array(bias) / (left * right)).clip(-(2**31) + 1, 2**31 - 1)
+                integers, scale, name = (
+                    f"{node.name}_bias",
+                    f"{node.name}_bias_scale",
+                    f"{node.name}_bias_float",
+                )
+                graph.initializer.append(numpy_helper.from_array(steps.astype(np.int32), integers))
+                graph.initializer.append(numpy_helper.from_array((left * right).astype(np.float32), scale))
+                axis = {"axis": 0} if right.ndim else {}
+                nodes.append(helper.make_node("DequantizeLinear", [integers, scale], [name], **axis))
+                node.input[2] = name
+        nodes.append(node)
+    if len(nodes) == len(graph.node):
+        return
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {name for node in graph.node for name in node.input}
+    kept = [each for each in graph.initializer if each.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
@@ -86,14 +172,21 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     # idle threads that spin steal the cores from whatever else runs: on two shared cores the median call of the demo's
     # network took three times as long with spinning as without
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = runtime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise DeployError(
+            f"ONNX Runtime cannot run the model: {type(error).__name__}: {_brief(error)}; use float32, or runtime 'eager'"
+        ) from error
     names = [each.name for each in session.get_inputs()]
-    wanted = len(spec.dtypes)
-    if len(names) != wanted:
-        raise ExportError(f"the ONNX model takes {len(names)} inputs, the model {wanted}: {', '.join(names)}")
+    assert len(names) == len(spec.dtypes), (
+        f"the ONNX model takes {names}, the program {len(spec.dtypes)} inputs"
+    )
+    if "bfloat16" in spec.dtypes:
+        raise DeployError("ONNX Runtime takes no bfloat16 inputs here; convert the model with .float() first")
 
-    def run(leaves: list[Tensor]) -> list[Tensor]:
-        feeds = {name: leaf.numpy() for name, leaf in zip(names, leaves, strict=True)}
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        feeds = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
         return [torch.from_numpy(value) for value in session.run(None, feeds)]
 
     return run
