@@ -33,6 +33,7 @@ ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 ACTIVATIONS = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default)
 SMALLEST_SCALE = 1e-20  # the usual 1e-7 turns networks with tiny activations into zeros
 ANNOTATION = "quantization_annotation"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the quantize operations take
 
 
 class SlimQuantizer(Quantizer):
@@ -94,8 +95,8 @@ class SlimQuantizer(Quantizer):
             self._refuse(node, "its weight is computed, not stored")
             return
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and not value.is_floating_point():
-            self._refuse(node, f"it computes in {value.dtype}")
+        if isinstance(value, torch.Tensor) and value.dtype not in FLOATS:
+            self._refuse(node, f"it computes in {value.dtype}; convert the model with .float()")
             return
         # a linear layer that ends the network can answer in float at no cost, and keeps its logits exact
         ends = node.target in LINEARS and any(user.op == "output" for user in node.users)
