@@ -314,3 +314,29 @@ def test_a_changed_teacher_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
             progress=lambda event, seen=phases: seen.append(event.phase),
         )  # fmt: skip
         assert "train" in phases
+
+
+@dataclass
+class Answer:
+    """What a model of the user's own returns."""
+
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+class Answering(toy.Net):
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(super().forward(x))
+
+
+def test_a_model_that_returns_a_dataclass_does_so_after_every_step_and_after_a_resume(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Answering()
+    images, _ = toy.images(5, 9)
+    for _ in range(2):
+        result = ts.compress(model, toy.task(), [ts.Distill(epochs=1), ts.Quantize("int8")], workdir=tmp_path)
+        for answer in (result.module(images), result.model(images), result.deployed(images)):
+            assert type(answer) is Answer
+            assert answer.hidden is None
+    with pytest.raises(TorchslimError, match="not finite"):
+        ts.compress(model, toy.task(), [Bad("nan")], runtime="eager")

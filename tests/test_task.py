@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import torchslim as ts
 from tests import toy
 from torchslim.errors import TaskError
-from torchslim.task import checked, default_loss, predictor, take_first
+from torchslim.task import checked, default_loss, predictor, take_first, tensors, to_device
 
 
 @dataclass
@@ -256,3 +256,24 @@ def test_a_metric_may_ask_for_the_length_and_pass_twice() -> None:
         return len(batches) + len(list(batches)) + len(list(batches))
 
     assert ts.Task(val=[1, 2], metric=metric).evaluate(len) == 6
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A dataclass with a tensor in it."""
+
+    value: Tensor
+    name: str = "x"
+
+
+def test_tensors_are_found_and_moved_wherever_they_are() -> None:
+    tree = {
+        "a": [torch.zeros(1), 2],
+        "b": (Frozen(torch.ones(1)), None),
+        "c": UserDict({"d": torch.full((1,), 2.0)}),
+    }
+    assert [each.item() for each in tensors(tree)] == [0, 1, 2]
+    moved = to_device(tree, "meta")
+    assert all(each.is_meta for each in tensors(moved))
+    assert moved["b"][0].name == "x"
+    assert not tree["b"][0].value.is_meta

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from torchslim import __version__
 from torchslim.artifact import load, open_artifact, restore_state, write_artifact
-from torchslim.errors import ArtifactError, RecipeError, TaskError, TorchslimError
+from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.evidence import compare_rows, not_measured, number, size
-from torchslim.export import Captured, bind, capture, signature_of
+from torchslim.export import capture, signature_of
 from torchslim.files import digest, write_json
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, seeded_splits
@@ -44,7 +44,7 @@ from torchslim.steps import (
     ignore_progress,
     step_name,
 )
-from torchslim.structure import build
+from torchslim.structure import describe
 from torchslim.task import Metric, Task, call, predictor, take_first, tensors, to_device
 
 COMMIT = "stage.json"  # written last: a stage folder that has it is whole
@@ -228,10 +228,12 @@ class _Runner:
         self.key = origin
         self.metric: Metric = ctx.task.as_metric()
         self.machine = describe_machine(ctx.target.threads)
+        self.classes: dict[str, type] = {}  # of the model's outputs, which files only know by name
 
     def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> _Stage:
         """The model as it came."""
         self.key = digest(self.key, asdict(self.ctx.target))
+        describe(call(predictor(model), self.ctx.example_inputs), [], self.classes)
         folder = self.folder / "00-baseline"
         return self._restored(folder, "baseline", model, model, Form.MODULE) or self._finish(
             "baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0
@@ -349,19 +351,20 @@ class _Runner:
                 return None
             opened = open_artifact(folder)
             deployed = load(folder)
+            deployed.classes = self.classes
             masks = opened.masks()
             if form is Form.QUANTIZED:
-                restored = _requantized(
-                    opened.read("model.pt2"), deployed, bind(model, self.ctx.example_inputs), model
+                program = load_program(io.BytesIO(opened.read("model.pt2"))).module()
+                spec = deployed.spec
+                restored = QuantizedModule(
+                    program, signature_of(model), spec.inputs, spec.outputs, self.classes
                 )
                 return _Stage(name=name, folder=folder, model=restored, module=module, masks=masks, deployed=deployed,
                               row=saved["row"])  # fmt: skip
             fresh = copy_model(module)[0]
             restore_state(fresh, opened.read("weights.safetensors"), opened.manifest)
-        except (ArtifactError, KeyError, ValueError):
-            return (
-                None  # damaged, or a step of the user's own that changes the architecture: it is taken again
-            )
+        except (TorchslimError, KeyError, ValueError):
+            return None  # damaged, or a step of the user's own changed the architecture: it is taken again
         return _Stage(
             name=name,
             folder=folder,
@@ -422,22 +425,6 @@ class _Positional(nn.Module):
 
     def forward(self, arguments: tuple[list[Any], dict[str, Any]]) -> Any:
         return self.model(*arguments[0], **arguments[1])
-
-
-def _requantized(
-    program: bytes, deployed: Deployed, example: dict[str, Any], model: nn.Module
-) -> QuantizedModule:
-    exported = load_program(io.BytesIO(program))
-    captured = Captured(
-        program=exported,
-        names=tuple(deployed.spec.kinds),
-        inputs=deployed.spec.inputs,
-        outputs=deployed.spec.outputs,
-        classes={},
-        example=build(deployed.spec.inputs, deployed.example),
-        batch_axis=deployed.spec.batch_axis,
-    )
-    return QuantizedModule(exported.module(), captured, signature_of(model))
 
 
 def _read_text(path: Path) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -306,13 +307,43 @@ def take_first(batches: Iterable[Batch] | None, name: str) -> Batch:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """All tensors of nested tuples, lists and dicts, in order."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """All tensors of nested tuples, lists, dicts and dataclasses, in order."""
+    found: list[Tensor] = []
+    _mapped(tree, found.append)
+    return found
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
     """The same tree with every tensor on `device`."""
-    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+    return _mapped(tree, lambda tensor: tensor.to(device))
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same containers with their tensors changed; other leaves stay."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        changed = {key: _mapped(each, change) for key, each in tree.items()}
+        return changed if type(tree) is dict else _rebuilt(tree, changed)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_mapped(each, change) for each in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_mapped(each, change) for each in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        changed = {each.name: _mapped(getattr(tree, each.name), change) for each in fields(tree)}
+        copied = copy.copy(tree)
+        for name, value in changed.items():
+            object.__setattr__(copied, name, value)  # frozen ones too, and without running their checks again
+        return copied
+    return tree
+
+
+def _rebuilt(tree: Mapping[str, Any], changed: dict[str, Any]) -> Any:
+    """A mapping of the same kind; a Hugging Face output or batch takes its fields as keywords or as one dict."""
+    try:
+        return type(tree)(**changed) if is_dataclass(tree) else type(tree)(changed)  # type: ignore[call-arg]
+    except TypeError:
+        return changed
 
 
 def batch_size(inputs: Any) -> int:

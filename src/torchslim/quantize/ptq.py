@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from torchslim.export import Captured, bind, bind_call, capture, signature_of, t
 from torchslim.isolation import copy_model, preserved_globals, quiet
 from torchslim.quantize.schemes import find_scheme, weight_range
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome
-from torchslim.structure import build, flatten, leaf_names
+from torchslim.structure import Structure, build, flatten, leaf_names
 from torchslim.task import call, predictor, take_first
 
 LOUD_DB = 15.0  # below this the quantized output is worth a warning
@@ -26,10 +26,17 @@ LOUD_DB = 15.0  # below this the quantized output is worth a warning
 class QuantizedModule(nn.Module):
     """A converted graph, called like the model it was made from. Its numbers are fixed: it cannot be trained."""
 
-    def __init__(self, program: nn.Module, captured: Captured, signature: inspect.Signature) -> None:
+    def __init__(
+        self,
+        program: nn.Module,
+        signature: inspect.Signature,
+        inputs: Structure,
+        outputs: Structure,
+        classes: Mapping[str, type],
+    ) -> None:
         super().__init__()
         self.program = program
-        self.inputs, self.outputs, self.classes = captured.inputs, captured.outputs, dict(captured.classes)
+        self.inputs, self.outputs, self.classes = inputs, outputs, dict(classes)
         self.forward_signature = signature
         self.training = False
 
@@ -146,7 +153,9 @@ def _quantize(
         fit_biases(prepared)
         converted = convert_pt2e(prepared)
     strip_unused(converted)
-    return QuantizedModule(converted, captured, signature_of(model)), quantizer.records
+    return QuantizedModule(
+        converted, signature_of(model), captured.inputs, captured.outputs, captured.classes
+    ), quantizer.records
 
 
 def _calibrate(prepared: GraphModule, captured: Captured, model: nn.Module, batches: list[Any]) -> None:
