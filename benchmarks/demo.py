@@ -1,7 +1,8 @@
 """The demo's figures, measured: python -m benchmarks.demo [--max-minutes M]
 
 Reads the run that `make demo` left, times the fp32 and the compressed model on every runtime in one interleaved run,
-keeps each row of timings in benchmarks/demo.jsonl (a killed benchmark goes on), and writes benchmarks/demo.md and the README's table.
+keeps each row of timings in benchmarks/demo.jsonl (a killed benchmark goes on), and writes benchmarks/demo.md and the
+README's table.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ def measure(run: Path, identity: dict[str, Any], max_minutes: float) -> list[dic
     deployed = candidates(run)
     while len(rows) < REPEATS and time.monotonic() < stop:
         timings = compare(deployed, rounds=40, seconds=60)
-        rows.append(
-            {"identity": identity, "rounds": {name: list(each) for name, each in timings.rounds.items()}}
-        )
+        rows.append({"identity": identity, "rounds": {name: list(each) for name, each in timings.rounds.items()}})
         ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -64,7 +63,7 @@ def page(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [
         "# The demo, as measured",
         "",
-        "Written by `python -m benchmarks.demo` after `make demo`; Fashion-MNIST, everything selected on validation and",
+        "Written by `make bench` after `make demo`; Fashion-MNIST, everything selected on validation and",
         f"reported on {split}. {machine['processor']}, {machine['instruction_set']}, {THREADS} threads, "
         f"torch {machine['versions']['torch']}, onnxruntime {machine['versions']['onnxruntime']}.",
         "",

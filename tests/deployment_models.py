@@ -173,9 +173,7 @@ def resize(tree: Any, count: int) -> Any:
 def same_structure(a: Any, b: Any, tolerance: float) -> bool:
     """Equal containers of equal types, with tensors of equal dtypes that differ by at most `tolerance`."""
     if isinstance(a, Tensor):
-        return (
-            a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, atol=tolerance, rtol=tolerance)
-        )
+        return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, atol=tolerance, rtol=tolerance)
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):

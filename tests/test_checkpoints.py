@@ -153,9 +153,7 @@ def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("schedule", ["gradual", "iterative"])
 @pytest.mark.parametrize("calls", [5, 12, 20])
-def test_pruning_that_trains_resumes_wherever_it_was_killed(
-    schedule: str, calls: int, tmp_path: Path
-) -> None:
+def test_pruning_that_trains_resumes_wherever_it_was_killed(schedule: str, calls: int, tmp_path: Path) -> None:
     train_step = ts.Finetune(epochs=3 if schedule == "gradual" else 2, optimizer="sgd", lr=0.05)
     step = ts.Prune(sparsity=0.6, schedule=schedule, rounds=2, until=0.6, train=train_step)
     task = replace(toy.task(), train=LOADERS["own generator"]())
@@ -211,9 +209,7 @@ def test_weights_that_are_lost_in_an_epochs_last_step_are_neither_saved_nor_eval
                 with torch.no_grad():
                     loop.model.head.bias[0] = float("inf")
 
-    task = replace(
-        toy.task(), metric=lambda predict, batches: float(len(evaluated) or evaluated.append(1) or 0)
-    )
+    task = replace(toy.task(), metric=lambda predict, batches: float(len(evaluated) or evaluated.append(1) or 0))
     with pytest.raises(TrainError, match=r"head.bias became nan or infinite in 'fit', end of epoch 2"):
         train(net, task, hooks=[Lose()], state=state)
     assert len(evaluated) == 1
@@ -261,9 +257,7 @@ except ts.TorchslimError as error:
 
 def test_a_disk_that_fills_up_keeps_the_checkpoint_of_the_epoch_before(tmp_path: Path) -> None:
     state = tmp_path / "c.ckpt"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, state], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, state], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"StorageError cannot write {state}: File too large")
     assert [each.name for each in tmp_path.iterdir()] == ["c.ckpt"]
     assert torch.load(state, weights_only=True)["epoch"] == 1

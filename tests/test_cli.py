@@ -141,7 +141,5 @@ def test_the_current_folder_is_importable(call: Any, tmp_path: Path, monkeypatch
     (tmp_path / "my_own_module.py").write_text("from tests.toy import model, task\n")
     (tmp_path / "r.toml").write_text(RECIPE.replace("tests.toy", "my_own_module"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "sys.path", [entry for entry in __import__("sys").path if entry != os.fspath(tmp_path)]
-    )
+    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry != os.fspath(tmp_path)])
     assert call("check", "r.toml").code == 0

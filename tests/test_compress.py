@@ -112,9 +112,7 @@ def test_a_finished_run_is_picked_up_whole(result: ts.Result) -> None:
 
 def test_another_recipe_does_not_take_the_folder(result: ts.Result) -> None:
     other = [replace(STEPS[0], sparsity=0.75), *STEPS[1:]]
-    with pytest.raises(
-        RecipeError, match=r"holds the run of another recipe \(step 1, sparsity: 0.5 there, 0.75 here"
-    ):
+    with pytest.raises(RecipeError, match=r"holds the run of another recipe \(step 1, sparsity: 0.5 there, 0.75 here"):
         ts.compress(toy.model(), toy.task(), other, runtime="onnxruntime", threads=1, workdir=result.folder)
     with pytest.raises(RecipeError, match="3 steps there, 1 here"):
         ts.compress(toy.model(), toy.task(), STEPS[:1], threads=1, workdir=result.folder)
@@ -199,9 +197,7 @@ class Bad:
 
 
 def test_a_step_that_breaks_the_model_is_named() -> None:
-    with pytest.raises(
-        RecipeError, match=r"step 1 \('bad'\) must return an Outcome with a model, got NoneType"
-    ):
+    with pytest.raises(RecipeError, match=r"step 1 \('bad'\) must return an Outcome with a model, got NoneType"):
         ts.compress(toy.model(), toy.task(), [Bad()], runtime="eager")
     with pytest.raises(
         TorchslimError, match="after step 'bad' the model's outputs on the example inputs are not finite"
@@ -267,9 +263,7 @@ def test_distillation_needs_no_labels() -> None:
 
 
 def test_without_a_test_split_the_report_says_what_was_selected_on() -> None:
-    result = ts.compress(
-        toy.model(), replace(toy.task(), test=None), [ts.Prune(sparsity=0.5)], runtime="eager"
-    )
+    result = ts.compress(toy.model(), replace(toy.task(), test=None), [ts.Prune(sparsity=0.5)], runtime="eager")
     assert result.run["reported_on"] == "val (selected on val)"
     assert "not_measured" in rows(result)["artifact"]["metric"]["test"]
 
@@ -300,9 +294,7 @@ def test_layers_are_looked_up_in_the_student_not_in_the_teacher() -> None:
 def test_a_recipe_that_fails_its_check_claims_no_folder(tmp_path: Path) -> None:
     with pytest.raises(SelectError):
         ts.compress(toy.model(), toy.task(), [ts.Prune(sparsity=0.5, include="con1")], workdir=tmp_path)
-    ts.compress(
-        toy.model(), toy.task(), [ts.Prune(sparsity=0.5, include="conv1")], runtime="eager", workdir=tmp_path
-    )
+    ts.compress(toy.model(), toy.task(), [ts.Prune(sparsity=0.5, include="conv1")], runtime="eager", workdir=tmp_path)
 
 
 def test_a_changed_teacher_is_not_taken_for_the_old_one(tmp_path: Path) -> None:

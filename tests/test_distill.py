@@ -41,9 +41,7 @@ def test_kd_is_the_papers_formula(logits: Tensor, temperature: float, alpha: flo
     student, teacher = logits
     target = torch.tensor([0, 6, 3, 3, 1])
     expected = numpy_kd(student.numpy(), teacher.numpy(), target.numpy(), temperature, alpha)
-    assert ts.KD(temperature=temperature, alpha=alpha)(student, teacher, target).item() == pytest.approx(
-        expected
-    )
+    assert ts.KD(temperature=temperature, alpha=alpha)(student, teacher, target).item() == pytest.approx(expected)
     order = torch.randperm(5)
     shuffled = ts.KD(temperature=temperature, alpha=alpha)(student[order], teacher[order], target[order])
     assert shuffled.item() == pytest.approx(expected)
@@ -216,9 +214,7 @@ def unlabelled(**fields: Any) -> ts.Context:
     [ts.Distill(), ts.Distill(response=ts.KD(alpha=1.0), label_weight=0.1), ts.Distill(response="kd")],
 )
 def test_labels_that_count_but_are_missing_are_an_error_before_any_work(step: ts.Distill) -> None:
-    with pytest.raises(
-        DistillError, match=r"the labels have weight 0.1, but Task.target gives None; set alpha=1"
-    ):
+    with pytest.raises(DistillError, match=r"the labels have weight 0.1, but Task.target gives None; set alpha=1"):
         step.check(unlabelled())
     with pytest.raises(DistillError, match="the labels have weight"):
         ts.Prune(sparsity=0.5, train=step).check(unlabelled())

@@ -14,9 +14,7 @@ import torchslim
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    page
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-    if "```python" in page.read_text()
+    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "```python" in page.read_text()
 ]
 MODULES = sorted(each.name for each in pkgutil.walk_packages(torchslim.__path__, "torchslim."))
 
@@ -34,9 +32,7 @@ def test_the_code_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: 
         exec(compile(block, page.name, "exec"), scope)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in MODULES if not name.endswith(("__main__", "artifact_bench"))]
-)
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("__main__", "artifact_bench"))])
 def test_docstring_examples_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 

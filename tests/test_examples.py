@@ -52,9 +52,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     refused.__name__ = "_from_nowhere"
 
 
-def test_the_users_folder_comes_first_and_is_split_as_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_users_folder_comes_first_and_is_split_as_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, (120, 30), monkeypatch)
     monkeypatch.setattr(data, "VALIDATION", 20)
     monkeypatch.setenv("TORCHSLIM_DATA", str(tmp_path))
@@ -75,9 +73,7 @@ def test_a_damaged_file_is_an_error_and_not_another_place_to_look(
         data.locate()
 
 
-def test_debians_package_is_unpacked_as_an_ordinary_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_debians_package_is_unpacked_as_an_ordinary_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "source", (12, 3), monkeypatch)
     monkeypatch.delenv("TORCHSLIM_DATA", raising=False)
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")

@@ -43,9 +43,7 @@ def names(folder: Path) -> list[str]:
 
 
 @given(st.binary(max_size=100), st.binary(max_size=100))
-def test_the_last_write_is_what_stands_there(
-    tmp_path_factory: pytest.TempPathFactory, old: bytes, new: bytes
-) -> None:
+def test_the_last_write_is_what_stands_there(tmp_path_factory: pytest.TempPathFactory, old: bytes, new: bytes) -> None:
     path = tmp_path_factory.mktemp("f") / "deep" / "er" / "file.bin"
     write_bytes(path, old)
     write_bytes(path, new)

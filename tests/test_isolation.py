@@ -107,9 +107,7 @@ def test_masks_become_data_and_the_copy_is_free_of_torchs_pruning(
     make: Callable[[], tuple[nn.Module, Any]],
 ) -> None:
     model, _ = make()
-    buffers = {
-        name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if "_mask" in name
-    }
+    buffers = {name.removesuffix("_mask"): mask.bool() for name, mask in model.named_buffers() if "_mask" in name}
     copied, masks = copy_model(model)
     parameters = dict(copied.named_parameters())
     assert torch_prune.is_pruned(model)

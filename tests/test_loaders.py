@@ -22,9 +22,7 @@ from torchslim.training import Hook, LabelLoss, Loop
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
     settings = OptimizerSettings(optimizer="sgd", lr=0.05)
-    return ts.fit(
-        model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options
-    )
+    return ts.fit(model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options)
 
 
 class Generators:

@@ -73,9 +73,7 @@ def test_warming_up_is_not_measured(clock: Clock) -> None:
 
 
 def test_short_calls_are_repeated_until_the_clock_can_tell(clock: Clock) -> None:
-    timings = interleave(
-        {"fast": clock.candidate("fast", 0.1), "slow": clock.candidate("slow", 10)}, rounds=5
-    )
+    timings = interleave({"fast": clock.candidate("fast", 0.1), "slow": clock.candidate("slow", 10)}, rounds=5)
     assert clock.calls[-21:] == ["fast"] * 20 + ["slow"]
     assert timings.latency("fast").median == pytest.approx(0.1)
     assert timings.latency("slow").median == pytest.approx(10)
@@ -118,9 +116,7 @@ def test_speedups_come_from_paired_rounds(pairs: list[tuple[float, float]]) -> N
         (1.0, 1.0, 1.0, "no difference"),
     ],
 )
-def test_a_spread_that_holds_one_is_no_difference(
-    low: float, median: float, high: float, verdict: str
-) -> None:
+def test_a_spread_that_holds_one_is_no_difference(low: float, median: float, high: float, verdict: str) -> None:
     assert Ratio(p10=low, median=median, p90=high).verdict == verdict
 
 
@@ -247,9 +243,7 @@ def test_multihead_attention_in_eval_mode(training: bool) -> None:
 
 def test_a_transformer_layer_is_the_sum_of_its_parts() -> None:
     batch, length, width, inner = 2, 5, 8, 16
-    found = macs(
-        nn.TransformerEncoderLayer(width, 2, inner, batch_first=True), (torch.randn(batch, length, width),)
-    )
+    found = macs(nn.TransformerEncoderLayer(width, 2, inner, batch_first=True), (torch.randn(batch, length, width),))
     attention = batch * length * width * 4 * width + batch * length * length * width * 2
     assert found.total == attention + batch * length * 2 * width * inner
     assert found.uncounted == ()
@@ -358,8 +352,7 @@ def test_the_description_of_the_machine_is_whole() -> None:
     found = describe_machine(threads=3)
     assert found["threads"] == 3
     assert (
-        found["versions"]["torch"] == torch.__version__.split("+")[0]
-        or found["versions"]["torch"] == torch.__version__
+        found["versions"]["torch"] == torch.__version__.split("+")[0] or found["versions"]["torch"] == torch.__version__
     )
     assert found["cores"] >= 1
     assert found["processor"]

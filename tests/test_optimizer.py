@@ -21,9 +21,7 @@ from torchslim.training import Hook, LabelLoss, Loop
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
     settings = OptimizerSettings(optimizer="sgd", lr=0.05)
-    return ts.fit(
-        model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options
-    )
+    return ts.fit(model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -87,9 +85,7 @@ def test_the_learning_rate_only_rises_in_the_warm_up_and_only_falls_after_it(
 
 
 @given(st.floats(0, 1), st.floats(0, 0.9), st.sampled_from(["cosine", "constant"]))
-def test_the_learning_rate_stays_between_zero_and_its_top(
-    progress: float, warmup: float, schedule: Any
-) -> None:
+def test_the_learning_rate_stays_between_zero_and_its_top(progress: float, warmup: float, schedule: Any) -> None:
     settings = OptimizerSettings(schedule=schedule, warmup=warmup)
     assert 0 <= settings.factor(progress) <= 1
     assert settings.factor(warmup) == pytest.approx(1)
@@ -131,9 +127,7 @@ def test_frozen_weights_stay_bit_for_bit() -> None:
 def test_a_factory_that_makes_no_optimizer_is_an_error() -> None:
     with pytest.raises(TrainError, match="must return a torch Optimizer, got list"):
         train(toy.model(), toy.task(), settings=OptimizerSettings(optimizer=list))
-    with pytest.raises(
-        TrainError, match="optimizer 'tests.toy:nothing': module 'tests.toy' has no 'nothing'"
-    ):
+    with pytest.raises(TrainError, match="optimizer 'tests.toy:nothing': module 'tests.toy' has no 'nothing'"):
         ts.Finetune(optimizer="tests.toy:nothing").check(
             ts.Context(task=toy.task(), teacher=toy.model(), example_inputs=())
         )

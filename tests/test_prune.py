@@ -55,9 +55,7 @@ def test_whole_slices_of_many_sizes_come_as_near_as_one_slice(sparsity: float) -
 
 @pytest.mark.filterwarnings("ignore:emptied")
 @given(FRACTIONS, st.sampled_from(["layer", "global"]), st.sampled_from(["l1", "random"]))
-def test_a_model_gets_exactly_the_zeros_that_were_asked_for(
-    sparsity: float, scope: str, criterion: str
-) -> None:
+def test_a_model_gets_exactly_the_zeros_that_were_asked_for(sparsity: float, scope: str, criterion: str) -> None:
     pruned = ts.prune.weights(toy.model(), sparsity, scope=scope, criterion=criterion)
     weights = select_weights(pruned)
     if scope == "global":
@@ -118,17 +116,13 @@ def test_of_every_m_inputs_n_are_kept(layer: nn.Module, dim: int, n: int, m: int
     kept = (ts.prune.weights(layer, pattern=f"{n}:{m}").weight != 0).movedim(dim, -1).reshape(-1, m)
     assert bool((kept.sum(1) == n).all())
     rows = layer.weight.detach().abs().movedim(dim, -1).reshape(-1, m)
-    assert torch.equal(
-        torch.where(kept, rows, 0).sum(1), rows.topk(n, dim=1).values.sort(1).values.sum(1)
-    ) or bool(
+    assert torch.equal(torch.where(kept, rows, 0).sum(1), rows.topk(n, dim=1).values.sort(1).values.sum(1)) or bool(
         (torch.where(kept, torch.inf, rows).amin(1) <= torch.where(kept, rows, torch.inf).amin(1)).all()
     )
 
 
 def test_a_layer_that_cannot_follow_the_pattern_is_named_with_the_reason() -> None:
-    with pytest.warns(
-        UserWarning, match=r"not pruned: conv1.weight: input dimension 1 is not a multiple of 4"
-    ):
+    with pytest.warns(UserWarning, match=r"not pruned: conv1.weight: input dimension 1 is not a multiple of 4"):
         pruned = ts.prune.weights(toy.model(), pattern="2:4")
     assert ts.prune.sparsity(pruned).layers["conv2.weight"] == 0.5
     outcome = ts.compress(toy.model(), toy.task(), [ts.Prune(pattern="2:4")], runtime="eager")
@@ -267,9 +261,7 @@ def test_schedules_need_training_and_end_at_the_target() -> None:
 
 @pytest.mark.parametrize("schedule", ["iterative", "gradual"])
 def test_a_schedule_ends_at_exactly_the_sparsity(schedule: str) -> None:
-    step = ts.Prune(
-        sparsity=0.7, schedule=schedule, rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=0.01)
-    )
+    step = ts.Prune(sparsity=0.7, schedule=schedule, rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=0.01))
     result = ts.compress(toy.model(), toy.task(), [step], runtime="eager")
     total = sum(mask.numel() for mask in result.masks.values())
     assert sum(int((~mask).sum()) for mask in result.masks.values()) == round(0.7 * total)

@@ -23,9 +23,7 @@ from torchslim.prune.criteria import Statistics
 from torchslim.select import select_weights
 from torchslim.steps import fingerprint
 
-VALUES = st.lists(
-    st.tuples(st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0]), st.booleans()), min_size=1, max_size=60
-)
+VALUES = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0]), st.booleans()), min_size=1, max_size=60)
 
 
 FRACTIONS = st.floats(0, 0.999)
@@ -121,9 +119,7 @@ def test_slices_are_torchs_for_every_norm_dimension_and_layer(
         worst = [norm for norm, keep in zip(norms, kept, strict=True) if not keep]
         assert max(worst) <= min(norm for norm, keep in zip(norms, kept, strict=True) if keep)
         if n != 0:  # counts tie, and torch does not say which of equals goes
-            mask = reference.LnStructured(amount=0.4, n=n, dim=dim).compute_mask(
-                weight, torch.ones_like(weight)
-            )
+            mask = reference.LnStructured(amount=0.4, n=n, dim=dim).compute_mask(weight, torch.ones_like(weight))
             assert torch.equal(pruned.get_parameter(name), weight * mask)
 
 
@@ -180,9 +176,7 @@ def test_a_weight_that_is_computed_from_another_is_reported() -> None:
     with pytest.warns(UserWarning, match="not pruned: new.weight") as found:
         pruned = ts.prune.weights(model, 0.5)
     (message,) = [str(each.message) for each in found]
-    assert message.startswith(
-        "not pruned: new.weight: a parametrization computes it; torch.nn.utils.parametrize.rem"
-    )
+    assert message.startswith("not pruned: new.weight: a parametrization computes it; torch.nn.utils.parametrize.rem")
     assert ts.prune.sparsity(pruned).layers == {"line.weight": 0.5}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -88,9 +88,9 @@ def test_gradual_pruning_follows_the_cubic_and_keeps_only_a_settled_epoch(until:
     best = max(range(1, 5), key=lambda epoch: (epoch >= settled, -epoch))
     assert outcome.history[best - 1]["val"] == -best
     assert left[settled - 1] == TOTAL - round(0.8 * TOTAL)
-    assert sum(
-        record.sparsity * outcome.masks[record.layer].numel() for record in outcome.layers
-    ) == pytest.approx(round(0.8 * TOTAL))
+    assert sum(record.sparsity * outcome.masks[record.layer].numel() for record in outcome.layers) == pytest.approx(
+        round(0.8 * TOTAL)
+    )
 
 
 def test_the_best_settled_epoch_is_the_one_that_comes_back() -> None:

@@ -168,9 +168,7 @@ def test_a_channel_without_weights_keeps_its_bias_on_the_runtime(kind: str) -> N
 def test_no_float_copy_of_the_weights_is_left(quantized: nn.Module) -> None:
     stored = list(quantized.state_dict().values())
     integers = sum(each.numel() for each in stored if each.dtype == torch.int8)
-    others = sum(
-        each.numel() * each.element_size() for each in stored if each.dtype != torch.int8 and each.dim() <= 1
-    )
+    others = sum(each.numel() * each.element_size() for each in stored if each.dtype != torch.int8 and each.dim() <= 1)
     total = sum(each.numel() * each.element_size() for each in stored)
     assert integers == 216 + 72 + 64 + 128 + 80
     assert total <= 1.05 * (integers + others)
@@ -215,11 +213,9 @@ def test_each_operation_is_at_most_one_step_from_the_converted_graph(name: str) 
     torch.manual_seed(5)
     operation = OPERATIONS[name].eval()
     quantized = static(operation, [(images(32),)])
-    last = [
-        node
-        for node in quantized.program.graph.nodes
-        if node.target is QUANTIZED.dequantize_per_tensor.default
-    ][-1]
+    last = [node for node in quantized.program.graph.nodes if node.target is QUANTIZED.dequantize_per_tensor.default][
+        -1
+    ]
     step = float(last.args[1])
     x = images(64, seed=8)
     difference = (quantized(x) - deploy(quantized, (x[:2],))(x)).abs()
@@ -247,9 +243,7 @@ def test_every_layer_runs_on_integers(deployed: Deployed, tmp_path: Any) -> None
 def test_torchvision_networks_run_on_integers_alone(name: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     network = getattr(torchvision.models, name)(num_classes=10).eval()
-    for (
-        module
-    ) in network.modules():  # zeros would be dropped from the graph, and hide a head that stays float
+    for module in network.modules():  # zeros would be dropped from the graph, and hide a head that stays float
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.bias, std=0.1)
     layers = {path for path, each in network.named_modules() if isinstance(each, (nn.Conv2d, nn.Linear))}
@@ -424,9 +418,7 @@ def test_batches_of_other_sizes_are_refused(model: nn.Module) -> None:
 
 
 def test_nothing_to_quantize_says_why() -> None:
-    with pytest.raises(
-        QuantizeError, match="finds nothing to quantize .*lstm.* has no integer kernel"
-    ) as caught:
+    with pytest.raises(QuantizeError, match="finds nothing to quantize .*lstm.* has no integer kernel") as caught:
         static(nn.LSTM(6, 4, batch_first=True), [(torch.randn(3, 7, 6),)])
     assert "leave the quantization out" in str(caught.value)
     with pytest.raises(QuantizeError, match="no layer has weights"):
@@ -440,9 +432,7 @@ def test_half_precision_quantizes_and_double_says_what_to_do() -> None:
         quantized = static(model, [(x.to(dtype),)], runtime="eager")
         assert quantized(x.to(dtype)).dtype == dtype
         assert sqnr(model(x.to(dtype)), quantized(x.to(dtype))) >= 25
-    with pytest.raises(
-        QuantizeError, match=r"it computes in torch.float64; convert the model with .float\(\)"
-    ):
+    with pytest.raises(QuantizeError, match=r"it computes in torch.float64; convert the model with .float\(\)"):
         static(nn.Conv2d(3, 4, 3).double(), [(x.double(),)])
 
 
@@ -507,9 +497,7 @@ def test_sqnr_is_ten_log_ten_of_the_power_ratio() -> None:
     assert sqnr(signal, signal + noise) == pytest.approx(20.0, abs=1e-4)
     assert sqnr({"a": signal, "n": 3}, {"a": signal, "n": 3}) == float("inf")
     assert sqnr(torch.zeros(2), noise) == float("-inf")
-    assert sqnr((signal, torch.tensor([1])), (signal + noise, torch.tensor([2]))) == pytest.approx(
-        20.0, abs=1e-4
-    )
+    assert sqnr((signal, torch.tensor([1])), (signal + noise, torch.tensor([2]))) == pytest.approx(20.0, abs=1e-4)
 
 
 def test_the_onnx_file_is_integers_too(deployed: Deployed) -> None:

@@ -180,8 +180,6 @@ def test_what_a_function_captures_tells_it_apart() -> None:
         return lambda weight, statistics: weight * level
 
     for kind in (make, Threshold, lambda level: functools.partial(scaled, level=level)):
-        one, same, other = (
-            canonical(ts.Prune(sparsity=0.5, criterion=kind(level))) for level in (1.0, 1.0, 2.0)
-        )
+        one, same, other = (canonical(ts.Prune(sparsity=0.5, criterion=kind(level))) for level in (1.0, 1.0, 2.0))
         assert one == same
         assert one != other

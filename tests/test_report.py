@@ -53,9 +53,7 @@ def make_row(
         "nonzero": number(nonzero, "count"),
         "macs": number(1_814_073_344, "MACs per sample"),
         "size_bytes": number(size, "bytes"),
-        "seconds": number(12.5, "s", machine="this")
-        if kind == "step"
-        else {"not_measured": "no work was done"},
+        "seconds": number(12.5, "s", machine="this") if kind == "step" else {"not_measured": "no work was done"},
         "layers": [],
         "warnings": [],
         "history": [],
@@ -82,9 +80,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
 def make_run(*, metric: str = "accuracy", unit: str = "%") -> dict[str, Any]:
     """Prune, distil, quantize: a step gains nothing and layers are refused."""
     rows = [
-        make_row(
-            "baseline", "baseline", accuracy=92.4375, size=46_804_351, latency=12.875, nonzero=11_689_000
-        ),
+        make_row("baseline", "baseline", accuracy=92.4375, size=46_804_351, latency=12.875, nonzero=11_689_000),
         make_row("prune", "step", accuracy=90.0625, size=46_804_351, latency=12.5, nonzero=5_844_756),
         make_row("distill", "step", accuracy=92.125, size=46_804_425, latency=12.625, nonzero=5_844_756),
         make_row("quantize", "step", accuracy=91.9375, size=12_197_585, latency=5.0625, nonzero=5_790_000),
@@ -427,9 +423,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         for entry in row["speedup"].values():
             entry["verdict"] = draw(st.sampled_from(["faster", "slower", "no difference"]))
     run["rows"][1]["warnings"] = draw(st.lists(texts, max_size=3))
-    run["rows"][2]["layers"] = [
-        layer(draw(texts), "refused", reason=draw(texts), sparsity=draw(st.floats(0, 1)))
-    ]
+    run["rows"][2]["layers"] = [layer(draw(texts), "refused", reason=draw(texts), sparsity=draw(st.floats(0, 1)))]
     return run
 
 
@@ -464,9 +458,7 @@ def test_page_holds_any_number_exactly_and_any_name_as_text(run: dict[str, Any])
     labels = [row[0]["text"] for row in page.rows["steps"][1:]]
     # a browser reads CR LF as LF and NUL as nothing that can be shown; neither can start a tag
     tidy = str.maketrans({"\r": "\n", "\0": "\ufffd"})
-    assert [each.translate(tidy) for each in labels] == [
-        each.translate(tidy) for each in story.labels(run["rows"])
-    ]
+    assert [each.translate(tidy) for each in labels] == [each.translate(tidy) for each in story.labels(run["rows"])]
 
 
 def test_page_shows_layers_with_bits_sparsity_and_reasons() -> None:
@@ -550,15 +542,11 @@ def test_no_name_becomes_markup() -> None:
 
 def test_page_names_no_other_file() -> None:
     page = Page(render(make_run()))
-    addresses = [
-        value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")
-    ]
+    addresses = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
     assert addresses == ["data:,"]
     assert not re.search(r"url\(|@import", (Path(numbers.__file__).parent / "page.css").read_text())
     policy = next(
-        value
-        for tag, name, value in page.attributes
-        if (tag, name) == ("meta", "content") and "src" in str(value)
+        value for tag, name, value in page.attributes if (tag, name) == ("meta", "content") and "src" in str(value)
     )
     assert str(policy).startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe-inline" not in str(policy).partition("style-src")[0]
@@ -657,9 +645,7 @@ def test_what_loads_can_be_shown_and_what_cannot_is_an_artifact_error(data: st.D
     place: Any = run
     keys: list[Any] = []
     while isinstance(place, dict | list) and place and (not keys or data.draw(st.booleans() | st.just(True))):
-        keys.append(
-            data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
-        )
+        keys.append(data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place)))))
         parent, place = place, place[keys[-1]]
     parent[keys[-1]] = data.draw(json_values)
     with TemporaryDirectory() as folder:
@@ -727,9 +713,7 @@ def show(
 
 def requests(browser: webdriver.Chrome) -> list[str]:
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [
-        each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"
-    ]
+    return [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
 
 
 def points(browser: webdriver.Chrome, plot: str) -> int:
@@ -744,9 +728,7 @@ def boxes(browser: webdriver.Chrome, selector: str) -> list[tuple[float, float, 
     return [tuple(box) for box in browser.execute_script(script, selector)]
 
 
-def test_browser_shows_the_page_alone_and_without_complaint(
-    browser: webdriver.Chrome, tmp_path: Path
-) -> None:
+def test_browser_shows_the_page_alone_and_without_complaint(browser: webdriver.Chrome, tmp_path: Path) -> None:
     address = show(browser, make_run(), tmp_path)
     assert browser.get_log("browser") == []
     sent = requests(browser)
@@ -761,9 +743,7 @@ def test_browser_draws_a_point_for_each_row(browser: webdriver.Chrome, tmp_path:
         assert points(browser, plot) == len(run["rows"])
         shown = [each.text for each in browser.find_elements(By.CSS_SELECTOR, f"#{plot} .annotation-text")]
         assert shown == story.labels(run["rows"])
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#plot-latency .errorbar path.xerror")) == len(
-        run["rows"]
-    )
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#plot-latency .errorbar path.xerror")) == len(run["rows"])
     epochs = len(run["rows"][2]["history"])
     assert points(browser, "history-2-loss") == 2 * epochs
     assert points(browser, "history-2-val") == epochs
@@ -781,15 +761,10 @@ def test_browser_draws_what_was_measured_only(browser: webdriver.Chrome, tmp_pat
 def test_browser_shows_the_numbers_of_the_run(browser: webdriver.Chrome, tmp_path: Path) -> None:
     run = make_run()
     show(browser, run, tmp_path)
-    for element, row in zip(
-        browser.find_elements(By.CSS_SELECTOR, "#steps tbody tr"), run["rows"], strict=True
-    ):
+    for element, row in zip(browser.find_elements(By.CSS_SELECTOR, "#steps tbody tr"), run["rows"], strict=True):
         assert element.find_element(By.TAG_NAME, "th").text == row["name"]
         cells = element.find_elements(By.TAG_NAME, "td")
-        shown = {
-            cell.get_attribute("data-field"): json.loads(str(cell.get_attribute("data-value")))
-            for cell in cells
-        }
+        shown = {cell.get_attribute("data-field"): json.loads(str(cell.get_attribute("data-value"))) for cell in cells}
         assert shown == {name: entry["value"] for name, entry in fields(row).items()}
         assert all(cell.text for cell in cells)
 

@@ -33,9 +33,7 @@ class Zoo(nn.Module):
         self.cells = nn.ModuleList([nn.LSTMCell(4, 6), nn.GRUCell(4, 6), nn.RNNCell(4, 6)])
         self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
         self.cross = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
-        self.norms = nn.ModuleList(
-            [nn.BatchNorm2d(4), nn.LayerNorm((4, 4)), nn.GroupNorm(2, 4), nn.RMSNorm((4, 4))]
-        )
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.LayerNorm((4, 4)), nn.GroupNorm(2, 4), nn.RMSNorm((4, 4))])
         self.embed = nn.ModuleList([nn.Embedding(9, 8), nn.EmbeddingBag(9, 8)])
         self.table = Table(9, 8)
         self.act, self.odd, self.empty = nn.PReLU(4), nn.Parameter(torch.randn(3, 3)), nn.Linear(0, 4)
@@ -137,20 +135,14 @@ def test_a_pattern_that_means_nothing_is_told_what_is_near(include: str, message
 
 def test_a_layer_without_parameters_and_a_wrong_exclusion_are_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(
-        SelectError, match="'1' matches no weight .* the layers that it matches have no parameters"
-    ):
+    with pytest.raises(SelectError, match="'1' matches no weight .* the layers that it matches have no parameters"):
         select_weights(model, "1")
     with pytest.raises(SelectError, match="pattern 'type:Relu' matches no layer; near names: type:ReLU"):
         select_weights(model, exclude="type:Relu")
     assert set(select_weights(model, exclude="type:ReLU")) == {"0.weight"}
-    with pytest.raises(
-        SelectError, match=r"the model \(ReLU\) has no parameters; there is nothing to compress"
-    ):
+    with pytest.raises(SelectError, match=r"the model \(ReLU\) has no parameters; there is nothing to compress"):
         select_weights(nn.ReLU())
-    with pytest.raises(
-        SelectError, match="'0.weight' has no shape yet; run one batch through the model first"
-    ):
+    with pytest.raises(SelectError, match="'0.weight' has no shape yet; run one batch through the model first"):
         select_weights(nn.Sequential(nn.LazyLinear(3)))
 
 
@@ -177,9 +169,7 @@ def test_weights_that_are_computed_from_others_are_left_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         old = weight_norm(nn.Linear(3, 4))
-    model = nn.ModuleDict(
-        {"new": parametrizations.weight_norm(nn.Linear(3, 4)), "old": old, "line": nn.Linear(3, 4)}
-    )
+    model = nn.ModuleDict({"new": parametrizations.weight_norm(nn.Linear(3, 4)), "old": old, "line": nn.Linear(3, 4)})
     assert set(select_weights(model)) == {"old.weight_v", "line.weight"}  # zeros of v are zeros of the weight
 
 
@@ -203,9 +193,7 @@ def test_the_last_pattern_that_covers_a_weight_decides() -> None:
     found = by_pattern(["*", "type:Conv2d", "conv2"], chosen, toy.model())
     assert found == {"conv1.weight": "type:Conv2d", "conv2.weight": "conv2", "head.weight": "*"}
     assert by_pattern(["conv2", "*"], chosen, toy.model()) == dict.fromkeys(chosen, "*")
-    with pytest.raises(
-        SelectError, match="pattern 'bn1' matches no weight that is chosen.*conv1.weight.*include="
-    ):
+    with pytest.raises(SelectError, match="pattern 'bn1' matches no weight that is chosen.*conv1.weight.*include="):
         by_pattern(["bn1"], chosen, toy.model())
     with pytest.raises(SelectError, match="pattern 'convs' matches no layer; near names: conv"):
         by_pattern(["convs"], chosen, toy.model())

@@ -41,9 +41,7 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(-5, 5), st.floats(width=32), st.text("ab", max_size=3)
-)
+scalars = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.floats(width=32), st.text("ab", max_size=3))
 tensors = st.integers(0, 9).map(lambda value: torch.full((2,), float(value)))
 trees = st.recursive(st.one_of(scalars, tensors, tensors), containers, max_leaves=12)
 

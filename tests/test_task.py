@@ -44,9 +44,7 @@ def test_ready_metrics_equal_their_definition() -> None:
     logits, labels = torch.randn(40, 5), torch.randint(5, (40,))
     batches = [(logits[:30], labels[:30]), (logits[30:], labels[30:])]
     task = ts.Task(val=batches, metric="accuracy")
-    assert task.evaluate(lambda x: x) == pytest.approx(
-        (logits.argmax(1) == labels).float().mean().item() * 100
-    )
+    assert task.evaluate(lambda x: x) == pytest.approx((logits.argmax(1) == labels).float().mean().item() * 100)
     tokens, words = torch.randn(2, 6, 5), torch.randint(5, (2, 6))
     words[:, 3:] = -100
     expected = (tokens.argmax(-1) == words)[:, :3].float().mean().item() * 100
@@ -201,9 +199,7 @@ def test_empty_and_used_up_splits_are_named() -> None:
     ("higher", "values", "better"),
     [(True, (1.0, 2.0), True), (False, (1.0, 2.0), False), (True, (1.0, 1.0), False)],
 )
-def test_better_is_strict_and_has_a_direction(
-    higher: bool, values: tuple[float, float], better: bool
-) -> None:
+def test_better_is_strict_and_has_a_direction(higher: bool, values: tuple[float, float], better: bool) -> None:
     metric = ts.Metric(fn=lambda predict, batches: 0.0, higher_is_better=higher)
     assert metric.better(values[1], values[0]) is better
     assert metric.better(values[1], None)

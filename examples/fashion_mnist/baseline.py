@@ -22,9 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--state", type=Path, default=Path(".data/baseline"), help="a killed run resumes from here"
-    )
+    parser.add_argument("--state", type=Path, default=Path(".data/baseline"), help="a killed run resumes from here")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     model, data = ResNet(), task()

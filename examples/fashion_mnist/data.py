@@ -44,7 +44,7 @@ class Batches:
         self.batch_size, self.augment = batch_size, augment
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+        return (len(self.labels) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[Split]:
         count = len(self.labels)
@@ -112,18 +112,16 @@ def complete(folder: Path) -> bool:
     for name, expected in FILES.items():
         found = hashlib.sha256(gzip.decompress((folder / name).read_bytes())).hexdigest()
         if found != expected:
-            raise ValueError(
-                f"{folder / name} is damaged: SHA-256 {found}, expected {expected}; delete it, run again"
-            )
+            raise ValueError(f"{folder / name} is damaged: SHA-256 {found}, expected {expected}; delete it, run again")
     return True
 
 
 def _from_debian(folder: Path) -> None:
     """Unpack Debian's package, as an ordinary user."""
     with tempfile.TemporaryDirectory() as scratch:
-        quiet = {"cwd": scratch, "check": True, "capture_output": True, "timeout": 300}
-        subprocess.run(["apt-get", "download", PACKAGE], **quiet)
-        subprocess.run(["dpkg", "-x", str(next(Path(scratch).glob("*.deb"))), scratch], **quiet)
+        quiet = {"cwd": scratch, "capture_output": True, "timeout": 300}
+        subprocess.run(["apt-get", "download", PACKAGE], check=True, **quiet)
+        subprocess.run(["dpkg", "-x", str(next(Path(scratch).glob("*.deb"))), scratch], check=True, **quiet)
         _adopt(Path(scratch) / INSTALLED.relative_to("/"), folder)
 
 
@@ -148,9 +146,7 @@ def _read(folder: Path, part: str) -> Split:
     pixels = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
     count, height, width = np.frombuffer(pixels, ">i4", count=3, offset=4)
     images = np.frombuffer(pixels, np.uint8, offset=16).reshape(count, 1, height, width)
-    labels = np.frombuffer(
-        gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
-    )
+    labels = np.frombuffer(gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 

@@ -94,9 +94,7 @@ def write_artifact(
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; name a folder to save to")
     if folder.is_dir() and any(folder.iterdir()) and not _ours(folder):
-        raise ArtifactError(
-            f"{folder} holds something that torchslim did not save; name an empty or a new folder"
-        )
+        raise ArtifactError(f"{folder} holds something that torchslim did not save; name an empty or a new folder")
     files: dict[str, bytes] = dict(extra or {})
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "machine": describe_machine()}
     if deployed is not None:
@@ -132,9 +130,7 @@ def _replace(folder: Path, files: Mapping[str, bytes], manifest: dict[str, Any])
         for name in old - set(files):  # a stale model.onnx would be taken for this model
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {folder}: {error.strerror or error}; choose another folder"
-        ) from error
+        raise StorageError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -142,9 +138,7 @@ def _replace(folder: Path, files: Mapping[str, bytes], manifest: dict[str, Any])
 def _listed(folder: Path) -> set[str]:
     """The files of the artifact that is in a folder, by their names alone."""
     try:
-        return {
-            name for name in json.loads((folder / MANIFEST).read_text())["files"] if Path(name).name == name
-        }
+        return {name for name in json.loads((folder / MANIFEST).read_text())["files"] if Path(name).name == name}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
@@ -162,9 +156,7 @@ def load(folder: str | Path, *, runtime: str | None = None, threads: int | None 
     opened = open_artifact(folder)
     manifest = opened.manifest
     if "spec" not in manifest:
-        raise ArtifactError(
-            f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)"
-        )
+        raise ArtifactError(f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)")
     try:
         spec = Spec(**manifest["spec"])
         chosen = find_runtime(runtime or manifest["runtime"])
@@ -221,9 +213,7 @@ class Opened:
         except OSError as error:
             raise ArtifactError(f"{self.folder / name} cannot be read: {error.strerror or error}") from error
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
-            raise ArtifactError(
-                f"{self.folder / name} was changed since the artifact was opened; load it again"
-            )
+            raise ArtifactError(f"{self.folder / name} was changed since the artifact was opened; load it again")
         return data
 
     def example(self) -> list[Tensor]:
@@ -231,10 +221,7 @@ class Opened:
         try:
             arrays = np.load(io.BytesIO(self.read("example.npz")), allow_pickle=False)
             dtypes = self.manifest["spec"]["dtypes"]
-            return [
-                torch.from_numpy(arrays[f"in{i:03d}"]).to(getattr(torch, dtype))
-                for i, dtype in enumerate(dtypes)
-            ]
+            return [torch.from_numpy(arrays[f"in{i:03d}"]).to(getattr(torch, dtype)) for i, dtype in enumerate(dtypes)]
         except (ValueError, KeyError, OSError, AttributeError, TypeError, BadZipFile) as error:
             raise ArtifactError(f"{self.folder}/example.npz cannot be read: {error}") from error
 
@@ -261,13 +248,9 @@ def open_artifact(folder: str | Path) -> Opened:
             {key: value for key, value in manifest.items() if key != "digest"}
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} is damaged or not torchslim's: {error}; copy the artifact again"
-        ) from error
+        raise ArtifactError(f"{path} is damaged or not torchslim's: {error}; copy the artifact again") from error
     if version > VERSION:
-        raise ArtifactError(
-            f"{folder} has format version {version}, this torchslim reads up to {VERSION}; upgrade it"
-        )
+        raise ArtifactError(f"{folder} has format version {version}, this torchslim reads up to {VERSION}; upgrade it")
     if not whole:
         raise ArtifactError(f"{path} was truncated or changed since it was saved; copy the artifact again")
     for name, expected in files.items():
@@ -297,7 +280,8 @@ def restore_state(module: nn.Module, data: bytes, manifest: Mapping[str, Any]) -
     ]
     if missing or unknown or wrong:
         raise ArtifactError(
-            f"the factory's model does not fit the saved weights; missing: {', '.join(missing[:5]) or 'none'}; unknown: "
+            f"the factory's model does not fit the saved weights; missing: {', '.join(missing[:5]) or 'none'}; "
+            "unknown: "
             f"{', '.join(unknown[:5]) or 'none'}; other shapes: {', '.join(wrong[:5]) or 'none'}"
         )
     holders: dict[int, str] = {}
@@ -318,8 +302,7 @@ def restore_state(module: nn.Module, data: bytes, manifest: Mapping[str, Any]) -
 def pack_masks(masks: Mapping[str, Tensor]) -> tuple[bytes, dict[str, list[int]]]:
     """Masks as packed bits, eight weights a byte, and their shapes."""
     packed = {
-        name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool)))
-        for name, mask in masks.items()
+        name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool))) for name, mask in masks.items()
     }
     return save_tensors(packed), {name: list(mask.shape) for name, mask in masks.items()}
 
@@ -397,9 +380,7 @@ def _state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[s
     channels_last: list[str] = []
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
-            raise ArtifactError(
-                f"the model's state {name!r} is a {type(value).__name__}, only tensors can be saved"
-            )
+            raise ArtifactError(f"the model's state {name!r} is a {type(value).__name__}, only tensors can be saved")
         key = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
         if value.numel() and key in first:
             aliases[name] = first[key]

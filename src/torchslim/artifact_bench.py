@@ -44,8 +44,7 @@ def load_pt2(path: Path, threads: int | None, dtypes: list[str]) -> Run:
     def run(arrays: list[Any]) -> list[Any]:
         with torch.no_grad():
             tensors = [
-                torch.from_numpy(array).to(getattr(torch, dtype))
-                for array, dtype in zip(arrays, dtypes, strict=True)
+                torch.from_numpy(array).to(getattr(torch, dtype)) for array, dtype in zip(arrays, dtypes, strict=True)
             ]
             outputs = program(*tensors)
         # numpy has no bfloat16
@@ -66,9 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=None, help="default: what the model was saved with")
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument(
-        "--batch", type=int, default=None, help="samples a call; default 1 where the batch is free"
-    )
+    parser.add_argument("--batch", type=int, default=None, help="samples a call; default 1 where the batch is free")
     arguments = parser.parse_args()
     if any(each is not None and each < 1 for each in (arguments.rounds, arguments.batch, arguments.threads)):
         parser.error("rounds, batch and threads must be at least 1")

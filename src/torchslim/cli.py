@@ -80,22 +80,16 @@ def check(recipe: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([canonical(step) for step in parsed.steps], indent=1))
     else:
-        click.echo(
-            f"{recipe}: {' -> '.join(step_name(step) for step in parsed.steps)} -> {parsed.target.runtime}: ok"
-        )
+        click.echo(f"{recipe}: {' -> '.join(step_name(step) for step in parsed.steps)} -> {parsed.target.runtime}: ok")
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim bench out/a out/b --batch 16")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--batch", type=click.IntRange(min=1), help="Samples a call; default 1 where the batch is free."
-)
+@click.option("--batch", type=click.IntRange(min=1), help="Samples a call; default 1 where the batch is free.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: what each artifact was saved with.")
 @click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def bench(
-    artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, as_json: bool
-) -> None:
+def bench(artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, as_json: bool) -> None:
     """Time saved artifacts side by side, interleaved; ratios are over the first."""
     from torchslim.artifact import load, render_timings
     from torchslim.measure import compare
@@ -146,9 +140,7 @@ def list_(as_json: bool) -> None:
         "patterns": dict(PATTERNS),
         "losses": {name: _about(kind) for name, kind in LOSSES.items()},
         "schemes": {name: scheme.about for name, scheme in SCHEMES.items()},
-        "metrics": {
-            name: "higher is better" if row[1] else "lower is better" for name, row in METRICS.items()
-        },
+        "metrics": {name: "higher is better" if row[1] else "lower is better" for name, row in METRICS.items()},
         "runtimes": dict(RUNTIMES),
     }
     if as_json:

@@ -74,9 +74,7 @@ class Result:
             "run.json": (json.dumps(self.run, indent=1, allow_nan=False) + "\n").encode(),
             "report.html": render(self.run).encode(),
         }
-        return write_artifact(
-            folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra
-        )
+        return write_artifact(folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra)
 
     def __str__(self) -> str:
         return table(self.run)
@@ -193,8 +191,8 @@ def _claim(folder: Path, recipe: dict[str, Any], overwrite: bool) -> None:
             raise RecipeError(f"{path} is damaged; delete {folder}, or run with overwrite") from error
         if other != json.loads(json.dumps(recipe)):
             raise RecipeError(
-                f"{folder} holds the run of another recipe ({_difference(other, recipe)}); choose another folder, or run "
-                "with overwrite to replace it"
+                f"{folder} holds the run of another recipe ({_difference(other, recipe)}); choose another folder, or "
+                "run with overwrite to replace it"
             )
     elif not path.exists() and folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(f"{folder} holds files that no run of torchslim left there; choose another folder")
@@ -253,9 +251,7 @@ class _Runner:
             shutil.rmtree(state)
         state.mkdir(parents=True, exist_ok=True)
         (state / "key").write_text(self.key)
-        ctx = replace(
-            self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state
-        )
+        ctx = replace(self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state)
         self.ctx.progress(Event(step=name, phase="start"))
         start = time.perf_counter()
         with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):
@@ -273,9 +269,7 @@ class _Runner:
         """No step hands on a model that fails or answers nonsense."""
         answer = call(predictor(outcome.model), to_device(self.ctx.example_inputs, "cpu"))
         if not all(bool(torch.isfinite(each).all()) for each in tensors(answer) if each.is_floating_point()):
-            raise TorchslimError(
-                f"after step {name!r} the model's outputs on the example inputs are not finite"
-            )
+            raise TorchslimError(f"after step {name!r} the model's outputs on the example inputs are not finite")
 
     def _finish(
         self, name: str, folder: Path, outcome: Outcome, module: nn.Module, seconds: float, index: int
@@ -322,9 +316,7 @@ class _Runner:
 
     def _deploy(self, model: nn.Module) -> Deployed:
         captured = capture(model, self.ctx.example_inputs, self.dynamic_shapes)
-        return find_runtime(self.ctx.target.runtime).compile(
-            captured, threads=self.ctx.target.threads, source=model
-        )
+        return find_runtime(self.ctx.target.runtime).compile(captured, threads=self.ctx.target.threads, source=model)
 
     def _evaluate(self, predict: Callable[..., Any]) -> dict[str, Any]:
         task, seed = self.ctx.task, self.ctx.seed
@@ -338,9 +330,7 @@ class _Runner:
                 values[split] = number(task.evaluate(predict, split), self.metric.unit or "1")
         return values
 
-    def _restored(
-        self, folder: Path, name: str, module: nn.Module, model: nn.Module, form: Form
-    ) -> _Stage | None:
+    def _restored(self, folder: Path, name: str, module: nn.Module, model: nn.Module, form: Form) -> _Stage | None:
         """The stage that an earlier run finished, if it is this one and whole."""
         text = _read_text(folder / COMMIT)
         if text is None:
@@ -356,9 +346,7 @@ class _Runner:
             if form is Form.QUANTIZED:
                 program = load_program(io.BytesIO(opened.read("model.pt2"))).module()
                 spec = deployed.spec
-                restored = QuantizedModule(
-                    program, signature_of(model), spec.inputs, spec.outputs, self.classes
-                )
+                restored = QuantizedModule(program, signature_of(model), spec.inputs, spec.outputs, self.classes)
                 return _Stage(name=name, folder=folder, model=restored, module=module, masks=masks, deployed=deployed,
                               row=saved["row"])  # fmt: skip
             fresh = copy_model(module)[0]

@@ -1,4 +1,4 @@
-"""Numbers as `run.json` keeps them: each with its unit, repeats, spread and machine, or the reason why there is none."""
+"""Numbers as `run.json` keeps them: with unit, repeats, spread and machine, or the reason why there is none."""
 
 from __future__ import annotations
 

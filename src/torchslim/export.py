@@ -95,9 +95,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
         ExportError: naming the line of the model's code that cannot be captured.
     """
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "batch":
-        raise ExportError(
-            f"dynamic_shapes must be 'batch', None or a torch.export spec, got {dynamic_shapes!r}"
-        )
+        raise ExportError(f"dynamic_shapes must be 'batch', None or a torch.export spec, got {dynamic_shapes!r}")
     bound = to_device(bind(model, example_inputs), device_of(model))
     classes: dict[str, type] = {}
     leaves: list[Tensor] = []
@@ -114,9 +112,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
         if dynamic_shapes == "batch":
             axis, leaves, spec = find_batch_axis(flat, whole)
             if axis is None:
-                notes.append(
-                    "no batch dimension was found: the sizes are fixed at those of the example inputs"
-                )
+                notes.append("no batch dimension was found: the sizes are fixed at those of the example inputs")
         elif dynamic_shapes is not None:
             spec = _user_spec(flat, dynamic_shapes, bound)
         try:
@@ -131,9 +127,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
             fixed, _ = _export(flat, whole, None)
             if fixed is not None:
                 size = next(leaf.shape[axis] for leaf, each in zip(whole, spec or (), strict=True) if each)
-                notes.append(
-                    f"the model's code fixes the batch size ({failure}): captured with batch size {size}"
-                )
+                notes.append(f"the model's code fixes the batch size ({failure}): captured with batch size {size}")
                 program, axis, leaves = fixed, None, whole
     if program is None:
         raise ExportError(f"torch.export cannot capture the model; {failure}")
@@ -243,24 +237,17 @@ def find_batch_axis(
     for axis in (0, 1):
         for size in dict.fromkeys(leaf.shape[axis] for leaf in leaves if leaf.dim() > axis):
             batched = [leaf.dim() > axis and leaf.shape[axis] == size for leaf in leaves]
-            three = [
-                _samples(leaf, axis, 3) if each else leaf for leaf, each in zip(leaves, batched, strict=True)
-            ]
-            two = [
-                _pick(leaf, axis, order) if each else leaf for leaf, each in zip(three, batched, strict=True)
-            ]
+            three = [_samples(leaf, axis, 3) if each else leaf for leaf, each in zip(leaves, batched, strict=True)]
+            two = [_pick(leaf, axis, order) if each else leaf for leaf, each in zip(three, batched, strict=True)]
             try:
                 full, part = flat(*three), flat(*two)
             except Exception:  # noqa: BLE001 - whatever is raised, this axis cannot vary
                 continue
-            follows = len(full) == len(part) and all(
-                _follows(*each, order) for each in zip(full, part, strict=True)
-            )
+            follows = len(full) == len(part) and all(_follows(*each, order) for each in zip(full, part, strict=True))
             if follows and any(a.shape != b.shape for a, b in zip(full, part, strict=True)):
                 index = torch.arange(2) % max(size, 1)
                 example = [
-                    _pick(leaf, axis, index) if each else leaf
-                    for leaf, each in zip(leaves, batched, strict=True)
+                    _pick(leaf, axis, index) if each else leaf for leaf, each in zip(leaves, batched, strict=True)
                 ]
                 return axis, example, [{axis: Dim.DYNAMIC} if each else None for each in batched]
     return None, list(leaves), None
@@ -286,9 +273,7 @@ def user_line(error: BaseException) -> str:
     return f"{found.filename}:{found.lineno} in {found.name}: {found.line}"
 
 
-def _export(
-    flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None
-) -> tuple[ExportedProgram | None, str]:
+def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tuple[ExportedProgram | None, str]:
     shapes = None if spec is None else {"leaves": tuple(spec)}
     failure = ""
     for strict in (False, True):

@@ -64,8 +64,6 @@ def digest(*parts: Any) -> str:
     """Hex digest of bytes and JSON-able values, order included."""
     total = hashlib.sha256()
     for part in parts:
-        kind, data = (
-            (b"b", part) if isinstance(part, bytes) else (b"j", json.dumps(part, sort_keys=True).encode())
-        )
+        kind, data = (b"b", part) if isinstance(part, bytes) else (b"j", json.dumps(part, sort_keys=True).encode())
         total.update(kind + len(data).to_bytes(8, "little") + data)
     return total.hexdigest()

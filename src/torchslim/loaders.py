@@ -45,9 +45,7 @@ def seeded(batches: Any, epoch: int, seed: int) -> Iterator[None]:
 def seeded_splits(task: Task, seed: int) -> Iterator[None]:
     """Every loader of a task, seeded for one pass and given back as it was."""
     with ExitStack() as stack:
-        for batches in {
-            id(each): each for each in (task.train, task.val, task.test, task.calibration)
-        }.values():
+        for batches in {id(each): each for each in (task.train, task.val, task.test, task.calibration)}.values():
             if batches is not None:
                 stack.enter_context(seeded(batches, 0, seed))
         yield

@@ -76,9 +76,7 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return tenths[0], statistics.median(values), tenths[-1]
 
 
-def interleave(
-    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 50, seconds: float = 60.0
-) -> Timings:
+def interleave(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 50, seconds: float = 60.0) -> Timings:
     """Time the candidates in turn, A B A B ..., so that a machine that drifts drifts for all of them.
 
     Args:
@@ -124,9 +122,7 @@ def compare(
         batch: samples a call; None takes one where the batch is free, and the example's size where it is fixed.
         rounds, seconds: as for `interleave`.
     """
-    return interleave(
-        {name: _caller(each, batch) for name, each in deployed.items()}, rounds=rounds, seconds=seconds
-    )
+    return interleave({name: _caller(each, batch) for name, each in deployed.items()}, rounds=rounds, seconds=seconds)
 
 
 def _caller(deployed: Deployed, batch: int | None) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""How weights are updated: the optimizer, its learning rate over the training, and the masks that hold weights at zero."""
+"""How weights are updated: the optimizer, its learning rate, and the masks that hold weights at zero."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ SCHEDULES = ("cosine", "constant")
 class MaskKeeper:
     """Holds masked weights at zero: gradients, weights, and what the optimizer remembers of them."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], optimizer: Optimizer, masks: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], optimizer: Optimizer, masks: Mapping[str, Tensor]) -> None:
         self.optimizer = optimizer
         self.parameters = parameters
         self.masks: dict[str, Tensor] = {}
@@ -36,9 +34,7 @@ class MaskKeeper:
             return
         check_masks(masks, self.parameters)
         self.masks = dict(masks)
-        self.dropped = [
-            (self.parameters[name], ~mask.to(self.parameters[name].device)) for name, mask in masks.items()
-        ]
+        self.dropped = [(self.parameters[name], ~mask.to(self.parameters[name].device)) for name, mask in masks.items()]
 
     def before_step(self, *_: Any) -> None:
         """Clear the gradients of held weights, so that momentum and clipping never see them."""
@@ -114,9 +110,7 @@ class OptimizerSettings:
         """The optimizer over the model's trainable parameters."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters:
-            raise TrainError(
-                "the model has no trainable parameter; set requires_grad on what should be trained"
-            )
+            raise TrainError("the model has no trainable parameter; set requires_grad on what should be trained")
         factory = self.factory()
         if factory is not None:
             made = factory(parameters)

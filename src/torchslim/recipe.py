@@ -88,9 +88,7 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     _known(document, KEYS, name)
     for key in ("model", "task", "step"):
         if key not in document:
-            raise RecipeError(
-                f"{name}: the key {key!r} is missing; a recipe has a model, a task and [[step]] tables"
-            )
+            raise RecipeError(f"{name}: the key {key!r} is missing; a recipe has a model, a task and [[step]] tables")
     tables = document["step"]
     if not isinstance(tables, list) or not tables:
         raise RecipeError(f"{name}: steps are written as [[step]] tables, at least one")
@@ -112,9 +110,7 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
 def _make(table: Any, where: str) -> Any:
     """A step or a loss from its table, nested ones first."""
     if not isinstance(table, Mapping) or not isinstance(table.get("do"), str):
-        raise RecipeError(
-            f"{where} needs a key 'do' with the name of a step: {_or(STEPS)}, or 'package.module:name'"
-        )
+        raise RecipeError(f"{where} needs a key 'do' with the name of a step: {_or(STEPS)}, or 'package.module:name'")
     do = table["do"]
     where = f"{where} ({do!r})"
     kind = KINDS.get(do)
@@ -159,11 +155,7 @@ def _checked(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]
 
 def _converted(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
-        return (
-            _make(value, where)
-            if "do" in value
-            else {key: _converted(each, where) for key, each in value.items()}
-        )
+        return _make(value, where) if "do" in value else {key: _converted(each, where) for key, each in value.items()}
     return tuple(_converted(each, where) for each in value) if isinstance(value, list) else value
 
 
@@ -191,9 +183,7 @@ def _made(spec: str, what: str, kind: type) -> Any:
     found = resolve(spec, what)
     if not isinstance(found, kind):
         if not callable(found):
-            raise RecipeError(
-                f"{what} {spec!r} must be a {kind.__name__} or give one, got {type(found).__name__}"
-            )
+            raise RecipeError(f"{what} {spec!r} must be a {kind.__name__} or give one, got {type(found).__name__}")
         found = found()
     if not isinstance(found, kind):
         raise RecipeError(f"{what} {spec!r} must give a {kind.__name__}, got {type(found).__name__}")

@@ -68,9 +68,7 @@ def prunable_by_default(owner: nn.Module, name: str, parameter: nn.Parameter) ->
     )
 
 
-def select_weights(
-    model: nn.Module, include: Patterns = None, exclude: Patterns = None
-) -> dict[str, nn.Parameter]:
+def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, nn.Parameter]:
     """Parameters by path, each tensor once: the default ones that are included, and those named in full.
 
     A tensor that two layers share is known by all of its paths, and is touched by default only where both allow it.
@@ -83,9 +81,7 @@ def select_weights(
     everything = dict(model.named_parameters())
     paths = parameter_paths(model)
     if not everything:
-        raise SelectError(
-            f"the model ({type(model).__name__}) has no parameters; there is nothing to compress"
-        )
+        raise SelectError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
     shapeless = [path for path, each in everything.items() if is_lazy(each)]
     if shapeless:
         raise SelectError(f"{shapeless[0]!r} has no shape yet; run one batch through the model first")

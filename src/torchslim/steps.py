@@ -101,9 +101,7 @@ class Context:
     task: Task
     teacher: nn.Module
     example_inputs: Inputs
-    model: nn.Module | None = (
-        None  # what the run starts from, for `check`; None: the teacher has its architecture
-    )
+    model: nn.Module | None = None  # what the run starts from, for `check`; None: the teacher has its architecture
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     target: Target = field(default_factory=Target)
     engine: Engine = field(default_factory=Engine)

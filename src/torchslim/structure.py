@@ -63,9 +63,7 @@ def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: s
         return {kind: name, "fields": {key: inner(each) for key, each in fields.items()}}
     if isinstance(value, Mapping):
         if any(not isinstance(key, str) for key in value):
-            raise ExportError(
-                f"an {what} is a dict with keys that are not text: {list(value)[:3]}; use names"
-            )
+            raise ExportError(f"an {what} is a dict with keys that are not text: {list(value)[:3]}; use names")
         return {"dict": {key: inner(each) for key, each in value.items()}}
     if isinstance(value, (tuple, list)):
         return {"tuple" if isinstance(value, tuple) else "list": [inner(each) for each in value]}
@@ -105,9 +103,7 @@ def flatten(structure: Structure, value: Any, path: str = "input") -> list[Tenso
     content = structure[kind]
     if kind == "tensor":
         if not isinstance(value, Tensor):
-            raise DeployError(
-                f"{path} must be a tensor, got {type(value).__name__}; the model was captured with one"
-            )
+            raise DeployError(f"{path} must be a tensor, got {type(value).__name__}; the model was captured with one")
         return [value]
     if kind in ("const", "float"):
         fixed = float(content) if kind == "float" else content
@@ -124,19 +120,11 @@ def flatten(structure: Structure, value: Any, path: str = "input") -> list[Tenso
             given = dict(zip(wanted, value, strict=True))
         if given is None or set(given) != set(wanted):
             got = _brief(value) if given is None else f"the keys {', '.join(given) or 'none'}"
-            raise DeployError(
-                f"{path} must have the keys {', '.join(wanted)}, as when it was captured; got {got}"
-            )
-        return [
-            leaf for key, each in wanted.items() for leaf in flatten(each, given[key], f"{path}[{key!r}]")
-        ]
+            raise DeployError(f"{path} must have the keys {', '.join(wanted)}, as when it was captured; got {got}")
+        return [leaf for key, each in wanted.items() for leaf in flatten(each, given[key], f"{path}[{key!r}]")]
     if not isinstance(value, (tuple, list)) or len(value) != len(content):
-        raise DeployError(
-            f"{path} must be a {kind} of {len(content)}, as when it was captured; got {_brief(value)}"
-        )
-    return [
-        leaf for index, each in enumerate(content) for leaf in flatten(each, value[index], f"{path}[{index}]")
-    ]
+        raise DeployError(f"{path} must be a {kind} of {len(content)}, as when it was captured; got {_brief(value)}")
+    return [leaf for index, each in enumerate(content) for leaf in flatten(each, value[index], f"{path}[{index}]")]
 
 
 def leaf_names(structure: Structure, path: str = "") -> list[str]:

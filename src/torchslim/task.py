@@ -164,13 +164,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if isinstance(self.metric, str) and self.metric not in METRICS:
-            raise TaskError(
-                f"metric {self.metric!r} is not known; one of {', '.join(METRICS)}, or a function"
-            )
+            raise TaskError(f"metric {self.metric!r} is not known; one of {', '.join(METRICS)}, or a function")
         if not isinstance(self.metric, (str, Metric, TorchMetric)) and not callable(self.metric):
-            raise TaskError(
-                f"metric must be a name, a Metric or a function, got {type(self.metric).__name__}"
-            )
+            raise TaskError(f"metric must be a name, a Metric or a function, got {type(self.metric).__name__}")
         for name in ("train", "val", "test", "calibration"):
             batches = getattr(self, name)
             if batches is None:
@@ -227,9 +223,7 @@ class Task:
         except (TypeError, ValueError) as error:
             raise TaskError(f"the metric must return one number, got {type(value).__name__}") from error
         if not math.isfinite(number):
-            raise TaskError(
-                f"the metric returned {number} on {split}; check the metric and the model's outputs"
-            )
+            raise TaskError(f"the metric returned {number} on {split}; check the metric and the model's outputs")
         return number
 
     def calibration_batches(self, samples: int = 512) -> list[Any]:
@@ -289,7 +283,7 @@ def checked(batches: Iterable[Batch] | None, name: str) -> Iterator[Batch]:
 
 
 class _Checked:
-    """A split as a metric sees it: it can be iterated again, has a length where the loader has one, and is not empty."""
+    """A split as a metric sees it: iterated as often as it likes, with the loader's length, and not empty."""
 
     def __init__(self, batches: Iterable[Batch] | None, name: str) -> None:
         self.batches, self.name = batches, name

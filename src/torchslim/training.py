@@ -115,9 +115,7 @@ class Training:
 
     def settings(self) -> OptimizerSettings:
         """The optimizer's part of the fields, checked."""
-        return OptimizerSettings(
-            **{each.name: getattr(self, each.name) for each in fields(OptimizerSettings)}
-        )
+        return OptimizerSettings(**{each.name: getattr(self, each.name) for each in fields(OptimizerSettings)})
 
     def objective(self, ctx: Context) -> Objective:
         """The loss to train on."""
@@ -151,7 +149,7 @@ class Training:
             state=ctx.state / f"{phase}-{part}.ckpt" if ctx.state else None,
             engine=ctx.engine,
             seed=ctx.seed + part,
-            progress=lambda event: ctx.progress(event),
+            progress=ctx.progress,
             step_name=ctx.name,
             phase=phase,
         )
@@ -331,9 +329,7 @@ class _Trainee:
         keeper.after_step()
         broken = [name for name, each in loop.model.named_parameters() if not torch.isfinite(each).all()]
         if broken:
-            raise self.diverged(
-                f"{', '.join(broken[:3])} became nan or infinite", f"end of epoch {loop.epoch}"
-            )
+            raise self.diverged(f"{', '.join(broken[:3])} became nan or infinite", f"end of epoch {loop.epoch}")
         means = {f"loss_{name}": total / count for name, total in sums.items()}
         return {"epoch": float(loop.epoch), **means, "lr": loop.optimizer.param_groups[0]["lr"]}
 
@@ -373,9 +369,7 @@ class _Trainee:
         for name, part in parts.items():
             if not isinstance(part, Tensor) or part.numel() != 1:
                 got = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-                raise TrainError(
-                    f"the loss {name!r} must be one number in a tensor, got {got}; take its mean"
-                )
+                raise TrainError(f"the loss {name!r} must be one number in a tensor, got {got}; take its mean")
         if not any(part.requires_grad for part in parts.values()):
             raise TrainError(
                 f"no loss depends on a trainable weight (losses: {', '.join(parts) or 'none'}); give a loss that is "
@@ -426,9 +420,7 @@ def _restore(state: Path, loop: Loop) -> tuple[list[dict[str, float]], _Best]:
         loop.steps_per_epoch = saved["steps_per_epoch"]
         return saved["history"], _Best(*saved["best"])
     except Exception as error:
-        raise TrainError(
-            f"the checkpoint {state} cannot be resumed from ({error}); delete it to start over"
-        ) from error
+        raise TrainError(f"the checkpoint {state} cannot be resumed from ({error}); delete it to start over") from error
 
 
 def _precision(engine: Engine) -> Any:

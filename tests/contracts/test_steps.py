@@ -20,9 +20,7 @@ from torchslim.steps import check_order, fingerprint
 INSTANCES: dict[str, Callable[[], Any]] = {
     "prune": lambda: ts.Prune(sparsity=0.5),
     "prune, random slices": lambda: ts.Prune(sparsity=0.25, criterion="random", pattern="slice"),
-    "prune, iterative": lambda: ts.Prune(
-        sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=1)
-    ),
+    "prune, iterative": lambda: ts.Prune(sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=1)),
     "prune, gradual": lambda: ts.Prune(sparsity=0.5, schedule="gradual", train=ts.Distill(epochs=2)),
     "finetune": lambda: ts.Finetune(epochs=1, optimizer="sgd"),
     "distill": lambda: ts.Distill(epochs=1),
@@ -94,9 +92,7 @@ def test_a_step_is_a_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", INSTANCES)
 def test_equal_seeds_give_equal_models(name: str) -> None:
-    results = [
-        ts.compress(toy.model(), toy.task(), [INSTANCES[name]()], runtime="eager", seed=4) for _ in range(2)
-    ]
+    results = [ts.compress(toy.model(), toy.task(), [INSTANCES[name]()], runtime="eager", seed=4) for _ in range(2)]
     states = [fingerprint(result.model.state_dict()) for result in results]
     assert states[0] == states[1]
 

@@ -14,9 +14,7 @@ import torchslim as ts
 from tests import toy
 
 STEPS = [
-    ts.Prune(
-        sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=1e-2)
-    ),
+    ts.Prune(sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=1e-2)),
     ts.Distill(epochs=3, lr=1e-2),
     ts.Quantize("int8"),
 ]

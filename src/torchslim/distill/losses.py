@@ -102,9 +102,7 @@ class KD:
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         if self.label_weight > 0 and target is None:
-            raise DistillError(
-                f"alpha={self.alpha} leaves weight to the labels, but there are none; set alpha=1"
-            )
+            raise DistillError(f"alpha={self.alpha} leaves weight to the labels, but there are none; set alpha=1")
         soft = self.soft(*classes_second(student, teacher, target))
         if self.label_weight == 0 or target is None:
             return soft

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,7 @@ class Distill(Training):
     accepts: ClassVar[Form] = Form.MODULE
     produces: ClassVar[Form] = Form.MODULE
 
-    response: KD | Response | str = KD()
+    response: KD | Response | str = field(default_factory=KD)
     label_weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -55,9 +55,7 @@ class Distill(Training):
     def objective(self, ctx: Context) -> Objective:
         """Teacher and labels, each with its weight."""
         teacher, _ = copy_model(ctx.teacher)
-        return _ResponseObjective(
-            ctx.task, teacher.eval(), find_response(self.response), self.resolved_label_weight()
-        )
+        return _ResponseObjective(ctx.task, teacher.eval(), find_response(self.response), self.resolved_label_weight())
 
     def check(self, ctx: Context) -> None:
         """There is data to train on, labels where they count, and a teacher that answers."""

@@ -52,9 +52,7 @@ def find_criterion(criterion: str | Criterion) -> Criterion:
     if ":" in criterion:
         found: Criterion = resolve(criterion, "criterion", PruneError)
         return found
-    raise PruneError(
-        f"criterion {criterion!r} is not known; one of {', '.join(CRITERIA)}, or 'package.module:name'"
-    )
+    raise PruneError(f"criterion {criterion!r} is not known; one of {', '.join(CRITERIA)}, or 'package.module:name'")
 
 
 def score(criterion: Criterion, weight: Tensor, statistics: Statistics) -> Tensor:

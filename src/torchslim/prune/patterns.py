@@ -103,9 +103,7 @@ class Slice:
         if len(shape) < 2:
             return "a weight of one dimension has no slices"
         return (
-            ""
-            if -len(shape) <= self.dim < len(shape)
-            else f"a weight of {len(shape)} dimensions has no dim {self.dim}"
+            "" if -len(shape) <= self.dim < len(shape) else f"a weight of {len(shape)} dimensions has no dim {self.dim}"
         )
 
     def units(self, scores: Tensor, input_dim: int) -> Tensor:

@@ -55,8 +55,7 @@ def plan(
     refused = {path: pattern.refusal(each.shape, inputs[path]) for path, each in chosen.items()}
     records = [LayerRecord(layer=path, action="refused", reason=why) for path, why in refused.items() if why]
     records += [
-        LayerRecord(layer=path, action="refused", reason=COMPUTED)
-        for path in computed_weights(model, include, exclude)
+        LayerRecord(layer=path, action="refused", reason=COMPUTED) for path in computed_weights(model, include, exclude)
     ]
     able = [path for path, why in refused.items() if not why]
     if not able:
@@ -183,9 +182,7 @@ class HeldZeros:
         self.remove()
 
 
-def hold_zeros(
-    model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None
-) -> HeldZeros:
+def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None) -> HeldZeros:
     """Keep pruned weights at zero while your own loop trains: weight decay and momentum included.
 
     Without `masks` (boolean, by parameter name, True where kept), every weight that pruning touches by default and

@@ -22,9 +22,7 @@ from torchslim.steps import Context, Form, LayerRecord, Outcome
 from torchslim.training import Hook, Loop, Training
 
 SCHEDULES = ("one-shot", "iterative", "gradual")
-UPDATES = (
-    100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
-)
+UPDATES = 100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +73,21 @@ class Prune:
         if self.train is not None and not isinstance(self.train, Training):
             raise PruneError(f"train must be Finetune(...) or Distill(...), got {self.train!r}")
         fixed = find_pattern(self.pattern, n=self.n, dim=self.dim).fixed_sparsity
+        self._check_amount(fixed)
+        self._check_schedule(fixed)
+
+    def _check_amount(self, fixed: float | None) -> None:
         if self.sparsity is not None and self.threshold is not None:
             raise PruneError(f"give a sparsity or a threshold, not both: {self.sparsity}, {self.threshold}")
         if self.sparsity is None and self.threshold is None and fixed is None:
             raise PruneError("nothing to do: give sparsity=... (the fraction removed) or threshold=...")
         if isinstance(self.sparsity, Mapping):
             if not self.sparsity:
-                raise PruneError(
-                    "sparsity names no layer: {}; give at least one pattern, such as {'conv1': 0.5}"
-                )
+                raise PruneError("sparsity names no layer: {}; give at least one pattern, such as {'conv1': 0.5}")
             for pattern, each in self.sparsity.items():
                 check_sparsity(each, f"sparsity of {pattern!r}")
             if self.scope == "global":
-                raise PruneError(
-                    "a sparsity for each layer cannot be ranked globally; leave out scope='global'"
-                )
+                raise PruneError("a sparsity for each layer cannot be ranked globally; leave out scope='global'")
         elif self.sparsity is not None:
             check_sparsity(self.sparsity)
         if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold >= 0):
@@ -98,22 +96,20 @@ class Prune:
             raise PruneError(
                 f"pattern {self.pattern!r} fixes the sparsity at {fixed:g}; leave sparsity and threshold out"
             )
+
+    def _check_schedule(self, fixed: float | None) -> None:
         if self.schedule != "one-shot":
             if self.train is None:
                 raise PruneError(f"schedule {self.schedule!r} needs train=Finetune(...) or Distill(...)")
             if fixed is not None or not isinstance(self.sparsity, (int, float)):
-                raise PruneError(
-                    f"schedule {self.schedule!r} needs one number as sparsity, got {self.sparsity!r}"
-                )
+                raise PruneError(f"schedule {self.schedule!r} needs one number as sparsity, got {self.sparsity!r}")
         if not isinstance(self.rounds, int) or self.rounds < 1:
             raise PruneError(f"rounds must be a whole number of at least 1, got {self.rounds}")
         if not 0 < self.until <= 1:
             raise PruneError(f"until must be in (0, 1], the fraction of the training, got {self.until}")
 
     def _agrees(self, fixed: float) -> bool:
-        return self.sparsity is None or (
-            isinstance(self.sparsity, (int, float)) and math.isclose(self.sparsity, fixed)
-        )
+        return self.sparsity is None or (isinstance(self.sparsity, (int, float)) and math.isclose(self.sparsity, fixed))
 
     def check(self, ctx: Context) -> None:
         """The patterns match, the criterion exists, and there is data for the training."""
@@ -171,12 +167,9 @@ class Prune:
         # the records of the masks that are kept; what the pattern refuses does not depend on the sparsity
         _, planned = self.masks(model, report.masks, self.sparsity, ctx.seed)
         records = [
-            pruned_record(each.layer, report.masks[each.layer]) if each.action == "pruned" else each
-            for each in planned
+            pruned_record(each.layer, report.masks[each.layer]) if each.action == "pruned" else each for each in planned
         ]
-        return Outcome(
-            model=model, masks=report.masks, layers=records, warnings=notes(records), history=report.history
-        )
+        return Outcome(model=model, masks=report.masks, layers=records, warnings=notes(records), history=report.history)
 
 
 class _Gradual(Hook):

@@ -82,14 +82,10 @@ class Quantize:
         quantized, records = _quantize(model, batches, self.scheme, ctx.target.runtime)
         decibels = sqnr(call(predictor(model), batches[0]), call(predictor(quantized), batches[0]))
         warnings = [
-            f"not quantized: {record.layer}: {record.reason}"
-            for record in records
-            if record.action == "refused"
+            f"not quantized: {record.layer}: {record.reason}" for record in records if record.action == "refused"
         ]
         if decibels < LOUD_DB:
-            warnings.append(
-                f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss"
-            )
+            warnings.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
         return Outcome(model=quantized, masks=ctx.masks, layers=records, warnings=warnings)
 
 
@@ -189,9 +185,7 @@ def _calibrate(prepared: GraphModule, captured: Captured, model: nn.Module, batc
             except QuantizeError:
                 raise
             except Exception as error:
-                shapes = ", ".join(
-                    f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True)
-                )
+                shapes = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True))
                 raise QuantizeError(
                     f"calibration batch {number} ({shapes}) does not fit the graph that batch 1 gave: "
                     f"{next(iter(str(error).splitlines()), '')}; give batches of the same sizes"

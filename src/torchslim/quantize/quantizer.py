@@ -144,11 +144,7 @@ def _residual(node: Node) -> bool:
     if not isinstance(left, Node) or not isinstance(right, Node) or node.kwargs.get("alpha", 1) != 1:
         return False
     shapes = [getattr(each.meta.get("val"), "shape", None) for each in (left, right)]
-    return (
-        shapes[0] is not None
-        and shapes[0] == shapes[1]
-        and any(_ends_convolution(each) for each in (left, right))
-    )
+    return shapes[0] is not None and shapes[0] == shapes[1] and any(_ends_convolution(each) for each in (left, right))
 
 
 def _ends_convolution(node: Node) -> bool:
@@ -159,12 +155,7 @@ def _ends_convolution(node: Node) -> bool:
 
 def _is_weight(node: Node) -> bool:
     value = node.meta.get("val")
-    return (
-        node.op == "get_attr"
-        and isinstance(value, torch.Tensor)
-        and value.dim() >= 2
-        and value.is_floating_point()
-    )
+    return node.op == "get_attr" and isinstance(value, torch.Tensor) and value.dim() >= 2 and value.is_floating_point()
 
 
 def _name(node: Node) -> str:
@@ -191,11 +182,7 @@ def fit_biases(model: GraphModule) -> None:
         if ANNOTATION not in node.meta or node.target not in (*CONVOLUTIONS, *LINEARS):
             continue
         inputs, weights, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-        if (
-            bias is None
-            or any(each.op != "call_module" for each in (inputs, weights))
-            or bias.op != "get_attr"
-        ):
+        if bias is None or any(each.op != "call_module" for each in (inputs, weights)) or bias.op != "get_attr":
             continue
         observer = getattr(model, str(weights.target))
         scale, _ = getattr(model, str(inputs.target)).calculate_qparams()

@@ -84,9 +84,7 @@ def histories(run: Run) -> list[dict[str, Any]]:
                 "x": "epoch",
                 "y": title,
                 "where": where,
-                "lines": [
-                    {"name": _line_name(run, key), "y": [each.get(key) for each in history]} for key in chosen
-                ],
+                "lines": [{"name": _line_name(run, key), "y": [each.get(key) for each in history]} for key in chosen],
             }
             for kind, title, chosen in (
                 ("loss", "loss", losses),

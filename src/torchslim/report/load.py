@@ -23,24 +23,18 @@ def load_run(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         if not (path / "run.json").is_file():
-            raise ArtifactError(
-                f"{path} holds no run.json; give a folder that `result.save` wrote, or the file itself"
-            )
+            raise ArtifactError(f"{path} holds no run.json; give a folder that `result.save` wrote, or the file itself")
         path = path / "run.json"
     try:
         run = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
-        raise ArtifactError(
-            f"there is no file {path}; give a run.json, or a folder that holds one"
-        ) from error
+        raise ArtifactError(f"there is no file {path}; give a run.json, or a folder that holds one") from error
     except OSError as error:
         raise ArtifactError(
             f"cannot read {path}: {error.strerror or error}; give a run.json that you may read"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is not JSON ({error}); it is damaged or no run.json: run again"
-        ) from error
+        raise ArtifactError(f"{path} is not JSON ({error}); it is damaged or no run.json: run again") from error
     _check_format(run, path)
     for place, expected, got in _faults(run):
         shown = "nothing" if got is _MISSING else _shortened(got)
@@ -57,9 +51,7 @@ def _check_format(run: Any, path: Path) -> None:
     if version is None:
         raise ArtifactError(f'{path} is no run of torchslim: it has no "format"; give the run.json of a run')
     if type(version) is not int or version < 1:
-        raise ArtifactError(
-            f'{path}: "format" must be a number from 1 to {RUN_FORMAT}, got {_shortened(version)}'
-        )
+        raise ArtifactError(f'{path}: "format" must be a number from 1 to {RUN_FORMAT}, got {_shortened(version)}')
     if version > RUN_FORMAT:
         raise ArtifactError(
             f"{path} has format {version}, and this torchslim reads up to {RUN_FORMAT}; upgrade torchslim, "
@@ -98,9 +90,7 @@ def _entry(value: Any) -> bool:
     if "not_measured" in value:
         return _text(value["not_measured"])
     spread = all(_number(value.get(key)) for key in ("low", "high")) or not {"low", "high"} & set(value)
-    return (
-        _number(value.get("value")) and _text(value.get("unit")) and _number(value.get("repeats")) and spread
-    )
+    return _number(value.get("value")) and _text(value.get("unit")) and _number(value.get("repeats")) and spread
 
 
 def _entries(value: Any) -> bool:

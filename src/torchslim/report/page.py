@@ -99,9 +99,7 @@ def render(run: dict[str, Any]) -> str:
     from plotly.offline import get_plotlyjs
 
     # HTML parsers turn CR LF into LF before they hash a script
-    scripts = [
-        text.replace("\r\n", "\n") for text in (get_plotlyjs(), (FOLDER / "page.js").read_text("utf-8"))
-    ]
+    scripts = [text.replace("\r\n", "\n") for text in (get_plotlyjs(), (FOLDER / "page.js").read_text("utf-8"))]
     columns, rows = _steps(run)
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
@@ -174,9 +172,7 @@ def _steps(run: Run) -> tuple[list[Column], list[tuple[str, Row, list[Cell]]]]:
             _speedup(row),
         ]
         if runtime != "eager":
-            cells.append(
-                _timed("latency_ms.eager", row["latency_ms"].get("eager", {"not_measured": "no figure"}))
-            )
+            cells.append(_timed("latency_ms.eager", row["latency_ms"].get("eager", {"not_measured": "no figure"})))
         cells += [_cell(key, row[key], counted) for key in ("nonzero", "parameters", "macs")]
         cells += [_cell(f"metric.{split}", _split(row, split), _metric_writer(run)) for split in others]
         found.append((label, row, cells))
@@ -216,13 +212,9 @@ def _speedup(row: Row) -> Cell:
         return Cell(field=field, entry=entry, text=ratio_text(ratio))
     around = f"{ratio_text(entry['low'])}{TO}{ratio_text(entry['high'])}" if "low" in entry else ""
     if entry["verdict"] == "no difference":
-        return Cell(
-            field=field, entry=entry, text="no difference", note=f"{ratio_text(ratio)}, {around}", tone="none"
-        )
+        return Cell(field=field, entry=entry, text="no difference", note=f"{ratio_text(ratio)}, {around}", tone="none")
     tone = "good" if ratio > 1 else "bad"
-    return Cell(
-        field=field, entry=entry, text=f"{ratio_text(ratio)} {entry['verdict']}", note=around, tone=tone
-    )
+    return Cell(field=field, entry=entry, text=f"{ratio_text(ratio)} {entry['verdict']}", note=around, tone=tone)
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -242,11 +234,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         size = "same size" if before == after else smaller(before, after).replace(" times ", f"{TIMES} ")
     if value_of(speedup) is not None:
         verdict = str(speedup["verdict"])
-        speed = (
-            verdict
-            if verdict == "no difference"
-            else faster(speedup["value"]).replace(" times ", f"{TIMES} ")
-        )
+        speed = verdict if verdict == "no difference" else faster(speedup["value"]).replace(" times ", f"{TIMES} ")
     return [
         (
             f"{run['metric']['name']} on {reported_split(run)}",
@@ -324,9 +312,7 @@ def _trainings(run: Run) -> list[dict[str, Any]]:
             {
                 "id": index,
                 "label": label,
-                "notes": [
-                    record["reason"] for record in row["layers"] if not record["layer"] and record["reason"]
-                ],
+                "notes": [record["reason"] for record in row["layers"] if not record["layer"] and record["reason"]],
                 "plots": [plot["id"] for plot in charts.histories(run) if plot["row"] == index],
                 "columns": [charts.history_column(run, key) for key in keys],
                 "rows": [[_history_cell(run, key, each.get(key)) for key in keys] for each in row["history"]],

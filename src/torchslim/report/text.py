@@ -125,9 +125,7 @@ def _eager(row: Row) -> str:
 
 
 def _rounds(run: Run) -> str:
-    repeats = sorted(
-        {each["repeats"] for row in run["rows"] for each in row["latency_ms"].values() if "value" in each}
-    )
+    repeats = sorted({each["repeats"] for row in run["rows"] for each in row["latency_ms"].values() if "value" in each})
     if not repeats:
         return "not measured"
     return f"{'-'.join(str(each) for each in dict.fromkeys((repeats[0], repeats[-1])))} interleaved rounds"
@@ -148,8 +146,7 @@ def _gain_lines(run: Run) -> list[str]:
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
-        "  " + "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+        "  " + "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines
     ]
 
 

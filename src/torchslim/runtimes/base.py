@@ -73,8 +73,7 @@ class Spec:
             optional=[
                 name
                 for name in captured.names
-                if parameters[name].kind not in varying
-                and _is_default(captured, name, parameters[name].default)
+                if parameters[name].kind not in varying and _is_default(captured, name, parameters[name].default)
             ],
             notes=list(captured.notes),
         )
@@ -95,9 +94,7 @@ class Spec:
         for name, leaf, sizes, dtype in zip(names, leaves, self.sizes, self.dtypes, strict=True):
             if str(leaf.dtype) != f"torch.{dtype}":
                 got = str(leaf.dtype).removeprefix("torch.")
-                raise DeployError(
-                    f"input {name!r} must be {dtype}, got {got}; convert it with .to(torch.{dtype})"
-                )
+                raise DeployError(f"input {name!r} must be {dtype}, got {got}; convert it with .to(torch.{dtype})")
             wrong = len(sizes) != leaf.dim() or any(
                 size is not None and size != got for size, got in zip(sizes, leaf.shape, strict=True)
             )
@@ -107,17 +104,11 @@ class Spec:
                     f"input {name!r} must have the shape ({wanted}), got {tuple(leaf.shape)}; deploy again with other "
                     "example inputs, or with dynamic_shapes"
                 )
-            if (
-                self.batch_axis is not None
-                and len(sizes) > self.batch_axis
-                and sizes[self.batch_axis] is None
-            ):
+            if self.batch_axis is not None and len(sizes) > self.batch_axis and sizes[self.batch_axis] is None:
                 free.setdefault(leaf.shape[self.batch_axis], name)
         if len(free) > 1:
             got = ", ".join(f"{size} in {name!r}" for size, name in free.items())
-            raise DeployError(
-                f"the inputs must have one batch size, got {got}; give every input the same samples"
-            )
+            raise DeployError(f"the inputs must have one batch size, got {got}; give every input the same samples")
         return leaves
 
     def call_arguments(self, leaves: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
@@ -178,9 +169,7 @@ def _placeholders(captured: Captured) -> list[Any]:
     """The example values of the program's inputs."""
     wanted = set(captured.program.graph_signature.user_inputs)
     return [
-        node.meta["val"]
-        for node in captured.program.graph.nodes
-        if node.op == "placeholder" and node.name in wanted
+        node.meta["val"] for node in captured.program.graph.nodes if node.op == "placeholder" and node.name in wanted
     ]
 
 
@@ -279,9 +268,7 @@ class Runtime:
             payload=payload,
             example=flatten(captured.inputs, captured.example),
             program=lambda: pack_program(captured.program),
-            quantized=any(
-                "quantized_decomposed" in str(node.target) for node in captured.program.graph.nodes
-            ),
+            quantized=any("quantized_decomposed" in str(node.target) for node in captured.program.graph.nodes),
             classes=captured.classes,
             no_file=self.no_file,
         )

@@ -41,9 +41,7 @@ def to_onnx(captured: Captured) -> bytes:
     except ImportError as error:
         raise RuntimeUnavailable(f"exporting to ONNX needs packages that are missing: {PIP}") from error
     try:
-        exported = torch.onnx.export(
-            captured.program, dynamo=True, verbose=False, optimize=True, external_data=False
-        )
+        exported = torch.onnx.export(captured.program, dynamo=True, verbose=False, optimize=True, external_data=False)
         assert exported is not None
         proto = exported.model_proto
     except Exception as error:
@@ -57,9 +55,7 @@ def to_onnx(captured: Captured) -> bytes:
     try:
         return proto.SerializeToString()  # type: ignore[no-any-return]
     except ValueError as error:
-        raise ExportError(
-            f"the ONNX model is above protobuf's limit of 2 GiB: {error}; use runtime 'eager'"
-        ) from error
+        raise ExportError(f"the ONNX model is above protobuf's limit of 2 GiB: {error}; use runtime 'eager'") from error
 
 
 def _strip(proto: Any) -> None:
@@ -130,11 +126,7 @@ def _integer_biases(proto: Any) -> None:
     dequantized = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     nodes = []
     for node in graph.node:
-        if (
-            node.op_type == "Gemm"
-            and len(node.input) == 3
-            and all(each in dequantized for each in node.input[:2])
-        ):
+        if node.op_type == "Gemm" and len(node.input) == 3 and all(each in dequantized for each in node.input[:2]):
             scales = [constants.get(dequantized[each].input[1]) for each in node.input[:2]]
             bias = constants.get(node.input[2])
             if bias is not None and None not in scales:
@@ -176,12 +168,11 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
         session = runtime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise DeployError(
-            f"ONNX Runtime cannot run the model: {type(error).__name__}: {_brief(error)}; use float32, or runtime 'eager'"
+            f"ONNX Runtime cannot run the model: {type(error).__name__}: {_brief(error)}; "
+            "use float32, or runtime 'eager'"
         ) from error
     names = [each.name for each in session.get_inputs()]
-    assert len(names) == len(spec.dtypes), (
-        f"the ONNX model takes {names}, the program {len(spec.dtypes)} inputs"
-    )
+    assert len(names) == len(spec.dtypes), f"the ONNX model takes {names}, the program {len(spec.dtypes)} inputs"
     if "bfloat16" in spec.dtypes:
         raise DeployError("ONNX Runtime takes no bfloat16 inputs here; convert the model with .float() first")
 

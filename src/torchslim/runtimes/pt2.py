@@ -33,14 +33,13 @@ NAME = re.compile(r"\w*")
 # paths of weights may hold what a key of a ModuleDict may, but nothing that ends a quoted text in generated code
 TEXT = re.compile(r"[^\"'\\\r\n]*")
 OPERATION = re.compile(r"torch\.ops(\.(?!__)\w+){2,3}|torch\.(_)?sym_\w+|math\.[a-z]\w*|_operator\.[a-z]\w*")
-CALLERS = frozenset(
-    {"_operator.call", "_operator.methodcaller", "_operator.attrgetter", "_operator.itemgetter"}
-)
+CALLERS = frozenset({"_operator.call", "_operator.methodcaller", "_operator.attrgetter", "_operator.itemgetter"})
 TREES = frozenset({"builtins.tuple", "builtins.list", "builtins.dict", "null", "[]"})
 FUNCTIONS = set(
     re.findall(
         r"\w+",
-        """Symbol Integer Float Rational Add Mul Pow Max Min Abs floor ceiling sqrt Eq Ne Lt Le Gt Ge And Or Not Equality
+        """Symbol Integer Float Rational Add Mul Pow Max Min Abs floor ceiling sqrt Eq Ne Lt Le Gt Ge And Or Not
+        Equality
     Unequality LessThan StrictLessThan GreaterThan StrictGreaterThan FloorDiv ModularIndexing Where PythonMod Mod
     CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv
     IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat Identity""",
@@ -66,9 +65,7 @@ def pack_program(program: ExportedProgram) -> bytes:
             torch.export.save(program, buffer)
         return _repacked(buffer)
     except Exception as error:
-        raise ExportError(
-            f"the program cannot be saved as a .pt2: {error}; keep its state in plain tensors"
-        ) from error
+        raise ExportError(f"the program cannot be saved as a .pt2: {error}; keep its state in plain tensors") from error
     finally:
         program._example_inputs = example
 
@@ -103,9 +100,7 @@ def _repacked(file: BinaryIO) -> bytes:
     _drop_metadata(program)
     for key, text in _texts(program):
         if isinstance(text, str) and not _harmless(key, text):
-            raise ArtifactError(
-                f"the .pt2 file has {text!r} as {key!r}, which could run code; it is not loaded"
-            )
+            raise ArtifactError(f"the .pt2 file has {text!r} as {key!r}, which could run code; it is not loaded")
     entries[PROGRAM] = json.dumps(program).encode()
     entries[SAMPLES] = b""
     buffer = io.BytesIO()
@@ -124,7 +119,8 @@ def _entries(file: BinaryIO) -> dict[str, bytes]:
                 name = info.filename.partition("/")[2]
                 if not KNOWN.fullmatch(name) or name in found:
                     raise ArtifactError(
-                        f"the .pt2 file holds {info.filename!r}, which could be a pickle or native code; it is not loaded"
+                        f"the .pt2 file holds {info.filename!r}, which could be a pickle or native code; it is not "
+                        "loaded"
                     )
                 found[name] = archive.read(info)
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
