@@ -1,0 +1,382 @@
+"""Is a shrunk model right? It must equal the original with the removed elements zeroed after every operation.
+
+Both models run operation by operation, in float64. The shrunk one runs first and leaves a few numbers of every value:
+its shape, its norm and its product with a fixed random vector. The original follows with what was removed set to zero;
+norms, softmax, means and the like see only what is kept. Each value, gathered, must leave the same numbers, so a swap
+of two channels or a wrong attribute is found at the operation where it first shows, though the outputs may hide it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from torchslim.channels.groups import Coupling, Mask
+from torchslim.channels.trace import Operation, Shape, Stack, call, elementary, named_weights
+from torchslim.isolation import preserved_globals
+from torchslim.steps import Inputs
+from torchslim.task import tensors
+
+TOLERANCE = 1e-6
+"""Of float64 values, relative to their norm."""
+
+COMPACT = frozenset({
+    "native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit",
+    "cudnn_batch_norm", "_softmax", "_log_softmax", "_safe_softmax", "mean", "var", "std", "var_mean", "std_mean",
+    "amax", "amin", "max", "min", "prod", "logsumexp", "argmax", "argmin", "all", "cumprod", "aminmax", "logcumsumexp",
+})  # fmt: skip
+"""Operations to which a zero is not as good as nothing: the masked run gives them only what is kept."""
+
+PASSING = frozenset({"clone", "alias", "detach", "empty", "as_strided_", "expand", "contiguous", "lift_fresh"})
+"""Operations that come and go with memory layout; the runs are not compared at them."""
+
+RANDOM = frozenset({"rand", "randn", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
+                    "normal", "randint", "multinomial", "randperm", "exponential_", "random_"})  # fmt: skip
+NAMES = {"_unsafe_view": "view", "_reshape_alias": "view"}
+POWERS = (1.0, 0.5, 0.25)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a run first left the prediction."""
+
+    index: int  # of the operation in the trace
+    path: str  # the module at work
+    what: str
+
+
+@dataclass(slots=True)
+class Footprint:
+    """What the shrunk run leaves of one operation."""
+
+    scalars: tuple[Any, ...]
+    values: list[tuple[Shape, float, float] | None]
+
+
+class Mismatch(Exception):
+    """Raised inside a run to stop it."""
+
+    def __init__(self, divergence: Divergence) -> None:
+        super().__init__(divergence.what)
+        self.divergence = divergence
+
+
+@functools.lru_cache(maxsize=4)
+def _noise(size: int, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(20)
+    return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+
+
+def digest(value: Tensor) -> tuple[Shape, float, float]:
+    """A value's shape, norm, and product with a fixed random vector: equal for equal values, and hardly otherwise."""
+    flat = value.detach().reshape(-1).to(torch.float64)
+    if not flat.isfinite().all():
+        flat = flat.nan_to_num(nan=3.0, posinf=5.0, neginf=-7.0)
+    size = 1 << max(flat.numel() - 1, 1).bit_length()
+    noise = _noise(size, str(flat.device))[: flat.numel()]
+    return tuple(value.shape), float(torch.linalg.vector_norm(flat)), float(flat @ noise)
+
+
+def opname(func: Any) -> str:
+    """An operation's name without its overload; aliases are one."""
+    return NAMES.get(func._opname, func._opname)
+
+
+def compared(operations: Sequence[Operation]) -> list[int]:
+    """The indices of the operations at which the runs must agree."""
+    return [index for index, each in enumerate(operations) if _base(each.name) not in PASSING]
+
+
+def _base(name: str) -> str:
+    return name.split(".")[1]
+
+
+class _Run(TorchDispatchMode):
+    """A run that follows a trace."""
+
+    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask) -> None:
+        super().__init__()
+        self.coupling, self.removed = coupling, removed
+        self.operations = coupling.trace.operations
+        self.expected = compared(self.operations)
+        self.at = 0
+        self.stack = Stack(model)
+
+    @property
+    def index(self) -> int:
+        """The operation of the trace that comes next."""
+        return self.expected[min(self.at, len(self.expected) - 1)]
+
+    def fail(self, what: str) -> Mismatch:
+        """A divergence at the current operation."""
+        index = self.index
+        return Mismatch(Divergence(index, self.operations[index].path, what))
+
+    def next(self, func: Any) -> Operation:
+        """The operation that should come now."""
+        if self.at >= len(self.expected):
+            raise self.fail(f"{opname(func)} comes after the end of the traced run")
+        operation = self.operations[self.index]
+        wanted = NAMES.get(_base(operation.name), _base(operation.name))
+        if wanted != opname(func):
+            raise self.fail(f"{opname(func)} runs where the traced run has {wanted}")
+        return operation
+
+    def follow(self, model: nn.Module, inputs: Inputs) -> Any:
+        """Run the whole model; raises Mismatch where it diverges, whatever else the model raises."""
+        with elementary(model), preserved_globals(seed=0), self.stack.watching(), self:
+            outputs = call(model, inputs)
+        if self.at < len(self.expected):
+            raise self.fail("the run ends before the traced one")
+        return outputs
+
+
+class Follower(_Run):
+    """The shrunk model's run: shapes must be as predicted; with `footprints` it leaves numbers to compare with."""
+
+    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, *, values: bool) -> None:
+        super().__init__(model, coupling, removed)
+        self.values = values
+        self.footprints: list[Footprint] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if opname(func) in PASSING:
+            return func(*args, **kwargs)
+        operation = self.next(func)
+        result = func(*args, **kwargs)
+        if opname(func) in RANDOM:
+            result = _calm(result)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for value, output in zip(operation.outputs, outputs, strict=False):
+            shape = self.coupling.shape(value, self.removed)
+            if shape != tuple(output.shape):
+                raise self.fail(f"{opname(func)} gives {tuple(output.shape)} instead of {shape}")
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
+        digests = [digest(each) if self.values else None for each in outputs]
+        self.footprints.append(Footprint(tuple(leaves), digests))
+        self.at += 1
+        return result
+
+
+class Masked(_Run):
+    """The original's run with everything removed set to zero; each value must leave what the shrunk run left."""
+
+    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, footprints: Sequence[Footprint]) -> None:
+        super().__init__(model, coupling, removed)
+        self.footprints = footprints
+        self.largest = 0.0
+        self.ratios = _ratios(coupling, removed)
+
+    def keep(self, layers: Any, shape: Shape) -> list[Mask | None]:
+        """Per dimension what stays."""
+        return self.coupling.kept(layers, shape, self.removed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = opname(func)
+        if name in PASSING:
+            return func(*args, **kwargs)
+        operation = self.next(func)
+        footprint = self.footprints[self.at]
+        leaves, spec = tree_flatten((args, kwargs))
+        touched = any(
+            any(each is not None for each in self.keep(value.layers, value.shape)) for value in operation.inputs
+        )
+        if name in COMPACT and touched:
+            result = self._compact(func, leaves, spec, operation, footprint)
+        else:
+            result = self._plain(func, leaves, spec, footprint)
+        if name in RANDOM:
+            result = _calm(result)
+        flat, out_spec = tree_flatten(result)
+        place = 0
+        for position, leaf in enumerate(flat):
+            if not isinstance(leaf, Tensor):
+                continue
+            if place < len(operation.outputs):
+                value = operation.outputs[place]
+                keep = self.keep(value.layers, value.shape)
+                flat[position] = _zeroed(leaf, keep)
+                self._compare(flat[position], keep, footprint.values[place] if place < len(footprint.values) else None)
+            place += 1
+        self.at += 1
+        return tree_unflatten(flat, out_spec)
+
+    def _plain(self, func: Any, leaves: list[Any], spec: Any, footprint: Footprint) -> Any:
+        numbers = iter(footprint.scalars)
+        chosen = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                chosen.append(leaf)
+                continue
+            other = next(numbers, leaf)
+            if isinstance(leaf, float) and isinstance(other, (int, float)) and other != leaf:
+                if not any(abs(other - leaf * ratio) <= 1e-6 * abs(other) for ratio in self.ratios):
+                    raise self.fail(f"{opname(func)} takes {other!r} where the original takes {leaf!r}")
+                leaf = other  # a scale that is computed from a shape
+            chosen.append(leaf)
+        args, kwargs = tree_unflatten(chosen, spec)
+        return func(*args, **kwargs)
+
+    def _compact(self, func: Any, leaves: list[Any], spec: Any, operation: Operation, footprint: Footprint) -> Any:
+        numbers, values = iter(footprint.scalars), iter(operation.inputs)
+        chosen = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                value = next(values)
+                chosen.append(_gathered(leaf, self.keep(value.layers, value.shape)))
+            else:
+                chosen.append(next(numbers, leaf))
+        args, kwargs = tree_unflatten(chosen, spec)
+        flat, out_spec = tree_flatten(func(*args, **kwargs))
+        for position, (leaf, value) in enumerate(zip(flat, operation.outputs, strict=False)):
+            flat[position] = _spread(leaf, self.keep(value.layers, value.shape), value.shape)
+        return tree_unflatten(flat, out_spec)
+
+    def _compare(self, full: Tensor, keep: list[Mask | None], wanted: tuple[Shape, float, float] | None) -> None:
+        if wanted is None:
+            return
+        shape, norm, product = digest(_gathered(full, keep))
+        if shape != wanted[0]:
+            raise self.fail(f"a value of shape {wanted[0]} should be of shape {shape}")
+        error = max(abs(norm - wanted[1]), abs(product - wanted[2])) / max(norm, wanted[1], 1e-12)
+        if not error <= TOLERANCE:
+            raise self.fail(f"a value differs by {error:.1e} of its norm")
+        self.largest = max(self.largest, error)
+
+
+def _ratios(coupling: Coupling, removed: Mask) -> set[float]:
+    """The factors that scales computed from changed sizes may change by."""
+    pairs = set()
+    for operation in coupling.trace.operations:
+        for value in (*operation.inputs, *operation.outputs):
+            if value.layers:
+                pairs |= set(zip(value.shape, coupling.shape(value, removed), strict=True))
+    ratios = {new / old for old, new in pairs if new != old and new}
+    return {sign for ratio in ratios for power in POWERS for sign in (ratio**power, ratio**-power)}
+
+
+def _gathered(value: Tensor, keep: list[Mask | None]) -> Tensor:
+    for dim, mask in enumerate(keep):
+        if mask is not None:
+            value = value.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(value.device))
+    return value
+
+
+def _spread(value: Any, keep: list[Mask | None], shape: Shape) -> Any:
+    if not isinstance(value, Tensor) or all(mask is None for mask in keep) or value.dim() != len(shape):
+        return value
+    for dim, mask in enumerate(keep):
+        if mask is not None:
+            size = list(value.shape)
+            size[dim] = shape[dim]
+            place = torch.from_numpy(np.flatnonzero(mask)).to(value.device)
+            value = value.new_zeros(size).index_copy_(dim, place, value)
+    return value
+
+
+def _zeroed(value: Tensor, keep: list[Mask | None]) -> Tensor:
+    for dim, mask in enumerate(keep):
+        if mask is not None and value.dim() > dim:
+            gone = torch.from_numpy(np.flatnonzero(~mask)).to(value.device)
+            if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+                value = value.clone()
+            value.index_fill_(dim, gone, 0)
+    return value
+
+
+def _calm(result: Any) -> Any:
+    """Random numbers differ with the shape they are drawn in: both runs see constants."""
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaf.fill_(0.5)
+    return result
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, inputs: Inputs, seed: int = 0) -> tuple[nn.Module, Inputs]:
+    """Make a copy of a model fit for the check, in place: float64, no two weights alike, random inputs.
+
+    A head that starts at zero or a scale of ones would hide what goes wrong before it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+
+    model.double()
+    for tensor in named_weights(model).values():
+        if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all()):
+            level = float(tensor.reshape(-1)[0])
+            tensor.copy_((level if np.isfinite(level) else 0.0) + 0.1 + 0.5 * random(tensor))
+
+    def varied(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaf = leaf.double()
+            return leaf + (0.1 + leaf.abs().mean()) * (random(leaf) - 0.5)
+        return leaf
+
+    flat, spec = tree_flatten(inputs)
+    changed: Inputs = tree_unflatten([varied(leaf) for leaf in flat], spec)
+    return model, changed
+
+
+@torch.no_grad()
+def mask_weights(model: nn.Module, coupling: Coupling, removed: Mask) -> None:
+    """Set the removed elements of every weight to zero, in place."""
+    own = named_weights(model)
+    for name, value in coupling.trace.weights.items():
+        _zeroed(own[name].data, coupling.kept(value.layers, value.shape, removed))
+
+
+def shapes_agree(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> Divergence | None:
+    """Does the shrunk model run with the predicted shape of every value? One forward pass."""
+    run = Follower(model, coupling, removed, values=False)
+    return _outcome(run, model, inputs)
+
+
+def _outcome(run: _Run, model: nn.Module, inputs: Inputs) -> Divergence | None:
+    try:
+        run.follow(model, inputs)
+    except Mismatch as mismatch:
+        return mismatch.divergence
+    except Exception as error:  # noqa: BLE001 - whatever the user's code raises on wrong shapes is the finding
+        return run.fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}").divergence
+    return None
+
+
+def verify(
+    original: nn.Module, shrunk: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs
+) -> tuple[Divergence | None, float]:
+    """Does the shrunk model compute what the masked original computes? Two forward passes.
+
+    Args:
+        original: as `prepare` made it; its weights are masked in place.
+        shrunk: cut from the same weights.
+
+    Returns:
+        The first divergence or None, and the largest relative error of any value.
+    """
+    follower = Follower(shrunk, coupling, removed, values=True)
+    diverged = _outcome(follower, shrunk, inputs)
+    if diverged is not None:
+        return diverged, float("inf")
+    mask_weights(original, coupling, removed)
+    masked = Masked(original, coupling, removed, follower.footprints)
+    diverged = _outcome(masked, original, inputs)
+    return diverged, masked.largest if diverged is None else float("inf")
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The output tensors of a plain run."""
+    with elementary(model), preserved_globals(seed=0):
+        return tensors(call(model, inputs))

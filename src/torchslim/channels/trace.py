@@ -1,0 +1,252 @@
+"""One real run of a model, operation by operation, with tags beside the values.
+
+The run is watched below autograd by a dispatch mode, not exported: whatever runs can be analysed, cache objects,
+detectors' post-processing and data-dependent branches included, in the time of a forward pass.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+from torchslim.channels.rules import Call, apply
+from torchslim.channels.tags import Layers, Tagger
+from torchslim.isolation import quiet
+from torchslim.steps import Inputs
+from torchslim.task import tensors
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor that an operation gave: its shape and what each element stands and falls with."""
+
+    shape: Shape
+    layers: Layers
+    floating: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation of the run."""
+
+    name: str
+    path: str  # the innermost module at work
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    scalars: tuple[Any, ...]
+    macs: int = 0
+    factors: tuple[tuple[Layers, int], ...] = ()  # the dimensions that its multiply-accumulates are proportional to
+
+
+@dataclass
+class Trace:
+    """What a run showed: the operations, the tags of every weight, and the constraints between atoms."""
+
+    tagger: Tagger
+    operations: list[Operation] = field(default_factory=list)
+    weights: dict[str, Value] = field(default_factory=dict)  # parameters and buffers by path, each tensor once
+    unruled: dict[str, int] = field(default_factory=dict)  # operations without a rule, and how often they ran
+    training: str = ""  # why the training mode was not analysed, where that was needed
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by its first path."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def scalars_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The arguments of an operation that are not tensors."""
+    return tuple(
+        leaf
+        for leaf in tree_leaves((args, kwargs))
+        if not isinstance(leaf, Tensor) and isinstance(leaf, (int, float, bool, complex))
+    )
+
+
+class Stack:
+    """Which module is at work, by path."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self.paths = [""]
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self._paths:
+            self.paths.append(self._paths[id(module)])
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in self._paths and len(self.paths) > 1:
+            self.paths.pop()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks on every module, for the time of one run."""
+        self.paths = [""]
+        first = register_module_forward_pre_hook(self._enter)
+        last = register_module_forward_hook(self._leave)
+        try:
+            yield
+        finally:
+            first.remove()
+            last.remove()
+
+
+@contextmanager
+def elementary(model: nn.Module) -> Iterator[None]:
+    """Fused attention and recurrent kernels are taken apart into operations that have rules."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with ExitStack() as stack:
+        stack.enter_context(quiet())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent:
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """The model on its example inputs."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
+    """Run the model once in evaluation mode, and find what goes together.
+
+    Weights that this run never uses may be used in training, as auxiliary heads are: then a run in training mode adds
+    what it finds. The model's own state may change as in any forward pass: hand in a copy.
+    """
+    model.eval()
+    recorder = _Recorder(model)
+    recorder.run(inputs)
+    if recorder.unused():
+        model.train()
+        operations, recorder.trace.operations = recorder.trace.operations, []
+        try:
+            recorder.run(inputs)
+        except Exception as error:  # noqa: BLE001 - many models want more than example inputs to train on
+            recorder.trace.training = f"not analysed in training mode: {type(error).__name__}: {error}"
+        recorder.trace.operations = operations
+        model.eval()
+    return recorder.finish()
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self.stack = Stack(model)
+        self.tagger = Tagger()
+        self.trace = Trace(self.tagger)
+        self._layers: Any = WeakIdKeyDictionary()
+        self._stored: dict[Any, Layers] = {}
+        self._used: Any = WeakIdKeyDictionary()
+        self._weights = named_weights(model)
+        for path, tensor in self._weights.items():
+            if tensor not in self._layers:
+                self._layers[tensor] = self.tagger.own(tensor.shape)
+                self.trace.weights[path] = Value(tuple(tensor.shape), self._layers[tensor], tensor.is_floating_point())
+                if tensor.numel():
+                    self._stored[_storage(tensor)] = self._layers[tensor]
+
+    def layers_of(self, value: Any) -> Layers:
+        """The tags of a tensor; one that nobody made in this run is of a fixed size, unless it is a weight's data."""
+        if not isinstance(value, Tensor):
+            return ()
+        found = self._layers.get(value)
+        if found is None:
+            found = self._stored.get(_storage(value), ())
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        name = str(func)
+        self.tagger.where = f"{self.stack.paths[-1] or 'model'}: {func._opname}"
+        made = self._made(func, args, kwargs, outputs, given)
+        for tensor in given:
+            self._used[tensor] = True
+        for place, output in enumerate(outputs):
+            self._layers[output] = tuple(made[place]) if place < len(made) else ()
+        cost, factors = self._cost(func, args, kwargs, result)
+        self.trace.operations.append(
+            Operation(
+                name,
+                self.stack.paths[-1],
+                tuple(Value(tuple(each.shape), self.layers_of(each)) for each in given),
+                tuple(Value(tuple(each.shape), self._layers[each], each.is_floating_point()) for each in outputs),
+                scalars_of(args, kwargs),
+                cost,
+                factors,
+            )
+        )
+        return result
+
+    def _made(self, func: Any, args: Any, kwargs: Any, outputs: Any, given: list[Tensor]) -> Any:
+        call_ = Call(self.tagger, func, args, kwargs, outputs, self.layers_of)
+        try:
+            made, known = apply(call_)
+        except Exception as error:  # noqa: BLE001 - a rule that cannot cope freezes; the reason is reported
+            layers = (core for each in given for core in self.layers_of(each))
+            self.tagger.freeze(layers, f"the rule of {func._opname!r} failed: {type(error).__name__}: {error}")
+            made, known = (), False
+        if not known and any(self.layers_of(each) for each in given):
+            self.trace.unruled[str(func)] = self.trace.unruled.get(str(func), 0) + 1
+        return made
+
+    def _cost(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, tuple[tuple[Layers, int], ...]]:
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None:
+            return 0, ()
+        flops = int(formula(*args, **kwargs, out_val=result))
+        if "convolution" in func._opname:
+            kernel = self.layers_of(args[1])
+            return flops // 2, ((kernel, 0), (kernel, 1))
+        left, right = args[-2:] if func._opname in ("mm", "bmm") else args[1:3]
+        first, second = self.layers_of(left), self.layers_of(right)
+        return flops // 2, (*((first, dim) for dim in range(left.dim())), (second, right.dim() - 1))
+
+    def run(self, inputs: Inputs) -> None:
+        """One forward pass. What reaches an output stays."""
+        with elementary(self._model), self.stack.watching(), self:
+            outputs = call(self._model, inputs)
+        self.tagger.where = ""
+        for tensor in tensors(outputs):
+            self.tagger.freeze(self.layers_of(tensor), "reaches an output")
+
+    def unused(self) -> list[Tensor]:
+        """Weights that no operation has seen."""
+        return [tensor for tensor in self._weights.values() if tensor not in self._used]
+
+    def finish(self) -> Trace:
+        """What the run never touched stays."""
+        for tensor in self.unused():
+            self.tagger.freeze(self.layers_of(tensor), "not used in this run")
+        return self.trace
+
+
+def _storage(tensor: Tensor) -> Any:
+    try:
+        return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    except (NotImplementedError, RuntimeError):  # sparse and the like have no storage
+        return weakref.ref(tensor)
