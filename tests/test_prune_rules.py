@@ -19,7 +19,7 @@ from torch.nn.utils import prune as reference
 import torchslim as ts
 from tests import models, toy
 from torchslim.errors import PruneError, TrainError
-from torchslim.prune.criteria import Statistics
+from torchslim.prune import Statistics
 from torchslim.select import select_weights
 from torchslim.steps import fingerprint
 
@@ -336,7 +336,9 @@ def test_held_zeros_need_masks_that_fit_and_can_be_let_go_twice() -> None:
         ({"sparsity": 0.5, "rounds": 0}, "rounds must be a whole number of at least 1, got 0"),
         ({"sparsity": 0.5, "until": 0.0}, "until must be in (0, 1], the fraction of the training, got 0.0"),
         ({"sparsity": 0.5, "until": float("nan")}, "until must be in (0, 1]"),
-        ({"sparsity": 0.5, "criterion": "taylor"}, "criterion 'taylor' is not known; one of l1, random, or 'package.module:name'"),
+        ({"sparsity": 0.5, "criterion": "tailor"}, "criterion 'tailor' is not known; one of l1, l2, random"),
+        ({"sparsity": 0.5, "criterion": "fpgm"}, "criterion 'fpgm' ranks whole channels, not single weights; those that can: l1, l2, random, lamp, taylor, fisher, wanda"),
+        ({"pattern": "2:4", "criterion": "apoz"}, "criterion 'apoz' ranks whole channels"),
     ],
 )  # fmt: skip
 def test_a_step_that_cannot_work_says_so_when_it_is_made(fields: dict[str, Any], message: str) -> None:

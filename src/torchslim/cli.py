@@ -136,7 +136,7 @@ def list_(as_json: bool) -> None:
 
     known = {
         "steps": {name: _about(kind) for name, kind in STEPS.items()},
-        "criteria": {name: _about(function) for name, function in CRITERIA.items()},
+        "criteria": {name: criterion.about for name, criterion in CRITERIA.items()},
         "patterns": dict(PATTERNS),
         "losses": {name: _about(kind) for name, kind in LOSSES.items()},
         "schemes": {name: scheme.about for name, scheme in SCHEMES.items()},
@@ -149,7 +149,7 @@ def list_(as_json: bool) -> None:
     for kind, rows in known.items():
         click.echo(click.style(kind, bold=True))
         for name, about in rows.items():
-            click.echo(f"  {name:<14}{about}")
+            click.echo(f"  {name:<19}{about}")
 
 
 def _about(documented: Any) -> str:

@@ -228,16 +228,21 @@ class Task:
 
     def calibration_batches(self, samples: int = 512) -> list[Any]:
         """Model inputs for calibration: `calibration`, or the first `samples` of train (of val without train)."""
-        split = next(name for name in ("calibration", "train", "val") if getattr(self, name) is not None)
-        gathered: list[Any] = []
-        count = 0
+        return [self.inputs(batch) for batch in self.first_batches(samples)]
+
+    def first_batches(self, samples: int = 512) -> Iterator[Batch]:
+        """Whole batches, labels and all: `calibration`, or the first `samples` of train (of val without train)."""
+        split, count = self.calibration_split, 0
         for batch in checked(getattr(self, split), split):
-            inputs = self.inputs(batch)
-            gathered.append(inputs)
-            count += batch_size(inputs)
+            yield batch
+            count += batch_size(self.inputs(batch))
             if split != "calibration" and count >= samples:
                 break
-        return gathered
+
+    @property
+    def calibration_split(self) -> str:
+        """The split that statistics are taken from."""
+        return next(name for name in ("calibration", "train", "val") if getattr(self, name) is not None)
 
     def _pairs(self, predict: Predict, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches:

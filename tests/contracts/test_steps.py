@@ -20,8 +20,12 @@ from torchslim.steps import check_order, fingerprint
 INSTANCES: dict[str, Callable[[], Any]] = {
     "prune": lambda: ts.Prune(sparsity=0.5),
     "prune, random slices": lambda: ts.Prune(sparsity=0.25, criterion="random", pattern="slice"),
+    "prune, slices by data": lambda: ts.Prune(sparsity=0.25, criterion="taylor_activation", pattern="slice"),
     "prune, iterative": lambda: ts.Prune(sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=1)),
     "prune, gradual": lambda: ts.Prune(sparsity=0.5, schedule="gradual", train=ts.Distill(epochs=2)),
+    "prune, gradual by data": lambda: ts.Prune(
+        sparsity=0.5, criterion="taylor", schedule="gradual", train=ts.Finetune(epochs=2)
+    ),
     "finetune": lambda: ts.Finetune(epochs=1, optimizer="sgd"),
     "distill": lambda: ts.Distill(epochs=1),
     "quantize": lambda: ts.Quantize("int8"),

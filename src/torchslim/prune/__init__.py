@@ -1,9 +1,10 @@
 """Pruning: what a weight is worth (criteria), what goes together (patterns), how much (budget), when (schedule)."""
 
-from torchslim.prune.criteria import CRITERIA, Criterion, Statistics
+from torchslim.prune.criteria import CRITERIA, Criterion
 from torchslim.prune.patterns import PATTERNS
 from torchslim.prune.sparsify import HeldZeros, Sparsity, hold_zeros, sparsity
 from torchslim.prune.step import Prune, weights
+from torchslim.statistics import Statistic, Statistics
 
 __all__ = [
     "CRITERIA",
@@ -12,6 +13,7 @@ __all__ = [
     "HeldZeros",
     "Prune",
     "Sparsity",
+    "Statistic",
     "Statistics",
     "hold_zeros",
     "sparsity",

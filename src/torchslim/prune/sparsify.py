@@ -15,12 +15,15 @@ from torchslim.errors import PruneError
 from torchslim.isolation import copy_model
 from torchslim.optimizer import MaskKeeper
 from torchslim.prune.budget import keep_globally, keep_per_row
-from torchslim.prune.criteria import Criterion, Statistics, score
-from torchslim.prune.patterns import Pattern
+from torchslim.prune.criteria import Criterion
+from torchslim.prune.patterns import Pattern, Slice
+from torchslim.prune.scores import channel_scores, score, silence
 from torchslim.select import Patterns, by_pattern, computed_weights, select_weights
+from torchslim.statistics import Gathered, Role, Statistics
 from torchslim.steps import LayerRecord
 
 Masks = dict[str, Tensor]
+NO_DATA = Gathered()
 COMPUTED = "a parametrization computes it; torch.nn.utils.parametrize.remove_parametrizations makes it a plain weight"
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -37,10 +40,12 @@ def plan(
     exclude: Patterns = None,
     previous: Mapping[str, Tensor] | None = None,
     seed: int = 0,
+    gathered: Gathered = NO_DATA,
 ) -> tuple[Masks, list[LayerRecord]]:
     """Masks (True where kept) by parameter name, and a record per layer. The model is only read.
 
-    Weights that `previous` masks already are the first to go and never come back.
+    `gathered` holds what the criterion needs of data. Weights that `previous` masks already are the first to go and
+    never come back.
     """
     previous = previous or {}
     chosen = select_weights(model, include, exclude)
@@ -53,34 +58,67 @@ def plan(
     owners = dict(model.named_modules())
     inputs = {path: _input_dim(owners[path.rpartition(".")[0]], each) for path, each in chosen.items()}
     refused = {path: pattern.refusal(each.shape, inputs[path]) for path, each in chosen.items()}
+    reason = "follow the pattern" if any(refused.values()) else "be ranked"
+    generator = torch.Generator().manual_seed(seed)
+    units: dict[str, Tensor] = {}
+    for path, weight in chosen.items():
+        if refused[path]:
+            continue
+        statistics = gathered.of(path, generator=generator, role=_role(pattern, weight, inputs[path]))
+        refused[path] = silence(criterion, statistics)
+        found = None if refused[path] else _units(criterion, pattern, weight, statistics, inputs[path], previous)
+        if found is not None:
+            units[path] = found
+        elif not refused[path]:
+            refused[path] = f"criterion {criterion.name!r} says nothing of it"
     records = [LayerRecord(layer=path, action="refused", reason=why) for path, why in refused.items() if why]
     records += [
         LayerRecord(layer=path, action="refused", reason=COMPUTED) for path in computed_weights(model, include, exclude)
     ]
-    able = [path for path, why in refused.items() if not why]
-    if not able:
-        raise PruneError(
-            f"no chosen layer can follow the pattern: {'; '.join(f'{p}: {w}' for p, w in refused.items())}"
-        )
-
-    generator = torch.Generator().manual_seed(seed)
-    units = {}
-    for path in able:
-        scores = score(criterion, chosen[path], Statistics(name=path, generator=generator))
-        units[path] = pattern.units(scores, inputs[path])
-        if path in previous:
-            mask = previous[path].to(scores.device)
-            units[path] = pattern.units(scores.masked_fill(~mask, 0), inputs[path])
-            dead = pattern.units(mask.to(scores.dtype), inputs[path]) == 0
-            units[path] = units[path].masked_fill(dead, -torch.inf)
-    keep = _decide(units, targets, threshold, pattern, scope, {path: chosen[path].numel() for path in able})
+    if not units:
+        raise PruneError(f"no chosen layer can {reason}: {'; '.join(f'{p}: {w}' for p, w in refused.items())}")
+    keep = _decide(units, targets, threshold, pattern, scope, {path: chosen[path].numel() for path in units})
 
     masks = dict(previous)
-    for path in able:
+    for path in units:
         mask = pattern.spread(keep[path], chosen[path].shape, inputs[path])
         masks[path] = mask & previous[path].to(mask.device) if path in previous else mask
         records.append(pruned_record(path, masks[path]))
     return masks, records
+
+
+def _role(pattern: Pattern, weight: Tensor, input_dim: int) -> Role:
+    """What the dimension of whole slices is to the layer."""
+    if not isinstance(pattern, Slice):
+        return "other"
+    dim = pattern.dim % weight.dim()
+    return "in" if dim == input_dim else "out" if dim == 1 - input_dim else "other"
+
+
+def _units(
+    criterion: Criterion,
+    pattern: Pattern,
+    weight: Tensor,
+    statistics: Statistics,
+    input_dim: int,
+    previous: Mapping[str, Tensor],
+) -> Tensor | None:
+    """(rows, units): what competes in one layer, earlier masks obeyed; None where the criterion says nothing."""
+    mask = previous.get(statistics.name)
+    if criterion.weights is None and isinstance(pattern, Slice):
+        left = weight if mask is None else weight.masked_fill(~mask.to(weight.device), 0)
+        found = channel_scores(criterion, left, pattern.dim, statistics)
+        if found is None:
+            return None
+        units: Tensor = found.unsqueeze(0)
+    else:
+        scores = score(criterion, weight, statistics)
+        left = scores if mask is None else scores.masked_fill(~mask.to(scores.device), 0)
+        units = pattern.units(left, input_dim)
+    if mask is None:
+        return units
+    dead = pattern.units(mask.to(units), input_dim) == 0
+    return units.masked_fill(dead, -torch.inf)
 
 
 def pruned_record(path: str, mask: Tensor) -> LayerRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model
+from torchslim.loaders import calibration_batches
 from torchslim.prune import schedule as schedules
 from torchslim.prune.budget import check_sparsity
-from torchslim.prune.criteria import Criterion, find_criterion
-from torchslim.prune.patterns import find_pattern
-from torchslim.prune.sparsify import Masks, apply_masks, notes, plan, pruned_record
+from torchslim.prune.criteria import CRITERIA, Criterion, Scorer, find_criterion
+from torchslim.prune.patterns import Slice, find_pattern
+from torchslim.prune.scores import check_ranks_weights
+from torchslim.prune.sparsify import NO_DATA, Masks, apply_masks, notes, plan, pruned_record
 from torchslim.select import Patterns, by_pattern, select_weights
+from torchslim.statistics import Gathered, gather
 from torchslim.steps import Context, Form, LayerRecord, Outcome
+from torchslim.task import Batch, Outputs, take_first
 from torchslim.training import Hook, Loop, Training
 
 SCHEDULES = ("one-shot", "iterative", "gradual")
@@ -33,7 +37,9 @@ class Prune:
         sparsity: fraction of the chosen weights to remove; or one per layer, {"conv1": 0.3, "layer4.*": 0.8}, where
             later patterns overrule earlier ones and layers that none covers are left alone.
         threshold: instead of a sparsity, remove whatever scores below it.
-        criterion: "l1", "random", a function (weight, statistics) -> scores, or "package.module:name".
+        criterion: a name of `CRITERIA`, a `Criterion`, a function (weight, statistics) -> scores, or
+            "package.module:name". One that needs data gets the task's `calibration`, by default the first 512 samples
+            of train; those that rank channels only go with the pattern "slice".
         pattern: "unstructured"; "slice", whole slices along `dim` by their L_`n` norm; or "N:M", such as "2:4".
         scope: rank all chosen layers together ("global") or each by itself ("layer"). Sparsities given per layer
             are always per layer.
@@ -48,7 +54,7 @@ class Prune:
 
     sparsity: float | Mapping[str, float] | None = None
     threshold: float | None = None
-    criterion: str | Criterion = "l1"
+    criterion: str | Criterion | Scorer = "l1"
     pattern: str = "unstructured"
     n: float = 2.0
     dim: int = 0
@@ -69,7 +75,7 @@ class Prune:
                 known = ", ".join(repr(each) for each in choices if each)
                 raise PruneError(f"{name} must be one of {known}, got {value!r}")
         if not isinstance(self.criterion, str) or ":" not in self.criterion:
-            find_criterion(self.criterion)
+            self._check_criterion()
         if self.train is not None and not isinstance(self.train, Training):
             raise PruneError(f"train must be Finetune(...) or Distill(...), got {self.train!r}")
         fixed = find_pattern(self.pattern, n=self.n, dim=self.dim).fixed_sparsity
@@ -111,9 +117,31 @@ class Prune:
     def _agrees(self, fixed: float) -> bool:
         return self.sparsity is None or (isinstance(self.sparsity, (int, float)) and math.isclose(self.sparsity, fixed))
 
+    def _check_criterion(self) -> Criterion:
+        criterion = find_criterion(self.criterion)
+        if not isinstance(find_pattern(self.pattern, n=self.n, dim=self.dim), Slice):
+            check_ranks_weights(criterion)
+        return criterion
+
+    def gather(self, model: nn.Module, ctx: Context, batches: Iterable[Batch] | None = None) -> Gathered:
+        """What the criterion needs of the task's data, with the model as it is now."""
+        needs = find_criterion(self.criterion).needs
+        if not needs:
+            return NO_DATA
+        batches = calibration_batches(ctx.task, ctx.seed) if batches is None else batches
+        return gather(model, needs, batches, forward=ctx.task.forward, loss=ctx.task.compute_loss)
+
     def check(self, ctx: Context) -> None:
-        """The patterns match, the criterion exists, and there is data for the training."""
-        find_criterion(self.criterion)
+        """The patterns match, the criterion exists, and there is data for it and for the training."""
+        criterion = self._check_criterion()
+        if criterion.needs:
+            first = take_first(getattr(ctx.task, ctx.task.calibration_split), ctx.task.calibration_split)
+            if criterion.needs_loss and ctx.task.loss is None and ctx.task.target(first) is None:
+                able = ", ".join(name for name, each in CRITERIA.items() if not each.needs_loss)
+                raise PruneError(
+                    f"criterion {criterion.name!r} needs labels, but Task.target gives None; give Task(loss=...), or "
+                    f"choose one of {able}"
+                )
         model = ctx.model if ctx.model is not None else ctx.teacher
         chosen = select_weights(model, self.include, self.exclude)
         if isinstance(self.sparsity, Mapping):
@@ -131,7 +159,7 @@ class Prune:
         history: list[Mapping[str, float]] = []
         records: list[LayerRecord] = []
         for part, target in enumerate(targets):
-            masks, records = self.masks(model, masks, target, ctx.seed)
+            masks, records = self.masks(model, masks, target, ctx.seed, self.gather(model, ctx))
             apply_masks(model, masks)
             if self.train is not None:
                 report = self.train.fit(model, ctx, masks=masks, phase=f"prune-{part + 1}", part=part)
@@ -144,6 +172,7 @@ class Prune:
         previous: Mapping[str, Tensor],
         sparsity: float | Mapping[str, float] | None,
         seed: int,
+        gathered: Gathered = NO_DATA,
     ) -> tuple[Masks, list[LayerRecord]]:
         """What this step would keep of `model` at a sparsity; the model is only read."""
         return plan(
@@ -157,15 +186,16 @@ class Prune:
             exclude=self.exclude,
             previous=previous,
             seed=seed,
+            gathered=gathered,
         )
 
     def _gradual(self, model: nn.Module, ctx: Context) -> Outcome:
         assert self.train is not None
-        hook = _Gradual(self, ctx.seed)
+        hook = _Gradual(self, ctx)
         report = self.train.fit(model, ctx, hooks=[hook], phase="prune")
         apply_masks(model, report.masks)
         # the records of the masks that are kept; what the pattern refuses does not depend on the sparsity
-        _, planned = self.masks(model, report.masks, self.sparsity, ctx.seed)
+        _, planned = self.masks(model, report.masks, self.sparsity, ctx.seed, self.gather(model, ctx, hook.batches))
         records = [
             pruned_record(each.layer, report.masks[each.layer]) if each.action == "pruned" else each for each in planned
         ]
@@ -175,9 +205,11 @@ class Prune:
 class _Gradual(Hook):
     """Raises the sparsity along the cubic schedule while the model trains."""
 
-    def __init__(self, step: Prune, seed: int) -> None:
-        self.step, self.seed = step, seed
+    def __init__(self, step: Prune, ctx: Context) -> None:
+        self.step, self.ctx = step, ctx
         self.updated = 0
+        self.batches = calibration_batches(ctx.task, ctx.seed) if find_criterion(step.criterion).needs else []
+        self.gathered, self.gathered_epoch = NO_DATA, -1
 
     def on_start(self, loop: Loop) -> None:
         """A resumed run has made its updates up to here."""
@@ -190,8 +222,15 @@ class _Gradual(Hook):
             self.updated = int(done * UPDATES)
             assert isinstance(self.step.sparsity, (int, float))
             target = self.step.sparsity if done >= 1 else self.step.sparsity * schedules.cubic(done)
-            masks, _ = self.step.masks(loop.model, loop.masks, target, self.seed)
+            masks, _ = self.step.masks(loop.model, loop.masks, target, self.ctx.seed, self.statistics(loop))
             loop.masks.update(masks)
+
+    def statistics(self, loop: Loop) -> Gathered:
+        """Gathered at the first update of each epoch: often enough, and the same in a run that resumes between two."""
+        epoch = loop.epoch if loop.step_in_epoch else loop.epoch - 1  # at an epoch's end, that epoch
+        if epoch != self.gathered_epoch:
+            self.gathered, self.gathered_epoch = self.step.gather(loop.model, self.ctx, self.batches), epoch
+        return self.gathered
 
     def on_epoch(self, loop: Loop) -> None:
         """A loader without a length only tells at the epochs' ends how far the training is."""
@@ -207,16 +246,23 @@ def weights(
     sparsity: float | Mapping[str, float] | None = None,
     *,
     threshold: float | None = None,
-    criterion: str | Criterion = "l1",
+    criterion: str | Criterion | Scorer = "l1",
     scope: Literal["global", "layer"] | None = None,
     pattern: str = "unstructured",
     n: float = 2.0,
     dim: int = 0,
     include: Patterns = None,
     exclude: Patterns = None,
+    batches: Iterable[Batch] | None = None,
+    loss: Callable[[Outputs, Batch], Tensor] | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """A copy of the model in which the least important weights are zero; the arguments are those of `Prune`.
+    """A copy of the model in which the least important weights are zero; the other arguments are those of `Prune`.
+
+    Args:
+        batches: for criteria that need data: (inputs, labels) tuples or dicts, as a `Task` reads them by default; some
+            hundred samples do.
+        loss: of a batch's outputs and the batch, a mean over it; None: cross entropy, or squared error for real labels.
 
     Weights that `torch.nn.utils.prune` has masked stay masked. Masked weights make no dense model faster or smaller
     by themselves; `hold_zeros` keeps them at zero while you train on.
@@ -226,7 +272,8 @@ def weights(
     0.3
 
     Raises:
-        PruneError: a sparsity outside [0, 1), an unknown criterion or pattern.
+        PruneError: a sparsity outside [0, 1), an unknown criterion or pattern, a criterion without its data.
+        TaskError: batches that cannot be used.
         SelectError: a pattern that matches no layer.
     """
     step = Prune(
@@ -241,7 +288,9 @@ def weights(
         exclude=exclude if exclude is None or isinstance(exclude, str) else tuple(exclude),
     )
     pruned, previous = copy_model(model)
-    masks, records = step.masks(pruned, previous, sparsity, seed)
+    needs = find_criterion(criterion).needs
+    gathered = NO_DATA if batches is None else gather(pruned, needs, batches, loss=loss)
+    masks, records = step.masks(pruned, previous, sparsity, seed, gathered)
     apply_masks(pruned, masks)
     for note in notes(records):
         warnings.warn(note, stacklevel=2)

@@ -73,9 +73,8 @@ class Quantize:
 
     def check(self, ctx: Context) -> None:
         """There is something to calibrate on."""
-        task = ctx.task
-        split = next(name for name in ("calibration", "train", "val") if getattr(task, name) is not None)
-        take_first(getattr(task, split), split)
+        split = ctx.task.calibration_split
+        take_first(getattr(ctx.task, split), split)
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         batches = ctx.task.calibration_batches()
