@@ -14,7 +14,7 @@ from torchslim.artifact import load, load_module, save
 from torchslim.compress import Result, compress
 from torchslim.distill import KD, Distill
 from torchslim.errors import TorchslimError
-from torchslim.prune import Prune
+from torchslim.prune import Prune, surgery
 from torchslim.quantize import Quantize
 from torchslim.runtimes import Deployed, deploy
 from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
@@ -49,4 +49,5 @@ __all__ = [
     "prune",
     "quantize",
     "save",
+    "surgery",
 ]

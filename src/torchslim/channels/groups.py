@@ -175,6 +175,44 @@ def couple(
     return Coupling(trace, atoms, groups, units, resolver.chosen)
 
 
+def roles(trace: Trace) -> tuple[dict[tuple[str, int], Literal["in", "out", "other"]], set[str]]:
+    """What the dimensions of weights mean to the operations they are used in, and which weights scale a batch norm."""
+    owner = {
+        int(core.reshape(-1)[0]): (name, next(dim for dim, size in enumerate(core.shape) if size > 1))
+        for name, value in trace.weights.items()
+        for core in value.layers
+    }
+    found: dict[tuple[str, int], Literal["in", "out", "other"]] = {}
+    scales: set[str] = set()
+
+    def note(layers: Layers, meaning: Mapping[int, Literal["in", "out"]]) -> None:
+        for core in layers:
+            weight = owner.get(int(core.reshape(-1)[0]))
+            dims = [dim for dim, size in enumerate(core.shape) if size > 1]
+            if weight is not None and len(dims) == 1 and dims[0] in meaning:
+                found.setdefault(weight, meaning[dims[0]])
+
+    for operation in trace.operations:
+        name = operation.name.split(".")[1]
+        if name == "convolution":
+            transposed = bool(next(each for each in operation.scalars if isinstance(each, bool)))
+            note(operation.inputs[1].layers, {0: "in", 1: "out"} if transposed else {0: "out", 1: "in"})
+        elif name in ("mm", "addmm", "bmm", "baddbmm"):
+            left, right = operation.inputs[-2:]
+            last = len(right.shape) - 1
+            note(right.layers, {last - 1: "in", last: "out"})
+            note(left.layers, {last - 1: "out", last: "in"})
+        elif name == "embedding":
+            note(operation.inputs[0].layers, {1: "out"})
+        elif "batch_norm" in name and len(operation.inputs) > 1:
+            scales |= {
+                owner[int(core.reshape(-1)[0])][0]
+                for core in operation.inputs[1].layers
+                if int(core.reshape(-1)[0]) in owner
+            }
+    return found, scales
+
+
 class _Resolver:
     """Makes every joint layer rectangular: for each decides the axis along which it loses whole slices."""
 

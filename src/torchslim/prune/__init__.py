@@ -2,6 +2,8 @@
 
 from torchslim.prune.criteria import CRITERIA, Criterion
 from torchslim.prune.patterns import PATTERNS
+from torchslim.prune.record import surgery
+from torchslim.prune.removal import channels
 from torchslim.prune.sparsify import HeldZeros, Sparsity, hold_zeros, sparsity
 from torchslim.prune.step import Prune, weights
 from torchslim.statistics import Statistic, Statistics
@@ -15,7 +17,9 @@ __all__ = [
     "Sparsity",
     "Statistic",
     "Statistics",
+    "channels",
     "hold_zeros",
     "sparsity",
+    "surgery",
     "weights",
 ]

@@ -1,0 +1,147 @@
+"""How many channels go, and which: units ranked by the scores of their classes, cut where the budget is met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchslim.channels.groups import Coupling, Group, Mask, Unit
+from torchslim.errors import PruneError
+from torchslim.prune.budget import check_sparsity
+
+Of = Literal["params", "macs", "channels"]
+Scope = Literal["global", "layer"]
+Scores = Callable[[Coupling, Group], NDArray[np.float64]]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """How much goes, and in what steps."""
+
+    sparsity: float = 0.5
+    of: Of = "params"
+    scope: Scope = "global"
+    round_to: int = 8
+    min_channels: int = 8
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        for name, value, known in (("of", self.of, ("params", "macs", "channels")),
+                                   ("scope", self.scope, ("global", "layer"))):  # fmt: skip
+            if value not in known:
+                raise PruneError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        for name, value in (("round_to", self.round_to), ("min_channels", self.min_channels)):
+            if not isinstance(value, int) or value < 1:
+                raise PruneError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def step_size(unit: Unit, coupling: Coupling, round_to: int) -> int:
+    """Steps of a unit that keep its widths multiples of `round_to`; 1 where it is no wider than that."""
+    largest = 1
+    for number in unit.groups:
+        group = coupling.groups[number]
+        for member in group.members:
+            largest = max(largest, len(member.indices) // max(len(group.classes), 1))
+    step = round_to // gcd(round_to, largest)
+    return step if unit.width > step else 1
+
+
+def rounded(unit: Unit, kept: float, step: int, least: int) -> int:
+    """The nearest allowed width: a multiple of `step`, at least `least`, at most what there is."""
+    low = least if unit.width > least else 1
+    nearest = round(kept / step) * step if step > 1 else round(kept)
+    return max(min(nearest, unit.width), min(low, unit.width), 1)
+
+
+@dataclass
+class Selection:
+    """Which classes go, for any amount: units with their classes in the order in which they go."""
+
+    coupling: Coupling
+    amount: Amount
+    names: Sequence[str]
+    order: list[list[NDArray[np.int64]]]  # per unit and cell: classes, the least important first
+    ranks: list[NDArray[np.float64]]  # per unit: the score of each of its steps, rising
+
+    def removed(self, kept: Sequence[int]) -> Mask:
+        """The atoms' mask when each unit keeps so many steps."""
+        mask = np.zeros(self.coupling.atoms.count, dtype=bool)
+        for unit, cells, left in zip(self.coupling.units, self.order, kept, strict=True):
+            for cell, classes in zip(unit.cells, cells, strict=True):
+                mask[classes[: (unit.width - left) * cell.stride]] = True
+        return mask
+
+    def left(self, kept: Sequence[int]) -> float:
+        """The fraction of the model that is left, in the amount's measure."""
+        if self.amount.of == "channels":
+            total = sum(unit.width for unit in self.coupling.units)
+            return sum(kept) / max(total, 1)
+        removed = self.removed(kept)
+        nothing = np.zeros_like(removed)
+        if self.amount.of == "macs":
+            return self.coupling.macs(removed) / max(self.coupling.macs(nothing), 1)
+        return self.coupling.parameters(removed, self.names) / max(self.coupling.parameters(nothing, self.names), 1)
+
+    def widths(self, wanted: Sequence[float]) -> list[int]:
+        """Allowed widths near the wanted ones."""
+        amount = self.amount
+        return [
+            rounded(unit, each, step_size(unit, self.coupling, amount.round_to), amount.min_channels)
+            for unit, each in zip(self.coupling.units, wanted, strict=True)
+        ]
+
+    def choose(self) -> list[int]:
+        """Per unit how many steps stay, so that what is left is as near the target as can be."""
+        units, target = self.coupling.units, 1 - self.amount.sparsity
+        if self.amount.scope == "layer":
+            if self.amount.of == "channels":
+                return self.widths([unit.width * target for unit in units])
+
+            def at(progress: float) -> list[int]:
+                return self.widths([unit.width * (1 - progress) for unit in units])
+
+            return self._search(at, np.linspace(0, 1, 513))
+        scores = np.concatenate([ranks for ranks in self.ranks]) if units else np.zeros(0)
+        owner = np.concatenate([np.full(len(ranks), place) for place, ranks in enumerate(self.ranks)]) if units else []
+        queue = np.asarray(owner)[np.argsort(scores, kind="stable")]
+
+        def after(count: float) -> list[int]:
+            gone = np.bincount(queue[: int(count)], minlength=len(units)) if units else np.zeros(0)
+            return self.widths([unit.width - each for unit, each in zip(units, gone.tolist(), strict=True)])
+
+        return self._search(after, np.arange(len(queue) + 1))
+
+    def _search(self, at: Callable[[float], list[int]], grid: NDArray[Any]) -> list[int]:
+        """Bisect: what is left falls along the grid."""
+        target, low, high = 1 - self.amount.sparsity, 0, len(grid) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.left(at(float(grid[middle]))) > target:
+                low = middle + 1
+            else:
+                high = middle
+        options = [at(float(grid[place])) for place in {max(low - 1, 0), low}]
+        return min(options, key=lambda kept: abs(self.left(kept) - target))
+
+
+def select(coupling: Coupling, amount: Amount, names: Sequence[str], scores: Scores) -> Selection:
+    """Rank the classes of every unit; in units of several cells the cells' lowest go together."""
+    values = np.zeros(coupling.atoms.count)
+    for unit in coupling.units:
+        for number in unit.groups:
+            group = coupling.groups[number]
+            values[group.classes] = scores(coupling, group)
+    order, ranks = [], []
+    for unit in coupling.units:
+        cells, steps = [], np.zeros(unit.width)
+        for cell in unit.cells:
+            sorted_ = cell.classes[np.argsort(values[cell.classes], kind="stable")]
+            cells.append(sorted_)
+            steps += values[sorted_[: unit.width * cell.stride]].reshape(unit.width, cell.stride).mean(1)
+        order.append(cells)
+        ranks.append(np.maximum.accumulate(steps / len(unit.cells)))
+    return Selection(coupling, amount, names, order, ranks)

@@ -1,0 +1,314 @@
+"""Whole channels, neurons and heads physically removed: what goes, and the proof that it is right."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from torchslim.channels import oracle
+from torchslim.channels.groups import Coupling, Group, Heads, Mask, couple, roles
+from torchslim.channels.trace import Trace, named_weights, trace
+from torchslim.errors import PruneError
+from torchslim.isolation import copy_model, preserved_globals
+from torchslim.prune.amount import Amount, Of, Scope, Scores, select
+from torchslim.prune.criteria import Criterion, Scorer, find_criterion, needs
+from torchslim.prune.record import attach
+from torchslim.prune.scores import Normalisation, Reduction, channel_scores, combine
+from torchslim.prune.shrink import Surgery, mend, perform
+from torchslim.select import Patterns, as_list, class_names, matches
+from torchslim.statistics import Gathered, gather
+from torchslim.steps import Inputs
+from torchslim.task import Batch, device_of, to_device
+
+ROLLBACKS = 60
+"""How often a removal that could not be verified is made smaller before everything is given up."""
+
+
+@dataclass
+class Plan:
+    """An analysed model, and what of it could not be verified so far."""
+
+    model: nn.Module  # read only
+    inputs: Inputs
+    trace: Trace
+    frozen: list[str]
+    heads: Heads = "auto"
+    modes: dict[str, str] = field(default_factory=dict)
+    tried: dict[str, set[str]] = field(default_factory=dict)
+    stays: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters, each once."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    def coupling(self) -> Coupling:
+        """The groups, with all that is known to be impossible left out."""
+        return couple(
+            self.trace, heads=self.heads, frozen=self.frozen, modes=self.modes, stays=self.stays
+        )
+
+    def retreat(self, divergence: oracle.Divergence, coupling: Coupling, removed: Mask) -> bool:
+        """Give up what a divergence shows to be impossible: another way for the attention, or the groups at work."""
+        kinds = {path: type(module) for path, module in self.model.named_modules()}
+        path: str | None = divergence.path
+        while path is not None:
+            if path in coupling.modes and coupling.modes[path] != "none":
+                mode = coupling.modes[path]
+                alike = {other for other in coupling.modes if kinds.get(other) is kinds.get(path)}
+                done = self.tried.setdefault(path, set()) | {mode}
+                following = next(each for each in ("inner", "tied", "outer", "none") if each not in done)
+                for other in alike:
+                    self.tried.setdefault(other, set()).add(mode)
+                    if coupling.modes[other] == mode:
+                        self.modes[other] = following
+                return True
+            path = path.rpartition(".")[0] if path else None
+        operation = coupling.trace.operations[divergence.index]
+        suspects: set[int] = set()
+        for value in (*operation.outputs, *operation.inputs):
+            for classes in coupling.classes(value.layers):
+                suspects |= set(np.unique(classes[removed[classes]]).tolist())
+        if not suspects:  # nothing at hand: whatever goes in this module
+            suspects = self._inside(divergence.path, coupling, removed)
+        if not suspects:
+            return False
+        why = f"could not be verified: {divergence.what} ({divergence.path})"
+        for unit in coupling.units:
+            classes = np.concatenate([cell.classes for cell in unit.cells])
+            if suspects & set(classes.tolist()):
+                self.stays.append((classes, why))
+        return True
+
+    def _inside(self, path: str, coupling: Coupling, removed: Mask) -> set[int]:
+        found: set[int] = set()
+        for operation in coupling.trace.operations:
+            if operation.path == path or operation.path.startswith(f"{path}." if path else ""):
+                for value in operation.outputs:
+                    for classes in coupling.classes(value.layers):
+                        found |= set(np.unique(classes[removed[classes]]).tolist())
+        return found
+
+
+def analyse(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    heads: Heads = "auto",
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> Plan:
+    """Trace a copy of the model, and find which weights the user wants left alone."""
+    if heads not in ("auto", "whole", "dim"):
+        raise PruneError(f"heads must be 'auto', 'whole' or 'dim', got {heads!r}")
+    if not isinstance(inputs, (tuple, list, dict)):
+        raise PruneError(
+            f"example_inputs must be a tuple of positional or a dict of keyword arguments, got {type(inputs).__name__}"
+        )
+    model, _ = copy_model(model)  # masks of torch.nn.utils.prune become zeros; the caller's model is never touched
+    working, _ = copy_model(model)
+    inputs = to_device(inputs, device_of(working))
+    with preserved_globals(seed=0):
+        found = trace(working, inputs)
+    types = class_names(model)
+    names = list(found.weights)
+    for pattern in (*as_list(include), *as_list(exclude)):
+        if not any(matches(pattern, path, types) for path in (*names, *types)):
+            raise PruneError(f"pattern {pattern!r} matches no layer; there are {', '.join(names[:5])}, ...")
+    frozen = [name for name in names if any(matches(each, name, types) for each in as_list(exclude))]
+    plan = Plan(model, inputs, found, frozen, heads)
+    if include is not None:
+        wanted = {name for name in names if any(matches(each, name, types) for each in as_list(include))}
+        for group in plan.coupling().groups:
+            if not wanted & {member.weight for member in group.members}:
+                plan.stays.append((group.classes, "not included"))
+    return plan
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A verified removal."""
+
+    model: nn.Module
+    surgery: Surgery
+    coupling: Coupling
+    removed: Mask
+    error: float  # the largest relative difference of any value, in float64
+    left: float  # the fraction of the model that is left, in the amount's measure
+    rollbacks: tuple[str, ...]
+
+
+def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
+    """Remove the least important channels, verify, and give up what cannot be verified.
+
+    Raises:
+        PruneError: nothing can go.
+    """
+    rollbacks: list[str] = []
+    for _ in range(ROLLBACKS):
+        coupling = plan.coupling()
+        if not coupling.units:
+            break
+        selection = select(coupling, amount, plan.names, scores)
+        kept = selection.choose()
+        removed = selection.removed(kept)
+        if not removed.any():
+            raise PruneError(
+                f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
+                f"{amount.round_to} channels: ask for more, or give a smaller round_to"
+            )
+        surgery, shrunk, diverged = mend(plan.model, coupling, removed, plan.inputs)
+        error = float("inf")
+        if diverged is None:
+            working, _ = copy_model(plan.model)
+            base, inputs = oracle.prepare(working.eval(), plan.inputs)
+            diverged, error = oracle.verify(base, perform(base, surgery), coupling, removed, inputs)
+        if diverged is None:
+            return Shrunk(shrunk, surgery, coupling, removed, error, selection.left(kept), tuple(rollbacks))
+        rollbacks.append(f"{diverged.path}: {diverged.what}")
+        if not plan.retreat(diverged, coupling, removed):
+            break
+    reasons = "; ".join(dict.fromkeys(each.reason for each in plan.coupling().groups if each.reason))
+    raise PruneError(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """How the classes of a group are scored: a criterion over its members, reduced and normalised."""
+
+    criterion: Criterion
+    reduction: Reduction = "mean"
+    normalisation: Normalisation = "mean"
+    gathered: Gathered = field(default_factory=Gathered)
+    seed: int = 0
+
+    def scores(self, model: nn.Module, plan: Plan) -> Scores:
+        """A function of coupling and group, for `shrink`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = {name: each for name, each in model.named_parameters() if each.is_floating_point()}
+        role_of, scales = roles(plan.trace)
+        known: dict[tuple[str, int], torch.Tensor | None] = {}
+
+        def member(name: str, dim: int) -> torch.Tensor | None:
+            if (name, dim) not in known:
+                statistics = self.gathered.of(
+                    name, generator=generator, role=role_of.get((name, dim), "other"), norm_scale=name in scales
+                )
+                known[name, dim] = channel_scores(self.criterion, weights[name], dim, statistics)
+            return known[name, dim]
+
+        def score(coupling: Coupling, group: Group) -> NDArray[np.float64]:
+            members = []
+            for each in group.members:
+                found = member(each.weight, each.dim) if each.weight in weights else None
+                if found is not None:
+                    members.append((torch.from_numpy(each.classes), found[torch.from_numpy(each.indices)]))
+            if not members:  # of a criterion that looks at norms, say: all alike
+                return np.ones(len(group.classes))
+            combined = combine(
+                members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation
+            )
+            return combined.numpy()
+
+        return score
+
+
+def channels(
+    model: nn.Module,
+    example_inputs: Inputs,
+    sparsity: float = 0.5,
+    *,
+    of: Of = "params",
+    criterion: str | Scorer | Criterion = "l2",
+    scope: Scope = "global",
+    round_to: int = 8,
+    min_channels: int = 8,
+    heads: Heads = "auto",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    reduction: Reduction = "mean",
+    normalisation: Normalisation = "mean",
+    batches: Iterable[Batch] | None = None,
+    loss: Any = None,
+    seed: int = 0,
+) -> nn.Module:
+    """A smaller copy of the model: the least important channels, neurons and heads are physically gone.
+
+    What goes together is found from one run of the model on `example_inputs`; the result is compared with the original
+    in float64, operation by operation, and what cannot be verified is left in. `ts.surgery(model)` reads what was done.
+    The copy is of the same class, in the same mode, and can be trained, exported, and pruned again.
+
+    Args:
+        model: any module that runs on `example_inputs`; it is left as it is.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        sparsity: the fraction to remove, in [0, 1), of the whole model, what must stay included.
+        of: of its parameters, of its multiply-accumulates on these inputs, or of the channels that may go.
+        criterion: a name in `CRITERIA`, "package.module:name", or a callable of a weight and its statistics.
+        scope: rank over the whole model, or remove the same fraction everywhere.
+        round_to: widths become multiples of this; groups no wider than it ignore it.
+        min_channels: no group becomes narrower; groups no wider than it ignore it.
+        heads: attention loses "whole" heads, the same number of "dim"ensions from every head, or what the model
+            allows ("auto").
+        include: patterns of layers; only groups with a member among them lose channels.
+        exclude: patterns of layers that keep all their weights. Outputs of the model always stay.
+        reduction: over the members of a group: "mean", "sum", "max" or "first".
+        normalisation: of a group's scores, to be ranked with others: "none", "mean", "max" or "gaussian".
+        batches: for criteria that need data; read as a `Task` reads them.
+        loss: for criteria that need gradients: loss(outputs, batch); default cross-entropy.
+        seed: of the "random" criterion.
+
+    Raises:
+        PruneError: nothing can go, or an argument is out of its range.
+    """
+    amount = Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels)
+    found = find_criterion(criterion)
+    plan = analyse(model, example_inputs, heads=heads, include=include, exclude=exclude)
+    gathered = Gathered()
+    if needs(found) and batches is not None:
+        gathered = gather(plan.model, needs(found), batches, loss=loss)
+    ranking = Ranking(
+        criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed
+    )
+    done = shrink(plan, amount, ranking.scores(plan.model, plan))
+    finish(plan, done, amount, found.name)
+    for note in notes(done, amount):
+        warnings.warn(note, stacklevel=2)
+    return done.model
+
+
+def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
+    """Record a removal with the module."""
+    nothing = np.zeros_like(done.removed)
+    coupling = done.coupling
+    about = {
+        "verified": True,
+        "largest_error": done.error,
+        "criterion": criterion,
+        **asdict(amount),
+        "left": done.left,
+        "parameters": [coupling.parameters(each, plan.names) for each in (nothing, done.removed)],
+        "macs": [coupling.macs(each) for each in (nothing, done.removed)],
+        "rolled_back": list(done.rollbacks),
+        "unruled": dict(plan.trace.unruled),
+        "stayed": {group.name: group.reason for group in coupling.groups if group.reason},
+    }
+    attach(done.model, plan.model, done.surgery, about)
+
+
+def notes(done: Shrunk, amount: Amount) -> list[str]:
+    """What a user must know: a target that could not be reached."""
+    wanted = 1 - amount.sparsity
+    largest = max((1 / unit.width for unit in done.coupling.units), default=0.0)
+    if abs(done.left - wanted) <= max(0.02, largest):
+        return []
+    return [
+        f"a sparsity of {amount.sparsity:.2f} of {amount.of} cannot be reached with round_to={amount.round_to} and "
+        f"min_channels={amount.min_channels}: {1 - done.left:.2f} is the nearest; ts.surgery(model) says what stayed"
+    ]
