@@ -19,7 +19,7 @@ class Atoms:
 
     def __init__(self) -> None:
         self._parent: Ids = np.arange(1024, dtype=np.int64)
-        self._reason = np.zeros(1024, dtype=np.int32)  # per atom: 0, or 1 + the index of why it was frozen
+        self._reason = np.zeros(1024, dtype=np.int32)  # per root: 0, or 1 + the index of why it was frozen
         self._elastic = np.zeros(1024, dtype=bool)
         self.reasons: list[str] = []
         self._known: dict[str, int] = {}
@@ -66,24 +66,26 @@ class Atoms:
             if not open_.any():
                 return
             left, right, a, b = left[open_], right[open_], a[open_], b[open_]
+            low, high = np.minimum(a, b), np.maximum(a, b)
             # of several pairs with one larger root only the smallest wins; the others go round again
-            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
+            np.minimum.at(self._parent, high, low)
+            passed = self._reason[high] > 0
+            self._reason[low[passed]] = np.where(
+                self._reason[low[passed]] > 0, self._reason[low[passed]], self._reason[high[passed]]
+            )
 
     def freeze(self, ids: Ids, why: str) -> None:
         """These never go; the first reason given is the one that is shown."""
         if why not in self._known:
             self.reasons.append(why)
             self._known[why] = len(self.reasons)
-        ids = ids.reshape(-1)
-        ids = ids[self._reason[ids] == 0]
-        self._reason[ids] = self._known[why]
+        roots = self.find(ids.reshape(-1))
+        self._reason[roots[self._reason[roots] == 0]] = self._known[why]
+
+    def stuck(self, ids: Ids) -> bool:
+        """Are all of these frozen?"""
+        return bool(self._reason[self.find(ids)].all())
 
     def frozen(self) -> NDArray[np.int32]:
         """Per atom: 0 when its class may go, else 1 + the index of the reason."""
-        roots = self.find(np.arange(self.count))
-        first = np.full(self.count, np.iinfo(np.int32).max, dtype=np.int32)
-        mine = self._reason[: self.count]
-        marked = mine > 0
-        np.minimum.at(first, roots[marked], mine[marked])
-        first[first == np.iinfo(np.int32).max] = 0
-        return first[roots]
+        return self._reason[self.find(np.arange(self.count))]

@@ -170,47 +170,20 @@ def couple(
         atoms.freeze(ids, why)
     resolver = _Resolver(trace, atoms, heads, modes or {})
     resolver.run()
-    groups = _groups(trace, atoms)
+    groups = [_made_by_weights(group, trace) for group in _groups(trace, atoms)]
     units = _units(trace, atoms, groups, resolver.ties)
     return Coupling(trace, atoms, groups, units, resolver.chosen)
 
 
-def roles(trace: Trace) -> tuple[dict[tuple[str, int], Literal["in", "out", "other"]], set[str]]:
-    """What the dimensions of weights mean to the operations they are used in, and which weights scale a batch norm."""
-    owner = {
-        int(core.reshape(-1)[0]): (name, next(dim for dim, size in enumerate(core.shape) if size > 1))
-        for name, value in trace.weights.items()
-        for core in value.layers
-    }
-    found: dict[tuple[str, int], Literal["in", "out", "other"]] = {}
-    scales: set[str] = set()
+def _made_by_weights(group: Group, trace: Trace) -> Group:
+    """A group that only takes in what a constant table gives stays: nothing that was learnt makes its channels."""
+    if group.reason or any(member.weight in trace.parameters for member in group.members if not _takes(member, trace)):
+        return group
+    return Group(group.classes, group.members, "channels of a constant")
 
-    def note(layers: Layers, meaning: Mapping[int, Literal["in", "out"]]) -> None:
-        for core in layers:
-            weight = owner.get(int(core.reshape(-1)[0]))
-            dims = [dim for dim, size in enumerate(core.shape) if size > 1]
-            if weight is not None and len(dims) == 1 and dims[0] in meaning:
-                found.setdefault(weight, meaning[dims[0]])
 
-    for operation in trace.operations:
-        name = operation.name.split(".")[1]
-        if name == "convolution":
-            transposed = bool(next(each for each in operation.scalars if isinstance(each, bool)))
-            note(operation.inputs[1].layers, {0: "in", 1: "out"} if transposed else {0: "out", 1: "in"})
-        elif name in ("mm", "addmm", "bmm", "baddbmm"):
-            left, right = operation.inputs[-2:]
-            last = len(right.shape) - 1
-            note(right.layers, {last - 1: "in", last: "out"})
-            note(left.layers, {last - 1: "out", last: "in"})
-        elif name == "embedding":
-            note(operation.inputs[0].layers, {1: "out"})
-        elif "batch_norm" in name and len(operation.inputs) > 1:
-            scales |= {
-                owner[int(core.reshape(-1)[0])][0]
-                for core in operation.inputs[1].layers
-                if int(core.reshape(-1)[0]) in owner
-            }
-    return found, scales
+def _takes(member: Member, trace: Trace) -> bool:
+    return trace.roles.get((member.weight, member.dim)) == "in"
 
 
 class _Resolver:
@@ -260,6 +233,7 @@ class _Resolver:
         frozen = self.atoms.frozen()
         inner_shut = False
         outer_axes: dict[JointKey, int] = {}
+        counts: dict[JointKey, int] = {}
         sides: list[tuple[int, int]] = []
         for key in keys:
             alive: dict[int, int] = {}
@@ -275,7 +249,10 @@ class _Resolver:
             outer = min(alive)
             outer_axes[key] = outer
             inner_shut |= any(axis != outer for axis in shut)
+            counts[key] = alive[outer]
             sides.append((alive[outer], max(size for axis, size in enumerate(key[0]) if axis != outer)))
+        if not sides:
+            return
         mode = self._mode(keys, sides, inner_shut)
         self.chosen |= {self.joints[key].where: mode for key in keys}
         for key in keys:
@@ -290,14 +267,14 @@ class _Resolver:
                 inner = [axis for axis in range(len(key[0])) if axis != outer_axes[key]]
                 self._enforce(atoms, inner[-1])
                 if mode == "tied":
-                    self._tie(key, inner[-1])
+                    self._tie(key, inner[-1], counts[key])
         self._settle_derived(keys)
 
     def _mode(self, keys: list[JointKey], sides: Sequence[tuple[int, int]], inner_shut: bool) -> str:
         for key in keys:
             if self.joints[key].where in self.modes:
                 return self.modes[self.joints[key].where]
-        if inner_shut or not sides:
+        if inner_shut:
             return "outer"
         if any(len({each.axes for each in self.derived[key]}) == 1 for key in keys):  # attention: heads by dimensions
             return "outer" if self.heads == "whole" else "inner"
@@ -307,20 +284,20 @@ class _Resolver:
     def _freeze(self, atoms: Ids) -> None:
         self.atoms.freeze(atoms, "neither whole heads nor parts of each can go")
 
-    def _tie(self, key: JointKey, axis: int) -> None:
+    def _tie(self, key: JointKey, axis: int, heads: int) -> None:
+        """The size of a head is computed from the width of what comes in: both shrink in step."""
         joint = self.joints[key]
-        size = joint.atoms.size
+        narrow = self.atoms.find(np.moveaxis(joint.atoms, axis, 0).reshape(joint.atoms.shape[axis], -1)[:, 0])
         mine = set(np.unique(self.atoms.find(joint.atoms)).tolist())
-        first = np.take(joint.atoms, 0, axis=1 - axis if joint.atoms.ndim == 2 else 0).reshape(-1)
         for operation in self.trace.operations:
-            if operation.path != joint.where:
+            if not f"{operation.path}.".startswith(f"{joint.where}."):
                 continue
             for value in operation.inputs:
                 for core in value.layers:
-                    if core.numel() in (size, joint.atoms.size) and max(core.shape) == core.numel():
+                    if core.numel() == heads * len(narrow) and max(core.shape) == core.numel():
                         wide = np.unique(self.atoms.find(core.numpy().reshape(-1)))
-                        if len(wide) == size and not mine & set(wide.tolist()):
-                            self.ties.append(Tie(wide, self.atoms.find(first), size // len(first)))
+                        if len(wide) == core.numel() and not mine & set(wide.tolist()):
+                            self.ties.append(Tie(wide, narrow, heads))
                             return
         self._freeze(joint.atoms)
 
@@ -408,29 +385,37 @@ def _groups(trace: Trace, atoms: Atoms) -> list[Group]:
     ]
 
 
+def _counted(roots: Ids) -> dict[int, int]:
+    values, counts = np.unique(roots, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
 def _units(trace: Trace, atoms: Atoms, groups: list[Group], ties: Sequence[Tie]) -> list[Unit]:
     """Free groups, split into cells by what must stay in balance, and tied where they must shrink in step."""
     frozen = atoms.frozen()
-    group_of = {int(root): number for number, group in enumerate(groups) for root in group.classes}
-    labels: dict[int, list[tuple[int, int]]] = {}
-    bound: list[tuple[int, list[Ids]]] = []
-    stuck: set[int] = set()
+    group_of = {
+        int(root): number for number, group in enumerate(groups) if not group.reason for root in group.classes
+    }
+    labels: dict[int, list[tuple[int, ...]]] = {}
+    bound: list[list[dict[int, int]]] = []
     for number, balance in enumerate(trace.tagger.balances.values()):
-        parts = [np.unique(atoms.find(part)) for part in balance.parts]
-        counts: dict[int, int] = {}
-        for part in parts:
-            for root in part.tolist():
-                counts[root] = counts.get(root, 0) + 1
-        everywhere = {root for root, count in counts.items() if count == len(parts)}
-        own = [np.array([root for root in part.tolist() if counts[root] == 1 and not frozen[root]]) for part in parts]
-        stuck |= {root for root, count in counts.items() if 1 < count < len(parts)}
-        if all(set(part.tolist()) <= everywhere for part in parts):
-            continue
-        for index, part in enumerate(own):
-            for root in part.tolist():
-                labels.setdefault(root, []).append((number, index))
-        bound.append((number, own))
-    cells: dict[tuple[int, tuple[tuple[int, int], ...]], list[int]] = {}
+        parts = [_counted(atoms.find(part)) for part in balance.parts]
+        inside: dict[int, list[int]] = {}
+        for index, part in enumerate(parts):
+            for root in part:
+                inside.setdefault(root, []).append(index)
+        shared = {
+            root
+            for root, places in inside.items()
+            if frozen[root] or (len(places) == len(parts) and len({part[root] for part in parts}) == 1)
+        }
+        own = [{root: count for root, count in part.items() if root not in shared} for part in parts]
+        if any(own):
+            bound.append(own)
+            for root, places in inside.items():
+                if root not in shared:
+                    labels.setdefault(root, []).append((number, *places))
+    cells: dict[tuple[int, tuple[tuple[int, ...], ...]], list[int]] = {}
     for root, number in group_of.items():
         if not frozen[root]:
             cells.setdefault((number, tuple(labels.get(root, ()))), []).append(root)
@@ -439,18 +424,20 @@ def _units(trace: Trace, atoms: Atoms, groups: list[Group], ties: Sequence[Tie])
     places = links.fresh(len(keys))
     cell_of = {root: place for place, key in enumerate(keys) for root in cells[key]}
     stride = [1] * len(keys)
-    for _, own in bound:
-        weights = [len({cell_of[root] for root in part.tolist() if root in cell_of}) for part in own]
-        mine = [cell_of[root] for part in own for root in part.tolist() if root in cell_of]
-        if len(set(weights)) > 1:
-            stuck |= {root for part in own for root in part.tolist()}
-        elif mine:
+    stuck: set[int] = set()
+    for own in bound:
+        # one class from each cell: every part must lose equally many of its elements
+        losses = [{(cell_of.get(root, -1), count) for root, count in part.items()} for part in own]
+        mine = sorted({place for each in losses for place, _ in each})
+        if mine[:1] == [-1] or len({sum(count for _, count in each) for each in losses}) > 1:
+            stuck |= {root for part in own for root in part}
+        else:
             links.union(places[np.array(mine)], places[np.array(mine[:1])])
     for tie in ties:
-        wide = sorted({cell_of[root] for root in tie.wide.tolist() if root in cell_of})
-        narrow = sorted({cell_of[root] for root in tie.narrow.tolist() if root in cell_of})
+        ends = [atoms.find(each).tolist() for each in (tie.wide, tie.narrow)]
+        wide, narrow = (sorted({cell_of[root] for root in each if root in cell_of}) for each in ends)
         if len(wide) != 1 or len(narrow) != 1:
-            stuck |= {*tie.wide.tolist(), *tie.narrow.tolist()}
+            stuck |= {*ends[0], *ends[1]}
             continue
         stride[wide[0]] = max(stride[wide[0]], tie.factor)
         links.union(places[[wide[0]]], places[[narrow[0]]])

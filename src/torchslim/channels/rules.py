@@ -192,10 +192,13 @@ def expand(call: Call) -> Sequence[Layers]:
 
 @rule("constant_pad_nd")
 def constant_pad(call: Call) -> Sequence[Layers]:
-    """Padding elements never go: atom 0 is the padding of the layers too."""
+    """Padding elements along a dimension never go; across the others they come and go with their neighbours."""
     layers, shape = call.operand(call.args[0])
     pad = list(call.args[1])
-    return (call.tagger.layout(layers, shape, lambda core: torch.constant_pad_nd(core, pad, 0)),)
+    padded = {len(shape) - 1 - place // 2 for place, width in enumerate(pad) if width}
+    inside = tuple(core for core in layers if varying(core) & padded)
+    moved = call.tagger.layout(inside, shape, lambda core: torch.constant_pad_nd(core, pad, 0))
+    return (tuple(core for core in layers if not varying(core) & padded) + moved,)
 
 
 @rule("cat", "concat")

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torchslim.steps import Inputs
 from torchslim.task import tensors
 
 Shape = tuple[int, ...]
+Role = Literal["in", "out", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,9 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     weights: dict[str, Value] = field(default_factory=dict)  # parameters and buffers by path, each tensor once
     unruled: dict[str, int] = field(default_factory=dict)  # operations without a rule, and how often they ran
+    parameters: frozenset[str] = frozenset()  # the weights that are learnt; the others are buffers
+    roles: dict[tuple[str, int], Role] = field(default_factory=dict)  # what dimensions of weights mean to operations
+    norm_scales: frozenset[str] = frozenset()  # weights that scale a batch norm
     training: str = ""  # why the training mode was not analysed, where that was needed
 
 
@@ -187,7 +191,9 @@ class _Recorder(TorchDispatchMode):
         for tensor in given:
             self._used[tensor] = True
         for place, output in enumerate(outputs):
-            self._layers[output] = tuple(made[place]) if place < len(made) else ()
+            layers = made[place] if place < len(made) else ()
+            # what is known to stay is of a fixed size, as if it had no atoms
+            self._layers[output] = tuple(core for core in layers if not self.tagger.atoms.stuck(core.numpy()))
         cost, factors = self._cost(func, args, kwargs, result)
         self.trace.operations.append(
             Operation(
@@ -242,7 +248,47 @@ class _Recorder(TorchDispatchMode):
         """What the run never touched stays."""
         for tensor in self.unused():
             self.tagger.freeze(self.layers_of(tensor), "not used in this run")
+        self.trace.parameters = frozenset(name for name, _ in self._model.named_parameters())
+        self.trace.roles, self.trace.norm_scales = _roles(self.trace)
         return self.trace
+
+
+def _roles(trace: Trace) -> tuple[dict[tuple[str, int], Role], frozenset[str]]:
+    """What the dimensions of weights mean to the operations they are used in, and which weights scale a batch norm."""
+    owner = {
+        int(core.reshape(-1)[0]): (name, next(dim for dim, size in enumerate(core.shape) if size > 1))
+        for name, value in trace.weights.items()
+        for core in value.layers
+    }
+    found: dict[tuple[str, int], Role] = {}
+    scales: set[str] = set()
+
+    def note(layers: Layers, meaning: Mapping[int, Role]) -> None:
+        for core in layers:
+            weight = owner.get(int(core.reshape(-1)[0]))
+            dims = [dim for dim, size in enumerate(core.shape) if size > 1]
+            if weight is not None and len(dims) == 1 and dims[0] in meaning:
+                found.setdefault(weight, meaning[dims[0]])
+
+    for operation in trace.operations:
+        name = operation.name.split(".")[1]
+        if name == "convolution":
+            transposed = bool(next(each for each in operation.scalars if isinstance(each, bool)))
+            note(operation.inputs[1].layers, {0: "in", 1: "out"} if transposed else {0: "out", 1: "in"})
+        elif name in ("mm", "addmm", "bmm", "baddbmm"):
+            left, right = operation.inputs[-2:]
+            last = len(right.shape) - 1
+            note(right.layers, {last - 1: "in", last: "out"})
+            note(left.layers, {last - 1: "out", last: "in"})
+        elif name == "embedding":
+            note(operation.inputs[0].layers, {1: "out"})
+        elif "batch_norm" in name and len(operation.inputs) > 1:
+            scales |= {
+                owner[int(core.reshape(-1)[0])][0]
+                for core in operation.inputs[1].layers
+                if int(core.reshape(-1)[0]) in owner
+            }
+    return found, frozenset(scales)
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from torchslim.channels import oracle
-from torchslim.channels.groups import Coupling, Group, Heads, Mask, couple, roles
+from torchslim.channels.groups import Coupling, Group, Heads, Mask, couple
 from torchslim.channels.trace import Trace, named_weights, trace
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, preserved_globals
@@ -193,13 +193,15 @@ class Ranking:
         """A function of coupling and group, for `shrink`."""
         generator = torch.Generator().manual_seed(self.seed)
         weights = {name: each for name, each in model.named_parameters() if each.is_floating_point()}
-        role_of, scales = roles(plan.trace)
         known: dict[tuple[str, int], torch.Tensor | None] = {}
 
         def member(name: str, dim: int) -> torch.Tensor | None:
             if (name, dim) not in known:
                 statistics = self.gathered.of(
-                    name, generator=generator, role=role_of.get((name, dim), "other"), norm_scale=name in scales
+                    name,
+                    generator=generator,
+                    role=plan.trace.roles.get((name, dim), "other"),
+                    norm_scale=name in plan.trace.norm_scales,
                 )
                 known[name, dim] = channel_scores(self.criterion, weights[name], dim, statistics)
             return known[name, dim]
