@@ -159,7 +159,7 @@ def couple(
         trace: left as it is.
         heads: what attention loses: whole heads, dimensions of every head, or what the model allows ("auto").
         frozen: weights that must stay as they are.
-        modes: by module path, what its joint layers lose: "outer", "inner", "tied" or "none".
+        modes: by module path, what its joint layers lose: "inner", "even", "tied", "outer" or "none".
         stays: further atoms that must stay, and why.
     """
     atoms = copy.deepcopy(trace.tagger.atoms)
@@ -255,6 +255,7 @@ class _Resolver:
             return
         mode = self._mode(keys, sides, inner_shut)
         self.chosen |= {self.joints[key].where: mode for key in keys}
+        levels: dict[tuple[str, int], Ids] = {}
         for key in keys:
             atoms = self.joints[key].atoms
             if key not in outer_axes and mode != "none":
@@ -268,6 +269,8 @@ class _Resolver:
                 self._enforce(atoms, inner[-1])
                 if mode == "tied":
                     self._tie(key, inner[-1], counts[key])
+                elif mode == "even":
+                    self._level(key, inner[-1], levels)
         self._settle_derived(keys)
 
     def _mode(self, keys: list[JointKey], sides: Sequence[tuple[int, int]], inner_shut: bool) -> str:
@@ -283,6 +286,14 @@ class _Resolver:
 
     def _freeze(self, atoms: Ids) -> None:
         self.atoms.freeze(atoms, "neither whole heads nor parts of each can go")
+
+    def _level(self, key: JointKey, axis: int, levels: dict[tuple[str, int], Ids]) -> None:
+        """One number in the module sizes what queries, keys and values have in a head: they shrink in step."""
+        joint = self.joints[key]
+        mine = np.moveaxis(joint.atoms, axis, 0).reshape(joint.atoms.shape[axis], -1)[:, 0]
+        first = levels.setdefault((joint.where, len(mine)), mine)
+        if not np.array_equal(self.atoms.find(first), self.atoms.find(mine)):
+            self.ties.append(Tie(mine, first, 1))
 
     def _tie(self, key: JointKey, axis: int, heads: int) -> None:
         """The size of a head is computed from the width of what comes in: both shrink in step."""
