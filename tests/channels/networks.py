@@ -243,4 +243,4 @@ class Tokens(nn.Module):
         if self.other is not None and more is not None:
             x = x + self.other(more)[:, None]
         x = self.norm(self.blocks(x))
-        return packed([self.head(x)] if self.as_ == "tensor" else [self.head(x), x.mean((1, 2))], self.as_)
+        return packed([self.head(x)] if self.as_ == "tensor" else [self.head(x), x.sum((1, 2))], self.as_)
