@@ -230,38 +230,23 @@ class _Resolver:
         return list(families.values())
 
     def _decide(self, keys: list[JointKey]) -> None:
-        frozen = self.atoms.frozen()
-        inner_shut = False
-        outer_axes: dict[JointKey, int] = {}
-        counts: dict[JointKey, int] = {}
-        sides: list[tuple[int, int]] = []
-        for key in keys:
-            alive: dict[int, int] = {}
-            shut: list[int] = []
-            for each in self.derived[key]:
-                if len(each.axes) == 1:
-                    if frozen[self.atoms.find(each.targets)].all():
-                        shut.append(each.axes[0])
-                    else:
-                        alive[each.axes[0]] = len(each.targets)
-            if not alive:
-                continue  # nothing is asked of it by itself: it follows the others
-            outer = min(alive)
-            outer_axes[key] = outer
-            inner_shut |= any(axis != outer for axis in shut)
-            counts[key] = alive[outer]
-            sides.append((alive[outer], max(size for axis, size in enumerate(key[0]) if axis != outer)))
-        if not sides:
+        """One choice for a family: whole slices along the outer axis (heads, groups) or along the inner one."""
+        outer_axes, inner_shut, counts = self._outer_axes(keys)
+        if not outer_axes:
             return
+        sides = [
+            (counts[key], max(size for other, size in enumerate(key[0]) if other != axis))
+            for key, axis in outer_axes.items()
+        ]
         mode = self._mode(keys, sides, inner_shut)
         self.chosen |= {self.joints[key].where: mode for key in keys}
         levels: dict[tuple[str, int], Ids] = {}
         for key in keys:
             atoms = self.joints[key].atoms
-            if key not in outer_axes and mode != "none":
-                continue
             if mode == "none":
                 self._freeze(atoms)
+            elif key not in outer_axes:
+                continue  # nothing is asked of it by itself: it follows the others
             elif mode == "outer":
                 self._enforce(atoms, outer_axes[key])
             else:
@@ -272,6 +257,47 @@ class _Resolver:
                 elif mode == "even":
                     self._level(key, inner[-1], levels)
         self._settle_derived(keys)
+
+    def _outer_axes(self, keys: list[JointKey]) -> tuple[dict[JointKey, int], bool, dict[JointKey, int]]:
+        """Per joint layer its outer axis, whether an inner one is of a fixed size, and how many outer slices differ.
+
+        Axes whose derived atoms are coupled mean the same thing; where a layer has two, the later one is the inner.
+        """
+        frozen = self.atoms.frozen()
+        shut: list[tuple[JointKey, int]] = []
+        nodes: list[tuple[JointKey, int]] = []
+        counts: list[int] = []
+        links, owner = Atoms(), dict[int, int]()
+        for key in keys:
+            for each in self.derived[key]:
+                roots = np.unique(self.atoms.find(each.targets))
+                alive = roots[frozen[roots] == 0]
+                if len(each.axes) > 1:
+                    continue
+                if not alive.size:
+                    shut.append((key, each.axes[0]))
+                    continue
+                place = int(links.fresh(1)[0])
+                nodes.append((key, each.axes[0]))
+                counts.append(len(each.targets))
+                for root in alive.tolist():
+                    links.union(np.array([owner.setdefault(root, place)]), np.array([place]))
+        kinds = links.find(np.arange(1, len(nodes) + 1)).tolist()
+        depth = {kind: np.mean([axis for (_, axis), own in zip(nodes, kinds, strict=True) if own == kind]) for kind in kinds}
+        inner_kinds = {
+            max(one, two, key=lambda kind: (depth[kind], kind))
+            for (key, _), one in zip(nodes, kinds, strict=True)
+            for (other, _), two in zip(nodes, kinds, strict=True)
+            if key == other and one != two
+        }
+        outer: dict[JointKey, int] = {}
+        sizes: dict[JointKey, int] = {}
+        for (key, axis), kind, count in zip(nodes, kinds, counts, strict=True):
+            if kind not in inner_kinds:
+                outer[key], sizes[key] = axis, count
+            elif len(key[0]) == 2 and key not in outer:
+                outer[key], sizes[key] = 1 - axis, key[0][1 - axis]
+        return outer, any(key in outer and axis != outer[key] for key, axis in shut), sizes
 
     def _mode(self, keys: list[JointKey], sides: Sequence[tuple[int, int]], inner_shut: bool) -> str:
         for key in keys:
