@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from torchslim.channels import oracle
 from torchslim.channels.groups import Coupling, Group, Heads, Mask, couple
+from torchslim.channels.tags import JointKey
 from torchslim.channels.trace import Trace, named_weights, trace
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, preserved_globals
@@ -43,6 +44,7 @@ class Plan:
     modes: dict[str, str] = field(default_factory=dict)
     tried: dict[str, set[str]] = field(default_factory=dict)
     stays: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
+    shut: dict[JointKey, set[int]] = field(default_factory=dict)
     narrowest: int = 1
 
     @property
@@ -53,7 +55,7 @@ class Plan:
     def coupling(self) -> Coupling:
         """The groups, with all that is known to be impossible left out."""
         return couple(
-            self.trace, heads=self.heads, frozen=self.frozen, modes=self.modes, stays=self.stays
+            self.trace, heads=self.heads, frozen=self.frozen, modes=self.modes, stays=self.stays, shut=self.shut
         )
 
     def retreat(self, divergence: oracle.Divergence, coupling: Coupling, removed: Mask) -> bool:
@@ -82,12 +84,27 @@ class Plan:
             suspects = self._inside(divergence.path, coupling, removed)
         if not suspects:
             return False
+        if self._turn(suspects, coupling, kinds):
+            return True
         why = f"could not be verified: {divergence.what} ({divergence.path})"
         for unit in coupling.units:
             classes = np.concatenate([cell.classes for cell in unit.cells])
             if suspects & set(classes.tolist()):
                 self.stays.append((classes, why))
         return True
+
+    def _turn(self, suspects: set[int], coupling: Coupling, kinds: Mapping[str, type]) -> bool:
+        """Let joint layers at work, and those of modules of the same class, lose slices along another axis."""
+        joints = self.trace.tagger.joints
+        turned = {
+            (kinds.get(joints[key].where), axis)
+            for key, axis in coupling.axes.items()
+            if suspects & set(coupling.roots[joints[key].atoms].reshape(-1).tolist())
+        }
+        for key, axis in coupling.axes.items():
+            if (kinds.get(joints[key].where), axis) in turned:
+                self.shut.setdefault(key, set()).add(axis)
+        return bool(turned)
 
     def _inside(self, path: str, coupling: Coupling, removed: Mask) -> set[int]:
         found: set[int] = set()
