@@ -463,7 +463,7 @@ def _units(trace: Trace, atoms: Atoms, groups: list[Group], ties: Sequence[Tie])
         ends = [atoms.find(each).tolist() for each in (tie.wide, tie.narrow)]
         wide, narrow = (sorted({cell_of[root] for root in each if root in cell_of}) for each in ends)
         if len(wide) != 1 or len(narrow) != 1:
-            stuck |= {*ends[0], *ends[1]}
+            stuck |= {*ends[1], *(ends[0] if narrow else ())}
             continue
         stride[wide[0]] = max(stride[wide[0]], tie.factor)
         links.union(places[[wide[0]]], places[[narrow[0]]])

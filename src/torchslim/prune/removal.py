@@ -64,7 +64,7 @@ class Plan:
                 mode = coupling.modes[path]
                 alike = {other for other in coupling.modes if kinds.get(other) is kinds.get(path)}
                 done = self.tried.setdefault(path, set()) | {mode}
-                following = next(each for each in ("inner", "tied", "outer", "none") if each not in done)
+                following = next(each for each in ("inner", "outer", "tied", "none") if each not in done)
                 for other in alike:
                     self.tried.setdefault(other, set()).add(mode)
                     if coupling.modes[other] == mode:
