@@ -71,11 +71,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Tie:
-    """Two sets of classes of which the first loses `factor` for each that the second loses."""
+    """Two sets of classes of which the first loses `factor` for each that the second loses.
+
+    Where the second stays, the first may go by itself, unless they are of `one` size.
+    """
 
     wide: Ids
     narrow: Ids
     factor: int
+    one: bool = False
 
 
 @dataclass
@@ -159,7 +163,7 @@ def couple(
         trace: left as it is.
         heads: what attention loses: whole heads, dimensions of every head, or what the model allows ("auto").
         frozen: weights that must stay as they are.
-        modes: by module path, what its joint layers lose: "outer", "inner", "tied" or "none".
+        modes: by module path, what its joint layers lose: "inner", "even", "tied", "outer" or "none".
         stays: further atoms that must stay, and why.
     """
     atoms = copy.deepcopy(trace.tagger.atoms)
@@ -240,6 +244,7 @@ class _Resolver:
         ]
         mode = self._mode(keys, sides, inner_shut)
         self.chosen |= {self.joints[key].where: mode for key in keys}
+        levels: dict[tuple[str, int], Ids] = {}
         for key in keys:
             atoms = self.joints[key].atoms
             if mode == "none":
@@ -253,6 +258,8 @@ class _Resolver:
                 self._enforce(atoms, inner[-1])
                 if mode == "tied":
                     self._tie(key, inner[-1], counts[key])
+                elif mode == "even":
+                    self._level(key, inner[-1], levels)
         self._settle_derived(keys)
 
     def _outer_axes(self, keys: list[JointKey]) -> tuple[dict[JointKey, int], bool, dict[JointKey, int]]:
@@ -309,6 +316,14 @@ class _Resolver:
 
     def _freeze(self, atoms: Ids) -> None:
         self.atoms.freeze(atoms, "neither whole heads nor parts of each can go")
+
+    def _level(self, key: JointKey, axis: int, levels: dict[tuple[str, int], Ids]) -> None:
+        """One number in the module sizes what queries, keys and values have in a head: they shrink in step."""
+        joint = self.joints[key]
+        mine = np.moveaxis(joint.atoms, axis, 0).reshape(joint.atoms.shape[axis], -1)[:, 0]
+        first = levels.setdefault((joint.where, len(mine)), mine)
+        if not np.array_equal(self.atoms.find(first), self.atoms.find(mine)):
+            self.ties.append(Tie(mine, first, 1, one=True))
 
     def _tie(self, key: JointKey, axis: int, heads: int) -> None:
         """The size of a head is computed from the width of what comes in: both shrink in step."""
@@ -463,7 +478,7 @@ def _units(trace: Trace, atoms: Atoms, groups: list[Group], ties: Sequence[Tie])
         ends = [atoms.find(each).tolist() for each in (tie.wide, tie.narrow)]
         wide, narrow = (sorted({cell_of[root] for root in each if root in cell_of}) for each in ends)
         if len(wide) != 1 or len(narrow) != 1:
-            stuck |= {*ends[1], *(ends[0] if narrow else ())}
+            stuck |= {*ends[1], *(ends[0] if narrow or tie.one else ())}
             continue
         stride[wide[0]] = max(stride[wide[0]], tie.factor)
         links.union(places[[wide[0]]], places[[narrow[0]]])

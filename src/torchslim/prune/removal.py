@@ -31,6 +31,10 @@ ROLLBACKS = 60
 """How often a removal that could not be verified is made smaller before everything is given up."""
 
 
+MODES = ("inner", "even", "outer", "tied", "none")
+"""What attention may lose, in the order in which it is tried: see `couple`."""
+
+
 @dataclass
 class Plan:
     """An analysed model, and what of it could not be verified so far."""
@@ -43,6 +47,7 @@ class Plan:
     modes: dict[str, str] = field(default_factory=dict)
     tried: dict[str, set[str]] = field(default_factory=dict)
     stays: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
+    narrowest: int = 1
 
     @property
     def names(self) -> list[str]:
@@ -57,6 +62,7 @@ class Plan:
 
     def retreat(self, divergence: oracle.Divergence, coupling: Coupling, removed: Mask) -> bool:
         """Give up what a divergence shows to be impossible: another way for the attention, or the groups at work."""
+        self.narrowest = 1
         kinds = {path: type(module) for path, module in self.model.named_modules()}
         path: str | None = divergence.path
         while path is not None:
@@ -64,7 +70,7 @@ class Plan:
                 mode = coupling.modes[path]
                 alike = {other for other in coupling.modes if kinds.get(other) is kinds.get(path)}
                 done = self.tried.setdefault(path, set()) | {mode}
-                following = next(each for each in ("inner", "outer", "tied", "none") if each not in done)
+                following = next(each for each in MODES if each not in done)
                 for other in alike:
                     self.tried.setdefault(other, set()).add(mode)
                     if coupling.modes[other] == mode:
@@ -156,7 +162,7 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         coupling = plan.coupling()
         if not coupling.units:
             break
-        selection = select(coupling, amount, plan.names, scores)
+        selection = select(coupling, amount, plan.names, scores, narrowest=plan.narrowest)
         kept = selection.choose()
         removed = selection.removed(kept)
         if not removed.any():
@@ -173,7 +179,9 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         if diverged is None:
             return Shrunk(shrunk, surgery, coupling, removed, error, selection.left(kept), tuple(rollbacks))
         rollbacks.append(f"{diverged.path}: {diverged.what}")
-        if not plan.retreat(diverged, coupling, removed):
+        if plan.narrowest == 1 and any(left == 1 < unit.width for unit, left in zip(coupling.units, kept, strict=True)):
+            plan.narrowest = 2  # a value of size 1 often takes another path through views and products
+        elif not plan.retreat(diverged, coupling, removed):
             break
     reasons = "; ".join(dict.fromkeys(each.reason for each in plan.coupling().groups if each.reason))
     raise PruneError(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
