@@ -71,11 +71,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Tie:
-    """Two sets of classes of which the first loses `factor` for each that the second loses."""
+    """Two sets of classes of which the first loses `factor` for each that the second loses.
+
+    Where the second stays, the first may go by itself, unless they are of `one` size.
+    """
 
     wide: Ids
     narrow: Ids
     factor: int
+    one: bool = False
 
 
 @dataclass
@@ -330,7 +334,7 @@ class _Resolver:
         mine = np.moveaxis(joint.atoms, axis, 0).reshape(joint.atoms.shape[axis], -1)[:, 0]
         first = levels.setdefault((joint.where, len(mine)), mine)
         if not np.array_equal(self.atoms.find(first), self.atoms.find(mine)):
-            self.ties.append(Tie(mine, first, 1))
+            self.ties.append(Tie(mine, first, 1, one=True))
 
     def _tie(self, key: JointKey, axis: int, heads: int) -> None:
         """The size of a head is computed from the width of what comes in: both shrink in step."""
@@ -485,7 +489,7 @@ def _units(trace: Trace, atoms: Atoms, groups: list[Group], ties: Sequence[Tie])
         ends = [atoms.find(each).tolist() for each in (tie.wide, tie.narrow)]
         wide, narrow = (sorted({cell_of[root] for root in each if root in cell_of}) for each in ends)
         if len(wide) != 1 or len(narrow) != 1:
-            stuck |= {*ends[0], *ends[1]}
+            stuck |= {*ends[1], *(ends[0] if narrow or tie.one else ())}
             continue
         stride[wide[0]] = max(stride[wide[0]], tie.factor)
         links.union(places[[wide[0]]], places[[narrow[0]]])

@@ -32,6 +32,10 @@ ROLLBACKS = 60
 """How often a removal that could not be verified is made smaller before everything is given up."""
 
 
+MODES = ("inner", "even", "outer", "tied", "none")
+"""What attention may lose, in the order in which it is tried: see `couple`."""
+
+
 @dataclass
 class Plan:
     """An analysed model, and what of it could not be verified so far."""
@@ -68,7 +72,7 @@ class Plan:
                 mode = coupling.modes[path]
                 alike = {other for other in coupling.modes if kinds.get(other) is kinds.get(path)}
                 done = self.tried.setdefault(path, set()) | {mode}
-                following = next(each for each in ("inner", "even", "tied", "outer", "none") if each not in done)
+                following = next(each for each in MODES if each not in done)
                 for other in alike:
                     self.tried.setdefault(other, set()).add(mode)
                     if coupling.modes[other] == mode:
