@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from torchslim.channels.groups import Coupling, Mask
-from torchslim.channels.trace import Operation, Shape, Stack, call, elementary, named_weights
+from torchslim.channels.tags import varying
+from torchslim.channels.trace import Operation, Shape, Stack, Value, call, elementary, named_weights
 from torchslim.isolation import preserved_globals
 from torchslim.steps import Inputs
 from torchslim.task import tensors
@@ -46,6 +47,9 @@ LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 RANDOM = frozenset({"rand", "randn", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
                     "normal", "randint", "multinomial", "randperm", "exponential_", "random_"})  # fmt: skip
+COUNTING = frozenset({"nms", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"})
+"""Operations of which the data decides how much comes out."""
+
 NAMES = {"_unsafe_view": "view", "_reshape_alias": "view"}
 POWERS = (1.0, 0.5, 0.25)
 
@@ -165,6 +169,7 @@ class Follower(_Run):
     def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, *, values: bool) -> None:
         super().__init__(model, coupling, removed)
         self.values = values
+        self.loose = False  # has a size been seen that depends on data?
         self.footprints: list[Footprint] = []
         self.lifted: list[float] = []
 
@@ -179,8 +184,9 @@ class Follower(_Run):
         if opname(func) in RANDOM:
             result = _calm(result)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.loose |= opname(func) in COUNTING or torch.Tag.dynamic_output_shape in func.tags
         for value, output in zip(operation.outputs, outputs, strict=False):
-            shape = self.coupling.shape(value, self.removed)
+            shape = self._shape(value, tuple(output.shape))
             if shape != tuple(output.shape):
                 raise self.fail(f"{opname(func)} gives {tuple(output.shape)} instead of {shape}")
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
@@ -188,6 +194,15 @@ class Follower(_Run):
         self.footprints.append(Footprint(tuple(leaves), digests))
         self.at += 1
         return result
+
+
+    def _shape(self, value: Value, got: Shape) -> Shape:
+        """What is predicted; sizes that depend on data and belong to no weight are taken as they come."""
+        shape = self.coupling.shape(value, self.removed)
+        if not self.loose or len(got) != len(shape):
+            return shape
+        owned = frozenset().union(*map(varying, value.layers))
+        return tuple(size if dim in owned else got[dim] for dim, size in enumerate(shape))
 
 
 class Masked(_Run):
