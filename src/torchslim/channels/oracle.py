@@ -50,6 +50,9 @@ RANDOM = frozenset({"rand", "randn", "rand_like", "randn_like", "bernoulli", "be
 COUNTING = frozenset({"nms", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"})
 """Operations of which the data decides how much comes out."""
 
+SORTING = frozenset({"sort", "topk", "nms"})
+"""Operations that decide by comparing: rounding may turn near ties."""
+
 NAMES = {"_unsafe_view": "view", "_reshape_alias": "view"}
 POWERS = (1.0, 0.5, 0.25)
 
@@ -69,6 +72,7 @@ class Footprint:
 
     scalars: tuple[Any, ...]
     values: list[tuple[Shape, float, float] | None]
+    order: Tensor | None = None  # which elements a sort or a suppression took, in order
 
 
 class Mismatch(Exception):
@@ -191,7 +195,8 @@ class Follower(_Run):
                 raise self.fail(f"{opname(func)} gives {tuple(output.shape)} instead of {shape}")
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
         digests = [digest(each) if self.values else None for each in outputs]
-        self.footprints.append(Footprint(tuple(leaves), digests))
+        order = outputs[-1] if self.values and opname(func) in SORTING else None
+        self.footprints.append(Footprint(tuple(leaves), digests, order))
         self.at += 1
         return result
 
@@ -240,6 +245,8 @@ class Masked(_Run):
             result = self._plain(func, leaves, spec, footprint)
         if name in RANDOM:
             result = _calm(result)
+        if footprint.order is not None:
+            result = _in_order(func, args, kwargs, footprint.order)
         flat, out_spec = tree_flatten(result)
         place = 0
         for position, leaf in enumerate(flat):
@@ -299,6 +306,15 @@ class Masked(_Run):
         if not error <= TOLERANCE:
             raise self.fail(f"a value differs by {error:.1e} of its norm")
         self.largest = max(self.largest, error)
+
+
+def _in_order(func: Any, args: Any, kwargs: Any, order: Tensor) -> Any:
+    """A sort's result with near ties as they fell in the shrunk run; the values in this order are compared."""
+    if func._opname == "nms":
+        return order
+    place = next(place for place, each in enumerate(func._schema.arguments) if each.name == "dim")
+    dim = int(args[place] if len(args) > place else kwargs.get("dim", -1))
+    return args[0].gather(dim, order), order
 
 
 def _ratios(coupling: Coupling, removed: Mask) -> set[float]:
