@@ -35,6 +35,9 @@ ROLLBACKS = 60
 MODES = ("inner", "even", "outer", "tied", "none")
 """What attention may lose, in the order in which it is tried: see `couple`."""
 
+WITHDRAWALS = 12
+"""How many changed attributes of the modules at work are tried with their old value where values differ."""
+
 
 @dataclass
 class Plan:
@@ -190,9 +193,10 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         surgery, shrunk, diverged = mend(plan.model, coupling, removed, plan.inputs)
         error = float("inf")
         if diverged is None:
-            working, _ = copy_model(plan.model)
-            base, inputs = oracle.prepare(working.eval(), plan.inputs)
-            diverged, error = oracle.verify(base, perform(base, surgery), coupling, removed, inputs)
+            first = surgery
+            surgery, diverged, error = _checked(plan, coupling, removed, surgery)
+            if surgery is not first:
+                shrunk = perform(plan.model, surgery)
         if diverged is None:
             return Shrunk(shrunk, surgery, coupling, removed, error, selection.left(kept), tuple(rollbacks))
         rollbacks.append(f"{diverged.path}: {diverged.what}")
@@ -202,6 +206,36 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
             break
     reasons = "; ".join(dict.fromkeys(each.reason for each in plan.coupling().groups if each.reason))
     raise PruneError(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
+
+
+def _checked(
+    plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery
+) -> tuple[Surgery, oracle.Divergence | None, float]:
+    """Verify; where values differ, attributes that only looked like sizes get their old values back."""
+
+    def verify(trial: Surgery) -> tuple[oracle.Divergence | None, float]:
+        working, _ = copy_model(plan.model)
+        base, inputs = oracle.prepare(working.eval(), plan.inputs)
+        return oracle.verify(base, perform(base, trial), coupling, removed, inputs)
+
+    kinds = {path: type(module) for path, module in plan.model.named_modules()}
+    diverged, error = verify(surgery)
+    trials = WITHDRAWALS
+    while diverged is not None and trials:
+        near = [each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module]
+        alike = {(kinds[each.module], each.name, each.place): None for each in reversed(near)}
+        for kind, name, place in list(alike)[:trials]:
+            trials -= 1
+            left = tuple(
+                each for each in surgery.patches if (kinds[each.module], each.name, each.place) != (kind, name, place)
+            )
+            later, error = verify(Surgery(surgery.cuts, left))
+            if later is None or later.index > diverged.index:
+                surgery, diverged = Surgery(surgery.cuts, left), later
+                break
+        else:
+            break
+    return surgery, diverged, error
 
 
 @dataclass(frozen=True, kw_only=True)
