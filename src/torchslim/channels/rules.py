@@ -507,7 +507,9 @@ def batch_norm(call: Call) -> Sequence[Layers]:
     """One scale, shift, mean and variance per channel."""
     value = call.operand(call.args[0])
     parameters = [each for each in call.args[1:5] if isinstance(each, Tensor)]
-    return (_affine(call, value, parameters, [1]),)
+    layers = _affine(call, value, parameters, [1])
+    channels = tuple(core.reshape(-1) for core in layers if varying(core) == {1})
+    return (layers, *(channels if output.numel() == value[1][1] else () for output in call.outputs[1:]))
 
 
 # -- space --------------------------------------------------------------------------------------------------------------
