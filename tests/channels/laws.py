@@ -32,7 +32,9 @@ def random_scores(seed: int, spread: float = 2.0) -> Callable[[Coupling, Group],
     return score
 
 
-def remove(model: nn.Module, inputs: Inputs, seed: int = 0, sparsity: float = 0.5, **fields: Any) -> tuple[Plan, Shrunk]:
+def remove(
+    model: nn.Module, inputs: Inputs, seed: int = 0, sparsity: float = 0.5, **fields: Any
+) -> tuple[Plan, Shrunk]:
     """A random removal, verified."""
     amount = Amount(sparsity=sparsity, **{"of": "channels", "round_to": 1, "min_channels": 1, **fields})
     plan = analyse(model, inputs)

@@ -18,7 +18,9 @@ INSTANCE_NORM = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 class ConvAct(nn.Module):
     """Convolution, a norm or none, an activation."""
 
-    def __init__(self, rank: int, wide_in: int, wide: int, groups: int = 1, norm: str = "batch", act: str = "relu") -> None:
+    def __init__(
+        self, rank: int, wide_in: int, wide: int, groups: int = 1, norm: str = "batch", act: str = "relu"
+    ) -> None:
         super().__init__()
         self.conv = CONV[rank - 1](wide_in, wide, 3, padding=1, groups=groups, bias=norm != "batch")
         norms = {
@@ -104,7 +106,9 @@ class Twice(nn.Module):
 class Flow(nn.Module):
     """A stem, blocks, pooling, heads."""
 
-    def __init__(self, rank: int, stem: nn.Module, blocks: list[nn.Module], wide: int, heads: int = 1, as_: str = "tensor") -> None:
+    def __init__(
+        self, rank: int, stem: nn.Module, blocks: list[nn.Module], wide: int, heads: int = 1, as_: str = "tensor"
+    ) -> None:
         super().__init__()
         self.rank, self.as_ = rank, as_
         self.stem, self.blocks = stem, nn.Sequential(*blocks)
@@ -227,7 +231,9 @@ class Normed(nn.Module):
 class Tokens(nn.Module):
     """Embeddings, positions, blocks, a head that may be tied to the embedding."""
 
-    def __init__(self, wide: int, blocks: list[nn.Module], *, tied: bool, norm: str, as_: str = "tensor", second: bool = False) -> None:
+    def __init__(
+        self, wide: int, blocks: list[nn.Module], *, tied: bool, norm: str, as_: str = "tensor", second: bool = False
+    ) -> None:
         super().__init__()
         self.as_ = as_
         self.embed, self.place = nn.Embedding(11, wide), nn.Parameter(torch.randn(1, 5, wide))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +38,9 @@ def conv_block(draw: Any, rank: int, wide: int, plain: bool) -> tuple[nn.Module,
     if kind == "chain":
         return make(rank, wide, new, norm=norm, act=act), new
     if kind == "residual":
-        return net.Residual(nn.Sequential(make(rank, wide, new, norm=norm, act=act), make(rank, new, wide, norm="none"))), wide
+        return net.Residual(
+            nn.Sequential(make(rank, wide, new, norm=norm, act=act), make(rank, new, wide, norm="none"))
+        ), wide
     if kind == "dense":
         return net.Dense(rank, wide, new), 2 * new + 1 + wide
     if kind == "gate":
@@ -49,7 +50,9 @@ def conv_block(draw: Any, rank: int, wide: int, plain: bool) -> tuple[nn.Module,
     if kind == "up":
         return net.TRANSPOSED[rank - 1](wide, new, 3, padding=1, groups=2 if even and draw(st.booleans()) else 1), new
     if kind == "depthwise":
-        return nn.Sequential(make(rank, wide, 2 * wide, groups=wide, norm="batch"), make(rank, 2 * wide, new, norm="none")), new
+        return nn.Sequential(
+            make(rank, wide, 2 * wide, groups=wide, norm="batch"), make(rank, 2 * wide, new, norm="none")
+        ), new
     if kind == "pool":
         return (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[rank - 1](3, 1, 1), wide
     if kind == "normed":
@@ -103,7 +106,9 @@ def token_networks(draw: Any, plain: bool = False) -> tuple[nn.Module, Any]:
             body = net.Gated(wide, draw(st.sampled_from([5, 8])), draw(st.booleans()))
         elif kind == "recurrent":
             core = draw(st.sampled_from(["LSTM", "GRU"]))
-            body = net.Recurrent(wide, draw(st.sampled_from([4, 5])), core, draw(st.integers(1, 2)), draw(st.booleans()))
+            body = net.Recurrent(
+                wide, draw(st.sampled_from([4, 5])), core, draw(st.integers(1, 2)), draw(st.booleans())
+            )
         else:
             body = nn.Sequential(nn.Linear(wide, 2 * wide), nn.GELU(), nn.Linear(2 * wide, wide))
         blocks.append(net.Normed(wide, body, norm))
@@ -125,13 +130,13 @@ def obeys(network: tuple[nn.Module, Any], seed: int, sparsity: float, plain: boo
     model, inputs = network
     before = state(model)
     try:
-        plan, done = remove(model, inputs, seed, sparsity)
+        _, done = remove(model, inputs, seed, sparsity)
     except PruneError as error:
-        assert "removes no channel" in str(error)
+        shuffled = "no channel of" in str(error) and any(isinstance(each, net.Shuffle) for each in model.modules())
+        assert shuffled or "removes no channel" in str(error)  # noqa: PT017 - either is right
         return
     assert done.error < 1e-6
     assert done.surgery.cuts
-    pass
     assert_untouched(model, before)
     assert_runs(model, done.model, inputs)
     if plain:
@@ -146,7 +151,9 @@ def test_convolutional_networks(network: Any, seed: int, sparsity: float) -> Non
 
 @given(conv_networks(plain=True), st.integers(0, 9), sparsities)
 @settings(max_examples=60)
-def test_where_zero_is_as_good_as_nothing_the_result_equals_zeroed_weights(network: Any, seed: int, sparsity: float) -> None:
+def test_where_zero_is_as_good_as_nothing_the_result_equals_zeroed_weights(
+    network: Any, seed: int, sparsity: float
+) -> None:
     obeys(network, seed, sparsity, plain=True)
 
 

@@ -91,6 +91,7 @@ class Coupling:
     groups: list[Group]
     units: list[Unit]
     modes: dict[str, str] = field(default_factory=dict)  # by module path, what its joint layers lose
+    axes: dict[JointKey, int] = field(default_factory=dict)  # of other joint layers: along which they lose slices
     _roots: dict[int, Ids] = field(default_factory=dict)
 
     @cached_property
@@ -156,6 +157,7 @@ def couple(
     frozen: Iterable[str] = (),
     modes: Mapping[str, str] | None = None,
     stays: Iterable[tuple[Ids, str]] = (),
+    shut: Mapping[JointKey, set[int]] | None = None,
 ) -> Coupling:
     """Decide what a trace leaves open, and collect the groups.
 
@@ -165,6 +167,7 @@ def couple(
         frozen: weights that must stay as they are.
         modes: by module path, what its joint layers lose: "inner", "even", "tied", "outer" or "none".
         stays: further atoms that must stay, and why.
+        shut: by joint layer, the axes along which it cannot lose slices.
     """
     atoms = copy.deepcopy(trace.tagger.atoms)
     for name in frozen:
@@ -172,11 +175,11 @@ def couple(
             atoms.freeze(core.numpy(), "excluded")
     for ids, why in stays:
         atoms.freeze(ids, why)
-    resolver = _Resolver(trace, atoms, heads, modes or {})
+    resolver = _Resolver(trace, atoms, heads, modes or {}, shut or {})
     resolver.run()
     groups = [_made_by_weights(group, trace) for group in _groups(trace, atoms)]
     units = _units(trace, atoms, groups, resolver.ties)
-    return Coupling(trace, atoms, groups, units, resolver.chosen)
+    return Coupling(trace, atoms, groups, units, resolver.chosen, resolver.axes)
 
 
 def _made_by_weights(group: Group, trace: Trace) -> Group:
@@ -193,25 +196,33 @@ def _takes(member: Member, trace: Trace) -> bool:
 class _Resolver:
     """Makes every joint layer rectangular: for each decides the axis along which it loses whole slices."""
 
-    def __init__(self, trace: Trace, atoms: Atoms, heads: Heads, modes: Mapping[str, str]) -> None:
-        self.trace, self.atoms, self.heads, self.modes = trace, atoms, heads, modes
+    def __init__(
+        self, trace: Trace, atoms: Atoms, heads: Heads, modes: Mapping[str, str], shut: Mapping[JointKey, set[int]]
+    ) -> None:
+        self.trace, self.atoms, self.heads, self.modes, self.shut = trace, atoms, heads, modes, shut
         self.joints = trace.tagger.joints
         self.derived: dict[JointKey, list[Derived]] = {}
         for each in trace.tagger.derived:
             self.derived.setdefault(each.joint, []).append(each)
         self.ties: list[Tie] = []
         self.chosen: dict[str, str] = {}
+        self.axes: dict[JointKey, int] = {}
 
     def run(self) -> None:
         for keys in self._families():
             self._decide(keys)
         self._settle_derived()
         for _ in range(len(self.joints) + 1):
-            open_ = [joint for joint in self.joints.values() if not self._rectangular(joint.atoms)]
+            open_ = [key for key, joint in self.joints.items() if not self._rectangular(joint.atoms)]
             if not open_:
                 break
-            for joint in open_:
-                self._enforce(joint.atoms, self._best_axis(joint.atoms))
+            for key in open_:
+                atoms, shut = self.joints[key].atoms, self.shut.get(key, set())
+                if len(shut) == atoms.ndim:
+                    self._freeze(atoms)
+                    continue
+                self.axes[key] = self._best_axis(atoms, shut)
+                self._enforce(atoms, self.axes[key])
             self._settle_derived()
 
     def _families(self) -> list[list[JointKey]]:
@@ -367,7 +378,7 @@ class _Resolver:
                 return True
         return False
 
-    def _best_axis(self, atoms: Ids) -> int:
+    def _best_axis(self, atoms: Ids, shut: set[int]) -> int:
         """The axis that leaves the most classes free."""
         roots = self.atoms.find(atoms)
         frozen = self.atoms.frozen()
@@ -382,7 +393,7 @@ class _Resolver:
             trial.union(moved, moved[:, :1])
             classes = np.unique(trial.find(ids))
             scores.append((int((trial.frozen()[classes] == 0).sum()), atoms.shape[axis]))
-        return max(range(atoms.ndim), key=scores.__getitem__)
+        return max((axis for axis in range(atoms.ndim) if axis not in shut), key=scores.__getitem__)
 
 
 def _groups(trace: Trace, atoms: Atoms) -> list[Group]:

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from torchslim.channels.groups import Coupling, Mask
-from torchslim.channels.trace import Operation, Shape, Stack, call, elementary, named_weights
+from torchslim.channels.tags import varying
+from torchslim.channels.trace import Operation, Shape, Stack, Value, call, elementary, named_weights
 from torchslim.isolation import preserved_globals
 from torchslim.steps import Inputs
 from torchslim.task import tensors
@@ -46,6 +47,12 @@ LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 RANDOM = frozenset({"rand", "randn", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
                     "normal", "randint", "multinomial", "randperm", "exponential_", "random_"})  # fmt: skip
+COUNTING = frozenset({"nms", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"})
+"""Operations of which the data decides how much comes out."""
+
+SORTING = frozenset({"sort", "topk", "nms"})
+"""Operations that decide by comparing: rounding may turn near ties."""
+
 NAMES = {"_unsafe_view": "view", "_reshape_alias": "view"}
 POWERS = (1.0, 0.5, 0.25)
 
@@ -65,6 +72,7 @@ class Footprint:
 
     scalars: tuple[Any, ...]
     values: list[tuple[Shape, float, float] | None]
+    order: Tensor | None = None  # which elements a sort or a suppression took, in order
 
 
 class Mismatch(Exception):
@@ -165,6 +173,7 @@ class Follower(_Run):
     def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, *, values: bool) -> None:
         super().__init__(model, coupling, removed)
         self.values = values
+        self.loose = False  # has a size been seen that depends on data?
         self.footprints: list[Footprint] = []
         self.lifted: list[float] = []
 
@@ -179,15 +188,26 @@ class Follower(_Run):
         if opname(func) in RANDOM:
             result = _calm(result)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.loose |= opname(func) in COUNTING or torch.Tag.dynamic_output_shape in func.tags
         for value, output in zip(operation.outputs, outputs, strict=False):
-            shape = self.coupling.shape(value, self.removed)
+            shape = self._shape(value, tuple(output.shape))
             if shape != tuple(output.shape):
                 raise self.fail(f"{opname(func)} gives {tuple(output.shape)} instead of {shape}")
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
         digests = [digest(each) if self.values else None for each in outputs]
-        self.footprints.append(Footprint(tuple(leaves), digests))
+        order = outputs[-1] if self.values and opname(func) in SORTING else None
+        self.footprints.append(Footprint(tuple(leaves), digests, order))
         self.at += 1
         return result
+
+
+    def _shape(self, value: Value, got: Shape) -> Shape:
+        """What is predicted; sizes that depend on data and belong to no weight are taken as they come."""
+        shape = self.coupling.shape(value, self.removed)
+        if not self.loose or len(got) != len(shape):
+            return shape
+        owned = frozenset().union(*map(varying, value.layers))
+        return tuple(size if dim in owned else got[dim] for dim, size in enumerate(shape))
 
 
 class Masked(_Run):
@@ -225,6 +245,8 @@ class Masked(_Run):
             result = self._plain(func, leaves, spec, footprint)
         if name in RANDOM:
             result = _calm(result)
+        if footprint.order is not None:
+            result = _in_order(func, args, kwargs, footprint.order)
         flat, out_spec = tree_flatten(result)
         place = 0
         for position, leaf in enumerate(flat):
@@ -284,6 +306,15 @@ class Masked(_Run):
         if not error <= TOLERANCE:
             raise self.fail(f"a value differs by {error:.1e} of its norm")
         self.largest = max(self.largest, error)
+
+
+def _in_order(func: Any, args: Any, kwargs: Any, order: Tensor) -> Any:
+    """A sort's result with near ties as they fell in the shrunk run; the values in this order are compared."""
+    if func._opname == "nms":
+        return order
+    place = next(place for place, each in enumerate(func._schema.arguments) if each.name == "dim")
+    dim = int(args[place] if len(args) > place else kwargs.get("dim", -1))
+    return args[0].gather(dim, order), order
 
 
 def _ratios(coupling: Coupling, removed: Mask) -> set[float]:

@@ -508,8 +508,9 @@ def batch_norm(call: Call) -> Sequence[Layers]:
     value = call.operand(call.args[0])
     parameters = [each for each in call.args[1:5] if isinstance(each, Tensor)]
     layers = _affine(call, value, parameters, [1])
-    channels = tuple(core.reshape(-1) for core in layers if varying(core) == {1})
-    return (layers, *(channels if output.numel() == value[1][1] else () for output in call.outputs[1:]))
+    per_channel = call.tagger.reduce(layers, [dim for dim in range(len(value[1])) if dim != 1])
+    saved = tuple(core.reshape(-1) for core in per_channel)
+    return layers, *(saved if tuple(each.shape) == value[1][1:2] else () for each in call.outputs[1:])
 
 
 # -- space --------------------------------------------------------------------------------------------------------------
