@@ -72,7 +72,12 @@ def latest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
 
 
 def missing(
-    names: Sequence[str], sides: Sequence[str], rows: Iterable[Row], versions: dict[str, str], fresh: bool = False
+    names: Sequence[str],
+    sides: Sequence[str],
+    rows: Iterable[Row],
+    versions: dict[str, str],
+    fresh: bool = False,
+    limit: float = 0.0,
 ) -> list[tuple[str, str]]:
     """What is to be run, model by model.
 
@@ -82,14 +87,17 @@ def missing(
         rows: measured so far.
         versions: of each side now.
         fresh: rows of another version count as missing too.
+        limit: of a call, in seconds; what ran into a shorter one is missing.
     """
     have = latest(rows)
-    return [
-        (name, side)
-        for name in names
-        for side in sides
-        if (row := have.get((name, side))) is None or (fresh and row["version"] != versions[side])
-    ]
+
+    def stands(name: str, side: str) -> bool:
+        row = have.get((name, side))
+        if row is None or (fresh and row["version"] != versions[side]):
+            return False
+        return not (row["reason"].startswith("time limit") and row["time_limit"] < limit)
+
+    return [(name, side) for name in names for side in sides if not stands(name, side)]
 
 
 def run(name: str, side: str, limit: float) -> Row:
@@ -279,7 +287,8 @@ def main() -> None:
     versions = {side: version(side) for side in sides}
     stop = time.monotonic() + 60 * arguments.max_minutes
     threads = describe_machine()["threads"]
-    todo = missing(wanted, sides, load(arguments.rows), versions, arguments.fresh)[: arguments.limit]
+    todo = missing(wanted, sides, load(arguments.rows), versions, arguments.fresh, arguments.time_limit)
+    todo = todo[: arguments.limit]
     for number, (name, side) in enumerate(todo, 1):
         if time.monotonic() > stop:
             break

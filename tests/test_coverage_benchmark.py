@@ -40,6 +40,13 @@ def test_rows_of_other_source_are_run_again_only_when_asked():
     assert coverage.missing(["timm/a"], ("ours",), [*rows, row()], {"ours": "v1"}, fresh=True) == []
 
 
+def test_what_ran_into_a_shorter_time_limit_is_tried_again():
+    rows = [row(reason="time limit of 60 s")]
+    versions = {"ours": "v1"}
+    assert coverage.missing(["timm/a"], ("ours",), rows, versions, limit=60) == []
+    assert coverage.missing(["timm/a"], ("ours",), rows, versions, limit=180) == [("timm/a", "ours")]
+
+
 def test_the_newest_row_is_shown():
     rows = [row(counts=False, reason="old"), row()]
     assert coverage.latest(rows)["timm/a", "ours"]["counts"]
