@@ -120,7 +120,9 @@ def _backward(model: nn.Module, output: Any) -> bool:
 def surgery_record(pruned: nn.Module) -> tuple[bool, list[str]]:
     """Whether torchslim vouches for its result, and why it froze what it froze."""
     record = ts.surgery(pruned)
-    return bool(record["verified"]), [str(reason) for reason in record["reasons"]]
+    assert record is not None
+    about = record["rounds"][-1]["about"]
+    return bool(about["verified"]), sorted(set(about["stayed"].values()))
 
 
 def _ours(entry: Entry, model: nn.Module, inputs: Inputs, seconds: float) -> Iterator[tuple[nn.Module | None, Any]]:
