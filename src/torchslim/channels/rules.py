@@ -226,13 +226,12 @@ def _piece(call: Call, layers: Layers, shape: Sequence[int], dim: int, start: in
     return call.tagger.layout(layers, shape, lambda core: core.narrow(dim, start, length))
 
 
-def _equal_parts(call: Call, layers: Layers, dim: int, length: int, end: int) -> None:
+def _equal_parts(call: Call, layers: Layers, dim: int, length: int) -> None:
     for core in layers:
         if varying(core) == {dim}:
-            call.tagger.balance(core.split(length, dim), core.narrow(dim, 0, end))
+            call.tagger.balance(core.split(length, dim))
         elif dim in varying(core):
-            first = core.movedim(dim, 0).flatten(1)[:, 0]
-            call.tagger.balance(first.split(length), first[:end])
+            call.tagger.balance(core.movedim(dim, 0).flatten(1)[:, 0].split(length))
 
 
 @rule("split", "unsafe_split", "chunk", "unsafe_chunk", "split_with_sizes", "unsafe_split_with_sizes", "split_copy",
@@ -243,8 +242,7 @@ def split(call: Call) -> Sequence[Layers]:
     dim = axis(call.arg(2, "dim", 0), len(shape))
     lengths = [piece.shape[dim] for piece in call.outputs]
     if layers and len(set(lengths)) == 1 and len(lengths) > 1:
-        sizes = "sizes" in call.func._schema.name  # the last piece of `split` may become shorter
-        _equal_parts(call, layers, dim, lengths[0], shape[dim] - (0 if sizes else lengths[0]))
+        _equal_parts(call, layers, dim, lengths[0])
     starts = np.cumsum([0, *lengths[:-1]])
     return [
         _piece(call, layers, shape, dim, int(start), length) for start, length in zip(starts, lengths, strict=True)
@@ -261,10 +259,10 @@ def slice_(call: Call) -> Sequence[Layers]:
     start, step = call.arg(2, "start", 0) or 0, call.arg(4, "step", 1)
     start = min(start + size if start < 0 else start, size)
     if length < size:
-        end = size if step != 1 else start if start + length == size else start + length
         if step == 1 and length and size % length == 0 and start % length == 0:
-            _equal_parts(call, layers, dim, length, end)
+            _equal_parts(call, layers, dim, length)
         else:
+            end = size if step != 1 else start if start + length == size else start + length
             for core in layers:
                 if dim in varying(core):
                     fixed = call.tagger.onto(core, frozenset({dim})).narrow(dim, 0, end)
@@ -510,8 +508,9 @@ def batch_norm(call: Call) -> Sequence[Layers]:
     value = call.operand(call.args[0])
     parameters = [each for each in call.args[1:5] if isinstance(each, Tensor)]
     layers = _affine(call, value, parameters, [1])
-    channels = tuple(core.reshape(-1) for core in layers if varying(core) == {1})
-    return (layers, *(channels if output.numel() == value[1][1] else () for output in call.outputs[1:]))
+    per_channel = call.tagger.reduce(layers, [dim for dim in range(len(value[1])) if dim != 1])
+    saved = tuple(core.reshape(-1) for core in per_channel)
+    return layers, *(saved if tuple(each.shape) == value[1][1:2] else () for each in call.outputs[1:])
 
 
 # -- space --------------------------------------------------------------------------------------------------------------
