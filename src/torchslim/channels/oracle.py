@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from torchslim.channels.groups import Coupling, Mask
-from torchslim.channels.tags import varying
 from torchslim.channels.trace import Operation, Shape, Stack, Value, call, elementary, named_weights
 from torchslim.isolation import preserved_globals
 from torchslim.steps import Inputs
@@ -205,13 +204,11 @@ class Follower(_Run):
 
 
     def _shape(self, value: Value, got: Shape) -> Shape:
-        """What is predicted; sizes that depend on data and belong to no weight are taken as they come."""
+        """What is predicted; sizes that may depend on data and lose nothing are taken as they come."""
         shape = self.coupling.shape(value, self.removed)
         if not self.loose or len(got) != len(shape):
             return shape
-        owners = zip(value.layers, self.coupling.classes(value.layers), strict=True)
-        owned = frozenset().union(*(varying(core) for core, classes in owners if self.coupling.learnt[classes].any()))
-        return tuple(size if dim in owned else got[dim] for dim, size in enumerate(shape))
+        return tuple(new if old == size else size for old, size, new in zip(value.shape, shape, got, strict=True))
 
 
 class Masked(_Run):
