@@ -298,7 +298,9 @@ class _Resolver:
                 for root in alive.tolist():
                     links.union(np.array([owner.setdefault(root, place)]), np.array([place]))
         kinds = links.find(np.arange(1, len(nodes) + 1)).tolist()
-        depth = {kind: np.mean([axis for (_, axis), own in zip(nodes, kinds, strict=True) if own == kind]) for kind in kinds}
+        depth = {
+            kind: np.mean([axis for (_, axis), own in zip(nodes, kinds, strict=True) if own == kind]) for kind in kinds
+        }
         inner_kinds = {
             max(one, two, key=lambda kind: (depth[kind], kind))
             for (key, _), one in zip(nodes, kinds, strict=True)
@@ -445,9 +447,7 @@ def _counted(roots: Ids) -> dict[int, int]:
 def _units(trace: Trace, atoms: Atoms, groups: list[Group], ties: Sequence[Tie]) -> list[Unit]:
     """Free groups, split into cells by what must stay in balance, and tied where they must shrink in step."""
     frozen = atoms.frozen()
-    group_of = {
-        int(root): number for number, group in enumerate(groups) if not group.reason for root in group.classes
-    }
+    group_of = {int(root): number for number, group in enumerate(groups) if not group.reason for root in group.classes}
     labels: dict[int, list[tuple[int, ...]]] = {}
     bound: list[list[dict[int, int]]] = []
     for number, balance in enumerate(trace.tagger.balances.values()):

@@ -136,7 +136,9 @@ class _Run(TorchDispatchMode):
         """The arguments with casts to lower precision left out, in a float64 run."""
         if not self.double:
             return args, kwargs
-        return tree_map(lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in LOW else leaf, (args, kwargs))
+        return tree_map(
+            lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in LOW else leaf, (args, kwargs)
+        )
 
     @property
     def index(self) -> int:
@@ -199,7 +201,6 @@ class Follower(_Run):
         self.footprints.append(Footprint(tuple(leaves), digests, order))
         self.at += 1
         return result
-
 
     def _shape(self, value: Value, got: Shape) -> Shape:
         """What is predicted; sizes that depend on data and belong to no weight are taken as they come."""

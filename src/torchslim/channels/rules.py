@@ -244,9 +244,7 @@ def split(call: Call) -> Sequence[Layers]:
     if layers and len(set(lengths)) == 1 and len(lengths) > 1:
         _equal_parts(call, layers, dim, lengths[0])
     starts = np.cumsum([0, *lengths[:-1]])
-    return [
-        _piece(call, layers, shape, dim, int(start), length) for start, length in zip(starts, lengths, strict=True)
-    ]
+    return [_piece(call, layers, shape, dim, int(start), length) for start, length in zip(starts, lengths, strict=True)]
 
 
 @rule("slice", "narrow")
@@ -278,7 +276,9 @@ def select(call: Call) -> Sequence[Layers]:
     index = call.args[2] % shape[dim]
     for core in layers:
         if dim in varying(core):
-            call.tagger.freeze([call.tagger.onto(core, frozenset({dim})).narrow(dim, 0, index + 1)], "taken by position")
+            call.tagger.freeze(
+                [call.tagger.onto(core, frozenset({dim})).narrow(dim, 0, index + 1)], "taken by position"
+            )
     return (call.tagger.layout(layers, shape, lambda core: core.select(dim, index)),)
 
 
@@ -289,9 +289,7 @@ def unbind(call: Call) -> Sequence[Layers]:
     dim = axis(call.arg(1, "dim", 0), len(shape))
     fixed = [call.tagger.onto(core, frozenset({dim})) for core in layers if dim in varying(core)]
     call.tagger.freeze(fixed, "taken by position")
-    return [
-        call.tagger.layout(layers, shape, lambda core, i=index: core.select(dim, i)) for index in range(shape[dim])
-    ]
+    return [call.tagger.layout(layers, shape, lambda core, i=index: core.select(dim, i)) for index in range(shape[dim])]
 
 
 @rule("index", "index_select", "gather", "take_along_dim", "_unsafe_index", "scatter", "scatter_add", "index_add",

@@ -18,6 +18,7 @@ Of = Literal["params", "macs", "channels"]
 Scope = Literal["global", "layer"]
 Scores = Callable[[Coupling, Group], NDArray[np.float64]]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
     """How much goes, and in what steps."""
@@ -94,9 +95,7 @@ class Selection:
         """Allowed widths near the wanted ones."""
         amount = self.amount
         return [
-            rounded(
-                unit, each, step_size(unit, self.coupling, amount.round_to), amount.min_channels, self.narrowest
-            )
+            rounded(unit, each, step_size(unit, self.coupling, amount.round_to), amount.min_channels, self.narrowest)
             for unit, each in zip(self.coupling.units, wanted, strict=True)
         ]
 

@@ -222,7 +222,9 @@ def _checked(
     diverged, error = verify(surgery)
     trials = WITHDRAWALS
     while diverged is not None and trials:
-        near = [each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module]
+        near = [
+            each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module
+        ]
         alike = {(kinds[each.module], each.name, each.place): None for each in reversed(near)}
         for kind, name, place in list(alike)[:trials]:
             trials -= 1
@@ -273,9 +275,7 @@ class Ranking:
                     members.append((torch.from_numpy(each.classes), found[torch.from_numpy(each.indices)]))
             if not members:  # of a criterion that looks at norms, say: all alike
                 return np.ones(len(group.classes))
-            combined = combine(
-                members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation
-            )
+            combined = combine(members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation)
             return combined.numpy()
 
         return score
@@ -334,9 +334,7 @@ def channels(
     gathered = Gathered()
     if needs(found) and batches is not None:
         gathered = gather(plan.model, needs(found), batches, loss=loss)
-    ranking = Ranking(
-        criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed
-    )
+    ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
     done = shrink(plan, amount, ranking.scores(plan.model, plan))
     finish(plan, done, amount, found.name)
     for note in notes(done, amount):
