@@ -8,7 +8,7 @@ of a split, the groups of a group norm, or a residual stream and the heads whose
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -158,6 +158,7 @@ def couple(
     modes: Mapping[str, str] | None = None,
     stays: Iterable[tuple[Ids, str]] = (),
     shut: Mapping[JointKey, set[int]] | None = None,
+    placed: Collection[bytes] = (),
 ) -> Coupling:
     """Decide what a trace leaves open, and collect the groups.
 
@@ -168,6 +169,7 @@ def couple(
         modes: by module path, what its joint layers lose: "inner", "even", "tied", "outer" or "none".
         stays: further atoms that must stay, and why.
         shut: by joint layer, the axes along which it cannot lose slices.
+        placed: the balances whose parts are cut at given positions, not in equal shares.
     """
     atoms = copy.deepcopy(trace.tagger.atoms)
     for name in frozen:
@@ -175,10 +177,12 @@ def couple(
             atoms.freeze(core.numpy(), "excluded")
     for ids, why in stays:
         atoms.freeze(ids, why)
+    for key in placed:
+        atoms.freeze(trace.tagger.balances[key].fixed, "cut at a given position")
     resolver = _Resolver(trace, atoms, heads, modes or {}, shut or {})
     resolver.run()
     groups = [_made_by_weights(group, trace) for group in _groups(trace, atoms)]
-    units = _units(trace, atoms, groups, resolver.ties)
+    units = _units(trace, atoms, groups, resolver.ties, placed)
     return Coupling(trace, atoms, groups, units, resolver.chosen, resolver.axes)
 
 
@@ -444,13 +448,17 @@ def _counted(roots: Ids) -> dict[int, int]:
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
-def _units(trace: Trace, atoms: Atoms, groups: list[Group], ties: Sequence[Tie]) -> list[Unit]:
+def _units(
+    trace: Trace, atoms: Atoms, groups: list[Group], ties: Sequence[Tie], placed: Collection[bytes] = ()
+) -> list[Unit]:
     """Free groups, split into cells by what must stay in balance, and tied where they must shrink in step."""
     frozen = atoms.frozen()
     group_of = {int(root): number for number, group in enumerate(groups) if not group.reason for root in group.classes}
     labels: dict[int, list[tuple[int, ...]]] = {}
     bound: list[list[dict[int, int]]] = []
-    for number, balance in enumerate(trace.tagger.balances.values()):
+    for number, (key, balance) in enumerate(trace.tagger.balances.items()):
+        if key in placed:
+            continue
         parts = [_counted(atoms.find(part)) for part in balance.parts]
         inside: dict[int, list[int]] = {}
         for index, part in enumerate(parts):

@@ -50,6 +50,9 @@ RANDOM = frozenset({"rand", "randn", "rand_like", "randn_like", "bernoulli", "be
 COUNTING = frozenset({"nms", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"})
 """Operations of which the data decides how much comes out."""
 
+SCALING = frozenset({"mul", "div"})
+"""Operations whose whole numbers may be sizes."""
+
 SORTING = frozenset({"sort", "topk", "nms"})
 """Operations that decide by comparing: rounding may turn near ties."""
 
@@ -270,7 +273,8 @@ class Masked(_Run):
                 chosen.append(leaf)
                 continue
             other = next(numbers, leaf)
-            if isinstance(leaf, float) and isinstance(other, (int, float)) and other != leaf:
+            scaling = isinstance(leaf, float) or (type(leaf) is int and opname(func).rstrip("_") in SCALING)
+            if scaling and isinstance(other, (int, float)) and other != leaf:
                 leaf = self.scale(func, leaf, other)
             chosen.append(leaf)
         args, kwargs = tree_unflatten(chosen, spec)

@@ -71,6 +71,7 @@ class Balance:
 
     parts: tuple[Ids, ...]
     where: str
+    fixed: Ids  # what stays if the parts are cut at given positions, and not in equal shares; empty if they never are
 
 
 @dataclass
@@ -111,11 +112,14 @@ class Tagger:
                     self.joints[key] = Joint(array, self.where.partition(":")[0])
         return layers
 
-    def balance(self, parts: Sequence[Tensor]) -> None:
-        """These parts must stay equally long."""
+    def balance(self, parts: Sequence[Tensor], fixed: Tensor | None = None) -> None:
+        """These parts must stay equally long, or else those are `fixed` that a position in the code cuts off."""
         arrays = tuple(np.ascontiguousarray(part.numpy()).reshape(-1) for part in parts)
         key = b"|".join(array.tobytes() for array in arrays)
-        self.balances.setdefault(key, Balance(arrays, self.where))
+        ids = np.zeros(0, dtype=np.int64) if fixed is None else np.ascontiguousarray(fixed.numpy()).reshape(-1)
+        if key in self.balances:
+            ids = np.union1d(self.balances[key].fixed, ids)
+        self.balances[key] = Balance(arrays, self.where, ids)
 
     # -- the primitives ---------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class Plan:
     tried: dict[str, set[str]] = field(default_factory=dict)
     stays: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
     shut: dict[JointKey, set[int]] = field(default_factory=dict)
+    placed: set[bytes] = field(default_factory=set)
     narrowest: int = 1
 
     @property
@@ -62,7 +63,13 @@ class Plan:
     def coupling(self) -> Coupling:
         """The groups, with all that is known to be impossible left out."""
         return couple(
-            self.trace, heads=self.heads, frozen=self.frozen, modes=self.modes, stays=self.stays, shut=self.shut
+            self.trace,
+            heads=self.heads,
+            frozen=self.frozen,
+            modes=self.modes,
+            stays=self.stays,
+            shut=self.shut,
+            placed=self.placed,
         )
 
     def retreat(self, divergence: oracle.Divergence, coupling: Coupling, removed: Mask) -> bool:
@@ -91,7 +98,7 @@ class Plan:
             suspects = self._inside(divergence.path, coupling, removed)
         if not suspects:
             return False
-        if self._turn(suspects, coupling, kinds):
+        if self._turn(suspects, coupling, kinds) or self._place(suspects, coupling):
             return True
         why = f"could not be verified: {divergence.what} ({divergence.path})"
         for unit in coupling.units:
@@ -112,6 +119,16 @@ class Plan:
             if (kinds.get(joints[key].where), axis) in turned:
                 self.shut.setdefault(key, set()).add(axis)
         return bool(turned)
+
+    def _place(self, suspects: set[int], coupling: Coupling) -> bool:
+        """Take it that parts at work which are equally long were cut at positions that stand in the code."""
+        new = {
+            key
+            for key, balance in self.trace.tagger.balances.items()
+            if len(balance.fixed) and suspects & set(coupling.roots[np.concatenate(balance.parts)].tolist())
+        } - self.placed
+        self.placed |= new
+        return bool(new)
 
     def _inside(self, path: str, coupling: Coupling, removed: Mask) -> set[int]:
         found: set[int] = set()
@@ -190,14 +207,12 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
                 f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
                 f"{amount.round_to} channels: ask for more, or give a smaller round_to"
             )
-        surgery, shrunk, diverged = mend(plan.model, coupling, removed, plan.inputs)
+        surgery, diverged = mend(plan.model, coupling, removed, plan.inputs)
         error = float("inf")
         if diverged is None:
-            first = surgery
             surgery, diverged, error = _checked(plan, coupling, removed, surgery)
-            if surgery is not first:
-                shrunk = perform(plan.model, surgery)
         if diverged is None:
+            shrunk = perform(plan.model, surgery)  # the one that was tried has run, and may have changed its state
             return Shrunk(shrunk, surgery, coupling, removed, error, selection.left(kept), tuple(rollbacks))
         rollbacks.append(f"{diverged.path}: {diverged.what}")
         if plan.narrowest == 1 and any(left == 1 < unit.width for unit, left in zip(coupling.units, kept, strict=True)):

@@ -257,10 +257,8 @@ class Mender:
         return self.changes.get(path, {})
 
 
-def mend(
-    model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs
-) -> tuple[Surgery, nn.Module, Divergence | None]:
-    """The surgery for a removal, the model after it, and where that still diverges from what is predicted.
+def mend(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> tuple[Surgery, Divergence | None]:
+    """The surgery for a removal, and where the model after it still diverges from what is predicted.
 
     Args:
         model: read only.
@@ -271,7 +269,7 @@ def mend(
     cuts = cuts_of(coupling, removed)
     mender = Mender(model, coupling, removed)
     patches = {_site(each): each for each in mender.certain()}
-    shrunk = perform(model, Surgery(cuts, tuple(patches.values())))
+    shrunk = perform(model, Surgery(cuts, tuple(patches.values()))).eval()
     diverged = shapes_agree(shrunk, coupling, removed, inputs)
     while diverged is not None:
         better = _improve(shrunk, mender, patches, diverged, inputs)
@@ -281,7 +279,7 @@ def mend(
         _carry(shrunk, mender, patches, changed)
         if len(changed) and diverged is not None:
             diverged = shapes_agree(shrunk, coupling, removed, inputs)
-    return Surgery(cuts, tuple(patches.values())), shrunk, diverged
+    return Surgery(cuts, tuple(patches.values())), diverged
 
 
 def _site(patch: Patch) -> tuple[str, str, tuple[int, ...]]:
