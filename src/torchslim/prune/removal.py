@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from torchslim.channels import oracle
-from torchslim.channels.groups import Coupling, Group, Heads, Mask, couple
+from torchslim.channels.choices import Heads
+from torchslim.channels.groups import Coupling, Mask, couple
 from torchslim.channels.tags import JointKey
-from torchslim.channels.trace import Trace, named_weights, trace
+from torchslim.channels.trace import Trace, trace
+from torchslim.channels.units import Group
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.prune.amount import Amount, Of, Scope, Scores, select
