@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from torchslim.channels.groups import Coupling, Mask
 from torchslim.channels.trace import Operation, Shape, Stack, call, elementary, named_weights
+from torchslim.export import untouched
 from torchslim.isolation import preserved_globals
 from torchslim.steps import Inputs
 from torchslim.task import tensors
@@ -339,9 +340,10 @@ def mask_weights(model: nn.Module, coupling: Coupling, removed: Mask) -> None:
 
 
 def shapes_agree(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> Divergence | None:
-    """Does the shrunk model run with the predicted shape of every value? One forward pass."""
+    """Does the shrunk model run with the predicted shape of every value? One forward pass, in evaluation mode."""
     run = Follower(model, coupling, removed, values=False)
-    return _outcome(run, model, inputs)
+    with untouched(model):
+        return _outcome(run, model, inputs)
 
 
 def _outcome(run: _Run, model: nn.Module, inputs: Inputs) -> Divergence | None:
