@@ -22,6 +22,7 @@ from torchslim.channels.groups import Coupling, Mask
 from torchslim.channels.tags import varying
 from torchslim.channels.trace import Operation, Shape, Stack, Value, call, elementary, named_weights
 from torchslim.channels.values import calm, digest, gathered, in_order, spread, zeroed
+from torchslim.export import untouched
 from torchslim.isolation import preserved_globals
 from torchslim.steps import Inputs
 from torchslim.task import tensors
@@ -345,9 +346,10 @@ def mask_weights(model: nn.Module, coupling: Coupling, removed: Mask) -> None:
 
 
 def shapes_agree(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> Divergence | None:
-    """Does the shrunk model run with the predicted shape of every value? One forward pass."""
+    """Does the shrunk model run with the predicted shape of every value? One forward pass, in evaluation mode."""
     run = Follower(model, coupling, removed, values=False)
-    return _outcome(run, model, inputs)
+    with untouched(model):
+        return _outcome(run, model, inputs)
 
 
 def _outcome(run: _Run, model: nn.Module, inputs: Inputs) -> Divergence | None:
