@@ -45,19 +45,21 @@ def attach(shrunk: nn.Module, base: nn.Module, done: Surgery, about: Mapping[str
 
 
 def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
-    """The shrunk module, made again from a fresh instance of its base.
+    """The shrunk module, made again from a fresh instance of its base, or from what earlier rounds have made of it.
 
     Raises:
         PruneError: the record is of a newer version, or of another model.
     """
     if record["version"] > VERSION:
         raise PruneError(f"the surgery has format version {record['version']}, this torchslim reads {VERSION}; upgrade it")
-    if digest(shapes(base)) != record["base"]["shapes"]:
+    done = surgery(base) or {"base": {"shapes": digest(shapes(base))}, "rounds": []}
+    past = len(done["rounds"])
+    if done["base"]["shapes"] != record["base"]["shapes"] or done["rounds"] != record["rounds"][:past]:
         raise PruneError(
             f"the surgery was made on a {record['base']['class']} with other weights than this {type(base).__name__}; "
             "give the factory of the model that was pruned"
         )
-    rounds: Sequence[Mapping[str, Any]] = record["rounds"]
+    rounds: Sequence[Mapping[str, Any]] = record["rounds"][past:]
     for each in rounds:
         base = perform(base, Surgery.from_json(each))
     vars(base)[ATTRIBUTE] = copy.deepcopy(dict(record))
