@@ -71,11 +71,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Tie:
-    """Two sets of classes of which the first loses `factor` for each that the second loses."""
+    """Two sets of classes of which the first loses `factor` for each that the second loses.
+
+    Where the second stays, the first may go by itself, unless they are of `one` size.
+    """
 
     wide: Ids
     narrow: Ids
     factor: int
+    one: bool = False
 
 
 @dataclass
@@ -87,6 +91,7 @@ class Coupling:
     groups: list[Group]
     units: list[Unit]
     modes: dict[str, str] = field(default_factory=dict)  # by module path, what its joint layers lose
+    axes: dict[JointKey, int] = field(default_factory=dict)  # of other joint layers: along which they lose slices
     _roots: dict[int, Ids] = field(default_factory=dict)
 
     @cached_property
@@ -152,6 +157,7 @@ def couple(
     frozen: Iterable[str] = (),
     modes: Mapping[str, str] | None = None,
     stays: Iterable[tuple[Ids, str]] = (),
+    shut: Mapping[JointKey, set[int]] | None = None,
 ) -> Coupling:
     """Decide what a trace leaves open, and collect the groups.
 
@@ -159,8 +165,9 @@ def couple(
         trace: left as it is.
         heads: what attention loses: whole heads, dimensions of every head, or what the model allows ("auto").
         frozen: weights that must stay as they are.
-        modes: by module path, what its joint layers lose: "outer", "inner", "tied" or "none".
+        modes: by module path, what its joint layers lose: "inner", "even", "tied", "outer" or "none".
         stays: further atoms that must stay, and why.
+        shut: by joint layer, the axes along which it cannot lose slices.
     """
     atoms = copy.deepcopy(trace.tagger.atoms)
     for name in frozen:
@@ -168,11 +175,11 @@ def couple(
             atoms.freeze(core.numpy(), "excluded")
     for ids, why in stays:
         atoms.freeze(ids, why)
-    resolver = _Resolver(trace, atoms, heads, modes or {})
+    resolver = _Resolver(trace, atoms, heads, modes or {}, shut or {})
     resolver.run()
     groups = [_made_by_weights(group, trace) for group in _groups(trace, atoms)]
     units = _units(trace, atoms, groups, resolver.ties)
-    return Coupling(trace, atoms, groups, units, resolver.chosen)
+    return Coupling(trace, atoms, groups, units, resolver.chosen, resolver.axes)
 
 
 def _made_by_weights(group: Group, trace: Trace) -> Group:
@@ -189,25 +196,33 @@ def _takes(member: Member, trace: Trace) -> bool:
 class _Resolver:
     """Makes every joint layer rectangular: for each decides the axis along which it loses whole slices."""
 
-    def __init__(self, trace: Trace, atoms: Atoms, heads: Heads, modes: Mapping[str, str]) -> None:
-        self.trace, self.atoms, self.heads, self.modes = trace, atoms, heads, modes
+    def __init__(
+        self, trace: Trace, atoms: Atoms, heads: Heads, modes: Mapping[str, str], shut: Mapping[JointKey, set[int]]
+    ) -> None:
+        self.trace, self.atoms, self.heads, self.modes, self.shut = trace, atoms, heads, modes, shut
         self.joints = trace.tagger.joints
         self.derived: dict[JointKey, list[Derived]] = {}
         for each in trace.tagger.derived:
             self.derived.setdefault(each.joint, []).append(each)
         self.ties: list[Tie] = []
         self.chosen: dict[str, str] = {}
+        self.axes: dict[JointKey, int] = {}
 
     def run(self) -> None:
         for keys in self._families():
             self._decide(keys)
         self._settle_derived()
         for _ in range(len(self.joints) + 1):
-            open_ = [joint for joint in self.joints.values() if not self._rectangular(joint.atoms)]
+            open_ = [key for key, joint in self.joints.items() if not self._rectangular(joint.atoms)]
             if not open_:
                 break
-            for joint in open_:
-                self._enforce(joint.atoms, self._best_axis(joint.atoms))
+            for key in open_:
+                atoms, shut = self.joints[key].atoms, self.shut.get(key, set())
+                if len(shut) == atoms.ndim:
+                    self._freeze(atoms)
+                    continue
+                self.axes[key] = self._best_axis(atoms, shut)
+                self._enforce(atoms, self.axes[key])
             self._settle_derived()
 
     def _families(self) -> list[list[JointKey]]:
@@ -230,37 +245,23 @@ class _Resolver:
         return list(families.values())
 
     def _decide(self, keys: list[JointKey]) -> None:
-        frozen = self.atoms.frozen()
-        inner_shut = False
-        outer_axes: dict[JointKey, int] = {}
-        counts: dict[JointKey, int] = {}
-        sides: list[tuple[int, int]] = []
-        for key in keys:
-            alive: dict[int, int] = {}
-            shut: list[int] = []
-            for each in self.derived[key]:
-                if len(each.axes) == 1:
-                    if frozen[self.atoms.find(each.targets)].all():
-                        shut.append(each.axes[0])
-                    else:
-                        alive[each.axes[0]] = len(each.targets)
-            if not alive:
-                continue  # nothing is asked of it by itself: it follows the others
-            outer = min(alive)
-            outer_axes[key] = outer
-            inner_shut |= any(axis != outer for axis in shut)
-            counts[key] = alive[outer]
-            sides.append((alive[outer], max(size for axis, size in enumerate(key[0]) if axis != outer)))
-        if not sides:
+        """One choice for a family: whole slices along the outer axis (heads, groups) or along the inner one."""
+        outer_axes, inner_shut, counts = self._outer_axes(keys)
+        if not outer_axes:
             return
+        sides = [
+            (counts[key], max(size for other, size in enumerate(key[0]) if other != axis))
+            for key, axis in outer_axes.items()
+        ]
         mode = self._mode(keys, sides, inner_shut)
         self.chosen |= {self.joints[key].where: mode for key in keys}
+        levels: dict[tuple[str, int], Ids] = {}
         for key in keys:
             atoms = self.joints[key].atoms
-            if key not in outer_axes and mode != "none":
-                continue
             if mode == "none":
                 self._freeze(atoms)
+            elif key not in outer_axes:
+                continue  # nothing is asked of it by itself: it follows the others
             elif mode == "outer":
                 self._enforce(atoms, outer_axes[key])
             else:
@@ -268,7 +269,50 @@ class _Resolver:
                 self._enforce(atoms, inner[-1])
                 if mode == "tied":
                     self._tie(key, inner[-1], counts[key])
+                elif mode == "even":
+                    self._level(key, inner[-1], levels)
         self._settle_derived(keys)
+
+    def _outer_axes(self, keys: list[JointKey]) -> tuple[dict[JointKey, int], bool, dict[JointKey, int]]:
+        """Per joint layer its outer axis, whether an inner one is of a fixed size, and how many outer slices differ.
+
+        Axes whose derived atoms are coupled mean the same thing; where a layer has two, the later one is the inner.
+        """
+        frozen = self.atoms.frozen()
+        shut: list[tuple[JointKey, int]] = []
+        nodes: list[tuple[JointKey, int]] = []
+        counts: list[int] = []
+        links, owner = Atoms(), dict[int, int]()
+        for key in keys:
+            for each in self.derived[key]:
+                roots = np.unique(self.atoms.find(each.targets))
+                alive = roots[frozen[roots] == 0]
+                if len(each.axes) > 1:
+                    continue
+                if not alive.size:
+                    shut.append((key, each.axes[0]))
+                    continue
+                place = int(links.fresh(1)[0])
+                nodes.append((key, each.axes[0]))
+                counts.append(len(each.targets))
+                for root in alive.tolist():
+                    links.union(np.array([owner.setdefault(root, place)]), np.array([place]))
+        kinds = links.find(np.arange(1, len(nodes) + 1)).tolist()
+        depth = {kind: np.mean([axis for (_, axis), own in zip(nodes, kinds, strict=True) if own == kind]) for kind in kinds}
+        inner_kinds = {
+            max(one, two, key=lambda kind: (depth[kind], kind))
+            for (key, _), one in zip(nodes, kinds, strict=True)
+            for (other, _), two in zip(nodes, kinds, strict=True)
+            if key == other and one != two
+        }
+        outer: dict[JointKey, int] = {}
+        sizes: dict[JointKey, int] = {}
+        for (key, axis), kind, count in zip(nodes, kinds, counts, strict=True):
+            if kind not in inner_kinds:
+                outer[key], sizes[key] = axis, count
+            elif len(key[0]) == 2 and key not in outer:
+                outer[key], sizes[key] = 1 - axis, key[0][1 - axis]
+        return outer, any(key in outer and axis != outer[key] for key, axis in shut), sizes
 
     def _mode(self, keys: list[JointKey], sides: Sequence[tuple[int, int]], inner_shut: bool) -> str:
         for key in keys:
@@ -283,6 +327,14 @@ class _Resolver:
 
     def _freeze(self, atoms: Ids) -> None:
         self.atoms.freeze(atoms, "neither whole heads nor parts of each can go")
+
+    def _level(self, key: JointKey, axis: int, levels: dict[tuple[str, int], Ids]) -> None:
+        """One number in the module sizes what queries, keys and values have in a head: they shrink in step."""
+        joint = self.joints[key]
+        mine = np.moveaxis(joint.atoms, axis, 0).reshape(joint.atoms.shape[axis], -1)[:, 0]
+        first = levels.setdefault((joint.where, len(mine)), mine)
+        if not np.array_equal(self.atoms.find(first), self.atoms.find(mine)):
+            self.ties.append(Tie(mine, first, 1, one=True))
 
     def _tie(self, key: JointKey, axis: int, heads: int) -> None:
         """The size of a head is computed from the width of what comes in: both shrink in step."""
@@ -326,7 +378,7 @@ class _Resolver:
                 return True
         return False
 
-    def _best_axis(self, atoms: Ids) -> int:
+    def _best_axis(self, atoms: Ids, shut: set[int]) -> int:
         """The axis that leaves the most classes free."""
         roots = self.atoms.find(atoms)
         frozen = self.atoms.frozen()
@@ -341,7 +393,7 @@ class _Resolver:
             trial.union(moved, moved[:, :1])
             classes = np.unique(trial.find(ids))
             scores.append((int((trial.frozen()[classes] == 0).sum()), atoms.shape[axis]))
-        return max(range(atoms.ndim), key=scores.__getitem__)
+        return max((axis for axis in range(atoms.ndim) if axis not in shut), key=scores.__getitem__)
 
 
 def _groups(trace: Trace, atoms: Atoms) -> list[Group]:
@@ -437,7 +489,7 @@ def _units(trace: Trace, atoms: Atoms, groups: list[Group], ties: Sequence[Tie])
         ends = [atoms.find(each).tolist() for each in (tie.wide, tie.narrow)]
         wide, narrow = (sorted({cell_of[root] for root in each if root in cell_of}) for each in ends)
         if len(wide) != 1 or len(narrow) != 1:
-            stuck |= {*ends[0], *ends[1]}
+            stuck |= {*ends[1], *(ends[0] if narrow or tie.one else ())}
             continue
         stride[wide[0]] = max(stride[wide[0]], tie.factor)
         links.union(places[[wide[0]]], places[[narrow[0]]])

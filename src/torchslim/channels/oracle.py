@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from torchslim.channels.groups import Coupling, Mask
-from torchslim.channels.trace import Operation, Shape, Stack, call, elementary, named_weights
+from torchslim.channels.tags import varying
+from torchslim.channels.trace import Operation, Shape, Stack, Value, call, elementary, named_weights
 from torchslim.isolation import preserved_globals
 from torchslim.steps import Inputs
 from torchslim.task import tensors
@@ -35,11 +36,23 @@ COMPACT = frozenset({
 })  # fmt: skip
 """Operations to which a zero is not as good as nothing: the masked run gives them only what is kept."""
 
-PASSING = frozenset({"clone", "alias", "detach", "empty", "as_strided_", "expand", "contiguous", "lift_fresh"})
-"""Operations that come and go with memory layout; the runs are not compared at them."""
+PASSING = frozenset({
+    "clone", "alias", "detach", "empty", "as_strided_", "expand", "contiguous", "lift_fresh", "_to_copy",
+})  # fmt: skip
+"""Operations that come and go with memory layout and precision; the runs are not compared at them."""
+
+HUGE = 1e20
+LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+"""What the model may cast to; the check stays in float64."""
 
 RANDOM = frozenset({"rand", "randn", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
                     "normal", "randint", "multinomial", "randperm", "exponential_", "random_"})  # fmt: skip
+COUNTING = frozenset({"nms", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"})
+"""Operations of which the data decides how much comes out."""
+
+SORTING = frozenset({"sort", "topk", "nms"})
+"""Operations that decide by comparing: rounding may turn near ties."""
+
 NAMES = {"_unsafe_view": "view", "_reshape_alias": "view"}
 POWERS = (1.0, 0.5, 0.25)
 
@@ -59,6 +72,7 @@ class Footprint:
 
     scalars: tuple[Any, ...]
     values: list[tuple[Shape, float, float] | None]
+    order: Tensor | None = None  # which elements a sort or a suppression took, in order
 
 
 class Mismatch(Exception):
@@ -78,8 +92,8 @@ def _noise(size: int, device: str) -> Tensor:
 def digest(value: Tensor) -> tuple[Shape, float, float]:
     """A value's shape, norm, and product with a fixed random vector: equal for equal values, and hardly otherwise."""
     flat = value.detach().reshape(-1).to(torch.float64)
-    if not flat.isfinite().all():
-        flat = flat.nan_to_num(nan=3.0, posinf=5.0, neginf=-7.0)
+    if not (flat.abs() < HUGE).all():  # masks are filled with infinities, or with the largest number there is
+        flat = torch.where(flat.abs() < HUGE, flat, flat.sign().nan_to_num(nan=3.0) * 7.0)
     size = 1 << max(flat.numel() - 1, 1).bit_length()
     noise = _noise(size, str(flat.device))[: flat.numel()]
     return tuple(value.shape), float(torch.linalg.vector_norm(flat)), float(flat @ noise)
@@ -88,6 +102,13 @@ def digest(value: Tensor) -> tuple[Shape, float, float]:
 def opname(func: Any) -> str:
     """An operation's name without its overload; aliases are one."""
     return NAMES.get(func._opname, func._opname)
+
+
+def lifted(func: Any, args: Any) -> float | None:
+    """The number that `torch.tensor(number)` makes."""
+    if func._opname == "lift_fresh" and args[0].numel() == 1 and args[0].dtype != torch.bool:
+        return float(args[0])
+    return None
 
 
 def compared(operations: Sequence[Operation]) -> list[int]:
@@ -109,6 +130,13 @@ class _Run(TorchDispatchMode):
         self.expected = compared(self.operations)
         self.at = 0
         self.stack = Stack(model)
+        self.double = any(each.dtype == torch.float64 for each in named_weights(model).values())
+
+    def precise(self, args: Any, kwargs: Any) -> Any:
+        """The arguments with casts to lower precision left out, in a float64 run."""
+        if not self.double:
+            return args, kwargs
+        return tree_map(lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in LOW else leaf, (args, kwargs))
 
     @property
     def index(self) -> int:
@@ -145,34 +173,50 @@ class Follower(_Run):
     def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, *, values: bool) -> None:
         super().__init__(model, coupling, removed)
         self.values = values
+        self.loose = False  # has a size been seen that depends on data?
         self.footprints: list[Footprint] = []
+        self.lifted: list[float] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = self.precise(args, kwargs or {})
         if opname(func) in PASSING:
+            if (number := lifted(func, args)) is not None:
+                self.lifted.append(number)
             return func(*args, **kwargs)
         operation = self.next(func)
         result = func(*args, **kwargs)
         if opname(func) in RANDOM:
             result = _calm(result)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.loose |= opname(func) in COUNTING or torch.Tag.dynamic_output_shape in func.tags
         for value, output in zip(operation.outputs, outputs, strict=False):
-            shape = self.coupling.shape(value, self.removed)
+            shape = self._shape(value, tuple(output.shape))
             if shape != tuple(output.shape):
                 raise self.fail(f"{opname(func)} gives {tuple(output.shape)} instead of {shape}")
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
         digests = [digest(each) if self.values else None for each in outputs]
-        self.footprints.append(Footprint(tuple(leaves), digests))
+        order = outputs[-1] if self.values and opname(func) in SORTING else None
+        self.footprints.append(Footprint(tuple(leaves), digests, order))
         self.at += 1
         return result
+
+
+    def _shape(self, value: Value, got: Shape) -> Shape:
+        """What is predicted; sizes that depend on data and belong to no weight are taken as they come."""
+        shape = self.coupling.shape(value, self.removed)
+        if not self.loose or len(got) != len(shape):
+            return shape
+        owned = frozenset().union(*map(varying, value.layers))
+        return tuple(size if dim in owned else got[dim] for dim, size in enumerate(shape))
 
 
 class Masked(_Run):
     """The original's run with everything removed set to zero; each value must leave what the shrunk run left."""
 
-    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, footprints: Sequence[Footprint]) -> None:
+    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, followed: Follower) -> None:
         super().__init__(model, coupling, removed)
-        self.footprints = footprints
+        self.footprints = followed.footprints
+        self.lifted = iter(followed.lifted)
         self.largest = 0.0
         self.ratios = _ratios(coupling, removed)
 
@@ -181,10 +225,14 @@ class Masked(_Run):
         return self.coupling.kept(layers, shape, self.removed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = self.precise(args, kwargs or {})
         name = opname(func)
         if name in PASSING:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            number = lifted(func, args)
+            if number is not None and (other := next(self.lifted, number)) != number:
+                result = torch.full_like(result, self.scale(func, number, other))
+            return result
         operation = self.next(func)
         footprint = self.footprints[self.at]
         leaves, spec = tree_flatten((args, kwargs))
@@ -197,6 +245,8 @@ class Masked(_Run):
             result = self._plain(func, leaves, spec, footprint)
         if name in RANDOM:
             result = _calm(result)
+        if footprint.order is not None:
+            result = _in_order(func, args, kwargs, footprint.order)
         flat, out_spec = tree_flatten(result)
         place = 0
         for position, leaf in enumerate(flat):
@@ -220,12 +270,16 @@ class Masked(_Run):
                 continue
             other = next(numbers, leaf)
             if isinstance(leaf, float) and isinstance(other, (int, float)) and other != leaf:
-                if not any(abs(other - leaf * ratio) <= 1e-6 * abs(other) for ratio in self.ratios):
-                    raise self.fail(f"{opname(func)} takes {other!r} where the original takes {leaf!r}")
-                leaf = other  # a scale that is computed from a shape
+                leaf = self.scale(func, leaf, other)
             chosen.append(leaf)
         args, kwargs = tree_unflatten(chosen, spec)
         return func(*args, **kwargs)
+
+    def scale(self, func: Any, mine: float, other: float) -> float:
+        """The shrunk run's number, if it is this run's but for the sizes that it is computed from."""
+        if not any(abs(other - mine * ratio) <= 1e-6 * abs(other) for ratio in self.ratios):
+            raise self.fail(f"{opname(func)} takes {other!r} where the original takes {mine!r}")
+        return other
 
     def _compact(self, func: Any, leaves: list[Any], spec: Any, operation: Operation, footprint: Footprint) -> Any:
         numbers, values = iter(footprint.scalars), iter(operation.inputs)
@@ -252,6 +306,15 @@ class Masked(_Run):
         if not error <= TOLERANCE:
             raise self.fail(f"a value differs by {error:.1e} of its norm")
         self.largest = max(self.largest, error)
+
+
+def _in_order(func: Any, args: Any, kwargs: Any, order: Tensor) -> Any:
+    """A sort's result with near ties as they fell in the shrunk run; the values in this order are compared."""
+    if func._opname == "nms":
+        return order
+    place = next(place for place, each in enumerate(func._schema.arguments) if each.name == "dim")
+    dim = int(args[place] if len(args) > place else kwargs.get("dim", -1))
+    return args[0].gather(dim, order), order
 
 
 def _ratios(coupling: Coupling, removed: Mask) -> set[float]:
@@ -371,7 +434,7 @@ def verify(
     if diverged is not None:
         return diverged, float("inf")
     mask_weights(original, coupling, removed)
-    masked = Masked(original, coupling, removed, follower.footprints)
+    masked = Masked(original, coupling, removed, follower)
     diverged = _outcome(masked, original, inputs)
     return diverged, masked.largest if diverged is None else float("inf")
 

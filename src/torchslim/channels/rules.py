@@ -390,6 +390,33 @@ def product(call: Call) -> Sequence[Layers]:
     return (result,)
 
 
+@rule("_grouped_mm")
+def grouped_product(call: Call) -> Sequence[Layers]:
+    """Rows of a matrix by one of several matrices each: how many there are stays."""
+    (rows, size), (stack_, shape) = call.operand(call.args[0]), call.operand(call.args[1])
+    if len(size) != 2 or len(shape) != 3:
+        call.tagger.freeze((*rows, *stack_), "grouped in a way that is not known")
+        return ()
+    call.tagger.freeze([core for core in stack_ if 0 in varying(core)], "the count of matrices stays")
+    stack_ = tuple(core for core in stack_ if 0 not in varying(core))
+    return (call.tagger.contract([(rows, size, "nk"), (stack_, shape, "gkm")], "nm"),)
+
+
+@rule("topk", "sort", "argsort", "kthvalue", "median", "mode")
+def ordered(call: Call) -> Sequence[Layers]:
+    """Positions along the sorted dimension matter; the others pass."""
+    layers, shape = call.operand(call.args[0])
+    name = call.func._schema.name.partition("::")[2]
+    at = 2 if name in ("topk", "kthvalue") else 1
+    dim = axis(call.arg(at, "dim", -1), len(shape)) if not isinstance(call.arg(at, "dim", -1), bool) else len(shape) - 1
+    fixed = [call.tagger.onto(core, frozenset({dim})) for core in layers if dim in varying(core)]
+    call.tagger.freeze(fixed, "the order along it matters")
+    left = tuple(core for core in layers if dim not in varying(core))
+    if call.outputs[0].dim() != len(shape):
+        left = tuple(core.squeeze(dim) for core in left)
+    return (left,) * len(call.outputs)
+
+
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
 def convolution(call: Call) -> Sequence[Layers]:
     """A product over channels, group by group; space is mixed and stays."""
@@ -484,7 +511,10 @@ def batch_norm(call: Call) -> Sequence[Layers]:
     """One scale, shift, mean and variance per channel."""
     value = call.operand(call.args[0])
     parameters = [each for each in call.args[1:5] if isinstance(each, Tensor)]
-    return (_affine(call, value, parameters, [1]),)
+    layers = _affine(call, value, parameters, [1])
+    per_channel = call.tagger.reduce(layers, [dim for dim in range(len(value[1])) if dim != 1])
+    saved = tuple(core.reshape(-1) for core in per_channel)
+    return layers, *(saved if tuple(each.shape) == value[1][1:2] else () for each in call.outputs[1:])
 
 
 # -- space --------------------------------------------------------------------------------------------------------------

@@ -189,7 +189,16 @@ class Tagger:
     def reduce(self, layers: Layers, dims: Iterable[int]) -> Layers:
         """Sum over `dims`, which stay as dimensions of size 1."""
         gone = frozenset(dims)
-        return tuple(self.onto(core, varying(core) - gone) for core in layers if not varying(core) <= gone)
+        left = [self.onto(core, varying(core) - gone) for core in layers if not varying(core) <= gone]
+        return tuple(core for core in left if not any(self._implies(other, core) for other in left))
+
+    def _implies(self, other: Tensor, core: Tensor) -> bool:
+        """Does a layer go with whole slices of another one, and so say nothing that the other does not?"""
+        dims = varying(core)
+        if not dims < varying(other):
+            return False
+        slices = self.onto(other, dims)
+        return np.array_equal(self.atoms.find(slices.numpy()), self.atoms.find(core.numpy()))
 
     def along(self, layers: Layers, dims: Iterable[int], why: str = "positions along space stay") -> Layers:
         """Operations that mix neighbours along `dims`: a layer may vary only across them, never along them."""

@@ -50,9 +50,12 @@ def step_size(unit: Unit, coupling: Coupling, round_to: int) -> int:
     return step if unit.width > step else 1
 
 
-def rounded(unit: Unit, kept: float, step: int, least: int) -> int:
-    """The nearest allowed width: a multiple of `step`, at least `least`, at most what there is."""
-    low = least if unit.width > least else 1
+def rounded(unit: Unit, kept: float, step: int, least: int, narrowest: int = 1) -> int:
+    """The nearest allowed width: a multiple of `step`, at least `least` and `narrowest`, at most what there is.
+
+    Units no wider than `least` ignore it.
+    """
+    low = max(least if unit.width > least else 1, narrowest)
     nearest = round(kept / step) * step if step > 1 else round(kept)
     return max(min(nearest, unit.width), min(low, unit.width), 1)
 
@@ -66,6 +69,7 @@ class Selection:
     names: Sequence[str]
     order: list[list[NDArray[np.int64]]]  # per unit and cell: classes, the least important first
     ranks: list[NDArray[np.float64]]  # per unit: the score of each of its steps, rising
+    narrowest: int = 1
 
     def removed(self, kept: Sequence[int]) -> Mask:
         """The atoms' mask when each unit keeps so many steps."""
@@ -90,7 +94,9 @@ class Selection:
         """Allowed widths near the wanted ones."""
         amount = self.amount
         return [
-            rounded(unit, each, step_size(unit, self.coupling, amount.round_to), amount.min_channels)
+            rounded(
+                unit, each, step_size(unit, self.coupling, amount.round_to), amount.min_channels, self.narrowest
+            )
             for unit, each in zip(self.coupling.units, wanted, strict=True)
         ]
 
@@ -128,7 +134,9 @@ class Selection:
         return min(options, key=lambda kept: abs(self.left(kept) - target))
 
 
-def select(coupling: Coupling, amount: Amount, names: Sequence[str], scores: Scores) -> Selection:
+def select(
+    coupling: Coupling, amount: Amount, names: Sequence[str], scores: Scores, *, narrowest: int = 1
+) -> Selection:
     """Rank the classes of every unit; in units of several cells the cells' lowest go together."""
     values = np.zeros(coupling.atoms.count)
     for unit in coupling.units:
@@ -144,4 +152,4 @@ def select(coupling: Coupling, amount: Amount, names: Sequence[str], scores: Sco
             steps += values[sorted_[: unit.width * cell.stride]].reshape(unit.width, cell.stride).mean(1)
         order.append(cells)
         ranks.append(np.maximum.accumulate(steps / len(unit.cells)))
-    return Selection(coupling, amount, names, order, ranks)
+    return Selection(coupling, amount, names, order, ranks, narrowest)

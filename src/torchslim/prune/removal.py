@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from torchslim.channels import oracle
 from torchslim.channels.groups import Coupling, Group, Heads, Mask, couple
+from torchslim.channels.tags import JointKey
 from torchslim.channels.trace import Trace, named_weights, trace
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, preserved_globals
@@ -31,6 +32,13 @@ ROLLBACKS = 60
 """How often a removal that could not be verified is made smaller before everything is given up."""
 
 
+MODES = ("inner", "even", "outer", "tied", "none")
+"""What attention may lose, in the order in which it is tried: see `couple`."""
+
+WITHDRAWALS = 12
+"""How many changed attributes of the modules at work are tried with their old value where values differ."""
+
+
 @dataclass
 class Plan:
     """An analysed model, and what of it could not be verified so far."""
@@ -43,6 +51,8 @@ class Plan:
     modes: dict[str, str] = field(default_factory=dict)
     tried: dict[str, set[str]] = field(default_factory=dict)
     stays: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
+    shut: dict[JointKey, set[int]] = field(default_factory=dict)
+    narrowest: int = 1
 
     @property
     def names(self) -> list[str]:
@@ -52,11 +62,12 @@ class Plan:
     def coupling(self) -> Coupling:
         """The groups, with all that is known to be impossible left out."""
         return couple(
-            self.trace, heads=self.heads, frozen=self.frozen, modes=self.modes, stays=self.stays
+            self.trace, heads=self.heads, frozen=self.frozen, modes=self.modes, stays=self.stays, shut=self.shut
         )
 
     def retreat(self, divergence: oracle.Divergence, coupling: Coupling, removed: Mask) -> bool:
         """Give up what a divergence shows to be impossible: another way for the attention, or the groups at work."""
+        self.narrowest = 1
         kinds = {path: type(module) for path, module in self.model.named_modules()}
         path: str | None = divergence.path
         while path is not None:
@@ -64,7 +75,7 @@ class Plan:
                 mode = coupling.modes[path]
                 alike = {other for other in coupling.modes if kinds.get(other) is kinds.get(path)}
                 done = self.tried.setdefault(path, set()) | {mode}
-                following = next(each for each in ("inner", "tied", "outer", "none") if each not in done)
+                following = next(each for each in MODES if each not in done)
                 for other in alike:
                     self.tried.setdefault(other, set()).add(mode)
                     if coupling.modes[other] == mode:
@@ -80,12 +91,27 @@ class Plan:
             suspects = self._inside(divergence.path, coupling, removed)
         if not suspects:
             return False
+        if self._turn(suspects, coupling, kinds):
+            return True
         why = f"could not be verified: {divergence.what} ({divergence.path})"
         for unit in coupling.units:
             classes = np.concatenate([cell.classes for cell in unit.cells])
             if suspects & set(classes.tolist()):
                 self.stays.append((classes, why))
         return True
+
+    def _turn(self, suspects: set[int], coupling: Coupling, kinds: Mapping[str, type]) -> bool:
+        """Let joint layers at work, and those of modules of the same class, lose slices along another axis."""
+        joints = self.trace.tagger.joints
+        turned = {
+            (kinds.get(joints[key].where), axis)
+            for key, axis in coupling.axes.items()
+            if suspects & set(coupling.roots[joints[key].atoms].reshape(-1).tolist())
+        }
+        for key, axis in coupling.axes.items():
+            if (kinds.get(joints[key].where), axis) in turned:
+                self.shut.setdefault(key, set()).add(axis)
+        return bool(turned)
 
     def _inside(self, path: str, coupling: Coupling, removed: Mask) -> set[int]:
         found: set[int] = set()
@@ -160,7 +186,7 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         coupling = plan.coupling()
         if not coupling.units:
             break
-        selection = select(coupling, amount, plan.names, scores)
+        selection = select(coupling, amount, plan.names, scores, narrowest=plan.narrowest)
         kept = selection.choose()
         removed = selection.removed(kept)
         if not removed.any():
@@ -171,16 +197,49 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         surgery, shrunk, diverged = mend(plan.model, coupling, removed, plan.inputs)
         error = float("inf")
         if diverged is None:
-            working, _ = copy_model(plan.model)
-            base, inputs = oracle.prepare(working.eval(), plan.inputs)
-            diverged, error = oracle.verify(base, perform(base, surgery), coupling, removed, inputs)
+            first = surgery
+            surgery, diverged, error = _checked(plan, coupling, removed, surgery)
+            if surgery is not first:
+                shrunk = perform(plan.model, surgery)
         if diverged is None:
             return Shrunk(shrunk, surgery, coupling, removed, error, selection.left(kept), tuple(rollbacks))
         rollbacks.append(f"{diverged.path}: {diverged.what}")
-        if not plan.retreat(diverged, coupling, removed):
+        if plan.narrowest == 1 and any(left == 1 < unit.width for unit, left in zip(coupling.units, kept, strict=True)):
+            plan.narrowest = 2  # a value of size 1 often takes another path through views and products
+        elif not plan.retreat(diverged, coupling, removed):
             break
     reasons = "; ".join(dict.fromkeys(each.reason for each in plan.coupling().groups if each.reason))
     raise PruneError(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
+
+
+def _checked(
+    plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery
+) -> tuple[Surgery, oracle.Divergence | None, float]:
+    """Verify; where values differ, attributes that only looked like sizes get their old values back."""
+
+    def verify(trial: Surgery) -> tuple[oracle.Divergence | None, float]:
+        working, _ = copy_model(plan.model)
+        base, inputs = oracle.prepare(working.eval(), plan.inputs)
+        return oracle.verify(base, perform(base, trial), coupling, removed, inputs)
+
+    kinds = {path: type(module) for path, module in plan.model.named_modules()}
+    diverged, error = verify(surgery)
+    trials = WITHDRAWALS
+    while diverged is not None and trials:
+        near = [each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module]
+        alike = {(kinds[each.module], each.name, each.place): None for each in reversed(near)}
+        for kind, name, place in list(alike)[:trials]:
+            trials -= 1
+            left = tuple(
+                each for each in surgery.patches if (kinds[each.module], each.name, each.place) != (kind, name, place)
+            )
+            later, error = verify(Surgery(surgery.cuts, left))
+            if later is None or later.index > diverged.index:
+                surgery, diverged = Surgery(surgery.cuts, left), later
+                break
+        else:
+            break
+    return surgery, diverged, error
 
 
 @dataclass(frozen=True, kw_only=True)
