@@ -20,10 +20,6 @@ from torch.utils._pytree import tree_leaves
 from torchslim.channels.tags import Layers, Operand, Tagger, varying
 
 
-EXTENT = "the kernel's extent stays"
-"""The one reason for channels to stay that says nothing about a model."""
-
-
 @dataclass(frozen=True)
 class Call:
     """One operation at work: its arguments, what came out, and the tags of the tensors among them."""
@@ -428,7 +424,7 @@ def convolution(call: Call) -> Sequence[Layers]:
     rank = len(size)
     space = range(2, rank)
     layers = call.tagger.along(layers, space)
-    kernel = call.tagger.along(kernel, space, EXTENT)
+    kernel = call.tagger.along(kernel, space, "the kernel's extent stays")
     flat = [core.flatten(1) for core in layers], [core.flatten(1) for core in kernel]
     layers, kernel = (tuple(core.reshape(core.shape[0], -1) for core in each) for each in flat)
     inner, outer = (size[0] // groups, size[1]) if transposed else (size[1], size[0] // groups)

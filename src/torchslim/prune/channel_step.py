@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from torchslim.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.channels.groups import Coupling, Heads
-from torchslim.channels.rules import EXTENT
 from torchslim.channels.trace import named_weights
 from torchslim.errors import PruneError
 from torchslim.files import write_bytes
@@ -37,6 +36,9 @@ from torchslim.training import FitReport, Hook, Training
 
 CALIBRATION_SAMPLES = 8
 """A batch of fewer says too little of a variance."""
+
+EXTENT = "the kernel's extent stays"
+"""How the one reason to stay begins that says nothing about a model."""
 
 
 @dataclass
@@ -259,9 +261,7 @@ def _store(now: Standing, ctx: Context) -> None:
     path = _path(ctx)
     if path is None:
         return
-    kept: dict[str, Any] = {
-        key: value for key, value in vars(now).items() if key not in ("model", "masks")
-    }
+    kept: dict[str, Any] = {key: value for key, value in vars(now).items() if key not in ("model", "masks")}
     saved = {
         "about": json.dumps({**kept, "surgery": surgery(now.model)}),
         "weights": {name: each.detach().cpu() for name, each in named_weights(now.model).items()},
@@ -289,4 +289,6 @@ def _restored(model: nn.Module, ctx: Context) -> Standing | None:
         about["refused"] = [(layer, why) for layer, why in about["refused"]]
         return Standing(model=shrunk, masks=saved["masks"], **about)
     except Exception as error:
-        raise PruneError(f"the stored round {path} cannot be resumed from ({error}); delete it to start over") from error
+        raise PruneError(
+            f"the stored round {path} cannot be resumed from ({error}); delete it to start over"
+        ) from error

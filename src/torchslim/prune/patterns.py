@@ -137,5 +137,7 @@ def find_pattern(pattern: str, *, n: float = 2.0, dim: int = 0) -> Pattern:
     if found := re.fullmatch(r"(\d+):(\d+)", pattern):
         return NM(int(found[1]), int(found[2]))
     if pattern == CHANNEL:
-        raise PruneError("pattern 'channel' removes no single weights; use ts.prune.channels(model, example_inputs, ...)")
+        raise PruneError(
+            "pattern 'channel' removes no single weights; use ts.prune.channels(model, example_inputs, ...)"
+        )
     raise PruneError(f"pattern {pattern!r} is not known; one of {', '.join(PATTERNS)}")

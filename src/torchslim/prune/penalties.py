@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchslim.channels.groups import Coupling
 from torchslim.errors import PruneError
+from torchslim.prune.criteria import slices
 from torchslim.training import Hook, Loop
 
 Sparsify = Literal["group-lasso", "bn-l1"]
@@ -58,9 +59,7 @@ class _Penalty(Hook):
         for each in self.slices:
             weight = parameters[each.weight]
             if weight.requires_grad:
-                placed = Slices(
-                    each.weight, each.dim, each.indices.to(weight.device), each.classes.to(weight.device)
-                )
+                placed = Slices(each.weight, each.dim, each.indices.to(weight.device), each.classes.to(weight.device))
                 self.parts.append((weight, placed))
 
     def settled(self, loop: Loop) -> bool:
@@ -91,7 +90,7 @@ class GroupLasso(_Penalty):
             return None
         squares = torch.zeros_like(self.roots)
         for weight, each in self.parts:
-            inside = weight.square().movedim(each.dim, 0).flatten(1).sum(1)[each.indices].to(squares)
+            inside = slices(weight.square(), each.dim).sum(1)[each.indices].to(squares)
             squares = squares.index_add(0, each.classes.to(squares.device), inside)
         alive = squares > 0  # a norm has no slope at zero: what is gone stays gone
         norms = torch.where(alive, squares, 1.0).sqrt() * alive

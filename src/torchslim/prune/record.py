@@ -51,7 +51,9 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
         PruneError: the record is of a newer version, or of another model.
     """
     if record["version"] > VERSION:
-        raise PruneError(f"the surgery has format version {record['version']}, this torchslim reads {VERSION}; upgrade it")
+        raise PruneError(
+            f"the surgery has format version {record['version']}, this torchslim reads {VERSION}; upgrade it"
+        )
     done = surgery(base) or {"base": {"shapes": digest(shapes(base))}, "rounds": []}
     past = len(done["rounds"])
     if done["base"]["shapes"] != record["base"]["shapes"] or done["rounds"] != record["rounds"][:past]:

@@ -267,7 +267,7 @@ def mend(
     cuts = cuts_of(coupling, removed)
     mender = Mender(model, coupling, removed)
     patches = {_site(each): each for each in mender.certain()}
-    shrunk = perform(model, Surgery(cuts, tuple(patches.values())))
+    shrunk = perform(model, Surgery(cuts, tuple(patches.values()))).eval()
     diverged = shapes_agree(shrunk, coupling, removed, inputs)
     while diverged is not None:
         better = _improve(shrunk, mender, patches, diverged, inputs)
@@ -277,7 +277,8 @@ def mend(
         _carry(shrunk, mender, patches, changed)
         if len(changed) and diverged is not None:
             diverged = shapes_agree(shrunk, coupling, removed, inputs)
-    return Surgery(cuts, tuple(patches.values())), shrunk, diverged
+    done = Surgery(cuts, tuple(patches.values()))
+    return done, perform(model, done), diverged  # what was tried out has run, and is in eval mode
 
 
 def _site(patch: Patch) -> tuple[str, str, tuple[int, ...]]:
