@@ -190,6 +190,10 @@ class Shrunk:
     rollbacks: tuple[str, ...]
 
 
+class TooLittle(PruneError):
+    """A sparsity so low that no channel goes."""
+
+
 def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
     """Remove the least important channels, verify, and give up what cannot be verified.
 
@@ -205,7 +209,7 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         kept = selection.choose()
         removed = selection.removed(kept)
         if not removed.any():
-            raise PruneError(
+            raise TooLittle(
                 f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
                 f"{amount.round_to} channels: ask for more, or give a smaller round_to"
             )
@@ -354,7 +358,7 @@ def channels(
     ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
     done = shrink(plan, amount, ranking.scores(plan.model, plan))
     finish(plan, done, amount, found.name)
-    for note in notes(done, amount):
+    for note in notes(done.coupling, done.left, amount):
         warnings.warn(note, stacklevel=2)
     return done.model
 
@@ -378,13 +382,13 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
     attach(done.model, plan.model, done.surgery, about)
 
 
-def notes(done: Shrunk, amount: Amount) -> list[str]:
+def notes(coupling: Coupling, left: float, amount: Amount) -> list[str]:
     """What a user must know: a target that could not be reached."""
     wanted = 1 - amount.sparsity
-    largest = max((1 / unit.width for unit in done.coupling.units), default=0.0)
-    if abs(done.left - wanted) <= max(0.02, largest):
+    largest = max((1 / unit.width for unit in coupling.units), default=0.0)
+    if abs(left - wanted) <= max(0.02, largest):
         return []
     return [
         f"a sparsity of {amount.sparsity:.2f} of {amount.of} cannot be reached with round_to={amount.round_to} and "
-        f"min_channels={amount.min_channels}: {1 - done.left:.2f} is the nearest; ts.surgery(model) says what stayed"
+        f"min_channels={amount.min_channels}: {1 - left:.2f} is the nearest; ts.surgery(model) says what stayed"
     ]
