@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.batch_norm import recalibrate_batch_norm, tracked
-from torchslim.channels.groups import Coupling, Heads
+from torchslim.channels.choices import Heads
+from torchslim.channels.groups import Coupling
 from torchslim.channels.trace import named_weights
 from torchslim.errors import PruneError
 from torchslim.files import write_bytes
