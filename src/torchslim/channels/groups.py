@@ -41,6 +41,15 @@ class Coupling:
         """The class of every atom."""
         return self.atoms.find(np.arange(self.atoms.count))
 
+    @cached_property
+    def learnt(self) -> Mask:
+        """Per atom: is it the class of a weight's slice, and not only of a size that adapts?"""
+        found = np.zeros(self.atoms.count, dtype=bool)
+        for value in self.trace.weights.values():
+            for classes in self.classes(value.layers):
+                found[classes] = True
+        return found
+
     def classes(self, layers: Layers) -> list[Ids]:
         """Each layer with classes in place of atoms."""
         for core in layers:

@@ -195,7 +195,8 @@ class Follower(_Run):
         shape = self.coupling.shape(value, self.removed)
         if not self.loose or len(got) != len(shape):
             return shape
-        owned = frozenset().union(*map(varying, value.layers))
+        owners = zip(value.layers, self.coupling.classes(value.layers), strict=True)
+        owned = frozenset().union(*(varying(core) for core, classes in owners if self.coupling.learnt[classes].any()))
         return tuple(size if dim in owned else got[dim] for dim, size in enumerate(shape))
 
 
