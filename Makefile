@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check baseline format bench clean
+.PHONY: demo test check baseline format bench coverage clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -17,6 +17,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[bench]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -37,6 +41,9 @@ baseline: $(VENV)/.demo
 
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo
+
+coverage: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.coverage
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -33,7 +33,7 @@ from tests.deployment_models import (
     trained_conv,
 )
 from torchslim import artifact
-from torchslim.artifact import open_artifact, pack_masks, unpack_masks, write_artifact
+from torchslim.artifact import open_artifact, write_artifact
 from torchslim.errors import (
     ArtifactError,
     DeployError,
@@ -48,6 +48,7 @@ from torchslim.isolation import quiet
 from torchslim.measure import Timings
 from torchslim.quantize import static
 from torchslim.runtimes.pt2 import load_program, pack_program
+from torchslim.state import pack_masks, unpack_masks
 
 KINDS = ("eager-float", "eager-int8", "onnxruntime-float", "onnxruntime-int8")
 

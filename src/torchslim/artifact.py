@@ -3,6 +3,7 @@
 artifact.json         format version, runtime, how the model is called, SHA-256 of every other file
 model.onnx, .pt2      the runtime's file, and the exported program
 weights.safetensors   the module's state, for `load_module`; masks.safetensors: packed bits
+surgery.json          which channels were removed from the module that the factory makes
 example.npz           example inputs and the outputs they gave
 bench.py              times the model where torchslim is not installed
 """
@@ -22,9 +23,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from torchslim.errors import ArtifactError, StorageError
@@ -36,6 +34,7 @@ from torchslim.measure import Timings
 from torchslim.quantize import QuantizedModule
 from torchslim.runtimes import Deployed, Spec, deploy, find_runtime
 from torchslim.runtimes.pt2 import load_program
+from torchslim.state import pack_masks, pack_state, pack_surgery, restore, unpack_masks
 from torchslim.steps import Inputs
 from torchslim.structure import build
 
@@ -43,8 +42,9 @@ FORMAT = "torchslim-artifact"
 VERSION = 1
 MANIFEST = "artifact.json"
 PROGRAM = "model.pt2"
+WEIGHTS = "weights.safetensors"
+SURGERY = "surgery.json"
 STAGING = ".saving"
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 BENCH = Path(__file__).parent / "artifact_bench.py"
 
 
@@ -106,8 +106,10 @@ def write_artifact(
             "quantized": deployed.quantized,
         }
     if module is not None:
-        state, manifest["aliases"], manifest["channels_last"] = _state(module)
-        files["weights.safetensors"] = save_tensors(state)
+        files[WEIGHTS], manifest["aliases"], manifest["channels_last"] = pack_state(module)
+        surgery = pack_surgery(module)
+        if surgery is not None:
+            files[SURGERY] = surgery
     if masks:
         files["masks.safetensors"], manifest["mask_shapes"] = pack_masks(masks)
     manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
@@ -186,15 +188,15 @@ def load(folder: str | Path, *, runtime: str | None = None, threads: int | None 
 def load_module(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
     """A module from `factory` with the saved weights, in their saved precision.
 
+    Args:
+        folder: what `save` wrote.
+        factory: makes the model as it was before channels were pruned, the removal is done again on it; or one of the
+            pruned architecture. Its weights do not matter. What it returns is taken over.
+
     Raises:
         ArtifactError: when the factory's model has other parameters than the saved one; names them.
     """
-    opened = open_artifact(folder)
-    if "weights.safetensors" not in opened.manifest["files"]:
-        raise ArtifactError(f"{folder} holds no weights, only a program; use ts.load(folder)")
-    module = factory()
-    restore_state(module, opened.read("weights.safetensors"), opened.manifest)
-    return module
+    return open_artifact(folder).into(factory())
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,13 @@ class Opened:
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
             raise ArtifactError(f"{self.folder / name} was changed since the artifact was opened; load it again")
         return data
+
+    def into(self, module: nn.Module) -> nn.Module:
+        """The saved module, made from one of its kind; see `load_module`."""
+        if WEIGHTS not in self.manifest["files"]:
+            raise ArtifactError(f"{self.folder} holds no weights, only a program; use ts.load(folder)")
+        surgery = self.read(SURGERY) if SURGERY in self.manifest["files"] else None
+        return restore(module, self.read(WEIGHTS), self.manifest, surgery)
 
     def example(self) -> list[Tensor]:
         """The example inputs."""
@@ -262,59 +271,6 @@ def open_artifact(folder: str | Path) -> Opened:
         if sha256(inside) != expected:
             raise ArtifactError(f"{folder / name} was truncated or changed since it was saved; copy it again")
     return Opened(folder, manifest)
-
-
-def restore_state(module: nn.Module, data: bytes, manifest: Mapping[str, Any]) -> None:
-    """Load a saved state into a module of the same architecture."""
-    try:
-        state = load_tensors(data)
-    except SafetensorError as error:
-        raise ArtifactError(f"the weights cannot be read: {error}") from error
-    state |= {name: state[first] for name, first in manifest["aliases"].items()}
-    own = module.state_dict(keep_vars=True)
-    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [
-        f"{name} {tuple(own[name].shape)} instead of {tuple(state[name].shape)}"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
-    ]
-    if missing or unknown or wrong:
-        raise ArtifactError(
-            f"the factory's model does not fit the saved weights; missing: {', '.join(missing[:5]) or 'none'}; "
-            "unknown: "
-            f"{', '.join(unknown[:5]) or 'none'}; other shapes: {', '.join(wrong[:5]) or 'none'}"
-        )
-    holders: dict[int, str] = {}
-    for name, tensor in own.items():
-        first = holders.setdefault(id(tensor), name)
-        if first != name and not torch.equal(state[first], state[name]):
-            raise ArtifactError(
-                f"the factory's model ties {first!r} and {name!r}, which differ in the saved weights; untie them"
-            )
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name in state:
-            tensor.data = tensor.data.to(state[name].dtype)
-            if name in manifest["channels_last"]:
-                tensor.data = tensor.data.contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
-    module.load_state_dict(state)
-
-
-def pack_masks(masks: Mapping[str, Tensor]) -> tuple[bytes, dict[str, list[int]]]:
-    """Masks as packed bits, eight weights a byte, and their shapes."""
-    packed = {
-        name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool))) for name, mask in masks.items()
-    }
-    return save_tensors(packed), {name: list(mask.shape) for name, mask in masks.items()}
-
-
-def unpack_masks(data: bytes, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """The masks that `pack_masks` packed."""
-    packed = load_tensors(data)
-    masks = {}
-    for name, shape in shapes.items():
-        bits = np.unpackbits(packed[name].numpy(), count=int(np.prod(shape)))
-        masks[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
-    return masks
 
 
 def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
@@ -370,27 +326,6 @@ def _array(tensor: Tensor) -> Any:
         return tensor.numpy()
     except TypeError:  # bfloat16 and smaller floats, which numpy has not; float32 holds them exactly
         return tensor.float().numpy()
-
-
-def _state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Contiguous tensors, each storage once; the other names of tied ones; and which were channels-last."""
-    state: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    channels_last: list[str] = []
-    for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise ArtifactError(f"the model's state {name!r} is a {type(value).__name__}, only tensors can be saved")
-        key = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
-        if value.numel() and key in first:
-            aliases[name] = first[key]
-            continue
-        first[key] = name
-        layout = CHANNELS_LAST.get(value.dim())
-        if layout and not value.is_contiguous() and value.is_contiguous(memory_format=layout):
-            channels_last.append(name)
-        state[name] = value.detach().cpu().contiguous().clone()
-    return state, aliases, channels_last
 
 
 def _recaptured(opened: Opened, spec: Spec, example: list[Tensor]) -> Captured:

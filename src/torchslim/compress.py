@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import tempfile
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from torchslim import __version__
-from torchslim.artifact import load, open_artifact, restore_state, write_artifact
+from torchslim.artifact import load, write_artifact
 from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.evidence import compare_rows, not_measured, number, size
-from torchslim.export import capture, signature_of
+from torchslim.export import capture
 from torchslim.files import digest, write_json
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, seeded_splits
@@ -28,7 +27,7 @@ from torchslim.measure import Timings, compare, macs, nonzeros, parameters, resi
 from torchslim.quantize import QuantizedModule
 from torchslim.report import RUN_FORMAT, render, table
 from torchslim.runtimes import Deployed, find_runtime
-from torchslim.runtimes.pt2 import load_program
+from torchslim.stages import Stage, claim, read_text, restored
 from torchslim.steps import (
     Context,
     Engine,
@@ -47,7 +46,6 @@ from torchslim.steps import (
 from torchslim.structure import describe
 from torchslim.task import Metric, Task, call, predictor, take_first, tensors, to_device
 
-COMMIT = "stage.json"  # written last: a stage folder that has it is whole
 ROUNDS = 60
 SECONDS = 40.0
 
@@ -78,19 +76,6 @@ class Result:
 
     def __str__(self) -> str:
         return table(self.run)
-
-
-@dataclass(kw_only=True)
-class _Stage:
-    """The model after a step (or before the first), deployed and measured."""
-
-    name: str
-    folder: Path
-    model: nn.Module
-    module: nn.Module
-    masks: Mapping[str, Tensor]
-    deployed: Deployed
-    row: dict[str, Any]
 
 
 def compress(
@@ -162,7 +147,7 @@ def compress(
         )
         for step in steps:
             step.check(ctx)
-        _claim(folder, recipe, overwrite)
+        claim(folder, recipe, overwrite)
         runner = _Runner(ctx, folder, dynamic_shapes, _origin(ctx, copied, first))
         stages = [runner.baseline(copied, masks)]
         for index, step in enumerate(steps, 1):
@@ -179,35 +164,6 @@ def compress(
         folder=folder,
         _keep=keep,
     )
-
-
-def _claim(folder: Path, recipe: dict[str, Any], overwrite: bool) -> None:
-    """A working folder belongs to one recipe."""
-    path = folder / "recipe.json"
-    if path.exists() and not overwrite:
-        try:
-            other = json.loads(path.read_text())
-        except ValueError as error:
-            raise RecipeError(f"{path} is damaged; delete {folder}, or run with overwrite") from error
-        if other != json.loads(json.dumps(recipe)):
-            raise RecipeError(
-                f"{folder} holds the run of another recipe ({_difference(other, recipe)}); choose another folder, or "
-                "run with overwrite to replace it"
-            )
-    elif not path.exists() and folder.is_dir() and any(folder.iterdir()):
-        raise RecipeError(f"{folder} holds files that no run of torchslim left there; choose another folder")
-    write_json(path, recipe)
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    if len(old["steps"]) != len(new["steps"]):
-        return f"{len(old['steps'])} steps there, {len(new['steps'])} here"
-    for index, (a, b) in enumerate(zip(old["steps"], json.loads(json.dumps(new["steps"])), strict=True), 1):
-        for key in {**a, **b}:
-            if a.get(key) != b.get(key):
-                return f"step {index}, {key}: {a.get(key)!r} there, {b.get(key)!r} here"
-    keys = [key for key in ("model", "task", "target", "seed") if old.get(key) != new.get(key)]
-    return ", ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in keys)
 
 
 def _origin(ctx: Context, model: nn.Module, batch: Any) -> str:
@@ -228,26 +184,26 @@ class _Runner:
         self.machine = describe_machine(ctx.target.threads)
         self.classes: dict[str, type] = {}  # of the model's outputs, which files only know by name
 
-    def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> _Stage:
+    def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> Stage:
         """The model as it came."""
         self.key = digest(self.key, asdict(self.ctx.target))
         describe(call(predictor(model), self.ctx.example_inputs), [], self.classes)
         folder = self.folder / "00-baseline"
-        return self._restored(folder, "baseline", model, model, Form.MODULE) or self._finish(
+        return restored(folder, self.key, Form.MODULE, model, model, self.classes) or self._finish(
             "baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0
         )
 
-    def take(self, index: int, step: Step, before: _Stage) -> _Stage:
+    def take(self, index: int, step: Step, before: Stage) -> Stage:
         """One step on a copy of the stage before."""
         name = step_name(step)
         self.key = digest(self.key, canonical(step), self.ctx.seed)
         folder = self.folder / f"{index:02d}-{name}"
-        done = self._restored(folder, name, before.module, before.model, step.produces)
+        done = restored(folder, self.key, step.produces, before.module, before.model, self.classes)
         if done is not None:
             self.ctx.progress(Event(step=name, phase="resumed"))
             return done
         state = self.folder / f"{folder.name}.state"
-        if state.is_dir() and _read_text(state / "key") != self.key:
+        if state.is_dir() and read_text(state / "key") != self.key:
             shutil.rmtree(state)
         state.mkdir(parents=True, exist_ok=True)
         (state / "key").write_text(self.key)
@@ -273,7 +229,7 @@ class _Runner:
 
     def _finish(
         self, name: str, folder: Path, outcome: Outcome, module: nn.Module, seconds: float, index: int
-    ) -> _Stage:
+    ) -> Stage:
         """Deploy, measure and keep a stage."""
         model = outcome.model
         module = model if not isinstance(model, QuantizedModule) else module
@@ -299,20 +255,11 @@ class _Runner:
             "warnings": warnings,
             "history": [dict(each) for each in outcome.history],
         }
-        if folder.exists():
-            shutil.rmtree(folder)
-        kept = None if isinstance(model, QuantizedModule) else model
-        write_artifact(folder, deployed=deployed, module=kept, masks=outcome.masks)
-        write_json(folder / COMMIT, {"key": self.key, "row": row})
-        return _Stage(
-            name=name,
-            folder=folder,
-            model=model,
-            module=module,
-            masks=outcome.masks,
-            deployed=deployed,
-            row=row,
+        stage = Stage(
+            name=name, folder=folder, model=model, module=module, masks=outcome.masks, deployed=deployed, row=row
         )
+        stage.keep(self.key)
+        return stage
 
     def _deploy(self, model: nn.Module) -> Deployed:
         captured = capture(model, self.ctx.example_inputs, self.dynamic_shapes)
@@ -330,40 +277,7 @@ class _Runner:
                 values[split] = number(task.evaluate(predict, split), self.metric.unit or "1")
         return values
 
-    def _restored(self, folder: Path, name: str, module: nn.Module, model: nn.Module, form: Form) -> _Stage | None:
-        """The stage that an earlier run finished, if it is this one and whole."""
-        text = _read_text(folder / COMMIT)
-        if text is None:
-            return None
-        try:
-            saved = json.loads(text)
-            if saved["key"] != self.key:
-                return None
-            opened = open_artifact(folder)
-            deployed = load(folder)
-            deployed.classes = self.classes
-            masks = opened.masks()
-            if form is Form.QUANTIZED:
-                program = load_program(io.BytesIO(opened.read("model.pt2"))).module()
-                spec = deployed.spec
-                restored = QuantizedModule(program, signature_of(model), spec.inputs, spec.outputs, self.classes)
-                return _Stage(name=name, folder=folder, model=restored, module=module, masks=masks, deployed=deployed,
-                              row=saved["row"])  # fmt: skip
-            fresh = copy_model(module)[0]
-            restore_state(fresh, opened.read("weights.safetensors"), opened.manifest)
-        except (TorchslimError, KeyError, ValueError):
-            return None  # damaged, or a step of the user's own changed the architecture: it is taken again
-        return _Stage(
-            name=name,
-            folder=folder,
-            model=fresh,
-            module=fresh,
-            masks=masks,
-            deployed=deployed,
-            row=saved["row"],
-        )
-
-    def report(self, stages: list[_Stage], recipe: dict[str, Any]) -> dict[str, Any]:
+    def report(self, stages: list[Stage], recipe: dict[str, Any]) -> dict[str, Any]:
         """Latency of all stages side by side, and everything as `run.json`."""
         last = stages[-1]
         self.ctx.progress(Event(step="artifact", phase="evaluate"))
@@ -397,7 +311,7 @@ class _Runner:
             "rows": rows,
         }
 
-    def _on(self, stage: _Stage, runtime: str) -> Deployed:
+    def _on(self, stage: Stage, runtime: str) -> Deployed:
         """A stage on its own runtime, or on another one."""
         if stage.deployed.runtime == runtime:
             return stage.deployed
@@ -413,7 +327,3 @@ class _Positional(nn.Module):
 
     def forward(self, arguments: tuple[list[Any], dict[str, Any]]) -> Any:
         return self.model(*arguments[0], **arguments[1])
-
-
-def _read_text(path: Path) -> str | None:
-    return path.read_text() if path.is_file() else None

@@ -71,6 +71,7 @@ class Balance:
 
     parts: tuple[Ids, ...]
     where: str
+    fixed: Ids  # what stays if the parts are cut at given positions, and not in equal shares; empty if they never are
 
 
 @dataclass
@@ -111,11 +112,14 @@ class Tagger:
                     self.joints[key] = Joint(array, self.where.partition(":")[0])
         return layers
 
-    def balance(self, parts: Sequence[Tensor]) -> None:
-        """These parts must stay equally long."""
+    def balance(self, parts: Sequence[Tensor], fixed: Tensor | None = None) -> None:
+        """These parts must stay equally long, or else those are `fixed` that a position in the code cuts off."""
         arrays = tuple(np.ascontiguousarray(part.numpy()).reshape(-1) for part in parts)
         key = b"|".join(array.tobytes() for array in arrays)
-        self.balances.setdefault(key, Balance(arrays, self.where))
+        ids = np.zeros(0, dtype=np.int64) if fixed is None else np.ascontiguousarray(fixed.numpy()).reshape(-1)
+        if key in self.balances:
+            ids = np.union1d(self.balances[key].fixed, ids)
+        self.balances[key] = Balance(arrays, self.where, ids)
 
     # -- the primitives ---------------------------------------------------------------------------------------------
 
@@ -276,10 +280,7 @@ class Tagger:
         result = list(self.merge(across, common))
         inside = [[core for core in layers if dim in varying(core)] for layers, _ in operands]
         for slot in range(max(map(len, inside))):
-            cores = [
-                cores[slot] if slot < len(cores) else torch.full([1] * rank, KEPT)
-                for cores in inside
-            ]
+            cores = [cores[slot] if slot < len(cores) else torch.full([1] * rank, KEPT) for cores in inside]
             sizes = [max(core.shape[each] for core in cores) for each in range(rank)]
             parts = []
             for core, (_, shape) in zip(cores, operands, strict=True):

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from torchslim.channels import oracle
-from torchslim.channels.groups import Coupling, Group, Heads, Mask, couple
+from torchslim.channels.choices import Heads
+from torchslim.channels.groups import Coupling, Mask, couple
 from torchslim.channels.tags import JointKey
-from torchslim.channels.trace import Trace, named_weights, trace
+from torchslim.channels.trace import Trace, trace
+from torchslim.channels.units import Group
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.prune.amount import Amount, Of, Scope, Scores, select
@@ -52,6 +54,7 @@ class Plan:
     tried: dict[str, set[str]] = field(default_factory=dict)
     stays: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
     shut: dict[JointKey, set[int]] = field(default_factory=dict)
+    placed: set[bytes] = field(default_factory=set)
     narrowest: int = 1
 
     @property
@@ -62,7 +65,13 @@ class Plan:
     def coupling(self) -> Coupling:
         """The groups, with all that is known to be impossible left out."""
         return couple(
-            self.trace, heads=self.heads, frozen=self.frozen, modes=self.modes, stays=self.stays, shut=self.shut
+            self.trace,
+            heads=self.heads,
+            frozen=self.frozen,
+            modes=self.modes,
+            stays=self.stays,
+            shut=self.shut,
+            placed=self.placed,
         )
 
     def retreat(self, divergence: oracle.Divergence, coupling: Coupling, removed: Mask) -> bool:
@@ -91,7 +100,7 @@ class Plan:
             suspects = self._inside(divergence.path, coupling, removed)
         if not suspects:
             return False
-        if self._turn(suspects, coupling, kinds):
+        if self._turn(suspects, coupling, kinds) or self._place(suspects, coupling):
             return True
         why = f"could not be verified: {divergence.what} ({divergence.path})"
         for unit in coupling.units:
@@ -112,6 +121,16 @@ class Plan:
             if (kinds.get(joints[key].where), axis) in turned:
                 self.shut.setdefault(key, set()).add(axis)
         return bool(turned)
+
+    def _place(self, suspects: set[int], coupling: Coupling) -> bool:
+        """Take it that parts at work which are equally long were cut at positions that stand in the code."""
+        new = {
+            key
+            for key, balance in self.trace.tagger.balances.items()
+            if len(balance.fixed) and suspects & set(coupling.roots[np.concatenate(balance.parts)].tolist())
+        } - self.placed
+        self.placed |= new
+        return bool(new)
 
     def _inside(self, path: str, coupling: Coupling, removed: Mask) -> set[int]:
         found: set[int] = set()
@@ -194,14 +213,12 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
                 f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
                 f"{amount.round_to} channels: ask for more, or give a smaller round_to"
             )
-        surgery, shrunk, diverged = mend(plan.model, coupling, removed, plan.inputs)
+        surgery, diverged = mend(plan.model, coupling, removed, plan.inputs)
         error = float("inf")
         if diverged is None:
-            first = surgery
             surgery, diverged, error = _checked(plan, coupling, removed, surgery)
-            if surgery is not first:
-                shrunk = perform(plan.model, surgery)
         if diverged is None:
+            shrunk = perform(plan.model, surgery)  # the one that was tried has run, and may have changed its state
             return Shrunk(shrunk, surgery, coupling, removed, error, selection.left(kept), tuple(rollbacks))
         rollbacks.append(f"{diverged.path}: {diverged.what}")
         if plan.narrowest == 1 and any(left == 1 < unit.width for unit, left in zip(coupling.units, kept, strict=True)):
@@ -226,7 +243,9 @@ def _checked(
     diverged, error = verify(surgery)
     trials = WITHDRAWALS
     while diverged is not None and trials:
-        near = [each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module]
+        near = [
+            each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module
+        ]
         alike = {(kinds[each.module], each.name, each.place): None for each in reversed(near)}
         for kind, name, place in list(alike)[:trials]:
             trials -= 1
@@ -277,9 +296,7 @@ class Ranking:
                     members.append((torch.from_numpy(each.classes), found[torch.from_numpy(each.indices)]))
             if not members:  # of a criterion that looks at norms, say: all alike
                 return np.ones(len(group.classes))
-            combined = combine(
-                members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation
-            )
+            combined = combine(members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation)
             return combined.numpy()
 
         return score
@@ -338,9 +355,7 @@ def channels(
     gathered = Gathered()
     if needs(found) and batches is not None:
         gathered = gather(plan.model, needs(found), batches, loss=loss)
-    ranking = Ranking(
-        criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed
-    )
+    ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
     done = shrink(plan, amount, ranking.scores(plan.model, plan))
     finish(plan, done, amount, found.name)
     for note in notes(done.coupling, done.left, amount):

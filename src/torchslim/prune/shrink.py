@@ -189,7 +189,11 @@ class Mender:
         return found
 
     def _note_groups(
-        self, path: str, scalars: Sequence[Any], shapes: Sequence[tuple[Any, Any]], note: Callable[[str, int, int], None]
+        self,
+        path: str,
+        scalars: Sequence[Any],
+        shapes: Sequence[tuple[Any, Any]],
+        note: Callable[[str, int, int], None],
     ) -> None:
         # a grouped convolution's count of groups is no size of any value
         (old_in, new_in), (old_kernel, new_kernel) = shapes[:2]
@@ -253,10 +257,8 @@ class Mender:
         return self.changes.get(path, {})
 
 
-def mend(
-    model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs
-) -> tuple[Surgery, nn.Module, Divergence | None]:
-    """The surgery for a removal, the model after it, and where that still diverges from what is predicted.
+def mend(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> tuple[Surgery, Divergence | None]:
+    """The surgery for a removal, and where the model after it still diverges from what is predicted.
 
     Args:
         model: read only.
@@ -277,8 +279,7 @@ def mend(
         _carry(shrunk, mender, patches, changed)
         if len(changed) and diverged is not None:
             diverged = shapes_agree(shrunk, coupling, removed, inputs)
-    done = Surgery(cuts, tuple(patches.values()))
-    return done, perform(model, done), diverged  # what was tried out has run, and is in eval mode
+    return Surgery(cuts, tuple(patches.values())), diverged
 
 
 def _site(patch: Patch) -> tuple[str, str, tuple[int, ...]]:

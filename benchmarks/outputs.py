@@ -1,0 +1,41 @@
+"""What of a model's outputs a benchmark compares, and inputs of another batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# widths in the middle of a model, which pruning may change
+INNER = ("hidden", "past", "cache", "model_output", "attentions")
+
+
+def main_outputs(output: Any) -> list[Tensor]:
+    """The tensors of an output in order, without hidden states and caches."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        kept = (value for key, value in output.items() if not any(part in str(key) for part in INNER))
+        return [leaf for value in kept for leaf in main_outputs(value)]
+    if isinstance(output, (tuple, list)):
+        return [leaf for value in output for leaf in main_outputs(value)]
+    return []
+
+
+def shapes(output: Any) -> list[list[int]]:
+    """The shapes of the main outputs; of a detector, which lists what it found, without how many it found."""
+    found = isinstance(output, list) and output and isinstance(output[0], Mapping)
+    return [list(leaf.shape[1:] if found else leaf.shape) for leaf in main_outputs(output)]
+
+
+def repeated(inputs: Any, times: int) -> Any:
+    """The same inputs with every sample `times` times over; lists are a batch of samples."""
+    if isinstance(inputs, Tensor):
+        return torch.cat([inputs] * times)
+    if isinstance(inputs, Mapping):
+        return {key: repeated(value, times) for key, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(repeated(value, times) for value in inputs)
+    return inputs * times if isinstance(inputs, list) else inputs

@@ -1,0 +1,106 @@
+"""A module's weights, masks and surgery as bytes, and back into a module: safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from torchslim.errors import ArtifactError, PruneError
+from torchslim.prune.record import difference, document, rebuild, shapes
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def pack_state(module: nn.Module) -> tuple[bytes, dict[str, str], list[str]]:
+    """Contiguous tensors, each storage once; the other names of tied ones; and which were channels-last."""
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    channels_last: list[str] = []
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ArtifactError(f"the model's state {name!r} is a {type(value).__name__}, only tensors can be saved")
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        layout = CHANNELS_LAST.get(value.dim())
+        if layout and not value.is_contiguous() and value.is_contiguous(memory_format=layout):
+            channels_last.append(name)
+        state[name] = value.detach().cpu().contiguous().clone()
+    return save_tensors(state), aliases, channels_last
+
+
+def restore(module: nn.Module, weights: bytes, manifest: Mapping[str, Any], surgery: bytes | None = None) -> nn.Module:
+    """A saved state in a module of the same architecture, or of that from before its surgery.
+
+    Raises:
+        ArtifactError: the module is another one; names the difference.
+    """
+    try:
+        state = load_tensors(weights)
+    except SafetensorError as error:
+        raise ArtifactError(f"the weights cannot be read: {error}") from error
+    tied: Mapping[str, str] = manifest["aliases"]
+    state |= {name: state[first] for name, first in tied.items()}
+    wanted = {name: list(value.shape) for name, value in state.items()}
+    if surgery is not None:
+        try:
+            module = rebuild(module, json.loads(surgery), wanted, tied)
+        except (PruneError, ValueError, TypeError) as error:
+            raise ArtifactError(f"the saved surgery cannot be done: {error}") from error
+    misfit = difference(shapes(module), wanted)
+    if misfit:
+        raise ArtifactError(f"the factory's model does not fit the saved weights; {misfit}")
+    _fill(module, state, manifest["channels_last"])
+    return module
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], channels_last: Sequence[str]) -> None:
+    own = module.state_dict(keep_vars=True)
+    holders: dict[int, str] = {}
+    for name, tensor in own.items():
+        first = holders.setdefault(id(tensor), name)
+        if first != name and not torch.equal(state[first], state[name]):
+            raise ArtifactError(
+                f"the factory's model ties {first!r} and {name!r}, which differ in the saved weights; untie them"
+            )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
+            if name in channels_last:
+                tensor.data = tensor.data.contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
+    module.load_state_dict(state)
+
+
+def pack_surgery(module: nn.Module) -> bytes | None:
+    """What channel pruning removed from a module, as JSON; None where it never did."""
+    found = document(module)
+    return None if found is None else (json.dumps(found, indent=1, allow_nan=False) + "\n").encode()
+
+
+def pack_masks(masks: Mapping[str, Tensor]) -> tuple[bytes, dict[str, list[int]]]:
+    """Masks as packed bits, eight weights a byte, and their shapes."""
+    packed = {
+        name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool))) for name, mask in masks.items()
+    }
+    return save_tensors(packed), {name: list(mask.shape) for name, mask in masks.items()}
+
+
+def unpack_masks(data: bytes, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """The masks that `pack_masks` packed."""
+    packed = load_tensors(data)
+    masks = {}
+    for name, shape in shapes.items():
+        bits = np.unpackbits(packed[name].numpy(), count=int(np.prod(shape)))
+        masks[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
+    return masks
