@@ -43,12 +43,12 @@ class Coupling:
 
     @cached_property
     def learnt(self) -> Mask:
-        """Per atom: is it the class of a weight's slice, and not only of a size that adapts?"""
+        """Per atom: is it the class of a weight's slice that may go, and not only of a size that adapts?"""
         found = np.zeros(self.atoms.count, dtype=bool)
         for value in self.trace.weights.values():
             for classes in self.classes(value.layers):
                 found[classes] = True
-        return found
+        return found & (self.atoms.frozen() == 0)
 
     def classes(self, layers: Layers) -> list[Ids]:
         """Each layer with classes in place of atoms."""
