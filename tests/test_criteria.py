@@ -354,7 +354,7 @@ def test_labels_are_asked_for_before_any_work() -> None:
 @pytest.mark.parametrize("schedule", ["iterative", "gradual"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_schedules_gather_again_from_the_model_as_it_is(schedule: Any, workers: int, monkeypatch: Any) -> None:
-    from torchslim.prune import step as module
+    from torchslim.prune import data as module
 
     seen: list[Tensor] = []
 

@@ -68,6 +68,15 @@ def prunable_by_default(owner: nn.Module, name: str, parameter: nn.Parameter) ->
     )
 
 
+def check_patterns(model: nn.Module, include: Patterns, exclude: Patterns) -> None:
+    """Raise SelectError for a pattern that matches no layer or parameter, with the nearest names."""
+    types = class_names(model)
+    names = [*types, *(each for known in parameter_paths(model).values() for each in known)]
+    for pattern in (*as_list(include), *as_list(exclude)):
+        if not any(matches(pattern, path, types) for path in names):
+            raise SelectError(_unmatched(pattern, names, types))
+
+
 def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, nn.Parameter]:
     """Parameters by path, each tensor once: the default ones that are included, and those named in full.
 
@@ -97,11 +106,8 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
     def covered(pattern: str, path: str) -> bool:
         return any(matches(pattern, each, types) for each in paths[path])
 
-    names = [*owners, *(each for known in paths.values() for each in known)]
+    check_patterns(model, include, exclude)
     wanted, unwanted = as_list(include), as_list(exclude)
-    for pattern in (*wanted, *unwanted):
-        if not any(matches(pattern, path, types) for path in names):
-            raise SelectError(_unmatched(pattern, names, types))
     chosen = set(default) if include is None else set()
     for pattern in wanted:
         # biases, norms and embeddings only by a pattern that ends in the parameter's own name

@@ -37,7 +37,7 @@ class LayerRecord:
     layer: str
     action: Literal["pruned", "quantized", "trained", "refused"]
     reason: str = ""
-    sparsity: float | None = None  # fraction of this layer's weights that are held at zero
+    sparsity: float | None = None  # fraction of this layer's weights that are gone, or held at zero
     weight_bits: int | None = None
     activation_bits: int | None = None
 

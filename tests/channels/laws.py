@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torchslim.channels.groups import Coupling, Group
+from torchslim.channels.groups import Coupling
 from torchslim.channels.trace import named_weights
+from torchslim.channels.units import Group
 from torchslim.prune.amount import Amount
 from torchslim.prune.removal import Plan, Shrunk, analyse, shrink
 from torchslim.prune.shrink import Surgery

@@ -54,12 +54,16 @@ def causal(kind: str, **fields: Any) -> Callable[[], Made]:
 
 
 def gpt2() -> Made:
-    config = tf.GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    config = tf.GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    )
     return tf.GPT2LMHeadModel(config), {"input_ids": words()}
 
 
 def t5() -> Made:
-    config = tf.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = tf.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     return tf.T5ForConditionalGeneration(config), {"input_ids": words(), "decoder_input_ids": words(5)}
 
 

@@ -8,7 +8,6 @@ of two channels or a wrong attribute is found at the operation where it first sh
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from torchslim.channels.groups import Coupling, Mask
 from torchslim.channels.trace import Operation, Shape, Stack, Value, call, elementary, named_weights
+from torchslim.channels.values import calm, digest, gathered, in_order, spread, zeroed
+from torchslim.export import untouched
 from torchslim.isolation import preserved_globals
 from torchslim.steps import Inputs
 from torchslim.task import tensors
@@ -40,7 +41,6 @@ PASSING = frozenset({
 })  # fmt: skip
 """Operations that come and go with memory layout and precision; the runs are not compared at them."""
 
-HUGE = 1e20
 LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 """What the model may cast to; the check stays in float64."""
 
@@ -85,25 +85,10 @@ class Mismatch(Exception):
         self.divergence = divergence
 
 
-@functools.lru_cache(maxsize=4)
-def _noise(size: int, device: str) -> Tensor:
-    generator = torch.Generator().manual_seed(20)
-    return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
-
-
-def digest(value: Tensor) -> tuple[Shape, float, float]:
-    """A value's shape, norm, and product with a fixed random vector: equal for equal values, and hardly otherwise."""
-    flat = value.detach().reshape(-1).to(torch.float64)
-    if not (flat.abs() < HUGE).all():  # masks are filled with infinities, or with the largest number there is
-        flat = torch.where(flat.abs() < HUGE, flat, flat.sign().nan_to_num(nan=3.0) * 7.0)
-    size = 1 << max(flat.numel() - 1, 1).bit_length()
-    noise = _noise(size, str(flat.device))[: flat.numel()]
-    return tuple(value.shape), float(torch.linalg.vector_norm(flat)), float(flat @ noise)
-
-
 def opname(func: Any) -> str:
     """An operation's name without its overload; aliases are one."""
-    return NAMES.get(func._opname, func._opname)
+    name: str = func._opname
+    return NAMES.get(name, name)
 
 
 def lifted(func: Any, args: Any) -> float | None:
@@ -138,7 +123,9 @@ class _Run(TorchDispatchMode):
         """The arguments with casts to lower precision left out, in a float64 run."""
         if not self.double:
             return args, kwargs
-        return tree_map(lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in LOW else leaf, (args, kwargs))
+        return tree_map(
+            lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in LOW else leaf, (args, kwargs)
+        )
 
     @property
     def index(self) -> int:
@@ -188,7 +175,7 @@ class Follower(_Run):
         operation = self.next(func)
         result = func(*args, **kwargs)
         if opname(func) in RANDOM:
-            result = _calm(result)
+            result = calm(result)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self.loose |= opname(func) in COUNTING or torch.Tag.dynamic_output_shape in func.tags
         for value, output in zip(operation.outputs, outputs, strict=False):
@@ -201,7 +188,6 @@ class Follower(_Run):
         self.footprints.append(Footprint(tuple(leaves), digests, order))
         self.at += 1
         return result
-
 
     def _shape(self, value: Value, got: Shape) -> Shape:
         """What is predicted; sizes that may depend on data and lose nothing are taken as they come."""
@@ -245,9 +231,9 @@ class Masked(_Run):
         else:
             result = self._plain(func, leaves, spec, footprint)
         if name in RANDOM:
-            result = _calm(result)
+            result = calm(result)
         if footprint.order is not None:
-            result = _in_order(func, args, kwargs, footprint.order)
+            result = in_order(func, args, kwargs, footprint.order)
         flat, out_spec = tree_flatten(result)
         place = 0
         for position, leaf in enumerate(flat):
@@ -256,7 +242,7 @@ class Masked(_Run):
             if place < len(operation.outputs):
                 value = operation.outputs[place]
                 keep = self.keep(value.layers, value.shape)
-                flat[position] = _zeroed(leaf, keep)
+                flat[position] = zeroed(leaf, keep)
                 self._compare(flat[position], keep, footprint.values[place] if place < len(footprint.values) else None)
             place += 1
         self.at += 1
@@ -289,34 +275,25 @@ class Masked(_Run):
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 value = next(values)
-                chosen.append(_gathered(leaf, self.keep(value.layers, value.shape)))
+                chosen.append(gathered(leaf, self.keep(value.layers, value.shape)))
             else:
                 chosen.append(next(numbers, leaf))
         args, kwargs = tree_unflatten(chosen, spec)
         flat, out_spec = tree_flatten(func(*args, **kwargs))
         for position, (leaf, value) in enumerate(zip(flat, operation.outputs, strict=False)):
-            flat[position] = _spread(leaf, self.keep(value.layers, value.shape), value.shape)
+            flat[position] = spread(leaf, self.keep(value.layers, value.shape), value.shape)
         return tree_unflatten(flat, out_spec)
 
     def _compare(self, full: Tensor, keep: list[Mask | None], wanted: tuple[Shape, float, float] | None) -> None:
         if wanted is None:
             return
-        shape, norm, product = digest(_gathered(full, keep))
+        shape, norm, product = digest(gathered(full, keep))
         if shape != wanted[0]:
             raise self.fail(f"a value of shape {wanted[0]} should be of shape {shape}")
         error = max(abs(norm - wanted[1]), abs(product - wanted[2])) / max(norm, wanted[1], 1e-12)
         if not error <= TOLERANCE:
             raise self.fail(f"a value differs by {error:.1e} of its norm")
         self.largest = max(self.largest, error)
-
-
-def _in_order(func: Any, args: Any, kwargs: Any, order: Tensor) -> Any:
-    """A sort's result with near ties as they fell in the shrunk run; the values in this order are compared."""
-    if func._opname == "nms":
-        return order
-    place = next(place for place, each in enumerate(func._schema.arguments) if each.name == "dim")
-    dim = int(args[place] if len(args) > place else kwargs.get("dim", -1))
-    return args[0].gather(dim, order), order
 
 
 def _ratios(coupling: Coupling, removed: Mask) -> set[float]:
@@ -328,43 +305,6 @@ def _ratios(coupling: Coupling, removed: Mask) -> set[float]:
                 pairs |= set(zip(value.shape, coupling.shape(value, removed), strict=True))
     ratios = {new / old for old, new in pairs if new != old and new}
     return {sign for ratio in ratios for power in POWERS for sign in (ratio**power, ratio**-power)}
-
-
-def _gathered(value: Tensor, keep: list[Mask | None]) -> Tensor:
-    for dim, mask in enumerate(keep):
-        if mask is not None:
-            value = value.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(value.device))
-    return value
-
-
-def _spread(value: Any, keep: list[Mask | None], shape: Shape) -> Any:
-    if not isinstance(value, Tensor) or all(mask is None for mask in keep) or value.dim() != len(shape):
-        return value
-    for dim, mask in enumerate(keep):
-        if mask is not None:
-            size = list(value.shape)
-            size[dim] = shape[dim]
-            place = torch.from_numpy(np.flatnonzero(mask)).to(value.device)
-            value = value.new_zeros(size).index_copy_(dim, place, value)
-    return value
-
-
-def _zeroed(value: Tensor, keep: list[Mask | None]) -> Tensor:
-    for dim, mask in enumerate(keep):
-        if mask is not None and value.dim() > dim:
-            gone = torch.from_numpy(np.flatnonzero(~mask)).to(value.device)
-            if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
-                value = value.clone()
-            value.index_fill_(dim, gone, 0)
-    return value
-
-
-def _calm(result: Any) -> Any:
-    """Random numbers differ with the shape they are drawn in: both runs see constants."""
-    for leaf in tree_leaves(result):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            leaf.fill_(0.5)
-    return result
 
 
 @torch.no_grad()
@@ -400,13 +340,14 @@ def mask_weights(model: nn.Module, coupling: Coupling, removed: Mask) -> None:
     """Set the removed elements of every weight to zero, in place."""
     own = named_weights(model)
     for name, value in coupling.trace.weights.items():
-        _zeroed(own[name].data, coupling.kept(value.layers, value.shape, removed))
+        zeroed(own[name].data, coupling.kept(value.layers, value.shape, removed))
 
 
 def shapes_agree(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> Divergence | None:
-    """Does the shrunk model run with the predicted shape of every value? One forward pass."""
+    """Does the shrunk model run with the predicted shape of every value? One forward pass, in evaluation mode."""
     run = Follower(model, coupling, removed, values=False)
-    return _outcome(run, model, inputs)
+    with untouched(model):
+        return _outcome(run, model, inputs)
 
 
 def _outcome(run: _Run, model: nn.Module, inputs: Inputs) -> Divergence | None:

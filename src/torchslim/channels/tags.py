@@ -280,10 +280,7 @@ class Tagger:
         result = list(self.merge(across, common))
         inside = [[core for core in layers if dim in varying(core)] for layers, _ in operands]
         for slot in range(max(map(len, inside))):
-            cores = [
-                cores[slot] if slot < len(cores) else torch.full([1] * rank, KEPT)
-                for cores in inside
-            ]
+            cores = [cores[slot] if slot < len(cores) else torch.full([1] * rank, KEPT) for cores in inside]
             sizes = [max(core.shape[each] for core in cores) for each in range(rank)]
             parts = []
             for core, (_, shape) in zip(cores, operands, strict=True):

@@ -175,10 +175,8 @@ class _Recorder(TorchDispatchMode):
         """The tags of a tensor; one that nobody made in this run is of a fixed size, unless it is a weight's data."""
         if not isinstance(value, Tensor):
             return ()
-        found = self._layers.get(value)
-        if found is None:
-            found = self._stored.get(_storage(value), ())
-        return found
+        found: Layers | None = self._layers.get(value)
+        return self._stored.get(_storage(value), ()) if found is None else found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

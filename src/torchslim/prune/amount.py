@@ -10,13 +10,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from torchslim.channels.groups import Coupling, Group, Mask, Unit
+from torchslim.channels.groups import Coupling, Mask
+from torchslim.channels.units import Group, Unit
 from torchslim.errors import PruneError
 from torchslim.prune.budget import check_sparsity
 
 Of = Literal["params", "macs", "channels"]
 Scope = Literal["global", "layer"]
 Scores = Callable[[Coupling, Group], NDArray[np.float64]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
@@ -34,9 +36,9 @@ class Amount:
                                    ("scope", self.scope, ("global", "layer"))):  # fmt: skip
             if value not in known:
                 raise PruneError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-        for name, value in (("round_to", self.round_to), ("min_channels", self.min_channels)):
-            if not isinstance(value, int) or value < 1:
-                raise PruneError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name, count in (("round_to", self.round_to), ("min_channels", self.min_channels)):
+            if not isinstance(count, int) or count < 1:
+                raise PruneError(f"{name} must be a whole number of at least 1, got {count!r}")
 
 
 def step_size(unit: Unit, coupling: Coupling, round_to: int) -> int:
@@ -94,9 +96,7 @@ class Selection:
         """Allowed widths near the wanted ones."""
         amount = self.amount
         return [
-            rounded(
-                unit, each, step_size(unit, self.coupling, amount.round_to), amount.min_channels, self.narrowest
-            )
+            rounded(unit, each, step_size(unit, self.coupling, amount.round_to), amount.min_channels, self.narrowest)
             for unit, each in zip(self.coupling.units, wanted, strict=True)
         ]
 
@@ -111,9 +111,9 @@ class Selection:
                 return self.widths([unit.width * (1 - progress) for unit in units])
 
             return self._search(at, np.linspace(0, 1, 513))
-        scores = np.concatenate([ranks for ranks in self.ranks]) if units else np.zeros(0)
-        owner = np.concatenate([np.full(len(ranks), place) for place, ranks in enumerate(self.ranks)]) if units else []
-        queue = np.asarray(owner)[np.argsort(scores, kind="stable")]
+        scores = np.concatenate(self.ranks) if units else np.zeros(0)
+        owner = np.repeat(np.arange(len(units)), [len(ranks) for ranks in self.ranks])
+        queue = owner[np.argsort(scores, kind="stable")]
 
         def after(count: float) -> list[int]:
             gone = np.bincount(queue[: int(count)], minlength=len(units)) if units else np.zeros(0)

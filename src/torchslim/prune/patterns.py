@@ -118,10 +118,13 @@ class Slice:
         return keep.reshape(view).expand(shape).clone()
 
 
+CHANNEL = "channel"
+
 PATTERNS = {
     "unstructured": "single weights",
     "slice": "whole slices along `dim`, by their L_`n` norm",
     "N:M": "N of every M weights along the input dimension are kept: 2:4, 4:8",
+    CHANNEL: "whole channels, neurons and heads, physically removed",
 }
 
 
@@ -133,4 +136,8 @@ def find_pattern(pattern: str, *, n: float = 2.0, dim: int = 0) -> Pattern:
         return Slice(n, dim)
     if found := re.fullmatch(r"(\d+):(\d+)", pattern):
         return NM(int(found[1]), int(found[2]))
+    if pattern == CHANNEL:
+        raise PruneError(
+            "pattern 'channel' removes no single weights; use ts.prune.channels(model, example_inputs, ...)"
+        )
     raise PruneError(f"pattern {pattern!r} is not known; one of {', '.join(PATTERNS)}")

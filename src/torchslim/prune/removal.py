@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from torchslim.channels import oracle
-from torchslim.channels.groups import Coupling, Group, Heads, Mask, couple
+from torchslim.channels.choices import Heads
+from torchslim.channels.groups import Coupling, Mask, couple
 from torchslim.channels.tags import JointKey
-from torchslim.channels.trace import Trace, named_weights, trace
+from torchslim.channels.trace import Trace, trace
+from torchslim.channels.units import Group
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.prune.amount import Amount, Of, Scope, Scores, select
@@ -188,6 +190,10 @@ class Shrunk:
     rollbacks: tuple[str, ...]
 
 
+class TooLittle(PruneError):
+    """A sparsity so low that no channel goes."""
+
+
 def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
     """Remove the least important channels, verify, and give up what cannot be verified.
 
@@ -203,7 +209,7 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         kept = selection.choose()
         removed = selection.removed(kept)
         if not removed.any():
-            raise PruneError(
+            raise TooLittle(
                 f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
                 f"{amount.round_to} channels: ask for more, or give a smaller round_to"
             )
@@ -237,7 +243,9 @@ def _checked(
     diverged, error = verify(surgery)
     trials = WITHDRAWALS
     while diverged is not None and trials:
-        near = [each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module]
+        near = [
+            each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module
+        ]
         alike = {(kinds[each.module], each.name, each.place): None for each in reversed(near)}
         for kind, name, place in list(alike)[:trials]:
             trials -= 1
@@ -288,9 +296,7 @@ class Ranking:
                     members.append((torch.from_numpy(each.classes), found[torch.from_numpy(each.indices)]))
             if not members:  # of a criterion that looks at norms, say: all alike
                 return np.ones(len(group.classes))
-            combined = combine(
-                members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation
-            )
+            combined = combine(members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation)
             return combined.numpy()
 
         return score
@@ -349,12 +355,10 @@ def channels(
     gathered = Gathered()
     if needs(found) and batches is not None:
         gathered = gather(plan.model, needs(found), batches, loss=loss)
-    ranking = Ranking(
-        criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed
-    )
+    ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
     done = shrink(plan, amount, ranking.scores(plan.model, plan))
     finish(plan, done, amount, found.name)
-    for note in notes(done, amount):
+    for note in notes(done.coupling, done.left, amount):
         warnings.warn(note, stacklevel=2)
     return done.model
 
@@ -378,13 +382,13 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
     attach(done.model, plan.model, done.surgery, about)
 
 
-def notes(done: Shrunk, amount: Amount) -> list[str]:
+def notes(coupling: Coupling, left: float, amount: Amount) -> list[str]:
     """What a user must know: a target that could not be reached."""
     wanted = 1 - amount.sparsity
-    largest = max((1 / unit.width for unit in done.coupling.units), default=0.0)
-    if abs(done.left - wanted) <= max(0.02, largest):
+    largest = max((1 / unit.width for unit in coupling.units), default=0.0)
+    if abs(left - wanted) <= max(0.02, largest):
         return []
     return [
         f"a sparsity of {amount.sparsity:.2f} of {amount.of} cannot be reached with round_to={amount.round_to} and "
-        f"min_channels={amount.min_channels}: {1 - done.left:.2f} is the nearest; ts.surgery(model) says what stayed"
+        f"min_channels={amount.min_channels}: {1 - left:.2f} is the nearest; ts.surgery(model) says what stayed"
     ]

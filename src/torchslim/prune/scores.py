@@ -79,6 +79,16 @@ def channel_scores(
     return None if scores is None else _checked(scores, weight.shape[dim : dim + 1], criterion, statistics)
 
 
+def check_combination(reduction: Any, normalisation: Any) -> None:
+    """Raise PruneError for what `combine` does not know."""
+    for what, value, known in (
+        ("reduction", reduction, ("mean", "sum", "max", "first")),
+        ("normalisation", normalisation, ("none", "mean", "max", "gaussian")),
+    ):
+        if value not in known:
+            raise PruneError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
 def combine(
     members: Sequence[tuple[Tensor, Tensor]],
     size: int,
@@ -102,12 +112,7 @@ def combine(
     Returns:
         (size,), float64, on the CPU, as the members may live on several devices.
     """
-    for what, value, known in (
-        ("reduction", reduction, ("mean", "sum", "max", "first")),
-        ("normalisation", normalisation, ("none", "mean", "max", "gaussian")),
-    ):
-        if value not in known:
-            raise PruneError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    check_combination(reduction, normalisation)
     if not members:
         raise PruneError("no member of the group has scores; choose a criterion that says something of its layers")
     values = torch.zeros(len(members), size, dtype=torch.float64)

@@ -189,7 +189,11 @@ class Mender:
         return found
 
     def _note_groups(
-        self, path: str, scalars: Sequence[Any], shapes: Sequence[tuple[Any, Any]], note: Callable[[str, int, int], None]
+        self,
+        path: str,
+        scalars: Sequence[Any],
+        shapes: Sequence[tuple[Any, Any]],
+        note: Callable[[str, int, int], None],
     ) -> None:
         # a grouped convolution's count of groups is no size of any value
         (old_in, new_in), (old_kernel, new_kernel) = shapes[:2]

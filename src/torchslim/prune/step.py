@@ -10,43 +10,57 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from torchslim.channels.choices import Heads
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model
 from torchslim.loaders import calibration_batches
 from torchslim.prune import schedule as schedules
+from torchslim.prune.amount import Amount, Of
 from torchslim.prune.budget import check_sparsity
-from torchslim.prune.criteria import CRITERIA, Criterion, Scorer, find_criterion
-from torchslim.prune.patterns import Slice, find_pattern
-from torchslim.prune.scores import check_ranks_weights
+from torchslim.prune.channel_step import ChannelPruning
+from torchslim.prune.criteria import Criterion, Scorer, find_criterion
+from torchslim.prune.data import check_data, gather_for
+from torchslim.prune.patterns import CHANNEL, Slice, find_pattern
+from torchslim.prune.penalties import Sparsify
+from torchslim.prune.scores import Normalisation, Reduction, check_ranks_weights
 from torchslim.prune.sparsify import NO_DATA, Masks, apply_masks, notes, plan, pruned_record
 from torchslim.select import Patterns, by_pattern, select_weights
 from torchslim.statistics import Gathered, gather
 from torchslim.steps import Context, Form, LayerRecord, Outcome
-from torchslim.task import Batch, Outputs, take_first
+from torchslim.task import Batch, Outputs
 from torchslim.training import Hook, Loop, Training
 
 SCHEDULES = ("one-shot", "iterative", "gradual")
+AMOUNT = ("of", "scope", "round_to", "min_channels")
+COMMON = ("include", "exclude", "train")
+CHANNELS = ("heads", "reduction", "normalisation", "sparsify", "strength", "sparsify_train")
 UPDATES = 100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Set the least important weights to zero.
+    """Set the least important weights to zero, or with the pattern "channel" remove whole channels.
 
     Args:
         sparsity: fraction of the chosen weights to remove; or one per layer, {"conv1": 0.3, "layer4.*": 0.8}, where
-            later patterns overrule earlier ones and layers that none covers are left alone.
+            later patterns overrule earlier ones and layers that none covers are left alone. For channels one number:
+            the fraction of the model that the step receives.
         threshold: instead of a sparsity, remove whatever scores below it.
         criterion: a name of `CRITERIA`, a `Criterion`, a function (weight, statistics) -> scores, or
-            "package.module:name". One that needs data gets the task's `calibration`, by default the first 512 samples
-            of train; those that rank channels only go with the pattern "slice".
-        pattern: "unstructured"; "slice", whole slices along `dim` by their L_`n` norm; or "N:M", such as "2:4".
+            "package.module:name"; by default "l1" for weights and "l2" for channels. One that needs data gets the
+            task's `calibration`, by default the first 512 samples of train; those that rank channels only go with the
+            patterns "slice" and "channel".
+        pattern: "unstructured"; "slice", whole slices along `dim` by their L_`n` norm; "N:M", such as "2:4"; or
+            "channel": channels, neurons and heads, with all that is coupled to them, are physically gone.
         scope: rank all chosen layers together ("global") or each by itself ("layer"). Sparsities given per layer
             are always per layer.
         include, exclude: globs over layer or parameter paths, or "type:Linear".
         schedule: "one-shot"; "iterative" (`rounds` of pruning and training); "gradual" (cubic, done when `until` of
-            the training is over). The last two need `train`; after one-shot pruning it is optional.
+            the training is over; weights only). The last two need `train`; after one-shot pruning it is optional.
         train: Finetune(...) or Distill(...).
+        of, round_to, min_channels, heads, reduction, normalisation: of channels, as for `ts.prune.channels`.
+        sparsify: of channels: "group-lasso" or "bn-l1" is added, times `strength` (1e-4), to the loss of a training
+            before the cut, `sparsify_train` or else `train`, and of the trainings between rounds.
     """
 
     accepts: ClassVar[Form] = Form.MODULE
@@ -54,7 +68,7 @@ class Prune:
 
     sparsity: float | Mapping[str, float] | None = None
     threshold: float | None = None
-    criterion: str | Criterion | Scorer = "l1"
+    criterion: str | Criterion | Scorer | None = None
     pattern: str = "unstructured"
     n: float = 2.0
     dim: int = 0
@@ -65,6 +79,15 @@ class Prune:
     rounds: int = 3
     until: float = 0.75
     train: Training | None = None
+    of: Of | None = None
+    round_to: int | None = None
+    min_channels: int | None = None
+    heads: Heads | None = None
+    reduction: Reduction | None = None
+    normalisation: Normalisation | None = None
+    sparsify: Sparsify | None = None
+    strength: float | None = None
+    sparsify_train: Training | None = None
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -74,13 +97,60 @@ class Prune:
             if value not in choices:
                 known = ", ".join(repr(each) for each in choices if each)
                 raise PruneError(f"{name} must be one of {known}, got {value!r}")
-        if not isinstance(self.criterion, str) or ":" not in self.criterion:
+        if not isinstance(self._criterion, str) or ":" not in self._criterion:
             self._check_criterion()
-        if self.train is not None and not isinstance(self.train, Training):
-            raise PruneError(f"train must be Finetune(...) or Distill(...), got {self.train!r}")
+        for name in ("train", "sparsify_train"):
+            if not isinstance(getattr(self, name), Training | None):
+                raise PruneError(f"{name} must be Finetune(...) or Distill(...), got {getattr(self, name)!r}")
+        if self.pattern == CHANNEL:
+            self._check_channels()
+            return
+        for name in (*CHANNELS, *(each for each in AMOUNT if each != "scope")):
+            if getattr(self, name) is not None:
+                raise PruneError(f"{name} is for pattern 'channel', got pattern {self.pattern!r}; leave {name} out")
         fixed = find_pattern(self.pattern, n=self.n, dim=self.dim).fixed_sparsity
         self._check_amount(fixed)
         self._check_schedule(fixed)
+
+    @property
+    def _criterion(self) -> str | Criterion | Scorer:
+        return self.criterion if self.criterion is not None else "l2" if self.pattern == CHANNEL else "l1"
+
+    def _check_channels(self) -> None:
+        if self.threshold is not None or isinstance(self.sparsity, Mapping):
+            got = f"sparsity={self.sparsity}" if self.threshold is None else f"threshold={self.threshold}"
+            raise PruneError(
+                f"pattern 'channel' takes one sparsity, as layers share their channels; got {got}; choose layers with "
+                "include and exclude"
+            )
+        for name, default in (("n", 2.0), ("dim", 0)):
+            if getattr(self, name) != default:
+                raise PruneError(f"{name} is for pattern 'slice', got {getattr(self, name)!r}; leave {name} out")
+        if self.sparsity is None:
+            raise PruneError("nothing to do: give sparsity=... (the fraction removed)")
+        if self.schedule == "gradual":
+            raise PruneError(
+                "schedule 'gradual' is not for pattern 'channel': shapes cannot change while an optimizer steps; use "
+                "'iterative' with more rounds"
+            )
+        if self.sparsify is None and (self.strength is not None or self.sparsify_train is not None):
+            raise PruneError("strength and sparsify_train belong to sparsify='group-lasso' or 'bn-l1'; give it too")
+        self._check_schedule(None)
+        self._channels()
+
+    def _channels(self) -> ChannelPruning:
+        """The channel side, its defaults filled in."""
+
+        def given(*names: str) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+        assert isinstance(self.sparsity, (int, float))
+        return ChannelPruning(
+            amount=Amount(sparsity=self.sparsity, **given(*AMOUNT)),
+            criterion=self._criterion,
+            rounds=self.rounds if self.schedule == "iterative" else 1,
+            **given(*COMMON, *CHANNELS),
+        )
 
     def _check_amount(self, fixed: float | None) -> None:
         if self.sparsity is not None and self.threshold is not None:
@@ -118,30 +188,21 @@ class Prune:
         return self.sparsity is None or (isinstance(self.sparsity, (int, float)) and math.isclose(self.sparsity, fixed))
 
     def _check_criterion(self) -> Criterion:
-        criterion = find_criterion(self.criterion)
-        if not isinstance(find_pattern(self.pattern, n=self.n, dim=self.dim), Slice):
+        criterion = find_criterion(self._criterion)
+        if self.pattern != CHANNEL and not isinstance(find_pattern(self.pattern, n=self.n, dim=self.dim), Slice):
             check_ranks_weights(criterion)
         return criterion
 
     def gather(self, model: nn.Module, ctx: Context, batches: Iterable[Batch] | None = None) -> Gathered:
         """What the criterion needs of the task's data, with the model as it is now."""
-        needs = find_criterion(self.criterion).needs
-        if not needs:
-            return NO_DATA
-        batches = calibration_batches(ctx.task, ctx.seed) if batches is None else batches
-        return gather(model, needs, batches, forward=ctx.task.forward, loss=ctx.task.compute_loss)
+        return gather_for(find_criterion(self._criterion), model, ctx, batches)
 
     def check(self, ctx: Context) -> None:
         """The patterns match, the criterion exists, and there is data for it and for the training."""
-        criterion = self._check_criterion()
-        if criterion.needs:
-            first = take_first(getattr(ctx.task, ctx.task.calibration_split), ctx.task.calibration_split)
-            if criterion.needs_loss and ctx.task.loss is None and ctx.task.target(first) is None:
-                able = ", ".join(name for name, each in CRITERIA.items() if not each.needs_loss)
-                raise PruneError(
-                    f"criterion {criterion.name!r} needs labels, but Task.target gives None; give Task(loss=...), or "
-                    f"choose one of {able}"
-                )
+        if self.pattern == CHANNEL:
+            self._channels().check(ctx)
+            return
+        check_data(self._check_criterion(), ctx)
         model = ctx.model if ctx.model is not None else ctx.teacher
         chosen = select_weights(model, self.include, self.exclude)
         if isinstance(self.sparsity, Mapping):
@@ -150,6 +211,8 @@ class Prune:
             self.train.check_training(ctx)
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        if self.pattern == CHANNEL:
+            return self._channels()(model, ctx)
         if self.schedule == "gradual":
             return self._gradual(model, ctx)
         targets: list[Any] = [self.sparsity]
@@ -179,7 +242,7 @@ class Prune:
             model,
             sparsity=sparsity,
             threshold=self.threshold,
-            criterion=find_criterion(self.criterion),
+            criterion=find_criterion(self._criterion),
             pattern=find_pattern(self.pattern, n=self.n, dim=self.dim),
             scope=self.scope or ("layer" if isinstance(sparsity, Mapping) else "global"),
             include=self.include,
@@ -208,7 +271,7 @@ class _Gradual(Hook):
     def __init__(self, step: Prune, ctx: Context) -> None:
         self.step, self.ctx = step, ctx
         self.updated = 0
-        self.batches = calibration_batches(ctx.task, ctx.seed) if find_criterion(step.criterion).needs else []
+        self.batches = calibration_batches(ctx.task, ctx.seed) if find_criterion(step._criterion).needs else []
         self.gathered, self.gathered_epoch = NO_DATA, -1
 
     def on_start(self, loop: Loop) -> None:

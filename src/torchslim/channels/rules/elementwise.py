@@ -1,0 +1,81 @@
+"""Elementwise operations, reductions, and what is created from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from torchslim.channels.rules.registry import Call, axes, rule
+from torchslim.channels.tags import Layers, varying
+
+
+@rule("masked_fill", "where", "addcmul", "addcdiv", "lerp", "_prelu_kernel", "copy", "dropout", "fill", "clamp",
+      "hardswish", "hardsigmoid", "hardtanh", "mish", "leaky_relu", "elu", "celu", "gelu", "silu", "softplus",
+      "log_sigmoid_forward", "relu6", "threshold", "_fake_quantize_per_tensor_affine", "rrelu_with_noise")  # fmt: skip
+def pointwise(call: Call) -> Sequence[Layers]:
+    """Broadcast and couple all operands."""
+    operands = [call.operand(each) for each in call.tensors()]
+    shape = np.broadcast_shapes(*(tuple(size) for _, size in operands)) if operands else ()
+    return (call.tagger.merge(operands, shape),)
+
+
+@rule("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "zero", "native_dropout",
+      "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "bernoulli", "uniform", "normal",
+      "_softmax", "_log_softmax", "_safe_softmax", "softmax", "cumsum", "cumprod", "logcumsumexp", "random",
+      "exponential", "resolve_conj", "resolve_neg", "_conj", "nan_to_num", "logit", "glu_jvp",
+      "view_as_real_copy", "positive")  # fmt: skip
+def same(call: Call) -> Sequence[Layers]:
+    """The tags of the first operand, unchanged; a softmax runs over what is kept."""
+    layers, _ = call.operand(call.args[0])
+    return (layers,) * len(call.outputs)
+
+
+@rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
+      "empty_strided", "new_empty_strided", "scalar_tensor")  # fmt: skip
+def created(call: Call) -> Sequence[Layers]:
+    """Values without a meaning by position: their sizes adapt to whatever they meet."""
+    return (call.tagger.own(call.outputs[0].shape, elastic=True),)
+
+
+@rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "size", "sym_size")
+def counted(call: Call) -> Sequence[Layers]:
+    """Values that mean their position: of a fixed size."""
+    return ()
+
+
+@rule("tril", "triu")
+def triangle(call: Call) -> Sequence[Layers]:
+    """Positions of the last two dimensions matter."""
+    layers, shape = call.operand(call.args[0])
+    dims = {len(shape) - 2, len(shape) - 1}
+    fixed = [call.tagger.onto(core, varying(core) & dims) for core in layers if varying(core) & dims]
+    call.tagger.freeze(fixed, "positions matter to a triangle")
+    return (layers,)
+
+
+@rule("sum", "mean", "nansum", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "logsumexp",
+      "norm", "linalg_vector_norm", "all", "any", "aminmax", "argmax", "argmin")  # fmt: skip
+def reduction(call: Call) -> Sequence[Layers]:
+    """Over what is kept; positions of the largest element would shift, so argmax keeps its dimension whole."""
+    name = call.func._schema.name.partition("::")[2]
+    layers, shape = call.operand(call.args[0])
+    rank = len(shape)
+    if name in ("max", "min") and len(call.args) > 1 and isinstance(call.args[1], Tensor):
+        return pointwise(call)
+    at = 2 if name in ("norm", "linalg_vector_norm") else 1
+    dims = axes(call.arg(at, "dim"), rank)
+    if name in ("argmax", "argmin"):
+        call.tagger.freeze([core for core in layers if varying(core) & set(dims)], "the place of the largest")
+    if name in ("max", "min") and len(call.outputs) > 1:
+        call.tagger.freeze([core for core in layers if varying(core) & set(dims)], "the place of the largest")
+    left = call.tagger.reduce(layers, dims)
+    results = []
+    for output in call.outputs:
+        if output.dim() == rank:
+            results.append(left)
+        else:
+            kept = [dim for dim in range(rank) if dim not in dims]
+            results.append(tuple(core.reshape([core.shape[dim] for dim in kept]) for core in left))
+    return results

@@ -1,0 +1,295 @@
+"""The pruning step for whole channels: rounds of sparse training, cutting, recalibration and training, resumable."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchslim.batch_norm import recalibrate_batch_norm, tracked
+from torchslim.channels.choices import Heads
+from torchslim.channels.groups import Coupling
+from torchslim.channels.trace import named_weights
+from torchslim.errors import PruneError
+from torchslim.files import write_bytes
+from torchslim.loaders import calibration_batches
+from torchslim.prune import schedule as schedules
+from torchslim.prune.amount import Amount
+from torchslim.prune.criteria import Criterion, Scorer, find_criterion
+from torchslim.prune.data import check_data, gather_for
+from torchslim.prune.penalties import PENALTIES, Sparsify, make_penalty
+from torchslim.prune.record import replay, surgery
+from torchslim.prune.removal import Plan, Ranking, TooLittle, analyse, finish, notes, shrink
+from torchslim.prune.scores import Normalisation, Reduction, check_combination
+from torchslim.prune.shrink import Surgery
+from torchslim.prune.sparsify import apply_masks
+from torchslim.select import check_patterns, parameter_paths
+from torchslim.steps import Context, Event, LayerRecord, Outcome
+from torchslim.task import batch_size, device_of
+from torchslim.training import FitReport, Hook, Training
+
+CALIBRATION_SAMPLES = 8
+"""A batch of fewer says too little of a variance."""
+
+EXTENT = "the kernel's extent stays"
+"""How the one reason to stay begins that says nothing about a model."""
+
+
+@dataclass
+class Standing:
+    """Where the rounds stand; what is stored after each cut."""
+
+    model: nn.Module
+    masks: dict[str, Tensor]
+    cuts: int = 0  # rounds whose cut is behind
+    total: float = 0.0  # the size of the model that the step received; 0 before the first cut
+    kept: float = 0.0  # what is left of it, in the same measure
+    refused: list[tuple[str, str]] = field(default_factory=list)  # layer and reason
+    warnings: list[str] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelPruning:
+    """What `Prune(pattern="channel")` does: its fields, every default filled in."""
+
+    amount: Amount
+    criterion: str | Criterion | Scorer
+    heads: Heads = "auto"
+    include: str | tuple[str, ...] | None = None
+    exclude: str | tuple[str, ...] | None = None
+    reduction: Reduction = "mean"
+    normalisation: Normalisation = "mean"
+    rounds: int = 1
+    train: Training | None = None
+    sparsify: Sparsify | None = None
+    strength: float = 1e-4
+    sparsify_train: Training | None = None
+
+    def __post_init__(self) -> None:
+        if self.heads not in ("auto", "whole", "dim"):
+            raise PruneError(f"heads must be 'auto', 'whole' or 'dim', got {self.heads!r}")
+        check_combination(self.reduction, self.normalisation)
+        if self.sparsify is not None and self.sparsify not in PENALTIES:
+            raise PruneError(f"sparsify must be one of {', '.join(map(repr, PENALTIES))}, got {self.sparsify!r}")
+        if self.sparsify is not None and self.before_the_cut is None:
+            raise PruneError(
+                f"sparsify={self.sparsify!r} needs a training to act in; give sparsify_train=Finetune(...), or train"
+            )
+        if not 0 < self.strength < float("inf"):
+            raise PruneError(f"strength must be a finite number above 0, got {self.strength}")
+
+    @property
+    def before_the_cut(self) -> Training | None:
+        """The training under the penalty."""
+        return self.sparsify_train or self.train
+
+    def check(self, ctx: Context) -> None:
+        """The patterns match, and there is data for the criterion and the trainings."""
+        check_data(find_criterion(self.criterion), ctx)
+        check_patterns(ctx.model if ctx.model is not None else ctx.teacher, self.include, self.exclude)
+        for training in (self.train, self.before_the_cut if self.sparsify else None):
+            if training is not None:
+                training.check_training(ctx)
+
+    def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        apply_masks(model, ctx.masks)
+        before = {name: each.shape for name, each in model.named_parameters()}
+        now = _restored(model, ctx) or Standing(model, dict(ctx.masks))
+        targets = schedules.rounds(self.amount.sparsity, self.rounds)
+        if self.sparsify is not None and not now.cuts:
+            assert self.before_the_cut is not None
+            report = self.before_the_cut.fit(
+                now.model, ctx, masks=now.masks, hooks=self._penalty(now.model, ctx), phase="sparsify"
+            )
+            _note(now, report, 0)
+        for number in range(max(now.cuts, 1), len(targets) + 1):
+            if number > now.cuts:
+                ctx.progress(Event(step=ctx.name, phase=f"cut-{number}"))
+                self._cut(now, targets[number - 1], ctx, last=number == len(targets))
+                now.cuts = number
+                _store(now, ctx)
+            if self.train is not None:
+                # every training that a cut follows prepares it
+                hooks = self._penalty(now.model, ctx) if self.sparsify and number < len(targets) else []
+                report = self.train.fit(
+                    now.model, ctx, masks=now.masks, hooks=hooks, phase=f"prune-{number}", part=number
+                )
+                _note(now, report, number)
+        return Outcome(
+            model=now.model,
+            masks=now.masks,
+            layers=[*_pruned(before, now.model), *_refused(now.refused)],
+            warnings=list(dict.fromkeys(now.warnings)),
+            history=now.history,
+        )
+
+    def _analyse(self, model: nn.Module, ctx: Context) -> Plan:
+        return analyse(model, ctx.example_inputs, heads=self.heads, include=self.include, exclude=self.exclude)
+
+    def _penalty(self, model: nn.Module, ctx: Context) -> list[Hook]:
+        assert self.sparsify is not None
+        return [make_penalty(self.sparsify, self._analyse(model, ctx).coupling(), self.strength)]
+
+    def _cut(self, now: Standing, target: float, ctx: Context, *, last: bool) -> None:
+        """Shrink to a target that is a fraction of the model that the step received."""
+        plan = self._analyse(now.model, ctx)
+        share = self._share(now, target, plan)
+        try:
+            if share > 0:  # widths are whole steps: an earlier round may have gone as far
+                self._shrink(now, plan, share, ctx)
+        except TooLittle:
+            if last and not now.total:
+                raise
+        if last:
+            now.warnings += notes(plan.coupling(), now.kept / now.total, self.amount)
+
+    def _shrink(self, now: Standing, plan: Plan, share: float, ctx: Context) -> None:
+        criterion = find_criterion(self.criterion)
+        ranking = Ranking(
+            criterion=criterion, reduction=self.reduction, normalisation=self.normalisation,
+            gathered=gather_for(criterion, now.model, ctx), seed=ctx.seed,
+        )  # fmt: skip
+        amount = replace(self.amount, sparsity=share)
+        done = shrink(plan, amount, ranking.scores(plan.model, plan))
+        finish(plan, done, amount, criterion.name)
+        size = _size(plan, done.coupling, self.amount.of)
+        stuck = max(now.kept - size, 0.0) if now.total else 0.0
+        now.total = now.total or size
+        now.kept = stuck + done.left * size
+        now.masks = cut_masks(now.masks, done.surgery, plan.model)
+        now.model = done.model
+        now.refused = _reasons(done.coupling)
+        now.warnings += [f"not pruned: {layer}: {why}" for layer, why in now.refused if "could not be verified" in why]
+        now.warnings += [
+            f"no rule for {name} ({count} times): channels that reach it stay"
+            for name, count in plan.trace.unruled.items()
+        ]
+        now.warnings += _recalibrate(now.model, ctx)
+
+    def _share(self, now: Standing, target: float, plan: Plan) -> float:
+        """The fraction to remove from the model as it is, for a target that is a fraction of what it was."""
+        if not now.total:
+            return target
+        size = _size(plan, plan.coupling(), self.amount.of)
+        stuck = max(now.kept - size, 0.0)  # channels that an earlier round has left alone in their group
+        return min(1 - ((1 - target) * now.total - stuck) / size, 1 - 1e-9)
+
+
+def _size(plan: Plan, coupling: Coupling, of: str) -> float:
+    if of == "channels":
+        return float(sum(unit.width for unit in coupling.units))
+    nothing = np.zeros(coupling.atoms.count, dtype=bool)
+    return float(coupling.macs(nothing) if of == "macs" else coupling.parameters(nothing, plan.names))
+
+
+def cut_masks(masks: Mapping[str, Tensor], done: Surgery, model: nn.Module) -> dict[str, Tensor]:
+    """The masks of weights that are pruned already, without what the surgery removes from `model`."""
+    first = {path: known for known, paths in parameter_paths(model).items() for path in paths}
+    left = dict(masks)
+    for cut in done.cuts:
+        for name, mask in left.items():
+            if first.get(name) == cut.weight:
+                left[name] = mask.index_select(cut.dim, torch.tensor(cut.kept, device=mask.device))
+    return left
+
+
+def _recalibrate(model: nn.Module, ctx: Context) -> list[str]:
+    """Batch norms see other inputs than before the cut; returns why they were left alone."""
+    if not tracked(model):
+        return []
+    batches = calibration_batches(ctx.task, ctx.seed)
+    sizes = [batch_size(ctx.task.inputs(batch)) for batch in batches]
+    large = [batch for batch, size in zip(batches, sizes, strict=True) if size >= CALIBRATION_SAMPLES]
+    if not large:
+        return [
+            f"batch norms keep their statistics: no batch of {ctx.task.calibration_split} holds {CALIBRATION_SAMPLES} "
+            "samples, from which they could be taken again"
+        ]
+    recalibrate_batch_norm(model, ctx.task.forward, large)
+    return []
+
+
+def _note(now: Standing, report: FitReport, number: int) -> None:
+    now.history += [{"round": float(number), **row} for row in report.history]
+
+
+def _reasons(coupling: Coupling) -> list[tuple[str, str]]:
+    """Groups that stay, by their first member, and why; that a kernel keeps its extent surprises nobody."""
+    found = [(group.members[0].weight, group.reason) for group in coupling.groups if group.reason]
+    return [pair for pair in dict.fromkeys(found) if not pair[1].startswith(EXTENT)]
+
+
+def _refused(reasons: list[tuple[str, str]]) -> list[LayerRecord]:
+    return [LayerRecord(layer=layer, action="refused", reason=why) for layer, why in reasons]
+
+
+def _pruned(before: Mapping[str, torch.Size], model: nn.Module) -> list[LayerRecord]:
+    """A record for each module whose parameters have become smaller."""
+    after = {name: each.shape for name, each in model.named_parameters()}
+    modules: dict[str, list[str]] = {}
+    for name in before:
+        if before[name] != after[name]:
+            modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    records = []
+    for path, names in modules.items():
+        wide = [name for name in names if len(before[name]) > 1] or names[:1]
+        changes = ", ".join(_change(name, before[name], after[name]) for name in wide)
+        sizes = [sum(shapes[name].numel() for name in names) for shapes in (before, after)]
+        records.append(LayerRecord(layer=path, action="pruned", reason=changes, sparsity=1 - sizes[1] / sizes[0]))
+    return records
+
+
+def _change(name: str, before: torch.Size, after: torch.Size) -> str:
+    own = name.rpartition(".")[2]
+    prefix = "" if own == "weight" else f"{own} "
+    return f"{prefix}{' x '.join(map(str, before))} -> {' x '.join(map(str, after))}"
+
+
+def _path(ctx: Context) -> Path | None:
+    return None if ctx.state is None else ctx.state / "cut.ckpt"
+
+
+def _store(now: Standing, ctx: Context) -> None:
+    """Keep a cut: the surgery that leads to it, and the weights after it."""
+    path = _path(ctx)
+    if path is None:
+        return
+    kept: dict[str, Any] = {key: value for key, value in vars(now).items() if key not in ("model", "masks")}
+    saved = {
+        "about": json.dumps({**kept, "surgery": surgery(now.model)}),
+        "weights": {name: each.detach().cpu() for name, each in named_weights(now.model).items()},
+        "masks": now.masks,
+    }
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+@torch.no_grad()
+def _restored(model: nn.Module, ctx: Context) -> Standing | None:
+    """The last stored cut, made again on the model that the step received."""
+    path = _path(ctx)
+    if path is None or not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location=device_of(model), weights_only=True)
+        about = json.loads(saved["about"])
+        record = about.pop("surgery")
+        shrunk = model if record is None else replay(model, record)
+        own = named_weights(shrunk)
+        for name, value in saved["weights"].items():
+            own[name].copy_(value)
+        about["refused"] = [(layer, why) for layer, why in about["refused"]]
+        return Standing(model=shrunk, masks=saved["masks"], **about)
+    except Exception as error:
+        raise PruneError(
+            f"the stored round {path} cannot be resumed from ({error}); delete it to start over"
+        ) from error
