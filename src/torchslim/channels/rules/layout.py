@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchslim.channels.atoms import KEPT
 from torchslim.channels.rules.registry import Call, axis, rule
-from torchslim.channels.tags import Layers, varying
+from torchslim.channels.tags import Layers, compressed, varying
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "view_copy")
@@ -62,12 +63,12 @@ def expand(call: Call) -> Sequence[Layers]:
 @rule("constant_pad_nd")
 def constant_pad(call: Call) -> Sequence[Layers]:
     """Padding elements along a dimension never go; across the others they come and go with their neighbours."""
-    layers, shape = call.operand(call.args[0])
-    pad = list(call.args[1])
-    padded = {len(shape) - 1 - place // 2 for place, width in enumerate(pad) if width}
-    inside = tuple(core for core in layers if varying(core) & padded)
-    moved = call.tagger.layout(inside, shape, lambda core: torch.constant_pad_nd(core, pad, 0))
-    return (tuple(core for core in layers if not varying(core) & padded) + moved,)
+    layers, _ = call.operand(call.args[0])
+    result = []
+    for core in layers:
+        widths = [width if core.shape[-1 - place // 2] > 1 else 0 for place, width in enumerate(call.args[1])]
+        result.append(compressed(torch.constant_pad_nd(core, widths, KEPT)))
+    return (call.tagger.note(tuple(core for core in result if varying(core))),)
 
 
 @rule("cat", "concat")
@@ -129,7 +130,7 @@ def slice_(call: Call) -> Sequence[Layers]:
     start = min(start + size if start < 0 else start, size)
     if length < size:
         end = size if step != 1 else start if start + length == size else start + length
-        if step == 1 and length and size % length == 0 and start % length == 0:
+        if step == 1 and length > 1 and size % length == 0 and start % length == 0:
             _equal_parts(call, layers, dim, length, end)
         else:
             for core in layers:
