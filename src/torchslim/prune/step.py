@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from torchslim.channels.groups import Heads
+from torchslim.channels.choices import Heads
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model
 from torchslim.loaders import calibration_batches
