@@ -144,7 +144,10 @@ def test_the_mode_is_kept_and_running_statistics_are_those_of_the_original(train
     for name in ("stem.norm.running_mean", "blocks.0.norm.running_var"):
         expected = named_weights(before)[name][kept[name]] if name in kept else named_weights(before)[name]
         assert torch.equal(named_weights(shrunk)[name], expected)
-    assert all(torch.equal(one, two) for one, two in zip(before.state_dict().values(), model.state_dict().values()))
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(before.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 # -- renamed, permuted --------------------------------------------------------------------------------------------------
@@ -163,7 +166,9 @@ def test_names_of_attributes_and_layers_do_not_matter() -> None:
             self.w1, self.w2, self.w3, self.w4 = attention.q, attention.k, attention.v, attention.out
 
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = (w(x).unflatten(-1, (self.zebra, self.apple)).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
+            q, k, v = (
+                w(x).unflatten(-1, (self.zebra, self.apple)).transpose(1, 2) for w in (self.w1, self.w2, self.w3)
+            )
             scores = (q * self.apple**-0.5) @ k.transpose(-2, -1)
             return self.w4((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -186,7 +191,10 @@ def test_the_order_of_channels_does_not_matter(order: list[int], seed: int) -> N
     inputs = (torch.randn(2, 2, 5, 5),)
     permuted = copy.deepcopy(model)
     with torch.no_grad():
-        for conv, norm in ((permuted.stem.conv, permuted.stem.norm), (permuted.blocks[0].body.conv, permuted.blocks[0].body.norm)):
+        for conv, norm in (
+            (permuted.stem.conv, permuted.stem.norm),
+            (permuted.blocks[0].body.conv, permuted.blocks[0].body.norm),
+        ):
             for each in (conv.weight, *norm.parameters(), norm.running_mean, norm.running_var):
                 each.copy_(each[order])
         permuted.blocks[0].body.conv.weight.copy_(permuted.blocks[0].body.conv.weight[:, order])
