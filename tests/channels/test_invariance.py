@@ -72,7 +72,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def test_an_operation_that_nobody_knows_freezes_what_goes_in_and_is_reported() -> None:
-    model, inputs = chain(between=lambda x: doubled(x))
+    model, inputs = chain(between=lambda x: doubled(x))  # noqa: PLW0108 - an operation cannot be copied
     shrunk = ts.prune.channels(model, inputs, 0.4, round_to=1, min_channels=1)
     assert "torchslim_tests.doubled.default" in about(shrunk)["unruled"]
     assert shrunk.second.out_features == 16
@@ -82,7 +82,7 @@ def test_an_operation_that_nobody_knows_freezes_what_goes_in_and_is_reported() -
 
 
 def test_a_function_that_leaves_torch_freezes_what_goes_in() -> None:
-    model, inputs = chain(between=lambda x: Halved.apply(x))
+    model, inputs = chain(between=lambda x: Halved.apply(x))  # noqa: PLW0108 - nor can it
     shrunk = ts.prune.channels(model, inputs, 0.4, round_to=1, min_channels=1)
     assert shrunk.second.out_features == 16
     assert shrunk.first.out_features < 16
@@ -144,7 +144,10 @@ def test_the_mode_is_kept_and_running_statistics_are_those_of_the_original(train
     for name in ("stem.norm.running_mean", "blocks.0.norm.running_var"):
         expected = named_weights(before)[name][kept[name]] if name in kept else named_weights(before)[name]
         assert torch.equal(named_weights(shrunk)[name], expected)
-    assert all(torch.equal(one, two) for one, two in zip(before.state_dict().values(), model.state_dict().values()))
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(before.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 # -- renamed, permuted --------------------------------------------------------------------------------------------------
@@ -163,12 +166,16 @@ def test_names_of_attributes_and_layers_do_not_matter() -> None:
             self.w1, self.w2, self.w3, self.w4 = attention.q, attention.k, attention.v, attention.out
 
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = (w(x).unflatten(-1, (self.zebra, self.apple)).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
+            q, k, v = (
+                w(x).unflatten(-1, (self.zebra, self.apple)).transpose(1, 2) for w in (self.w1, self.w2, self.w3)
+            )
             scores = (q * self.apple**-0.5) @ k.transpose(-2, -1)
             return self.w4((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
     inputs = (torch.randint(11, (2, 5)),)
-    plain = scramble(net.Tokens(12, [net.Normed(12, net.Attention(12, 3, 8, sdpa=False), "layer")], tied=False, norm="layer"))
+    plain = scramble(
+        net.Tokens(12, [net.Normed(12, net.Attention(12, 3, 8, sdpa=False), "layer")], tied=False, norm="layer")
+    )
     renamed = copy.deepcopy(plain)
     renamed.blocks[0].body = Renamed(renamed.blocks[0].body)
     found = []
@@ -186,7 +193,10 @@ def test_the_order_of_channels_does_not_matter(order: list[int], seed: int) -> N
     inputs = (torch.randn(2, 2, 5, 5),)
     permuted = copy.deepcopy(model)
     with torch.no_grad():
-        for conv, norm in ((permuted.stem.conv, permuted.stem.norm), (permuted.blocks[0].body.conv, permuted.blocks[0].body.norm)):
+        for conv, norm in (
+            (permuted.stem.conv, permuted.stem.norm),
+            (permuted.blocks[0].body.conv, permuted.blocks[0].body.norm),
+        ):
             for each in (conv.weight, *norm.parameters(), norm.running_mean, norm.running_var):
                 each.copy_(each[order])
         permuted.blocks[0].body.conv.weight.copy_(permuted.blocks[0].body.conv.weight[:, order])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -18,7 +19,7 @@ from tests.channels.laws import remove, run, scramble
 from torchslim.channels import oracle
 from torchslim.isolation import copy_model
 from torchslim.prune.removal import Plan, Shrunk
-from torchslim.prune.shrink import Cut, Patch, Surgery, perform
+from torchslim.prune.shrink import Cut, Patch, Surgery, mend, perform
 
 ACT = {"norm": "batch", "act": "silu"}  # no channel of which is ever dead
 
@@ -171,6 +172,16 @@ def test_an_attribute_changed_that_should_not_be(made: tuple[Plan, Shrunk], data
     surgery = replace(done.surgery, patches=(*done.surgery.patches, wrong))
     assume(matters(plan, done.surgery, surgery))
     assert noticed(plan, done, surgery)
+
+
+@pytest.mark.parametrize("name", ["convolutions", "grouped", "recurrent"])
+def test_an_output_that_loses_elements(name: str) -> None:
+    plan, done = removal(name, 0)
+    coupling = done.coupling
+    outputs = next(each for each in coupling.groups if each.reason == "reaches an output")
+    removed = done.removed | np.isin(coupling.roots, outputs.classes[:1])
+    surgery, diverged = mend(plan.model, coupling, removed, plan.inputs)
+    assert diverged is not None or noticed(plan, replace(done, removed=removed), surgery)
 
 
 @pytest.mark.parametrize("name", MODELS)

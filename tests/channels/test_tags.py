@@ -207,7 +207,9 @@ def assert_compact_equals_masked(function: Callable[..., Tensor], shapes: list[t
     held = Held(function, *shapes).double()
     coupling = couple(trace(held, ()))
     rng = np.random.default_rng(seed)
-    selection = select(coupling, Amount(round_to=1, min_channels=1), [], lambda _, group: rng.random(len(group.classes)))
+    selection = select(
+        coupling, Amount(round_to=1, min_channels=1), [], lambda _, group: rng.random(len(group.classes))
+    )
     removed = selection.removed([int(rng.integers(1, unit.width + 1)) for unit in coupling.units])
     small = [each.detach() for each in held.weights]
     zeroed = [each.detach().clone() for each in held.weights]
@@ -233,7 +235,9 @@ def kept_of(coupling: Coupling, removed: Any, shape: tuple[int, ...]) -> list[An
 @st.composite
 def einsums(draw: Any) -> tuple[str, list[tuple[int, ...]]]:
     sizes = {label: draw(st.sampled_from([1, 2, 3, 4])) for label in "abcd"}
-    operands = draw(st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True), min_size=1, max_size=3))
+    operands = draw(
+        st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True), min_size=1, max_size=3)
+    )
     known = sorted(set().union(*operands))
     out = draw(st.lists(st.sampled_from(known), unique=True, max_size=3))
     equation = ",".join(map("".join, operands)) + "->" + "".join(out)
@@ -247,7 +251,9 @@ def test_einsum_on_small_operands_equals_einsum_on_zeroed_ones(case: tuple[str, 
     assert_compact_equals_masked(lambda *each: torch.einsum(equation, *each), shapes, seed)
 
 
-@given(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 3]), st.integers(0, 9))
+@given(
+    st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 3]), st.integers(0, 9)
+)
 @settings(max_examples=40)
 def test_convolutions_lose_groups_or_a_part_of_each(rank: int, groups: int, inner: int, outer: int, seed: int) -> None:
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ class _Run(TorchDispatchMode):
         self.expected = compared(self.operations)
         self.at = 0
         self.stack = Stack(model)
+        self.shapes: list[Shape] = []  # of the model's outputs
         self.double = any(each.dtype == torch.float64 for each in named_weights(model).values())
 
     def precise(self, args: Any, kwargs: Any) -> Any:
@@ -151,6 +152,7 @@ class _Run(TorchDispatchMode):
         """Run the whole model; raises Mismatch where it diverges, whatever else the model raises."""
         with elementary(model), preserved_globals(seed=0), self.stack.watching(), self:
             outputs = call(model, inputs)
+        self.shapes = [tuple(each.shape) for each in tensors(outputs)]
         if self.at < len(self.expected):
             raise self.fail("the run ends before the traced one")
         return outputs
@@ -379,6 +381,8 @@ def verify(
     mask_weights(original, coupling, removed)
     masked = Masked(original, coupling, removed, follower)
     diverged = _outcome(masked, original, inputs)
+    if diverged is None and follower.shapes != masked.shapes:
+        diverged = masked.fail("an output of the model changes its shape").divergence
     return diverged, masked.largest if diverged is None else float("inf")
 
 

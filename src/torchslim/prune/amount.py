@@ -42,22 +42,22 @@ class Amount:
 
 
 def step_size(unit: Unit, coupling: Coupling, round_to: int) -> int:
-    """Steps of a unit that keep its widths multiples of `round_to`; 1 where it is no wider than that."""
+    """Steps of a unit that keep its widths multiples of `round_to`; 1 where it is narrower than that."""
     largest = 1
     for number in unit.groups:
         group = coupling.groups[number]
         for member in group.members:
             largest = max(largest, len(member.indices) // max(len(group.classes), 1))
     step = round_to // gcd(round_to, largest)
-    return step if unit.width > step else 1
+    return step if unit.width >= step else 1
 
 
 def rounded(unit: Unit, kept: float, step: int, least: int, narrowest: int = 1) -> int:
     """The nearest allowed width: a multiple of `step`, at least `least` and `narrowest`, at most what there is.
 
-    Units no wider than `least` ignore it.
+    Units narrower than `least` ignore it.
     """
-    low = max(least if unit.width > least else 1, narrowest)
+    low = max(least if unit.width >= least else 1, narrowest)
     nearest = round(kept / step) * step if step > 1 else round(kept)
     return max(min(nearest, unit.width), min(low, unit.width), 1)
 

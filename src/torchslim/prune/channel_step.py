@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchslim.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
-from torchslim.channels.trace import named_weights
 from torchslim.errors import PruneError
 from torchslim.files import write_bytes
 from torchslim.loaders import calibration_batches
@@ -265,7 +264,7 @@ def _store(now: Standing, ctx: Context) -> None:
     kept: dict[str, Any] = {key: value for key, value in vars(now).items() if key not in ("model", "masks")}
     saved = {
         "about": json.dumps({**kept, "surgery": surgery(now.model)}),
-        "weights": {name: each.detach().cpu() for name, each in named_weights(now.model).items()},
+        "weights": now.model.state_dict(),
         "masks": now.masks,
     }
     buffer = io.BytesIO()
@@ -273,7 +272,6 @@ def _store(now: Standing, ctx: Context) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-@torch.no_grad()
 def _restored(model: nn.Module, ctx: Context) -> Standing | None:
     """The last stored cut, made again on the model that the step received."""
     path = _path(ctx)
@@ -284,9 +282,7 @@ def _restored(model: nn.Module, ctx: Context) -> Standing | None:
         about = json.loads(saved["about"])
         record = about.pop("surgery")
         shrunk = model if record is None else replay(model, record)
-        own = named_weights(shrunk)
-        for name, value in saved["weights"].items():
-            own[name].copy_(value)
+        shrunk.load_state_dict(saved["weights"])
         about["refused"] = [(layer, why) for layer, why in about["refused"]]
         return Standing(model=shrunk, masks=saved["masks"], **about)
     except Exception as error:

@@ -81,8 +81,9 @@ class GroupLasso(_Penalty):
         for weight, each in self.parts:
             share = torch.full((len(each.classes),), weight.numel() / weight.shape[each.dim])
             sizes.index_add_(0, each.classes.cpu(), share)
-        home = self.parts[0][0].device if self.parts else None
-        self.roots = sizes.sqrt().to(home)
+        if self.parts:
+            first = self.parts[0][0]  # sums of squares leave the range of halves
+            self.roots = sizes.sqrt().to(first.device, torch.promote_types(first.dtype, torch.float32))
 
     def penalty(self, loop: Loop) -> Tensor | None:
         """A scalar."""

@@ -20,7 +20,7 @@ from torchslim.channels.trace import Trace, Value, trace
 from torchslim.channels.units import Group
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, preserved_globals
-from torchslim.prune.amount import Amount, Of, Scope, Scores, select
+from torchslim.prune.amount import Amount, Of, Scope, Scores, select, step_size
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion, needs
 from torchslim.prune.record import attach
 from torchslim.prune.scores import Normalisation, Reduction, channel_scores, combine
@@ -340,8 +340,8 @@ def channels(
         of: of its parameters, of its multiply-accumulates on these inputs, or of the channels that may go.
         criterion: a name in `CRITERIA`, "package.module:name", or a callable of a weight and its statistics.
         scope: rank over the whole model, or remove the same fraction everywhere.
-        round_to: widths become multiples of this; groups no wider than it ignore it.
-        min_channels: no group becomes narrower; groups no wider than it ignore it.
+        round_to: widths become multiples of this; groups narrower than it ignore it.
+        min_channels: no group becomes narrower; groups narrower than it ignore it.
         heads: attention loses "whole" heads, the same number of "dim"ensions from every head, or what the model
             allows ("auto").
         include: patterns of layers; only groups with a member among them lose channels.
@@ -391,8 +391,9 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
 def notes(coupling: Coupling, left: float, amount: Amount) -> list[str]:
     """What a user must know: a target that could not be reached."""
     wanted = 1 - amount.sparsity
-    largest = max((1 / unit.width for unit in coupling.units), default=0.0)
-    if abs(left - wanted) <= max(0.02, largest):
+    widest = max(coupling.units, key=lambda unit: unit.width, default=None)
+    step = step_size(widest, coupling, amount.round_to) / widest.width if widest else 0.0
+    if abs(left - wanted) <= max(0.02, step):
         return []
     return [
         f"a sparsity of {amount.sparsity:.2f} of {amount.of} cannot be reached with round_to={amount.round_to} and "
