@@ -71,6 +71,23 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(each.shape) for name, each in named_weights(model).items()}
 
 
+def test_an_operation_that_nobody_knows_freezes_what_goes_in_and_is_reported() -> None:
+    model, inputs = chain(between=lambda x: doubled(x))
+    shrunk = ts.prune.channels(model, inputs, 0.4, round_to=1, min_channels=1)
+    assert "torchslim_tests.doubled.default" in about(shrunk)["unruled"]
+    assert shrunk.second.out_features == 16
+    assert shrunk.first.out_features < 16
+    assert "doubled" in about(shrunk)["stayed"]["second.weight[0]"]
+    assert_runs(model, shrunk, inputs)
+
+
+def test_a_function_that_leaves_torch_freezes_what_goes_in() -> None:
+    model, inputs = chain(between=lambda x: Halved.apply(x))
+    shrunk = ts.prune.channels(model, inputs, 0.4, round_to=1, min_channels=1)
+    assert shrunk.second.out_features == 16
+    assert shrunk.first.out_features < 16
+
+
 class Sliced(nn.Module):
     """The first twenty channels go one way, the others another, by numbers in the code."""
 
@@ -81,6 +98,15 @@ class Sliced(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.first(x))
         return self.one(x[:, :20]) + self.two(x[:, 20:])
+
+
+@pytest.mark.parametrize("wide", [40, 50, 60])
+def test_what_a_number_in_the_code_cuts_off_stays_and_the_rest_may_go(wide: int) -> None:
+    model, inputs = scramble(Sliced(wide)), (torch.randn(2, 4),)
+    _, done = remove(model, inputs, 0, 0.4)
+    assert shapes(done.model)["one.weight"] == (3, 20)
+    assert done.model.two.weight.shape[1] < wide - 20
+    assert_runs(model, done.model, inputs)
 
 
 def test_a_size_in_a_division_follows_the_shape_that_it_comes_from() -> None:
@@ -130,6 +156,33 @@ def test_the_mode_is_kept_and_running_statistics_are_those_of_the_original(train
 def partition(coupling: Coupling) -> set[tuple[int, int, bool]]:
     """Groups as how many classes and members they have, whatever they are called."""
     return {(len(each.classes), len(each.members), bool(each.reason)) for each in coupling.groups}
+
+
+def test_names_of_attributes_and_layers_do_not_matter() -> None:
+    class Renamed(nn.Module):
+        def __init__(self, attention: net.Attention) -> None:
+            super().__init__()
+            self.zebra, self.apple = attention.num_heads, attention.head_dim
+            self.w1, self.w2, self.w3, self.w4 = attention.q, attention.k, attention.v, attention.out
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (
+                w(x).unflatten(-1, (self.zebra, self.apple)).transpose(1, 2) for w in (self.w1, self.w2, self.w3)
+            )
+            scores = (q * self.apple**-0.5) @ k.transpose(-2, -1)
+            return self.w4((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    inputs = (torch.randint(11, (2, 5)),)
+    plain = scramble(
+        net.Tokens(12, [net.Normed(12, net.Attention(12, 3, 8, sdpa=False), "layer")], tied=False, norm="layer")
+    )
+    renamed = copy.deepcopy(plain)
+    renamed.blocks[0].body = Renamed(renamed.blocks[0].body)
+    found = []
+    for model in (plain, renamed.eval()):
+        shrunk = ts.prune.channels(model, inputs, 0.5, round_to=1, min_channels=1)
+        found.append((partition(analyse(model, inputs).coupling()), measure.parameters(shrunk)))
+    assert found[0] == found[1]
 
 
 @given(st.permutations(range(8)), st.integers(0, 9))

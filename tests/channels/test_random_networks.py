@@ -130,13 +130,14 @@ def obeys(network: tuple[nn.Module, Any], seed: int, sparsity: float, plain: boo
     model, inputs = network
     before = state(model)
     try:
-        _, done = remove(model, inputs, seed, sparsity)
+        plan, done = remove(model, inputs, seed, sparsity)
     except PruneError as error:
         shuffled = "no channel of" in str(error) and any(isinstance(each, net.Shuffle) for each in model.modules())
         assert shuffled or "removes no channel" in str(error)  # noqa: PT017 - either is right
         return
     assert done.error < 1e-6
     assert done.surgery.cuts
+    assert not plan.trace.unruled
     assert_untouched(model, before)
     assert_runs(model, done.model, inputs)
     if plain:

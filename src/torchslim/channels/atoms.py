@@ -69,10 +69,10 @@ class Atoms:
             low, high = np.minimum(a, b), np.maximum(a, b)
             # of several pairs with one larger root only the smallest wins; the others go round again
             np.minimum.at(self._parent, high, low)
-            passed = self._reason[high] > 0
-            self._reason[low[passed]] = np.where(
-                self._reason[low[passed]] > 0, self._reason[low[passed]], self._reason[high[passed]]
-            )
+            stuck = high[self._reason[high] > 0]
+            roots = self.find(stuck)  # of a chain of pairs the middle is no root any more
+            open_ = self._reason[roots] == 0
+            self._reason[roots[open_]] = self._reason[stuck[open_]]
 
     def freeze(self, ids: Ids, why: str) -> None:
         """These never go; the first reason given is the one that is shown."""

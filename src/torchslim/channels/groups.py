@@ -119,6 +119,9 @@ def couple(
             atoms.freeze(core.numpy(), "excluded")
     for ids, why in stays:
         atoms.freeze(ids, why)
+    shares = trace.tagger.balances
+    # shares of which one cannot lose anything are none
+    placed = {*placed, *(key for key, each in shares.items() if len(each.fixed) and any(map(atoms.stuck, each.parts)))}
     for key in placed:
         atoms.freeze(trace.tagger.balances[key].fixed, "cut at a given position")
     resolver = Resolver(trace, atoms, heads, modes or {}, shut or {})

@@ -225,6 +225,7 @@ class Tagger:
     def layout(self, layers: Layers, shape: Shape, move: Callable[[Tensor], Tensor]) -> Layers:
         """Apply a layout operation to the layers themselves."""
         moved = [compressed(move(core.expand(*shape) if len(shape) else core)) for core in layers]
+        self.freeze((core for core in moved if not varying(core)), "a single one is taken")
         return self.note(tuple(core for core in self._without_loose(moved) if varying(core)))
 
     def _without_loose(self, layers: list[Tensor]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torchslim.channels import oracle
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling, Mask, couple
 from torchslim.channels.tags import JointKey
-from torchslim.channels.trace import Trace, trace
+from torchslim.channels.trace import Trace, Value, trace
 from torchslim.channels.units import Group
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, preserved_globals
@@ -92,12 +92,13 @@ class Plan:
                 return True
             path = path.rpartition(".")[0] if path else None
         operation = coupling.trace.operations[divergence.index]
-        suspects: set[int] = set()
-        for value in (*operation.outputs, *operation.inputs):
-            for classes in coupling.classes(value.layers):
-                suspects |= set(np.unique(classes[removed[classes]]).tolist())
+        suspects = self._losing((*operation.outputs, *operation.inputs), coupling, removed)
         if not suspects:  # nothing at hand: whatever goes in this module
             suspects = self._inside(divergence.path, coupling, removed)
+        for earlier in reversed(coupling.trace.operations[: divergence.index]):  # the last that lost anything
+            if suspects:
+                break
+            suspects = self._losing(earlier.outputs, coupling, removed)
         if not suspects:
             return False
         if self._turn(suspects, coupling, kinds) or self._place(suspects, coupling):
@@ -136,9 +137,14 @@ class Plan:
         found: set[int] = set()
         for operation in coupling.trace.operations:
             if operation.path == path or operation.path.startswith(f"{path}." if path else ""):
-                for value in operation.outputs:
-                    for classes in coupling.classes(value.layers):
-                        found |= set(np.unique(classes[removed[classes]]).tolist())
+                found |= self._losing(operation.outputs, coupling, removed)
+        return found
+
+    def _losing(self, values: Iterable[Value], coupling: Coupling, removed: Mask) -> set[int]:
+        found: set[int] = set()
+        for value in values:
+            for classes in coupling.classes(value.layers):
+                found |= set(np.unique(classes[removed[classes]]).tolist())
         return found
 
 

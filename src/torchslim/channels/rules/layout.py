@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchslim.channels.atoms import KEPT
 from torchslim.channels.rules.registry import Call, axis, rule
-from torchslim.channels.tags import Layers, varying
+from torchslim.channels.tags import Layers, compressed, varying
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "view_copy")
@@ -62,12 +63,12 @@ def expand(call: Call) -> Sequence[Layers]:
 @rule("constant_pad_nd")
 def constant_pad(call: Call) -> Sequence[Layers]:
     """Padding elements along a dimension never go; across the others they come and go with their neighbours."""
-    layers, shape = call.operand(call.args[0])
-    pad = list(call.args[1])
-    padded = {len(shape) - 1 - place // 2 for place, width in enumerate(pad) if width}
-    inside = tuple(core for core in layers if varying(core) & padded)
-    moved = call.tagger.layout(inside, shape, lambda core: torch.constant_pad_nd(core, pad, 0))
-    return (tuple(core for core in layers if not varying(core) & padded) + moved,)
+    layers, _ = call.operand(call.args[0])
+    result = []
+    for core in layers:
+        widths = [width if core.shape[-1 - place // 2] > 1 else 0 for place, width in enumerate(call.args[1])]
+        result.append(compressed(torch.constant_pad_nd(core, widths, KEPT)))
+    return (call.tagger.note(tuple(core for core in result if varying(core))),)
 
 
 @rule("cat", "concat")
@@ -95,12 +96,13 @@ def _piece(call: Call, layers: Layers, shape: Sequence[int], dim: int, start: in
     return call.tagger.layout(layers, shape, lambda core: core.narrow(dim, start, length))
 
 
-def _equal_parts(call: Call, layers: Layers, dim: int, length: int) -> None:
+def _equal_parts(call: Call, layers: Layers, dim: int, length: int, end: int) -> None:
     for core in layers:
         if varying(core) == {dim}:
-            call.tagger.balance(core.split(length, dim))
+            call.tagger.balance(core.split(length, dim), core.narrow(dim, 0, end))
         elif dim in varying(core):
-            call.tagger.balance(core.movedim(dim, 0).flatten(1)[:, 0].split(length))
+            first = core.movedim(dim, 0).flatten(1)[:, 0]
+            call.tagger.balance(first.split(length), first[:end])
 
 
 @rule("split", "unsafe_split", "chunk", "unsafe_chunk", "split_with_sizes", "unsafe_split_with_sizes", "split_copy",
@@ -111,7 +113,8 @@ def split(call: Call) -> Sequence[Layers]:
     dim = axis(call.arg(2, "dim", 0), len(shape))
     lengths = [piece.shape[dim] for piece in call.outputs]
     if layers and len(set(lengths)) == 1 and len(lengths) > 1:
-        _equal_parts(call, layers, dim, lengths[0])
+        sizes = "sizes" in call.func._schema.name  # the last piece of `split` may become shorter
+        _equal_parts(call, layers, dim, lengths[0], shape[dim] - (0 if sizes else lengths[0]))
     starts = np.cumsum([0, *lengths[:-1]])
     return [_piece(call, layers, shape, dim, int(start), length) for start, length in zip(starts, lengths, strict=True)]
 
@@ -126,10 +129,10 @@ def slice_(call: Call) -> Sequence[Layers]:
     start, step = call.arg(2, "start", 0) or 0, call.arg(4, "step", 1)
     start = min(start + size if start < 0 else start, size)
     if length < size:
-        if step == 1 and length and size % length == 0 and start % length == 0:
-            _equal_parts(call, layers, dim, length)
+        end = size if step != 1 else start if start + length == size else start + length
+        if step == 1 and length > 1 and size % length == 0 and start % length == 0:
+            _equal_parts(call, layers, dim, length, end)
         else:
-            end = size if step != 1 else start if start + length == size else start + length
             for core in layers:
                 if dim in varying(core):
                     fixed = call.tagger.onto(core, frozenset({dim})).narrow(dim, 0, end)
