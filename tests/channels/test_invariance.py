@@ -72,7 +72,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def test_an_operation_that_nobody_knows_freezes_what_goes_in_and_is_reported() -> None:
-    model, inputs = chain(between=lambda x: doubled(x))  # noqa: PLW0108 - an operation cannot be copied
+    model, inputs = chain(between=lambda x: doubled(x))  # noqa: PLW0108 - operations cannot be copied
     shrunk = ts.prune.channels(model, inputs, 0.4, round_to=1, min_channels=1)
     assert "torchslim_tests.doubled.default" in about(shrunk)["unruled"]
     assert shrunk.second.out_features == 16
@@ -82,7 +82,7 @@ def test_an_operation_that_nobody_knows_freezes_what_goes_in_and_is_reported() -
 
 
 def test_a_function_that_leaves_torch_freezes_what_goes_in() -> None:
-    model, inputs = chain(between=lambda x: Halved.apply(x))  # noqa: PLW0108 - nor can it
+    model, inputs = chain(between=lambda x: Halved.apply(x))  # noqa: PLW0108
     shrunk = ts.prune.channels(model, inputs, 0.4, round_to=1, min_channels=1)
     assert shrunk.second.out_features == 16
     assert shrunk.first.out_features < 16
