@@ -59,7 +59,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ts.save(ts.deploy(toy.model(), (toy.images(2, 0)[0],), runtime="eager", threads=1), folder)
 
 
-@pytest.mark.parametrize("command", ["run", "check", "bench", "report", "list"])
+@pytest.mark.parametrize("command", ["run", "check", "inspect", "bench", "report", "list"])
 def test_help_shows_an_example(call: Any, command: str) -> None:
     done = call(command, "--help")
     assert done.code == 0
@@ -116,6 +116,24 @@ def test_bench_compares_saved_artifacts(call: Any, artifact: Path, tmp_path: Pat
     assert rows[1]["latency_ms"]["rounds"] == 5
     assert str(copy) in call("bench", artifact, copy, "--rounds", 5, "--batch", 3).out
     assert call("bench", tmp_path).code == 2
+
+
+def test_inspect_shows_what_may_be_pruned_and_why_the_rest_stays(call: Any) -> None:
+    done = call("inspect", "tests.toy:model", "--input", "1x1x8x8")
+    assert done.code == 0, done.err
+    assert "conv1.weight[0], bn1.weight[0], bn1.bias[0], conv2.weight[0] and 5 more" in done.out
+    assert "reaches an output" in done.out
+    assert "kernel's extent" not in done.out
+    assert "kernel's extent" in call("inspect", "tests.toy:model", "--input", "1x1x8x8", "--all").out
+    data = json.loads(
+        call("inspect", "tests.models:Encoder", "--input", "tokens=2x4:int64", "--heads", "whole", "--json").out
+    )
+    widths = {group["members"][-1]: group["width"] for group in data["groups"]}
+    assert widths["encoder.layers.0.self_attn.out_proj.weight[1]"] == 2
+    assert call("inspect", "tests.test_inspect:with_inputs").code == 0
+    refused = call("inspect", "tests.toy:model")
+    assert refused.code == 2
+    assert "give one --input for each" in refused.err
 
 
 def test_list_names_all_that_is_registered(call: Any) -> None:

@@ -107,9 +107,9 @@ def write_artifact(
         }
     if module is not None:
         files[WEIGHTS], manifest["aliases"], manifest["channels_last"] = pack_state(module)
-        surgery = pack_surgery(module)
-        if surgery is not None:
-            files[SURGERY] = surgery
+        record = pack_surgery(module)
+        if record is not None:
+            files[SURGERY] = record
     if masks:
         files["masks.safetensors"], manifest["mask_shapes"] = pack_masks(masks)
     manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
@@ -222,8 +222,8 @@ class Opened:
         """The saved module, made from one of its kind; see `load_module`."""
         if WEIGHTS not in self.manifest["files"]:
             raise ArtifactError(f"{self.folder} holds no weights, only a program; use ts.load(folder)")
-        surgery = self.read(SURGERY) if SURGERY in self.manifest["files"] else None
-        return restore(module, self.read(WEIGHTS), self.manifest, surgery)
+        record = self.read(SURGERY) if SURGERY in self.manifest["files"] else None
+        return restore(module, self.read(WEIGHTS), self.manifest, record)
 
     def example(self) -> list[Tensor]:
         """The example inputs."""

@@ -83,6 +83,31 @@ def check(recipe: Path, as_json: bool) -> None:
         click.echo(f"{recipe}: {' -> '.join(step_name(step) for step in parsed.steps)} -> {parsed.target.runtime}: ok")
 
 
+@cli.command(epilog=f"{EXAMPLE}torchslim inspect torchvision.models:resnet18 --input 1x3x224x224")
+@click.argument("model")
+@click.option("--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
+              help="An example input, as 1x3x224x224, 1x77:int64 or mask=1x77:bool; once for each. Not needed where "
+              "MODEL gives (model, example_inputs).")  # fmt: skip
+@click.option("--heads", type=click.Choice(["auto", "whole", "dim"]), default="auto", show_default=True,
+              help="What attention may lose: whole heads, or dimensions of every head.")  # fmt: skip
+@click.option("--all", "everything", is_flag=True, help="Kernel extents and position tables too, and every member.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, as_json: bool) -> None:
+    """Show which channels of MODEL (module:callable) go together, which may be pruned, and why others must stay.
+
+    For each group: how many channels it has, the parameters and the multiply-accumulates (of a run on the inputs given)
+    that would go with all of them, everything else kept, and the weights that lose a slice with each channel. A weight
+    between two groups counts for both.
+    """
+    from torchslim.named import load_model
+    from torchslim.prune import inspect as look
+
+    _import_from_here()
+    made, example_inputs = load_model(model, inputs)
+    found = look(made, example_inputs, heads=heads)
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else found.table(all=everything))
+
+
 @cli.command(epilog=f"{EXAMPLE}torchslim bench out/a out/b --batch 16")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--batch", type=click.IntRange(min=1), help="Samples a call; default 1 where the batch is free.")

@@ -33,6 +33,10 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         if isinstance(value, Tensor) and value.grad_fn is not None
     }
     copied = copy.deepcopy(model, memo)
+    for old, new in zip(model.modules(), copied.modules(), strict=True):
+        for name, value in vars(old).items():
+            if name.startswith("_torchslim_"):  # a torch.fx.GraphModule forgets attributes that it did not make
+                vars(new).setdefault(name, copy.deepcopy(value))
     owners = Counter(id(each) for module in copied.modules() for each in module._parameters.values())
     masks: dict[str, Tensor] = {}
     for path, module in copied.named_modules():

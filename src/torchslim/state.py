@@ -14,7 +14,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from torchslim.errors import ArtifactError, PruneError
-from torchslim.prune.record import difference, document, rebuild, shapes
+from torchslim.prune.record import difference, rebuild, shapes, surgery
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -40,7 +40,7 @@ def pack_state(module: nn.Module) -> tuple[bytes, dict[str, str], list[str]]:
     return save_tensors(state), aliases, channels_last
 
 
-def restore(module: nn.Module, weights: bytes, manifest: Mapping[str, Any], surgery: bytes | None = None) -> nn.Module:
+def restore(module: nn.Module, weights: bytes, manifest: Mapping[str, Any], record: bytes | None = None) -> nn.Module:
     """A saved state in a module of the same architecture, or of that from before its surgery.
 
     Raises:
@@ -53,9 +53,9 @@ def restore(module: nn.Module, weights: bytes, manifest: Mapping[str, Any], surg
     tied: Mapping[str, str] = manifest["aliases"]
     state |= {name: state[first] for name, first in tied.items()}
     wanted = {name: list(value.shape) for name, value in state.items()}
-    if surgery is not None:
+    if record is not None:
         try:
-            module = rebuild(module, json.loads(surgery), wanted, tied)
+            module = rebuild(module, json.loads(record), wanted, tied)
         except (PruneError, ValueError, TypeError) as error:
             raise ArtifactError(f"the saved surgery cannot be done: {error}") from error
     misfit = difference(shapes(module), wanted)
@@ -84,7 +84,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], channels_last: Sequenc
 
 def pack_surgery(module: nn.Module) -> bytes | None:
     """What channel pruning removed from a module, as JSON; None where it never did."""
-    found = document(module)
+    found = surgery(module)
     return None if found is None else (json.dumps(found, indent=1, allow_nan=False) + "\n").encode()
 
 

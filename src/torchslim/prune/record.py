@@ -48,21 +48,61 @@ def surgery(model: nn.Module) -> dict[str, Any] | None:
 
     `base` says which model it starts from: its class, and a digest of the shapes of its weights. `rounds` holds, for
     each pruning in turn, `cuts` (which indices of which dimension of a weight stay), `patches` (attributes that carry
-    sizes), and `about`: what was asked and reached, and why other channels stayed.
+    sizes), and `about`: what was asked and reached, and why other channels stayed. Parts that were pruned by
+    themselves are rounds too.
     """
-    found = vars(model).get(ATTRIBUTE)
-    return copy.deepcopy(found) if found is not None else None
+    own = vars(model).get(ATTRIBUTE)
+    # a part's record is younger than that of what is around it: a new round takes up those of all parts
+    parts = [(path, vars(part)[ATTRIBUTE]) for path, part in model.named_modules() if path and ATTRIBUTE in vars(part)]
+    parts.sort(key=lambda part: part[0].count("."))
+    rounds = [_inside(path, each) for path, record in parts for each in record["rounds"]]
+    if own is not None:
+        return {**copy.deepcopy(own), "rounds": [*copy.deepcopy(own["rounds"]), *rounds]}
+    return _record(model, undone(shapes(model), rounds, _tied(model)), rounds) if rounds else None
+
+
+def _record(model: nn.Module, before: Shapes, rounds: list[Any]) -> dict[str, Any]:
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    return {"version": VERSION, "base": {"class": name, "shapes": digest(before)}, "rounds": rounds}
+
+
+def _inside(path: str, done: Mapping[str, Any]) -> dict[str, Any]:
+    """A round of a part as one of the whole."""
+    return {
+        "cuts": [{**each, "weight": f"{path}.{each['weight']}"} for each in done["cuts"]],
+        "patches": [{**each, "module": f"{path}.{each['module']}".rstrip(".")} for each in done["patches"]],
+        "about": {**copy.deepcopy(done["about"]), "part": path},
+    }
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """By name, the first name of a tensor that has several."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+
+
+def undone(after: Shapes, rounds: Sequence[Mapping[str, Any]], tied: Mapping[str, str]) -> dict[str, list[int]]:
+    """The shapes before these rounds: those after them with every cut undone."""
+    before = {name: list(shape) for name, shape in after.items()}
+    for each in reversed(rounds):
+        for cut in each["cuts"]:
+            for name, shape in before.items():
+                if tied.get(name, name) == cut["weight"]:
+                    shape[cut["dim"]] = cut["size"]
+    return before
 
 
 def attach(shrunk: nn.Module, base: nn.Module, done: Surgery, about: Mapping[str, Any]) -> None:
     """Add a round to the record that the shrunk module carries on from its base."""
-    known = surgery(base) or {
-        "version": VERSION,
-        "base": {"class": f"{type(base).__module__}.{type(base).__qualname__}", "shapes": digest(shapes(base))},
-        "rounds": [],
-    }
-    known["rounds"].append({**done.to_json(), "about": dict(about)})
-    vars(shrunk)[ATTRIBUTE] = json.loads(json.dumps(known))  # equal to itself after a way through a file
+    record = surgery(base) or _record(base, shapes(base), [])
+    record["rounds"].append({**done.to_json(), "about": dict(about)})
+    _set(shrunk, json.loads(json.dumps(record)))  # equal to itself after a way through a file
+
+
+def _set(model: nn.Module, record: Mapping[str, Any]) -> None:
+    for module in model.modules():
+        vars(module).pop(ATTRIBUTE, None)
+    vars(model)[ATTRIBUTE] = copy.deepcopy(dict(record))
 
 
 def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
@@ -72,13 +112,17 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
         PruneError: the record is damaged, of a newer version, or of another model.
     """
     _check(record)
-    done = _done(base, record)
-    if done is None:
+    known, rounds = surgery(base), record["rounds"]
+    if digest(shapes(base)) == record["base"]["shapes"]:
+        done = 0
+    elif known is not None and _continues(record, known):
+        done = len(known["rounds"])
+    else:
         raise PruneError(
             f"the surgery was made on a {record['base']['class']} with other weights than this {type(base).__name__}; "
             "give the factory of the model that was pruned"
         )
-    for each in record["rounds"][done:]:
+    for each in rounds[done:]:
         try:
             base = perform(base, Surgery.from_json(each))
         except (AttributeError, IndexError, TypeError) as error:
@@ -86,73 +130,39 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
                 f"the surgery does not fit this {type(base).__name__}: {error}; give the factory of the model that "
                 "was pruned"
             ) from error
-    vars(base)[ATTRIBUTE] = copy.deepcopy(dict(record))
+    _set(base, record)
     return base
 
 
-def document(model: nn.Module) -> dict[str, Any] | None:
-    """All records of a model as one JSON value: its own, or by path those of the modules inside; None without any."""
-    found = {path: surgery(module) for path, module in model.named_modules() if ATTRIBUTE in vars(module)}
-    if set(found) <= {""}:
-        return found.get("")
-    return {"version": VERSION, "modules": found}
+def _continues(record: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    done = len(known["rounds"])
+    return bool(known["base"]["shapes"] == record["base"]["shapes"] and known["rounds"] == record["rounds"][:done])
 
 
-def rebuild(model: nn.Module, saved: Mapping[str, Any], wanted: Shapes, tied: Mapping[str, str]) -> nn.Module:
-    """A fresh instance with the surgeries of a `document` done, or of the shrunk architecture with them attached.
+def rebuild(model: nn.Module, record: Mapping[str, Any], wanted: Shapes, tied: Mapping[str, str]) -> nn.Module:
+    """`replay`, or where the model is of the shrunk architecture already, the model with the record attached.
 
     Args:
         model: taken over; it may be changed.
-        saved: what `document` gave.
+        record: what `surgery` gave.
         wanted: the shapes after the surgery.
         tied: by name, the first name of a tensor that has several.
 
     Raises:
-        PruneError: the document is damaged, of a newer version, or of another model; names the difference.
+        PruneError: the record is damaged, of a newer version, or of another model; names the difference.
     """
-    records: Mapping[str, Any] = saved.get("modules", {"": saved})
-    for record in records.values():
-        _check(record)
-    if not difference(shapes(model), wanted):  # the factory knows the shrunk architecture
-        for path, record in records.items():
-            vars(_module(model, path))[ATTRIBUTE] = copy.deepcopy(dict(record))
+    _check(record)
+    if not difference(shapes(model), wanted):
+        _set(model, record)
         return model
-    waiting = sorted(records, key=len, reverse=True)
-    while waiting:
-        # a part may have been pruned before or after what is around it: whichever fits now is next
-        fitting = [path for path in waiting if _done(_module(model, path), records[path]) is not None]
-        if not fitting:
-            raise PruneError(_misfit(model, records, wanted, tied))
-        waiting.remove(fitting[0])
-        model = _with(model, fitting[0], replay(_module(model, fitting[0]), records[fitting[0]]))
-    return model
-
-
-def _done(model: nn.Module, record: Mapping[str, Any]) -> int | None:
-    """How many rounds of a record this model has behind it; None where it is another model."""
-    known = vars(model).get(ATTRIBUTE)
-    rounds = record["rounds"]
-    if known is not None and known["base"] == record["base"] and known["rounds"] == rounds[: len(known["rounds"])]:
-        return len(known["rounds"])
-    return 0 if digest(shapes(model)) == record["base"]["shapes"] else None
-
-
-def _misfit(model: nn.Module, records: Mapping[str, Any], wanted: Shapes, tied: Mapping[str, str]) -> str:
-    """How a model differs from the one that was pruned: the shapes after it with every cut undone."""
-    before = {name: list(shape) for name, shape in wanted.items()}
-    for path, record in records.items():
-        for each in reversed(record["rounds"]):
-            for cut in each["cuts"]:
-                first = f"{path}.{cut['weight']}" if path else cut["weight"]
-                for name in (first, *(other for other, owner in tied.items() if owner == first)):
-                    if name in before:
-                        before[name][cut["dim"]] = cut["size"]
-    classes = ", ".join(record["base"]["class"] for record in records.values())
-    return (
-        f"this {type(model).__name__} is not the model that was pruned (a {classes}); "
-        f"{difference(shapes(model), before) or 'its modules are others'}; give the factory of the model before "
-        "pruning, or of the pruned architecture"
-    )
+    known = surgery(model)
+    differs = difference(shapes(model), undone(wanted, record["rounds"], tied))
+    if differs and not (known is not None and _continues(record, known)):
+        raise PruneError(
+            f"this {type(model).__name__} is not the model that was pruned, a {record['base']['class']}; {differs}; "
+            "give the factory of the model before pruning, or of the pruned architecture"
+        )
+    return replay(model, record)
 
 
 def _check(record: Mapping[str, Any]) -> None:
@@ -178,23 +188,3 @@ def _sound(done: Surgery) -> bool:
         not each.name.startswith("_") and all(type(number) is int for number in (each.old, each.new, *each.place))
         for each in done.patches
     )
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise PruneError(
-            f"the surgery was made on {path!r}, which this {type(model).__name__} lacks; give the factory of the model "
-            "that was pruned"
-        ) from error
-
-
-def _with(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
-    """The model with one module replaced everywhere that it stands."""
-    old = _module(model, path)
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
-    return new if path == "" else model
