@@ -25,7 +25,7 @@ from torchslim.prune.criteria import Criterion, Scorer, find_criterion
 from torchslim.prune.data import check_data, gather_for
 from torchslim.prune.penalties import PENALTIES, Sparsify, make_penalty
 from torchslim.prune.record import replay, surgery
-from torchslim.prune.removal import Plan, Ranking, TooLittle, analyse, finish, notes, shrink
+from torchslim.prune.removal import Plan, Ranking, Stuck, TooLittle, analyse, finish, notes, shrink
 from torchslim.prune.scores import Normalisation, Reduction, check_combination
 from torchslim.prune.shrink import Surgery
 from torchslim.prune.sparsify import apply_masks
@@ -147,6 +147,10 @@ class ChannelPruning:
         except TooLittle:
             if last and not now.total:
                 raise
+        except Stuck as error:
+            if not now.total:
+                raise
+            now.warnings.append(f"a later round stopped: {error}")
         if last:
             now.warnings += notes(plan.coupling(), now.kept / now.total, self.amount)
 
@@ -178,8 +182,8 @@ class ChannelPruning:
         if not now.total:
             return target
         size = _size(plan, plan.coupling(), self.amount.of)
-        stuck = max(now.kept - size, 0.0)  # channels that an earlier round has left alone in their group
-        return min(1 - ((1 - target) * now.total - stuck) / size, 1 - 1e-9)
+        stuck = max(now.kept - size, 0.0)  # channels of units that can shrink no further
+        return 0.0 if not size else min(1 - ((1 - target) * now.total - stuck) / size, 1 - 1e-9)
 
 
 def _size(plan: Plan, coupling: Coupling, of: str) -> float:

@@ -200,6 +200,10 @@ class TooLittle(PruneError):
     """A sparsity so low that no channel goes."""
 
 
+class Stuck(PruneError):
+    """No channel can go, whatever the sparsity."""
+
+
 def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
     """Remove the least important channels, verify, and give up what cannot be verified.
 
@@ -232,7 +236,7 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         elif not plan.retreat(diverged, coupling, removed):
             break
     reasons = "; ".join(dict.fromkeys(each.reason for each in plan.coupling().groups if each.reason))
-    raise PruneError(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
+    raise Stuck(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
 
 
 def _checked(
