@@ -126,4 +126,5 @@ def test_the_shipped_baseline_fits_the_model_and_the_recipe_is_valid() -> None:
 
     ResNet().load_state_dict(load_file(fashion_mnist.WEIGHTS))
     assert fashion_mnist.WEIGHTS.stat().st_size < 5_000_000
-    assert len(load_recipe(Path(data.__file__).parent / "recipe.toml").steps) == 3
+    prune, *_ = load_recipe(Path(data.__file__).parent / "recipe.toml").steps
+    assert (prune.pattern, prune.of, prune.sparsity) == ("channel", "macs", 0.5)

@@ -15,10 +15,22 @@ from tests import toy
 
 STEPS = [
     ts.Prune(sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=1e-2)),
+    ts.Prune(
+        pattern="channel",
+        sparsity=0.6,
+        of="channels",
+        round_to=1,
+        min_channels=1,
+        criterion="taylor",
+        schedule="iterative",
+        rounds=2,
+        train=ts.Finetune(epochs=2, optimizer="sgd", lr=1e-2),
+        sparsify="group-lasso",
+    ),
     ts.Distill(epochs=3, lr=1e-2),
     ts.Quantize("int8"),
 ]
-MOMENTS = ("prune", "distill", "checkpoint", "quantize", "export", "artifact")
+MOMENTS = ("prune", "channels", "cut", "distill", "checkpoint", "quantize", "export", "artifact")
 
 
 def die() -> None:
@@ -35,6 +47,11 @@ def arm(moment: str) -> Any:
             # in the middle of an epoch that is neither the first nor the last
             if event.step == moment and steps_seen[moment] == 12:
                 die()
+            # weights take 32 steps; this is the second round of the channels
+            if moment == "channels" and steps_seen["prune"] == 53:
+                die()
+        if moment == "cut" and event.phase == "cut-2":
+            die()
         if event.step == moment == "quantize" and event.phase == "start":
             original = torch.Tensor.isfinite
             torch.isfinite = lambda value: (die(), original(value))[1]  # type: ignore[assignment]
@@ -47,7 +64,7 @@ def arm(moment: str) -> Any:
         def half_written(self: Path, target: Path) -> Path:
             if Path(target).suffix == ".ckpt":
                 count[0] += 1
-                if count[0] == 6:  # the second epoch of the distillation
+                if count[0] == 14:  # the second epoch of the distillation
                     self.write_bytes(self.read_bytes()[:100])
                     die()
             return replace(self, target)
@@ -59,7 +76,7 @@ def arm(moment: str) -> Any:
         def interrupted(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
             done = export(*args, **kwargs)
-            if calls[0] == 3:  # the distilled model is trained, its export is not kept yet
+            if calls[0] == 4:  # the distilled model is trained, its export is not kept yet
                 die()
             return done
 

@@ -57,7 +57,7 @@ def rounded(unit: Unit, kept: float, step: int, least: int, narrowest: int = 1) 
 
     Units narrower than `least` ignore it.
     """
-    low = max(least if unit.width >= least else 1, narrowest)
+    low = -(-max(least if unit.width >= least else 1, narrowest) // step) * step  # a whole number of steps
     nearest = round(kept / step) * step if step > 1 else round(kept)
     return max(min(nearest, unit.width), min(low, unit.width), 1)
 

@@ -25,7 +25,7 @@ from torchslim.prune.criteria import Criterion, Scorer, find_criterion
 from torchslim.prune.data import check_data, gather_for
 from torchslim.prune.penalties import PENALTIES, Sparsify, make_penalty
 from torchslim.prune.record import replay, surgery
-from torchslim.prune.removal import Plan, Ranking, TooLittle, analyse, finish, notes, shrink
+from torchslim.prune.removal import Plan, Ranking, Stuck, TooLittle, analyse, finish, notes, shrink, tolerance
 from torchslim.prune.scores import Normalisation, Reduction, check_combination
 from torchslim.prune.shrink import Surgery
 from torchslim.prune.sparsify import apply_masks
@@ -50,6 +50,7 @@ class Standing:
     cuts: int = 0  # rounds whose cut is behind
     total: float = 0.0  # the size of the model that the step received; 0 before the first cut
     kept: float = 0.0  # what is left of it, in the same measure
+    tolerance: float = 0.0  # how far from the target is no miss
     refused: list[tuple[str, str]] = field(default_factory=list)  # layer and reason
     warnings: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
@@ -147,8 +148,12 @@ class ChannelPruning:
         except TooLittle:
             if last and not now.total:
                 raise
+        except Stuck as error:
+            if not now.total:
+                raise
+            now.warnings.append(f"a later round stopped: {error}")
         if last:
-            now.warnings += notes(plan.coupling(), now.kept / now.total, self.amount)
+            now.warnings += notes(now.kept / now.total, self.amount, now.tolerance)
 
     def _shrink(self, now: Standing, plan: Plan, share: float, ctx: Context) -> None:
         criterion = find_criterion(self.criterion)
@@ -162,6 +167,7 @@ class ChannelPruning:
         size = _size(plan, done.coupling, self.amount.of)
         stuck = max(now.kept - size, 0.0) if now.total else 0.0
         now.total = now.total or size
+        now.tolerance = now.tolerance or tolerance(done.coupling, self.amount)
         now.kept = stuck + done.left * size
         now.masks = cut_masks(now.masks, done.surgery, plan.model)
         now.model = done.model
@@ -178,8 +184,8 @@ class ChannelPruning:
         if not now.total:
             return target
         size = _size(plan, plan.coupling(), self.amount.of)
-        stuck = max(now.kept - size, 0.0)  # channels that an earlier round has left alone in their group
-        return min(1 - ((1 - target) * now.total - stuck) / size, 1 - 1e-9)
+        stuck = max(now.kept - size, 0.0)  # channels of units that can shrink no further
+        return 0.0 if not size else min(1 - ((1 - target) * now.total - stuck) / size, 1 - 1e-9)
 
 
 def _size(plan: Plan, coupling: Coupling, of: str) -> float:

@@ -200,6 +200,10 @@ class TooLittle(PruneError):
     """A sparsity so low that no channel goes."""
 
 
+class Stuck(PruneError):
+    """No channel can go, whatever the sparsity."""
+
+
 def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
     """Remove the least important channels, verify, and give up what cannot be verified.
 
@@ -232,7 +236,7 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         elif not plan.retreat(diverged, coupling, removed):
             break
     reasons = "; ".join(dict.fromkeys(each.reason for each in plan.coupling().groups if each.reason))
-    raise PruneError(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
+    raise Stuck(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
 
 
 def _checked(
@@ -364,7 +368,7 @@ def channels(
     ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
     done = shrink(plan, amount, ranking.scores(plan.model, plan))
     finish(plan, done, amount, found.name)
-    for note in notes(done.coupling, done.left, amount):
+    for note in notes(done.left, amount, tolerance(done.coupling, amount)):
         warnings.warn(note, stacklevel=2)
     return done.model
 
@@ -388,12 +392,16 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
     attach(done.model, plan.model, done.surgery, about)
 
 
-def notes(coupling: Coupling, left: float, amount: Amount) -> list[str]:
-    """What a user must know: a target that could not be reached."""
-    wanted = 1 - amount.sparsity
+def tolerance(coupling: Coupling, amount: Amount) -> float:
+    """How far from its target a removal may end for no other reason than that widths are whole steps."""
     widest = max(coupling.units, key=lambda unit: unit.width, default=None)
     step = step_size(widest, coupling, amount.round_to) / widest.width if widest else 0.0
-    if abs(left - wanted) <= max(0.02, step):
+    return max(0.02, step)
+
+
+def notes(left: float, amount: Amount, tolerated: float) -> list[str]:
+    """What a user must know: a target that could not be reached."""
+    if abs(left - 1 + amount.sparsity) <= tolerated:
         return []
     return [
         f"a sparsity of {amount.sparsity:.2f} of {amount.of} cannot be reached with round_to={amount.round_to} and "
