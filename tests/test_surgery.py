@@ -95,8 +95,9 @@ FRESH = """
 import sys, torch, torchslim as ts
 from safetensors.torch import load_file
 from tests.test_surgery import MODELS, run
-folder = sys.argv[1]
-for name in sys.argv[2:]:
+torch.set_num_threads(int(sys.argv[1]))  # bitwise the same only on as many threads
+folder = sys.argv[2]
+for name in sys.argv[3:]:
     kept = torch.load(f"{folder}/{name}.pt", weights_only=True)
     loaded = ts.load_module(f"{folder}/{name}", MODELS[name][1])
     assert torch.equal(run(loaded, MODELS[name][2] if kept["inputs"] is None else kept["inputs"]), kept["outputs"]), name
@@ -119,7 +120,7 @@ def test_a_fresh_process_loads_weights_module_and_program(tmp_path: Path) -> Non
         kept = {"inputs": inputs, "outputs": run(shrunk, inputs), "state": shrunk.state_dict(),
                 "program": ts.load(folder)(*inputs)}  # fmt: skip
         torch.save(kept, tmp_path / f"{name}.pt")
-    done = fresh_python(FRESH, tmp_path, *names)
+    done = fresh_python(FRESH, str(torch.get_num_threads()), tmp_path, *names)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:-1] == [f"{name} True" for name in names]
 
