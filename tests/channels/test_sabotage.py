@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import torchslim as ts
 from tests.channels import networks as net
 from tests.channels.laws import remove, run, scramble
 from torchslim.channels import oracle
@@ -82,7 +83,7 @@ def noticed(plan: Plan, done: Shrunk, surgery: Surgery) -> bool:
         shrunk = perform(base, surgery)
     except IndexError:
         return True
-    diverged, _ = oracle.verify(base, shrunk, done.coupling, done.removed, inputs)
+    diverged = oracle.verify(base, shrunk, done.coupling, done.removed, inputs).divergence
     return diverged is not None
 
 
@@ -198,3 +199,26 @@ def test_a_head_of_zeros_hides_nothing(name: str) -> None:
     for cut in done.surgery.cuts:
         gone = min(set(range(cut.size)) - set(cut.kept))
         assert noticed(plan, done, with_cut(done.surgery, cut, replace(cut, kept=(*cut.kept[:-1], gone)))), cut.weight
+
+
+class Muted(nn.Module):
+    """Nothing of its hidden layer reaches the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.past = nn.Linear(6, 16), nn.Linear(16, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.past(x) + 0.0 * self.two(self.one(x).tanh())
+
+
+def test_a_check_that_cannot_fail_is_said_to_be_one() -> None:
+    with pytest.warns(UserWarning, match="changes no output"):
+        shrunk = ts.prune.channels(Muted(), (torch.randn(2, 6),), 0.5, of="channels", round_to=1, min_channels=1)
+    record = ts.surgery(shrunk)
+    assert record is not None
+    assert record["rounds"][0]["about"]["output_change"] == 0
+    seen = ts.surgery(ts.prune.channels(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)),
+                                        (torch.randn(2, 6),), 0.5, of="channels", round_to=1, min_channels=1))  # fmt: skip
+    assert seen is not None
+    assert seen["rounds"][0]["about"]["output_change"] > 0.01

@@ -68,6 +68,15 @@ class Divergence:
     what: str
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a check found."""
+
+    divergence: Divergence | None  # the first one
+    error: float = float("inf")  # the largest of any value, relative to its norm
+    outputs: tuple[Tensor, ...] = ()  # of the shrunk model
+
+
 @dataclass(slots=True)
 class Footprint:
     """What the shrunk run leaves of one operation."""
@@ -107,18 +116,17 @@ def _base(name: str) -> str:
     return name.split(".")[1]
 
 
-class _Run(TorchDispatchMode):
-    """A run that follows a trace."""
+class _Precise(TorchDispatchMode):
+    """A run that stays in float64, and in which random numbers are constants."""
 
-    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.coupling, self.removed = coupling, removed
-        self.operations = coupling.trace.operations
-        self.expected = compared(self.operations)
-        self.at = 0
-        self.stack = Stack(model)
-        self.shapes: list[Shape] = []  # of the model's outputs
         self.double = any(each.dtype == torch.float64 for each in named_weights(model).values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = self.precise(args, kwargs or {})
+        result = func(*args, **kwargs)
+        return calm(result) if opname(func) in RANDOM else result
 
     def precise(self, args: Any, kwargs: Any) -> Any:
         """The arguments with casts to lower precision left out, in a float64 run."""
@@ -127,6 +135,19 @@ class _Run(TorchDispatchMode):
         return tree_map(
             lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in LOW else leaf, (args, kwargs)
         )
+
+
+class _Run(_Precise):
+    """A run that follows a trace."""
+
+    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask) -> None:
+        super().__init__(model)
+        self.coupling, self.removed = coupling, removed
+        self.operations = coupling.trace.operations
+        self.expected = compared(self.operations)
+        self.at = 0
+        self.stack = Stack(model)
+        self.outputs: list[Tensor] = []
 
     @property
     def index(self) -> int:
@@ -148,14 +169,12 @@ class _Run(TorchDispatchMode):
             raise self.fail(f"{opname(func)} runs where the traced run has {wanted}")
         return operation
 
-    def follow(self, model: nn.Module, inputs: Inputs) -> Any:
+    def follow(self, model: nn.Module, inputs: Inputs) -> None:
         """Run the whole model; raises Mismatch where it diverges, whatever else the model raises."""
         with elementary(model), preserved_globals(seed=0), self.stack.watching(), self:
-            outputs = call(model, inputs)
-        self.shapes = [tuple(each.shape) for each in tensors(outputs)]
+            self.outputs = tensors(call(model, inputs))
         if self.at < len(self.expected):
             raise self.fail("the run ends before the traced one")
-        return outputs
 
 
 class Follower(_Run):
@@ -362,31 +381,43 @@ def _outcome(run: _Run, model: nn.Module, inputs: Inputs) -> Divergence | None:
     return None
 
 
-def verify(
-    original: nn.Module, shrunk: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs
-) -> tuple[Divergence | None, float]:
+def verify(original: nn.Module, shrunk: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> Verdict:
     """Does the shrunk model compute what the masked original computes? Two forward passes.
 
     Args:
         original: as `prepare` made it; its weights are masked in place.
         shrunk: cut from the same weights.
-
-    Returns:
-        The first divergence or None, and the largest relative error of any value.
     """
     follower = Follower(shrunk, coupling, removed, values=True)
     diverged = _outcome(follower, shrunk, inputs)
     if diverged is not None:
-        return diverged, float("inf")
+        return Verdict(diverged)
     mask_weights(original, coupling, removed)
     masked = Masked(original, coupling, removed, follower)
     diverged = _outcome(masked, original, inputs)
-    if diverged is None and follower.shapes != masked.shapes:
+    if diverged is None and [each.shape for each in follower.outputs] != [each.shape for each in masked.outputs]:
         diverged = masked.fail("an output of the model changes its shape").divergence
-    return diverged, masked.largest if diverged is None else float("inf")
+    if diverged is not None:
+        return Verdict(diverged)
+    return Verdict(None, masked.largest, tuple(follower.outputs))
+
+
+def change(original: nn.Module, inputs: Inputs, after: Sequence[Tensor]) -> float:
+    """How much outputs differ from the unpruned model's, relative to their norm: at 0 the check has shown nothing.
+
+    Infinite where they cannot be compared. One forward pass of a model that has not run yet, as it may fill caches.
+    """
+    before = outputs(original, inputs)
+    if [each.shape for each in before] != [each.shape for each in after]:
+        return float("inf")
+    largest = 0.0
+    for one, two in zip(before, after, strict=True):
+        old, new = (each.double().nan_to_num(0.0, 0.0, 0.0) for each in (one, two))
+        largest = max(largest, float((old - new).norm() / old.norm().clamp(min=1e-300)))
+    return largest
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """The output tensors of a plain run."""
-    with elementary(model), preserved_globals(seed=0):
+    """The output tensors of a plain run, as precise as the check."""
+    with elementary(model), preserved_globals(seed=0), _Precise(model):
         return tensors(call(model, inputs))

@@ -25,7 +25,7 @@ from torchslim.prune.criteria import Criterion, Scorer, find_criterion
 from torchslim.prune.data import check_data, gather_for
 from torchslim.prune.penalties import PENALTIES, Sparsify, make_penalty
 from torchslim.prune.record import replay, surgery
-from torchslim.prune.removal import Plan, Ranking, Stuck, TooLittle, analyse, finish, notes, shrink, tolerance
+from torchslim.prune.removal import Plan, Ranking, Stuck, TooLittle, analyse, finish, notes, shrink, tolerance, vacuous
 from torchslim.prune.scores import Normalisation, Reduction, check_combination
 from torchslim.prune.shrink import Surgery
 from torchslim.prune.sparsify import apply_masks
@@ -177,7 +177,7 @@ class ChannelPruning:
             f"no rule for {name} ({count} times): channels that reach it stay"
             for name, count in plan.trace.unruled.items()
         ]
-        now.warnings += _recalibrate(now.model, ctx)
+        now.warnings += [*vacuous(done), *_recalibrate(now.model, ctx)]
 
     def _share(self, now: Standing, target: float, plan: Plan) -> float:
         """The fraction to remove from the model as it is, for a target that is a fraction of what it was."""

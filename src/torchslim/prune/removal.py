@@ -192,6 +192,7 @@ class Shrunk:
     coupling: Coupling
     removed: Mask
     error: float  # the largest relative difference of any value, in float64
+    change: float  # of the outputs against the unpruned model's
     left: float  # the fraction of the model that is left, in the amount's measure
     rollbacks: tuple[str, ...]
 
@@ -224,12 +225,14 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
                 f"{amount.round_to} channels: ask for more, or give a smaller round_to"
             )
         surgery, diverged = mend(plan.model, coupling, removed, plan.inputs)
-        error = float("inf")
         if diverged is None:
-            surgery, diverged, error = _checked(plan, coupling, removed, surgery)
+            surgery, verdict, change = _checked(plan, coupling, removed, surgery)
+            diverged = verdict.divergence
         if diverged is None:
             shrunk = perform(plan.model, surgery)  # the one that was tried has run, and may have changed its state
-            return Shrunk(shrunk, surgery, coupling, removed, error, selection.left(kept), tuple(rollbacks))
+            return Shrunk(
+                shrunk, surgery, coupling, removed, verdict.error, change, selection.left(kept), tuple(rollbacks)
+            )
         rollbacks.append(f"{diverged.path}: {diverged.what}")
         if plan.narrowest == 1 and any(left == 1 < unit.width for unit, left in zip(coupling.units, kept, strict=True)):
             plan.narrowest = 2  # a value of size 1 often takes another path through views and products
@@ -239,20 +242,22 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
     raise Stuck(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
 
 
-def _checked(
-    plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery
-) -> tuple[Surgery, oracle.Divergence | None, float]:
+def _checked(plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery) -> tuple[Surgery, oracle.Verdict, float]:
     """Verify; where values differ, attributes that only looked like sizes get their old values back."""
 
-    def verify(trial: Surgery) -> tuple[oracle.Divergence | None, float]:
+    def fresh() -> tuple[nn.Module, Inputs]:
         working, _ = copy_model(plan.model)
-        base, inputs = oracle.prepare(working.eval(), plan.inputs)
+        prepared: tuple[nn.Module, Inputs] = oracle.prepare(working.eval(), plan.inputs)
+        return prepared
+
+    def verify(trial: Surgery) -> oracle.Verdict:
+        base, inputs = fresh()
         return oracle.verify(base, perform(base, trial), coupling, removed, inputs)
 
     kinds = {path: type(module) for path, module in plan.model.named_modules()}
-    diverged, error = verify(surgery)
+    verdict = verify(surgery)
     trials = WITHDRAWALS
-    while diverged is not None and trials:
+    while (diverged := verdict.divergence) is not None and trials:
         near = [
             each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module
         ]
@@ -262,13 +267,14 @@ def _checked(
             left = tuple(
                 each for each in surgery.patches if (kinds[each.module], each.name, each.place) != (kind, name, place)
             )
-            later, error = verify(Surgery(surgery.cuts, left))
-            if later is None or later.index > diverged.index:
-                surgery, diverged = Surgery(surgery.cuts, left), later
+            later = verify(Surgery(surgery.cuts, left))
+            if later.divergence is None or later.divergence.index > diverged.index:
+                surgery, verdict = Surgery(surgery.cuts, left), later
                 break
         else:
             break
-    return surgery, diverged, error
+    change = 0.0 if verdict.divergence else oracle.change(*fresh(), verdict.outputs)
+    return surgery, verdict, change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +374,7 @@ def channels(
     ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
     done = shrink(plan, amount, ranking.scores(plan.model, plan))
     finish(plan, done, amount, found.name)
-    for note in notes(done.left, amount, tolerance(done.coupling, amount)):
+    for note in (*vacuous(done), *notes(done.left, amount, tolerance(done.coupling, amount))):
         warnings.warn(note, stacklevel=2)
     return done.model
 
@@ -380,6 +386,7 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
     about = {
         "verified": True,
         "largest_error": done.error,
+        "output_change": done.change,
         "criterion": criterion,
         **asdict(amount),
         "left": done.left,
@@ -397,6 +404,16 @@ def tolerance(coupling: Coupling, amount: Amount) -> float:
     widest = max(coupling.units, key=lambda unit: unit.width, default=None)
     step = step_size(widest, coupling, amount.round_to) / widest.width if widest else 0.0
     return max(0.02, step)
+
+
+def vacuous(done: Shrunk) -> list[str]:
+    """What a user must know of a check that could not fail."""
+    if done.change > 0:
+        return []
+    return [
+        "what was removed changes no output of the model on these inputs: the channels are dead, or nothing reads "
+        "them; the check compared every value, but shows nothing of the outputs"
+    ]
 
 
 def notes(left: float, amount: Amount, tolerated: float) -> list[str]:
