@@ -14,7 +14,7 @@ import torchslim as ts
 from tests import toy
 from torchslim.errors import PruneError
 from torchslim.prune.penalties import make_penalty
-from torchslim.prune.removal import analyse
+from torchslim.prune.plan import analyse
 from torchslim.training import Loop
 
 

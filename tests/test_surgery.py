@@ -382,3 +382,9 @@ def test_a_model_that_was_pruned_before_the_run_goes_on_from_there(tmp_path: Pat
         inputs = (toy.images(5, 9)[0],)
         assert torch.equal(run(loaded, inputs), run(done.module, inputs))
     assert ts.surgery(given) == before
+
+
+def test_attributes_follow_their_weights_where_an_image_is_as_wide_as_they_are() -> None:
+    shrunk = ts.prune.channels(trained_conv(), (torch.randn(2, 3, 8, 8),), 0.5, **FINE)
+    assert shrunk.norm.num_features == len(shrunk.norm.weight) < 8
+    assert shrunk.depthwise.in_channels == shrunk.depthwise.groups == len(shrunk.depthwise.weight)

@@ -17,7 +17,8 @@ from torchslim.channels.groups import Coupling
 from torchslim.channels.trace import named_weights
 from torchslim.channels.units import Group
 from torchslim.prune.amount import Amount
-from torchslim.prune.removal import Plan, Shrunk, analyse, shrink
+from torchslim.prune.plan import Plan, analyse
+from torchslim.prune.removal import Shrunk, shrink
 from torchslim.prune.shrink import Surgery
 
 Inputs = tuple[Any, ...] | dict[str, Any]

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
+from tests import models
 from tests.channels import networks as net
 from tests.channels.laws import assert_runs, remove, run, scramble
 from torchslim import measure
 from torchslim.channels.groups import Coupling
 from torchslim.channels.trace import named_weights
 from torchslim.errors import PruneError
+from torchslim.prune.plan import analyse
 from torchslim.prune.record import replay
-from torchslim.prune.removal import analyse
 
 
 @torch.library.custom_op("torchslim_tests::doubled", mutates_args=())
@@ -314,3 +315,9 @@ def test_a_shrunk_model_can_be_exported(make: Any) -> None:
     with torch.no_grad():
         exported = torch.export.export(shrunk, inputs, strict=False).module()
         torch.testing.assert_close(exported(*inputs), shrunk(*inputs))
+
+
+def test_what_the_check_refuses_is_not_called_too_little() -> None:
+    inputs = (torch.randn(2, 4, 8), torch.randn(2, 4, 6), torch.randn(2, 4, 4))
+    with pytest.raises(PruneError, match="can go that passes the check"):
+        ts.prune.channels(models.CrossAttention(), inputs, 0.4, round_to=1, min_channels=1)

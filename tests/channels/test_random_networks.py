@@ -133,7 +133,8 @@ def obeys(network: tuple[nn.Module, Any], seed: int, sparsity: float, plain: boo
         plan, done = remove(model, inputs, seed, sparsity)
     except PruneError as error:
         shuffled = "no channel of" in str(error) and any(isinstance(each, net.Shuffle) for each in model.modules())
-        assert shuffled or "removes no channel" in str(error)  # noqa: PT017 - either is right
+        little = "removes no channel" in str(error) or "passes the check" in str(error)  # what is left is too coarse
+        assert shuffled or little  # noqa: PT017
         return
     assert done.error < 1e-6
     assert done.surgery.cuts

@@ -19,7 +19,8 @@ from tests.channels import networks as net
 from tests.channels.laws import remove, run, scramble
 from torchslim.channels import oracle
 from torchslim.isolation import copy_model
-from torchslim.prune.removal import Plan, Shrunk
+from torchslim.prune.plan import Plan
+from torchslim.prune.removal import Shrunk
 from torchslim.prune.shrink import Cut, Patch, Surgery, mend, perform
 
 ACT = {"norm": "batch", "act": "silu"}  # no channel of which is ever dead

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,8 @@ from torchslim.channels.trace import Shape, Trace, Value
 from torchslim.channels.units import Group, Member, Unit, collect_units
 
 Mask = NDArray[np.bool_]
+
+UNEVEN = "cannot shrink evenly with what must stay in balance with it"
 
 
 @dataclass
@@ -40,6 +42,16 @@ class Coupling:
     def roots(self) -> Ids:
         """The class of every atom."""
         return self.atoms.find(np.arange(self.atoms.count))
+
+    @cached_property
+    def learnt(self) -> Mask:
+        """Per atom: is it the class of a weight's slice that may go, and not only of a size that adapts?"""
+        found = np.zeros(self.atoms.count, dtype=bool)
+        for value in self.trace.weights.values():
+            for classes in self.classes(value.layers):
+                found[classes] = True
+        free: Mask = self.atoms.frozen() == 0
+        return np.logical_and(found, free)
 
     def classes(self, layers: Layers) -> list[Ids]:
         """Each layer with classes in place of atoms."""
@@ -128,6 +140,11 @@ def couple(
     resolver.run()
     groups = [_made_by_weights(group, trace) for group in _groups(trace, atoms)]
     units = collect_units(trace, atoms, groups, resolver.ties, placed)
+    moving = {number for unit in units for number in unit.groups}
+    groups = [
+        group if group.reason or number in moving else replace(group, reason=UNEVEN)
+        for number, group in enumerate(groups)
+    ]
     return Coupling(trace, atoms, groups, units, resolver.chosen, resolver.axes)
 
 

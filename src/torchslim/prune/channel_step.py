@@ -24,8 +24,9 @@ from torchslim.prune.amount import Amount
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion
 from torchslim.prune.data import check_data, gather_for
 from torchslim.prune.penalties import PENALTIES, Sparsify, make_penalty
+from torchslim.prune.plan import Plan, analyse
 from torchslim.prune.record import replay, surgery
-from torchslim.prune.removal import Plan, Ranking, Stuck, TooLittle, analyse, finish, notes, shrink, tolerance, vacuous
+from torchslim.prune.removal import Ranking, Stuck, TooLittle, finish, notes, shrink, tolerance, vacuous
 from torchslim.prune.scores import Normalisation, Reduction, check_combination
 from torchslim.prune.shrink import Surgery
 from torchslim.prune.sparsify import apply_masks

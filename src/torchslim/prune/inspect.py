@@ -11,11 +11,10 @@ from torch import nn
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
 from torchslim.channels.units import Group
-from torchslim.prune.removal import analyse
+from torchslim.prune.plan import analyse
 from torchslim.select import Patterns
 from torchslim.steps import Inputs
 
-UNEVEN = "cannot shrink evenly with what must stay in balance with it"
 SHOWN = 4
 """How many members of a group a table shows."""
 
@@ -142,7 +141,7 @@ def inspect(
                 parameters=coupling.parameters(nothing, names) - coupling.parameters(removed, names),
                 macs=macs - coupling.macs(removed),
                 unit=unit_of.get(number),
-                reason="" if number in unit_of else group.reason or UNEVEN,
+                reason=group.reason,
                 extent=bool(group.reason) and _is_extent(group, coupling),
             )
         )

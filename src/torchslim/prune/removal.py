@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,173 +14,26 @@ from torch import nn
 
 from torchslim.channels import oracle
 from torchslim.channels.choices import Heads
-from torchslim.channels.groups import Coupling, Mask, couple
-from torchslim.channels.tags import JointKey
-from torchslim.channels.trace import Trace, Value, trace
+from torchslim.channels.groups import Coupling, Mask
 from torchslim.channels.units import Group
 from torchslim.errors import PruneError
-from torchslim.isolation import copy_model, preserved_globals
+from torchslim.isolation import copy_model
 from torchslim.prune.amount import Amount, Of, Scope, Scores, select, step_size
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion, needs
+from torchslim.prune.plan import Plan, analyse
 from torchslim.prune.record import attach
 from torchslim.prune.scores import Normalisation, Reduction, channel_scores, combine
 from torchslim.prune.shrink import Surgery, mend, perform
-from torchslim.select import Patterns, as_list, class_names, matches
+from torchslim.select import Patterns
 from torchslim.statistics import Gathered, gather
 from torchslim.steps import Inputs
-from torchslim.task import Batch, device_of, to_device
-
-ROLLBACKS = 60
-"""How often a removal that could not be verified is made smaller before everything is given up."""
-
-
-MODES = ("inner", "even", "outer", "tied", "none")
-"""What attention may lose, in the order in which it is tried: see `couple`."""
+from torchslim.task import Batch
 
 WITHDRAWALS = 12
 """How many changed attributes of the modules at work are tried with their old value where values differ."""
 
-
-@dataclass
-class Plan:
-    """An analysed model, and what of it could not be verified so far."""
-
-    model: nn.Module  # read only
-    inputs: Inputs
-    trace: Trace
-    frozen: list[str]
-    heads: Heads = "auto"
-    modes: dict[str, str] = field(default_factory=dict)
-    tried: dict[str, set[str]] = field(default_factory=dict)
-    stays: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
-    shut: dict[JointKey, set[int]] = field(default_factory=dict)
-    placed: set[bytes] = field(default_factory=set)
-    narrowest: int = 1
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters, each once."""
-        return [name for name, _ in self.model.named_parameters()]
-
-    def coupling(self) -> Coupling:
-        """The groups, with all that is known to be impossible left out."""
-        return couple(
-            self.trace,
-            heads=self.heads,
-            frozen=self.frozen,
-            modes=self.modes,
-            stays=self.stays,
-            shut=self.shut,
-            placed=self.placed,
-        )
-
-    def retreat(self, divergence: oracle.Divergence, coupling: Coupling, removed: Mask) -> bool:
-        """Give up what a divergence shows to be impossible: another way for the attention, or the groups at work."""
-        self.narrowest = 1
-        kinds = {path: type(module) for path, module in self.model.named_modules()}
-        path: str | None = divergence.path
-        while path is not None:
-            if path in coupling.modes and coupling.modes[path] != "none":
-                mode = coupling.modes[path]
-                alike = {other for other in coupling.modes if kinds.get(other) is kinds.get(path)}
-                done = self.tried.setdefault(path, set()) | {mode}
-                following = next(each for each in MODES if each not in done)
-                for other in alike:
-                    self.tried.setdefault(other, set()).add(mode)
-                    if coupling.modes[other] == mode:
-                        self.modes[other] = following
-                return True
-            path = path.rpartition(".")[0] if path else None
-        operation = coupling.trace.operations[divergence.index]
-        suspects = self._losing((*operation.outputs, *operation.inputs), coupling, removed)
-        if not suspects:  # nothing at hand: whatever goes in this module
-            suspects = self._inside(divergence.path, coupling, removed)
-        for earlier in reversed(coupling.trace.operations[: divergence.index]):  # the last that lost anything
-            if suspects:
-                break
-            suspects = self._losing(earlier.outputs, coupling, removed)
-        if not suspects:
-            return False
-        if self._turn(suspects, coupling, kinds) or self._place(suspects, coupling):
-            return True
-        why = f"could not be verified: {divergence.what} ({divergence.path})"
-        for unit in coupling.units:
-            classes = np.concatenate([cell.classes for cell in unit.cells])
-            if suspects & set(classes.tolist()):
-                self.stays.append((classes, why))
-        return True
-
-    def _turn(self, suspects: set[int], coupling: Coupling, kinds: Mapping[str, type]) -> bool:
-        """Let joint layers at work, and those of modules of the same class, lose slices along another axis."""
-        joints = self.trace.tagger.joints
-        turned = {
-            (kinds.get(joints[key].where), axis)
-            for key, axis in coupling.axes.items()
-            if suspects & set(coupling.roots[joints[key].atoms].reshape(-1).tolist())
-        }
-        for key, axis in coupling.axes.items():
-            if (kinds.get(joints[key].where), axis) in turned:
-                self.shut.setdefault(key, set()).add(axis)
-        return bool(turned)
-
-    def _place(self, suspects: set[int], coupling: Coupling) -> bool:
-        """Take it that parts at work which are equally long were cut at positions that stand in the code."""
-        new = {
-            key
-            for key, balance in self.trace.tagger.balances.items()
-            if len(balance.fixed) and suspects & set(coupling.roots[np.concatenate(balance.parts)].tolist())
-        } - self.placed
-        self.placed |= new
-        return bool(new)
-
-    def _inside(self, path: str, coupling: Coupling, removed: Mask) -> set[int]:
-        found: set[int] = set()
-        for operation in coupling.trace.operations:
-            if operation.path == path or operation.path.startswith(f"{path}." if path else ""):
-                found |= self._losing(operation.outputs, coupling, removed)
-        return found
-
-    def _losing(self, values: Iterable[Value], coupling: Coupling, removed: Mask) -> set[int]:
-        found: set[int] = set()
-        for value in values:
-            for classes in coupling.classes(value.layers):
-                found |= set(np.unique(classes[removed[classes]]).tolist())
-        return found
-
-
-def analyse(
-    model: nn.Module,
-    inputs: Inputs,
-    *,
-    heads: Heads = "auto",
-    include: Patterns = None,
-    exclude: Patterns = None,
-) -> Plan:
-    """Trace a copy of the model, and find which weights the user wants left alone."""
-    if heads not in ("auto", "whole", "dim"):
-        raise PruneError(f"heads must be 'auto', 'whole' or 'dim', got {heads!r}")
-    if not isinstance(inputs, (tuple, list, dict)):
-        raise PruneError(
-            f"example_inputs must be a tuple of positional or a dict of keyword arguments, got {type(inputs).__name__}"
-        )
-    model, _ = copy_model(model)  # masks of torch.nn.utils.prune become zeros; the caller's model is never touched
-    working, _ = copy_model(model)
-    inputs = to_device(inputs, device_of(working))
-    with preserved_globals(seed=0):
-        found = trace(working, inputs)
-    types = class_names(model)
-    names = list(found.weights)
-    for pattern in (*as_list(include), *as_list(exclude)):
-        if not any(matches(pattern, path, types) for path in (*names, *types)):
-            raise PruneError(f"pattern {pattern!r} matches no layer; there are {', '.join(names[:5])}, ...")
-    frozen = [name for name in names if any(matches(each, name, types) for each in as_list(exclude))]
-    plan = Plan(model, inputs, found, frozen, heads)
-    if include is not None:
-        wanted = {name for name in names if any(matches(each, name, types) for each in as_list(include))}
-        for group in plan.coupling().groups:
-            if not wanted & {member.weight for member in group.members}:
-                plan.stays.append((group.classes, "not included"))
-    return plan
+ROLLBACKS = 60
+"""How often a removal that could not be verified is made smaller before everything is given up."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +72,11 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         selection = select(coupling, amount, plan.names, scores, narrowest=plan.narrowest)
         kept = selection.choose()
         removed = selection.removed(kept)
+        if not removed.any() and rollbacks:
+            raise Stuck(
+                f"no channel of {type(plan.model).__name__} can go that passes the check: "
+                f"{'; '.join(dict.fromkeys(rollbacks))}"
+            )
         if not removed.any():
             raise TooLittle(
                 f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.channels.groups import Coupling, Mask
-from torchslim.channels.oracle import Divergence, shapes_agree
+from torchslim.channels.oracle import shapes_agree
+from torchslim.channels.runs import Divergence
 from torchslim.channels.trace import named_weights
 from torchslim.errors import PruneError
 from torchslim.steps import Inputs
@@ -158,7 +159,17 @@ class Mender:
     def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask) -> None:
         self.model, self.coupling, self.removed = model, coupling, removed
         self.modules = dict(model.named_modules())
+        self.own = self._own()
         self.changes = self._changes()
+
+    def _own(self) -> dict[str, dict[int, set[int]]]:
+        """Per module: old size -> new sizes, of its own weights alone."""
+        found: dict[str, dict[int, set[int]]] = {}
+        for name, value in self.coupling.trace.weights.items():
+            sizes = found.setdefault(name.rpartition(".")[0], {})
+            for old, new in zip(value.shape, self.coupling.shape(value, self.removed), strict=True):
+                sizes.setdefault(old, set()).add(new)
+        return found
 
     def _changes(self) -> dict[str, dict[int, set[int]]]:
         """Per module: old size -> new sizes, of its own weights and of the values in its operations."""
@@ -167,10 +178,10 @@ class Mender:
         def note(path: str, old: int, new: int) -> None:
             found.setdefault(path, {}).setdefault(old, set()).add(new)
 
-        for name, value in self.coupling.trace.weights.items():
-            path = name.rpartition(".")[0]
-            for old, new in zip(value.shape, self.coupling.shape(value, self.removed), strict=True):
-                note(path, old, new)
+        for path, sizes in self.own.items():
+            for old, news in sizes.items():
+                for new in news:
+                    note(path, old, new)
         for operation in self.coupling.trace.operations:
             new_shapes = []
             for value in (*operation.inputs, *operation.outputs):
@@ -214,7 +225,8 @@ class Mender:
             for name, place, value in sizes_in(module):
                 new = around.get(value, set())
                 if len(new) > 1 and not module._modules:
-                    new = self._by_name(module, name, value, new)
+                    # a layer's numbers speak of its weights before they speak of what passes through it
+                    new = self._by_name(module, name, value, self.own.get(path, {}).get(value, new))
                 if len(new) == 1 and value not in new:
                     patches.append(Patch(path, name, place, value, next(iter(new))))
         return patches
