@@ -97,8 +97,10 @@ class Resolver:
                 self._freeze(atoms)
             elif key not in outer_axes:
                 continue  # nothing is asked of it by itself: it follows the others
-            elif mode == "outer":
+            elif mode in ("outer", "outer tied"):
                 self._enforce(atoms, outer_axes[key])
+                if mode == "outer tied":
+                    self._tie(key, outer_axes[key], atoms.size // atoms.shape[outer_axes[key]])
             else:
                 inner = [axis for axis in range(len(key[0])) if axis != outer_axes[key]]
                 self._enforce(atoms, inner[-1])
@@ -173,20 +175,21 @@ class Resolver:
         if not np.array_equal(self.atoms.find(first), self.atoms.find(mine)):
             self.ties.append(Tie(mine, first, 1, one=True))
 
-    def _tie(self, key: JointKey, axis: int, heads: int) -> None:
-        """The size of a head is computed from the width of what comes in: both shrink in step."""
+    def _tie(self, key: JointKey, axis: int, factor: int) -> None:
+        """A head's size, or how many there are, is computed from the width of what comes in: both shrink in step."""
         joint = self.joints[key]
         narrow = self.atoms.find(np.moveaxis(joint.atoms, axis, 0).reshape(joint.atoms.shape[axis], -1)[:, 0])
+        narrow = np.unique(narrow)  # a batch folded into the heads repeats them
         mine = set(np.unique(self.atoms.find(joint.atoms)).tolist())
         for operation in self.trace.operations:
             if not f"{operation.path}.".startswith(f"{joint.where}."):
                 continue
             for value in operation.inputs:
                 for core in value.layers:
-                    if core.numel() == heads * len(narrow) and max(core.shape) == core.numel():
+                    if core.numel() == factor * len(narrow) and max(core.shape) == core.numel():
                         wide = np.unique(self.atoms.find(core.numpy().reshape(-1)))
                         if len(wide) == core.numel() and not mine & set(wide.tolist()):
-                            self.ties.append(Tie(wide, narrow, heads))
+                            self.ties.append(Tie(wide, narrow, factor))
                             return
         self._freeze(joint.atoms)
 

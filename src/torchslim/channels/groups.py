@@ -120,7 +120,7 @@ def couple(
         trace: left as it is.
         heads: what attention loses: whole heads, dimensions of every head, or what the model allows ("auto").
         frozen: weights that must stay as they are.
-        modes: by module path, what its joint layers lose: "inner", "even", "tied", "outer" or "none".
+        modes: by module path, what its joint layers lose: "inner", "even", "outer", "tied", "outer tied" or "none".
         stays: further atoms that must stay, and why.
         shut: by joint layer, the axes along which it cannot lose slices.
         placed: the balances whose parts are cut at given positions, not in equal shares.

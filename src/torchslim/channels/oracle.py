@@ -85,7 +85,8 @@ def _outcome(run: Run, model: nn.Module, inputs: Inputs) -> Divergence | None:
     except Mismatch as mismatch:
         return mismatch.divergence
     except Exception as error:  # noqa: BLE001 - whatever the user's code raises on wrong shapes is the finding
-        return run.fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}").divergence
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return Divergence(run.index, run.stack.paths[-1], what)  # the hooks that leave modules have not run
     return None
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from torchslim.channels.groups import Coupling, Mask
 from torchslim.channels.trace import Operation, Shape, Stack, Value, call, elementary, named_weights
-from torchslim.channels.values import calm, digest, gathered, in_order, spread, zeroed
+from torchslim.channels.values import calm, digest, execute, gathered, in_order, spread, zeroed
 from torchslim.isolation import preserved_globals
 from torchslim.steps import Inputs
 from torchslim.task import tensors
@@ -109,7 +109,7 @@ class Precise(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self.precise(args, kwargs or {})
-        result = func(*args, **kwargs)
+        result = execute(func, args, kwargs)
         return calm(result) if opname(func) in RANDOM else result
 
     def precise(self, args: Any, kwargs: Any) -> Any:
@@ -171,9 +171,9 @@ class Follower(Run):
         if opname(func) in PASSING:
             if (number := lifted(func, args)) is not None:
                 self.lifted.append(number)
-            return func(*args, **kwargs)
+            return execute(func, args, kwargs)
         operation = self.next(func)
-        result = func(*args, **kwargs)
+        result = execute(func, args, kwargs)
         if opname(func) in RANDOM:
             result = calm(result)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -253,7 +253,7 @@ class Masked(Run):
         args, kwargs = self.precise(args, kwargs or {})
         name = opname(func)
         if name in PASSING:
-            result = func(*args, **kwargs)
+            result = execute(func, args, kwargs)
             number = lifted(func, args)
             if number is not None and (other := next(self.lifted, number)) != number:
                 result = torch.full_like(result, self.scale(func, number, other))
@@ -303,7 +303,7 @@ class Masked(Run):
         """An operation that concerns no channel, in a part of the run that depends on data."""
         if footprint.order is not None:
             return in_order(func, args, kwargs, footprint.order)
-        result = func(*args, **kwargs)
+        result = execute(func, args, kwargs)
         return calm(result) if opname(func) in RANDOM else result
 
     def _plain(self, func: Any, leaves: list[Any], spec: Any, footprint: Footprint) -> Any:
@@ -319,7 +319,7 @@ class Masked(Run):
                 leaf = self.scale(func, leaf, other)
             chosen.append(leaf)
         args, kwargs = tree_unflatten(chosen, spec)
-        return func(*args, **kwargs)
+        return execute(func, args, kwargs)
 
     def scale(self, func: Any, mine: float, other: float) -> float:
         """The shrunk run's number, if it is this run's but for the sizes that it is computed from."""
@@ -337,7 +337,7 @@ class Masked(Run):
             else:
                 chosen.append(next(numbers, leaf))
         args, kwargs = tree_unflatten(chosen, spec)
-        flat, out_spec = tree_flatten(func(*args, **kwargs))
+        flat, out_spec = tree_flatten(execute(func, args, kwargs))
         for position, (leaf, value) in enumerate(zip(flat, operation.outputs, strict=False)):
             flat[position] = spread(leaf, self.keep(value.layers, value.shape), value.shape)
         return tree_unflatten(flat, out_spec)

@@ -20,7 +20,7 @@ from torchslim.select import Patterns, as_list, class_names, matches
 from torchslim.steps import Inputs
 from torchslim.task import device_of, to_device
 
-MODES = ("inner", "even", "outer", "tied", "none")
+MODES = ("inner", "even", "outer", "tied", "outer tied", "none")
 """What attention may lose, in the order in which it is tried: see `couple`."""
 
 

@@ -263,6 +263,21 @@ class Mender:
             for name, place, value in sizes_in(module):
                 for new in sorted(inside.get(value, set()) - {value}):
                     patches.append(Patch(each, name, place, value, new))
+        return [*patches, *self._in_proportion(divergence.path)]
+
+    def _in_proportion(self, path: str) -> list[Patch]:
+        """Multiples of a size that changed, in modules inside whose own weights were cut: they may run uncalled."""
+        patches = []
+        for inner, sizes in self.own.items():
+            if inner == path or not f"{inner}.".startswith(f"{path}." if path else ""):
+                continue
+            changed = [(old, new) for old, news in sizes.items() for new in news if new != old]
+            module = self.modules[inner]
+            if changed and not module._modules and not module._parameters:  # layers with parameters are called
+                for name, place, value in sizes_in(module):
+                    patches += [
+                        Patch(inner, name, place, value, value // old * new) for old, new in changed if value % old == 0
+                    ]
         return patches
 
     def _around(self, path: str) -> dict[int, set[int]]:

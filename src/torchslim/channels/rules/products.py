@@ -63,35 +63,42 @@ def ordered(call: Call) -> Sequence[Layers]:
 
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
 def convolution(call: Call) -> Sequence[Layers]:
-    """A product over channels, group by group; space is mixed and stays."""
+    """A product over channels, group by group; space is mixed and stays, but for kernels of one position."""
     value, weight, bias = call.args[:3]
+    stride, padding = call.args[3:5]
     transposed, groups = (call.args[6], call.args[8])
     (layers, shape), (kernel, size) = call.operand(value), call.operand(weight)
-    if len(shape) == len(size) - 1:  # one sample without a batch
+    alone = len(shape) == len(size) - 1  # one sample without a batch
+    if alone:
         layers, shape = tuple(core.unsqueeze(0) for core in layers), (1, *shape)
-    rank = len(size)
-    space = range(2, rank)
-    layers = call.tagger.along(layers, space)
+    space = range(2, len(size))
+    extent = shape[2:]
+    if any(each != 1 for each in (*size[2:], *stride)) or any(padding):
+        layers, extent = call.tagger.along(layers, space), (1,) * len(space)
     kernel = call.tagger.along(kernel, space, "the kernel's extent stays")
-    flat = [core.flatten(1) for core in layers], [core.flatten(1) for core in kernel]
-    layers, kernel = (tuple(core.reshape(core.shape[0], -1) for core in each) for each in flat)
+    kernel = tuple(core.flatten(1) for core in kernel)
     inner, outer = (size[0] // groups, size[1]) if transposed else (size[1], size[0] // groups)
-    grouped = call.tagger.layout(layers, (shape[0], groups * inner), lambda core: core.reshape(-1, groups, inner))
+    given = (shape[0], groups * inner, *extent)
+    split = (shape[0], groups, inner, *extent)
+    grouped = call.tagger.layout(layers, given, lambda core: core.reshape(split))
     parts = (groups, inner, outer) if transposed else (groups, outer, inner)
-    whole = (size[0], size[1])
-    kernel = call.tagger.layout(kernel, whole, lambda core: core.reshape(parts))
+    kernel = call.tagger.layout(kernel, (size[0], size[1]), lambda core: core.reshape(parts))
+    places = "xyz"[: len(space)]
     result = call.tagger.contract(
-        [(grouped, (shape[0], groups, inner), "ngi"), (kernel, parts, "gio" if transposed else "goi")], "ngo"
+        [(grouped, split, f"ngi{places}"), (kernel, parts, "gio" if transposed else "goi")], f"ngo{places}"
     )
-    out = (shape[0], groups * outer)
-    result = call.tagger.layout(result, (shape[0], groups, outer), lambda core: core.reshape(out))
+    out = (shape[0], groups * outer, *extent)
+    result = call.tagger.layout(result, (shape[0], groups, outer, *extent), lambda core: core.reshape(out))
     if bias is not None:
-        result = call.tagger.merge([(result, out), call.operand(bias)], out)
-    missing = call.outputs[0].dim() - 2
-    result = tuple(core.reshape(*core.shape, *(1,) * missing) for core in result)
-    if call.outputs[0].dim() != rank:
-        result = tuple(core.squeeze(0) for core in result)
-    return (result,)
+        own, length = call.operand(bias)
+        result = call.tagger.merge(
+            [
+                (result, out),
+                (tuple(core.reshape(-1, *(1,) * len(space)) for core in own), (*length, *(1,) * len(space))),
+            ],
+            out,
+        )
+    return (tuple(core.squeeze(0) for core in result) if alone else result,)
 
 
 @rule("_weight_norm_interface")
