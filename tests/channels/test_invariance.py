@@ -18,7 +18,7 @@ from tests.channels.laws import assert_runs, remove, run, scramble
 from torchslim import measure
 from torchslim.channels.groups import Coupling
 from torchslim.channels.trace import named_weights
-from torchslim.errors import PruneError
+from torchslim.errors import PruneError, SelectError
 from torchslim.prune.plan import analyse
 from torchslim.prune.record import replay
 
@@ -219,7 +219,7 @@ def test_excluded_layers_keep_all_and_only_included_groups_lose() -> None:
     only = ts.prune.channels(model, inputs, 0.2, round_to=1, min_channels=1, include="first")
     assert only.first.out_features < 16
     assert only.second.out_features == 16
-    with pytest.raises(PruneError, match="matches no layer"):
+    with pytest.raises(SelectError, match="matches no layer"):
         ts.prune.channels(model, inputs, 0.4, include="frist")
 
 
@@ -321,3 +321,12 @@ def test_what_the_check_refuses_is_not_called_too_little() -> None:
     inputs = (torch.randn(2, 4, 8), torch.randn(2, 4, 6), torch.randn(2, 4, 4))
     with pytest.raises(PruneError, match="can go that passes the check"):
         ts.prune.channels(models.CrossAttention(), inputs, 0.4, round_to=1, min_channels=1)
+
+
+def test_a_tied_weight_is_excluded_by_any_of_its_names() -> None:
+    model, inputs = models.Tied(), (torch.randint(5, (2, 4)),)
+    for name in ("embed", "head"):
+        groups = analyse(model, inputs, exclude=name).coupling().groups
+        assert all(each.reason for each in groups if any("embed" in member.weight for member in each.members))
+    with pytest.raises(SelectError, match="matches no layer"):
+        ts.prune.channels(model, inputs, exclude="hed")

@@ -16,7 +16,7 @@ from torchslim.channels.tags import JointKey
 from torchslim.channels.trace import Trace, Value, trace
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, preserved_globals
-from torchslim.select import Patterns, as_list, class_names, matches
+from torchslim.select import Patterns, as_list, check_patterns, class_names, matches, parameter_paths
 from torchslim.steps import Inputs
 from torchslim.task import device_of, to_device
 
@@ -139,27 +139,36 @@ def analyse(
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> Plan:
-    """Trace a copy of the model, and find which weights the user wants left alone."""
+    """Trace a copy of the model, and find which weights the user wants left alone.
+
+    Raises:
+        PruneError: arguments that cannot be used.
+        SelectError: a pattern that matches no layer.
+    """
     if heads not in ("auto", "whole", "dim"):
         raise PruneError(f"heads must be 'auto', 'whole' or 'dim', got {heads!r}")
     if not isinstance(inputs, (tuple, list, dict)):
         raise PruneError(
             f"example_inputs must be a tuple of positional or a dict of keyword arguments, got {type(inputs).__name__}"
         )
+    check_patterns(model, include, exclude)
     model, _ = copy_model(model)  # masks of torch.nn.utils.prune become zeros; the caller's model is never touched
     working, _ = copy_model(model)
     inputs = to_device(inputs, device_of(working))
     with preserved_globals(seed=0):
         found = trace(working, inputs)
-    types = class_names(model)
-    names = list(found.weights)
-    for pattern in (*as_list(include), *as_list(exclude)):
-        if not any(matches(pattern, path, types) for path in (*names, *types)):
-            raise PruneError(f"pattern {pattern!r} matches no layer; there are {', '.join(names[:5])}, ...")
-    frozen = [name for name in names if any(matches(each, name, types) for each in as_list(exclude))]
-    plan = Plan(model, inputs, found, frozen, heads)
+    types, aliases = class_names(model), parameter_paths(model)
+
+    def covered(patterns: Patterns) -> set[str]:
+        return {
+            name
+            for name in found.weights
+            if any(matches(each, path, types) for each in as_list(patterns) for path in aliases.get(name, [name]))
+        }
+
+    plan = Plan(model, inputs, found, sorted(covered(exclude)), heads)
     if include is not None:
-        wanted = {name for name in names if any(matches(each, name, types) for each in as_list(include))}
+        wanted = covered(include)
         for group in plan.coupling().groups:
             if not wanted & {member.weight for member in group.members}:
                 plan.stays.append((group.classes, "not included"))

@@ -222,6 +222,7 @@ def channels(
 
     Raises:
         PruneError: nothing can go, or an argument is out of its range.
+        SelectError: a pattern that matches no layer.
     """
     amount = Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels)
     found = find_criterion(criterion)
