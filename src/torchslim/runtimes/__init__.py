@@ -14,8 +14,10 @@ from torchslim.steps import Inputs
 
 RUNTIMES: Mapping[str, str] = {
     "eager": "PyTorch, op by op; saves a .pt2",
+    "aoti": "AOTInductor: the same kernels as machine code; saves a .pt2 package, loaded only where it is trusted",
     "inductor": "torch.compile, C++ kernels made on this machine; saves nothing",
     "onnxruntime": "ONNX Runtime; saves a .onnx",
+    "openvino": "OpenVINO; saves its IR, a .xml and a .bin",
 }
 
 
