@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from torchslim.errors import DeployError, ExportError
 from torchslim.export import Captured
 from torchslim.isolation import quiet, torch_threads
 from torchslim.runtimes.base import Runtime, Session, Spec
-from torchslim.runtimes.inductor import called, compiling, inputs_kept, need_compiler
-from torchslim.runtimes.kernels import Kernel
+from torchslim.runtimes.inductor import DEQUANTIZE, called, compiling, has_integer_kernel, inputs_kept, need_compiler
+from torchslim.runtimes.kernels import Kernel, decomposed
 
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed
 
+aten = torch.ops.aten
 SUFFIX = ".aoti.pt2"  # model.pt2 is the exported program
 KERNELS = "extra/kernels.json"
 SOURCES = (".cpp", "kernel_metadata.json")
@@ -40,9 +42,19 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
         "aot_inductor.enable_frame_pointer": False,
         # threads are those of the machine that loads it, not of this one
         "cpp.dynamic_threads": True,
-        # integer weights without an integer kernel are dequantized when the file is loaded
-        "aot_inductor.use_runtime_constant_folding": False,
     }
+    weights = [node for node in program.graph.nodes if decomposed(node) == DEQUANTIZE]
+    waiting = [node for node in weights if not all(map(has_integer_kernel, node.users))]
+    stored = [value.dtype for value in (*program.state_dict.values(), *program.constants.values())]
+    if not any(has_integer_kernel(node) for node in program.graph.nodes) and {torch.int8, torch.uint8} & set(stored):
+        # stored as integers, and dequantized once when the file is loaded; freezing would store them as floats
+        settings |= {"freezing": False, "aot_inductor.use_runtime_constant_folding": True}
+        program = _foldable(program)
+    elif waiting:
+        spec.notes.append(
+            f"aoti: {len(waiting)} integer weights have no integer kernel and are dequantized in every call; runtime "
+            "'inductor' does so once"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
         try:
@@ -55,6 +67,26 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
             ) from error
         payload = _packed(path.read_bytes(), captured)
     return _read(payload, spec, threads), payload
+
+
+def _foldable(program: ExportedProgram) -> ExportedProgram:
+    """The program with weights dequantized by plain arithmetic, which the compiler takes out of the calls."""
+    program = program.run_decompositions({})  # a copy; nothing is decomposed
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if decomposed(node) == DEQUANTIZE:
+            weight, scale, _, axis = node.args[:4]
+            shape = [1] * weight.meta["val"].dim()
+            shape[axis] = -1
+            with graph.inserting_before(node):
+                floats = graph.call_function(aten._to_copy.default, (weight,), {"dtype": node.meta["val"].dtype})
+                scales = graph.call_function(aten.view.default, (scale, shape))
+                value = graph.call_function(aten.mul.Tensor, (floats, scales))
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
 
 
 def _packed(data: bytes, captured: Captured) -> bytes:

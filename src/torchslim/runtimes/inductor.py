@@ -19,24 +19,21 @@ from torchslim.export import Captured
 from torchslim.isolation import quiet
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.eager import session_of
-from torchslim.runtimes.kernels import Kernel, layer_of
+from torchslim.runtimes.kernels import Kernel, decomposed, layer_of
 from torchslim.structure import flatten
 
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed
 
-aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
+aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
 WEIGHTED = (
     *CONVOLUTIONS, aten.linear.default, aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose1d.default,
     aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.lstm.input, aten.gru.input, aten.matmul.default,
     aten.bmm.default, aten.addmm.default, aten.mm.default,
 )  # fmt: skip
-READ_ONLY = (
-    *WEIGHTED, decomposed.quantize_per_tensor.default, decomposed.quantize_per_tensor.tensor,
-    decomposed.choose_qparams.tensor, aten.embedding.default,
-)  # fmt: skip
 INTEGER = ("qconv_pointwise", "qconv2d_pointwise", "qlinear_pointwise", "quantized.max_pool2d", "_int8pack_mm")
+DEQUANTIZE = "dequantize_per_channel.default"
 WORK = re.compile("conv|linear|rnn|mm|lstm|gru")
 COMMENT = "Topologically Sorted Source Nodes: ["
 LOOP = re.compile(r"(cpp_fused\w*)\(.*\);?$")
@@ -85,8 +82,8 @@ def inputs_kept(program: ExportedProgram) -> ExportedProgram:
         value = node.meta.get("val")
         if node.op != "placeholder" or node.name not in wanted or not isinstance(value, Tensor):
             return []
-        users = [user for user in node.users if user.op == "call_function" and user.target not in READ_ONLY]
-        return users if value.is_floating_point() else []
+        users = [user for user in node.users if user.op == "call_function" and user.target not in WEIGHTED]
+        return [user for user in users if not decomposed(user)] if value.is_floating_point() else []
 
     if not any(node.target in WEIGHTED for node in program.graph.nodes) or not any(map(written, program.graph.nodes)):
         return program
@@ -109,7 +106,7 @@ def inputs_kept(program: ExportedProgram) -> ExportedProgram:
 def fold_weights(module: GraphModule) -> None:
     """Dequantize once, here, the weights that no integer kernel takes; the compiler would do it in every call."""
     for node in list(module.graph.nodes):
-        if node.target is not decomposed.dequantize_per_channel.default or all(map(has_integer_kernel, node.users)):
+        if decomposed(node) != DEQUANTIZE or all(map(has_integer_kernel, node.users)):
             continue
         arguments = [_attribute(module, each) if isinstance(each, Node) else each for each in node.args]
         with module.graph.inserting_before(node):
@@ -124,13 +121,12 @@ def fold_weights(module: GraphModule) -> None:
 
 
 def has_integer_kernel(node: Node) -> bool:
-    """Is there an integer kernel for this use of an integer weight?"""
-    source = node.args[0]
-    if not isinstance(source, Node):
+    """Is this a layer with an integer weight that an integer kernel computes?"""
+    if node.target not in (*CONVOLUTIONS, aten.linear.default):
         return False
-    static = source.target is decomposed.dequantize_per_tensor.default
-    dynamic = source.target is decomposed.dequantize_per_tensor.tensor
-    return (node.target in CONVOLUTIONS and static) or (node.target is aten.linear.default and (static or dynamic))
+    source, weight = map(decomposed, node.args[:2])
+    dynamic = node.target is aten.linear.default and source == "dequantize_per_tensor.tensor"
+    return weight == DEQUANTIZE and (dynamic or source == "dequantize_per_tensor.default")
 
 
 def _attribute(module: GraphModule, node: Node) -> Tensor:

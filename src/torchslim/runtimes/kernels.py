@@ -55,6 +55,15 @@ class Kernel:
         return tuple(dict.fromkeys(path for path in paths if path))
 
 
+def decomposed(node: Any) -> str:
+    """The name of an operation between floats and integers, `quantize_per_tensor.default`; empty for any other.
+
+    By name, since torch knows these operations only where torchao was imported.
+    """
+    found = re.fullmatch(r"quantized_decomposed\.(.*)", str(getattr(node, "target", "")))
+    return found[1] if found else ""
+
+
 def layer_of(node: Node) -> str:
     """The path of the module that a node of a captured program belongs to; empty where it is unknown."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -25,7 +25,7 @@ from torchslim.export import Captured
 from torchslim.files import bundle, unbundle
 from torchslim.isolation import quiet
 from torchslim.runtimes.base import Runtime, Session, Spec
-from torchslim.runtimes.kernels import Kernel
+from torchslim.runtimes.kernels import Kernel, decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ GROUP = 32  # how many activations share a scale; its default
 COMPUTES = frozenset("Convolution Deconvolution FullyConnected MatMul Pooling Reduce Eltwise Interpolate MVN".split())
 NARROW = frozenset("i8 u8 i4 u4".split())
 BOOLEAN = frozenset("Where And Or Not Xor Equal Less Great IsNaN".split())  # booleans, which are 8 bits wide as well
-quantized = torch.ops.quantized_decomposed
 
 
 def _import() -> Any:
@@ -88,14 +87,14 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
 
 def _without_dynamic(program: Any) -> Any:
     """The program without the dynamic quantization of activations: OpenVINO does it inside its kernels."""
-    if not any(node.target is quantized.choose_qparams.tensor for node in program.graph.nodes):
+    if not any(decomposed(node) == "choose_qparams.tensor" for node in program.graph.nodes):
         return program
     program = program.run_decompositions({})  # a copy; nothing is decomposed
     graph = program.graph_module.graph
     for node in list(graph.nodes):
-        if node.target is quantized.dequantize_per_tensor.tensor:
+        if decomposed(node) == "dequantize_per_tensor.tensor":
             rounded = node.args[0]
-            if rounded.target is quantized.quantize_per_tensor.tensor and rounded.args[1] is node.args[1]:
+            if decomposed(rounded) == "quantize_per_tensor.tensor" and rounded.args[1] is node.args[1]:
                 node.replace_all_uses_with(rounded.args[0])
     graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -121,7 +120,7 @@ def _restore(model: Any, payload: bytes, openvino: Any) -> Any:
         unused.output(0).set_names({value.name})
         inputs[value.name] = unused
     model = openvino.Model(model.get_results(), model.get_sinks(), [inputs[each.name] for each in graph.input], "model")
-    named = {output: node.name for node in graph.node for output in node.output}
+    named = {output: node.name or output for node in graph.node for output in node.output}
     operations = list(model.get_ordered_ops())
     for index, operation in reversed(list(enumerate(operations))):
         name, kind = operation.get_friendly_name(), operation.get_type_name()
