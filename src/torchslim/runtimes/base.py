@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchslim.errors import DeployError, ExportError
 from torchslim.export import Captured, capture, positional, signature_of
-from torchslim.files import bundle, unbundle, write_bytes
+from torchslim.files import unbundle, write_bytes
 from torchslim.isolation import quiet
 from torchslim.machine import instruction_set
 from torchslim.runtimes.kernels import Kernel

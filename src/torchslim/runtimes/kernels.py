@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed
 
 # of ONNX Runtime's operations, those whose names alone do not tell that they compute on integers
-ONNX_INTEGER = frozenset(
-    "ConvInteger MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul DynamicQuantizeLSTM QAttention "
-    "QEmbedLayerNormalization QGemm MatMulNBits MatMulBnb4 GatherBlockQuantized".split()
-)
-ONNX_WORK = frozenset("Conv ConvTranspose Gemm MatMul LSTM GRU RNN Attention".split())
-SAME_NUMBERS = frozenset("MaxPool Reshape Transpose Flatten Squeeze Unsqueeze Concat Slice Split Gather".split())
+ONNX_INTEGER = (
+    "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
+    "QAttention", "QEmbedLayerNormalization", "QGemm", "MatMulNBits", "MatMulBnb4", "GatherBlockQuantized",
+)  # fmt: skip
+ONNX_WORK = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention")
+SAME_NUMBERS = (
+    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
