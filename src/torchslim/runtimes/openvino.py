@@ -177,14 +177,15 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
 
 
 def _kernels(deployed: Deployed) -> list[Kernel]:
-    """The nodes of the graph that runs, without those that hold, move or convert values."""
+    """The nodes of the graph that runs, without constants, inputs and outputs."""
     session = deployed.session
     assert isinstance(session, _Compiled)
     found = []
     for operation in session.model.get_runtime_model().get_ordered_ops():
         about = {key: str(value.value) for key, value in operation.get_rt_info().items() if hasattr(value, "value")}
         kind, primitive = about.get("layerType", ""), about.get("primitiveType", "")
-        if not kind or kind in ("Const", "Input", "Output"):
+        constant = operation.get_friendly_name().endswith("_flatten_reshape")  # scales, folded when the model is read
+        if not kind or kind in ("Const", "Input", "Output") or constant:
             continue
         names = tuple(dict.fromkeys(map(_plain, about.get("originalLayersNames", "").split(","))))
         parts = tuple(name for name in names if "/" in name and "QuantizeLinear" not in name) or names
