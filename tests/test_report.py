@@ -120,7 +120,7 @@ def make_run(*, metric: str = "accuracy", unit: str = "%") -> dict[str, Any]:
                     "epochs": 4,
                     "response": {"do": "kd", "temperature": 4.0},
                 },
-                {"do": "torchslim.quantize.ptq:Quantize", "scheme": "int8", "mode": "ptq"},
+                {"do": "torchslim.quantize.step:Quantize", "scheme": "int8", "mode": "ptq"},
             ],
             "target": {"runtime": "onnxruntime", "threads": None},
             "seed": 0,

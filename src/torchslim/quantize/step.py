@@ -1,0 +1,227 @@
+"""The quantization step, and the functions that do the same outside of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from torchslim.errors import QuantizeError
+from torchslim.export import WRAPPED, tensors_of
+from torchslim.quantize.flow import Layers, Prepared, chooser, convert, prepare
+from torchslim.quantize.schemes import FLOAT, OBSERVERS, SCHEMES, find_scheme
+from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome, resolve
+from torchslim.task import call, predictor, take_first
+from torchslim.training import Hook, Loop, Training
+
+LOUD_DB = 15.0  # below this the quantized output is worth a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Turn weights and activations into integers.
+
+    Args:
+        scheme: a name of `SCHEMES`, for every layer that `layers` does not name.
+        layers: schemes, or "float", by glob over layers or "type:NAME"; the last pattern that matches counts.
+        mode: "ptq": post-training, calibrated on the task's calibration batches; "qat": then trained on the grid.
+        observer: of static activations, a name of `OBSERVERS`.
+        train: with "qat", how it trains; by default it distils the context's teacher for three epochs.
+        learned_step: with "qat", the scales of weights are learned, too (LSQ).
+        norms_until: the fraction of the training after which batch norms keep their statistics.
+        ranges_until: the fraction of the training after which the grids stay as they are.
+    """
+
+    accepts: ClassVar[Form] = Form.MODULE
+    produces: ClassVar[Form] = Form.QUANTIZED
+
+    scheme: str = field(default="int8", kw_only=False)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    mode: Literal["ptq", "qat"] = "ptq"
+    observer: str = "mse"
+    train: Training | None = None
+    learned_step: bool = False
+    norms_until: float = 0.5
+    ranges_until: float = 0.7
+
+    def __post_init__(self) -> None:
+        find_scheme(self.scheme)
+        for name in self.layers.values():
+            if name != FLOAT:
+                find_scheme(name)
+        if self.mode not in ("ptq", "qat"):
+            raise QuantizeError(f"mode must be 'ptq' or 'qat', got {self.mode!r}")
+        if self.mode == "ptq" and (self.train is not None or self.learned_step):
+            raise QuantizeError("train and learned_step belong to mode='qat'; set it, or leave them out")
+        if self.observer not in OBSERVERS:
+            raise QuantizeError(f"observer {self.observer!r} is not known; one of {', '.join(OBSERVERS)}")
+        for name in ("norms_until", "ranges_until"):
+            if not 0 < getattr(self, name) <= 1:
+                raise QuantizeError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+
+    def check(self, ctx: Context) -> None:
+        """There is something to calibrate on, what is asked for names layers, and training can start."""
+        if self.calibrates():
+            split = ctx.task.calibration_split
+            take_first(getattr(ctx.task, split), split)
+        chooser(ctx.model if ctx.model is not None else ctx.teacher, self.scheme, self.layers)
+        if self.mode == "qat":
+            self.training().check_training(ctx)
+
+    def calibrates(self) -> bool:
+        """Does any layer need the ranges of its activations beforehand?"""
+        names = {self.scheme, *self.layers.values()} - {FLOAT}
+        return any(find_scheme(name).activations == "static" for name in names)
+
+    def training(self) -> Training:
+        """How it trains: with a teacher, where nothing else is asked for."""
+        if self.train is not None:
+            return self.train
+        made: Training = resolve("torchslim.distill:Distill", "the default training")(epochs=3, lr=1e-4)
+        return made
+
+    def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        prepared = prepare(
+            model,
+            ctx.example_inputs,
+            runtime=ctx.target.runtime,
+            scheme=self.scheme,
+            layers=self.layers,
+            observer=self.observer,
+            qat=self.mode == "qat",
+            learned_step=self.learned_step,
+        )
+        batches = ctx.task.calibration_batches()
+        if self.calibrates():
+            prepared.calibrate(batches)
+        history: Sequence[Mapping[str, float]] = ()
+        if self.mode == "qat":
+            masks = {_inside(name): mask for name, mask in ctx.masks.items()}
+            known = dict(prepared.named_parameters())
+            freeze = Freeze(prepared, self.norms_until, self.ranges_until)
+            report = self.training().fit(
+                prepared, ctx, hooks=[freeze], masks={name: each for name, each in masks.items() if name in known}
+            )
+            history = report.history
+        quantized = convert(prepared)
+        decibels = sqnr(call(predictor(model), batches[0]), call(predictor(quantized), batches[0]))
+        warnings = [f"not quantized: {each.layer}: {each.reason}" for each in prepared.records if _surprising(each)]
+        if decibels < LOUD_DB and self.mode == "ptq":
+            warnings.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
+        return Outcome(model=quantized, masks=ctx.masks, layers=prepared.records, warnings=warnings, history=history)
+
+
+class Freeze(Hook):
+    """Batch-norm statistics settle late in the training, ranges later: the weights then adapt to what will ship."""
+
+    def __init__(self, prepared: Prepared, norms_until: float, ranges_until: float) -> None:
+        self.prepared, self.norms_until, self.ranges_until = prepared, norms_until, ranges_until
+
+    def on_start(self, loop: Loop) -> None:
+        """A resumed run is as frozen as it was."""
+        self.on_step(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        """Freeze what is due."""
+        if loop.progress >= self.norms_until:
+            self.prepared.freeze_norms()
+        if loop.progress >= self.ranges_until:
+            self.prepared.freeze_ranges()
+
+    def settled(self, loop: Loop) -> bool:
+        """Only an epoch on the final grids may be kept as the best."""
+        return loop.progress >= min(self.ranges_until, 1.0)
+
+
+def static(
+    model: nn.Module,
+    batches: Iterable[Inputs],
+    *,
+    scheme: str = "int8",
+    layers: Layers | None = None,
+    runtime: str = "onnxruntime",
+    observer: str = "mse",
+) -> nn.Module:
+    """A quantized copy of `model`, calibrated on `batches`, called like the model.
+
+    Args:
+        model: a float module; it is left as it was.
+        batches: model inputs, each a tuple of positional or a dict of keyword arguments; 100 to 500 samples do.
+        scheme: a name of `SCHEMES`.
+        layers: schemes, or "float", by glob over layers or "type:NAME".
+        runtime: where it will run; elsewhere it is right, perhaps slower.
+        observer: of the activations, a name of `OBSERVERS`.
+
+    Raises:
+        QuantizeError: no batches, values that are not finite, or nothing to quantize.
+        ExportError: the model cannot be captured; names the line of its code.
+    """
+    given = list(batches)
+    if not given:
+        raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
+    prepared = prepare(model, given[0], runtime=runtime, scheme=scheme, layers=layers, observer=observer)
+    prepared.calibrate(given)
+    return convert(prepared)
+
+
+def dynamic(
+    model: nn.Module, example_inputs: Inputs, *, layers: Layers | None = None, runtime: str = "onnxruntime"
+) -> nn.Module:
+    """A copy of `model` whose linear, LSTM and GRU layers compute on integers with the range of each call.
+
+    Args:
+        model: a float module; it is left as it was.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        layers: schemes, or "float", by glob over layers or "type:NAME".
+        runtime: where it will run.
+    """
+    return convert(prepare(model, example_inputs, runtime=runtime, scheme="int8-dynamic", layers=layers))
+
+
+def weights(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    bits: int = 8,
+    layers: Layers | None = None,
+    runtime: str = "onnxruntime",
+) -> nn.Module:
+    """A copy of `model` that stores its weights as integers and computes in float.
+
+    Args:
+        model: a float module; it is left as it was.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        bits: 8, a scale for each channel, or 4, a scale for each group of 32.
+        layers: schemes, or "float", by glob over layers or "type:NAME".
+        runtime: where it will run.
+    """
+    scheme = f"int{bits}-weights"
+    if scheme not in SCHEMES:
+        raise QuantizeError(f"bits must be 8 or 4, got {bits}")
+    return convert(prepare(model, example_inputs, runtime=runtime, scheme=scheme, layers=layers))
+
+
+def sqnr(reference: Any, value: Any) -> float:
+    """Signal to quantization noise in dB over all floating-point outputs: 10 log10(|a|^2 / |a - b|^2)."""
+    signal = noise = 0.0
+    for a, b in zip(_floats(reference), _floats(value), strict=True):
+        signal += float(a.double().square().sum())
+        noise += float((a.double() - b.double()).square().sum())
+    if noise == 0:
+        return float("inf")
+    return 10 * math.log10(signal / noise) if signal else float("-inf")
+
+
+def _floats(value: Any) -> list[Tensor]:
+    return [leaf.detach().cpu() for leaf in tensors_of(value) if leaf.is_floating_point()]
+
+
+def _inside(name: str) -> str:
+    return f"program.{WRAPPED}{name}"
+
+
+def _surprising(record: LayerRecord) -> bool:
+    return record.action == "refused" and "as asked" not in record.reason
