@@ -30,10 +30,10 @@ def specs(runtime: str, activations: str, *, training: bool = False, learned_ste
         training: observe and round (quantization-aware training), not observe alone.
         learned_step: learn the scales of weights, too (LSQ).
     """
-    static: Any = observer(activations).with_args(eps=SMALLEST_SCALE)
+    static: Any = observer(activations, eps=SMALLEST_SCALE)
     dynamic: Any = PlaceholderObserver.with_args(eps=SMALLEST_SCALE)
     if training:
-        static = FakeQuantize.with_args(observer=observer("moving-average"), eps=SMALLEST_SCALE)
+        static = FakeQuantize.with_args(observer=observer("moving-average", eps=SMALLEST_SCALE))
         dynamic = RangeOfEachCall
 
     def weight(scheme: Scheme, axis: int) -> QuantizationSpec:

@@ -24,10 +24,10 @@ def columns(node: Node, layer: Weighted, value: Tensor, kernel: tuple[int, ...])
     if layer.kind == "linear":
         return value.flatten(0, -2).unsqueeze(0)
     rank = len(kernel)
-    arguments = [*node.args[3:7], *[None] * 4]
+    arguments: list[Any] = [*node.args[3:7], *[None] * 4]
     stride, padding, dilation, groups = arguments[:4]
     stride, dilation = (_each(each, rank, 1) for each in (stride, dilation))
-    groups = groups or 1
+    groups = int(groups or 1)
     if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         pads = [(each // 2, each - each // 2) for each in total]
