@@ -90,7 +90,9 @@ def test_every_kind_under_every_scheme(kind: str, scheme: str, runtime: str) -> 
     assert [record.action for record in prepared.records] == ["quantized"]
     prepared.calibrate([(x,)])
     quantized = convert(prepared)
-    matrices = sum(each.numel() for name, each in model.named_parameters() if each.dim() > 1 and "original0" not in name)
+    matrices = sum(
+        each.numel() for name, each in model.named_parameters() if each.dim() > 1 and "original0" not in name
+    )
     stored = integers(quantized)
     assert stored >= matrices / 2
     floats = [each for each in quantized.program.parameters() if each.dim() > 1]

@@ -12,8 +12,9 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from torchslim.errors import QuantizeError
-from torchslim.export import WRAPPED, bind, bind_call, capture, signature_of
+from torchslim.export import WRAPPED, Captured, bind, bind_call, capture, signature_of
 from torchslim.isolation import copy_model, preserved_globals, quiet
+from torchslim.quantize.helpers import Helpers
 from torchslim.quantize.profiles import PROFILES
 from torchslim.quantize.schemes import FLOAT, SCHEMES, Scheme, find_scheme
 from torchslim.select import check_patterns, class_names, matches
@@ -68,9 +69,9 @@ class Prepared(_Called):
     records: list[LayerRecord]
     qat: bool
 
-    def __init__(self, *args: Any, records: list[LayerRecord], qat: bool) -> None:
+    def __init__(self, *args: Any, records: list[LayerRecord], qat: bool, helpers: Helpers) -> None:
         super().__init__(*args)
-        self.records, self.qat = records, qat
+        self.records, self.qat, self.helpers = records, qat, helpers
         self.training = qat
         self._observing: bool | None = None
         self.norms_frozen = self.ranges_frozen = False
@@ -108,12 +109,21 @@ class Prepared(_Called):
         for module in rounding:
             module.disable_fake_quant()
         self._observe(True)
+        given = list(batches)
         try:
-            _calibrate(self, list(batches))
+            _calibrate(self, given)
         finally:
             for module in rounding:
                 module.enable_fake_quant()
             self._observing = None
+        if not self.qat and (self.helpers.rounding != "nearest" or self.helpers.correct_biases):
+            from torchslim.quantize.accuracy import after_observing
+
+            after_observing(self.program, [self._leaves(each) for each in given], self.helpers)
+
+    def _leaves(self, inputs: Any) -> list[Tensor]:
+        device = next((each.device for each in self.program.parameters()), torch.device("cpu"))
+        return [leaf.to(device) for leaf in flatten(self.inputs, bind(self, inputs), "a calibration batch")]
 
     def _observe(self, wanted: bool) -> None:
         from torchslim.quantize.observing import rounding_modules
@@ -134,6 +144,8 @@ def prepare(
     observer: str = "mse",
     qat: bool = False,
     learned_step: bool = False,
+    helpers: Helpers | None = None,
+    batches: Iterable[Inputs] = (),
     dynamic_shapes: Any = "batch",
 ) -> Prepared:
     """A copy of `model` that observes what goes through it; with `qat`, it rounds as the converted model will.
@@ -149,6 +161,8 @@ def prepare(
         observer: of static activations, a name of `OBSERVERS`.
         qat: prepare for training.
         learned_step: with `qat`, learn the scales of the weights, too (LSQ, Esser 2020).
+        helpers: what is done for accuracy besides.
+        batches: model inputs that `helpers.smooth` looks at.
         dynamic_shapes: as in `ts.deploy`.
 
     Raises:
@@ -161,12 +175,16 @@ def prepare(
     choose = chooser(model, scheme, layers or {})
     if runtime not in PROFILES:
         raise QuantizeError(f"runtime {runtime!r} has no quantization profile; one of {', '.join(PROFILES)}")
+    helpers, given = helpers or Helpers(), list(batches)
+    if helpers.smooth is not None and not given:
+        raise QuantizeError("smoothing looks at activations: give it batches of model inputs")
     copied, _ = copy_model(model)
     trainable = {name for name, each in copied.named_parameters() if each.requires_grad}
     captured = capture(copied, example_inputs, dynamic_shapes)
     with quiet():  # importing torchao logs about extensions that this machine may lack
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+        from torchslim.quantize.equalize import equalize, smooth
         from torchslim.quantize.folding import fold_batch_norms, hide_batch_norms, show_batch_norms, switch
         from torchslim.quantize.observing import specs
         from torchslim.quantize.quantizer import SlimQuantizer
@@ -179,6 +197,10 @@ def prepare(
         program.graph.set_codegen(CodeGen())  # tensors in, tensors out: no structures to take apart
         if not qat:
             fold_batch_norms(program)
+        if helpers.equalize:
+            equalize(program)
+        if helpers.smooth is not None:
+            smooth(program, [_leaves(captured, model, each) for each in given], helpers.smooth)
         hide_batch_norms(program)
         program = prepare_pt2e(program, quantizer)
         if not any(record.action == "quantized" for record in quantizer.records):
@@ -191,7 +213,7 @@ def prepare(
         program.recompile()
     prepared = Prepared(
         program, signature_of(model), captured.inputs, captured.outputs, captured.classes,
-        records=quantizer.records, qat=qat,
+        records=quantizer.records, qat=qat, helpers=helpers,
     )  # fmt: skip
     _look_at_weights(prepared)
     return prepared
@@ -264,6 +286,10 @@ def _nothing(scheme: str, records: list[LayerRecord]) -> str:
         f"scheme {scheme!r} finds nothing to quantize in this model ({refused or 'no layer has weights'}); leave the "
         f"quantization out, or choose another scheme of {', '.join(SCHEMES)}"
     )
+
+
+def _leaves(captured: Captured, model: nn.Module, inputs: Any) -> list[Tensor]:
+    return [leaf.cpu() for leaf in flatten(captured.inputs, bind(model, inputs), "a calibration batch")]
 
 
 def _look_at_weights(prepared: Prepared) -> None:

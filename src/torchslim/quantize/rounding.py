@@ -85,8 +85,8 @@ def gptq(weight: Tensor, scales: Tensor, second: Tensor, low: int, high: int, da
 
 
 def adaround(
-    weight: Tensor, scales: Tensor, second: Tensor, low: int, high: int, *, steps: int = 1000, lr: float = 1e-2,
-    regularisation: float = 1e-2,
+    weight: Tensor, scales: Tensor, second: Tensor, low: int, high: int, *, steps: int = 1000, lr: float = 3e-2,
+    regularisation: float = 0.1,
 ) -> Tensor:  # fmt: skip
     """Learn for each weight whether it is rounded up or down.
 

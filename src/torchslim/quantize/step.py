@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchslim.errors import QuantizeError
 from torchslim.export import WRAPPED, tensors_of
 from torchslim.quantize.flow import Layers, Prepared, chooser, convert, prepare
+from torchslim.quantize.helpers import Helpers, Rounding
 from torchslim.quantize.schemes import FLOAT, OBSERVERS, SCHEMES, find_scheme
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome, resolve
 from torchslim.task import call, predictor, take_first
@@ -29,6 +30,10 @@ class Quantize:
         layers: schemes, or "float", by glob over layers or "type:NAME"; the last pattern that matches counts.
         mode: "ptq": post-training, calibrated on the task's calibration batches; "qat": then trained on the grid.
         observer: of static activations, a name of `OBSERVERS`.
+        equalize: even out the ranges of channels between layers (Nagel 2019).
+        smooth: move outliers behind norms into weights (SmoothQuant): how much of them, 0 to 1; None: not.
+        rounding: of weights, with "ptq": to "nearest", by "gptq" or "adaround".
+        correct_biases: with "ptq", take back the mean error of the outputs (Nagel 2019).
         train: with "qat", how it trains; by default it distils the context's teacher for three epochs.
         learned_step: with "qat", the scales of weights are learned, too (LSQ).
         norms_until: the fraction of the training after which batch norms keep their statistics.
@@ -42,6 +47,10 @@ class Quantize:
     layers: Mapping[str, str] = field(default_factory=dict)
     mode: Literal["ptq", "qat"] = "ptq"
     observer: str = "mse"
+    equalize: bool = False
+    smooth: float | None = None
+    rounding: Rounding = "nearest"
+    correct_biases: bool = False
     train: Training | None = None
     learned_step: bool = False
     norms_until: float = 0.5
@@ -56,6 +65,9 @@ class Quantize:
             raise QuantizeError(f"mode must be 'ptq' or 'qat', got {self.mode!r}")
         if self.mode == "ptq" and (self.train is not None or self.learned_step):
             raise QuantizeError("train and learned_step belong to mode='qat'; set it, or leave them out")
+        if self.mode == "qat" and (self.rounding != "nearest" or self.correct_biases):
+            raise QuantizeError("rounding and correct_biases belong to mode='ptq': training does their work")
+        self.helpers()
         if self.observer not in OBSERVERS:
             raise QuantizeError(f"observer {self.observer!r} is not known; one of {', '.join(OBSERVERS)}")
         for name in ("norms_until", "ranges_until"):
@@ -74,7 +86,13 @@ class Quantize:
     def calibrates(self) -> bool:
         """Does any layer need the ranges of its activations beforehand?"""
         names = {self.scheme, *self.layers.values()} - {FLOAT}
-        return any(find_scheme(name).activations == "static" for name in names)
+        return self.helpers().needs_data or any(find_scheme(name).activations == "static" for name in names)
+
+    def helpers(self) -> Helpers:
+        """What is done for accuracy."""
+        return Helpers(
+            equalize=self.equalize, smooth=self.smooth, rounding=self.rounding, correct_biases=self.correct_biases
+        )
 
     def training(self) -> Training:
         """How it trains: with a teacher, where nothing else is asked for."""
@@ -84,6 +102,7 @@ class Quantize:
         return made
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        batches = ctx.task.calibration_batches()
         prepared = prepare(
             model,
             ctx.example_inputs,
@@ -93,8 +112,9 @@ class Quantize:
             observer=self.observer,
             qat=self.mode == "qat",
             learned_step=self.learned_step,
+            helpers=self.helpers(),
+            batches=batches,
         )
-        batches = ctx.task.calibration_batches()
         if self.calibrates():
             prepared.calibrate(batches)
         history: Sequence[Mapping[str, float]] = ()
@@ -144,6 +164,7 @@ def static(
     layers: Layers | None = None,
     runtime: str = "onnxruntime",
     observer: str = "mse",
+    helpers: Helpers | None = None,
 ) -> nn.Module:
     """A quantized copy of `model`, calibrated on `batches`, called like the model.
 
@@ -154,6 +175,7 @@ def static(
         layers: schemes, or "float", by glob over layers or "type:NAME".
         runtime: where it will run; elsewhere it is right, perhaps slower.
         observer: of the activations, a name of `OBSERVERS`.
+        helpers: what is done for accuracy besides.
 
     Raises:
         QuantizeError: no batches, values that are not finite, or nothing to quantize.
@@ -162,7 +184,10 @@ def static(
     given = list(batches)
     if not given:
         raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
-    prepared = prepare(model, given[0], runtime=runtime, scheme=scheme, layers=layers, observer=observer)
+    prepared = prepare(
+        model, given[0], runtime=runtime, scheme=scheme, layers=layers, observer=observer, helpers=helpers,
+        batches=given,
+    )  # fmt: skip
     prepared.calibrate(given)
     return convert(prepared)
 
@@ -188,6 +213,8 @@ def weights(
     bits: int = 8,
     layers: Layers | None = None,
     runtime: str = "onnxruntime",
+    helpers: Helpers | None = None,
+    batches: Iterable[Inputs] = (),
 ) -> nn.Module:
     """A copy of `model` that stores its weights as integers and computes in float.
 
@@ -197,11 +224,22 @@ def weights(
         bits: 8, a scale for each channel, or 4, a scale for each group of 32.
         layers: schemes, or "float", by glob over layers or "type:NAME".
         runtime: where it will run.
+        helpers: what is done for accuracy besides, such as `Helpers(rounding="gptq")`.
+        batches: model inputs that the helpers look at.
     """
     scheme = f"int{bits}-weights"
     if scheme not in SCHEMES:
         raise QuantizeError(f"bits must be 8 or 4, got {bits}")
-    return convert(prepare(model, example_inputs, runtime=runtime, scheme=scheme, layers=layers))
+    given = list(batches)
+    helpers = helpers or Helpers()
+    if helpers.needs_data and not given:
+        raise QuantizeError("the helpers for accuracy look at data: give batches of model inputs")
+    prepared = prepare(
+        model, example_inputs, runtime=runtime, scheme=scheme, layers=layers, helpers=helpers, batches=given
+    )
+    if helpers.needs_data:
+        prepared.calibrate(given)
+    return convert(prepared)
 
 
 def sqnr(reference: Any, value: Any) -> float:
