@@ -427,6 +427,7 @@ def test_a_channel_without_a_finite_value_leaves_the_others_alone(name: str) -> 
 
 
 @EACH
+@pytest.mark.filterwarnings("ignore:NaN or infinite")
 @pytest.mark.parametrize("batches", [[], [torch.zeros(0, 3)], [torch.full((3,), np.nan)]])
 def test_an_observer_that_saw_nothing_has_scale_one(name: str, batches: list[Tensor]) -> None:
     each = shown(make(name), *batches)
