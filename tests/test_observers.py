@@ -121,9 +121,10 @@ def reference_percentile(x: np.ndarray, bins: int, percentile: float) -> float:
     raise AssertionError
 
 
-def reference_error(x: np.ndarray, bins: int, form: str, points: int = 64) -> Callable[[float, int], float]:
+def reference_error(x: np.ndarray, bins: int, form: str) -> Callable[[float, int], float]:
     """Expected squared error of a scale and zero point, values spread evenly over each bin of the histogram."""
     counts, width = reference_histogram(x, bins)
+    points = 2**13 // bins  # of each bin
     values, weights = [], []
     for number in range(1 - bins, bins):
         count = counts[number + bins - 1]
@@ -221,7 +222,7 @@ def test_percentile_is_the_quantile_of_magnitudes(form: str, seed: int, kind: st
 
 @EACH_FORM
 @FEWER
-@given(seed=SEEDS, kind=KINDS, bins=st.sampled_from([64, 256]), bits=st.sampled_from([3, 8]))
+@given(seed=SEEDS, kind=KINDS, bins=st.sampled_from([16, 256]), bits=st.sampled_from([3, 8]))
 def test_no_clip_has_a_smaller_error_than_that_of_mse(form: str, seed: int, kind: str, bins: int, bits: int) -> None:
     x = sample(seed, 400, kind)
     first, last = FORMS[form]["quant_min"], FORMS[form]["quant_max"]
@@ -237,9 +238,9 @@ def test_no_clip_has_a_smaller_error_than_that_of_mse(form: str, seed: int, kind
     symmetric = "int" in form and not form.startswith("u")
     full = (2 * max(-low, high) if symmetric else high - low) / (last - first)
     zeros = [0] if symmetric else range(first, last + 1)
-    grid = [full * 2 ** (-step / 16) for step in range(0, 7 * 16 + 1, 4)]
+    grid = [full * 2 ** (-step / 16) for step in range(0, 7 * 16 + 1, 1 if bits == 3 else 4)]
     best = min(error(candidate, zero) for candidate in grid for zero in zeros[:: max(1, len(zeros) // 16)])
-    assert error(scale, zero_point) <= best * 1.01 + 1e-9 * len(exact)
+    assert error(scale, zero_point) <= best * 1.003 + 1e-9 * len(exact)
 
 
 @EACH_FORM
@@ -426,6 +427,7 @@ def test_a_channel_without_a_finite_value_leaves_the_others_alone(name: str) -> 
 
 
 @EACH
+@pytest.mark.filterwarnings("ignore:NaN or infinite")
 @pytest.mark.parametrize("batches", [[], [torch.zeros(0, 3)], [torch.full((3,), np.nan)]])
 def test_an_observer_that_saw_nothing_has_scale_one(name: str, batches: list[Tensor]) -> None:
     each = shown(make(name), *batches)
