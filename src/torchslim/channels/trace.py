@@ -239,8 +239,8 @@ class _Recorder(TorchDispatchMode):
             self.tagger.freeze(self.layers_of(tensor), "reaches an output")
 
     def unused(self) -> list[Tensor]:
-        """Weights that no operation has seen."""
-        return [tensor for tensor in self._weights.values() if tensor not in self._used]
+        """Weights that no operation has seen; single numbers, as counters of batches, have nothing to lose."""
+        return [each for each in self._weights.values() if each not in self._used and self.layers_of(each)]
 
     def finish(self) -> Trace:
         """What the run never touched stays."""
