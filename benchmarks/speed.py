@@ -86,8 +86,8 @@ def page(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     notes = {
         "analysis": "Ours finds every group: *recording* is copies of the model and a forward pass under a dispatch"
         " mode, which stands in for an\nexport, *after* makes groups of what it saw. The peer builds its pruner with"
-        " its dependency graph; listing its groups comes on top,\nand is shown beside. The bar is for the time after the recording; the first verdict"
-        " is that of all of it.",
+        " its dependency graph; listing its groups comes on top,\nand is shown beside. The bar is for the time after"
+        " the recording; the first verdict is that of all of it.",
         "whole": "Ours verifies the result in float64, operation by operation, and leaves the model as it was; the peer"
         " prunes in place\nand verifies nothing.",
     }
@@ -104,9 +104,8 @@ def _busy(loads: Sequence[float]) -> bool:
 
 def _times(models: Sequence[str], rows: Sequence[Row], thing: str) -> list[str]:
     analysis = thing == "analysis"
-    more = (
-        ("recording s", "after s", "after over the peer's", "at most the peer's", "peer's groups s") if analysis else ()
-    )
+    extra = ("recording s", "after s", "after over the peer's", "at most the peer's", "peer's groups s")
+    more = extra if analysis else ()
     lines = _head("model", "ours s", "peer s", "ratio", "pairs", "at most the peer's", *more)
     for name in models:
         mine = _pairs(rows, name, thing)
