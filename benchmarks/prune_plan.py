@@ -13,7 +13,8 @@ from torchslim.prune import CRITERIA
 SPARSITIES = (0.5, 0.75)
 EPOCHS = 1
 SEEDS = range(5)
-BEST = 3
+BEST = 3  # are run with every seed
+TUNED = 2  # are tried with every normalisation; the best of those with every reduction
 CONTROL = "random"  # what a criterion must beat; it is never chosen
 DEFAULT = Way()
 PEERS = (Way(side="peer", criterion="l2"), Way(side="peer", criterion="taylor"))
@@ -68,7 +69,7 @@ class Found:
 
     def chosen(self) -> Way | None:
         """The best of ours that ran with every seed, on validation."""
-        ways = self.ranked([*self.contestants(), DEFAULT], SEEDS)
+        ways = self.ranked(self.ours(), SEEDS)
         return ways[0] if ways else None
 
 
@@ -84,15 +85,11 @@ def stages(epochs: int) -> Iterator[Callable[[Found], list[Run]]]:
         ]
 
     yield lambda found: runs([*(Way(criterion=name) for name in CRITERIA), *PEERS])
-    yield lambda found: runs(replace(way, normalisation=each) for way in found.leaders() for each in NORMALISATIONS)
     yield lambda found: runs(
-        replace(best, reduction=each)
-        for way in found.leaders()
-        for best in found.best_of(way.criterion)
-        for each in REDUCTIONS
+        replace(way, normalisation=each) for way in found.leaders()[:TUNED] for each in NORMALISATIONS
     )
+    yield lambda found: runs(replace(best, reduction=each) for best in found.contestants()[:1] for each in REDUCTIONS)
     yield lambda found: runs([*found.contestants(), *PEERS], SEEDS)
-    yield lambda found: runs([DEFAULT], SEEDS)
 
 
 def missing(runs: Iterable[Run], found: Found) -> list[Run]:
