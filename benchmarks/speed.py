@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.coverage import append, load, version
+from benchmarks.rows import append, load, version
 from benchmarks.one_speed import PEER_LIMIT, THREADS, memory, pairs
 from benchmarks.peer import RATIO
 from benchmarks.zoo import find
