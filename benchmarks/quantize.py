@@ -80,9 +80,9 @@ def page(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     lines = [
         "# Quantization beside each runtime's own quantizer",
         "",
-        f"Written by `{COMMAND}`; {machine['processor']} ({machine['instruction_set']}), {THREADS} threads, torch "
-        f"{machine['versions']['torch']}. Random weights; float, ours and the peer run in turn in one process, and a",
-        "ratio is of one round. *Ours over peer* is the median of the paired ratios with the upper 95 % bootstrap bound;",
+        f"Written by `{COMMAND}`; {machine['processor']} ({machine['instruction_set']}), {THREADS} threads, torch"
+        f" {machine['versions']['torch']}. Random weights; float, ours and the peer run in turn in one process, and a",
+        "ratio is of one round. *Ours over peer* is the median of paired ratios with the upper 95 % bootstrap bound;",
         f"below 1 ours is faster; the bar is {ALLOWED} for the bound. SQNR is of the outputs, against the float model.",
         "",
         f"At most {ALLOWED} in {len(won)} of {len(judged)} rows that have a peer.",

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import append, load, version
 from benchmarks.one_speed import PEER_LIMIT, THREADS, memory, pairs
 from benchmarks.peer import RATIO
+from benchmarks.rows import append, load, version
 from benchmarks.zoo import find
 from torchslim.machine import describe_machine
 
