@@ -113,13 +113,16 @@ def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, a
 @click.option("--batch", type=click.IntRange(min=1), help="Samples a call; default 1 where the batch is free.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: what each artifact was saved with.")
 @click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--trusted", is_flag=True, help="Load artifacts of machine code too (runtime aoti).")
 @click.option("--json", "as_json", is_flag=True)
-def bench(artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, as_json: bool) -> None:
+def bench(
+    artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, trusted: bool, as_json: bool
+) -> None:
     """Time saved artifacts side by side, interleaved; ratios are over the first."""
     from torchslim.artifact import load, render_timings
     from torchslim.measure import compare
 
-    loaded = {str(path): load(path, threads=threads) for path in artifacts}
+    loaded = {str(path): load(path, threads=threads, trusted=trusted) for path in artifacts}
     rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]))
     if as_json:
         click.echo(json.dumps(rows, indent=1))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from torchslim.export import Captured
 from torchslim.isolation import quiet, torch_threads
-from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.runtimes.base import Deployed, Runtime, Session, Spec
+from torchslim.runtimes.kernels import Kernel, eager_kernels
 from torchslim.runtimes.pt2 import load_program, pack_program
 
 
@@ -33,4 +34,8 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
         return session_of(load_program(io.BytesIO(payload)).module(), threads)
 
 
-RUNTIME = Runtime(name="eager", suffix=".pt2", make=_make, read=_read)
+def _kernels(deployed: Deployed) -> list[Kernel]:
+    return eager_kernels(load_program(io.BytesIO(deployed.program())).graph)
+
+
+RUNTIME = Runtime(name="eager", suffix=".pt2", make=_make, read=_read, kernels=_kernels)
