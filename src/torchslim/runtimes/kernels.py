@@ -19,10 +19,26 @@ if TYPE_CHECKING:
 
 # of ONNX Runtime's operations, those whose names alone do not tell that they compute on integers
 ONNX_INTEGER = frozenset(
-    ["ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention", "QEmbedLayerNormalization", "QGemm", "MatMulNBits", "MatMulBnb4", "GatherBlockQuantized"]
+    [
+        "ConvInteger",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "DynamicQuantizeLSTM",
+        "QAttention",
+        "QEmbedLayerNormalization",
+        "QGemm",
+        "MatMulNBits",
+        "MatMulBnb4",
+        "GatherBlockQuantized",
+    ]
 )
+# it quantizes the weights of layers between quantized ones, also of those that were left in float on purpose
+UNWANTED = ["WeightBiasQuantization"]
 ONNX_WORK = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention"])
-SAME_NUMBERS = frozenset(["MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather"])
+SAME_NUMBERS = frozenset(
+    ["MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather"]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +126,9 @@ def onnx_kernels(deployed: Deployed) -> list[Kernel]:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         # weights beside the model: it may be above protobuf's limit
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        onnxruntime.InferenceSession(deployed.payload, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(
+            deployed.payload, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
+        )
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     narrow, names = _narrow(graph), _Origins(onnx.load_from_string(deployed.payload).graph, graph)
     found = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
 from torchslim.export import Captured
 from torchslim.runtimes.base import Runtime, Session, Spec
-from torchslim.runtimes.kernels import onnx_kernels, scope_path, unique
+from torchslim.runtimes.kernels import UNWANTED, onnx_kernels, scope_path, unique
 from torchslim.runtimes.onnx_kernels import lower
 from torchslim.runtimes.onnx_passes import finish, translations
 from torchslim.structure import leaf_names
@@ -156,7 +156,9 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     # network took three times as long with spinning as without
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = runtime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(
+            payload, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
+        )
     except Exception as error:
         raise DeployError(
             f"ONNX Runtime cannot run the model: {type(error).__name__}: {_brief(error)}; "

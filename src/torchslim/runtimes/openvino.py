@@ -36,9 +36,13 @@ if TYPE_CHECKING:
 PIP = "pip install 'torchslim[openvino]'"
 XML, BIN = ".xml", ".bin"
 GROUP = 32  # how many activations share a scale; its default
-COMPUTES = frozenset(["Convolution", "Deconvolution", "FullyConnected", "MatMul", "Pooling", "Reduce", "Eltwise", "Interpolate", "MVN"])
+COMPUTES = frozenset(
+    ["Convolution", "Deconvolution", "FullyConnected", "MatMul", "Pooling", "Reduce", "Eltwise", "Interpolate", "MVN"]
+)
 NARROW = frozenset(["i8", "u8", "i4", "u4"])
-BOOLEAN = frozenset(["Where", "And", "Or", "Not", "Xor", "Equal", "Less", "Great", "IsNaN"])  # booleans, which are 8 bits wide as well
+BOOLEAN = frozenset(
+    ["Where", "And", "Or", "Not", "Xor", "Equal", "Less", "Great", "IsNaN"]
+)  # booleans, which are 8 bits wide as well
 
 
 def _import() -> Any:
@@ -127,7 +131,9 @@ def _restore(model: Any, payload: bytes, openvino: Any) -> Any:
         if name in named and kind not in ("Parameter", "Result"):
             name = named[name]
         elif re.fullmatch(rf"{kind}_\d+", name):
-            users = {user.get_node().get_friendly_name() for out in operation.outputs() for user in out.get_target_inputs()}
+            users = {
+                user.get_node().get_friendly_name() for out in operation.outputs() for user in out.get_target_inputs()
+            }
             layers = {user.rpartition("/")[0] for user in users} - {""}
             name = f"{layers.pop()}/{kind}_{index}" if len(layers) == 1 else f"{kind}_{index}"
         operation.set_friendly_name(name)
