@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import torchslim as ts
 from tests.deployment_models import trained_conv
+from torchslim.cli import cli
 from torchslim.export import capture
 from torchslim.layers import layers_of
 from torchslim.lowered import lowered
 from torchslim.measure import macs
-from torchslim.quantize import convert, prepare
+from torchslim.quantize import Quantize, convert, prepare
+from torchslim.steps import Context
 
 
 class Everything(nn.Module):
@@ -104,3 +109,31 @@ def test_it_survives_saving(tmp_path: Any) -> None:
     deployed = ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime")
     ts.save(deployed, tmp_path / "artifact")
     assert lowered(ts.load(tmp_path / "artifact")).to_json() == lowered(deployed).to_json()
+
+
+def test_the_layer_that_loses_most_comes_first() -> None:
+    """A weight with one huge value leaves no resolution for the rest of its channel."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with torch.no_grad():
+        model[2].weight[:, 0] = 0
+        model[2].weight[:, 3] = 1000.0
+        model[0].weight[3] = 0
+        model[0].bias[3] = 0
+    x = torch.randn(64, 8)
+    task = ts.Task(val=[(x, torch.zeros(64, dtype=torch.long))], calibration=[(x, None)], metric="accuracy")
+    context = Context(task=task, teacher=model, example_inputs=(x,))
+    for quantize in (Quantize(), Quantize("int8-weights")):
+        records = quantize(copy.deepcopy(model), context).layers
+        assert records[0].layer == "2"
+        assert records[0].sqnr_db is not None
+        assert records[0].sqnr_db < 15 < records[1].sqnr_db or records[1].layer == "4"
+
+
+def test_the_command_line_tells_of_an_artifact(tmp_path: Any) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    ts.save(ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime"), tmp_path / "artifact")
+    done = CliRunner().invoke(cli, ["inspect", str(tmp_path / "artifact")])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("100.0 % of the multiply-accumulates run on integers on onnxruntime")
+    found = json.loads(CliRunner().invoke(cli, ["inspect", str(tmp_path / "artifact"), "--json"]).output)
+    assert {each["layer"] for each in found["layers"]} == {"stem", "depthwise", "pointwise", "hidden", "head"}

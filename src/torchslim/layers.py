@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from torchslim.export import layer_of
 from torchslim.packed import Int8Weight, find_dynamic, find_int4, find_int8
 
 aten = torch.ops.aten
@@ -106,7 +107,7 @@ def layers_of(program: ExportedProgram, batch_axis: int | None) -> list[Layer]:
         source = node.args[1] if name in ("aten::addmm", "aten::baddbmm") else node.args[0]
         found.append(
             Layer(
-                layer=path_of(node),
+                layer=layer_of(node),
                 operation=name.removeprefix("aten::"),
                 macs=MULTIPLY[name](sizes, out) // samples,
                 weight_bits=bits,
@@ -114,15 +115,6 @@ def layers_of(program: ExportedProgram, batch_axis: int | None) -> list[Layer]:
             )
         )
     return found
-
-
-def path_of(node: Node) -> str:
-    """The path of the module that a node of a captured program belongs to; the node's name where it has none."""
-    from torchslim.export import WRAPPED
-
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
-    return f"{path}.".removeprefix("L['self'].").removeprefix(WRAPPED).removesuffix(".") or node.name
 
 
 def stored_tensors(program: ExportedProgram) -> dict[str, Tensor]:

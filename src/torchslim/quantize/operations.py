@@ -105,13 +105,6 @@ def shape_of(node: Node) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def layer_of(node: Node) -> str:
-    """The path of the module that a node belongs to; the node's name where it belongs to none."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
-    return f"{path}.".removeprefix("L['self'].").removeprefix(WRAPPED).removesuffix(".") or node.name
-
-
 def stored_name(node: Node) -> str:
     """The path that the model has a stored tensor under."""
     return str(node.target).removeprefix(WRAPPED) if node.op == "get_attr" else ""

@@ -239,8 +239,15 @@ class SlimQuantizer(Quantizer):
 
     def _quantized(self, node: Node, scheme: Scheme, reason: str) -> None:
         self.schemes[node] = scheme
-        bits = {"weight_bits": scheme.weight_bits, "activation_bits": scheme.activation_bits}
-        self.records.append(LayerRecord(layer=layer_of(node), action="quantized", reason=reason, **bits))
+        self.records.append(
+            LayerRecord(
+                layer=layer_of(node),
+                action="quantized",
+                reason=reason,
+                weight_bits=scheme.weight_bits,
+                activation_bits=scheme.activation_bits,
+            )
+        )
 
     def _refuse(self, node: Node, reason: str) -> None:
         self.records.append(LayerRecord(layer=layer_of(node), action="refused", reason=reason))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from torchslim.errors import QuantizeError
-from torchslim.export import WRAPPED, tensors_of
-from torchslim.quantize.flow import Layers, Prepared, chooser, convert, prepare
+from torchslim.export import WRAPPED, bind, tensors_of
+from torchslim.isolation import quiet
+from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, convert, prepare
 from torchslim.quantize.helpers import Helpers, Rounding
 from torchslim.quantize.schemes import FLOAT, OBSERVERS, SCHEMES, find_scheme
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome, resolve
-from torchslim.task import call, predictor, take_first
+from torchslim.structure import flatten
+from torchslim.task import call, predictor, take_first, to_device
 from torchslim.training import Hook, Loop, Training
 
 LOUD_DB = 15.0  # below this the quantized output is worth a warning
@@ -127,11 +129,12 @@ class Quantize:
             )
             history = report.history
         quantized = convert(prepared)
+        records = _measured(prepared, quantized, ctx.example_inputs)
         decibels = sqnr(call(predictor(model), batches[0]), call(predictor(quantized), batches[0]))
-        warnings = [f"not quantized: {each.layer}: {each.reason}" for each in prepared.records if _surprising(each)]
+        warnings = [f"not quantized: {each.layer}: {each.reason}" for each in records if _surprising(each)]
         if decibels < LOUD_DB and self.mode == "ptq":
             warnings.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
-        return Outcome(model=quantized, masks=ctx.masks, layers=prepared.records, warnings=warnings, history=history)
+        return Outcome(model=quantized, masks=ctx.masks, layers=records, warnings=warnings, history=history)
 
 
 class Freeze(Hook):
@@ -255,6 +258,20 @@ def sqnr(reference: Any, value: Any) -> float:
 
 def _floats(value: Any) -> list[Tensor]:
     return [leaf.detach().cpu() for leaf in tensors_of(value) if leaf.is_floating_point()]
+
+
+def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) -> list[LayerRecord]:
+    """The records with the noise of each layer, the worst first, then those that stay in float."""
+    with quiet():
+        from torchslim.quantize.compare import layer_sqnr
+
+    leaves = flatten(prepared.inputs, bind(prepared, to_device(inputs, "cpu")), "inputs")
+    found = layer_sqnr(prepared, quantized, leaves)
+    records = [
+        replace(each, sqnr_db=round(found[each.layer], 2) if math.isfinite(found.get(each.layer, math.inf)) else None)
+        for each in prepared.records
+    ]
+    return sorted(records, key=lambda each: (each.action != "quantized", each.sqnr_db is None, each.sqnr_db or 0.0))
 
 
 def _inside(name: str) -> str:
