@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from torchslim.export import layer_of
 from torchslim.quantize.equalize import correct_biases, watch
 from torchslim.quantize.helpers import Helpers, Rounding
 from torchslim.quantize.observing import GroupWeights
-from torchslim.quantize.operations import Weighted, argument, layer_of, set_tensor, tensor_of, weighted
+from torchslim.quantize.operations import Weighted, argument, set_tensor, tensor_of, weighted
 from torchslim.quantize.rounding import adaround, columns, gptq
 from torchslim.quantize.weight_only import quantize_groups
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from torchslim.export import layer_of
 from torchslim.isolation import copy_model, preserved_globals, quiet
 from torchslim.quantize.equalize import watch
 from torchslim.quantize.flow import Prepared, QuantizedModule
 from torchslim.quantize.folding import fold_batch_norms, settle
 from torchslim.quantize.observing import rounding_modules
-from torchslim.quantize.operations import RECURRENT, layer_of, weighted
+from torchslim.quantize.operations import RECURRENT, weighted
 
 SAMPLES = 8
 

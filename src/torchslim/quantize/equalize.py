@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from torchslim.export import layer_of
 from torchslim.quantize.operations import (
     DROPOUTS,
     Weighted,
     add_tensor,
     argument,
     aten,
-    layer_of,
     set_tensor,
     shape_of,
     tensor_of,

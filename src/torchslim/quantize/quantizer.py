@@ -21,6 +21,7 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
+from torchslim.export import layer_of
 from torchslim.quantize.operations import (
     ADDITIONS,
     BATCH_NORMS,
@@ -33,7 +34,6 @@ from torchslim.quantize.operations import (
     Weighted,
     argument,
     is_constant,
-    layer_of,
     op_name,
     shape_of,
     stored_name,

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from torchslim.export import layer_of
 from torchslim.quantize.observing import GroupWeights
 from torchslim.quantize.operations import (
     EMBEDDINGS,
@@ -16,7 +17,6 @@ from torchslim.quantize.operations import (
     argument,
     aten,
     is_constant,
-    layer_of,
     tensor_of,
     weighted,
 )
