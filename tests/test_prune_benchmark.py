@@ -98,7 +98,7 @@ def test_the_page_of_a_finished_comparison():
     assert "| `lamp` | max | sum | 60.00 | 60.00 | 91.75 | 91.25 | 91.50 |" in text
     assert "| `lamp`, max, sum | 50.0-50.0 % | 400 k | 91.95 +- 0.16 | 90.95 +- 0.16 | +2.75 [+2.75, +2.75] |" in text
     assert "Best on validation of those that ran with every seed: `lamp`, max, sum, 91.70 %" in text
-    assert "With seed 0: 91.50 %, and the library's default, `l2`, mean, mean, 83.75 %." in text
+    assert "With seed 0: 91.50 %, and the library's default, `lamp`, mean, mean, 90.75 %." in text
     assert "**met** (+2.75 at 2x fewer MACs, +2.75 at 4x fewer MACs)" in text
     for table in text.split("\n\n"):
         assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1

@@ -189,7 +189,7 @@ def channels(
     sparsity: float = 0.5,
     *,
     of: Of = "params",
-    criterion: str | Scorer | Criterion = "l2",
+    criterion: str | Scorer | Criterion = "lamp",
     scope: Scope = "global",
     round_to: int = 8,
     min_channels: int = 8,
