@@ -173,6 +173,9 @@ def load(
         chosen = find_runtime(runtime or manifest["runtime"])
     except TypeError as error:
         raise ArtifactError(f"{folder}/{MANIFEST} is damaged: {error}") from error
+    stored = chosen.read is not None and chosen.name == manifest["runtime"]
+    if stored and chosen.native:
+        _check_native(folder, spec, trusted)
     if manifest["quantized"] and spec.instruction_set != instruction_set():
         warnings.warn(
             f"{folder} was quantized for {spec.instruction_set}, this machine has {instruction_set()}: int8 may be "
@@ -183,17 +186,7 @@ def load(
     example = opened.example()
     payload: bytes | None = None
     with quiet():
-        if chosen.read is not None and chosen.name == manifest["runtime"]:
-            if chosen.native and not trusted:
-                raise ArtifactError(
-                    f"{folder} holds machine code, which can do anything when it is loaded; if you trust who made it, "
-                    "load it with trusted=True, else with runtime='inductor', which compiles its program here"
-                )
-            if chosen.native and spec.instruction_set != instruction_set():
-                raise ArtifactError(
-                    f"{folder} holds machine code for {spec.instruction_set}, this machine has {instruction_set()}; load "
-                    "it with runtime='inductor', which compiles its program here"
-                )
+        if chosen.read is not None and stored:
             files = {suffix: opened.read(f"model{suffix}") for suffix in chosen.suffixes}
             payload = bundle(files) if chosen.beside else next(iter(files.values()))
             session = chosen.read(payload, spec, threads)
@@ -204,6 +197,20 @@ def load(
         program=lambda: opened.read(PROGRAM), quantized=manifest["quantized"], no_file=chosen.no_file,
         suffixes=chosen.suffixes,
     )  # fmt: skip
+
+
+def _check_native(folder: str | Path, spec: Spec, trusted: bool) -> None:
+    """Machine code: it must be trusted, and for such a processor."""
+    if not trusted:
+        raise ArtifactError(
+            f"{folder} holds machine code, which can do anything when it is loaded; if you trust who made it, load it "
+            "with trusted=True, else with runtime='inductor', which compiles its program here"
+        )
+    if spec.instruction_set != instruction_set():
+        raise ArtifactError(
+            f"{folder} holds machine code for {spec.instruction_set}, this machine has {instruction_set()}; load it "
+            "with runtime='inductor', which compiles its program here"
+        )
 
 
 def load_module(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:

@@ -140,8 +140,8 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
         return _Loaded(payload, threads)
     except Exception as error:
         raise DeployError(
-            f"the AOTInductor package cannot be loaded: {type(error).__name__}: {_brief(error)}; it was made by another "
-            "version of torch or for another processor: deploy the model again here"
+            f"the AOTInductor package cannot be loaded: {type(error).__name__}: {_brief(error)}; it was made by "
+            "another version of torch or for another processor: deploy the model again here"
         ) from error
 
 

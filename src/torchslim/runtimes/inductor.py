@@ -196,7 +196,7 @@ def _origin(program: ExportedProgram, kind: str, sources: Sequence[Node], taken:
     Where the code does not tell, it is the next with weights that is left.
     """
     todo, seen = list(reversed(sources)), set[Node]()
-    weighted = [node for node in program.graph.nodes if node.target in WEIGHTED and node not in taken]
+    weighted: list[Node] = [node for node in program.graph.nodes if node.target in WEIGHTED and node not in taken]
     while todo and WORK.search(kind):
         node = todo.pop(0)
         if node in weighted:

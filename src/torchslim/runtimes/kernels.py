@@ -18,27 +18,16 @@ if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed
 
 # of ONNX Runtime's operations, those whose names alone do not tell that they compute on integers
-ONNX_INTEGER = frozenset(
-    [
-        "ConvInteger",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "DynamicQuantizeLSTM",
-        "QAttention",
-        "QEmbedLayerNormalization",
-        "QGemm",
-        "MatMulNBits",
-        "MatMulBnb4",
-        "GatherBlockQuantized",
-    ]
-)
+ONNX_INTEGER = (
+    "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
+    "QAttention", "QEmbedLayerNormalization", "QGemm", "MatMulNBits", "MatMulBnb4", "GatherBlockQuantized",
+)  # fmt: skip
 # it quantizes the weights of layers between quantized ones, also of those that were left in float on purpose
 UNWANTED = ["WeightBiasQuantization"]
-ONNX_WORK = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention"])
-SAME_NUMBERS = frozenset(
-    ["MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather"]
-)
+ONNX_WORK = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention")
+SAME_NUMBERS = (
+    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,13 +36,11 @@ if TYPE_CHECKING:
 PIP = "pip install 'torchslim[openvino]'"
 XML, BIN = ".xml", ".bin"
 GROUP = 32  # how many activations share a scale; its default
-COMPUTES = frozenset(
-    ["Convolution", "Deconvolution", "FullyConnected", "MatMul", "Pooling", "Reduce", "Eltwise", "Interpolate", "MVN"]
-)
-NARROW = frozenset(["i8", "u8", "i4", "u4"])
-BOOLEAN = frozenset(
-    ["Where", "And", "Or", "Not", "Xor", "Equal", "Less", "Great", "IsNaN"]
-)  # booleans, which are 8 bits wide as well
+COMPUTES = (
+    "Convolution", "Deconvolution", "FullyConnected", "MatMul", "Pooling", "Reduce", "Eltwise", "Interpolate", "MVN",
+)  # fmt: skip
+NARROW = ("i8", "u8", "i4", "u4")
+BOOLEAN = ("Where", "And", "Or", "Not", "Xor", "Equal", "Less", "Great", "IsNaN")  # they are 8 bits wide as well
 
 
 def _import() -> Any:
@@ -56,7 +54,7 @@ def _import() -> Any:
 
 @contextmanager
 def _no_telemetry() -> Iterator[None]:
-    """Importing openvino writes an identity into the user's home and reports to its makers; without this package not."""
+    """Importing openvino writes an identity into the user's home and reports to its makers, unless this is missing."""
     name = "openvino_telemetry"
     if name in sys.modules or "openvino" in sys.modules:
         yield
@@ -131,10 +129,8 @@ def _restore(model: Any, payload: bytes, openvino: Any) -> Any:
         if name in named and kind not in ("Parameter", "Result"):
             name = named[name]
         elif re.fullmatch(rf"{kind}_\d+", name):
-            users = {
-                user.get_node().get_friendly_name() for out in operation.outputs() for user in out.get_target_inputs()
-            }
-            layers = {user.rpartition("/")[0] for user in users} - {""}
+            readers = [each.get_node() for output in operation.outputs() for each in output.get_target_inputs()]
+            layers = {each.get_friendly_name().rpartition("/")[0] for each in readers} - {""}
             name = f"{layers.pop()}/{kind}_{index}" if len(layers) == 1 else f"{kind}_{index}"
         operation.set_friendly_name(name)
     return model
@@ -198,7 +194,9 @@ def _kernels(deployed: Deployed) -> list[Kernel]:
             Kernel(
                 node=parts[0] or operation.get_friendly_name(),
                 type=f"{kind}: {primitive}{weights}",
-                integer=kind in COMPUTES and precision in NARROW and parts[0].rpartition("/")[2][:5] not in BOOLEAN,
+                integer=kind in COMPUTES
+                and precision in NARROW
+                and not parts[0].rpartition("/")[2].startswith(BOOLEAN),
                 fused=names if len(names) > 1 else (),
             )
         )
