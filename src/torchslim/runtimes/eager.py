@@ -1,4 +1,4 @@
-"""PyTorch itself: the exported program, run op by op. The file is a `.pt2`."""
+"""PyTorch itself: the exported program, run op by op; its integer kernels where it has some. The file is a `.pt2`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torchslim.export import Captured
 from torchslim.isolation import quiet, torch_threads
 from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.runtimes.integer_kernels import lower
 from torchslim.runtimes.pt2 import load_program, pack_program
 
 
@@ -25,12 +26,12 @@ def session_of(module: Any, threads: int | None) -> Session:
 
 
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
-    return session_of(captured.program.module(), threads), pack_program(captured.program)
+    return session_of(lower(captured.program.module()), threads), pack_program(captured.program)
 
 
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     with quiet():
-        return session_of(load_program(io.BytesIO(payload)).module(), threads)
+        return session_of(lower(load_program(io.BytesIO(payload)).module()), threads)
 
 
 RUNTIME = Runtime(name="eager", suffix=".pt2", make=_make, read=_read)
