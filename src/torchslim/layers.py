@@ -96,13 +96,11 @@ def layers_of(program: ExportedProgram, batch_axis: int | None) -> list[Layer]:
     samples = _samples(program, batch_axis)
     found = []
     for node in program.graph.nodes:
-        name = _name(node)
-        if name not in MULTIPLY:
+        if not multiplies(node):
             continue
+        name = _name(node)
         sizes = [size for each in _tensors(node) if (size := _size(each))]
         out = _size(node)
-        if not sizes or not out:
-            continue
         weight, bits = _weight(node, name, stored)
         source = node.args[1] if name in ("aten::addmm", "aten::baddbmm") else node.args[0]
         found.append(
@@ -115,6 +113,11 @@ def layers_of(program: ExportedProgram, batch_axis: int | None) -> list[Layer]:
             )
         )
     return found
+
+
+def multiplies(node: Node) -> bool:
+    """Is a node one of `layers_of`?"""
+    return _name(node) in MULTIPLY and bool(_size(node)) and any(_size(each) for each in _tensors(node))
 
 
 def stored_tensors(program: ExportedProgram) -> dict[str, Tensor]:

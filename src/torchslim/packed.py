@@ -219,6 +219,17 @@ def find_int4(node: Any, constant: Constant) -> Int4Weight | None:
     return Int4Weight(packed=packed, scale=scale, shape=shape)
 
 
+def int4_weights(graph: torch.fx.Graph, constant: Constant) -> dict[Node, Int4Weight]:
+    """The last node of each chain that gives an int4 weight."""
+    found = {node: find_int4(node, constant) for node in graph.nodes}
+    # the views that a chain ends in give the weight in other shapes
+    return {
+        node: weight
+        for node, weight in found.items()
+        if weight is not None and not all(found.get(user) for user in node.users)
+    }
+
+
 def _halved(stacked: Any) -> Node | None:
     """The bytes whose low and high halves a node stacks, if it does."""
     parts = stacked.args[0]

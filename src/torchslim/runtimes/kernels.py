@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.fx import Graph, Node
+from torch.fx import GraphModule, Node
 
 from torchslim.export import WRAPPED
 
@@ -95,13 +95,18 @@ def unique(names: Sequence[str]) -> list[str]:
     return found
 
 
-def eager_kernels(graph: Graph) -> list[Kernel]:
-    """Op by op: every quantized program computes on floats that it has dequantized."""
-    return [
-        Kernel(node=f"{layer_of(node) or node.name}/{operation}", type=operation, integer=False)
-        for node in graph.nodes
-        if node.op == "call_function" and (operation := str(node.target).removesuffix(".default"))
-    ]
+def eager_kernels(module: GraphModule) -> list[Kernel]:
+    """Op by op, on floats that were dequantized, but for the integer kernels that `integer_kernels.lower` put in."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            operation, integer = str(node.target).removesuffix(".default"), False
+        elif node.op == "call_module" and str(node.target).startswith("integer_kernel"):
+            operation, integer = type(module.get_submodule(str(node.target))).__name__, True
+        else:
+            continue
+        found.append(Kernel(node=f"{layer_of(node) or node.name}/{operation}", type=operation, integer=integer))
+    return found
 
 
 def onnx_kernels(deployed: Deployed) -> list[Kernel]:

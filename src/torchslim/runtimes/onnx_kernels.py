@@ -18,7 +18,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchslim.packed import Int4Weight, Linear, Recurrent, find_int4, find_linear, find_recurrent
+from torchslim.packed import Int4Weight, Linear, Recurrent, find_linear, find_recurrent, int4_weights
 
 MICROSOFT = "com.microsoft::"
 PACKED = "Int4Weight"  # our own marker: the passes over the ONNX model replace it
@@ -39,12 +39,10 @@ def lower(program: ExportedProgram) -> ExportedProgram:
         elif recurrent is not None and recurrent.kind == "LSTM" and recurrent.source is not None:
             _lstm(editor, node, recurrent)
     editor.graph.eliminate_dead_code()
-    four_bits = {node: find_int4(node, editor.constant) for node in editor.graph.nodes}
-    for node, weight in four_bits.items():  # what is left: convolutions, recurrent layers, embeddings
-        # the view that a chain ends in is part of it, too: only the last node is replaced
-        if weight is not None and not all(four_bits.get(user) for user in node.users):
-            stored = [editor.store(weight.packed, "packed"), editor.store(weight.scale, "scale")]
-            editor.replace(node, _four_bits(weight), stored)
+    # what is left: convolutions, recurrent layers, embeddings
+    for node, weight in int4_weights(editor.graph, editor.constant).items():
+        stored = [editor.store(weight.packed, "packed"), editor.store(weight.scale, "scale")]
+        editor.replace(node, _four_bits(weight), stored)
     return editor.finished()
 
 
@@ -120,14 +118,18 @@ class Editor:
         result = self.trace(node, function, inputs)
         if isinstance(result, Node):
             node.replace_all_uses_with(result)
-            return
-        for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])
+        else:
+            for user in list(node.users):
+                user.replace_all_uses_with(result[user.args[1]])
+                self.graph.erase_node(user)
+        self.graph.erase_node(node)
 
     def quantize(self, source: Node) -> Sequence[Node]:
         """Bytes, scale and zero point of a value: found once, however many layers read it."""
         if source not in self.activations:
-            self.activations[source] = self.trace(source.next, _quantized, [source])
+            inputs = (node for node in self.graph.nodes if node.op != "placeholder")
+            place = next(inputs) if source.op == "placeholder" else source.next
+            self.activations[source] = self.trace(place, _quantized, [source])
         return self.activations[source]
 
     def finished(self) -> ExportedProgram:
