@@ -137,3 +137,14 @@ def test_the_command_line_tells_of_an_artifact(tmp_path: Any) -> None:
     assert done.output.startswith("100.0 % of the multiply-accumulates run on integers on onnxruntime")
     found = json.loads(CliRunner().invoke(cli, ["inspect", str(tmp_path / "artifact"), "--json"]).output)
     assert {each["layer"] for each in found["layers"]} == {"stem", "depthwise", "pointwise", "hidden", "head"}
+
+
+def test_eager_tells_of_its_dynamic_kernels(tmp_path: Any) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    deployed = ts.deploy(ts.quantize.dynamic(trained_conv(), (x,), runtime="eager"), (x,), runtime="eager")
+    by_layer = {each.layer: each for each in lowered(deployed).layers}
+    assert by_layer["hidden"].integer
+    assert by_layer["hidden"].kernel == "DynamicLinear"
+    assert not by_layer["stem"].integer
+    ts.save(deployed, tmp_path / "artifact")
+    assert lowered(ts.load(tmp_path / "artifact")).to_json() == lowered(deployed).to_json()
