@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
 from torchslim.errors import ExportError
@@ -274,6 +274,13 @@ def user_line(error: BaseException) -> str:
         own_lines = [line for line in quoted if str(TORCH) not in line and str(OURS) not in line]
         return own_lines[-1] if own_lines else "an unknown line"
     return f"{found.filename}:{found.lineno} in {found.name}: {found.line}"
+
+
+def layer_of(node: Node) -> str:
+    """The path of the module that a node of a captured program belongs to; the node's name where there is none."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
+    return f"{path}.".removeprefix("L['self'].").removeprefix(WRAPPED).removesuffix(".") or node.name
 
 
 def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tuple[ExportedProgram | None, str]:

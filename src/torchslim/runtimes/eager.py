@@ -1,4 +1,4 @@
-"""PyTorch itself: the exported program, run op by op. The file is a `.pt2`."""
+"""PyTorch itself: the exported program, run op by op; its integer kernels where it has some. The file is a `.pt2`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from torchslim.export import Captured
 from torchslim.isolation import quiet, torch_threads
+from torchslim.layers import multiplies
 from torchslim.runtimes.base import Deployed, Runtime, Session, Spec
+from torchslim.runtimes.integer_kernels import lower
 from torchslim.runtimes.kernels import Kernel, eager_kernels
 from torchslim.runtimes.pt2 import load_program, pack_program
 
@@ -26,16 +28,21 @@ def session_of(module: Any, threads: int | None) -> Session:
 
 
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
-    return session_of(captured.program.module(), threads), pack_program(captured.program)
+    return session_of(lower(captured.program.module()), threads), pack_program(captured.program)
 
 
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     with quiet():
-        return session_of(load_program(io.BytesIO(payload)).module(), threads)
+        return session_of(lower(load_program(io.BytesIO(payload)).module()), threads)
 
 
 def _kernels(deployed: Deployed) -> list[Kernel]:
-    return eager_kernels(load_program(io.BytesIO(deployed.program())).graph)
+    module = load_program(io.BytesIO(deployed.program())).module()
+    names = iter(deployed.spec.layers)  # a saved program has no names of layers; they are in its order
+    for node in module.graph.nodes:
+        if multiplies(node) and (layer := next(names, None)) is not None:
+            node.meta["nn_module_stack"] = {"": (layer["layer"], "")}
+    return eager_kernels(lower(module))
 
 
 RUNTIME = Runtime(name="eager", suffix=".pt2", make=_make, read=_read, kernels=_kernels)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.fx import Graph, Node
+from torch.fx import GraphModule, Node
 
 from torchslim.export import WRAPPED
 
@@ -22,6 +22,8 @@ ONNX_INTEGER = (
     "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
     "QAttention", "QEmbedLayerNormalization", "QGemm", "MatMulNBits", "MatMulBnb4", "GatherBlockQuantized",
 )  # fmt: skip
+# it quantizes the weights of layers between quantized ones, also of those that were left in float on purpose
+UNWANTED = ["WeightBiasQuantization"]
 ONNX_WORK = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention")
 SAME_NUMBERS = (
     "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather",
@@ -93,13 +95,18 @@ def unique(names: Sequence[str]) -> list[str]:
     return found
 
 
-def eager_kernels(graph: Graph) -> list[Kernel]:
-    """Op by op: every quantized program computes on floats that it has dequantized."""
-    return [
-        Kernel(node=f"{layer_of(node) or node.name}/{operation}", type=operation, integer=False)
-        for node in graph.nodes
-        if node.op == "call_function" and (operation := str(node.target).removesuffix(".default"))
-    ]
+def eager_kernels(module: GraphModule) -> list[Kernel]:
+    """Op by op, on floats that were dequantized, but for the integer kernels that `integer_kernels.lower` put in."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            operation, integer = str(node.target).removesuffix(".default"), False
+        elif node.op == "call_module" and str(node.target).startswith("integer_kernel"):
+            operation, integer = type(module.get_submodule(str(node.target))).__name__, True
+        else:
+            continue
+        found.append(Kernel(node=f"{layer_of(node) or node.name}/{operation}", type=operation, integer=integer))
+    return found
 
 
 def onnx_kernels(deployed: Deployed) -> list[Kernel]:
@@ -113,7 +120,9 @@ def onnx_kernels(deployed: Deployed) -> list[Kernel]:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         # weights beside the model: it may be above protobuf's limit
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        onnxruntime.InferenceSession(deployed.payload, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(
+            deployed.payload, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
+        )
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     narrow, names = _narrow(graph), _Origins(onnx.load_from_string(deployed.payload).graph, graph)
     found = []

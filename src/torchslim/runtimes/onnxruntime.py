@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
 from torchslim.export import Captured
 from torchslim.runtimes.base import Runtime, Session, Spec
-from torchslim.runtimes.kernels import onnx_kernels, scope_path, unique
+from torchslim.runtimes.kernels import UNWANTED, onnx_kernels, scope_path, unique
+from torchslim.runtimes.onnx_kernels import lower
+from torchslim.runtimes.onnx_passes import finish, translations
 from torchslim.structure import leaf_names
 
 PIP = "pip install 'torchslim[onnxruntime]'"
@@ -43,7 +44,15 @@ def to_onnx(captured: Captured) -> bytes:
     except ImportError as error:
         raise RuntimeUnavailable(f"exporting to ONNX needs packages that are missing: {PIP}") from error
     try:
-        exported = torch.onnx.export(captured.program, dynamo=True, verbose=False, optimize=True, external_data=False)
+        program = lower(captured.program)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            optimize=True,
+            external_data=False,
+            custom_translation_table=translations(program.graph),
+        )
         assert exported is not None
         proto = exported.model_proto
     except Exception as error:
@@ -53,7 +62,7 @@ def to_onnx(captured: Captured) -> bytes:
         ) from error
     _strip(proto)
     _name(proto, captured)
-    _integer_biases(proto)
+    finish(proto)
     try:
         return proto.SerializeToString()  # type: ignore[no-any-return]
     except ValueError as error:
@@ -136,47 +145,6 @@ def _output_name(name: str) -> str:
     return "output" + (f"_{name}" if name else "") if not name or name[0].isdigit() else name
 
 
-def _integer_biases(proto: Any) -> None:
-    """Give the biases of quantized Gemms as integers, at the scale of the products that they are added to.
-
-    ONNX Runtime does so itself where the output is quantized, too; a Gemm with a float output (a network's last layer)
-    it would otherwise run in float.
-    """
-    from onnx import helper, numpy_helper
-
-    graph = proto.graph
-    constants = {each.name: each for each in graph.initializer}
-    dequantized = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
-    nodes = []
-    for node in graph.node:
-        if node.op_type == "Gemm" and len(node.input) == 3 and all(each in dequantized for each in node.input[:2]):
-            scales = [constants.get(dequantized[each].input[1]) for each in node.input[:2]]
-            bias = constants.get(node.input[2])
-            if bias is not None and None not in scales:
-                # in float64: the product of two small scales must not vanish before it is divided by
-                left, right = (numpy_helper.to_array(each).astype(np.float64) for each in scales)
-                steps = np.rint(numpy_helper.to_array(bias) / (left * right)).clip(-(2**31) + 1, 2**31 - 1)
-                integers, scale, name = (
-                    f"{node.name}_bias",
-                    f"{node.name}_bias_scale",
-                    f"{node.name}_bias_float",
-                )
-                graph.initializer.append(numpy_helper.from_array(steps.astype(np.int32), integers))
-                graph.initializer.append(numpy_helper.from_array((left * right).astype(np.float32), scale))
-                axis = {"axis": 0} if right.ndim else {}
-                nodes.append(helper.make_node("DequantizeLinear", [integers, scale], [name], **axis))
-                node.input[2] = name
-        nodes.append(node)
-    if len(nodes) == len(graph.node):
-        return
-    del graph.node[:]
-    graph.node.extend(nodes)
-    read = {name for node in graph.node for name in node.input}
-    kept = [each for each in graph.initializer if each.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     runtime = _import()
     options = runtime.SessionOptions()
@@ -188,7 +156,9 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     # network took three times as long with spinning as without
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = runtime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(
+            payload, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
+        )
     except Exception as error:
         raise DeployError(
             f"ONNX Runtime cannot run the model: {type(error).__name__}: {_brief(error)}; "

@@ -195,7 +195,9 @@ def _kernels(deployed: Deployed) -> list[Kernel]:
             Kernel(
                 node=parts[0] or operation.get_friendly_name(),
                 type=f"{kind}: {primitive}{weights}",
-                integer=kind in COMPUTES and precision in NARROW and not parts[0].rpartition("/")[2].startswith(BOOLEAN),
+                integer=kind in COMPUTES
+                and precision in NARROW
+                and not parts[0].rpartition("/")[2].startswith(BOOLEAN),
                 fused=names if len(names) > 1 else (),
             )
         )

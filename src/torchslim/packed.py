@@ -1,0 +1,260 @@
+"""What a quantized graph says: the operations around an integer weight or a dynamically quantized input, recognised.
+
+A quantized program computes on dequantized numbers with ATen operations alone, so that it runs anywhere. Each runtime
+looks for these forms and computes them with the integer kernels that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+Constant = Callable[[Node], Tensor | None]  # the stored tensor that a node stands for, None where it is computed
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Weight:
+    """`values[i] * scale[i]` along `axis`; the zero points are 0."""
+
+    values: Tensor
+    scale: Tensor
+    axis: int
+
+    def dequantized(self) -> Tensor:
+        """The floats that it stands for."""
+        shape = [1] * self.values.dim()
+        shape[self.axis] = -1
+        return self.values.float() * self.scale.float().view(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int4Weight:
+    """Rows of 4-bit integers in groups that share a scale.
+
+    `packed` is uint8 (rows, groups * group_size / 2), two values in a byte, each plus 8, the even one in the low half;
+    `scale` is float32 (rows, groups). A row is the weight flattened from dimension 1 on, padded to whole groups.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def group_size(self) -> int:
+        """How many values share a scale."""
+        return 2 * self.packed.shape[1] // self.scale.shape[1]
+
+    @property
+    def length(self) -> int:
+        """The values in a row, padding left out."""
+        return Tensor.numel(torch.empty(self.shape[1:], device="meta"))
+
+    def dequantized(self) -> Tensor:
+        """The floats that it stands for."""
+        rows, groups = self.scale.shape
+        values = torch.stack([self.packed & 15, self.packed >> 4], -1).view(rows, groups, -1).float() - 8
+        return (values * self.scale.unsqueeze(-1)).view(rows, -1)[:, : self.length].reshape(self.shape)
+
+
+def find_int8(node: Any, constant: Constant) -> Int8Weight | None:
+    """The int8 weight that `node` dequantizes, if it does."""
+    if not _calls(node, "quantized_decomposed::dequantize_per_channel", ""):
+        return None
+    values, scale, zero_point = (constant(each) if isinstance(each, Node) else None for each in node.args[:3])
+    if values is None or scale is None or values.dtype != torch.int8 or (zero_point is not None and zero_point.any()):
+        return None
+    return Int8Weight(values=values, scale=scale, axis=node.args[3] % values.dim())
+
+
+def find_dynamic(node: Any) -> Node | None:
+    """What `node` is the dynamically quantized and dequantized form of, if it is (unsigned bytes, over all values)."""
+    if not _calls(node, "quantized_decomposed::dequantize_per_tensor", "tensor"):
+        return None
+    quantize: Any = node.args[0]
+    if not _calls(quantize, "quantized_decomposed::quantize_per_tensor", "tensor"):
+        return None
+    source, scale, zero_point, low, high, dtype = quantize.args[:6]
+    chosen = _from_choice(scale, 0)
+    if chosen is None or chosen is not _from_choice(zero_point, 1) or chosen.args[0] is not source:
+        return None
+    return source if (low, high, dtype) == (0, 255, torch.uint8) and isinstance(source, Node) else None
+
+
+def _from_choice(node: Any, index: int) -> Node | None:
+    if not isinstance(node, Node) or node.op != "call_function" or len(node.args) < 2 or node.args[1] != index:
+        return None
+    return node.args[0] if _calls(node.args[0], "quantized_decomposed::choose_qparams", "tensor") else None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recurrent:
+    """An LSTM or GRU on int8 weights.
+
+    `cells` are those of layer 0 in each direction, then of layer 1, and so on, each with its two weights and two biases
+    (none where the layer has none). `source` is the input before its dynamic quantization, None where it has none:
+    then only the weights are to be integers.
+    """
+
+    kind: str
+    x: Node
+    source: Node | None
+    states: tuple[Node, ...]
+    cells: tuple[tuple[Int8Weight, Int8Weight, Tensor | None, Tensor | None], ...]
+    layers: int
+    bidirectional: bool
+    batch_first: bool
+
+    @property
+    def directions(self) -> int:
+        """1 or 2."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def hidden(self) -> int:
+        """The size of the hidden state."""
+        return self.cells[0][1].values.shape[1]
+
+
+def find_recurrent(node: Node, constant: Constant) -> Recurrent | None:
+    """The LSTM or GRU that `node` computes, if all its weights are int8."""
+    if node.target not in (aten.lstm.input, aten.gru.input):
+        return None
+    kind = "LSTM" if node.target is aten.lstm.input else "GRU"
+    arguments: Any = node.args
+    x, states, parameters, biased, layers, _, train, bidirectional, batch_first = arguments
+    per, directions = 4 if biased else 2, 2 if bidirectional else 1
+    if train or len(parameters) != per * directions * layers:  # a projection has one more for each cell
+        return None
+    cells = []
+    for start in range(0, len(parameters), per):
+        input_weight, hidden_weight = (find_int8(each, constant) for each in parameters[start : start + 2])
+        biases = [constant(each) for each in parameters[start + 2 : start + per]] if biased else [None, None]
+        if input_weight is None or hidden_weight is None or input_weight.axis or hidden_weight.axis:
+            return None
+        if biased and None in [None if each is None else True for each in biases]:
+            return None
+        cells.append((input_weight, hidden_weight, biases[0], biases[1]))
+    return Recurrent(
+        kind=kind,
+        x=x,
+        source=find_dynamic(x),
+        states=tuple(states) if kind == "LSTM" else (states,),
+        cells=tuple(cells),
+        layers=layers,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear layer on an int8 or int4 weight; `source` as in `Recurrent`."""
+
+    x: Node
+    source: Node | None
+    weight: Int8Weight | Int4Weight
+    bias: Node | None
+
+
+def find_linear(node: Node, constant: Constant) -> Linear | None:
+    """The linear layer that `node` computes, if its weight is stored as integers and its input has no fixed scale."""
+    if node.target is not aten.linear.default:
+        return None
+    arguments: Any = node.args
+    x, stored, bias = (*arguments, None)[:3]
+    weight: Int8Weight | Int4Weight | None = find_int8(stored, constant) or find_int4(stored, constant)
+    source = find_dynamic(x)
+    if weight is None or (isinstance(weight, Int8Weight) and (weight.axis or weight.values.dim() != 2)):
+        return None
+    if source is None and isinstance(x.target, torch._ops.OpOverload) and "dequantize_per_tensor" in x.target.name():
+        return None
+    return Linear(x=x, source=source, weight=weight, bias=bias)
+
+
+def is_dynamic(graph: torch.fx.Graph) -> bool:
+    """Does the graph choose scales while it runs?"""
+    return any(_calls(node, "quantized_decomposed::choose_qparams", "tensor") for node in graph.nodes)
+
+
+def _calls(node: Any, name: str, overload: str) -> bool:
+    """Does the node call this operation? By name: it may not be registered here."""
+    if not isinstance(node, Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return bool(node.target.name() == (f"{name}.{overload}" if overload else name))
+
+
+def find_int4(node: Any, constant: Constant) -> Int4Weight | None:
+    """The int4 weight that ends in `node`, if one does: the chain that `torchslim.quantize.weight_only` emits."""
+    shape = _static_shape(node)
+    if shape is None:
+        return None
+    node = _back(node, VIEWS)
+    if _is(node, (aten.slice.Tensor,)):
+        if tuple(node.args[1:3]) != (1, 0):
+            return None
+        node = node.args[0]
+    product = _back(node, VIEWS)
+    if not _is(product, (aten.mul.Tensor,)):
+        return None
+    difference, unsqueezed = product.args
+    if not _is(difference, (aten.sub.Tensor,)) or difference.args[1] != 8 or difference.kwargs.get("alpha", 1) != 1:
+        return None
+    stacked = _back(_back(difference.args[0], CASTS), VIEWS)
+    if not _is(unsqueezed, (aten.unsqueeze.default,)) or not _is(stacked, (aten.stack.default,)):
+        return None
+    source = _halved(stacked)
+    packed = None if source is None else constant(source)
+    scale = constant(unsqueezed.args[0])
+    if packed is None or scale is None or packed.dtype != torch.uint8 or scale.dim() != 2:
+        return None
+    return Int4Weight(packed=packed, scale=scale, shape=shape)
+
+
+def int4_weights(graph: torch.fx.Graph, constant: Constant) -> dict[Node, Int4Weight]:
+    """The last node of each chain that gives an int4 weight."""
+    found = {node: find_int4(node, constant) for node in graph.nodes}
+    # the views that a chain ends in give the weight in other shapes
+    return {
+        node: weight
+        for node, weight in found.items()
+        if weight is not None and not all(found.get(user) for user in node.users)
+    }
+
+
+def _halved(stacked: Any) -> Node | None:
+    """The bytes whose low and high halves a node stacks, if it does."""
+    parts = stacked.args[0]
+    axis = stacked.args[1] if len(stacked.args) > 1 else 0
+    if len(parts) != 2 or axis not in (-1, 2):
+        return None
+    low, high = parts
+    masks = _is(low, (aten.bitwise_and.Scalar,)) and low.args[1] == 15
+    shifts = _is(high, (aten.bitwise_right_shift.Tensor_Scalar,)) and high.args[1] == 4
+    return low.args[0] if masks and shifts and low.args[0] is high.args[0] else None
+
+
+def _is(node: Any, targets: Sequence[Any]) -> bool:
+    return isinstance(node, Node) and node.target in targets
+
+
+def _back(node: Any, targets: Sequence[Any]) -> Any:
+    """What goes into a row of such operations."""
+    while _is(node, targets):
+        node = node.args[0]
+    return node
+
+
+def _static_shape(node: Any) -> tuple[int, ...] | None:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape) or value.dim() < 2:
+        return None
+    return tuple(value.shape)

@@ -1,0 +1,283 @@
+"""The integer kernels of ONNX Runtime that QDQ patterns do not reach: dynamic linear and LSTM, weights of 8 and 4 bits.
+
+A program is rewritten before its export, where the forms that `torchslim.packed` knows can be told apart for certain.
+Weights are reordered as integers, so that the file holds them as integers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from torchslim.packed import Int4Weight, Linear, Recurrent, find_linear, find_recurrent, int4_weights
+
+MICROSOFT = "com.microsoft::"
+PACKED = "Int4Weight"  # our own marker: the passes over the ONNX model replace it
+GATES = (0, 3, 1, 2)  # ONNX has i, o, f, c; torch i, f, g, o
+BLOCKS = (128, 64, 32, 16)  # how many weights of 8 bits share a scale in MatMulNBits: larger is faster
+GROUPS = (16, 32, 64, 128, 256)  # what it takes with 4 bits
+ACCURACY = 4  # MatMulNBits may round a block of activations to 8 bits: twice as fast as float, 46 dB and more
+SHARED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
+
+
+def lower(program: ExportedProgram) -> ExportedProgram:
+    """The program with the operations of ONNX Runtime where it has better ones; the same one where it has not."""
+    editor = Editor(program)
+    for node in list(editor.graph.nodes):
+        linear, recurrent = find_linear(node, editor.constant), find_recurrent(node, editor.constant)
+        if linear is not None:
+            _linear(editor, node, linear)
+        elif recurrent is not None and recurrent.kind == "LSTM" and recurrent.source is not None:
+            _lstm(editor, node, recurrent)
+    editor.graph.eliminate_dead_code()
+    # what is left: convolutions, recurrent layers, embeddings
+    for node, weight in int4_weights(editor.graph, editor.constant).items():
+        stored = [editor.store(weight.packed, "packed"), editor.store(weight.scale, "scale")]
+        editor.replace(node, _four_bits(weight), stored)
+    return editor.finished()
+
+
+class Editor:
+    """A copy of an exported program that is being rewritten."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.module = copy.deepcopy(program.graph_module)  # operations only: the weights are in the state
+        self.graph = self.module.graph
+        self.state: dict[str, Any] = dict(program.state_dict)
+        signature = program.graph_signature
+        self.specs = list(signature.input_specs)
+        self.stored: dict[str, Tensor] = {}
+        for spec in self.specs:
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+                assert spec.target is not None
+                owner = program.state_dict if spec.target in program.state_dict else program.constants
+                self.stored[spec.arg.name] = owner[spec.target]
+        self.added: dict[tuple[int, str], Node] = {}
+        self.alive: list[Tensor] = []
+        self.changed = False
+        self.activations: dict[Node, Sequence[Node]] = {}
+
+    def constant(self, node: Node) -> Tensor | None:
+        """The stored tensor that a node stands for."""
+        return self.stored.get(node.name) if node.op == "placeholder" else None
+
+    def store(self, value: Tensor, purpose: str, make: Callable[[Tensor], Tensor] = lambda value: value) -> Node:
+        """A node for a tensor made from a stored one; the same one for the same `purpose`."""
+        key = (id(value), purpose)
+        if key not in self.added:
+            first = next(iter(self.graph.nodes))
+            made = make(value).contiguous()
+            mode = next(
+                node.meta["val"].fake_mode for node in self.graph.nodes if hasattr(node.meta.get("val"), "fake_mode")
+            )
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder(f"{purpose}_{len(self.added)}")
+            node.meta["val"] = mode.from_tensor(made, static_shapes=True)
+            self.state[node.name] = made
+            self.stored[node.name] = made
+            spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), target=node.name, persistent=True)
+            self.specs.insert(0, spec)
+            self.added[key] = node
+            self.alive.append(value)  # so that no other tensor gets its id
+        return self.added[key]
+
+    def trace(self, before: Node, function: Callable[..., Any], inputs: Sequence[Node | None]) -> Any:
+        """Insert what `function` does to `inputs`; returns the nodes of what it returns."""
+        given = [each for each in inputs if each is not None]
+        values = [each.meta["val"] for each in given]
+
+        def positional(*tensors: Any) -> Any:
+            rest = iter(tensors)
+            return function(*(None if each is None else next(rest) for each in inputs))
+
+        mode = next(each.fake_mode for each in values if hasattr(each, "fake_mode"))
+        with mode:
+            traced = make_fx(positional)(*values)
+        places = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        old = set(self.graph.nodes)
+        with self.graph.inserting_before(before):
+            result = self.graph.graph_copy(traced.graph, dict(zip(places, given, strict=True)))
+        for node in self.graph.nodes:
+            if node not in old:
+                node.meta |= {key: before.meta[key] for key in SHARED_META if key in before.meta}
+        self.changed = True
+        return result
+
+    def replace(self, node: Node, function: Callable[..., Any], inputs: Sequence[Node | None]) -> None:
+        """Let `function` of `inputs` stand where `node` was."""
+        result = self.trace(node, function, inputs)
+        if isinstance(result, Node):
+            node.replace_all_uses_with(result)
+        else:
+            for user in list(node.users):
+                user.replace_all_uses_with(result[user.args[1]])
+                self.graph.erase_node(user)
+        self.graph.erase_node(node)
+
+    def quantize(self, source: Node) -> Sequence[Node]:
+        """Bytes, scale and zero point of a value: found once, however many layers read it."""
+        if source not in self.activations:
+            inputs = (node for node in self.graph.nodes if node.op != "placeholder")
+            place = next(inputs) if source.op == "placeholder" else source.next
+            self.activations[source] = self.trace(place, _quantized, [source])
+        return self.activations[source]
+
+    def finished(self) -> ExportedProgram:
+        """The rewritten program, without the weights that nothing reads any more."""
+        if not self.changed:
+            return self.program
+        program = self.program
+        self.graph.eliminate_dead_code()
+        used = {node.name for node in self.graph.nodes if node.op != "placeholder" or node.users}
+        kept = [spec for spec in self.specs if spec.kind == InputKind.USER_INPUT or spec.arg.name in used]
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and not node.users and node.name not in {spec.arg.name for spec in kept}:
+                self.graph.erase_node(node)
+        targets = {spec.target for spec in kept}
+        results: Sequence[Any] = self.graph.output_node().args[0]
+        outputs = [
+            replace(spec, arg=TensorArgument(name=result.name)) if isinstance(result, Node) else spec
+            for spec, result in zip(program.graph_signature.output_specs, results, strict=True)
+        ]
+        self.module.recompile()
+        return ExportedProgram(
+            root=self.module,
+            graph=self.graph,
+            graph_signature=ExportGraphSignature(kept, outputs),
+            state_dict={name: value for name, value in self.state.items() if name in targets},
+            range_constraints=program.range_constraints,
+            module_call_graph=program.module_call_graph,
+            constants={name: value for name, value in program.constants.items() if name in targets},
+            verifiers=program.verifiers,
+        )
+
+
+def _linear(editor: Editor, node: Node, found: Linear) -> None:
+    weight = found.weight
+    if isinstance(weight, Int4Weight):
+        if weight.group_size in GROUPS and found.source is None:
+            rows, groups = weight.scale.shape
+            packed = editor.store(weight.packed, "weight", lambda packed: packed.view(rows, groups, -1))
+            sizes = {"K": weight.length, "N": rows, "bits": 4, "block_size": weight.group_size}
+            _nbits(editor, node, found, [packed, editor.store(weight.scale, "scale")], sizes)
+        return
+    rows, columns = weight.values.shape
+    if found.source is not None:
+        stored = [editor.store(weight.values, "weight", Tensor.t), editor.store(weight.scale, "scale", Tensor.float)]
+        editor.replace(node, _integer_product, [*editor.quantize(found.source), *stored, found.bias])
+        return
+    block = next((size for size in BLOCKS if columns % size == 0), None)
+    if block is None:
+        return
+    stored = [
+        editor.store(weight.values, "weight", lambda values: (values.short() + 128).byte().view(rows, -1, block)),
+        editor.store(weight.scale, f"scale_{block}", lambda scale: scale.float()[:, None].repeat(1, columns // block)),
+    ]
+    _nbits(editor, node, found, stored, {"K": columns, "N": rows, "bits": 8, "block_size": block})
+
+
+def _quantized(x: Tensor) -> Sequence[Tensor]:
+    return torch.onnx.ops.symbolic_multi_out(
+        "DynamicQuantizeLinear",
+        (x,),
+        dtypes=(torch.uint8, torch.float32, torch.uint8),
+        shapes=(x.shape, (), ()),
+    )
+
+
+def _integer_product(
+    q: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{MICROSOFT}MatMulIntegerToFloat",
+        (q, weight, scale, weight_scale, zero_point, None, bias),
+        dtype=torch.float32,
+        shape=(*q.shape[:-1], weight.shape[1]),
+        version=1,
+    )
+
+
+def _nbits(editor: Editor, node: Node, found: Linear, stored: Sequence[Node], sizes: dict[str, int]) -> None:
+    def compute(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{MICROSOFT}MatMulNBits",
+            (x, weight, scale, None, None, bias),
+            {**sizes, "accuracy_level": ACCURACY},
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], sizes["N"]),
+            version=1,
+        )
+
+    editor.replace(node, compute, [found.x, *stored, found.bias])
+
+
+def _four_bits(weight: Int4Weight) -> Callable[[Tensor, Tensor], Tensor]:
+    def compute(packed: Tensor, scale: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"torchslim::{PACKED}",
+            (packed, scale),
+            {"shape": list(weight.shape)},
+            dtype=torch.float32,
+            shape=weight.shape,
+            version=1,
+        )
+
+    return compute
+
+
+def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
+    """A dynamic LSTM as one `DynamicQuantizeLSTM` for each layer, which quantizes its input and hidden state itself."""
+    assert found.source is not None
+    directions, hidden = found.directions, found.hidden
+    stored: list[Node | None] = []
+    for layer in range(found.layers):
+        cells = found.cells[layer * directions : (layer + 1) * directions]
+        for weights in ([cell[0] for cell in cells], [cell[1] for cell in cells]):
+            scale = torch.stack([_gates(each.scale.float()) for each in weights])
+            stored += [
+                editor.store(torch.stack([_gates(each.values).t() for each in weights]), "weight"),
+                editor.store(scale, "scale"),
+                editor.store(torch.zeros(scale.shape, dtype=torch.int8), "zero_point"),
+            ]
+        biases = [
+            torch.cat([_gates(each) for each in cell[2:] if each is not None]) for cell in cells if cell[2] is not None
+        ]
+        stored.append(editor.store(torch.stack(biases), "bias") if biases else None)
+
+    def compute(x: Tensor, h: Tensor, c: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = x.transpose(0, 1) if found.batch_first else x
+        finals = []
+        for layer in range(found.layers):
+            w, w_scale, w_zero, r, r_scale, r_zero, bias = rest[7 * layer : 7 * layer + 7]
+            own = slice(layer * directions, (layer + 1) * directions)
+            steps, batch = y.shape[:2]
+            y, *last = torch.onnx.ops.symbolic_multi_out(
+                f"{MICROSOFT}DynamicQuantizeLSTM",
+                (y, w, r, bias, None, h[own], c[own], None, w_scale, w_zero, r_scale, r_zero),
+                {"direction": "bidirectional" if found.bidirectional else "forward", "hidden_size": hidden},
+                dtypes=(torch.float32,) * 3,
+                shapes=((steps, directions, batch, hidden), *[(directions, batch, hidden)] * 2),
+                version=1,
+            )
+            y = y.transpose(1, 2).reshape(steps, batch, directions * hidden)
+            finals.append(last)
+        h, c = (torch.cat([each[index] for each in finals]) for index in range(2))
+        return y.transpose(0, 1) if found.batch_first else y, h, c
+
+    editor.replace(node, compute, [found.source, *found.states, *stored])
+
+
+def _gates(rows: Tensor) -> Tensor:
+    """Rows of torch's gates in ONNX's order."""
+    parts = rows.chunk(4)
+    return torch.cat([parts[index] for index in GATES])

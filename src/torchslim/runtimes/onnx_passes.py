@@ -1,0 +1,243 @@
+"""What is changed in an exported ONNX model before it is saved, so that ONNX Runtime computes it as it is meant.
+
+Weights that the runtime is to hold as floats are written as integers with a Cast and a Mul: ONNX Runtime computes
+these once, when it loads the model, where it would run a DequantizeLinear at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchslim.errors import ExportError
+from torchslim.packed import is_dynamic
+from torchslim.runtimes.onnx_kernels import PACKED
+
+MOVES = ("Transpose", "Reshape", "Unsqueeze", "Slice", "Concat", "Squeeze", "Split")  # keep values as they are
+BYTES = ("INT8", "UINT8")
+
+
+def translations(graph: torch.fx.Graph) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How operations are exported that torch has no translation of."""
+    if not is_dynamic(graph):
+        return {}
+    from onnxscript import opset18 as op
+
+    quantized = torch.ops.quantized_decomposed
+
+    def choose(x: Any, low: int, high: int, eps: float, dtype: int) -> Any:
+        if (low, high) != (0, 255):
+            raise ExportError(f"ONNX quantizes dynamically to 0 ... 255 alone, got {low} ... {high}")
+        _, scale, zero_point = op.DynamicQuantizeLinear(x)
+        return scale, zero_point
+
+    def quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, dtype: int) -> Any:
+        return op.QuantizeLinear(x, scale, zero_point)
+
+    def dequantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, dtype: int) -> Any:
+        return op.DequantizeLinear(x, scale, zero_point)
+
+    return {
+        quantized.choose_qparams.tensor: choose,
+        quantized.quantize_per_tensor.tensor: quantize,
+        quantized.dequantize_per_tensor.tensor: dequantize,
+    }
+
+
+def finish(proto: Any) -> None:
+    """All passes, and no constant left that nothing reads."""
+    graph = Graph(proto.graph)
+    integer_biases(graph)
+    float_weights(graph)
+    four_bit_weights(graph)
+    if graph.changed:
+        graph.write()
+    kept = [each for each in proto.opset_import if each.domain != "torchslim"]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+
+
+@dataclass
+class Graph:
+    """The nodes of an ONNX graph in order, and who makes, reads and stores what."""
+
+    proto: Any
+    nodes: list[Any] = field(init=False)
+    constants: dict[str, Any] = field(init=False)
+    changed: bool = False
+
+    def __post_init__(self) -> None:
+        self.nodes = list(self.proto.node)
+        self.constants = {each.name: each for each in self.proto.initializer}
+
+    def makers(self) -> Mapping[str, Any]:
+        """The node that makes each value."""
+        return {name: node for node in self.nodes for name in node.output}
+
+    def array(self, name: str) -> Any:
+        """The numbers of a constant."""
+        from onnx import numpy_helper
+
+        return numpy_helper.to_array(self.constants[name])
+
+    def store(self, array: Any, name: str) -> str:
+        """A new constant."""
+        from onnx import numpy_helper
+
+        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return name
+
+    def insert(self, before: Any, *nodes: Any) -> None:
+        """Put nodes in front of another."""
+        place = next(index for index, node in enumerate(self.nodes) if node is before)
+        self.nodes[place:place] = nodes
+        self.changed = True
+
+    def replace(self, node: Any, *nodes: Any) -> None:
+        """Put nodes in the place of another."""
+        self.insert(node, *nodes)
+        self.nodes = [each for each in self.nodes if each is not node]
+
+    def write(self) -> None:
+        """Change the model."""
+        nodes, proto = [type(node).FromString(node.SerializeToString()) for node in self.nodes], self.proto
+        read = {name for node in nodes for name in node.input} | {each.name for each in proto.output}
+        constants = [each for name, each in self.constants.items() if name in read]
+        constants = [type(each).FromString(each.SerializeToString()) for each in constants]
+        del proto.node[:], proto.initializer[:]
+        proto.node.extend(nodes)
+        proto.initializer.extend(constants)
+
+
+def integer_biases(graph: Graph) -> None:
+    """Give the biases of quantized layers as integers, at the scale of the products that they are added to.
+
+    ONNX Runtime runs a Gemm with a float output (a network's last layer) in float otherwise. It has a pass that does so
+    where the output is quantized, but that pass quantizes the weights of layers that were left in float, too.
+    """
+    from onnx import helper
+
+    dequantized = {node.output[0]: node for node in graph.nodes if node.op_type == "DequantizeLinear"}
+    for node in list(graph.nodes):
+        if node.op_type not in ("Gemm", "Conv") or len(node.input) != 3:
+            continue
+        if any(each not in dequantized for each in node.input[:2]):
+            continue
+        scales = [dequantized[each].input[1] for each in node.input[:2]]
+        if node.input[2] not in graph.constants or any(each not in graph.constants for each in scales):
+            continue
+        # in float64: the product of two small scales must not vanish before it is divided by
+        left, right = (graph.array(each).astype(np.float64) for each in scales)
+        steps = np.rint(graph.array(node.input[2]) / (left * right)).clip(-(2**31) + 1, 2**31 - 1)
+        integers = graph.store(steps.astype(np.int32), f"{node.name}_bias")
+        scale = graph.store((left * right).astype(np.float32), f"{node.name}_bias_scale")
+        axis = {"axis": 0} if right.ndim else {}
+        name = f"{node.name}_bias_float"
+        graph.insert(node, helper.make_node("DequantizeLinear", [integers, scale], [name], name=name, **axis))
+        node.input[2] = name
+
+
+def float_weights(graph: Graph) -> None:
+    """Weights that no integer kernel will read: computed once at load instead of at every call."""
+    from onnx import TensorProto, helper
+
+    makers, readers = graph.makers(), _readers(graph)
+    kinds = [TensorProto.DataType.Value(each) for each in BYTES]
+    for node in list(graph.nodes):
+        weight = graph.constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if weight is None or weight.data_type not in kinds or node.input[1] not in graph.constants:
+            continue
+        if len(node.input) > 2 and (node.input[2] not in graph.constants or graph.array(node.input[2]).any()):
+            continue
+        if any(_quantized_inputs(user, makers, graph) for user in _users(node, readers)):
+            continue
+        axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
+        scale = graph.array(node.input[1])
+        if scale.ndim:
+            scale = scale.reshape([-1 if each == axis % len(weight.dims) else 1 for each in range(len(weight.dims))])
+        name = node.output[0]
+        stored = graph.store(scale.astype(np.float32), f"{name}_scale")
+        cast = helper.make_node("Cast", [weight.name], [f"{name}_cast"], name=f"{name}_cast", to=TensorProto.FLOAT)
+        graph.replace(node, cast, helper.make_node("Mul", [f"{name}_cast", stored], [name], name=node.name))
+
+
+def _readers(graph: Graph) -> Mapping[str, list[Any]]:
+    readers: dict[str, list[Any]] = {}
+    for node in graph.nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _users(node: Any, readers: Mapping[str, list[Any]]) -> Iterator[Any]:
+    """Who computes with what a node makes, wherever it is moved to."""
+    for name in node.output:
+        for user in readers.get(name, ()):
+            if user.op_type in MOVES:
+                yield from _users(user, readers)
+            else:
+                yield user
+
+
+def _quantized_inputs(node: Any, makers: Mapping[str, Any], graph: Graph) -> bool:
+    """Does the node read an activation with a fixed scale? Then the runtime has an integer kernel for it."""
+    for name in node.input:
+        maker = makers.get(name)
+        while maker is not None and maker.op_type in MOVES:
+            maker = makers.get(maker.input[0])
+        if maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] not in graph.constants:
+            return maker.input[1] in graph.constants
+    return False
+
+
+def four_bit_weights(graph: Graph) -> None:
+    """Two values of a byte taken apart, in operations that every version of ONNX Runtime computes at load."""
+    from onnx import TensorProto, helper
+
+    for node in list(graph.nodes):
+        if node.op_type != PACKED or node.domain != "torchslim":
+            continue
+        packed, scale = node.input
+        shape = next(list(each.ints) for each in node.attribute if each.name == "shape")
+        rows, groups = graph.constants[scale].dims
+        size, length, name = 2 * graph.constants[packed].dims[1] // groups, int(np.prod(shape[1:])), node.output[0]
+        numbers = {
+            "mask": np.uint8(15),
+            "four": np.uint8(4),
+            "eight": np.float32(8),
+            "last": np.array([-1]),
+            "groups": np.array([rows, groups, size]),
+            "row": np.array([rows, groups * size]),
+            "shape": np.array(shape),
+            "start": np.array([0]),
+            "end": np.array([length]),
+            "axis": np.array([1]),
+            "scale": graph.array(scale)[:, :, None],
+        }
+        for key, value in numbers.items():
+            graph.store(value, f"{name}_{key}")
+
+        def step(operation: str, inputs: list[str], output: str, name: str = name, **attributes: Any) -> Any:
+            named = [each[1:] if each.startswith("=") else f"{name}_{each}" for each in inputs]
+            made = f"{name}_{output}" if output else name
+            return helper.make_node(operation, named, [made], name=made, **attributes)
+
+        graph.replace(
+            node,
+            step("BitwiseAnd", [f"={packed}", "mask"], "low"),
+            step("BitShift", [f"={packed}", "four"], "high", direction="RIGHT"),
+            step("Unsqueeze", ["low", "last"], "lows"),
+            step("Unsqueeze", ["high", "last"], "highs"),
+            step("Concat", ["lows", "highs"], "pairs", axis=-1),
+            step("Reshape", ["pairs", "groups"], "grouped"),
+            step("Cast", ["grouped"], "cast", to=TensorProto.FLOAT),
+            step("Sub", ["cast", "eight"], "centred"),
+            step("Mul", ["centred", "scale"], "scaled"),
+            step("Reshape", ["scaled", "row"], "rows"),
+            step("Slice", ["rows", "start", "end", "axis"], "cut"),
+            step("Reshape", ["cut", "shape"], ""),
+        )
