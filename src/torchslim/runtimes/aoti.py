@@ -55,6 +55,9 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
             f"aoti: {len(waiting)} integer weights have no integer kernel and are dequantized in every call; runtime "
             "'inductor' does so once"
         )
+    shifts = (node.target is aten.bitwise_right_shift.Tensor_Scalar for node in program.graph.nodes)
+    if settings.get("freezing", True) and any(shifts):
+        spec.notes.append("aoti: 4-bit weights beside layers with integer kernels are stored as floats")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
         try:
