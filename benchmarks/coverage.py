@@ -7,8 +7,6 @@ a killed benchmark goes on where it stopped; benchmarks/coverage.md is written f
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -21,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torchslim
+from benchmarks.rows import Row, append, load, version
 from torchslim.machine import describe_machine
 
 HERE = Path(__file__).parent
@@ -34,36 +32,6 @@ COLUMNS = (
     "model", "side", "counts", "verified", "parameters", "ratio", "MACs", "ratio", "seconds", "peak MiB", "batch 1",
     "batch 3", "shapes", "backward", "as zeroed",
 )  # fmt: skip
-Row = dict[str, Any]
-
-
-def version(side: str) -> str:
-    """What the side's rows are of: a hash of our source, or the peer's release."""
-    if side == "peer":
-        return f"torch-pruning {importlib.metadata.version('torch-pruning')}"
-    digest = hashlib.sha256()
-    root = Path(torchslim.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
-def load(path: Path = ROWS) -> list[Row]:
-    """The rows so far; a last line that a kill cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def append(row: Row, path: Path = ROWS) -> None:
-    """Add a row, on a line of its own whatever a kill left before it."""
-    cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with path.open("a") as file:
-        file.write("\n" * cut + json.dumps(row) + "\n")
 
 
 def latest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:

@@ -23,7 +23,9 @@ from benchmarks.zoo import Entry, Inputs
 from torchslim.measure import macs, parameters
 from torchslim.task import call
 
-OURS = {"sparsity": 0.5, "of": "channels", "scope": "layer", "round_to": 1, "min_channels": 1}
+OURS = {
+    "sparsity": 0.5, "of": "channels", "scope": "layer", "criterion": "l2", "round_to": 1, "min_channels": 1
+}  # fmt: skip
 SMALLER = 1.5  # times fewer parameters before a model counts
 BATCH = 3
 

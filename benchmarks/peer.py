@@ -67,6 +67,30 @@ def ways(model: nn.Module) -> tuple[str, ...]:
     return ("whole heads", "part of each head") if decoder else ("part of each head", "whole heads")
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The peer's pruner of a model, its dependency graph built, and what has to be mended after it."""
+
+    model: Any
+    pruner: Any
+    found: list[Attention]
+    widths: Mapping[int, tuple[int, int]]
+    first: bool  # torchvision's ViT
+
+    def prune(self, trace: Callable[[Any, Any], None] | None = None) -> nn.Module:
+        """Half of the channels of every layer gone, in place; `trace` sees every group before it is pruned."""
+        for group in self.pruner.step(interactive=True):
+            if trace is not None:
+                trace(self.pruner.DG, group)
+            group.prune()
+        if self.first:
+            self.model.hidden_dim = self.model.conv_proj.out_channels
+        for each in self.found:
+            _mend(each, self.pruner.num_heads, *self.widths[id(each.module)])
+        self.model.zero_grad()
+        return self.model  # type: ignore[no-any-return]
+
+
 def prune_with_peer(
     model: nn.Module, inputs: Inputs, way: str = "plain", trace: Callable[[Any, Any], None] | None = None
 ) -> nn.Module:
@@ -77,6 +101,20 @@ def prune_with_peer(
         inputs: as the model takes them.
         way: one of `ways`; its examples for LLMs drop whole heads, those for ViTs a part of each head.
         trace: called with the dependency graph and each group before it is pruned.
+    """
+    return prepare_peer(model, inputs, way).prune(trace)
+
+
+def prepare_peer(
+    model: nn.Module, inputs: Inputs, way: str = "plain", ignored: list[nn.Module] | None = None
+) -> Prepared:
+    """The pruner as the peer's examples build it.
+
+    Args:
+        model: as for `prune_with_peer`, as are the inputs and the way.
+        inputs: see there.
+        way: see there.
+        ignored: the output layers where they are known, which its examples write down; else found by a run.
     """
     import torch_pruning as tp
 
@@ -98,7 +136,7 @@ def prune_with_peer(
         inputs if isinstance(inputs, dict) else list(inputs),
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=RATIO,
-        ignored_layers=output_layers(model, inputs, way),
+        ignored_layers=output_layers(model, inputs, way) if ignored is None else ignored,
         num_heads=dict(heads),
         prune_num_heads=whole_heads,
         prune_head_dims=not whole_heads,
@@ -108,16 +146,7 @@ def prune_with_peer(
         output_transform=_differentiable,
         round_to=model.encoder.layers[0].num_heads if first else None,
     )
-    for group in pruner.step(interactive=True):
-        if trace is not None:
-            trace(pruner.DG, group)
-        group.prune()
-    if first:
-        model.hidden_dim = model.conv_proj.out_channels
-    for each in found:
-        _mend(each, pruner.num_heads, *widths[id(each.module)])
-    model.zero_grad()
-    return model
+    return Prepared(model, pruner, found, widths, first)
 
 
 def _mend(attention: Attention, heads: Mapping[nn.Module, int], width: int, size: int) -> None:

@@ -50,7 +50,9 @@ from torchslim.quantize import static
 from torchslim.runtimes.pt2 import load_program, pack_program
 from torchslim.state import pack_masks, unpack_masks
 
-KINDS = ("eager-float", "eager-int8", "onnxruntime-float", "onnxruntime-int8")
+KINDS = (
+    "eager-float", "eager-int8", "onnxruntime-float", "onnxruntime-int8", "openvino-float", "openvino-int8",
+)  # fmt: skip
 
 
 def images(count: int = 4) -> Tensor:
@@ -96,7 +98,7 @@ for kind in sys.argv[2:]:
 def test_outputs_in_a_fresh_process_are_bitwise_the_same(saved: Path) -> None:
     done = fresh_python(FRESH, saved, *KINDS)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:4] == [f"{kind} True" for kind in KINDS]
+    assert done.stdout.splitlines() == [f"{kind} True" for kind in KINDS]
 
 
 def test_an_artifact_compiles_for_another_runtime(saved: Path) -> None:
@@ -108,11 +110,14 @@ def test_an_artifact_compiles_for_another_runtime(saved: Path) -> None:
         ts.load(saved / "eager-int8", runtime="tensorrt")
 
 
-def test_a_loaded_artifact_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
-    first = ts.load(saved / "onnxruntime-int8")
+@pytest.mark.parametrize(
+    ("kind", "names"), [("onnxruntime-int8", ["model.onnx"]), ("openvino-int8", ["model.xml", "model.bin"])]
+)
+def test_a_loaded_artifact_can_be_saved_again(kind: str, names: list[str], saved: Path, tmp_path: Path) -> None:
+    first = ts.load(saved / kind)
     ts.save(first, tmp_path / "again")
-    for name in ("model.onnx", "model.pt2"):
-        assert (tmp_path / "again" / name).read_bytes() == (saved / "onnxruntime-int8" / name).read_bytes()
+    for name in (*names, "model.pt2"):
+        assert (tmp_path / "again" / name).read_bytes() == (saved / kind / name).read_bytes()
     assert ts.load(tmp_path / "again").spec == first.spec
 
 
@@ -636,10 +641,11 @@ def test_another_instruction_set_is_warned_of(saved: Path, monkeypatch: pytest.M
         ts.load(saved / "eager-float")
 
 
-def test_a_missing_runtime_says_what_to_install(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(RuntimeUnavailable, match="pip install"):
-        ts.load(saved / "onnxruntime-float")
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_missing_runtime_says_what_to_install(name: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RuntimeUnavailable, match=rf"pip install 'torchslim\[{name}\]'"):
+        ts.load(saved / f"{name}-float")
 
 
 def test_timings_become_rows() -> None:
@@ -672,8 +678,8 @@ def bench(folder: Path, *arguments: str, poisoned: tuple[str, ...] = ()) -> dict
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ["onnxruntime-float", "onnxruntime-int8"])
-def test_an_onnx_artifact_is_timed_without_torch(kind: str, saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["onnxruntime-float", "onnxruntime-int8", "openvino-float", "openvino-int8"])
+def test_an_artifact_of_another_runtime_is_timed_without_torch(kind: str, saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved / kind, tmp_path / "moved")
     found = bench(folder, "--batch", "4", "--threads", "1", poisoned=("torch", "torchslim", "torchao"))
     assert found["largest_difference_to_recorded_outputs"] == 0

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+import torchslim
 from benchmarks import coverage, zoo
 from benchmarks.one_model import TimeLimit, _timed, check, counts
 from benchmarks.outputs import main_outputs, repeated, shapes
+from benchmarks.rows import append, load, version
 from tests import models
 
 MACHINE = {"processor": "a processor", "threads": 2, "versions": {"torch": "2.0"}}
@@ -55,20 +57,20 @@ def test_the_newest_row_is_shown():
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row()) + "\n" + json.dumps(row("timm/b"))[:40])
-    assert [each["model"] for each in coverage.load(path)] == ["timm/a"]
-    coverage.append(row("timm/b"), path)
-    assert [each["model"] for each in coverage.load(path)] == ["timm/a", "timm/b"]
-    assert coverage.load(tmp_path / "none.jsonl") == []
+    assert [each["model"] for each in load(path)] == ["timm/a"]
+    append(row("timm/b"), path)
+    assert [each["model"] for each in load(path)] == ["timm/a", "timm/b"]
+    assert load(tmp_path / "none.jsonl") == []
 
 
 def test_our_version_follows_the_source(tmp_path, monkeypatch):
     (tmp_path / "__init__.py").write_text("")
     (tmp_path / "a.py").write_text("x = 1")
-    monkeypatch.setattr(coverage.torchslim, "__file__", str(tmp_path / "__init__.py"))
-    first = coverage.version("ours")
-    assert coverage.version("ours") == first
+    monkeypatch.setattr(torchslim, "__file__", str(tmp_path / "__init__.py"))
+    first = version("ours")
+    assert version("ours") == first
     (tmp_path / "a.py").write_text("x = 2")
-    assert coverage.version("ours") != first
+    assert version("ours") != first
 
 
 @pytest.mark.parametrize(

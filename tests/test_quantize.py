@@ -20,7 +20,7 @@ from tests.deployment_models import Prediction, Recurrent, TokenClassifier, trai
 from torchslim import machine
 from torchslim.errors import DeployError, ExportError, QuantizeError
 from torchslim.quantize import Quantize, QuantizedModule, sqnr, static
-from torchslim.quantize.ptq import _quantize
+from torchslim.quantize.flow import convert, prepare
 from torchslim.quantize.schemes import weight_range
 from torchslim.runtimes import Deployed, deploy
 from torchslim.steps import fingerprint
@@ -46,6 +46,13 @@ def quantized(model: nn.Module) -> QuantizedModule:
 @pytest.fixture(scope="module")
 def deployed(quantized: nn.Module) -> Deployed:
     return deploy(quantized, (images(2),))
+
+
+def recorded(model: nn.Module, inputs: tuple[Any, ...], runtime: str) -> tuple[QuantizedModule, Any]:
+    """A quantized model, and what was recorded about its layers."""
+    prepared = prepare(model, inputs, runtime=runtime)
+    prepared.calibrate([inputs])
+    return convert(prepared), prepared.records
 
 
 def stored_integers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -249,7 +256,7 @@ def test_torchvision_networks_run_on_integers_alone(name: str, tmp_path: Any) ->
     layers = {path for path, each in network.named_modules() if isinstance(each, (nn.Conv2d, nn.Linear))}
     before = fingerprint(network.state_dict())
 
-    quantized, records = _quantize(network, [(images(8, 64),)], "int8", "onnxruntime")
+    quantized, records = recorded(network, (images(8, 64),), "onnxruntime")
     deployed = deploy(quantized, (images(2, 64),))
 
     assert {record.layer for record in records if record.action == "quantized"} == layers
@@ -329,13 +336,15 @@ def test_records_name_the_layers_of_a_model_with_a_dataclass_output() -> None:
         def forward(self, x: Tensor) -> Prediction:
             return Prediction(self.up(self.model(x)))
 
-    quantized, records = _quantize(Wrapped().eval(), [(images(4),)], "int8", "eager")
+    quantized, records = recorded(Wrapped().eval(), (images(4),), "eager")
     assert isinstance(quantized(images(2)), Prediction)
     by_layer = {record.layer: record for record in records}
     assert by_layer["model"].action == "quantized"
     assert (by_layer["model"].weight_bits, by_layer["model"].activation_bits) == (8, 8)
-    assert by_layer["up"].action == "refused"
-    assert "conv_transpose2d" in by_layer["up"].reason
+    assert by_layer["up"].action == "quantized"
+    on_runtime = {record.layer: record for record in recorded(Wrapped().eval(), (images(4),), "onnxruntime")[1]}
+    assert (on_runtime["up"].weight_bits, on_runtime["up"].activation_bits) == (8, None)
+    assert "ONNX Runtime has no integer kernel" in on_runtime["up"].reason
 
 
 def test_one_weight_in_two_places_is_stored_once() -> None:
@@ -418,8 +427,8 @@ def test_batches_of_other_sizes_are_refused(model: nn.Module) -> None:
 
 
 def test_nothing_to_quantize_says_why() -> None:
-    with pytest.raises(QuantizeError, match="finds nothing to quantize .*lstm.* has no integer kernel") as caught:
-        static(nn.LSTM(6, 4, batch_first=True), [(torch.randn(3, 7, 6),)])
+    with pytest.raises(QuantizeError, match="finds nothing to quantize .*bilinear has no integer kernel") as caught:
+        static(nn.Bilinear(6, 6, 4), [(torch.randn(3, 6), torch.randn(3, 6))])
     assert "leave the quantization out" in str(caught.value)
     with pytest.raises(QuantizeError, match="no layer has weights"):
         static(nn.ReLU(), [(images(2),)])
@@ -436,27 +445,47 @@ def test_half_precision_quantizes_and_double_says_what_to_do() -> None:
         static(nn.Conv2d(3, 4, 3).double(), [(x.double(),)])
 
 
-def test_a_weight_that_is_computed_is_refused_and_the_rest_goes_on() -> None:
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3))
-    _, records = _quantize(model.eval(), [(torch.randn(8, 4),)], "int8", "eager")
-    by_layer = {record.layer: record for record in records}
-    assert by_layer["0"].reason == "its weight is computed, not stored"
-    assert by_layer["2"].action == "quantized"
+def test_a_weight_that_is_computed_is_folded_or_refused() -> None:
+    class FromInput(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.first.weight * x.mean()
+            return self.last(nn.functional.linear(x, weight))
+
+    x = torch.randn(8, 4)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3)).eval()
+    quantized, records = recorded(normed, (x,), "eager")
+    assert [(record.layer, record.action) for record in records] == [("0", "quantized"), ("2", "quantized")]
+    assert len(stored_integers(quantized)) == 2, "stored as integers, not computed at each call"
+    assert sqnr(normed(x), quantized(x)) > 25
+    _, records = recorded(FromInput().eval(), (x,), "eager")
+    reasons = {record.layer: (record.action, record.reason) for record in records}
+    assert ("refused", "its weight is computed from the input, not stored") in reasons.values()
+    assert reasons["last"][0] == "quantized"
 
 
 def test_schemes_and_modes_are_checked() -> None:
-    with pytest.raises(QuantizeError, match="scheme 'int3' is not known; one of int8"):
+    with pytest.raises(QuantizeError, match="scheme 'int3' is not known; did you mean 'int8'"):
         Quantize("int3")
-    with pytest.raises(QuantizeError, match="mode must be 'ptq'"):
-        Quantize(mode="qat")  # type: ignore[arg-type]
+    with pytest.raises(QuantizeError, match="mode must be 'ptq' or 'qat', got 'later'"):
+        Quantize(mode="later")  # type: ignore[arg-type]
+    with pytest.raises(QuantizeError, match="observer 'max' is not known; one of min-max"):
+        Quantize(observer="max")
+    with pytest.raises(QuantizeError, match="belong to mode='qat'"):
+        Quantize(learned_step=True)
 
 
 def test_a_recurrent_network_is_quantized_where_it_can_be() -> None:
-    quantized, records = _quantize(Recurrent("LSTM").eval(), [(torch.randn(3, 7, 6),)], "int8", "onnxruntime")
+    quantized, records = recorded(Recurrent("LSTM").eval(), (torch.randn(3, 7, 6),), "onnxruntime")
     assert [(record.layer, record.action) for record in records] == [
-        ("rnn", "refused"),
+        ("rnn", "quantized"),
         ("head", "quantized"),
     ]
+    assert records[0].activation_bits is None
+    assert "no runtime computes it with static ranges" in records[0].reason
     assert torch.isfinite(quantized(torch.randn(2, 7, 6))).all()
 
 
@@ -466,8 +495,9 @@ def test_a_recurrent_network_is_quantized_where_it_can_be() -> None:
 @pytest.mark.parametrize(
     ("instructions", "runtime", "expected"),
     [
-        ("avx2", "onnxruntime", (-64, 63)),
-        ("avx512", "inductor", (-64, 63)),
+        ("avx2", "onnxruntime", (-63, 63)),
+        ("avx512", "inductor", (-63, 63)),
+        ("avx2", "openvino", (-63, 63)),
         ("avx2", "eager", (-127, 127)),
         ("avx512-vnni", "onnxruntime", (-127, 127)),
         ("avx-vnni", "inductor", (-127, 127)),

@@ -120,7 +120,7 @@ def make_run(*, metric: str = "accuracy", unit: str = "%") -> dict[str, Any]:
                     "epochs": 4,
                     "response": {"do": "kd", "temperature": 4.0},
                 },
-                {"do": "torchslim.quantize.ptq:Quantize", "scheme": "int8", "mode": "ptq"},
+                {"do": "torchslim.quantize.step:Quantize", "scheme": "int8", "mode": "ptq"},
             ],
             "target": {"runtime": "onnxruntime", "threads": None},
             "seed": 0,
@@ -470,8 +470,8 @@ def test_page_shows_layers_with_bits_sparsity_and_reasons() -> None:
     assert shown["layer4.conv"][1]["data-value"] == "0.5"
     assert shown["layer4.conv"][2]["data-value"] == "8"
     assert shown["layer7.conv"][2]["text"] == "float"
-    assert "no int8 kernel" in shown["layer7.conv"][4]["text"]
-    assert "refused by prune: its 3 input channels" in re.sub(r"\s+", " ", shown["conv1"][4]["text"])
+    assert "no int8 kernel" in shown["layer7.conv"][6]["text"]
+    assert "refused by prune: its 3 input channels" in re.sub(r"\s+", " ", shown["conv1"][6]["text"])
 
 
 def test_page_shows_the_history_of_training() -> None:

@@ -30,7 +30,7 @@ from torchslim.steps import fingerprint
 from torchslim.task import call, predictor
 
 ARCHITECTURES = architectures()
-WITH_FILES = ("eager", "onnxruntime")
+WITH_FILES = ("eager", "onnxruntime", "openvino")  # and aoti, which compiles for long: test_aoti.py
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +217,15 @@ def test_a_pt2_file_runs_without_torchslim(deployed: Any) -> None:
 def test_the_saved_file_is_the_payload(runtime: str, deployed: Any, tmp_path: Path) -> None:
     found = deployed["conv", runtime]
     path = found.save(tmp_path / f"model{find_runtime(runtime).suffix}")
-    assert path.read_bytes() == found.payload
-    assert path.stat().st_size == found.size_bytes
+    assert {each.suffix: each.read_bytes() for each in tmp_path.iterdir()} == found.files
+    assert sum(each.stat().st_size for each in tmp_path.iterdir()) == found.size_bytes
     assert f"{found.size_bytes:,} bytes" in repr(found)
+    assert path.read_bytes() == next(iter(found.files.values()))
+
+
+def test_the_first_of_several_files_is_named(deployed: Any, tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="'openvino' writes .xml and .bin; name the first of them"):
+        deployed["conv", "openvino"].save(tmp_path / "model.onnx")
 
 
 def test_a_dataclass_comes_back_as_itself(deployed: Any) -> None:
@@ -234,11 +240,12 @@ def test_half_precision_runs_where_the_runtime_has_it() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).bfloat16()
     x = torch.randn(3, 4).bfloat16()
     assert torch.allclose(deploy(model, (x,), runtime="eager")(x), model(x), atol=1e-2)
-    with pytest.raises(DeployError, match="use float32, or runtime 'eager'|convert the model with .float"):
-        deploy(model, (x,), runtime="onnxruntime")
     half = nn.Linear(4, 3).half()
-    found = deploy(half, (x.half(),), runtime="onnxruntime")
-    assert torch.allclose(found(x.half()), half(x.half()), atol=1e-2)
+    for runtime in ("onnxruntime", "openvino"):
+        with pytest.raises(DeployError, match="use float32, or runtime 'eager'|convert the model with .float"):
+            deploy(model, (x,), runtime=runtime)
+        found = deploy(half, (x.half(),), runtime=runtime)
+        assert torch.allclose(found(x.half()), half(x.half()), atol=1e-2)
 
 
 @torch.library.custom_op("torchslim_tests::twice", mutates_args=())
@@ -262,6 +269,12 @@ def test_an_operation_that_onnx_has_not_is_named() -> None:
         deploy(Custom(), (x,), runtime="onnxruntime")
 
 
+def test_openvino_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(RuntimeUnavailable, match=r"'openvino' is not installed: pip install 'torchslim\[openvino\]'"):
+        deploy(nn.Linear(4, 2), (torch.randn(3, 4),), runtime="openvino")
+
+
 @pytest.mark.parametrize("missing", ["onnxruntime", "onnx", "onnxscript"])
 def test_a_missing_package_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
@@ -269,14 +282,17 @@ def test_a_missing_package_says_what_to_install(missing: str, monkeypatch: pytes
         deploy(nn.Linear(4, 2), (torch.randn(3, 4),), runtime="onnxruntime")
 
 
-def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runtime", ["inductor", "aoti"])
+def test_a_missing_compiler_says_what_to_install(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(RuntimeUnavailable, match=r"needs a C\+\+ compiler: apt-get install g\+\+"):
-        deploy(nn.Linear(4, 2), (torch.randn(3, 4),), runtime="inductor")
+    with pytest.raises(RuntimeUnavailable, match=rf"'{runtime}' needs a C\+\+ compiler: apt-get install g\+\+"):
+        deploy(nn.Linear(4, 2), (torch.randn(3, 4),), runtime=runtime)
 
 
 def test_an_unknown_runtime_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="'tensorrt' is not known; one of eager, inductor, onnxruntime"):
+    with pytest.raises(
+        RecipeError, match="'tensorrt' is not known; one of eager, aoti, inductor, onnxruntime, openvino"
+    ):
         find_runtime("tensorrt")
     assert {find_runtime(name).name for name in RUNTIMES} == set(RUNTIMES)
 

@@ -1,7 +1,7 @@
 """What is saved can be loaded: weights as safetensors, programs beside them, the rest JSON, every file hashed.
 
 artifact.json         format version, runtime, how the model is called, SHA-256 of every other file
-model.onnx, .pt2      the runtime's file, and the exported program
+model.onnx, .xml ...  the runtime's file or files, and the exported program, model.pt2
 weights.safetensors   the module's state, for `load_module`; masks.safetensors: packed bits
 surgery.json          which channels were removed from the module that the factory makes
 example.npz           example inputs and the outputs they gave
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from torchslim.errors import ArtifactError, StorageError
 from torchslim.export import Captured
-from torchslim.files import digest, sha256, write_bytes, write_json
+from torchslim.files import bundle, digest, sha256, write_bytes, write_json
 from torchslim.isolation import quiet
 from torchslim.machine import describe_machine, instruction_set
 from torchslim.measure import Timings
@@ -145,14 +145,23 @@ def _listed(folder: Path) -> set[str]:
         return set()
 
 
-def load(folder: str | Path, *, runtime: str | None = None, threads: int | None = None) -> Deployed:
+def load(
+    folder: str | Path, *, runtime: str | None = None, threads: int | None = None, trusted: bool = False
+) -> Deployed:
     """Load a saved model for use; outputs are bitwise those of the model that was saved.
 
     Nothing is unpickled, and every file is checked against its SHA-256. With `runtime`, the saved program is
     compiled for another runtime than the one it was saved for.
 
+    Args:
+        folder: what `save` wrote.
+        runtime: None takes the one that it was saved for.
+        threads: None takes those that it was saved with.
+        trusted: load a file of machine code too (runtime "aoti"): whoever made the artifact can do here what you can.
+
     Raises:
-        ArtifactError: no artifact, a newer format, a changed or missing file, or nothing that runs.
+        ArtifactError: no artifact, a newer format, a changed or missing file, nothing that runs, or machine code that
+            is not trusted.
         RuntimeUnavailable: the artifact's runtime is not installed.
     """
     opened = open_artifact(folder)
@@ -164,6 +173,9 @@ def load(folder: str | Path, *, runtime: str | None = None, threads: int | None 
         chosen = find_runtime(runtime or manifest["runtime"])
     except TypeError as error:
         raise ArtifactError(f"{folder}/{MANIFEST} is damaged: {error}") from error
+    stored = chosen.read is not None and chosen.name == manifest["runtime"]
+    if stored and chosen.native:
+        _check_native(folder, spec, trusted)
     if manifest["quantized"] and spec.instruction_set != instruction_set():
         warnings.warn(
             f"{folder} was quantized for {spec.instruction_set}, this machine has {instruction_set()}: int8 may be "
@@ -174,15 +186,31 @@ def load(folder: str | Path, *, runtime: str | None = None, threads: int | None 
     example = opened.example()
     payload: bytes | None = None
     with quiet():
-        if chosen.read is not None and chosen.name == manifest["runtime"]:
-            payload = opened.read(f"model{chosen.suffix}")
+        if chosen.read is not None and stored:
+            files = {suffix: opened.read(f"model{suffix}") for suffix in chosen.suffixes}
+            payload = bundle(files) if chosen.beside else next(iter(files.values()))
             session = chosen.read(payload, spec, threads)
         else:
             session, payload = chosen.make(_recaptured(opened, spec, example), spec, threads)
     return Deployed(
         session, spec, runtime=chosen.name, threads=threads, payload=payload, example=example,
         program=lambda: opened.read(PROGRAM), quantized=manifest["quantized"], no_file=chosen.no_file,
+        suffixes=chosen.suffixes,
     )  # fmt: skip
+
+
+def _check_native(folder: str | Path, spec: Spec, trusted: bool) -> None:
+    """Machine code: it must be trusted, and for such a processor."""
+    if not trusted:
+        raise ArtifactError(
+            f"{folder} holds machine code, which can do anything when it is loaded; if you trust who made it, load it "
+            "with trusted=True, else with runtime='inductor', which compiles its program here"
+        )
+    if spec.instruction_set != instruction_set():
+        raise ArtifactError(
+            f"{folder} holds machine code for {spec.instruction_set}, this machine has {instruction_set()}; load it "
+            "with runtime='inductor', which compiles its program here"
+        )
 
 
 def load_module(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
@@ -309,9 +337,7 @@ def _ours(folder: Path) -> bool:
 
 def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
     files = {PROGRAM: deployed.program()}
-    suffix = find_runtime(deployed.runtime).suffix
-    if deployed.payload is not None and suffix is not None:
-        files[f"model{suffix}"] = deployed.payload
+    files |= {f"model{suffix}": data for suffix, data in deployed.files.items()}
     arrays = {f"in{index:03d}": _array(leaf) for index, leaf in enumerate(deployed.example)}
     outputs = deployed.run(deployed.example)
     arrays |= {f"out{index:03d}": _array(leaf) for index, leaf in enumerate(outputs)}

@@ -1,6 +1,7 @@
 """Times the model in this folder on this machine: python bench.py [--threads N] [--rounds N] [--batch N]
 
-Needs numpy and the runtime of the model (onnxruntime for model.onnx, torch for model.pt2), and nothing else.
+Needs numpy and the runtime of the model (onnxruntime for model.onnx, openvino for model.xml, torch for model.pt2 and
+model.aoti.pt2), and nothing else. The last is machine code: run it only if you trust who made it.
 """
 
 from __future__ import annotations
@@ -31,15 +32,34 @@ def load_onnx(path: Path, threads: int | None) -> Run:
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
+def load_xml(path: Path, threads: int | None) -> Run:
+    """The same for OpenVINO; floats stay float32 on processors that have bfloat16 as well."""
+    import openvino
+
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    settings |= {"ENABLE_CPU_PINNING": False} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+    model = openvino.Core().compile_model(path, "CPU", settings)
+    request = model.create_infer_request()
+
+    def run(arrays: list[Any]) -> list[Any]:
+        found = request.infer(arrays, share_inputs=True)
+        return [found[index] for index in range(len(model.outputs))]
+
+    return run
+
+
 def load_pt2(path: Path, threads: int | None, dtypes: list[str]) -> Run:
-    """The same for an exported program; whatever the model takes, its program takes flat tensors by position."""
+    """The same for an exported program or its machine code; both take flat tensors by position."""
     import torch
 
     with contextlib.suppress(ImportError):
         import torchao.quantization.pt2e  # noqa: F401 - the operations of quantized programs
     if threads:
         torch.set_num_threads(threads)
-    program = torch.export.load(path).module()
+    if path.name.endswith(".aoti.pt2"):
+        program = torch._inductor.aoti_load_package(str(path))
+    else:
+        program = torch.export.load(path).module()
 
     def run(arrays: list[Any]) -> list[Any]:
         with torch.no_grad():
@@ -77,8 +97,11 @@ def main() -> None:
     spec = manifest["spec"]
     if "model.onnx" in manifest["files"]:
         run = load_onnx(HERE / "model.onnx", threads)
+    elif "model.xml" in manifest["files"]:
+        run = load_xml(HERE / "model.xml", threads)
     else:
-        run = load_pt2(HERE / "model.pt2", threads, spec["dtypes"])
+        name = "model.aoti.pt2" if "model.aoti.pt2" in manifest["files"] else "model.pt2"
+        run = load_pt2(HERE / name, threads, spec["dtypes"])
     worst = max(difference(*pair) for pair in zip(run(arrays), expected, strict=True))
     axis, sizes = spec["batch_axis"], spec["sizes"]
     if axis is not None:

@@ -84,16 +84,19 @@ def check(recipe: Path, as_json: bool) -> None:
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim inspect torchvision.models:resnet18 --input 1x3x224x224")
-@click.argument("model")
+@click.argument("model", metavar="MODEL|ARTIFACT")
 @click.option("--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
               help="An example input, as 1x3x224x224, 1x77:int64 or mask=1x77:bool; once for each. Not needed where "
               "MODEL gives (model, example_inputs).")  # fmt: skip
 @click.option("--heads", type=click.Choice(["auto", "whole", "dim"]), default="auto", show_default=True,
               help="What attention may lose: whole heads, or dimensions of every head.")  # fmt: skip
 @click.option("--all", "everything", is_flag=True, help="Kernel extents and position tables too, and every member.")
+@click.option("--trusted", is_flag=True, help="Load an artifact of machine code too (runtime aoti).")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
-def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, as_json: bool) -> None:
-    """Show which channels of MODEL (module:callable) go together, which may be pruned, and why others must stay.
+def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, trusted: bool, as_json: bool) -> None:
+    """Of an ARTIFACT (a saved folder): which layers run on integers, by which kernel, and why others do not.
+
+    Of a MODEL (module:callable): which channels go together, which may be pruned, and why others must stay.
 
     For each group: how many channels it has, the parameters and the multiply-accumulates (of a run on the inputs given)
     that would go with all of them, everything else kept, and the weights that lose a slice with each channel. A weight
@@ -102,6 +105,13 @@ def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, a
     from torchslim.named import load_model
     from torchslim.prune import inspect as look
 
+    if (Path(model) / "artifact.json").is_file():
+        from torchslim.artifact import load
+        from torchslim.lowered import lowered
+
+        executed = lowered(load(model, trusted=trusted))
+        click.echo(json.dumps(executed.to_json(), indent=1) if as_json else executed.table())
+        return
     _import_from_here()
     made, example_inputs = load_model(model, inputs)
     found = look(made, example_inputs, heads=heads)
@@ -113,13 +123,16 @@ def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, a
 @click.option("--batch", type=click.IntRange(min=1), help="Samples a call; default 1 where the batch is free.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: what each artifact was saved with.")
 @click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--trusted", is_flag=True, help="Load artifacts of machine code too (runtime aoti).")
 @click.option("--json", "as_json", is_flag=True)
-def bench(artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, as_json: bool) -> None:
+def bench(
+    artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, trusted: bool, as_json: bool
+) -> None:
     """Time saved artifacts side by side, interleaved; ratios are over the first."""
     from torchslim.artifact import load, render_timings
     from torchslim.measure import compare
 
-    loaded = {str(path): load(path, threads=threads) for path in artifacts}
+    loaded = {str(path): load(path, threads=threads, trusted=trusted) for path in artifacts}
     rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]))
     if as_json:
         click.echo(json.dumps(rows, indent=1))

@@ -22,6 +22,7 @@ from torchslim.export import capture
 from torchslim.files import digest, write_json
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, seeded_splits
+from torchslim.lowered import Lowered, lowered
 from torchslim.machine import describe_machine
 from torchslim.measure import Timings, compare, macs, nonzeros, parameters, resized
 from torchslim.quantize import QuantizedModule
@@ -240,6 +241,11 @@ class _Runner:
         arguments = deployed.spec.call_arguments(resized(deployed))
         counted = macs(_Positional(model), (arguments,))
         warnings = [*outcome.warnings, *deployed.spec.notes]
+        layers = [{"version": record.version, **asdict(record)} for record in outcome.layers]
+        if deployed.quantized:
+            found = lowered(deployed, outcome.layers)
+            warnings += found.warnings
+            layers = _executed(layers, found)
         if counted.uncounted:
             warnings.append(f"operations whose MACs nobody counts: {', '.join(counted.uncounted)}")
         row: dict[str, Any] = {
@@ -251,7 +257,7 @@ class _Runner:
             "macs": number(counted.total, "MACs per sample"),
             "size_bytes": size(deployed),
             "seconds": number(seconds, "s", machine="this") if index else not_measured("no work was done"),
-            "layers": [{"version": record.version, **asdict(record)} for record in outcome.layers],
+            "layers": layers,
             "warnings": warnings,
             "history": [dict(each) for each in outcome.history],
         }
@@ -316,6 +322,17 @@ class _Runner:
         if stage.deployed.runtime == runtime:
             return stage.deployed
         return load(stage.folder, runtime=runtime, threads=self.ctx.target.threads)
+
+
+def _executed(records: list[dict[str, Any]], found: Lowered) -> list[dict[str, Any]]:
+    """Records of layers with the kernels that compute them."""
+    kernels = {each.layer: each for each in found.layers}
+    return [
+        record | {"kernel": kernels[record["layer"]].kernel, "integer": kernels[record["layer"]].integer}
+        if record["layer"] in kernels
+        else record
+        for record in records
+    ]
 
 
 class _Positional(nn.Module):

@@ -7,6 +7,7 @@ beside the program.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.traceback import preserve_node_meta
 
 from torchslim.errors import ExportError
 from torchslim.isolation import preserved_globals, quiet
@@ -273,16 +276,44 @@ def user_line(error: BaseException) -> str:
     return f"{found.filename}:{found.lineno} in {found.name}: {found.line}"
 
 
+def layer_of(node: Node) -> str:
+    """The path of the module that a node of a captured program belongs to; the node's name where there is none."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
+    return f"{path}.".removeprefix("L['self'].").removeprefix(WRAPPED).removesuffix(".") or node.name
+
+
 def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tuple[ExportedProgram | None, str]:
     shapes = None if spec is None else {"leaves": tuple(spec)}
     failure = ""
     for strict in (False, True):
         try:
-            with quiet():
+            with quiet(), contextlib.nullcontext() if strict else _layers_remembered(flat):
                 return torch.export.export(flat, tuple(leaves), dynamic_shapes=shapes, strict=strict), ""
         except Exception as error:  # noqa: BLE001 - torch.export raises many kinds; all become one message
             failure = failure or f"{user_line(error)}: {_first(error)}"
     return None, failure
+
+
+@contextmanager
+def _layers_remembered(flat: Flat) -> Iterator[None]:
+    """Inside, graphs that the model holds (a quantized model is one) hand on which layer each node comes from."""
+    graphs = [module for module in flat.modules() if isinstance(module, GraphModule)]
+
+    def run(graph: GraphModule) -> Any:
+        def forward(*args: Any) -> Any:
+            with preserve_node_meta():
+                return Interpreter(graph).run(*args)
+
+        return forward
+
+    for each in graphs:
+        each.forward = run(each)
+    try:
+        yield
+    finally:
+        for each in graphs:
+            del each.forward
 
 
 def _own(program: ExportedProgram) -> ExportedProgram:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,3 +69,18 @@ def digest(*parts: Any) -> str:
         kind, data = (b"b", part) if isinstance(part, bytes) else (b"j", json.dumps(part, sort_keys=True).encode())
         total.update(kind + len(data).to_bytes(8, "little") + data)
     return total.hexdigest()
+
+
+def bundle(files: Mapping[str, bytes]) -> bytes:
+    """Several files as one: a zip, uncompressed and without times."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return buffer.getvalue()
+
+
+def unbundle(data: bytes) -> dict[str, bytes]:
+    """The files of a bundle, in their order."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {info.filename: archive.read(info) for info in archive.infolist()}

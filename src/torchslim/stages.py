@@ -70,7 +70,7 @@ def restored(
         if saved["key"] != key:
             return None
         opened = open_artifact(folder)
-        deployed = load(folder)
+        deployed = load(folder, trusted=True)  # this run's own folder: it holds what the run itself compiled
         deployed.classes = classes
         if form is Form.QUANTIZED:
             program = load_program(io.BytesIO(opened.read("model.pt2"))).module()

@@ -40,6 +40,9 @@ class LayerRecord:
     sparsity: float | None = None  # fraction of this layer's weights that are gone, or held at zero
     weight_bits: int | None = None
     activation_bits: int | None = None
+    sqnr_db: float | None = None  # of its output against float, errors of the layers before it included
+    kernel: str = ""  # what the target runtime computes it with
+    integer: bool | None = None  # does that kernel compute on integers?
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,14 +65,17 @@ class Resolver:
         keys = list(self.derived)
         links = Atoms()
         places = links.fresh(len(keys))
-        frozen = self.atoms.frozen()
-        owner: dict[int, int] = {}
+        roots, owners = [np.zeros(0, dtype=np.int64)], [places[:0]]
         for place, key in zip(places, keys, strict=True):
             reach = [self.joints[key].atoms.reshape(-1)] if key in self.joints else []
             reach += [each.targets for each in self.derived[key]]
-            for root in np.unique(self.atoms.find(np.concatenate(reach))):
-                if not frozen[root]:
-                    links.union(np.array([owner.setdefault(int(root), int(place))]), np.array([place]))
+            roots.append(np.unique(self.atoms.find(np.concatenate(reach))))
+            owners.append(np.full(len(roots[-1]), place))
+        root, owner = np.concatenate(roots), np.concatenate(owners)
+        free = self.atoms.frozen()[root] == 0
+        root, owner = root[free], owner[free]
+        _, first, same = np.unique(root, return_index=True, return_inverse=True)
+        links.union(owner[first][same.reshape(-1)], owner)  # all at once: vision transformers have tens of thousands
         families: dict[int, list[JointKey]] = {}
         for place, key in zip(places, keys, strict=True):
             if key in self.joints:

@@ -37,6 +37,8 @@ class Coupling:
     modes: dict[str, str] = field(default_factory=dict)  # by module path, what its joint layers lose
     axes: dict[JointKey, int] = field(default_factory=dict)  # of other joint layers: along which they lose slices
     _roots: dict[int, Ids] = field(default_factory=dict)
+    _kept: dict[tuple[int, ...], list[Mask | None]] = field(default_factory=dict)  # of `_kept_of`
+    _kept_of: Mask | None = None
 
     @cached_property
     def roots(self) -> Ids:
@@ -61,7 +63,20 @@ class Coupling:
         return [self._roots[id(core)] for core in layers]
 
     def kept(self, layers: Layers, shape: Shape, removed: Mask) -> list[Mask | None]:
-        """Per dimension which indices stay; None where all do."""
+        """Per dimension which indices stay; None where all do.
+
+        Many values share their layers, so what is found for a removal that nobody can write to any more is remembered.
+        """
+        if removed.flags.writeable:
+            return self._keep(layers, shape, removed)
+        if self._kept_of is not removed:
+            self._kept_of, self._kept = removed, {}
+        key = (len(shape), *map(id, layers))  # the trace keeps its layers alive
+        if key not in self._kept:
+            self._kept[key] = self._keep(layers, shape, removed)
+        return self._kept[key]
+
+    def _keep(self, layers: Layers, shape: Shape, removed: Mask) -> list[Mask | None]:
         keep: list[Mask | None] = [None] * len(shape)
         for classes in self.classes(layers):
             gone = removed[classes]

@@ -37,17 +37,20 @@ class Verdict:
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, inputs: Inputs, seed: int = 0) -> tuple[nn.Module, Inputs]:
+def prepare(
+    model: nn.Module, inputs: Inputs, seed: int = 0, *, dtype: torch.dtype = torch.float64
+) -> tuple[nn.Module, Inputs]:
     """Make a copy of a model fit for the check, in place: float64, no two weights alike, random inputs.
 
-    A head that starts at zero or a scale of ones would hide what goes wrong before it.
+    A head that starts at zero or a scale of ones would hide what goes wrong before it. In float32 the numbers are the
+    same but for rounding.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def random(like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device)
 
-    model.double()
+    model.double() if dtype == torch.float64 else model.float()  # `to` would make complex buffers real
     for tensor in named_weights(model).values():
         if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all()):
             level = float(tensor.reshape(-1)[0])
@@ -56,7 +59,7 @@ def prepare(model: nn.Module, inputs: Inputs, seed: int = 0) -> tuple[nn.Module,
     def varied(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             leaf = leaf.double()
-            return leaf + (0.1 + leaf.abs().mean()) * (random(leaf) - 0.5)
+            return (leaf + (0.1 + leaf.abs().mean()) * (random(leaf) - 0.5)).to(dtype)
         return leaf
 
     flat, spec = tree_flatten(inputs)

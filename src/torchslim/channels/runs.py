@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from torchslim.channels.groups import Coupling, Mask
+from torchslim.channels.leaves import filled, leaves
 from torchslim.channels.trace import Operation, Shape, Stack, Value, call, elementary, named_weights
 from torchslim.channels.values import calm, digest, execute, gathered, in_order, spread, zeroed
 from torchslim.isolation import preserved_globals
@@ -116,9 +116,12 @@ class Precise(TorchDispatchMode):
         """The arguments with casts to lower precision left out, in a float64 run."""
         if not self.double:
             return args, kwargs
-        return tree_map(
-            lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in LOW else leaf, (args, kwargs)
-        )
+        flat = leaves((args, kwargs))
+        low = [isinstance(leaf, torch.dtype) and leaf in LOW for leaf in flat]
+        if not any(low):
+            return args, kwargs
+        chosen = (torch.float64 if each else leaf for leaf, each in zip(flat, low, strict=True))
+        return filled((args, kwargs), chosen)
 
 
 class Run(Precise):
@@ -176,7 +179,7 @@ class Follower(Run):
         result = execute(func, args, kwargs)
         if opname(func) in RANDOM:
             result = calm(result)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
         order = outputs[-1] if self.values and opname(func) in SORTING else None
         if operation is None or (self.loose and not self._concerns(self.at)):
             self.footprints.append(Footprint((), [], order))
@@ -187,9 +190,9 @@ class Follower(Run):
             shape = self._shape(value, tuple(output.shape))
             if shape != tuple(output.shape):
                 raise self.fail(f"{opname(func)} gives {tuple(output.shape)} instead of {shape}")
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
+        scalars = [leaf for leaf in leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
         digests = [digest(each) if self.values else None for each in outputs]
-        self.footprints.append(Footprint(tuple(leaves), digests, order, self.at))
+        self.footprints.append(Footprint(tuple(scalars), digests, order, self.at))
         self.at += 1
         return result
 
@@ -268,19 +271,18 @@ class Masked(Run):
         if self.wanted(self.at) != name:
             raise self.fail(f"{name} runs where the shrunk run has {self.wanted(self.at)}")
         operation = self.operations[self.index]
-        leaves, spec = tree_flatten((args, kwargs))
         touched = any(
             any(each is not None for each in self.keep(value.layers, value.shape)) for value in operation.inputs
         )
         if name in COMPACT and touched:
-            result = self._compact(func, leaves, spec, operation, footprint)
+            result = self._compact(func, args, kwargs, operation, footprint)
         else:
-            result = self._plain(func, leaves, spec, footprint)
+            result = self._plain(func, args, kwargs, footprint)
         if name in RANDOM:
             result = calm(result)
         if footprint.order is not None:
             result = in_order(func, args, kwargs, footprint.order)
-        flat, out_spec = tree_flatten(result)
+        flat = leaves(result)
         place = 0
         for position, leaf in enumerate(flat):
             if not isinstance(leaf, Tensor):
@@ -291,7 +293,7 @@ class Masked(Run):
                 flat[position] = zeroed(leaf, keep)
                 self._compare(flat[position], keep, footprint.values[place] if place < len(footprint.values) else None)
             place += 1
-        return tree_unflatten(flat, out_spec)
+        return filled(result, iter(flat))
 
     def follow(self, model: nn.Module, inputs: Inputs) -> None:
         """As for every run; it must come as far as the shrunk one."""
@@ -306,10 +308,10 @@ class Masked(Run):
         result = execute(func, args, kwargs)
         return calm(result) if opname(func) in RANDOM else result
 
-    def _plain(self, func: Any, leaves: list[Any], spec: Any, footprint: Footprint) -> Any:
+    def _plain(self, func: Any, args: Any, kwargs: Any, footprint: Footprint) -> Any:
         numbers = iter(footprint.scalars)
         chosen = []
-        for leaf in leaves:
+        for leaf in leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 chosen.append(leaf)
                 continue
@@ -318,7 +320,7 @@ class Masked(Run):
             if scaling and isinstance(other, (int, float)) and other != leaf:
                 leaf = self.scale(func, leaf, other)
             chosen.append(leaf)
-        args, kwargs = tree_unflatten(chosen, spec)
+        args, kwargs = filled((args, kwargs), iter(chosen))
         return execute(func, args, kwargs)
 
     def scale(self, func: Any, mine: float, other: float) -> float:
@@ -327,20 +329,21 @@ class Masked(Run):
             raise self.fail(f"{opname(func)} takes {other!r} where the original takes {mine!r}")
         return other
 
-    def _compact(self, func: Any, leaves: list[Any], spec: Any, operation: Operation, footprint: Footprint) -> Any:
+    def _compact(self, func: Any, args: Any, kwargs: Any, operation: Operation, footprint: Footprint) -> Any:
         numbers, values = iter(footprint.scalars), iter(operation.inputs)
         chosen = []
-        for leaf in leaves:
+        for leaf in leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 value = next(values)
                 chosen.append(gathered(leaf, self.keep(value.layers, value.shape)))
             else:
                 chosen.append(next(numbers, leaf))
-        args, kwargs = tree_unflatten(chosen, spec)
-        flat, out_spec = tree_flatten(execute(func, args, kwargs))
+        args, kwargs = filled((args, kwargs), iter(chosen))
+        result = execute(func, args, kwargs)
+        flat = leaves(result)
         for position, (leaf, value) in enumerate(zip(flat, operation.outputs, strict=False)):
             flat[position] = spread(leaf, self.keep(value.layers, value.shape), value.shape)
-        return tree_unflatten(flat, out_spec)
+        return filled(result, iter(flat))
 
     def _compare(self, full: Tensor, keep: list[Mask | None], wanted: tuple[Shape, float, float] | None) -> None:
         if wanted is None:

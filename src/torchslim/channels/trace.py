@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torchslim.channels.leaves import leaves
 from torchslim.channels.rules import Call, apply
 from torchslim.channels.tags import Layers, Tagger
 from torchslim.isolation import quiet
@@ -76,7 +76,7 @@ def scalars_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
     """The arguments of an operation that are not tensors."""
     return tuple(
         leaf
-        for leaf in tree_leaves((args, kwargs))
+        for leaf in leaves((args, kwargs))
         if not isinstance(leaf, Tensor) and isinstance(leaf, (int, float, bool, complex))
     )
 
@@ -162,7 +162,7 @@ class _Recorder(TorchDispatchMode):
         self.trace = Trace(self.tagger)
         self._layers: Any = WeakIdKeyDictionary()
         self._stored: dict[Any, Layers] = {}
-        self._used: Any = WeakIdKeyDictionary()
+        self._used: set[int] = set()  # of tensors by identity; the weights stay alive, so none is taken for another
         self._weights = named_weights(model)
         for path, tensor in self._weights.items():
             if tensor not in self._layers:
@@ -181,13 +181,12 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        outputs = tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = tuple(leaf for leaf in leaves(result) if isinstance(leaf, Tensor))
+        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = str(func)
         self.tagger.where = f"{self.stack.paths[-1] or 'model'}: {func._opname}"
         made = self._made(func, args, kwargs, outputs, given)
-        for tensor in given:
-            self._used[tensor] = True
+        self._used.update(map(id, given))
         for place, output in enumerate(outputs):
             layers = made[place] if place < len(made) else ()
             # what is known to stay is of a fixed size, as if it had no atoms
@@ -239,8 +238,8 @@ class _Recorder(TorchDispatchMode):
             self.tagger.freeze(self.layers_of(tensor), "reaches an output")
 
     def unused(self) -> list[Tensor]:
-        """Weights that no operation has seen."""
-        return [tensor for tensor in self._weights.values() if tensor not in self._used]
+        """Weights that no operation has seen; single numbers, as counters of batches, have nothing to lose."""
+        return [each for each in self._weights.values() if id(each) not in self._used and self.layers_of(each)]
 
     def finish(self) -> Trace:
         """What the run never touched stays."""

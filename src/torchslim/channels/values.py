@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from torchslim.channels.groups import Mask
+from torchslim.channels.leaves import leaves
 from torchslim.channels.trace import Shape
 
 HUGE = 1e20
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)  # of powers of two: all together hold twice the largest
 def _noise(size: int, device: str) -> Tensor:
     generator = torch.Generator().manual_seed(20)
     return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
@@ -25,11 +25,13 @@ def _noise(size: int, device: str) -> Tensor:
 def digest(value: Tensor) -> tuple[Shape, float, float]:
     """A value's shape, norm, and product with a fixed random vector: equal for equal values, and hardly otherwise."""
     flat = value.detach().reshape(-1).to(torch.float64)
-    if not (flat.abs() < HUGE).all():  # masks are filled with infinities, or with the largest number there is
+    norm = float(torch.linalg.vector_norm(flat))
+    if not norm < HUGE:  # masks are filled with infinities, or with the largest number there is
         flat = torch.where(flat.abs() < HUGE, flat, flat.sign().nan_to_num(nan=3.0) * 7.0)
+        norm = float(torch.linalg.vector_norm(flat))
     size = 1 << max(flat.numel() - 1, 1).bit_length()
     noise = _noise(size, str(flat.device))[: flat.numel()]
-    return tuple(value.shape), float(torch.linalg.vector_norm(flat)), float(flat @ noise)
+    return tuple(value.shape), norm, float(flat @ noise)
 
 
 def in_order(func: Any, args: Any, kwargs: Any, order: Tensor) -> Any:
@@ -45,7 +47,9 @@ def gathered(value: Tensor, keep: list[Mask | None]) -> Tensor:
     """The kept part of a value."""
     for dim, mask in enumerate(keep):
         if mask is not None:
-            value = value.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(value.device))
+            kept = torch.from_numpy(np.flatnonzero(mask)).to(value.device)
+            # along the last dimension index_select goes element by element, and takes twice as long
+            value = value[..., kept] if dim == value.dim() - 1 else value.index_select(dim, kept)
     return value
 
 
@@ -84,7 +88,7 @@ def execute(func: Any, args: Any, kwargs: Any) -> Any:
 
 def calm(result: Any) -> Any:
     """Random numbers differ with the shape they are drawn in: both runs see constants."""
-    for leaf in tree_leaves(result):
+    for leaf in leaves(result):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             leaf.fill_(0.5)
     return result

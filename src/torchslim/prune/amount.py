@@ -79,6 +79,7 @@ class Selection:
         for unit, cells, left in zip(self.coupling.units, self.order, kept, strict=True):
             for cell, classes in zip(unit.cells, cells, strict=True):
                 mask[classes[: (unit.width - left) * cell.stride]] = True
+        mask.setflags(write=False)
         return mask
 
     def left(self, kept: Sequence[int]) -> float:

@@ -99,10 +99,10 @@ def attach(shrunk: nn.Module, base: nn.Module, done: Surgery, about: Mapping[str
     _set(shrunk, json.loads(json.dumps(record)))  # equal to itself after a way through a file
 
 
-def _set(model: nn.Module, record: Mapping[str, Any]) -> None:
+def _set(model: nn.Module, record: dict[str, Any]) -> None:
     for module in model.modules():
         vars(module).pop(ATTRIBUTE, None)
-    vars(model)[ATTRIBUTE] = copy.deepcopy(dict(record))
+    vars(model)[ATTRIBUTE] = record
 
 
 def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
@@ -130,7 +130,7 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
                 f"the surgery does not fit this {type(base).__name__}: {error}; give the factory of the model that "
                 "was pruned"
             ) from error
-    _set(base, record)
+    _set(base, copy.deepcopy(dict(record)))
     return base
 
 
@@ -153,7 +153,7 @@ def rebuild(model: nn.Module, record: Mapping[str, Any], wanted: Shapes, tied: M
     """
     _check(record)
     if not difference(shapes(model), wanted):
-        _set(model, record)
+        _set(model, copy.deepcopy(dict(record)))
         return model
     known = surgery(model)
     differs = difference(shapes(model), undone(wanted, record["rounds"], tied))

@@ -21,6 +21,7 @@ from torchslim.channels.oracle import shapes_agree
 from torchslim.channels.runs import Divergence
 from torchslim.channels.trace import named_weights
 from torchslim.errors import PruneError
+from torchslim.isolation import empty_hooks
 from torchslim.steps import Inputs
 
 TRIALS = 60
@@ -109,7 +110,7 @@ def perform(model: nn.Module, surgery: Surgery) -> nn.Module:
                 f"its shape here is {tuple(value.shape)}; give the factory of the model that was pruned"
             )
         cut[each.weight] = value.index_select(each.dim, torch.tensor(each.kept, device=value.device))
-    memo: dict[int, Any] = {}
+    memo = empty_hooks(model)
     for name, value in cut.items():
         before = weights[name]
         if before.dim() == 4 and before.is_contiguous(memory_format=torch.channels_last) and not before.is_contiguous():

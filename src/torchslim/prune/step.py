@@ -47,7 +47,7 @@ class Prune:
             the fraction of the model that the step receives.
         threshold: instead of a sparsity, remove whatever scores below it.
         criterion: a name of `CRITERIA`, a `Criterion`, a function (weight, statistics) -> scores, or
-            "package.module:name"; by default "l1" for weights and "l2" for channels. One that needs data gets the
+            "package.module:name"; by default "l1" for weights and "lamp" for channels. One that needs data gets the
             task's `calibration`, by default the first 512 samples of train; those that rank channels only go with the
             patterns "slice" and "channel".
         pattern: "unstructured"; "slice", whole slices along `dim` by their L_`n` norm; "N:M", such as "2:4"; or
@@ -114,7 +114,7 @@ class Prune:
 
     @property
     def _criterion(self) -> str | Criterion | Scorer:
-        return self.criterion if self.criterion is not None else "l2" if self.pattern == CHANNEL else "l1"
+        return self.criterion if self.criterion is not None else "lamp" if self.pattern == CHANNEL else "l1"
 
     def _check_channels(self) -> None:
         if self.threshold is not None or isinstance(self.sparsity, Mapping):

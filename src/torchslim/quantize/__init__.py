@@ -1,6 +1,20 @@
-"""Quantization: which numbers (schemes), which operations (quantizer), and how they are found (ptq)."""
+"""Quantization: which numbers (schemes), where (quantizer, profiles), how they are found (observers), the step."""
 
-from torchslim.quantize.ptq import Quantize, QuantizedModule, sqnr, static
+from torchslim.quantize.flow import Prepared, QuantizedModule, convert, prepare
+from torchslim.quantize.helpers import Helpers
 from torchslim.quantize.schemes import SCHEMES
+from torchslim.quantize.step import Quantize, dynamic, sqnr, static, weights
 
-__all__ = ["SCHEMES", "Quantize", "QuantizedModule", "sqnr", "static"]
+__all__ = [
+    "SCHEMES",
+    "Helpers",
+    "Prepared",
+    "Quantize",
+    "QuantizedModule",
+    "convert",
+    "dynamic",
+    "prepare",
+    "sqnr",
+    "static",
+    "weights",
+]

@@ -1,19 +1,19 @@
 """Our quantizer: marks the ATen nodes of an exported graph that compute on integers.
 
-It looks at operations, not at module classes, so subclasses of Conv2d and functional calls are seen. ONNX Runtime
-fuses a convolution only when its input, weight and output all carry Q/DQ pairs, and an addition only when both
-inputs and the output do; a following relu or relu6 moves the output's pair behind itself.
+It looks at operations, not at module classes, so subclasses of Conv2d and functional calls are seen. Which pairs of
+quantize and dequantize a runtime wants to see is its profile; a following relu or relu6 moves an output's pair behind
+itself, and operations that only move values keep the scale of what they move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
     QuantizationSpec,
@@ -21,183 +21,251 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
-from torchslim.export import WRAPPED
-from torchslim.quantize.schemes import Scheme
+from torchslim.export import layer_of
+from torchslim.quantize.operations import (
+    ADDITIONS,
+    BATCH_NORMS,
+    CLAMPS,
+    CONCATS,
+    DROPOUTS,
+    EMBEDDINGS,
+    MOVES,
+    RECURRENT,
+    Weighted,
+    argument,
+    is_constant,
+    op_name,
+    shape_of,
+    stored_name,
+    weighted,
+    weights_of,
+)
+from torchslim.quantize.profiles import Profile
+from torchslim.quantize.schemes import SCHEMES, Scheme
 from torchslim.steps import LayerRecord
 
-aten = torch.ops.aten
-CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
-LINEARS = (aten.linear.default,)
-POOLS = (aten.max_pool2d.default,)
-ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
-ACTIVATIONS = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default)
-SMALLEST_SCALE = 1e-20  # the usual 1e-7 turns networks with tiny activations into zeros
 ANNOTATION = "quantization_annotation"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the quantize operations take
+WEIGHTS_ONLY = SCHEMES["int8-weights"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Specs:
+    """How each value is observed: made by `observing.specs`, of observers or of their training twins.
+
+    `weight` takes the scheme and the axis of the outputs.
+    """
+
+    static: QuantizationSpec
+    dynamic: QuantizationSpec
+    weight: Callable[[Scheme, int], QuantizationSpec]
 
 
 class SlimQuantizer(Quantizer):
-    """Annotates conv2d, linear, residual additions and the max pools between them, with a relu or relu6 fused.
+    """Annotates layers with weights, residual additions, concatenations, and what moves values between them.
 
     Args:
-        scheme: bits of weights and activations.
-        weight_range: the integers that a weight may take.
+        scheme_of: the scheme of a layer, by its path and the path of its weight; None: it stays in float.
+        profile: of the runtime.
+        specs: how values are observed.
     """
 
-    def __init__(self, scheme: Scheme, weight_range: tuple[int, int]) -> None:
-        self.activation = QuantizationSpec(
-            dtype=torch.uint8,
-            observer_or_fake_quant_ctr=HistogramObserver.with_args(eps=SMALLEST_SCALE),
-            quant_min=0,
-            quant_max=2**scheme.activation_bits - 1,
-            qscheme=torch.per_tensor_affine,
-        )
-        low, high = weight_range
-        self.weight = QuantizationSpec(
-            dtype=torch.int8,
-            observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=SMALLEST_SCALE),
-            quant_min=low,
-            quant_max=high,
-            qscheme=torch.per_channel_symmetric,
-            ch_axis=0,
-        )
-        self.scheme = scheme
+    def __init__(self, scheme_of: Callable[[str, str], Scheme | None], profile: Profile, specs: Specs) -> None:
+        self.scheme_of, self.profile, self.specs = scheme_of, profile, specs
         self.records: list[LayerRecord] = []
+        self.schemes: dict[Node, Scheme] = {}  # of the layers with integer weights
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark what is quantized, and record what is not and why."""
-        self.records = []
+        self.records, self.schemes = [], {}
         for node in model.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node.target in (*CONVOLUTIONS, *LINEARS):
-                self._weighted(node)
-            elif node.target in ADDITIONS and _residual(node):
-                self._mark(node, dict.fromkeys(node.args[:2], self.activation))
-            elif node.target in POOLS and ANNOTATION in node.args[0].meta:
-                # runtimes pool on integers and take it for granted that scale and zero point stay the same
-                source = node.args[0]
+            if layer := weighted(node):
+                self._weighted(node, layer)
+            elif node.target in RECURRENT:
+                self._recurrent(node)
+            elif node.target in EMBEDDINGS:
+                self._embedding(node)
+            elif node.target in ADDITIONS and self._static(node):
+                self._addition(node)
+            elif node.target in CONCATS and self._static(node):
+                self._concat(node)
+            elif node.target in MOVES and _quantized_output(argument(node, 0)):
+                # runtimes move integers, and take it for granted that scale and zero point stay the same
+                source = argument(node, 0)
                 node.meta[ANNOTATION] = QuantizationAnnotation(
-                    input_qspec_map={source: self.activation},
+                    input_qspec_map={source: self.specs.static},
                     output_qspec=SharedQuantizationSpec((source, node)),
                     _annotated=True,
                 )
-            elif any(_is_weight(source) for source in node.all_input_nodes):
-                self._refuse(node, f"{_name(node)} has no integer kernel in this scheme")
+            elif node.target not in BATCH_NORMS and any(weights_of(node)) and not is_constant(node):
+                self._refuse(node, f"{op_name(node)} has no integer kernel")
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: every annotation is one that the runtimes take."""
 
-    def _weighted(self, node: Node) -> None:
-        source, weight = node.args[:2]
-        if not isinstance(source, Node) or not isinstance(weight, Node) or weight.op != "get_attr":
-            self._refuse(node, "its weight is computed, not stored")
+    # layers with weights ----------------------------------------------------------------------------------------------
+
+    def _weighted(self, node: Node, layer: Weighted) -> None:
+        source, weight = argument(node, layer.source), argument(node, layer.weight)
+        if source is None or weight is None or not is_constant(weight):
+            self._refuse(node, "its weight is computed from the input, not stored")
             return
+        if (scheme := self._scheme(node, weight)) is None:
+            return
+        reason = ""
+        integer = self.profile.static if scheme.activations == "static" else self.profile.dynamic
+        if scheme.activations != "float" and layer.kind not in integer:
+            reason = f"{self.profile.why}: weights in int8, computing in float"
+            if scheme.activations == "dynamic":
+                reason = f"no runtime computes {layer.kind} with dynamic ranges: weights in int8, computing in float"
+            scheme = WEIGHTS_ONLY
+        inputs: dict[Node, Any] = {weight: self.specs.weight(scheme, layer.axis)}
+        output = None
+        if scheme.activations == "dynamic":
+            inputs[source] = self.specs.dynamic
+        elif scheme.activations == "static":
+            inputs[source] = self.specs.static
+            # a linear layer that ends the network can answer in float at no cost, and keeps its logits exact
+            ends = layer.kind == "linear" and any(user.op == "output" for user in node.users)
+            output = self.specs.static if layer.kind in self.profile.outputs and not ends else None
+        self._mark(node, inputs, output)
+        self._quantized(node, scheme, reason)
+
+    def _recurrent(self, node: Node) -> None:
+        parameters = [each for each in _flat(node.args[2]) if len(shape_of(each)) == 2]
+        if not all(is_constant(each) for each in parameters):
+            self._refuse(node, "its weights are computed from the input, not stored")
+            return
+        if (scheme := self._scheme(node, *parameters)) is None:
+            return
+        reason = ""
+        wanted = scheme.activations
+        if scheme.weight_bits < 8:
+            reason, scheme = "recurrent layers go down to 8 bits only", WEIGHTS_ONLY
+        elif wanted == "static":
+            reason = "no runtime computes it with static ranges: weights in int8, computing in float"
+            scheme = WEIGHTS_ONLY
+        elif wanted == "dynamic" and RECURRENT[node.target] not in self.profile.dynamic:
+            reason, scheme = f"{self.profile.why}: weights in int8, computing in float", WEIGHTS_ONLY
+        inputs: dict[Node, Any] = {each: self.specs.weight(scheme, 0) for each in parameters}
+        source = argument(node, 0)
+        if scheme.activations == "dynamic" and source is not None:
+            inputs[source] = self.specs.dynamic
+        self._mark(node, inputs, None)
+        self._quantized(node, scheme, reason)
+
+    def _embedding(self, node: Node) -> None:
+        table = argument(node, 0)
+        if table is None or not is_constant(table):
+            return
+        scheme = self._scheme(node, table)
+        if scheme is None or scheme.activations == "static":
+            return  # one row of it is read at a time: there is nothing to compute
+        self._mark(node, {table: self.specs.weight(WEIGHTS_ONLY, 0)}, None)
+        self._quantized(node, WEIGHTS_ONLY, "")
+
+    # what lies between them -------------------------------------------------------------------------------------------
+
+    def _addition(self, node: Node) -> None:
+        """An addition of two tensors of one shape, at least one of them a convolution's output.
+
+        Elsewhere (the residual stream of a transformer) eight bits lose too much: 28 dB became 7 on DeiT-tiny.
+        """
+        left, right = argument(node, 0), argument(node, 1)
+        if left is None or right is None or left is right or node.kwargs.get("alpha", 1) != 1:
+            return
+        if shape_of(left) != shape_of(right) or not shape_of(left):
+            return
+        sums = [each for each in (left, right) if self._ends_convolution(each)]
+        if not sums:
+            return
+        if self.profile.additions == "both":
+            self._mark(node, dict.fromkeys((left, right), self.specs.static), self.specs.static)
+        elif self.profile.additions == "other":
+            other = left if sums[-1] is right else right
+            self._mark(node, {other: self.specs.static}, None)
+
+    def _concat(self, node: Node) -> None:
+        parts = [each for each in _flat(node.args[0]) if isinstance(each.meta.get("val"), Tensor)]
+        if self.profile.concats and any(_quantized_output(each) for each in parts):
+            self._mark(node, dict.fromkeys(parts, self.specs.static), self.specs.static)
+
+    def _ends_convolution(self, node: Node) -> bool:
+        while node.target in (*CLAMPS, *BATCH_NORMS, *DROPOUTS):
+            before = argument(node, 0)
+            if before is None:
+                return False
+            node = before
+        layer = weighted(node)
+        if layer is not None:
+            scheme = self.schemes.get(node)
+            return layer.kind.startswith("conv") and scheme is not None and scheme.activations == "static"
+        return node.target in ADDITIONS and ANNOTATION in node.meta
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _static(self, node: Node) -> bool:
+        """Does an operation without weights belong to a layer that is quantized statically?"""
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dtype not in FLOATS:
+        scheme = self.scheme_of(layer_of(node), "")
+        floating = isinstance(value, Tensor) and value.dtype in FLOATS
+        return floating and scheme is not None and scheme.activations == "static"
+
+    def _scheme(self, node: Node, *stored: Node) -> Scheme | None:
+        """The scheme of a layer; None, with a record, where it stays in float."""
+        value = node.meta.get("val")
+        value = value[0] if isinstance(value, (tuple, list)) else value
+        if isinstance(value, Tensor) and value.dtype not in FLOATS:
             self._refuse(node, f"it computes in {value.dtype}; convert the model with .float()")
-            return
-        # a linear layer that ends the network can answer in float at no cost, and keeps its logits exact
-        ends = node.target in LINEARS and any(user.op == "output" for user in node.users)
-        self._mark(node, {source: self.activation, weight: self.weight}, output=not ends)
+            return None
+        found = [self.scheme_of(layer_of(node), stored_name(each)) for each in stored]
+        if None in found or not found:
+            self._refuse(node, "left in float, as asked")
+            return None
+        return found[0]
+
+    def _mark(self, node: Node, inputs: Mapping[Node, Any], output: Any) -> None:
+        last = _end_of_layer(node) if output is not None else node
+        node.meta[ANNOTATION] = QuantizationAnnotation(
+            input_qspec_map=dict(inputs),
+            output_qspec=output if last is node else None,
+            _annotated=True,
+        )
+        if last is not node:
+            last.meta[ANNOTATION] = QuantizationAnnotation(output_qspec=output, _annotated=True)
+
+    def _quantized(self, node: Node, scheme: Scheme, reason: str) -> None:
+        self.schemes[node] = scheme
         self.records.append(
             LayerRecord(
                 layer=layer_of(node),
                 action="quantized",
-                weight_bits=self.scheme.weight_bits,
-                activation_bits=self.scheme.activation_bits,
+                reason=reason,
+                weight_bits=scheme.weight_bits,
+                activation_bits=scheme.activation_bits,
             )
         )
-
-    def _mark(self, node: Node, inputs: dict[Any, QuantizationSpec], *, output: bool = True) -> None:
-        last = _fused_activation(node) or node
-        spec = self.activation if output else None
-        node.meta[ANNOTATION] = QuantizationAnnotation(
-            input_qspec_map=inputs, output_qspec=spec if last is node else None, _annotated=True
-        )
-        if last is not node:
-            last.meta[ANNOTATION] = QuantizationAnnotation(output_qspec=spec, _annotated=True)
 
     def _refuse(self, node: Node, reason: str) -> None:
         self.records.append(LayerRecord(layer=layer_of(node), action="refused", reason=reason))
 
 
-def layer_of(node: Node) -> str:
-    """The path of the module that a node belongs to; the node's name where it belongs to none."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
-    return f"{path}.".removeprefix("L['self'].").removeprefix(WRAPPED).removesuffix(".") or node.name
+def _end_of_layer(node: Node) -> Node:
+    """The batch norm (in training), relu or relu6 that a runtime computes together with a layer."""
+    for fused in (BATCH_NORMS, CLAMPS):
+        users = list(node.users)
+        if len(users) == 1 and users[0].target in fused:
+            node = users[0]
+    return node
 
 
-def _fused_activation(node: Node) -> Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target in ACTIVATIONS else None
+def _quantized_output(node: Node | None) -> bool:
+    annotation = node.meta.get(ANNOTATION) if node is not None else None
+    return annotation is not None and annotation.output_qspec is not None
 
 
-def _residual(node: Node) -> bool:
-    """An addition of two tensors of one shape, at least one of them a convolution's output.
-
-    Elsewhere (the residual stream of a transformer) eight bits lose too much: 28 dB became 7 on DeiT-tiny.
-    """
-    left, right = node.args[:2]
-    if not isinstance(left, Node) or not isinstance(right, Node) or node.kwargs.get("alpha", 1) != 1:
-        return False
-    shapes = [getattr(each.meta.get("val"), "shape", None) for each in (left, right)]
-    return shapes[0] is not None and shapes[0] == shapes[1] and any(_ends_convolution(each) for each in (left, right))
-
-
-def _ends_convolution(node: Node) -> bool:
-    while node.target in (*ACTIVATIONS, aten.batch_norm.default, aten.dropout.default):
-        node = node.args[0]  # type: ignore[assignment]
-    return node.target in CONVOLUTIONS or (node.target in ADDITIONS and ANNOTATION in node.meta)
-
-
-def _is_weight(node: Node) -> bool:
-    value = node.meta.get("val")
-    return node.op == "get_attr" and isinstance(value, torch.Tensor) and value.dim() >= 2 and value.is_floating_point()
-
-
-def _name(node: Node) -> str:
-    return str(node.target).removesuffix(".default")
-
-
-def observed_layers(model: GraphModule) -> dict[str, str]:
-    """For each observer of a prepared graph, by its name, the layer whose value it sees."""
-    return {
-        str(node.target): layer_of(node.args[0])
-        for node in model.graph.nodes
-        if node.op == "call_module" and node.args and isinstance(node.args[0], Node)
-    }
-
-
-def fit_biases(model: GraphModule) -> None:
-    """Widen the weight range of channels whose bias would not fit 32 bits at the scale of their products.
-
-    Integer kernels add the bias as a multiple of input scale times weight scale. A channel of zeros (pruned, or dead in
-    its batch norm) has next to no weight scale, and its bias would be cut off. What such weights lose is below one step
-    of an 8-bit output. Half of the 32 bits' range is left to the sum of the products.
-    """
-    for node in model.graph.nodes:
-        if ANNOTATION not in node.meta or node.target not in (*CONVOLUTIONS, *LINEARS):
-            continue
-        inputs, weights, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-        if bias is None or any(each.op != "call_module" for each in (inputs, weights)) or bias.op != "get_attr":
-            continue
-        observer = getattr(model, str(weights.target))
-        scale, _ = getattr(model, str(inputs.target)).calculate_qparams()
-        value = attrgetter(str(bias.target))(model)
-        smallest = value.detach().abs().double() / (scale.double() * 2**30)
-        reach = (smallest * (observer.quant_max - observer.quant_min) / 2).to(observer.max_val.dtype)
-        observer.max_val.copy_(torch.maximum(observer.max_val, reach))
-
-
-def strip_unused(model: GraphModule) -> None:
-    """Delete parameters, buffers and submodules that the graph no longer uses: the float copies of its weights."""
-    model.delete_all_unused_submodules()
-    used = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
-    stored: Sequence[str] = [*dict(model.named_parameters()), *dict(model.named_buffers())]
-    for name in stored:
-        if name not in used:
-            owner, _, attribute = name.rpartition(".")
-            delattr(model.get_submodule(owner), attribute)
+def _flat(value: Any) -> list[Node]:
+    return [each for each in value if isinstance(each, Node)] if isinstance(value, (tuple, list)) else []

@@ -4,42 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
 
 from torchslim.errors import QuantizeError
 from torchslim.machine import saturates
 
+OBSERVERS = ("min-max", "moving-average", "percentile", "mse", "entropy")  # their code is loaded when one is used
+FLOAT = "float"  # what a layer's scheme is called that stays as it is
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """Bits of weights and activations, and which layers it is made for."""
+    """Bits of the weights, and how activations become integers.
+
+    Args:
+        weight_bits: 8 (a scale per channel) or 4 (a scale per group).
+        activations: "static": 8 bits, ranges calibrated; "dynamic": 8 bits, the range of each call; "float".
+        group_size: how many weights share a scale; None: those of a channel.
+    """
 
     weight_bits: int
-    activation_bits: int
+    activations: Literal["static", "dynamic", "float"]
     about: str
+    group_size: int | None = None
+
+    @property
+    def activation_bits(self) -> int | None:
+        """None where activations stay float."""
+        return None if self.activations == "float" else 8
 
 
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(
         weight_bits=8,
-        activation_bits=8,
+        activations="static",
         about="static: weights int8 symmetric per channel, activations uint8 affine per tensor (Jacob 2018)",
+    ),
+    "int8-dynamic": Scheme(
+        weight_bits=8,
+        activations="dynamic",
+        about="linear, LSTM and GRU: weights int8 per channel, activations uint8 with the range of each call",
+    ),
+    "int8-weights": Scheme(
+        weight_bits=8,
+        activations="float",
+        about="weights int8 per channel, computing in float: a quarter of the bytes",
+    ),
+    "int4-weights": Scheme(
+        weight_bits=4,
+        activations="float",
+        group_size=32,
+        about="weights int4, a scale for 32 of them, computing in float: an eighth of the bytes",
     ),
 }
 
-INTEGER_RUNTIMES = frozenset({"onnxruntime", "inductor"})  # eager computes on dequantized floats
+INTEGER_RUNTIMES = frozenset({"onnxruntime", "openvino", "inductor", "aoti"})  # eager computes on dequantized floats
 
 
 def find_scheme(name: str) -> Scheme:
     """A scheme by its name."""
     if name not in SCHEMES:
-        raise QuantizeError(f"scheme {name!r} is not known; one of {', '.join(SCHEMES)}")
+        near = get_close_matches(name, SCHEMES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise QuantizeError(f"scheme {name!r} is not known; {hint}one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
 
 
-def weight_range(runtime: str) -> tuple[int, int]:
+def weight_range(runtime: str, scheme: Scheme | None = None) -> tuple[int, int]:
     """The integers that weights may take on a runtime, on this machine's instruction set.
 
     Without VNNI, x86 adds two u8 x s8 products in 16 bits, which saturates; 7-bit weights cannot overflow there:
-    2 * 255 * 64 < 2**15.
+    2 * 255 * 63 < 2**15.
     """
-    return (-64, 63) if runtime in INTEGER_RUNTIMES and saturates() else (-127, 127)
+    if scheme is not None and scheme.weight_bits == 4:
+        return (-7, 7)
+    computes = scheme is None or scheme.activations != "float"
+    return (-63, 63) if computes and runtime in INTEGER_RUNTIMES and saturates() else (-127, 127)

@@ -110,7 +110,7 @@ def _history(value: Any) -> bool:
 
 
 def _layers(value: Any) -> bool:
-    optional = ("sparsity", "weight_bits", "activation_bits")
+    optional = ("sparsity", "weight_bits", "activation_bits", "sqnr_db")
     return isinstance(value, list) and all(
         _object(each)
         and all(_text(each.get(key)) for key in ("layer", "action", "reason"))

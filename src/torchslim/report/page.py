@@ -288,6 +288,10 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "weight_bits": layer.weight_bits,
         "activation_bits": layer.activation_bits,
         "quantized": bool(bits),
+        "sqnr": None if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+        "sqnr_json": json.dumps(layer.sqnr_db),
+        "kernel": layer.kernel,
+        "integer": layer.integer,
         "notes": layer.notes,
     }
 

@@ -41,6 +41,9 @@ class Layer:
     sparsity: float | None = None
     weight_bits: int | None = None
     activation_bits: int | None = None
+    sqnr_db: float | None = None
+    kernel: str = ""
+    integer: bool | None = None
     notes: list[tuple[str, str, str]] = field(default_factory=list)  # step, action, reason
 
     @property
@@ -210,8 +213,8 @@ def layers(run: Run) -> list[Layer]:
             # pruning names the parameter and quantization its module: one layer, one line
             name = record["layer"].removesuffix(".weight")
             layer = found.setdefault(name, Layer(name=name))
-            for key in ("sparsity", "weight_bits", "activation_bits"):
-                if record.get(key) is not None:
+            for key in ("sparsity", "weight_bits", "activation_bits", "sqnr_db", "kernel", "integer"):
+                if record.get(key) not in (None, ""):
                     setattr(layer, key, record[key])
             note = (label, record["action"], record["reason"])
             if (record["reason"] or record["action"] == "refused") and note not in layer.notes:

@@ -10,12 +10,15 @@ from torch import nn
 
 from torchslim.errors import RecipeError
 from torchslim.runtimes.base import Deployed, Runtime, Spec
+from torchslim.runtimes.kernels import Kernel
 from torchslim.steps import Inputs
 
 RUNTIMES: Mapping[str, str] = {
     "eager": "PyTorch, op by op; saves a .pt2",
+    "aoti": "AOTInductor: the same kernels as machine code; saves a .pt2 package, loaded only where it is trusted",
     "inductor": "torch.compile, C++ kernels made on this machine; saves nothing",
     "onnxruntime": "ONNX Runtime; saves a .onnx",
+    "openvino": "OpenVINO; saves its IR, a .xml and a .bin",
 }
 
 
@@ -51,4 +54,11 @@ def deploy(
     return find_runtime(runtime).compile(model, example_inputs, dynamic_shapes, threads)
 
 
-__all__ = ["RUNTIMES", "Deployed", "Runtime", "Spec", "deploy", "find_runtime"]
+def kernels(deployed: Deployed) -> list[Kernel]:
+    """What a deployed model really executes, kernel by kernel, asked of its runtime."""
+    find = find_runtime(deployed.runtime).kernels
+    assert find is not None, "every runtime tells"
+    return find(deployed)
+
+
+__all__ = ["RUNTIMES", "Deployed", "Kernel", "Runtime", "Spec", "deploy", "find_runtime", "kernels"]

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from torchslim.errors import DeployError, ExportError
 from torchslim.export import Captured, capture, positional, signature_of
-from torchslim.files import write_bytes
+from torchslim.files import unbundle, write_bytes
 from torchslim.isolation import quiet
+from torchslim.layers import layers_of
 from torchslim.machine import instruction_set
+from torchslim.runtimes.kernels import Kernel
 from torchslim.runtimes.pt2 import pack_program
 from torchslim.steps import Inputs
 from torchslim.structure import Structure, build, describe, flatten, leaf_names
@@ -33,7 +35,7 @@ class Spec:
 
     `kinds` maps the names of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `optional` are
     those that were captured with their default; `sizes` and `dtypes` are those of the flat input tensors, a size None
-    where it is free.
+    where it is free; `layers` are the operations that multiply, as `torchslim.layers.Layer` has them.
     """
 
     kinds: dict[str, str]
@@ -45,6 +47,7 @@ class Spec:
     instruction_set: str
     optional: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module) -> Spec:
@@ -76,6 +79,7 @@ class Spec:
                 if parameters[name].kind not in varying and _is_default(captured, name, parameters[name].default)
             ],
             notes=list(captured.notes),
+            layers=[layer.to_json() for layer in layers_of(captured.program, captured.batch_axis)],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -193,10 +197,12 @@ class Deployed:
         quantized: bool,
         classes: Mapping[str, type] | None = None,
         no_file: str = "",
+        suffixes: Sequence[str] = (),
     ) -> None:
         self.session, self.spec, self.runtime, self.threads = session, spec, runtime, threads
         self.payload, self.example, self.classes = payload, list(example), dict(classes or {})
         self.program, self.quantized = program, quantized  # the exported program as the bytes of a .pt2
+        self.suffixes = tuple(suffixes)
         self._no_file = no_file
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,21 +216,34 @@ class Deployed:
     @property
     def size_bytes(self) -> int | None:
         """The bytes on disk of what ships; None where the runtime has no file."""
-        return None if self.payload is None else len(self.payload)
+        return None if self.payload is None else sum(map(len, self.files.values()))
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What ships, by the suffixes of the files; one of several files is a bundle in `payload`."""
+        if self.payload is None:
+            return {}
+        return unbundle(self.payload) if len(self.suffixes) > 1 else dict.fromkeys(self.suffixes or [""], self.payload)
 
     def save(self, path: str | Path) -> Path:
-        """Write the runtime's file.
+        """Write the runtime's file; where it has several, those beside it are called like it.
 
         Raises:
             DeployError: where the runtime has no file format.
         """
         if self.payload is None:
             raise DeployError(f"runtime {self.runtime!r} has no file format: {self._no_file}")
-        write_bytes(Path(path), self.payload)
-        return Path(path)
+        path = Path(path)
+        if len(self.suffixes) > 1 and path.suffix != self.suffixes[0]:
+            raise DeployError(f"runtime {self.runtime!r} writes {' and '.join(self.suffixes)}; name the first of them")
+        first, *beside = self.files.items()
+        write_bytes(path, first[1])
+        for suffix, data in beside:
+            write_bytes(path.with_suffix(suffix), data)
+        return path
 
     def __repr__(self) -> str:
-        size = "no file" if self.payload is None else f"{len(self.payload):,} bytes"
+        size = "no file" if self.payload is None else f"{self.size_bytes:,} bytes"
         return f"Deployed(runtime={self.runtime!r}, threads={self.threads}, {size})"
 
 
@@ -232,8 +251,9 @@ class Deployed:
 class Runtime:
     """A way to run a model: how it is compiled, and how its file is read back.
 
-    `make` turns a captured program into a session and the bytes of its file (None where there is no format);
-    `read` makes a session of such bytes.
+    `make` turns a captured program into a session and the bytes of its file (None where there is no format; a
+    `bundle` where there are several files, `suffix` and those `beside`); `read` makes a session of such bytes.
+    A `native` file is machine code: it is loaded only where it is trusted. `kernels` tells what is executed.
     """
 
     name: str
@@ -241,6 +261,14 @@ class Runtime:
     make: Callable[[Captured, Spec, int | None], tuple[Session, bytes | None]]
     read: Callable[[bytes, Spec, int | None], Session] | None = None
     no_file: str = ""
+    beside: tuple[str, ...] = ()
+    native: bool = False
+    kernels: Callable[[Deployed], list[Kernel]] | None = None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files that it writes, the main one first."""
+        return () if self.suffix is None else (self.suffix, *self.beside)
 
     def compile(
         self,
@@ -271,4 +299,5 @@ class Runtime:
             quantized=any("quantized_decomposed" in str(node.target) for node in captured.program.graph.nodes),
             classes=captured.classes,
             no_file=self.no_file,
+            suffixes=self.suffixes,
         )

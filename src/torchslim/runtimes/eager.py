@@ -10,8 +10,10 @@ from torch import Tensor
 
 from torchslim.export import Captured
 from torchslim.isolation import quiet, torch_threads
-from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.layers import multiplies
+from torchslim.runtimes.base import Deployed, Runtime, Session, Spec
 from torchslim.runtimes.integer_kernels import lower
+from torchslim.runtimes.kernels import Kernel, eager_kernels
 from torchslim.runtimes.pt2 import load_program, pack_program
 
 
@@ -34,4 +36,13 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
         return session_of(lower(load_program(io.BytesIO(payload)).module()), threads)
 
 
-RUNTIME = Runtime(name="eager", suffix=".pt2", make=_make, read=_read)
+def _kernels(deployed: Deployed) -> list[Kernel]:
+    module = load_program(io.BytesIO(deployed.program())).module()
+    names = iter(deployed.spec.layers)  # a saved program has no names of layers; they are in its order
+    for node in module.graph.nodes:
+        if multiplies(node) and (layer := next(names, None)) is not None:
+            node.meta["nn_module_stack"] = {"": (layer["layer"], "")}
+    return eager_kernels(lower(module))
+
+
+RUNTIME = Runtime(name="eager", suffix=".pt2", make=_make, read=_read, kernels=_kernels)

@@ -2,48 +2,233 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
 
 from torchslim.errors import RuntimeUnavailable
 from torchslim.export import Captured
 from torchslim.isolation import quiet
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.eager import session_of
+from torchslim.runtimes.kernels import Kernel, decomposed, layer_of
 from torchslim.structure import flatten
+
+if TYPE_CHECKING:
+    from torchslim.runtimes.base import Deployed
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
+WEIGHTED = (
+    *CONVOLUTIONS, aten.linear.default, aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.lstm.input, aten.gru.input, aten.matmul.default,
+    aten.bmm.default, aten.addmm.default, aten.mm.default,
+)  # fmt: skip
+INTEGER = ("qconv_pointwise", "qconv2d_pointwise", "qlinear_pointwise", "quantized.max_pool2d", "_int8pack_mm")
+DEQUANTIZE = "dequantize_per_channel.default"
+WORK = re.compile("conv|linear|rnn|mm|lstm|gru")
+COMMENT = "Topologically Sorted Source Nodes: ["
+LOOP = re.compile(r"(cpp_fused\w*)\(.*\);?$")
+CALL = re.compile(
+    r"(?:\w+ = )?(?:torch\.ops\.((?:onednn|mkldnn|mkl|quantized|aten)\.\w+)(?:\.\w+)?|(extern_kernels\.\w+)|"
+    r"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_(\w+))\("
+)
+SETTINGS: Mapping[str, Any] = {
+    # folds the weights into the kernels' layouts; without it no integer kernel is chosen
+    "freezing": True,
+    # sizes are checked before a call; these checks also write addresses of this process into the code
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
+
+
+def need_compiler(name: str) -> None:
+    """Raises: RuntimeUnavailable: there is no C++ compiler."""
+    if not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
+        raise RuntimeUnavailable(f"runtime {name!r} needs a C++ compiler: apt-get install g++")
+
+
+@contextmanager
+def compiling(**settings: Any) -> Iterator[None]:
+    """Inside, torch compiles graphs of integers to integer kernels."""
+    import torch._inductor.config as inductor_config
+
+    with quiet():
+        # registers the passes that lower int8 graphs; without them such a graph runs several times slower, in silence
+        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+
+        with torch.no_grad(), inductor_config.patch({**SETTINGS, **settings}):
+            yield
+
+
+def inputs_kept(program: ExportedProgram) -> ExportedProgram:
+    """The program, made so that its kernels do not write into its inputs.
+
+    A linear layer or convolution that adds its result to another tensor is compiled to one kernel that adds in place,
+    into the caller's tensor where that is an input of the program. So additions take what comes out of an operation
+    that changes nothing, and that the compiler does not know to be one: it becomes part of another kernel.
+    """
+    wanted = set(program.graph_signature.user_inputs)
+
+    def written(node: Node) -> list[Node]:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or node.name not in wanted or not isinstance(value, Tensor):
+            return []
+        users = [user for user in node.users if user.op == "call_function" and user.target not in WEIGHTED]
+        return [user for user in users if not decomposed(user)] if value.is_floating_point() else []
+
+    if not any(node.target in WEIGHTED for node in program.graph.nodes) or not any(map(written, program.graph.nodes)):
+        return program
+    program = program.run_decompositions({})  # a copy; nothing is decomposed
+    wanted = set(program.graph_signature.user_inputs)
+    graph = program.graph_module.graph
+    first = next(node for node in graph.nodes if node.op == "call_function")
+    for node in list(graph.nodes):
+        users = written(node)
+        if users:
+            with graph.inserting_before(first):
+                same = graph.call_function(aten.clamp_max.default, (node, float("inf")))
+            same.meta = dict(node.meta)
+            for user in users:
+                user.replace_input_with(node, same)
+    program.graph_module.recompile()
+    return program
+
+
+def fold_weights(module: GraphModule) -> None:
+    """Dequantize once, here, the weights that no integer kernel takes; the compiler would do it in every call."""
+    for node in list(module.graph.nodes):
+        if decomposed(node) != DEQUANTIZE or all(map(has_integer_kernel, node.users)):
+            continue
+        arguments = [_attribute(module, each) if isinstance(each, Node) else each for each in node.args]
+        with module.graph.inserting_before(node):
+            name = f"_folded_{node.name}"
+            module.register_buffer(name, node.target(*arguments))
+            folded = module.graph.get_attr(name)
+        folded.meta = dict(node.meta)
+        node.replace_all_uses_with(folded)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def has_integer_kernel(node: Node) -> bool:
+    """Is this a layer with an integer weight that an integer kernel computes?"""
+    if node.target not in (*CONVOLUTIONS, aten.linear.default):
+        return False
+    source, weight = map(decomposed, node.args[:2])
+    dynamic = node.target is aten.linear.default and source == "dequantize_per_tensor.tensor"
+    return weight == DEQUANTIZE and (dynamic or source == "dequantize_per_tensor.default")
+
+
+def _attribute(module: GraphModule, node: Node) -> Tensor:
+    value: Any = module
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+class _Compiled:
+    """A compiled module that remembers the code that was made for it."""
+
+    def __init__(self, captured: Captured, threads: int | None) -> None:
+        module = inputs_kept(captured.program).module()
+        fold_weights(module)
+        self.program = captured.program
+        self.run: Callable[[list[Tensor]], Sequence[Tensor]] = session_of(torch.compile(module), threads)
+        self.seen: set[tuple[torch.Size, ...]] = set()
+        self.codes: list[str] = []
+
+    def __call__(self, leaves: list[Tensor], /) -> list[Tensor]:
+        sizes = tuple(each.shape for each in leaves)
+        if sizes in self.seen:
+            return list(self.run(leaves))
+        # torch.compile reads the settings while it compiles: at the first call, and again when a size changes
+        with compiling(), codes_kept(self.codes):
+            answer = list(self.run(leaves))
+        self.seen.add(sizes)
+        return answer
+
+
+@contextmanager
+def codes_kept(codes: list[str]) -> Iterator[None]:
+    """Inside, the code of every graph that is compiled is added to `codes`."""
+    from torch._inductor.graph import GraphLowering
+
+    with mock.patch.object(GraphLowering, "save_output_code", codes.append):
+        yield
+
+
+def called(code: str, program: ExportedProgram) -> list[Kernel]:
+    """The library kernels and the fused loops that generated code calls, by the layers of the program."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    found, taken = [], set[Node]()
+    sources: list[Node] = []
+    for line in code.splitlines():
+        text = line.strip()
+        if COMMENT in text:
+            names = text.partition(COMMENT)[2].partition("]")[0].split(", ")
+            sources = [nodes[name] for name in names if name in nodes]
+        elif loop := LOOP.match(text):
+            found.append(Kernel(node=loop[1], type="C++ loop", integer=False))
+        elif call := CALL.match(text):
+            kind = next(filter(None, call.groups())).strip("_")
+            kind = re.sub("_(binary_)?tensor$", "", kind)
+            origin = _origin(program, kind, sources, taken)
+            path = (layer_of(origin) or origin.name) if origin else ""
+            found.append(Kernel(node=f"{path}/{kind}" if path else kind, type=kind, integer=kind.endswith(INTEGER)))
+            sources = []
+    return found
+
+
+def _origin(program: ExportedProgram, kind: str, sources: Sequence[Node], taken: set[Node]) -> Node | None:
+    """The node whose layer a kernel computes: from the last that was fused into it, back to the first with weights.
+
+    Where the code does not tell, it is the next with weights that is left.
+    """
+    todo, seen = list(reversed(sources)), set[Node]()
+    weighted: list[Node] = [node for node in program.graph.nodes if node.target in WEIGHTED and node not in taken]
+    while todo and WORK.search(kind):
+        node = todo.pop(0)
+        if node in weighted:
+            taken.add(node)
+            return node
+        if node not in seen and node.target not in WEIGHTED:
+            todo += [each for each in node.all_input_nodes if each.op == "call_function"]
+        seen.add(node)
+    if WORK.search(kind) and weighted and "rnn" not in kind:
+        taken.add(weighted[0])
+        return weighted[0]
+    return sources[-1] if sources else None
 
 
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
-    if not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
-        raise RuntimeUnavailable("runtime 'inductor' needs a C++ compiler: apt-get install g++")
-    import torch._inductor.config as inductor_config
+    need_compiler("inductor")
+    session = _Compiled(captured, threads)
+    session(flatten(captured.inputs, captured.example))
+    return session, None
 
-    # registers the passes that lower int8 graphs; without them such a graph runs several times slower, in silence
-    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
-    compiled = session_of(torch.compile(captured.program.module()), threads)
-    seen: set[tuple[torch.Size, ...]] = set()
-
-    def run(tensors: list[Tensor]) -> list[Tensor]:
-        sizes = tuple(each.shape for each in tensors)
-        if sizes in seen:
-            return list(compiled(tensors))
-        # freezing folds the weights into the kernels' layouts; torch.compile reads it while it compiles, which it
-        # does at the first call and again when a size changes
-        with quiet(), inductor_config.patch(freezing=True):
-            answer = list(compiled(tensors))
-        seen.add(sizes)
-        return answer
-
-    run(flatten(captured.inputs, captured.example))
-    return run, None
+def _kernels(deployed: Deployed) -> list[Kernel]:
+    """Those of the code that was made last."""
+    session = deployed.session
+    assert isinstance(session, _Compiled)
+    return called(session.codes[-1], session.program) if session.codes else []
 
 
 RUNTIME = Runtime(
     name="inductor",
     suffix=None,
     make=_make,
+    kernels=_kernels,
     no_file="it compiles on the machine where it runs; save another runtime's file, or the model with ts.save",
 )

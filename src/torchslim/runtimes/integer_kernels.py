@@ -63,7 +63,9 @@ def lower(module: GraphModule) -> GraphModule:
             name = _free(module, "integer_kernel")
             module.add_submodule(name, kernel)
             with graph.inserting_before(node):
-                node.replace_all_uses_with(graph.call_module(name, tuple(arguments)))
+                made = graph.call_module(name, tuple(arguments))
+            made.meta = dict(node.meta)
+            node.replace_all_uses_with(made)
             graph.erase_node(node)  # drawing random numbers in training, it counts as one that may not be dropped
     graph.eliminate_dead_code()
     eight = {node: find_int8(node, constant) for node in graph.nodes}

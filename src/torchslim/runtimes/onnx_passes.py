@@ -114,16 +114,18 @@ class Graph:
 
 
 def integer_biases(graph: Graph) -> None:
-    """Give the biases of quantized Gemms as integers, at the scale of the products that they are added to.
+    """Give the biases of quantized layers as integers, at the scale of the products that they are added to.
 
-    ONNX Runtime does so itself where the output is quantized, too; a Gemm with a float output (a network's last layer)
-    it would otherwise run in float.
+    ONNX Runtime runs a Gemm with a float output (a network's last layer) in float otherwise. It has a pass that does so
+    where the output is quantized, but that pass quantizes the weights of layers that were left in float, too.
     """
     from onnx import helper
 
     dequantized = {node.output[0]: node for node in graph.nodes if node.op_type == "DequantizeLinear"}
     for node in list(graph.nodes):
-        if node.op_type != "Gemm" or len(node.input) != 3 or any(each not in dequantized for each in node.input[:2]):
+        if node.op_type not in ("Gemm", "Conv") or len(node.input) != 3:
+            continue
+        if any(each not in dequantized for each in node.input[:2]):
             continue
         scales = [dequantized[each].input[1] for each in node.input[:2]]
         if node.input[2] not in graph.constants or any(each not in graph.constants for each in scales):

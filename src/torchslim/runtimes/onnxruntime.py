@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
 from torchslim.export import Captured
 from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.runtimes.kernels import UNWANTED, onnx_kernels, scope_path, unique
 from torchslim.runtimes.onnx_kernels import lower
 from torchslim.runtimes.onnx_passes import finish, translations
 from torchslim.structure import leaf_names
@@ -68,8 +70,15 @@ def to_onnx(captured: Captured) -> bytes:
 
 
 def _strip(proto: Any) -> None:
-    """Drop what no runtime reads (stack traces of the exporting machine, shapes of inner values)."""
+    """Drop what no runtime reads (stack traces of the exporting machine, shapes of inner values).
+
+    Before, nodes are named by the layers that they come from, `layer1.0.conv1/Conv`, so that the profiles and reports
+    of every runtime that reads the model show them.
+    """
     graph = proto.graph
+    owners = {each.name: each.name.rpartition(".")[0] for each in graph.initializer}
+    for node, name in zip(graph.node, unique([_layer_name(node, owners) for node in graph.node]), strict=True):
+        node.name = name
     del proto.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
     proto.doc_string = graph.doc_string = ""
     for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
@@ -80,6 +89,20 @@ def _strip(proto: Any) -> None:
         for node in function.node:
             node.doc_string = ""
             del node.metadata_props[:]
+
+
+def _layer_name(node: Any, owners: dict[str, str]) -> str:
+    """The path of a node's layer and its operation; the node of the program where it belongs to no layer."""
+    texts = {each.key: each.value for each in node.metadata_props}
+    try:
+        scopes = list(ast.literal_eval(texts["pkg.torch.onnx.name_scopes"]))
+    except (KeyError, ValueError, SyntaxError):  # made by a pass over the ONNX model
+        return str(node.name or node.op_type)
+    path = scope_path(scopes[:-1])
+    if "rule_name" in str(list(texts)) and len(node.input) > 1:
+        # several nodes made one, a batch norm say that went into its convolution: the weight tells which
+        path = scope_path([owners.get(node.input[1], "")]) or path
+    return f"{path or scopes[-1]}/{node.op_type}"
 
 
 def _name(proto: Any, captured: Captured) -> None:
@@ -133,7 +156,9 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     # network took three times as long with spinning as without
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = runtime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(
+            payload, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
+        )
     except Exception as error:
         raise DeployError(
             f"ONNX Runtime cannot run the model: {type(error).__name__}: {_brief(error)}; "
@@ -156,4 +181,4 @@ def _brief(error: BaseException) -> str:
     return next((line.strip() for line in str(cause).splitlines() if line.strip()), "")[:300]
 
 
-RUNTIME = Runtime(name="onnxruntime", suffix=".onnx", make=_make, read=_read)
+RUNTIME = Runtime(name="onnxruntime", suffix=".onnx", make=_make, read=_read, kernels=onnx_kernels)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from torchslim.channels.leaves import leaves
 from torchslim.channels.tags import Layers, Operand, Tagger
 
 
@@ -35,7 +35,7 @@ class Call:
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors among the arguments."""
-        return (leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor))
+        return (leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor))
 
 
 Rule = Callable[[Call], Sequence[Layers]]

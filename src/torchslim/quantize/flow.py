@@ -1,0 +1,355 @@
+"""From a model to integers: prepare (observe, or train on the grid), calibrate, convert."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+
+from torchslim.errors import QuantizeError
+from torchslim.export import WRAPPED, Captured, bind, bind_call, capture, signature_of
+from torchslim.isolation import copy_model, preserved_globals, quiet
+from torchslim.quantize.helpers import Helpers
+from torchslim.quantize.profiles import PROFILES
+from torchslim.quantize.schemes import FLOAT, SCHEMES, Scheme, find_scheme
+from torchslim.select import check_patterns, class_names, matches
+from torchslim.steps import Inputs, LayerRecord
+from torchslim.structure import Structure, build, flatten, leaf_names
+
+Layers = Mapping[str, str]
+
+
+class _Called(nn.Module):
+    """A graph of flat tensors, called like the model that it was made from."""
+
+    def __init__(
+        self,
+        program: GraphModule,
+        signature: inspect.Signature,
+        inputs: Structure,
+        outputs: Structure,
+        classes: Mapping[str, type],
+    ) -> None:
+        super().__init__()
+        self.program: GraphModule = program
+        self.inputs, self.outputs, self.classes = inputs, outputs, dict(classes)
+        self.forward_signature = signature
+        self.training = False
+
+    def run(self, args: Any, kwargs: Any, *switches: bool) -> Any:
+        named = bind_call(self.forward_signature, args, kwargs)
+        return build(self.outputs, self.program(*flatten(self.inputs, named, "inputs"), *switches), self.classes)
+
+
+class QuantizedModule(_Called):
+    """A converted graph, called like the model it was made from. Its numbers are fixed: it cannot be trained."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(args, kwargs)
+
+    def train(self, mode: bool = True) -> QuantizedModule:
+        """Only `train(False)` is possible."""
+        if mode:
+            raise QuantizeError("a quantized model cannot be trained; train before the quantization")
+        return self
+
+
+class Prepared(_Called):
+    """A model between float and integers, called like the model: call it to calibrate, or train it, then `convert` it.
+
+    With `qat`, weights and activations are rounded to their grids; in training mode, dropouts and batch norms are
+    active and the ranges follow the data until `freeze_norms` and `freeze_ranges`.
+    """
+
+    records: list[LayerRecord]
+    qat: bool
+
+    def __init__(self, *args: Any, records: list[LayerRecord], qat: bool, helpers: Helpers) -> None:
+        super().__init__(*args)
+        self.records, self.qat, self.helpers = records, qat, helpers
+        self.training = qat
+        self._observing: bool | None = None
+        self.norms_frozen = self.ranges_frozen = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.qat:
+            return self.run(args, kwargs)
+        self._observe(self.training and not self.ranges_frozen)
+        return self.run(args, kwargs, self.training, self.training and not self.norms_frozen)
+
+    def train(self, mode: bool = True) -> Prepared:
+        """Switch dropouts, batch norms and the observing of ranges."""
+        if mode and not self.qat:
+            raise QuantizeError("the model was prepared for calibration; prepare it with qat=True to train it")
+        self.training = mode
+        return self
+
+    def freeze_norms(self) -> None:
+        """From now on batch norms use their running statistics, as the converted model will."""
+        self.norms_frozen = True
+
+    def freeze_ranges(self) -> None:
+        """From now on the grids stay as they are, so that the weights can settle on them."""
+        self.ranges_frozen = True
+
+    def calibrate(self, batches: Iterable[Any]) -> None:
+        """Observe model inputs without rounding anything.
+
+        Raises:
+            QuantizeError: none were given, one does not fit, or a value in it or inside the model is not finite.
+        """
+        from torchslim.quantize.observing import rounding_modules
+
+        rounding = [module for module in rounding_modules(self) if bool(module.fake_quant_enabled[0])]
+        for module in rounding:
+            module.disable_fake_quant()
+        self._observe(True)
+        given = list(batches)
+        try:
+            _calibrate(self, given)
+        finally:
+            for module in rounding:
+                module.enable_fake_quant()
+            self._observing = None
+        if not self.qat and (self.helpers.rounding != "nearest" or self.helpers.correct_biases):
+            from torchslim.quantize.accuracy import after_observing
+
+            after_observing(self.program, [self._leaves(each) for each in given], self.helpers)
+
+    def _leaves(self, inputs: Any) -> list[Tensor]:
+        device = next((each.device for each in self.program.parameters()), torch.device("cpu"))
+        return [leaf.to(device) for leaf in flatten(self.inputs, bind(self, inputs), "a calibration batch")]
+
+    def _observe(self, wanted: bool) -> None:
+        from torchslim.quantize.observing import rounding_modules
+
+        if wanted is not self._observing:
+            for module in rounding_modules(self):
+                module.enable_observer(wanted)
+            self._observing = wanted
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    runtime: str = "onnxruntime",
+    scheme: str = "int8",
+    layers: Layers | None = None,
+    observer: str = "mse",
+    qat: bool = False,
+    learned_step: bool = False,
+    helpers: Helpers | None = None,
+    batches: Iterable[Inputs] = (),
+    dynamic_shapes: Any = "batch",
+) -> Prepared:
+    """A copy of `model` that observes what goes through it; with `qat`, it rounds as the converted model will.
+
+    Call it on calibration inputs (or train it as any module, `train()` and `eval()` work), then `convert` it.
+
+    Args:
+        model: a float module; it is left as it was.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        runtime: where it will run; elsewhere it is right, perhaps slower.
+        scheme: a name of `SCHEMES`, for every layer that `layers` does not name.
+        layers: schemes, or "float", by glob over layers or by "type:NAME"; the last pattern that matches counts.
+        observer: of static activations, a name of `OBSERVERS`.
+        qat: prepare for training.
+        learned_step: with `qat`, learn the scales of the weights, too (LSQ, Esser 2020).
+        helpers: what is done for accuracy besides.
+        batches: model inputs that `helpers.smooth` looks at.
+        dynamic_shapes: as in `ts.deploy`.
+
+    Raises:
+        QuantizeError: an unknown name, nothing to quantize, or a model that is quantized already.
+        SelectError: a pattern of `layers` that matches nothing.
+        ExportError: the model cannot be captured; names the line of its code.
+    """
+    if any(isinstance(module, _Called) for module in model.modules()):
+        raise QuantizeError("the model is quantized already; quantize the float model instead")
+    choose = chooser(model, scheme, layers or {})
+    if runtime not in PROFILES:
+        raise QuantizeError(f"runtime {runtime!r} has no quantization profile; one of {', '.join(PROFILES)}")
+    helpers, given = helpers or Helpers(), list(batches)
+    if helpers.smooth is not None and not given:
+        raise QuantizeError("smoothing looks at activations: give it batches of model inputs")
+    copied, _ = copy_model(model)
+    trainable = {name for name, each in copied.named_parameters() if each.requires_grad}
+    captured = capture(copied, example_inputs, dynamic_shapes)
+    with quiet():  # importing torchao logs about extensions that this machine may lack
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+        from torchslim.quantize.equalize import equalize, smooth
+        from torchslim.quantize.folding import fold_batch_norms, hide_batch_norms, show_batch_norms, switch
+        from torchslim.quantize.observing import specs
+        from torchslim.quantize.quantizer import SlimQuantizer
+    quantizer = SlimQuantizer(
+        choose, PROFILES[runtime], specs(runtime, observer, training=qat, learned_step=learned_step)
+    )
+    with quiet(), preserved_globals():
+        program = captured.program.module()
+        assert isinstance(program, GraphModule)
+        program.graph.set_codegen(CodeGen())  # tensors in, tensors out: no structures to take apart
+        if not qat:
+            fold_batch_norms(program)
+        if helpers.equalize:
+            equalize(program)
+        if helpers.smooth is not None:
+            smooth(program, [_leaves(captured, model, each) for each in given], helpers.smooth)
+        hide_batch_norms(program)
+        program = prepare_pt2e(program, quantizer)
+        if not any(record.action == "quantized" for record in quantizer.records):
+            raise QuantizeError(_nothing(scheme, quantizer.records))
+        show_batch_norms(program)
+        if qat:
+            switch(program)
+            for name, parameter in program.named_parameters():
+                parameter.requires_grad_(name.removeprefix(WRAPPED) in trainable)
+        program.recompile()
+    prepared = Prepared(
+        program, signature_of(model), captured.inputs, captured.outputs, captured.classes,
+        records=quantizer.records, qat=qat, helpers=helpers,
+    )  # fmt: skip
+    _look_at_weights(prepared)
+    return prepared
+
+
+def convert(prepared: nn.Module) -> QuantizedModule:
+    """Integers for what a prepared model has observed. Its numbers are then fixed.
+
+    Raises:
+        QuantizeError: it is not a prepared model, or has seen no data.
+    """
+    while isinstance(inner := getattr(prepared, "module", None), nn.Module) and not isinstance(prepared, Prepared):
+        prepared = inner  # DistributedDataParallel and Fabric wrap it
+    if not isinstance(prepared, Prepared):
+        raise QuantizeError(
+            f"convert takes what ts.quantize.prepare returned, got {type(prepared).__name__}; prepare the model first"
+        )
+    with quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        from torchslim.quantize.folding import fold_batch_norms, hide_batch_norms, settle, show_batch_norms
+        from torchslim.quantize.quantizer import ANNOTATION
+        from torchslim.quantize.storing import fit_biases, gather_first, store_groups, strip_unused
+    copied = copy_model(prepared)[0].cpu()
+    program = copied.program
+    assert isinstance(program, GraphModule)
+    with quiet(), preserved_globals(), torch.no_grad():
+        for node in program.graph.nodes:
+            node.meta.pop(ANNOTATION, None)  # it speaks of the nodes of the graph that this one was copied from
+        if prepared.qat:
+            settle(program)
+            fold_batch_norms(program)
+        fit_biases(program)
+        store_groups(program)
+        hide_batch_norms(program)
+        program = convert_pt2e(program)
+        show_batch_norms(program)
+        gather_first(program)
+        program.graph.eliminate_dead_code()
+        program.recompile()
+        strip_unused(program)
+    return QuantizedModule(program, prepared.forward_signature, prepared.inputs, prepared.outputs, prepared.classes)
+
+
+def chooser(model: nn.Module, scheme: str, layers: Layers) -> Callable[[str, str], Scheme | None]:
+    """The scheme of each layer, by its path and its weight's.
+
+    Raises:
+        QuantizeError: an unknown scheme.
+        SelectError: a pattern that matches no layer.
+    """
+    default = find_scheme(scheme)
+    check_patterns(model, list(layers), None)
+    chosen = [(pattern, None if name == FLOAT else find_scheme(name)) for pattern, name in layers.items()]
+    types = class_names(model)
+
+    def choose(layer: str, weight: str) -> Scheme | None:
+        found: Scheme | None = default
+        for pattern, each in chosen:
+            if any(path and matches(pattern, path, types) for path in (layer, weight)):
+                found = each
+        return found
+
+    return choose
+
+
+def _nothing(scheme: str, records: list[LayerRecord]) -> str:
+    refused = "; ".join(f"{record.layer}: {record.reason}" for record in records[:5])
+    return (
+        f"scheme {scheme!r} finds nothing to quantize in this model ({refused or 'no layer has weights'}); leave the "
+        f"quantization out, or choose another scheme of {', '.join(SCHEMES)}"
+    )
+
+
+def _leaves(captured: Captured, model: nn.Module, inputs: Any) -> list[Tensor]:
+    return [leaf.cpu() for leaf in flatten(captured.inputs, bind(model, inputs), "a calibration batch")]
+
+
+def _look_at_weights(prepared: Prepared) -> None:
+    """Set the scales of weights, which no data decide; an optimizer then sees learned steps, too."""
+    from torchslim.quantize.storing import observe_weights
+
+    with torch.no_grad(), preserved_globals():
+        observe_weights(prepared.program)
+
+
+def _calibrate(prepared: Prepared, batches: list[Any]) -> None:
+    """Show the observers every batch; a value that is not finite is an error that names its layer and batch."""
+    from torchslim.quantize.storing import observed_layers
+
+    if not batches:
+        raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
+    program = prepared.program
+    switches = (False, False) if prepared.qat else ()
+    names = leaf_names(prepared.inputs)
+    device = next((each.device for each in program.parameters()), torch.device("cpu"))
+    number = 0
+
+    def check(value: Tensor, where: str) -> None:
+        if not _finite(value):
+            raise QuantizeError(
+                f"calibration batch {number} has values that are not finite {where}; look for NaN in the data or "
+                "overflow in the model"
+            )
+
+    def guard(where: str) -> Any:
+        return lambda module, args: check(args[0], f"at {where}")
+
+    handles = [
+        program.get_submodule(name).register_forward_pre_hook(guard(where))
+        for name, where in observed_layers(program).items()
+    ]
+    try:
+        for number, inputs in enumerate(batches, 1):
+            named = bind(prepared, inputs)
+            leaves = flatten(prepared.inputs, named, f"calibration batch {number}")
+            for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+                check(leaf, f"in input {index} ({name!r})")
+            try:
+                with torch.no_grad():
+                    program(*(leaf.to(device) for leaf in leaves), *switches)
+            except QuantizeError:
+                raise
+            except Exception as error:
+                shapes = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True))
+                raise QuantizeError(
+                    f"calibration batch {number} ({shapes}) does not fit the graph that batch 1 gave: "
+                    f"{next(iter(str(error).splitlines()), '')}; give batches of the same sizes"
+                ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(value: Tensor) -> bool:
+    if not value.is_floating_point() or not value.numel():
+        return True
+    low, high = torch.aminmax(value.detach())  # one pass, no copy; NaN shows in both
+    return bool(torch.isfinite(low) & torch.isfinite(high))

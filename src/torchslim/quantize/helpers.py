@@ -1,0 +1,39 @@
+"""Options for accuracy: light, so that a recipe can be checked without loading what carries them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torchslim.errors import QuantizeError
+
+Rounding = Literal["nearest", "gptq", "adaround"]
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "gptq", "adaround")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Helpers:
+    """Options for accuracy.
+
+    Args:
+        equalize: even out channels between layers (Nagel 2019); before observing.
+        smooth: move outliers behind norms into weights (SmoothQuant): how much of them, 0 to 1; None: not.
+        rounding: of weights: to "nearest", by "gptq" or "adaround"; after observing.
+        correct_biases: take back the mean error of the outputs (Nagel 2019); last.
+    """
+
+    equalize: bool = False
+    smooth: float | None = None
+    rounding: Rounding = "nearest"
+    correct_biases: bool = False
+
+    def __post_init__(self) -> None:
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise QuantizeError(f"smooth must be between 0 and 1, got {self.smooth}")
+        if self.rounding not in ROUNDINGS:
+            raise QuantizeError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
+
+    @property
+    def needs_data(self) -> bool:
+        """Are calibration batches looked at, whatever the scheme?"""
+        return self.smooth is not None or self.rounding != "nearest" or self.correct_biases

@@ -1,0 +1,282 @@
+"""The quantization step, and the functions that do the same outside of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from torchslim.errors import QuantizeError
+from torchslim.export import WRAPPED, bind, tensors_of
+from torchslim.isolation import quiet
+from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, convert, prepare
+from torchslim.quantize.helpers import Helpers, Rounding
+from torchslim.quantize.schemes import FLOAT, OBSERVERS, SCHEMES, find_scheme
+from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome, resolve
+from torchslim.structure import flatten
+from torchslim.task import call, predictor, take_first, to_device
+from torchslim.training import Hook, Loop, Training
+
+LOUD_DB = 15.0  # below this the quantized output is worth a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Turn weights and activations into integers.
+
+    Args:
+        scheme: a name of `SCHEMES`, for every layer that `layers` does not name.
+        layers: schemes, or "float", by glob over layers or "type:NAME"; the last pattern that matches counts.
+        mode: "ptq": post-training, calibrated on the task's calibration batches; "qat": then trained on the grid.
+        observer: of static activations, a name of `OBSERVERS`.
+        equalize: even out the ranges of channels between layers (Nagel 2019).
+        smooth: move outliers behind norms into weights (SmoothQuant): how much of them, 0 to 1; None: not.
+        rounding: of weights, with "ptq": to "nearest", by "gptq" or "adaround".
+        correct_biases: with "ptq", take back the mean error of the outputs (Nagel 2019).
+        train: with "qat", how it trains; by default it distils the context's teacher for three epochs.
+        learned_step: with "qat", the scales of weights are learned, too (LSQ).
+        norms_until: the fraction of the training after which batch norms keep their statistics.
+        ranges_until: the fraction of the training after which the grids stay as they are.
+    """
+
+    accepts: ClassVar[Form] = Form.MODULE
+    produces: ClassVar[Form] = Form.QUANTIZED
+
+    scheme: str = field(default="int8", kw_only=False)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    mode: Literal["ptq", "qat"] = "ptq"
+    observer: str = "mse"
+    equalize: bool = False
+    smooth: float | None = None
+    rounding: Rounding = "nearest"
+    correct_biases: bool = False
+    train: Training | None = None
+    learned_step: bool = False
+    norms_until: float = 0.5
+    ranges_until: float = 0.7
+
+    def __post_init__(self) -> None:
+        find_scheme(self.scheme)
+        for name in self.layers.values():
+            if name != FLOAT:
+                find_scheme(name)
+        if self.mode not in ("ptq", "qat"):
+            raise QuantizeError(f"mode must be 'ptq' or 'qat', got {self.mode!r}")
+        if self.mode == "ptq" and (self.train is not None or self.learned_step):
+            raise QuantizeError("train and learned_step belong to mode='qat'; set it, or leave them out")
+        if self.mode == "qat" and (self.rounding != "nearest" or self.correct_biases):
+            raise QuantizeError("rounding and correct_biases belong to mode='ptq': training does their work")
+        self.helpers()
+        if self.observer not in OBSERVERS:
+            raise QuantizeError(f"observer {self.observer!r} is not known; one of {', '.join(OBSERVERS)}")
+        for name in ("norms_until", "ranges_until"):
+            if not 0 < getattr(self, name) <= 1:
+                raise QuantizeError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+
+    def check(self, ctx: Context) -> None:
+        """There is something to calibrate on, what is asked for names layers, and training can start."""
+        if self.calibrates():
+            split = ctx.task.calibration_split
+            take_first(getattr(ctx.task, split), split)
+        chooser(ctx.model if ctx.model is not None else ctx.teacher, self.scheme, self.layers)
+        if self.mode == "qat":
+            self.training().check_training(ctx)
+
+    def calibrates(self) -> bool:
+        """Does any layer need the ranges of its activations beforehand?"""
+        names = {self.scheme, *self.layers.values()} - {FLOAT}
+        return self.helpers().needs_data or any(find_scheme(name).activations == "static" for name in names)
+
+    def helpers(self) -> Helpers:
+        """What is done for accuracy."""
+        return Helpers(
+            equalize=self.equalize, smooth=self.smooth, rounding=self.rounding, correct_biases=self.correct_biases
+        )
+
+    def training(self) -> Training:
+        """How it trains: with a teacher, where nothing else is asked for."""
+        if self.train is not None:
+            return self.train
+        made: Training = resolve("torchslim.distill:Distill", "the default training")(epochs=3, lr=1e-4)
+        return made
+
+    def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        batches = ctx.task.calibration_batches()
+        prepared = prepare(
+            model,
+            ctx.example_inputs,
+            runtime=ctx.target.runtime,
+            scheme=self.scheme,
+            layers=self.layers,
+            observer=self.observer,
+            qat=self.mode == "qat",
+            learned_step=self.learned_step,
+            helpers=self.helpers(),
+            batches=batches,
+        )
+        if self.calibrates():
+            prepared.calibrate(batches)
+        history: Sequence[Mapping[str, float]] = ()
+        if self.mode == "qat":
+            masks = {_inside(name): mask for name, mask in ctx.masks.items()}
+            known = dict(prepared.named_parameters())
+            freeze = Freeze(prepared, self.norms_until, self.ranges_until)
+            report = self.training().fit(
+                prepared, ctx, hooks=[freeze], masks={name: each for name, each in masks.items() if name in known}
+            )
+            history = report.history
+        quantized = convert(prepared)
+        records = _measured(prepared, quantized, ctx.example_inputs)
+        decibels = sqnr(call(predictor(model), batches[0]), call(predictor(quantized), batches[0]))
+        warnings = [f"not quantized: {each.layer}: {each.reason}" for each in records if _surprising(each)]
+        if decibels < LOUD_DB and self.mode == "ptq":
+            warnings.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
+        return Outcome(model=quantized, masks=ctx.masks, layers=records, warnings=warnings, history=history)
+
+
+class Freeze(Hook):
+    """Batch-norm statistics settle late in the training, ranges later: the weights then adapt to what will ship."""
+
+    def __init__(self, prepared: Prepared, norms_until: float, ranges_until: float) -> None:
+        self.prepared, self.norms_until, self.ranges_until = prepared, norms_until, ranges_until
+
+    def on_start(self, loop: Loop) -> None:
+        """A resumed run is as frozen as it was."""
+        self.on_step(loop)
+
+    def on_step(self, loop: Loop) -> None:
+        """Freeze what is due."""
+        if loop.progress >= self.norms_until:
+            self.prepared.freeze_norms()
+        if loop.progress >= self.ranges_until:
+            self.prepared.freeze_ranges()
+
+    def settled(self, loop: Loop) -> bool:
+        """Only an epoch on the final grids may be kept as the best."""
+        return loop.progress >= min(self.ranges_until, 1.0)
+
+
+def static(
+    model: nn.Module,
+    batches: Iterable[Inputs],
+    *,
+    scheme: str = "int8",
+    layers: Layers | None = None,
+    runtime: str = "onnxruntime",
+    observer: str = "mse",
+    helpers: Helpers | None = None,
+) -> nn.Module:
+    """A quantized copy of `model`, calibrated on `batches`, called like the model.
+
+    Args:
+        model: a float module; it is left as it was.
+        batches: model inputs, each a tuple of positional or a dict of keyword arguments; 100 to 500 samples do.
+        scheme: a name of `SCHEMES`.
+        layers: schemes, or "float", by glob over layers or "type:NAME".
+        runtime: where it will run; elsewhere it is right, perhaps slower.
+        observer: of the activations, a name of `OBSERVERS`.
+        helpers: what is done for accuracy besides.
+
+    Raises:
+        QuantizeError: no batches, values that are not finite, or nothing to quantize.
+        ExportError: the model cannot be captured; names the line of its code.
+    """
+    given = list(batches)
+    if not given:
+        raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
+    prepared = prepare(
+        model, given[0], runtime=runtime, scheme=scheme, layers=layers, observer=observer, helpers=helpers,
+        batches=given,
+    )  # fmt: skip
+    prepared.calibrate(given)
+    return convert(prepared)
+
+
+def dynamic(
+    model: nn.Module, example_inputs: Inputs, *, layers: Layers | None = None, runtime: str = "onnxruntime"
+) -> nn.Module:
+    """A copy of `model` whose linear, LSTM and GRU layers compute on integers with the range of each call.
+
+    Args:
+        model: a float module; it is left as it was.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        layers: schemes, or "float", by glob over layers or "type:NAME".
+        runtime: where it will run.
+    """
+    return convert(prepare(model, example_inputs, runtime=runtime, scheme="int8-dynamic", layers=layers))
+
+
+def weights(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    bits: int = 8,
+    layers: Layers | None = None,
+    runtime: str = "onnxruntime",
+    helpers: Helpers | None = None,
+    batches: Iterable[Inputs] = (),
+) -> nn.Module:
+    """A copy of `model` that stores its weights as integers and computes in float.
+
+    Args:
+        model: a float module; it is left as it was.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        bits: 8, a scale for each channel, or 4, a scale for each group of 32.
+        layers: schemes, or "float", by glob over layers or "type:NAME".
+        runtime: where it will run.
+        helpers: what is done for accuracy besides, such as `Helpers(rounding="gptq")`.
+        batches: model inputs that the helpers look at.
+    """
+    scheme = f"int{bits}-weights"
+    if scheme not in SCHEMES:
+        raise QuantizeError(f"bits must be 8 or 4, got {bits}")
+    given = list(batches)
+    helpers = helpers or Helpers()
+    if helpers.needs_data and not given:
+        raise QuantizeError("the helpers for accuracy look at data: give batches of model inputs")
+    prepared = prepare(
+        model, example_inputs, runtime=runtime, scheme=scheme, layers=layers, helpers=helpers, batches=given
+    )
+    if helpers.needs_data:
+        prepared.calibrate(given)
+    return convert(prepared)
+
+
+def sqnr(reference: Any, value: Any) -> float:
+    """Signal to quantization noise in dB over all floating-point outputs: 10 log10(|a|^2 / |a - b|^2)."""
+    signal = noise = 0.0
+    for a, b in zip(_floats(reference), _floats(value), strict=True):
+        signal += float(a.double().square().sum())
+        noise += float((a.double() - b.double()).square().sum())
+    if noise == 0:
+        return float("inf")
+    return 10 * math.log10(signal / noise) if signal else float("-inf")
+
+
+def _floats(value: Any) -> list[Tensor]:
+    return [leaf.detach().cpu() for leaf in tensors_of(value) if leaf.is_floating_point()]
+
+
+def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) -> list[LayerRecord]:
+    """The records with the noise of each layer, the worst first, then those that stay in float."""
+    with quiet():
+        from torchslim.quantize.compare import layer_sqnr
+
+    leaves = flatten(prepared.inputs, bind(prepared, to_device(inputs, "cpu")), "inputs")
+    found = layer_sqnr(prepared, quantized, leaves)
+    records = [
+        replace(each, sqnr_db=round(found[each.layer], 2) if math.isfinite(found.get(each.layer, math.inf)) else None)
+        for each in prepared.records
+    ]
+    return sorted(records, key=lambda each: (each.action != "quantized", each.sqnr_db is None, each.sqnr_db or 0.0))
+
+
+def _inside(name: str) -> str:
+    return f"program.{WRAPPED}{name}"
+
+
+def _surprising(record: LayerRecord) -> bool:
+    return record.action == "refused" and "as asked" not in record.reason

@@ -1,0 +1,217 @@
+"""OpenVINO. The files are its IR, a `.xml` and a `.bin`; quantized programs run on its int8 kernels.
+
+It reads the ONNX form of a program: its own reader of exported programs does not know per-channel int8 weights. An
+activation that is quantized dynamically is left to OpenVINO, which quantizes what goes into a linear layer with integer
+weights itself, in groups, while it runs.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchslim.errors import DeployError, RuntimeUnavailable
+from torchslim.export import Captured
+from torchslim.files import bundle, unbundle
+from torchslim.isolation import quiet
+from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.runtimes.kernels import Kernel, decomposed
+from torchslim.runtimes.onnxruntime import to_onnx
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torchslim.runtimes.base import Deployed
+
+PIP = "pip install 'torchslim[openvino]'"
+XML, BIN = ".xml", ".bin"
+GROUP = 32  # how many activations share a scale; its default
+COMPUTES = (
+    "Convolution", "Deconvolution", "FullyConnected", "MatMul", "Pooling", "Reduce", "Eltwise", "Interpolate", "MVN",
+)  # fmt: skip
+NARROW = ("i8", "u8", "i4", "u4")
+BOOLEAN = ("Where", "And", "Or", "Not", "Xor", "Equal", "Less", "Great", "IsNaN")  # they are 8 bits wide as well
+
+
+def _import() -> Any:
+    try:
+        with quiet(), _no_telemetry():
+            import openvino
+    except ImportError as error:
+        raise RuntimeUnavailable(f"runtime 'openvino' is not installed: {PIP}") from error
+    return openvino
+
+
+@contextmanager
+def _no_telemetry() -> Iterator[None]:
+    """Importing openvino writes an identity into the user's home and reports to its makers, unless this is missing."""
+    name = "openvino_telemetry"
+    if name in sys.modules or "openvino" in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
+    openvino = _import()
+    program = _without_dynamic(captured.program)
+    onnx = to_onnx(replace(captured, program=program))
+    try:
+        model = openvino.Core().read_model(onnx)
+    except RuntimeError as error:
+        raise DeployError(
+            f"OpenVINO cannot read the model: {_brief(error)}; use runtime 'onnxruntime', or 'eager'"
+        ) from error
+    model = _restore(model, onnx, openvino)
+    dynamic = program is not captured.program
+    # weights of 8 and 4 bits: by default OpenVINO rounds what they are multiplied with, asked for or not
+    model.set_rt_info(str(GROUP if dynamic else 0), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    with tempfile.TemporaryDirectory() as folder:
+        files = {suffix: Path(folder) / f"model{suffix}" for suffix in (XML, BIN)}
+        openvino.serialize(model, *map(str, files.values()))
+        payload = bundle({suffix: path.read_bytes() for suffix, path in files.items()})
+    return _read(payload, spec, threads), payload
+
+
+def _without_dynamic(program: Any) -> Any:
+    """The program without the dynamic quantization of activations: OpenVINO does it inside its kernels."""
+    if not any(decomposed(node) == "choose_qparams.tensor" for node in program.graph.nodes):
+        return program
+    program = program.run_decompositions({})  # a copy; nothing is decomposed
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if decomposed(node) == "dequantize_per_tensor.tensor":
+            rounded = node.args[0]
+            if decomposed(rounded) == "quantize_per_tensor.tensor" and rounded.args[1] is node.args[1]:
+                node.replace_all_uses_with(rounded.args[0])
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def _restore(model: Any, payload: bytes, openvino: Any) -> Any:
+    """The model with what reading its ONNX form loses: inputs that nothing uses, and the names of operations.
+
+    An output takes its operation's name; parts of an operation are called by numbers that count over the whole process.
+    """
+    import onnx
+
+    graph = onnx.load_from_string(payload).graph
+    inputs = {name: each for each in model.get_parameters() for name in each.output(0).get_names()}
+    for value in graph.input:
+        if value.name in inputs:
+            continue
+        dims = [each.dim_value if each.HasField("dim_value") else -1 for each in value.type.tensor_type.shape.dim]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        unused = openvino.op.Parameter(openvino.Type(dtype), openvino.PartialShape(dims))
+        unused.set_friendly_name(value.name)
+        unused.output(0).set_names({value.name})
+        inputs[value.name] = unused
+    model = openvino.Model(model.get_results(), model.get_sinks(), [inputs[each.name] for each in graph.input], "model")
+    named = {output: node.name or output for node in graph.node for output in node.output}
+    operations = list(model.get_ordered_ops())
+    for index, operation in reversed(list(enumerate(operations))):
+        name, kind = operation.get_friendly_name(), operation.get_type_name()
+        if name in named and kind not in ("Parameter", "Result"):
+            name = named[name]
+        elif re.fullmatch(rf"{kind}_\d+", name):
+            readers = [each.get_node() for output in operation.outputs() for each in output.get_target_inputs()]
+            layers = {each.get_friendly_name().rpartition("/")[0] for each in readers} - {""}
+            name = f"{layers.pop()}/{kind}_{index}" if len(layers) == 1 else f"{kind}_{index}"
+        operation.set_friendly_name(name)
+    return model
+
+
+class _Compiled:
+    """A compiled model and the one request that runs it; calls from several threads take turns."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.request = model.create_infer_request()
+        self.lock = threading.Lock()
+
+    def __call__(self, leaves: list[Tensor], /) -> Sequence[Tensor]:
+        with self.lock:
+            found = self.request.infer([leaf.contiguous().numpy() for leaf in leaves], share_inputs=True)
+            return [torch.from_numpy(found[index]) for index in range(len(self.model.outputs))]
+
+
+def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
+    openvino = _import()
+    if "bfloat16" in spec.dtypes:
+        raise DeployError("OpenVINO takes no bfloat16 inputs here; convert the model with .float() first")
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        # else floats are computed in bfloat16 on processors that have it
+        "INFERENCE_PRECISION_HINT": "f32",
+        # pinned threads of two models share a core while another is idle
+        "ENABLE_CPU_PINNING": False,
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    files = unbundle(payload)
+    try:
+        core = openvino.Core()
+        model = core.read_model(files[XML], files[BIN])
+        compiled = core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        raise DeployError(
+            f"OpenVINO cannot run the model: {_brief(error)}; use runtime 'onnxruntime', or 'eager'"
+        ) from error
+    assert len(compiled.inputs) == len(spec.dtypes), f"OpenVINO's model takes {compiled.inputs}"
+    return _Compiled(compiled)
+
+
+def _kernels(deployed: Deployed) -> list[Kernel]:
+    """The nodes of the graph that runs, without those that hold, move or convert values."""
+    session = deployed.session
+    assert isinstance(session, _Compiled)
+    found = []
+    for operation in session.model.get_runtime_model().get_ordered_ops():
+        about = {key: str(value.value) for key, value in operation.get_rt_info().items() if hasattr(value, "value")}
+        kind, primitive = about.get("layerType", ""), about.get("primitiveType", "")
+        if not kind or kind in ("Const", "Input", "Output"):
+            continue
+        names = tuple(dict.fromkeys(map(_plain, about.get("originalLayersNames", "").split(","))))
+        parts = tuple(name for name in names if "/" in name and "QuantizeLinear" not in name) or names
+        precision = about.get("runtimePrecision", "")
+        weights = f", {precision} weights" if kind == "FullyConnected" and primitive.endswith("f32") else ""
+        found.append(
+            Kernel(
+                node=parts[0] or operation.get_friendly_name(),
+                type=f"{kind}: {primitive}{weights}",
+                integer=kind in COMPUTES
+                and precision in NARROW
+                and not parts[0].rpartition("/")[2].startswith(BOOLEAN),
+                fused=names if len(names) > 1 else (),
+            )
+        )
+    return found
+
+
+def _plain(name: str) -> str:
+    """A node's name without what OpenVINO's passes put behind it."""
+    return re.sub(r"/(WithoutBiases|Dequantization|transpose_[ab]).*", "", name)
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (told or lines or [""])[0][:300]
+
+
+RUNTIME = Runtime(name="openvino", suffix=XML, beside=(BIN,), make=_make, read=_read, kernels=_kernels)

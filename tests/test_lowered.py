@@ -1,0 +1,150 @@
+"""What really runs on integers: MACs against closed forms, kernels against the graph, and no silent float."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import torchslim as ts
+from tests.deployment_models import trained_conv
+from torchslim.cli import cli
+from torchslim.export import capture
+from torchslim.layers import layers_of
+from torchslim.lowered import lowered
+from torchslim.measure import macs
+from torchslim.quantize import Quantize, convert, prepare
+from torchslim.steps import Context
+
+
+class Everything(nn.Module):
+    """A conv, a transposed one, an LSTM, attention, a linear layer, a product of activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, groups=1)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.rnn = nn.LSTM(12, 6, batch_first=True, bidirectional=True)
+        self.q, self.k = nn.Linear(12, 12), nn.Linear(12, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(torch.relu(self.conv(x))).flatten(2).transpose(1, 2)  # (batch, 144, 4)
+        y = self.rnn(torch.cat([y, y, y], -1))[0]
+        q, k = self.q(y), self.k(y)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, y) @ torch.relu(k).transpose(1, 2)
+
+
+def test_macs_are_those_of_closed_forms() -> None:
+    x = torch.randn(3, 3, 8, 8)
+    captured = capture(Everything().eval(), (x,))
+    found = {(each.layer, each.operation): each.macs for each in layers_of(captured.program, captured.batch_axis)}
+    steps = 144
+    assert found["conv", "conv2d"] == 36 * 8 * 27
+    assert found["up", "conv_transpose2d"] == 36 * 8 * 4 * 4
+    assert found["rnn", "lstm"] == steps * 2 * 4 * 6 * (12 + 6)
+    assert found["q", "linear"] == steps * 12 * 12
+    rest = {
+        operation: value for (_, operation), value in found.items() if operation not in ("conv2d", "linear", "lstm")
+    }
+    assert rest["scaled_dot_product_attention"] == steps * steps * (12 + 12)
+    assert rest["matmul"] == steps * 12 * steps
+    assert sum(found.values()) == macs(Everything().eval(), (x[:1],)).total
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weights", "int4-weights", "int8-dynamic"])
+def test_bits_and_activations_are_read_from_the_graph(scheme: str) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    prepared = prepare(trained_conv(), (x,), scheme=scheme)
+    if scheme == "int8":
+        prepared.calibrate([(x,)])
+    captured = capture(convert(prepared), (x,))
+    layers = {each.layer: each for each in layers_of(captured.program, captured.batch_axis)}
+    assert set(layers) == {"stem", "depthwise", "pointwise", "hidden", "head"}
+    assert {each.weight_bits for each in layers.values()} == {4 if "4" in scheme else 8}
+    kinds = {each.activations for name, each in layers.items() if name in ("hidden", "head")}
+    assert kinds == {{"int8": "static", "int8-dynamic": "dynamic"}.get(scheme, "float")}
+
+
+def test_every_layer_of_a_quantized_network_runs_on_integers() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    deployed = ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime")
+    found = lowered(deployed)
+    assert found.integer_share == 1
+    assert all(each.integer and not each.why for each in found.layers)
+    assert not any("computed in float" in each for each in found.warnings)
+    floating = lowered(ts.deploy(trained_conv(), (x,), runtime="onnxruntime"))
+    assert floating.integer_share == 0
+    assert not floating.warnings
+    assert {each.why for each in floating.layers} == {"not quantized"}
+
+
+def test_a_layer_in_float_says_why() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    prepared = prepare(trained_conv(), (x,), layers={"pointwise": "float"})
+    prepared.calibrate([(x,)])
+    found = lowered(ts.deploy(convert(prepared), (x,), runtime="onnxruntime"), prepared.records)
+    by_layer = {each.layer: each for each in found.layers}
+    assert not by_layer["pointwise"].integer
+    assert by_layer["pointwise"].why == "left in float, as asked"
+    assert 0 < found.integer_share < 1
+    assert "pointwise" in found.table().splitlines()[3], "what is in float comes first"
+
+
+def test_silent_float_is_told() -> None:
+    """A graph made for another runtime: the pairs that ONNX Runtime wants are not there."""
+    x = torch.randn(4, 3, 8, 8)
+    deployed = ts.deploy(ts.quantize.static(trained_conv(), [(x,)], runtime="openvino"), (x,), runtime="onnxruntime")
+    found = lowered(deployed)
+    assert found.integer_share < 1
+    assert any("quantized but computed in float on onnxruntime" in each for each in found.warnings)
+
+
+def test_it_survives_saving(tmp_path: Any) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    deployed = ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime")
+    ts.save(deployed, tmp_path / "artifact")
+    assert lowered(ts.load(tmp_path / "artifact")).to_json() == lowered(deployed).to_json()
+
+
+def test_the_layer_that_loses_most_comes_first() -> None:
+    """A weight with one huge value leaves no resolution for the rest of its channel."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with torch.no_grad():
+        model[2].weight[:, 0] = 0
+        model[2].weight[:, 3] = 1000.0
+        model[0].weight[3] = 0
+        model[0].bias[3] = 0
+    x = torch.randn(64, 8)
+    task = ts.Task(val=[(x, torch.zeros(64, dtype=torch.long))], calibration=[(x, None)], metric="accuracy")
+    context = Context(task=task, teacher=model, example_inputs=(x,))
+    for quantize in (Quantize(), Quantize("int8-weights")):
+        records = quantize(copy.deepcopy(model), context).layers
+        assert records[0].layer == "2"
+        assert records[0].sqnr_db is not None
+        assert records[0].sqnr_db < 15 < records[1].sqnr_db or records[1].layer == "4"
+
+
+def test_the_command_line_tells_of_an_artifact(tmp_path: Any) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    ts.save(ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime"), tmp_path / "artifact")
+    done = CliRunner().invoke(cli, ["inspect", str(tmp_path / "artifact")])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("100.0 % of the multiply-accumulates run on integers on onnxruntime")
+    found = json.loads(CliRunner().invoke(cli, ["inspect", str(tmp_path / "artifact"), "--json"]).output)
+    assert {each["layer"] for each in found["layers"]} == {"stem", "depthwise", "pointwise", "hidden", "head"}
+
+
+def test_eager_tells_of_its_dynamic_kernels(tmp_path: Any) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    deployed = ts.deploy(ts.quantize.dynamic(trained_conv(), (x,), runtime="eager"), (x,), runtime="eager")
+    by_layer = {each.layer: each for each in lowered(deployed).layers}
+    assert by_layer["hidden"].integer
+    assert by_layer["hidden"].kernel == "DynamicLinear"
+    assert not by_layer["stem"].integer
+    ts.save(deployed, tmp_path / "artifact")
+    assert lowered(ts.load(tmp_path / "artifact")).to_json() == lowered(deployed).to_json()

@@ -1,0 +1,132 @@
+"""Every kind of layer, under every scheme: it is stored as integers, answers as its fake-quantized twin, and is near."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchslim.export import capture
+from torchslim.quantize import convert, prepare, sqnr
+from torchslim.quantize.profiles import PROFILES
+from torchslim.quantize.schemes import SCHEMES
+
+QUANTIZED = torch.ops.quantized_decomposed
+
+
+class Functional(nn.Module):
+    """A layer whose weight is a plain parameter of the network."""
+
+    def __init__(self, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(shapes[0]) / 3)
+        self.bias = nn.Parameter(torch.randn(shapes[1])) if len(shapes) > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight) if self.bias is None else self.function(x, self.weight, self.bias)
+
+
+class First(nn.Module):
+    """Only the sequence of a recurrent layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), rand(3, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding="same"), rand(3, 4, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 3), rand(3, 2, 5, 5, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), rand(3, 4, 9, 9)),
+    "grouped": (lambda: nn.Conv2d(4, 8, 3, groups=2, bias=False), rand(3, 4, 9, 9)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 3), rand(3, 4, 9)),
+    "transposed2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), rand(3, 4, 5, 5)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(2, 3, 2), rand(2, 2, 4, 4, 4)),
+    "grouped transposed": (lambda: nn.ConvTranspose2d(4, 8, 3, groups=2), rand(3, 4, 5, 5)),
+    "linear": (lambda: nn.Linear(8, 5), rand(6, 8)),
+    "linear of tokens": (lambda: nn.Linear(8, 5, bias=False), rand(3, 4, 8)),
+    "addmm": (lambda: Functional(lambda x, w, b: torch.addmm(b, x, w), (8, 5), (5,)), rand(6, 8)),
+    "matmul": (lambda: Functional(torch.matmul, (8, 5)), rand(3, 4, 8)),
+    "functional conv": (lambda: Functional(nn.functional.conv2d, (6, 4, 3, 3), (6,)), rand(3, 4, 9, 9)),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 5)), rand(6, 8)),
+    "lstm": (lambda: First(nn.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True)), rand(3, 7, 5)),
+    "gru": (lambda: First(nn.GRU(5, 6)), rand(7, 3, 5)),
+    "embedding": (lambda: nn.Embedding(30, 8), torch.arange(12).view(3, 4)),
+}
+
+
+def make(kind: str) -> tuple[nn.Module, Tensor]:
+    build, x = KINDS[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build().eval(), x
+
+
+def integers(model: Any) -> int:
+    """Of how many elements a converted graph has integers."""
+    return sum(each.numel() for each in model.program.buffers() if each.dtype in (torch.int8, torch.uint8))
+
+
+@pytest.mark.parametrize("runtime", PROFILES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_under_every_scheme(kind: str, scheme: str, runtime: str) -> None:
+    if kind == "embedding" and scheme == "int8":
+        return  # there is nothing to compute on integers, and no other layer: refused, see below
+    model, x = make(kind)
+    prepared = prepare(model, (x,), scheme=scheme, runtime=runtime)
+    assert [record.action for record in prepared.records] == ["quantized"]
+    prepared.calibrate([(x,)])
+    quantized = convert(prepared)
+    matrices = sum(
+        each.numel() for name, each in model.named_parameters() if each.dim() > 1 and "original0" not in name
+    )
+    stored = integers(quantized)
+    assert stored >= matrices / 2
+    floats = [each for each in quantized.program.parameters() if each.dim() > 1]
+    assert not floats, "no float copy of a weight is left"
+    four = prepared.records[0].weight_bits == 4
+    assert sqnr(model(x), quantized(x)) > (12 if four else 28)
+    if four:
+        assert stored <= matrices / 2 + 32 * 30, "two to a byte, up to whole groups"
+    exported = capture(quantized, (x,))
+    assert sqnr(quantized(x), exported.program.module()(x)[0]) > 100, "exporting changes nothing"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_twins_are_what_ships(kind: str, scheme: str) -> None:
+    if kind == "embedding":
+        return
+    model, x = make(kind)
+    prepared = prepare(model, (x,), scheme=scheme, runtime="eager", qat=True)
+    prepared.calibrate([(x,)])
+    prepared.train()
+    prepared(x).square().mean().backward()
+    assert all(each.grad is not None for name, each in prepared.named_parameters() if "weight" in name)
+    torch.optim.SGD(prepared.parameters(), lr=0.05).step()
+    prepared(x)
+    prepared.eval()
+    assert sqnr(prepared(x), convert(prepared)(x)) > 35
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weights"])
+def test_an_embedding_reads_integers(scheme: str) -> None:
+    """Only the rows that are looked up become floats: the table is never converted as a whole."""
+    model, x = make("embedding")
+    quantized = convert(prepare(model, (x,), scheme=scheme))
+    reads = [node for node in quantized.program.graph.nodes if node.target is torch.ops.aten.embedding.default]
+    assert len(reads) == 2
+    assert not any(node.target is QUANTIZED.dequantize_per_channel.default for node in quantized.program.graph.nodes)
