@@ -12,7 +12,8 @@ import torch
 
 from tests.deployment_models import TwoInputs, fresh_python, trained_conv
 from tests.quantized import Block, quantized
-from torchslim.quantize import static
+from tests.quantized_graphs import int4_graph, stored_bits
+from torchslim.quantize import sqnr, static
 from torchslim.runtimes import Deployed, deploy, find_runtime, kernels
 
 RUNTIME = find_runtime("openvino")
@@ -86,14 +87,23 @@ def test_weights_are_stored_once_and_as_integers() -> None:
         assert len(found.files[".bin"]) <= 1.02 * stored
 
 
-@pytest.mark.parametrize(("mode", "size"), [("dynamic", 32), ("weights", 0)])
-def test_activations_are_rounded_where_the_scheme_asks_for_it(mode: Any, size: int) -> None:
-    x = torch.randn(4, 7, 64)
-    converted, captured = quantized(Block(64), x, mode)
+@pytest.mark.parametrize(("mode", "width", "size"), [("dynamic", 64, 64), ("dynamic", 32, 32), ("weights", 64, 0)])
+def test_activations_are_rounded_where_the_scheme_asks_for_it(mode: Any, width: int, size: int) -> None:
+    x = torch.randn(4, 7, width)
+    converted, captured = quantized(Block(width), x, mode)
     found = RUNTIME.compile(captured, source=converted, threads=1)
     session: Any = found.session
     assert session.model.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == size
     assert all("i8 weights" in each.type for each in kernels(found) if each.layer in ("up", "down"))
+
+
+def test_four_bits_stay_four_bits() -> None:
+    x = torch.randn(4, 7, 256)
+    graph = int4_graph(Block(256).eval(), (x,))
+    found = deploy(graph, (x,), runtime="openvino", threads=1)
+    assert sqnr(graph(x), found(x)) >= 100
+    assert len(found.files[".bin"]) <= 1.02 * stored_bits(graph) / 8
+    assert all("u4 weights" in each.type for each in kernels(found) if each.layer in ("up", "down"))
 
 
 def test_an_input_that_nothing_uses_is_still_taken() -> None:

@@ -114,7 +114,7 @@ def test_linears_agree_with_the_graph_in_every_scheme(mode: Any, runtime: str) -
 @pytest.mark.parametrize("runtime", ["inductor", "openvino"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_recurrent_layers_agree_with_the_graph(kind: str, runtime: str) -> None:
-    x = torch.randn(4, 9, 6)
+    x = torch.randn(4, 3, 6)  # inductor makes the code of a GRU step by step
     converted, captured = quantized(Tagger(kind), x, "dynamic")
     deployed = find_runtime(runtime).compile(captured, source=converted, threads=1)
     assert sqnr(converted(x[:3]), deployed(x[:3])) >= 30

@@ -33,10 +33,11 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
     return _read(payload, spec, threads), payload
 
 
-def to_onnx(captured: Captured) -> bytes:
+def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
     """The program as an ONNX model: weights inside, no traces of the source code, the batch named "batch".
 
-    Inputs and outputs are called like those of the model: `x`, `logits`, `pair_0`; a lone output is `output`.
+    Inputs and outputs are called like those of the model: `x`, `logits`, `pair_0`; a lone output is `output`. It is
+    `lowered` to operations that ONNX Runtime has beyond the standard.
     """
     try:
         import onnx  # noqa: F401
@@ -44,7 +45,7 @@ def to_onnx(captured: Captured) -> bytes:
     except ImportError as error:
         raise RuntimeUnavailable(f"exporting to ONNX needs packages that are missing: {PIP}") from error
     try:
-        program = lower(captured.program)
+        program = lower(captured.program) if lowered else captured.program
         exported = torch.onnx.export(
             program,
             dynamo=True,

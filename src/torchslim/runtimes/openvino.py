@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PIP = "pip install 'torchslim[openvino]'"
 XML, BIN = ".xml", ".bin"
-GROUP = 32  # how many activations share a scale; its default
+GROUPS = (128, 64, 32)  # 128 is a tenth faster than its default of 32, and 1.5 dB off that
 COMPUTES = (
     "Convolution", "Deconvolution", "FullyConnected", "MatMul", "Pooling", "Reduce", "Eltwise", "Interpolate", "MVN",
 )  # fmt: skip
@@ -69,7 +69,9 @@ def _no_telemetry() -> Iterator[None]:
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
     openvino = _import()
     program = _without_dynamic(captured.program)
-    onnx = to_onnx(replace(captured, program=program))
+    # of ONNX Runtime's operations only the one for 4-bit weights is needed; in 8 bits it stores more scales
+    packed = any(node.target is torch.ops.aten.bitwise_right_shift.Tensor_Scalar for node in program.graph.nodes)
+    onnx = to_onnx(replace(captured, program=program), lowered=packed)
     try:
         model = openvino.Core().read_model(onnx)
     except RuntimeError as error:
@@ -77,14 +79,25 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
             f"OpenVINO cannot read the model: {_brief(error)}; use runtime 'onnxruntime', or 'eager'"
         ) from error
     model = _restore(model, onnx, openvino)
-    dynamic = program is not captured.program
-    # weights of 8 and 4 bits: by default OpenVINO rounds what they are multiplied with, asked for or not
-    model.set_rt_info(str(GROUP if dynamic else 0), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    # by default OpenVINO rounds what weights of 8 and 4 bits are multiplied with, asked for or not
+    model.set_rt_info(str(_group(captured.program)), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     with tempfile.TemporaryDirectory() as folder:
         files = {suffix: Path(folder) / f"model{suffix}" for suffix in (XML, BIN)}
         openvino.serialize(model, *map(str, files.values()))
         payload = bundle({suffix: path.read_bytes() for suffix, path in files.items()})
     return _read(payload, spec, threads), payload
+
+
+def _group(program: Any) -> int:
+    """How many activations share a scale: the most that divide the input of every dynamic layer; 0 for none at all."""
+    widths = [
+        node.meta["val"].shape[-1]
+        for node in program.graph.nodes
+        if decomposed(node) == "dequantize_per_tensor.tensor" and node.meta["val"].dim()
+    ]
+    if not widths:
+        return 0
+    return next((each for each in GROUPS if all(isinstance(width, int) and width % each == 0 for width in widths)), 32)
 
 
 def _without_dynamic(program: Any) -> Any:
@@ -177,14 +190,15 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
 
 
 def _kernels(deployed: Deployed) -> list[Kernel]:
-    """The nodes of the graph that runs, without those that hold, move or convert values."""
+    """The nodes of the graph that runs, without constants, inputs and outputs."""
     session = deployed.session
     assert isinstance(session, _Compiled)
     found = []
     for operation in session.model.get_runtime_model().get_ordered_ops():
         about = {key: str(value.value) for key, value in operation.get_rt_info().items() if hasattr(value, "value")}
         kind, primitive = about.get("layerType", ""), about.get("primitiveType", "")
-        if not kind or kind in ("Const", "Input", "Output"):
+        constant = operation.get_friendly_name().endswith("_flatten_reshape")  # scales, folded when the model is read
+        if not kind or kind in ("Const", "Input", "Output") or constant:
             continue
         names = tuple(dict.fromkeys(map(_plain, about.get("originalLayersNames", "").split(","))))
         parts = tuple(name for name in names if "/" in name and "QuantizeLinear" not in name) or names
