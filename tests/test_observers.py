@@ -20,8 +20,10 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchslim.errors import QuantizeError
 from torchslim.isolation import quiet
 from torchslim.quantize.observers import OBSERVERS, Histogram, Observer, observer
-from torchslim.quantize.quantizer import SlimQuantizer, fit_biases
+from torchslim.quantize.profiles import PROFILES
+from torchslim.quantize.quantizer import SlimQuantizer, Specs
 from torchslim.quantize.schemes import find_scheme
+from torchslim.quantize.storing import fit_biases
 
 EPS = 1e-20
 AFFINE = {"dtype": torch.uint8, "quant_min": 0, "quant_max": 255}
@@ -458,12 +460,11 @@ class Net(nn.Module):
 
 def prepared(activation: Any, weight: Any, x: Tensor) -> tuple[nn.Module, torch.fx.GraphModule]:
     model = Net().eval()
-    quantizer = SlimQuantizer(find_scheme("int8"), (-127, 127))
     options = {"quant_min": -127, "quant_max": 127, "qscheme": torch.per_channel_symmetric, "ch_axis": 0}
-    quantizer.activation = QuantizationSpec(
-        torch.uint8, activation, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine
-    )
-    quantizer.weight = QuantizationSpec(torch.int8, weight, **options)
+    static = QuantizationSpec(torch.uint8, activation, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine)
+    per_channel = QuantizationSpec(torch.int8, weight, **options)
+    specs = Specs(static=static, dynamic=static, weight=lambda scheme, axis: per_channel)
+    quantizer = SlimQuantizer(lambda layer, stored: find_scheme("int8"), PROFILES["onnxruntime"], specs)
     with quiet():
         return model, prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
 

@@ -110,7 +110,7 @@ PRUNE = '[[step]]\ndo = "prune"\nsparsity = 0.5\n'
         ('[[step]]\ndo = "kd"', r"step 1 is a loss, not a step"),
         ('[[step]]\ndo = "prune"\nsparsity = 0.5\ntrain = { do = "kd" }', r"key 'train': got KD"),
         ('[[step]]\ndo = "quantize"\n' + PRUNE, r"step 2 \('prune'\) needs a model in the form 'module', but step 1 \('quantize'\) leaves it 'quantized'; move step 2 before step 1"),
-        ('[[step]]\ndo = "quantize"\nscheme = "int9"', r"scheme 'int9' is not known; one of int8"),
+        ('[[step]]\ndo = "quantize"\nscheme = "int9"', r"scheme 'int9' is not known; did you mean 'int8'"),
         ('[[step]]\ndo = "no.such.module:Step"', r"cannot be imported: ModuleNotFoundError"),
         ('[[step]]\ndo = "tests.toy:Missing"', r"module 'tests\.toy' has no 'Missing'"),
         ('runtime = "tpu"\n' + PRUNE, r"runtime 'tpu' is not known; one of eager"),

@@ -138,7 +138,7 @@ def add_tensor(model: GraphModule, before: Node, name: str, value: Tensor) -> No
     """A new stored tensor, read before a node."""
     while hasattr(model, name):
         name += "_"
-    model.register_buffer(name, value)
+    model.register_parameter(name, nn.Parameter(value, requires_grad=False))
     with model.graph.inserting_before(before):
         node = model.graph.get_attr(name)
     node.meta["val"] = value

@@ -46,7 +46,7 @@ class Quantize:
     produces: ClassVar[Form] = Form.QUANTIZED
 
     scheme: str = field(default="int8", kw_only=False)
-    layers: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict, hash=False)
     mode: Literal["ptq", "qat"] = "ptq"
     observer: str = "mse"
     equalize: bool = False

@@ -89,15 +89,17 @@ def emit(model: GraphModule, node: Node, values: Tensor, scale: Tensor, *, group
     graph = model.graph
     made: list[Node] = []
 
-    def add(operation: object, *arguments: object) -> Node:
-        made.append(graph.call_function(operation, arguments))  # type: ignore[arg-type]
+    def add(operation: object, *arguments: object, **options: object) -> Node:
+        made.append(graph.call_function(operation, arguments, options))  # type: ignore[arg-type]
         return made[-1]
 
     with graph.inserting_before(node):
         packed, scales = graph.get_attr(f"{name}_int4"), graph.get_attr(f"{name}_scale")
         halves = [add(aten.bitwise_and.Scalar, packed, 15), add(aten.bitwise_right_shift.Tensor_Scalar, packed, 4)]
         grouped = add(aten.view.default, add(aten.stack.default, halves, -1), [rows, groups, group_size])
-        centred = add(aten.sub.Tensor, add(aten.to.dtype, grouped, torch.float32), OFFSET)
+        # not `to`: an export puts an assertion beside it, which keeps the whole chain alive
+        floats = add(aten._to_copy.default, grouped, dtype=torch.float32)
+        centred = add(aten.sub.Tensor, floats, OFFSET)
         last = add(aten.mul.Tensor, centred, add(aten.unsqueeze.default, scales, -1))
         last = add(aten.view.default, last, [rows, groups * group_size])
         if groups * group_size != length:

@@ -7,6 +7,7 @@ Where they are missing, the graph runs as it is: right, and slower. A test tells
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def missing() -> list[str]:
         for name in names
         if not hasattr(getattr(torch.ops, space), name)
     ]
+    if not hasattr(torch, "_make_per_channel_quantized_tensor"):
+        gone.append("tensors of dtype qint8")
     if torch.backends.quantized.engine not in ENGINES:
         gone.append(f"torch.backends.quantized.engine {' or '.join(ENGINES)}")
     return gone
@@ -124,9 +127,11 @@ class DynamicRecurrent(nn.Module):
 
 def _packed(weight: Int8Weight, bias: Tensor | None) -> Any:
     scale = weight.scale.detach().double()
-    quantized = torch._make_per_channel_quantized_tensor(
-        weight.values, scale, torch.zeros(scale.shape, dtype=torch.int64), weight.axis
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that such tensors will go: see above
+        quantized = torch._make_per_channel_quantized_tensor(
+            weight.values, scale, torch.zeros(scale.shape, dtype=torch.int64), weight.axis
+        )
     return torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.detach().float())
 
 

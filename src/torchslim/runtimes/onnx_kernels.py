@@ -91,8 +91,8 @@ class Editor:
             self.alive.append(value)  # so that no other tensor gets its id
         return self.added[key]
 
-    def trace(self, before: Node, function: Callable[..., Any], inputs: Sequence[Node | None]) -> Any:
-        """Insert what `function` does to `inputs`; returns the nodes of what it returns."""
+    def trace(self, before: Node, function: Callable[..., Any], inputs: Sequence[Node | None], owner: Node) -> Any:
+        """Insert what `function` does to `inputs`, as of the layer of `owner`; returns the nodes of what it returns."""
         given = [each for each in inputs if each is not None]
         values = [each.meta["val"] for each in given]
 
@@ -109,13 +109,13 @@ class Editor:
             result = self.graph.graph_copy(traced.graph, dict(zip(places, given, strict=True)))
         for node in self.graph.nodes:
             if node not in old:
-                node.meta |= {key: before.meta[key] for key in SHARED_META if key in before.meta}
+                node.meta |= {key: owner.meta[key] for key in SHARED_META if key in owner.meta}
         self.changed = True
         return result
 
     def replace(self, node: Node, function: Callable[..., Any], inputs: Sequence[Node | None]) -> None:
         """Let `function` of `inputs` stand where `node` was."""
-        result = self.trace(node, function, inputs)
+        result = self.trace(node, function, inputs, node)
         if isinstance(result, Node):
             node.replace_all_uses_with(result)
         else:
@@ -124,12 +124,12 @@ class Editor:
                 self.graph.erase_node(user)
         self.graph.erase_node(node)
 
-    def quantize(self, source: Node) -> Sequence[Node]:
+    def quantize(self, source: Node, owner: Node) -> Sequence[Node]:
         """Bytes, scale and zero point of a value: found once, however many layers read it."""
         if source not in self.activations:
             inputs = (node for node in self.graph.nodes if node.op != "placeholder")
             place = next(inputs) if source.op == "placeholder" else source.next
-            self.activations[source] = self.trace(place, _quantized, [source])
+            self.activations[source] = self.trace(place, _quantized, [source], owner)
         return self.activations[source]
 
     def finished(self) -> ExportedProgram:
@@ -174,7 +174,7 @@ def _linear(editor: Editor, node: Node, found: Linear) -> None:
     rows, columns = weight.values.shape
     if found.source is not None:
         stored = [editor.store(weight.values, "weight", Tensor.t), editor.store(weight.scale, "scale", Tensor.float)]
-        editor.replace(node, _integer_product, [*editor.quantize(found.source), *stored, found.bias])
+        editor.replace(node, _integer_product, [*editor.quantize(found.source, node), *stored, found.bias])
         return
     block = next((size for size in BLOCKS if columns % size == 0), None)
     if block is None:
