@@ -662,7 +662,9 @@ def test_timings_become_rows() -> None:
 def bench(folder: Path, *arguments: str, poisoned: tuple[str, ...] = ()) -> dict[str, Any]:
     """Run an artifact's bench.py elsewhere; importing one of the poisoned modules fails."""
     poison = folder.parent / "poison"
-    poison.mkdir(exist_ok=True)
+    home = folder.parent / "home"
+    for each in (poison, home):
+        each.mkdir(exist_ok=True)
     for name in poisoned:
         (poison / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
     done = subprocess.run(
@@ -672,7 +674,7 @@ def bench(folder: Path, *arguments: str, poisoned: tuple[str, ...] = ()) -> dict
         timeout=300,
         check=False,
         cwd=folder.parent,
-        env={"PYTHONPATH": str(poison), "PATH": "/usr/bin:/bin", "PYTHONWARNINGS": "ignore"},
+        env={"PYTHONPATH": str(poison), "PATH": "/usr/bin:/bin", "HOME": str(home), "PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -687,6 +689,7 @@ def test_an_artifact_of_another_runtime_is_timed_without_torch(kind: str, saved:
     assert found["threads"] == 1
     assert found["latency_ms"]["rounds"] == 3
     assert 0 < found["latency_ms"]["p10"] <= found["latency_ms"]["median"] <= found["latency_ms"]["p90"]
+    assert not (tmp_path / "home" / "intel").exists(), "importing openvino wrote into the user's home"
 
 
 def test_a_pt2_artifact_is_timed_without_torchslim(saved: Path, tmp_path: Path) -> None:
