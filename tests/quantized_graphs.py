@@ -12,6 +12,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from torchslim.export import Captured, capture
+from torchslim.packed import strip_unused
 from torchslim.quantize.schemes import weight_range
 from torchslim.quantize.weight_only import emit, quantize_groups
 from torchslim.structure import flatten
@@ -68,7 +69,8 @@ def int8_graph(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool) -
     with torch.no_grad():
         prepared(*_flat(captured))
         converted = convert_pt2e(prepared)
-    return without_unused(converted)
+    strip_unused(converted)
+    return converted
 
 
 def int4_graph(model: nn.Module, inputs: tuple[Tensor, ...], *, group_size: int = 32) -> GraphModule:
@@ -79,20 +81,12 @@ def int4_graph(model: nn.Module, inputs: tuple[Tensor, ...], *, group_size: int 
         weight = parameters.get(str(node.target)) if node.op == "get_attr" else None
         if weight is not None and weight.dim() >= 2:
             emit(module, node, *quantize_groups(weight, group_size=group_size), group_size=group_size)
-    return without_unused(module)
+    strip_unused(module)
+    return module
 
 
 def _flat(captured: Captured) -> list[Tensor]:
     return flatten(captured.inputs, captured.example)
-
-
-def without_unused(module: GraphModule) -> GraphModule:
-    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
-        if name not in used:
-            owner, _, attribute = name.rpartition(".")
-            delattr(module.get_submodule(owner), attribute)
-    return module
 
 
 def stored_bits(module: nn.Module) -> int:

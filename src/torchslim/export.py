@@ -279,8 +279,13 @@ def user_line(error: BaseException) -> str:
 def layer_of(node: Node) -> str:
     """The path of the module that a node of a captured program belongs to; the node's name where there is none."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
-    return f"{path}.".removeprefix("L['self'].").removeprefix(WRAPPED).removesuffix(".") or node.name
+    return scope_path([entry[0] for entry in stack.values() if entry[0]]) or node.name
+
+
+def scope_path(scopes: Sequence[str]) -> str:
+    """The innermost of nested module paths, without the module that wraps a captured model."""
+    path = f"{scopes[-1] if scopes else ''}.".removeprefix("L['self'].").removeprefix(WRAPPED)
+    return path.removesuffix(".")
 
 
 def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tuple[ExportedProgram | None, str]:

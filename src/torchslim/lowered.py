@@ -15,14 +15,9 @@ LEAST_SHARE = 0.5  # of the multiply-accumulates on integers before int8 can pay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerKernel:
+class LayerKernel(Layer):
     """A layer, the kernel that computes it, and whether that works on integers; if not, why not."""
 
-    layer: str
-    operation: str
-    macs: int
-    weight_bits: int | None
-    activations: str
     kernel: str
     integer: bool
     why: str
@@ -87,9 +82,9 @@ def _described(
     works = integer or candidates
     why = ""
     if not integer:
-        if layer.activations == "float" and layer.weight_bits in (4, 8):
+        if not layer.asks_for_integers and layer.weight_bits in (4, 8):
             why = "only its weights are integers"
-        elif layer.activations == "float":
+        elif not layer.asks_for_integers:
             why = "not quantized"
         else:
             why = f"{runtime} has no integer kernel for it here"
@@ -99,7 +94,7 @@ def _described(
 
 def _warnings(deployed: Deployed, layers: Sequence[LayerKernel], executed: Sequence[Kernel], share: float) -> list[str]:
     found = []
-    silent = [each for each in layers if each.activations != "float" and not each.integer]
+    silent = [each for each in layers if each.asks_for_integers and not each.integer]
     if silent and deployed.runtime != "eager":
         names = ", ".join(each.layer for each in silent[:5]) + (" ..." if len(silent) > 5 else "")
         found.append(
@@ -110,7 +105,7 @@ def _warnings(deployed: Deployed, layers: Sequence[LayerKernel], executed: Seque
         found.append(
             "PyTorch computes static int8 on dequantized floats: smaller, but slower; deploy on another runtime"
         )
-    asked = any(each.activations != "float" for each in layers)
+    asked = any(each.asks_for_integers for each in layers)
     if asked and deployed.runtime != "eager" and share < LEAST_SHARE:
         found.append(
             f"only {100 * share:.0f} % of the multiply-accumulates run on integers; int8 will hardly be faster here"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 Constant = Callable[[Node], Tensor | None]  # the stored tensor that a node stands for, None where it is computed
 
@@ -258,3 +258,14 @@ def _static_shape(node: Any) -> tuple[int, ...] | None:
     if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape) or value.dim() < 2:
         return None
     return tuple(value.shape)
+
+
+def strip_unused(model: GraphModule) -> None:
+    """Delete parameters, buffers and submodules that the graph no longer uses: the float copies of its weights."""
+    model.delete_all_unused_submodules()
+    used = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
+    stored: Sequence[str] = [*dict(model.named_parameters()), *dict(model.named_buffers())]
+    for name in stored:
+        if name not in used:
+            owner, _, attribute = name.rpartition(".")
+            delattr(model.get_submodule(owner), attribute)

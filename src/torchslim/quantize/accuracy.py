@@ -13,7 +13,7 @@ from torchslim.export import layer_of
 from torchslim.quantize.equalize import correct_biases, watch
 from torchslim.quantize.helpers import Helpers, Rounding
 from torchslim.quantize.observing import GroupWeights
-from torchslim.quantize.operations import Weighted, argument, set_tensor, tensor_of, weighted
+from torchslim.quantize.operations import Weighted, along, argument, behind, set_tensor, tensor_of, weighted
 from torchslim.quantize.rounding import adaround, columns, gptq
 from torchslim.quantize.weight_only import quantize_groups
 
@@ -39,7 +39,7 @@ def grid_of(model: GraphModule, read: Node, weight: Tensor) -> Tensor | None:
     if isinstance(observer, GroupWeights):
         return observer.rounded(weight)
     low, high, axis = observer.quant_min, observer.quant_max, observer.ch_axis
-    scale = _along(observer.calculate_qparams()[0].to(weight.dtype), weight, axis)
+    scale = along(observer.calculate_qparams()[0].to(weight.dtype), weight, axis)
     return (weight / scale).round().clamp(low, high) * scale
 
 
@@ -89,7 +89,7 @@ def second_moments(model: GraphModule, layers: Sequence[Node], runs: Sequence[An
 def _round(model: GraphModule, node: Node, moments: Tensor, method: Rounding) -> None:
     layer = _layer(node)
     read = argument(node, layer.weight)
-    stored = argument(read, 0)  # type: ignore[arg-type]
+    stored = behind(read)
     assert read is not None
     assert stored is not None
     observer: Any = model.get_submodule(str(read.target))
@@ -120,8 +120,7 @@ def _roundable(model: GraphModule, node: Node) -> bool:
     read = argument(node, layer.weight) if layer is not None else None
     if layer is None or read is None or read.op != "call_module" or "transpose" in layer.kind:
         return False
-    stored = argument(read, 0)
-    return stored is not None and stored.op == "get_attr" and argument(node, layer.source) is not None
+    return behind(read) is not None and argument(node, layer.source) is not None
 
 
 def _elements(model: GraphModule, node: Node) -> int:
@@ -138,14 +137,6 @@ def _layer(node: Node) -> Weighted:
 
 
 def _weight(model: GraphModule, node: Node) -> Tensor:
-    read = argument(node, _layer(node).weight)
-    assert read is not None
-    stored = argument(read, 0) if read.op == "call_module" else read
+    stored = behind(argument(node, _layer(node).weight))
     assert stored is not None
     return tensor_of(model, stored)
-
-
-def _along(scale: Tensor, value: Tensor, axis: int) -> Tensor:
-    view = [1] * value.dim()
-    view[axis] = -1
-    return scale.view(view)

@@ -18,8 +18,6 @@ from torchslim.quantize.folding import fold_batch_norms, settle
 from torchslim.quantize.observing import rounding_modules
 from torchslim.quantize.operations import RECURRENT, weighted
 
-SAMPLES = 8
-
 
 def layer_sqnr(prepared: Prepared, quantized: QuantizedModule, leaves: Sequence[Tensor]) -> dict[str, float]:
     """Decibels of each layer's output, errors of the layers before it included, by the layer's path.

@@ -15,8 +15,10 @@ from torchslim.quantize.operations import (
     DROPOUTS,
     Weighted,
     add_tensor,
+    along,
     argument,
     aten,
+    behind,
     set_tensor,
     shape_of,
     tensor_of,
@@ -109,11 +111,11 @@ def _equalize_pair(model: GraphModule, first: Node, second: Node) -> float:
     axis = 0 if depthwise else (1 - two.axis if two.kind == "linear" else 1)
     r1, r2 = _largest(w1, one.axis), _largest(w2, axis)
     scale = torch.where((r1 > SMALLEST) & (r2 > SMALLEST), (r1 * r2).sqrt() / r2.clamp(min=SMALLEST), 1.0)
-    w1.div_(_along(scale, w1, one.axis))
+    w1.div_(along(scale, w1, one.axis))
     bias = argument(first, one.bias)
     if bias is not None:
         tensor_of(model, bias).div_(scale)
-    w2.mul_(_along(scale, w2, axis))
+    w2.mul_(along(scale, w2, axis))
     return float((scale - 1).abs().max())
 
 
@@ -153,7 +155,7 @@ def smooth(model: GraphModule, runs: Sequence[Any], strength: float = 0.5) -> li
         for weight, layer in weights:
             assert layer is not None
             value = tensor_of(model, weight).detach()
-            set_tensor(model, weight, value * _along(scale, value, 1 - layer.axis))
+            set_tensor(model, weight, value * along(scale, value, 1 - layer.axis))
     model.recompile()
     return [layer_of(each.norm) for each in found]
 
@@ -241,8 +243,8 @@ def _correct(model: GraphModule, node: Node, mean: Tensor, rounded: Callable[[No
     layer = weighted(node)
     assert layer is not None
     read = argument(node, layer.weight)
-    stored = argument(read, 0) if read is not None and read.op == "call_module" else read
-    if read is None or stored is None or stored.op != "get_attr":
+    stored = behind(read)
+    if read is None or stored is None:
         return False
     weight = tensor_of(model, stored).detach()
     grid = rounded(read, weight)
@@ -297,9 +299,3 @@ def _stored_arguments(node: Node) -> Iterator[Node]:
 def _largest(value: Tensor, axis: int) -> Tensor:
     """The largest magnitude of each slice along an axis."""
     return value.detach().abs().movedim(axis, 0).flatten(1).amax(1)
-
-
-def _along(scale: Tensor, value: Tensor, axis: int) -> Tensor:
-    view = [1] * value.dim()
-    view[axis] = -1
-    return scale.view(view)

@@ -14,12 +14,14 @@ from torch.fx.graph import CodeGen
 from torchslim.errors import QuantizeError
 from torchslim.export import WRAPPED, Captured, bind, bind_call, capture, signature_of
 from torchslim.isolation import copy_model, preserved_globals, quiet
+from torchslim.packed import strip_unused
 from torchslim.quantize.helpers import Helpers
 from torchslim.quantize.profiles import PROFILES
 from torchslim.quantize.schemes import FLOAT, SCHEMES, Scheme, find_scheme
 from torchslim.select import check_patterns, class_names, matches
 from torchslim.steps import Inputs, LayerRecord
 from torchslim.structure import Structure, build, flatten, leaf_names
+from torchslim.task import device_of
 
 Layers = Mapping[str, str]
 
@@ -116,14 +118,15 @@ class Prepared(_Called):
             for module in rounding:
                 module.enable_fake_quant()
             self._observing = None
-        if not self.qat and (self.helpers.rounding != "nearest" or self.helpers.correct_biases):
+        if not self.qat and self.helpers.afterwards:
             from torchslim.quantize.accuracy import after_observing
 
-            after_observing(self.program, [self._leaves(each) for each in given], self.helpers)
+            after_observing(self.program, [self.leaves(each) for each in given], self.helpers)
 
-    def _leaves(self, inputs: Any) -> list[Tensor]:
-        device = next((each.device for each in self.program.parameters()), torch.device("cpu"))
-        return [leaf.to(device) for leaf in flatten(self.inputs, bind(self, inputs), "a calibration batch")]
+    def leaves(self, inputs: Any) -> list[Tensor]:
+        """Model inputs as the flat tensors that the program takes, where its weights are."""
+        device = device_of(self.program)
+        return [leaf.to(device) for leaf in flatten(self.inputs, bind(self, inputs), "inputs")]
 
     def _observe(self, wanted: bool) -> None:
         from torchslim.quantize.observing import rounding_modules
@@ -236,7 +239,7 @@ def convert(prepared: nn.Module) -> QuantizedModule:
 
         from torchslim.quantize.folding import fold_batch_norms, hide_batch_norms, settle, show_batch_norms
         from torchslim.quantize.quantizer import ANNOTATION
-        from torchslim.quantize.storing import fit_biases, gather_first, store_groups, strip_unused
+        from torchslim.quantize.storing import fit_biases, gather_first, store_groups
     copied = copy_model(prepared)[0].cpu()
     program = copied.program
     assert isinstance(program, GraphModule)
@@ -309,7 +312,7 @@ def _calibrate(prepared: Prepared, batches: list[Any]) -> None:
     program = prepared.program
     switches = (False, False) if prepared.qat else ()
     names = leaf_names(prepared.inputs)
-    device = next((each.device for each in program.parameters()), torch.device("cpu"))
+    device = device_of(program)
     number = 0
 
     def check(value: Tensor, where: str) -> None:

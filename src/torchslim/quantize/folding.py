@@ -12,9 +12,11 @@ from torchslim.quantize.operations import (
     BATCH_NORMS,
     DROPOUTS,
     add_tensor,
+    along,
     argument,
     aten,
     batch_norm,
+    behind,
     set_tensor,
     shape_of,
     tensor_of,
@@ -82,8 +84,7 @@ def _foldable(layer: Node, norm: Node) -> bool:
     found = weighted(layer)
     if found is None or len(layer.users) != 1 or not isinstance(norm.args[5], (bool, Node)) or norm.args[5] is True:
         return False
-    weight, bias = argument(layer, found.weight), argument(layer, found.bias)
-    weight = _stored(weight)
+    weight, bias = behind(argument(layer, found.weight)), argument(layer, found.bias)
     if weight is None or len(weight.users) != 1:
         return False
     if any(isinstance(each, Node) and each.op != "get_attr" for each in (bias, *norm.args[1:5])):
@@ -96,13 +97,6 @@ def _foldable(layer: Node, norm: Node) -> bool:
     return not grouped
 
 
-def _stored(weight: Node | None) -> Node | None:
-    """The stored tensor behind an observer."""
-    if weight is not None and weight.op == "call_module":
-        weight = argument(weight, 0)
-    return weight if weight is not None and weight.op == "get_attr" else None
-
-
 def _channels(norm: Node) -> int | None:
     shape = shape_of(norm)
     return int(shape[1]) if len(shape) > 1 else None
@@ -112,7 +106,7 @@ def _fold(model: GraphModule, layer: Node, norm: Node) -> None:
     found = weighted(layer)
     assert found is not None
     read, bias = argument(layer, found.weight), argument(layer, found.bias)
-    weight = _stored(read)
+    weight = behind(read)
     assert read is not None
     assert weight is not None
     gamma, beta, mean, variance = (
@@ -123,12 +117,10 @@ def _fold(model: GraphModule, layer: Node, norm: Node) -> None:
     value = tensor_of(model, weight).detach()
     eps = float(norm.args[7])  # type: ignore[arg-type]
     scale = torch.rsqrt(variance.double() + eps) * (1.0 if gamma is None else gamma.double())
-    shape = [1] * value.dim()
-    shape[found.axis] = -1
     shift = -mean.double() * scale + (0.0 if beta is None else beta.double())
     if bias is not None:
         shift = shift + tensor_of(model, bias).detach().double() * scale
-    set_tensor(model, weight, (value.double() * scale.view(shape)).to(value.dtype))
+    set_tensor(model, weight, (value.double() * along(scale, value, found.axis)).to(value.dtype))
     if read.op == "call_module":
         _scale_range(model.get_submodule(str(read.target)), scale)
     new_bias = add_tensor(model, layer, f"_{layer.name}_bias", shift.to(value.dtype))

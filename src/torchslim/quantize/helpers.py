@@ -36,4 +36,9 @@ class Helpers:
     @property
     def needs_data(self) -> bool:
         """Are calibration batches looked at, whatever the scheme?"""
-        return self.smooth is not None or self.rounding != "nearest" or self.correct_biases
+        return self.smooth is not None or self.afterwards
+
+    @property
+    def afterwards(self) -> bool:
+        """Is anything done once the ranges are observed?"""
+        return self.rounding != "nearest" or self.correct_biases

@@ -13,6 +13,7 @@ from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 from torchslim.quantize.observers import observer
+from torchslim.quantize.operations import along
 from torchslim.quantize.quantizer import Specs
 from torchslim.quantize.schemes import Scheme, weight_range
 from torchslim.quantize.weight_only import dequantize_groups, quantize_groups
@@ -144,11 +145,9 @@ class LearnedStep(FakeQuantizeBase):
             self.start(weight)
         if self.fake_quant_enabled[0] != 1:
             return weight
-        view = [1] * weight.dim()
-        view[self.ch_axis] = -1
         factor = 1 / math.sqrt(weight.numel() / self.scale.numel() * self.quant_max)
         step = self.scale.abs().clamp(min=SMALLEST_SCALE)
-        step = (step * factor + (step - step * factor).detach()).view(view)
+        step = along(step * factor + (step - step * factor).detach(), weight, self.ch_axis)
         scaled = (weight / step).clamp(self.quant_min, self.quant_max)
         rounded: Tensor = (scaled + (scaled.round() - scaled).detach()) * step
         return rounded

@@ -52,10 +52,6 @@ CONCATS = (aten.cat.default,)
 BATCH_NORMS = (aten.batch_norm.default, batch_norm)
 DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 CLAMPS = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default)
-SMOOTH = (
-    aten.hardswish.default, aten.hardswish_.default, aten.silu.default, aten.silu_.default, aten.gelu.default,
-    aten.hardsigmoid.default, aten.sigmoid.default, aten.leaky_relu.default, aten.tanh.default, aten.mish.default,
-)  # fmt: skip
 # every element of the output is one of the input (or a zero): scale and zero point stay the same
 MOVES = (
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.view.default,
@@ -82,6 +78,19 @@ def argument(node: Node, index: int | None) -> Node | None:
     """A node's argument by position where it is a node."""
     value = node.args[index] if index is not None and len(node.args) > index else None
     return value if isinstance(value, Node) else None
+
+
+def behind(node: Node | None) -> Node | None:
+    """The stored tensor that a node is, or that its observer looks at; None where it is computed."""
+    source = argument(node, 0) if node is not None and node.op == "call_module" else node
+    return source if source is not None and source.op == "get_attr" else None
+
+
+def along(values: Tensor, other: Tensor, axis: int) -> Tensor:
+    """A vector in the shape in which it goes along one axis of another tensor."""
+    shape = [1] * other.dim()
+    shape[axis] = -1
+    return values.view(shape)
 
 
 def is_constant(node: Node) -> bool:

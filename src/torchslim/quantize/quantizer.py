@@ -41,7 +41,7 @@ from torchslim.quantize.operations import (
     weights_of,
 )
 from torchslim.quantize.profiles import Profile
-from torchslim.quantize.schemes import SCHEMES, Scheme
+from torchslim.quantize.schemes import AS_ASKED, SCHEMES, Scheme
 from torchslim.steps import LayerRecord
 
 ANNOTATION = "quantization_annotation"
@@ -223,7 +223,7 @@ class SlimQuantizer(Quantizer):
             return None
         found = [self.scheme_of(layer_of(node), stored_name(each)) for each in stored]
         if None in found or not found:
-            self._refuse(node, "left in float, as asked")
+            self._refuse(node, AS_ASKED)
             return None
         return found[0]
 

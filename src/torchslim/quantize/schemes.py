@@ -11,6 +11,7 @@ from torchslim.errors import QuantizeError
 from torchslim.machine import saturates
 
 OBSERVERS = ("min-max", "moving-average", "percentile", "mse", "entropy")  # their code is loaded when one is used
+AS_ASKED = "left in float, as asked"  # the reason of a layer whose scheme is FLOAT
 FLOAT = "float"  # what a layer's scheme is called that stays as it is
 
 

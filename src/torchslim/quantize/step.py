@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from torchslim.errors import QuantizeError
-from torchslim.export import WRAPPED, bind, tensors_of
+from torchslim.export import WRAPPED, tensors_of
 from torchslim.isolation import quiet
 from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, convert, prepare
 from torchslim.quantize.helpers import Helpers, Rounding
-from torchslim.quantize.schemes import FLOAT, OBSERVERS, SCHEMES, find_scheme
+from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, SCHEMES, find_scheme
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome, resolve
-from torchslim.structure import flatten
-from torchslim.task import call, predictor, take_first, to_device
+from torchslim.task import call, predictor, take_first
 from torchslim.training import Hook, Loop, Training
 
 LOUD_DB = 15.0  # below this the quantized output is worth a warning
@@ -265,8 +264,7 @@ def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) ->
     with quiet():
         from torchslim.quantize.compare import layer_sqnr
 
-    leaves = flatten(prepared.inputs, bind(prepared, to_device(inputs, "cpu")), "inputs")
-    found = layer_sqnr(prepared, quantized, leaves)
+    found = layer_sqnr(prepared, quantized, prepared.leaves(inputs))
     records = [
         replace(each, sqnr_db=round(found[each.layer], 2) if math.isfinite(found.get(each.layer, math.inf)) else None)
         for each in prepared.records
@@ -279,4 +277,4 @@ def _inside(name: str) -> str:
 
 
 def _surprising(record: LayerRecord) -> bool:
-    return record.action == "refused" and "as asked" not in record.reason
+    return record.action == "refused" and record.reason != AS_ASKED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,14 +120,3 @@ def gather_first(model: GraphModule) -> None:
         product.meta = dict(node.meta)
         node.replace_all_uses_with(product)
         model.graph.erase_node(node)
-
-
-def strip_unused(model: GraphModule) -> None:
-    """Delete parameters, buffers and submodules that the graph no longer uses: the float copies of its weights."""
-    model.delete_all_unused_submodules()
-    used = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
-    stored: Sequence[str] = [*dict(model.named_parameters()), *dict(model.named_buffers())]
-    for name in stored:
-        if name not in used:
-            owner, _, attribute = name.rpartition(".")
-            delattr(model.get_submodule(owner), attribute)

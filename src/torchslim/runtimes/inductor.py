@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -15,11 +16,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from torchslim.errors import RuntimeUnavailable
-from torchslim.export import Captured
+from torchslim.export import Captured, layer_of
 from torchslim.isolation import quiet
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.eager import session_of
-from torchslim.runtimes.kernels import Kernel, decomposed, layer_of
+from torchslim.runtimes.kernels import Kernel, decomposed
 from torchslim.structure import flatten
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ def fold_weights(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         if decomposed(node) != DEQUANTIZE or all(map(has_integer_kernel, node.users)):
             continue
-        arguments = [_attribute(module, each) if isinstance(each, Node) else each for each in node.args]
+        arguments = [
+            attrgetter(str(each.target))(module).detach() if isinstance(each, Node) else each for each in node.args
+        ]
         with module.graph.inserting_before(node):
             name = f"_folded_{node.name}"
             module.register_buffer(name, node.target(*arguments))
@@ -127,14 +130,6 @@ def has_integer_kernel(node: Node) -> bool:
     source, weight = map(decomposed, node.args[:2])
     dynamic = node.target is aten.linear.default and source == "dequantize_per_tensor.tensor"
     return weight == DEQUANTIZE and (dynamic or source == "dequantize_per_tensor.default")
-
-
-def _attribute(module: GraphModule, node: Node) -> Tensor:
-    value: Any = module
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
-    assert isinstance(value, Tensor)
-    return value.detach()
 
 
 class _Compiled:
@@ -184,7 +179,7 @@ def called(code: str, program: ExportedProgram) -> list[Kernel]:
             kind = next(filter(None, call.groups())).strip("_")
             kind = re.sub("_(binary_)?tensor$", "", kind)
             origin = _origin(program, kind, sources, taken)
-            path = (layer_of(origin) or origin.name) if origin else ""
+            path = layer_of(origin) if origin else ""
             found.append(Kernel(node=f"{path}/{kind}" if path else kind, type=kind, integer=kind.endswith(INTEGER)))
             sources = []
     return found

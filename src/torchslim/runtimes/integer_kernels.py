@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from torchslim.machine import saturates
-from torchslim.packed import Int8Weight, Linear, Recurrent, find_int8, find_linear, find_recurrent, int4_weights
+from torchslim.packed import (
+    Int8Weight,
+    Linear,
+    Recurrent,
+    find_int8,
+    find_linear,
+    find_recurrent,
+    int4_weights,
+    strip_unused,
+)
 
 ENGINES = ("x86", "fbgemm")  # others take other weights, and are not tested
 
@@ -78,11 +87,7 @@ def lower(module: GraphModule) -> GraphModule:
             kept.meta["val"] = node.meta.get("val")
             node.replace_all_uses_with(kept)
     graph.eliminate_dead_code()
-    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    for name in stored:
-        if name not in used:
-            owner, _, attribute = name.rpartition(".")
-            delattr(module.get_submodule(owner), attribute)
+    strip_unused(module)
     module.recompile()
     return module
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from torchslim.export import WRAPPED
+from torchslim.export import layer_of
 
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed
@@ -68,18 +68,6 @@ def decomposed(node: Any) -> str:
     return found[1] if found else ""
 
 
-def layer_of(node: Node) -> str:
-    """The path of the module that a node of a captured program belongs to; empty where it is unknown."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return scope_path([entry[0] for entry in stack.values()])
-
-
-def scope_path(scopes: Sequence[str]) -> str:
-    """The innermost of nested module paths, without the module that wraps a captured model."""
-    path = f"{scopes[-1] if scopes else ''}.".removeprefix("L['self'].").removeprefix(WRAPPED)
-    return path.removesuffix(".")
-
-
 def unique(names: Sequence[str]) -> list[str]:
     """The names, with a number behind all but the first of those that repeat."""
     count: Counter[str] = Counter()
@@ -105,7 +93,7 @@ def eager_kernels(module: GraphModule) -> list[Kernel]:
             operation, integer = type(module.get_submodule(str(node.target))).__name__, True
         else:
             continue
-        found.append(Kernel(node=f"{layer_of(node) or node.name}/{operation}", type=operation, integer=integer))
+        found.append(Kernel(node=f"{layer_of(node)}/{operation}", type=operation, integer=integer))
     return found
 
 

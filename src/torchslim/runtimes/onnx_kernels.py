@@ -18,6 +18,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from torchslim.layers import stored_tensors
 from torchslim.packed import Int4Weight, Linear, Recurrent, find_linear, find_recurrent, int4_weights
 
 MICROSOFT = "com.microsoft::"
@@ -56,12 +57,7 @@ class Editor:
         self.state: dict[str, Any] = dict(program.state_dict)
         signature = program.graph_signature
         self.specs = list(signature.input_specs)
-        self.stored: dict[str, Tensor] = {}
-        for spec in self.specs:
-            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                assert spec.target is not None
-                owner = program.state_dict if spec.target in program.state_dict else program.constants
-                self.stored[spec.arg.name] = owner[spec.target]
+        self.stored = stored_tensors(program)
         self.added: dict[tuple[int, str], Node] = {}
         self.alive: list[Tensor] = []
         self.changed = False

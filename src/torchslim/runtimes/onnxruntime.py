@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
-from torchslim.export import Captured
+from torchslim.export import Captured, scope_path
 from torchslim.runtimes.base import Runtime, Session, Spec
-from torchslim.runtimes.kernels import UNWANTED, onnx_kernels, scope_path, unique
+from torchslim.runtimes.kernels import UNWANTED, onnx_kernels, unique
 from torchslim.runtimes.onnx_kernels import lower
 from torchslim.runtimes.onnx_passes import finish, translations
 from torchslim.structure import leaf_names
