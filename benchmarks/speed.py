@@ -63,8 +63,8 @@ def run(name: str, task: str, count: int) -> list[Row]:
 # the page -------------------------------------------------------------------------------------------------------------
 
 
-def page(rows: Sequence[Row], machine: dict[str, Any]) -> str:
-    """The Markdown page, from the rows and the machine alone."""
+def page(rows: Sequence[Row], machine: dict[str, Any], peer: str) -> str:
+    """The Markdown page, from the rows, the machine and the peer's release alone."""
     short = [row | {"model": row["model"].rpartition("/")[2]} for row in rows]
     models = list(dict.fromkeys([name for name in MODELS if any(row["model"] == name for row in short)]))
     loads = [row["load"] for row in short if row["what"] == "pair"]
@@ -72,7 +72,7 @@ def page(rows: Sequence[Row], machine: dict[str, Any]) -> str:
         "# Speed of channel pruning",
         "",
         f"Written by `{COMMAND}`; {machine['processor']}, {THREADS} threads, torch {machine['versions']['torch']}; "
-        f"{version('peer')}.",
+        f"{peer}.",
         "torchvision's models with random weights, one image of 3 x 224 x 224,"
         f" {100 * RATIO:.0f} % of the channels of every layer.",
         "Ours and the peer (Torch-Pruning, as its examples use it) run in turn in one process per model; a ratio is of"
@@ -227,7 +227,8 @@ def main() -> None:
         for row in run(name.rpartition("/")[2], task, arguments.pairs):
             append(row | {"version": now}, arguments.rows)
     target = arguments.rows.with_suffix(".md")
-    target.write_text(page([row for row in load(arguments.rows) if row["version"] == now], describe_machine()))
+    kept = [row for row in load(arguments.rows) if row["version"] == now]
+    target.write_text(page(kept, describe_machine(), version("peer")))
     print(target)
 
 
