@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib
 import io
 import logging
 import random
+import sys
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -26,14 +28,7 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     parameter name (boolean, True where kept). A parameter that an unpruned layer shares is given a copy of its own.
     """
     # deepcopy takes what the memo holds: non-leaf attributes (of lists and dicts too) are replaced by detached clones
-    memo: dict[int, Any] = empty_hooks(model) | {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for held in vars(module).values()
-        if not isinstance(held, (bool, int, float, str)) and not (isinstance(held, (dict, list, tuple)) and not held)
-        for value in torch.utils._pytree.tree_leaves(held)
-        if isinstance(value, Tensor) and value.grad_fn is not None
-    }
+    memo: dict[int, Any] = empty_hooks(model) | {id(each): each.detach().clone() for each in _computed(model)}
     copied = copy.deepcopy(model, memo)
     for old, new in zip(model.modules(), copied.modules(), strict=True):
         for name, value in vars(old).items():
@@ -56,6 +51,22 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     return copied, masks
 
 
+def is_plain(model: nn.Module) -> bool:
+    """Has no module been pruned by `torch.nn.utils.prune`, and does none hold a computed tensor? Deepcopy takes it."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return not any(isinstance(each, prune.BasePruningMethod) for each in hooks) and next(_computed(model), None) is None
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for held in vars(module).values():
+            if isinstance(held, (bool, int, float, str)) or (isinstance(held, (dict, list, tuple)) and not held):
+                continue
+            for value in torch.utils._pytree.tree_leaves(held):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    yield value
+
+
 def empty_hooks(model: nn.Module) -> dict[int, Any]:
     """A memo for deepcopy, which spends most of its time on the empty tables of hooks that every module has."""
     return {
@@ -64,6 +75,12 @@ def empty_hooks(model: nn.Module) -> dict[int, Any]:
         for value in vars(module).values()
         if type(value) is OrderedDict and not value
     }
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library holds on to it: large models come and go here."""
+    if sys.platform == "linux" and (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        give_back(0)
 
 
 @contextmanager

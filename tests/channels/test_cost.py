@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import namedtuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import torchslim as ts
 from torchslim.channels import oracle
 from torchslim.channels.leaves import filled, leaves
-from torchslim.isolation import copy_model
+from torchslim.isolation import copy_model, is_plain
 from torchslim.prune.plan import analyse
 
 Pair = namedtuple("Pair", "left right")
@@ -70,12 +69,34 @@ def test_copies_have_tables_of_hooks_of_their_own():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_models_for_the_check_are_alike_in_both_precisions():
-    model, inputs = chain(nn.BatchNorm2d, 1), (torch.ones(1, 3, 8, 8),)
-    wide, narrow = (
-        oracle.prepare(copy.deepcopy(model), inputs, dtype=dtype) for dtype in (torch.float64, torch.float32)
+def test_models_for_the_check_are_the_same_in_every_precision():
+    model = chain(nn.BatchNorm2d, 1)
+    narrow, wide, again = (
+        oracle.prepare(model, dtype).state_dict() for dtype in (torch.float32, torch.float64, torch.float64)
     )
-    both = [(*model.state_dict().values(), *inputs) for model, inputs in (wide, narrow)]
-    for one, two in zip(*both, strict=True):
-        assert one.dtype == two.dtype == torch.int64 or (one.dtype, two.dtype) == (torch.float64, torch.float32)
-        assert torch.allclose(one.double(), two.double())
+    for one, two, three in zip(narrow.values(), wide.values(), again.values(), strict=True):
+        assert one.dtype == two.dtype == torch.int64 or (one.dtype, two.dtype) == (torch.float32, torch.float64)
+        assert torch.equal(one.to(two.dtype), two)
+        assert torch.equal(two, three)
+    assert [oracle.width(model.to(each)) for each in (torch.float16, torch.float64)] == [torch.float32, torch.float64]
+    (one,), (two,) = (oracle.vary((torch.ones(1, 3, 8, 8),), dtype) for dtype in (torch.float32, torch.float64))
+    assert torch.equal(one.double(), two)
+    assert len(two.unique()) == two.numel()
+
+
+def test_tied_weights_stay_tied_in_a_model_for_the_check():
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["embed"].weight
+    copied = oracle.prepare(model, torch.float64)
+    assert copied["head"].weight is copied["embed"].weight
+    assert copied["head"].weight is not model["head"].weight
+
+
+def test_a_plain_model_is_not_copied_for_its_analysis():
+    model, inputs = chain(nn.BatchNorm2d, 1), (torch.ones(1, 3, 8, 8),)
+    assert analyse(model, inputs).model is model
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    assert not is_plain(model)
+    masked = analyse(model, inputs).model
+    assert masked is not model
+    assert is_plain(masked)

@@ -18,7 +18,6 @@ import torchslim as ts
 from tests.channels import networks as net
 from tests.channels.laws import remove, run, scramble
 from torchslim.channels import oracle
-from torchslim.isolation import copy_model
 from torchslim.prune.plan import Plan
 from torchslim.prune.removal import Shrunk
 from torchslim.prune.shrink import Cut, Patch, Surgery, mend, perform
@@ -78,13 +77,13 @@ def removal(name: str, seed: int) -> tuple[Plan, Shrunk]:
 
 def noticed(plan: Plan, done: Shrunk, surgery: Surgery) -> bool:
     """Does the check object to this surgery in place of the right one?"""
-    working, _ = copy_model(plan.model)
-    base, inputs = oracle.prepare(working.eval(), plan.inputs)
+    base = oracle.prepare(plan.model, torch.float64)
     try:
         shrunk = perform(base, surgery)
     except IndexError:
         return True
-    diverged = oracle.verify(base, shrunk, done.coupling, done.removed, inputs).divergence
+    wide = oracle.vary(plan.inputs, torch.float64)
+    diverged = oracle.verify(lambda: shrunk, lambda: base, done.coupling, done.removed, wide).divergence
     return diverged is not None
 
 

@@ -8,7 +8,8 @@ of two channels or a wrong attribute is found at the operation where it first sh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torchslim.channels.runs import TOLERANCE, Divergence, Follower, Masked, Mis
 from torchslim.channels.trace import call, elementary, named_weights
 from torchslim.channels.values import digest, zeroed
 from torchslim.export import untouched
-from torchslim.isolation import preserved_globals
+from torchslim.isolation import empty_hooks, preserved_globals, trim
 from torchslim.steps import Inputs
 from torchslim.task import tensors
 
@@ -37,34 +38,50 @@ class Verdict:
 
 
 @torch.no_grad()
-def prepare(
-    model: nn.Module, inputs: Inputs, seed: int = 0, *, dtype: torch.dtype = torch.float64
-) -> tuple[nn.Module, Inputs]:
-    """Make a copy of a model fit for the check, in place: float64, no two weights alike, random inputs.
+def prepare(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """A copy of a model fit for the check: in eval mode, in one precision, no two weights alike.
 
-    A head that starts at zero or a scale of ones would hide what goes wrong before it. In float32 the numbers are the
-    same but for rounding.
+    A head that starts at zero or a scale of ones would hide what goes wrong before it. The new values are those of
+    float32 in every precision. Weights are never held in another precision than the model's and `dtype`.
     """
+    memo: dict[int, Any] = empty_hooks(model)
+    for each in (*model.parameters(), *model.buffers()):
+        if each.is_floating_point() and each.dtype != dtype:
+            wide = each.detach().to(dtype)
+            memo[id(each)] = nn.Parameter(wide, each.requires_grad) if isinstance(each, nn.Parameter) else wide
+    copied = copy.deepcopy(model, memo).eval()
     generator = torch.Generator().manual_seed(seed)
-
-    def random(like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device)
-
-    model.double() if dtype == torch.float64 else model.float()  # `to` would make complex buffers real
-    for tensor in named_weights(model).values():
+    for tensor in named_weights(copied).values():
         if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all()):
             level = float(tensor.reshape(-1)[0])
-            tensor.copy_((level if np.isfinite(level) else 0.0) + 0.1 + 0.5 * random(tensor))
+            tensor.copy_(((level if np.isfinite(level) else 0.0) + 0.1 + 0.5 * _random(tensor, generator)).float())
+    return copied
+
+
+def width(model: nn.Module) -> torch.dtype:
+    """The least precision in which a model is compared: float32, or float64 where it has some of that."""
+    wide = any(each.dtype == torch.float64 for each in named_weights(model).values())
+    return torch.float64 if wide else torch.float32
+
+
+@torch.no_grad()
+def vary(inputs: Inputs, dtype: torch.dtype, seed: int = 1) -> Inputs:
+    """Inputs for the check: each floating tensor near its own values, with no two elements alike."""
+    generator = torch.Generator().manual_seed(seed)
 
     def varied(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             leaf = leaf.double()
-            return (leaf + (0.1 + leaf.abs().mean()) * (random(leaf) - 0.5)).to(dtype)
+            return (leaf + (0.1 + leaf.abs().mean()) * (_random(leaf, generator) - 0.5)).float().to(dtype)
         return leaf
 
     flat, spec = tree_flatten(inputs)
     changed: Inputs = tree_unflatten([varied(leaf) for leaf in flat], spec)
-    return model, changed
+    return changed
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device)
 
 
 @torch.no_grad()
@@ -93,20 +110,33 @@ def _outcome(run: Run, model: nn.Module, inputs: Inputs) -> Divergence | None:
     return None
 
 
-def verify(original: nn.Module, shrunk: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> Verdict:
-    """Does the shrunk model compute what the masked original computes? Two forward passes.
+def verify(
+    shrunk: Callable[[], nn.Module],
+    original: Callable[[], nn.Module],
+    coupling: Coupling,
+    removed: Mask,
+    inputs: Inputs,
+) -> Verdict:
+    """Does the shrunk model compute what the masked original computes? Two forward passes, of one model at a time.
 
     Args:
-        original: as `prepare` made it; its weights are masked in place.
-        shrunk: cut from the same weights.
+        shrunk: makes the model that was cut from the original's weights.
+        original: makes the whole one, as `prepare` does in float64; its weights are masked in place.
+        coupling: of the trace that both are held against.
+        removed: per atom what went.
+        inputs: of both, in float64.
     """
-    follower = Follower(shrunk, coupling, removed, values=True)
-    diverged = _outcome(follower, shrunk, inputs)
+    model = shrunk()
+    follower = Follower(model, coupling, removed, values=True)
+    diverged = _outcome(follower, model, inputs)
     if diverged is not None:
         return Verdict(diverged)
-    mask_weights(original, coupling, removed)
-    masked = Masked(original, coupling, removed, follower)
-    diverged = _outcome(masked, original, inputs)
+    del model  # its weights
+    trim()
+    whole = original()
+    mask_weights(whole, coupling, removed)
+    masked = Masked(whole, coupling, removed, follower)
+    diverged = _outcome(masked, whole, inputs)
     if diverged is None and not _alike(follower.outputs, masked.outputs):
         diverged = masked.fail("an output of the model changes its shape or its values").divergence
     if diverged is not None:

@@ -15,7 +15,7 @@ from torchslim.channels.runs import Divergence
 from torchslim.channels.tags import JointKey
 from torchslim.channels.trace import Trace, Value, trace
 from torchslim.errors import PruneError
-from torchslim.isolation import copy_model, preserved_globals
+from torchslim.isolation import copy_model, is_plain, preserved_globals
 from torchslim.select import Patterns, as_list, check_patterns, class_names, matches, parameter_paths
 from torchslim.steps import Inputs
 from torchslim.task import device_of, to_device
@@ -28,7 +28,7 @@ MODES = ("inner", "even", "outer", "tied", "outer tied", "none")
 class Plan:
     """An analysed model, and what of it could not be verified so far."""
 
-    model: nn.Module  # read only
+    model: nn.Module  # the caller's where that is plain: read only
     inputs: Inputs
     trace: Trace
     frozen: list[str]
@@ -152,11 +152,11 @@ def analyse(
             f"example_inputs must be a tuple of positional or a dict of keyword arguments, got {type(inputs).__name__}"
         )
     check_patterns(model, include, exclude)
-    model, _ = copy_model(model)  # masks of torch.nn.utils.prune become zeros; the caller's model is never touched
-    working, _ = copy_model(model)
-    inputs = to_device(inputs, device_of(working))
+    if not is_plain(model):
+        model, _ = copy_model(model)  # masks of torch.nn.utils.prune become zeros
+    inputs = to_device(inputs, device_of(model))
     with preserved_globals(seed=0):
-        found = trace(working, inputs)
+        found = trace(copy_model(model)[0], inputs)
     types, aliases = class_names(model), parameter_paths(model)
 
     def covered(patterns: Patterns) -> set[str]:

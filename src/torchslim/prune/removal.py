@@ -17,7 +17,7 @@ from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling, Mask
 from torchslim.channels.units import Group
 from torchslim.errors import PruneError
-from torchslim.isolation import copy_model
+from torchslim.isolation import trim
 from torchslim.prune.amount import Amount, Of, Scope, Scores, select, step_size
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion, needs
 from torchslim.prune.plan import Plan, analyse
@@ -75,6 +75,7 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         selection = select(coupling, amount, plan.names, scores, narrowest=plan.narrowest)
         kept = selection.choose()
         removed = selection.removed(kept)
+        trim()
         if not removed.any() and rollbacks:
             raise Stuck(
                 f"no channel of {type(plan.model).__name__} can go that passes the check: "
@@ -106,15 +107,20 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
 def _checked(plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery) -> tuple[Surgery, oracle.Verdict, float]:
     """Verify; where values differ, attributes that only looked like sizes get their old values back."""
 
-    def fresh(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Inputs]:
-        working, _ = copy_model(plan.model)
-        prepared: tuple[nn.Module, Inputs] = oracle.prepare(working.eval(), plan.inputs, dtype=dtype)
+    def shrunk(trial: Surgery) -> nn.Module:
+        narrowed: nn.Module = perform(oracle.prepare(plan.model, width), trial).double()
+        return narrowed
+
+    def whole() -> nn.Module:
+        prepared: nn.Module = oracle.prepare(plan.model, torch.float64)
         return prepared
 
     def verify(trial: Surgery) -> oracle.Verdict:
-        base, inputs = fresh()
-        return oracle.verify(base, perform(base, trial), coupling, removed, inputs)
+        return oracle.verify(lambda: shrunk(trial), whole, coupling, removed, wide)
 
+    width = oracle.width(plan.model)
+    narrow, wide = (oracle.vary(plan.inputs, dtype) for dtype in (width, torch.float64))
+    trim()
     kinds = {path: type(module) for path, module in plan.model.named_modules()}
     verdict = verify(surgery)
     trials = WITHDRAWALS
@@ -136,9 +142,9 @@ def _checked(plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery) ->
             break
     if verdict.divergence:
         return surgery, verdict, 0.0
-    change = oracle.change(*fresh(torch.float32), verdict.outputs)
+    change = oracle.change(oracle.prepare(plan.model, width), narrow, verdict.outputs)
     if not CLEAR < change < float("inf"):  # rounding may hide it, or may have taken the run another way
-        change = oracle.change(*fresh(), verdict.outputs)
+        change = oracle.change(whole(), wide, verdict.outputs)
     return surgery, verdict, change
 
 
