@@ -148,3 +148,18 @@ def test_eager_tells_of_its_dynamic_kernels(tmp_path: Any) -> None:
     assert not by_layer["stem"].integer
     ts.save(deployed, tmp_path / "artifact")
     assert lowered(ts.load(tmp_path / "artifact")).to_json() == lowered(deployed).to_json()
+
+
+def test_a_module_of_the_name_that_captures_wrap_with_keeps_it() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+    x = torch.randn(4, 8)
+    deployed = ts.deploy(ts.quantize.dynamic(Outer().eval(), (x,), runtime="eager"), (x,), runtime="eager")
+    assert [each.layer for each in lowered(deployed).layers] == ["model.0", "model.2"]
+    assert [each.layer for each in ts.runtimes.kernels(deployed) if each.integer] == ["model.0", "model.2"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchslim.export import Captured
+from torchslim.export import WRAPPED, Captured
 from torchslim.isolation import quiet, torch_threads
 from torchslim.layers import multiplies
 from torchslim.runtimes.base import Deployed, Runtime, Session, Spec
@@ -41,7 +41,7 @@ def _kernels(deployed: Deployed) -> list[Kernel]:
     names = iter(deployed.spec.layers)  # a saved program has no names of layers; they are in its order
     for node in module.graph.nodes:
         if multiplies(node) and (layer := next(names, None)) is not None:
-            node.meta["nn_module_stack"] = {"": (layer["layer"], "")}
+            node.meta["nn_module_stack"] = {"": (WRAPPED + layer["layer"], "")}
     return eager_kernels(lower(module))
 
 

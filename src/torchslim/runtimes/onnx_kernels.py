@@ -24,7 +24,7 @@ from torchslim.packed import Int4Weight, Linear, Recurrent, find_linear, find_re
 MICROSOFT = "com.microsoft::"
 PACKED = "Int4Weight"  # our own marker: the passes over the ONNX model replace it
 GATES = (0, 3, 1, 2)  # ONNX has i, o, f, c; torch i, f, g, o
-BLOCKS = (128, 64, 32, 16)  # how many weights of 8 bits share a scale in MatMulNBits: larger is faster
+BLOCKS = (256, 128, 64, 32, 16)  # how many weights of 8 bits share a scale in MatMulNBits: larger is faster
 GROUPS = (16, 32, 64, 128, 256)  # what it takes with 4 bits
 ACCURACY = 4  # MatMulNBits may round a block of activations to 8 bits: twice as fast as float, 46 dB and more
 SHARED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
