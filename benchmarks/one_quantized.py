@@ -17,9 +17,11 @@ from torchslim.isolation import quiet
 from torchslim.lowered import lowered
 from torchslim.measure import interleave
 from torchslim.quantize import convert, prepare, sqnr
+from torchslim.runtimes.openvino import no_telemetry
 
 THREADS = 2
 CALIBRATION = 4  # batches of 8
+SECONDS = 30.0  # of timing for a row, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def measure(name: str, runtime: str, batch: int, rounds: int) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - the row says what it was
         row["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     with torch.no_grad():
-        timings = interleave(sessions, rounds=rounds, seconds=90)
+        timings = interleave(sessions, rounds=rounds, seconds=SECONDS)
     return row | {"rounds": {key: list(values) for key, values in timings.rounds.items()}}
 
 
@@ -179,8 +181,9 @@ def _onnxruntime(model: nn.Module, batches: Sequence[Any], x: Tensor, candidate:
 
 def _openvino(model: nn.Module, batches: Sequence[Any], x: Tensor, candidate: Candidate) -> Callable[[Tensor], Any]:
     """nncf on the converted model, with its preset for the kind of network."""
-    import nncf
-    import openvino
+    with no_telemetry():
+        import nncf
+        import openvino
 
     converted = openvino.convert_model(model, example_input=x)
     options = {"model_type": nncf.ModelType.TRANSFORMER} if candidate.transformer else {}

@@ -35,7 +35,7 @@ Key = tuple[str, str, int]
 def missing(rows: Iterable[Row], names: Sequence[str], runtimes: Sequence[str], now: str) -> list[Key]:
     """What has no row of this version."""
     have = {(row["model"], row["runtime"], row["batch"]) for row in rows if row["version"] == now}
-    wanted = [(name, runtime, batch) for name in names for runtime in runtimes for batch in BATCHES]
+    wanted = [(name, runtime, batch) for runtime in runtimes for name in names for batch in BATCHES]
     return [key for key in wanted if key not in have]
 
 

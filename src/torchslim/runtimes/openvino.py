@@ -45,7 +45,7 @@ BOOLEAN = ("Where", "And", "Or", "Not", "Xor", "Equal", "Less", "Great", "IsNaN"
 
 def _import() -> Any:
     try:
-        with quiet(), _no_telemetry():
+        with quiet(), no_telemetry():
             import openvino
     except ImportError as error:
         raise RuntimeUnavailable(f"runtime 'openvino' is not installed: {PIP}") from error
@@ -53,10 +53,10 @@ def _import() -> Any:
 
 
 @contextmanager
-def _no_telemetry() -> Iterator[None]:
+def no_telemetry() -> Iterator[None]:
     """Importing openvino writes an identity into the user's home and reports to its makers, unless this is missing."""
     name = "openvino_telemetry"
-    if name in sys.modules or "openvino" in sys.modules:
+    if name in sys.modules:
         yield
         return
     sys.modules[name] = None  # type: ignore[assignment]
