@@ -160,7 +160,8 @@ def _onnxruntime(model: nn.Module, batches: Sequence[Any], x: Tensor, candidate:
 
     with tempfile.TemporaryDirectory() as folder:
         start, middle, end = (str(Path(folder) / name) for name in ("float.onnx", "prepared.onnx", "int8.onnx"))
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        example = torch.cat([x, x]) if len(x) == 1 else x  # a batch of one would be taken for fixed
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         torch.onnx.export(program, dynamo=True, verbose=False, external_data=False).save(start)  # type: ignore[union-attr]
         quant_pre_process(start, middle)
         if candidate.scheme == "int8":
