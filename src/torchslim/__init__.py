@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 from torchslim import distill, prune, quantize
 from torchslim.artifact import load, load_module, save
 from torchslim.compress import Result, compress
-from torchslim.distill import KD, Distill
+from torchslim.distill import DIST, DKD, KD, Distill
 from torchslim.errors import TorchslimError
 from torchslim.prune import Prune, surgery
 from torchslim.quantize import Quantize
@@ -22,6 +22,8 @@ from torchslim.task import Metric, Task
 from torchslim.training import Finetune, fit
 
 __all__ = [
+    "DIST",
+    "DKD",
     "KD",
     "Context",
     "Deployed",
