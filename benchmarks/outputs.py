@@ -39,3 +39,15 @@ def repeated(inputs: Any, times: int) -> Any:
     if isinstance(inputs, tuple):
         return tuple(repeated(value, times) for value in inputs)
     return inputs * times if isinstance(inputs, list) else inputs
+
+
+def stacked(batches: Any) -> Any:
+    """Inputs of one structure as one batch; lists are a batch of samples."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches)) if first.dim() else first
+    if isinstance(first, Mapping):
+        return {key: stacked([each[key] for each in batches]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(stacked(each) for each in zip(*batches, strict=True))
+    return [each for batch in batches for each in batch] if isinstance(first, list) else first

@@ -1,0 +1,38 @@
+"""How many models of the zoo can be quantized, beside torchao and nncf: python -m benchmarks.coverage_quantize
+
+Every model and side runs in a process of its own with a time limit. Rows are appended to
+benchmarks/coverage_quantize.jsonl, so a killed benchmark goes on where it stopped; benchmarks/coverage_quantize.md is
+written from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.coverage import BENCHMARK as PRUNING
+from benchmarks.one_zoo_quantized import EMPTY
+from benchmarks.quantize_page import page, why
+from benchmarks.rows import load
+from benchmarks.runner import Benchmark, latest, main
+
+
+def _smallest_first() -> Any:
+    """By the work that the pruning benchmark counted, where it did: a run cut short has then seen the most models."""
+    work = {name: row.get("macs_before") or 0 for (name, _), row in latest(load(PRUNING.rows)).items()}
+    return lambda name: work.get(name, 0)
+
+
+BENCHMARK = Benchmark(
+    module="benchmarks.coverage_quantize",
+    measure="benchmarks.one_zoo_quantized:measure",
+    sides=("ours", "torchao", "nncf"),
+    time_limit=120.0,
+    grace=60.0,
+    empty=EMPTY,
+    page=page,
+    why=why,
+    order=_smallest_first(),
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK, __doc__)
