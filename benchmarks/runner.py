@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +37,7 @@ class Benchmark:
         why: why a row does not count, in a line.
         environment: variables of a side's process, besides `OFFLINE`.
         order: where a name stands among those to be run.
+        preload: modules that every process starts with.
     """
 
     module: str
@@ -50,6 +50,7 @@ class Benchmark:
     why: Callable[[Row], str]
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     order: Callable[[str], Any] | None = None
+    preload: Sequence[str] = ()
 
     @property
     def rows(self) -> Path:
@@ -101,29 +102,44 @@ def run(benchmark: Benchmark, name: str, side: str, limit: float) -> Row:
     def failed(reason: str) -> Row:
         return {**benchmark.empty, "reason": reason}
 
-    environment = {**os.environ, **OFFLINE, **benchmark.environment.get(side, {})}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(benchmark.preload))
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "row.json"
-        command = [sys.executable, "-m", benchmark.module, "--only", name, "--side", side, "--child", str(answer)]
-        process = subprocess.Popen(
-            [*command, "--time-limit", str(limit)],
-            env=environment, cwd=HERE.parent, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        answer, errors = Path(folder) / "row.json", Path(folder) / "errors"
+        environment = {**OFFLINE, **benchmark.environment.get(side, {})}
+        process = context.Process(target=_child, args=(benchmark.measure, name, side, limit, folder, environment))
+        process.start()
+        assert process.pid is not None
         try:
-            _, errors = process.communicate(timeout=limit + benchmark.grace)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.join(limit + benchmark.grace)
+        finally:
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+                timed_out = True
+            else:
+                timed_out = False
+        if timed_out:
             return failed(f"time limit of {limit:.0f} s")
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
         if answer.exists():
             return json.loads(answer.read_text())  # type: ignore[no-any-return]
-        if process.returncode < 0:
-            return failed(f"process ended by {signal.Signals(-process.returncode).name}")
-        return failed((errors.strip().splitlines() or ["process ended without a row"])[-1][:300])
+        if process.exitcode < 0:
+            return failed(f"process ended by {signal.Signals(-process.exitcode).name}")
+        said = errors.read_text().strip().splitlines() if errors.exists() else []
+        return failed((said or ["process ended without a row"])[-1][:300])
+
+
+def _child(measure: str, name: str, side: str, limit: float, folder: str, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+    with (Path(folder) / "errors").open("w") as errors, Path(os.devnull).open("w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+        from benchmarks.zoo import find
+
+        row = resolve(measure, "the measurement")(find(name), side, limit)
+        answer = Path(folder) / "row.tmp"
+        answer.write_text(json.dumps(row))
+        answer.rename(Path(folder) / "row.json")
 
 
 def main(benchmark: Benchmark, about: str | None) -> None:
@@ -140,14 +156,7 @@ def main(benchmark: Benchmark, about: str | None) -> None:
     parser.add_argument("--time-limit", type=float, default=benchmark.time_limit, help="seconds a call")
     parser.add_argument("--max-minutes", type=float, default=float("inf"))
     parser.add_argument("--rows", type=Path, default=benchmark.rows, help="the JSONL to go on with")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        from benchmarks.zoo import find
-
-        measure = resolve(benchmark.measure, "the measurement")
-        arguments.child.write_text(json.dumps(measure(find(arguments.only), arguments.side, arguments.time_limit)))
-        return
     todo = _wanted(benchmark, arguments)
     versions = {side: version(side) for _, side in todo}
     stop = time.monotonic() + 60 * arguments.max_minutes

@@ -108,6 +108,8 @@ def _described(
     if not integer:
         if not layer.asks_for_integers and layer.weight_bits in (4, 8):
             why = "only its weights are integers"
+        elif not layer.asks_for_integers and layer.weight_bits is None:
+            why = "a product of two activations, in float"
         elif not layer.asks_for_integers:
             why = "not quantized"
         else:

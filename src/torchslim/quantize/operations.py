@@ -45,6 +45,10 @@ for _rank in (1, 2, 3):
     _transposed = getattr(aten, f"conv_transpose{_rank}d")
     WEIGHTED[getattr(_transposed, _transposed.overloads()[0])] = Weighted(f"conv_transpose{_rank}d", 0, 1, 2, 1)
 
+# where products of two activations have their factors
+PRODUCTS: dict[Any, tuple[int, int]] = {
+    aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.mm.default: (0, 1), aten.baddbmm.default: (1, 2),
+}  # fmt: skip
 RECURRENT: dict[Any, str] = {aten.lstm.input: "lstm", aten.gru.input: "gru"}
 EMBEDDINGS = (aten.embedding.default,)
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)

@@ -30,6 +30,7 @@ from torchslim.quantize.operations import (
     DROPOUTS,
     EMBEDDINGS,
     MOVES,
+    PRODUCTS,
     RECURRENT,
     Weighted,
     argument,
@@ -87,6 +88,8 @@ class SlimQuantizer(Quantizer):
                 self._recurrent(node)
             elif node.target in EMBEDDINGS:
                 self._embedding(node)
+            elif node.target in PRODUCTS:
+                self._product(node)
             elif node.target in ADDITIONS and self._static(node):
                 self._addition(node)
             elif node.target in CONCATS and self._static(node):
@@ -102,6 +105,10 @@ class SlimQuantizer(Quantizer):
             elif node.target not in BATCH_NORMS and any(weights_of(node)) and not is_constant(node):
                 self._refuse(node, f"{op_name(node)} has no integer kernel")
         return model
+
+    def takes_product(self, node: Node) -> bool:
+        """Is a product of two activations to be computed on integers?"""
+        return self.profile.products and self._static(node)
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: every annotation is one that the runtimes take."""
@@ -166,6 +173,15 @@ class SlimQuantizer(Quantizer):
             return  # one row of it is read at a time: there is nothing to compute
         self._mark(node, {table: self.specs.weight(WEIGHTS_ONLY, 0)}, None)
         self._quantized(node, WEIGHTS_ONLY, "")
+
+    def _product(self, node: Node) -> None:
+        """A product of two activations: each gets the range that it has; the result stays float."""
+        if is_constant(node) or not isinstance(node.meta.get("val"), Tensor):
+            return
+        factors = [argument(node, index) for index in PRODUCTS[node.target]]
+        if not self.takes_product(node) or None in factors:
+            return
+        self._mark(node, dict.fromkeys((each for each in factors if each is not None), self.specs.static), None)
 
     # what lies between them -------------------------------------------------------------------------------------------
 
