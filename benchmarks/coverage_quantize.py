@@ -11,9 +11,10 @@ from typing import Any
 
 from benchmarks.coverage import BENCHMARK as PRUNING
 from benchmarks.one_zoo_quantized import EMPTY
-from benchmarks.quantize_page import page, why
+from benchmarks.quantize_page import whole_page, why
 from benchmarks.rows import load
 from benchmarks.runner import Benchmark, latest, main
+from benchmarks.zoo import names
 
 # what loads for longer than most models take
 LIBRARIES = (
@@ -35,7 +36,7 @@ BENCHMARK = Benchmark(
     time_limit=120.0,
     grace=60.0,
     empty=EMPTY,
-    page=page,
+    page=whole_page(names),
     why=why,
     order=_smallest_first(),
     preload=("benchmarks.one_zoo_quantized", *LIBRARIES),

@@ -88,8 +88,8 @@ def _splice(model: GraphModule, node: Node, function: Callable[..., Tensor], inp
     """Let what `function` does to the inputs stand where the node was, as operations of the same layer."""
     values = [each.meta["val"] for each in inputs]
     mode = next(each.fake_mode for each in values if hasattr(each, "fake_mode"))
-    with mode:
-        traced = make_fx(lambda *tensors: function(*tensors), pre_dispatch=True)(*values)
+    with mode:  # a sum of products is one operation unless it is traced down to the last
+        traced = make_fx(lambda *tensors: function(*tensors), pre_dispatch=node.target is ATTENTION)(*values)
     places = [each for each in traced.graph.nodes if each.op == "placeholder"]
     for name, value in [*traced.named_buffers(), *traced.named_parameters()]:
         raise AssertionError(f"{name} {tuple(value.shape)}: nothing is stored in a product")
