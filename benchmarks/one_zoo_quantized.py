@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import torchslim as ts
-from benchmarks.one_model import timed, words
-from benchmarks.outputs import main_outputs, stacked
+from benchmarks.one_model import timed
+from benchmarks.outputs import main_outputs, settle_norms
 from benchmarks.zoo import VOCABULARY, Entry, Inputs
-from torchslim.batch_norm import recalibrate_batch_norm
 from torchslim.errors import ExportError, TorchslimError
 from torchslim.isolation import quiet
 from torchslim.lowered import LayerKernel, lowered
@@ -82,14 +81,6 @@ def another(inputs: Any) -> Any:
         return torch.randn_like(leaf) if bool((leaf < 0).any()) else torch.rand_like(leaf)
 
     return tree_map(draw, inputs)
-
-
-def settle_norms(model: nn.Module, batches: Sequence[Inputs]) -> None:
-    """Batch norms of a random network get the statistics of the calibration inputs: activations have sane ranges."""
-    try:
-        recalibrate_batch_norm(model, call, [stacked(batches)])
-    except Exception:  # noqa: BLE001 - the model takes one sample at a time: it keeps the statistics that it has
-        return
 
 
 def ours(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expected: Any, row: dict[str, Any]) -> None:

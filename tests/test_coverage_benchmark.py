@@ -14,7 +14,7 @@ from torch import nn
 
 import torchslim
 from benchmarks import coverage, runner, zoo
-from benchmarks.one_model import TimeLimit, timed, check, counts
+from benchmarks.one_model import TimeLimit, check, counts, timed
 from benchmarks.outputs import main_outputs, repeated, shapes
 from benchmarks.rows import append, load, version
 from tests import models

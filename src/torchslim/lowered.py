@@ -97,9 +97,7 @@ def _shared_out(layers: Sequence[Layer], executed: Iterable[Kernel]) -> list[Seq
     return found
 
 
-def _described(
-    layer: Layer, candidates: Sequence[Kernel], reasons: Mapping[str, str], runtime: str
-) -> LayerKernel:
+def _described(layer: Layer, candidates: Sequence[Kernel], reasons: Mapping[str, str], runtime: str) -> LayerKernel:
     # where nothing of it was made integers, an integer kernel of the same module is another layer's
     meant = layer.asks_for_integers or layer.weight_bits in (4, 8)
     integer = [each for each in candidates if each.integer] if meant else []

@@ -28,7 +28,7 @@ def open_products(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
             continue
         function = attention(*_sizes(node), **_options(node)) if node.target is ATTENTION else _sum(node)
         inputs = node.args[:4] if node.target is ATTENTION else node.args[1]
-        _splice(model, node, function, [each for each in inputs if isinstance(each, Node)])  # type: ignore[union-attr]
+        _splice(model, node, function, [each for each in inputs if isinstance(each, Node)])
     model.graph.eliminate_dead_code()
     model.recompile()
 
@@ -88,8 +88,12 @@ def _splice(model: GraphModule, node: Node, function: Callable[..., Tensor], inp
     """Let what `function` does to the inputs stand where the node was, as operations of the same layer."""
     values = [each.meta["val"] for each in inputs]
     mode = next(each.fake_mode for each in values if hasattr(each, "fake_mode"))
+
+    def positional(*tensors: Tensor) -> Tensor:  # the tracer counts arguments, those with a default, too
+        return function(*tensors)
+
     with mode:  # a sum of products is one operation unless it is traced down to the last
-        traced = make_fx(lambda *tensors: function(*tensors), pre_dispatch=node.target is ATTENTION)(*values)
+        traced = make_fx(positional, pre_dispatch=node.target is ATTENTION)(*values)
     places = [each for each in traced.graph.nodes if each.op == "placeholder"]
     for name, value in [*traced.named_buffers(), *traced.named_parameters()]:
         raise AssertionError(f"{name} {tuple(value.shape)}: nothing is stored in a product")

@@ -171,11 +171,10 @@ def weights_of_their_own(graph: Graph) -> None:
 
     One layer called several times, or tied weights, would compute in float.
     """
-    dequantized = set()
+    dequantized: set[str] = set()
     for node in graph.nodes:
-        if node.op_type == "DequantizeLinear" and node.input[0] in graph.constants:
-            dequantized.add(node.output[0])
-        elif node.op_type in MOVES and node.input[0] in dequantized:
+        source = graph.constants if node.op_type == "DequantizeLinear" else dequantized
+        if node.op_type in ("DequantizeLinear", *MOVES) and node.input[0] in source:
             dequantized.add(node.output[0])
     outputs = {each.name for each in graph.proto.output}
     readers = _readers(graph)
@@ -198,7 +197,7 @@ def _free(name: str, taken: set[str]) -> str:
     return name
 
 
-def _readers(graph: Graph) -> Mapping[str, list[Any]]:
+def _readers(graph: Graph) -> dict[str, list[Any]]:
     readers: dict[str, list[Any]] = {}
     for node in graph.nodes:
         for name in node.input:
