@@ -50,8 +50,9 @@ def measure(entry: Entry, side: str, seconds: float) -> dict[str, Any]:
         torch.manual_seed(zlib.crc32(f"{entry.name} calibration".encode()))
         batches = [another(inputs) for _ in range(SAMPLES)]
     settle_norms(model, batches)
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        model.config.use_cache = False  # type: ignore[union-attr] # as for any export: its cache is no tensor
+    for module in model.modules():  # a decoder inside has a configuration of its own
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False  # type: ignore[union-attr] # as for any export: a cache is no tensor
     with torch.no_grad():
         expected = call(model, inputs)
     row: dict[str, Any] = dict(EMPTY)
