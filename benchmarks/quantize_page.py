@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.one_zoo_quantized import BAR_DB, SAMPLES, STEPS
+from benchmarks.one_zoo_quantized import BAR_DB, NOISE_DB, SAMPLES, STEPS
 from benchmarks.rows import Row
 from benchmarks.runner import latest
 
@@ -84,7 +84,10 @@ def page(rows: Iterable[Row], machine: dict[str, Any], names: Sequence[str] | No
 
 def why(row: Row) -> str:
     """Why a row does not count, in a line."""
-    return str(row["reason"] or "does not run")
+    reason = str(row["reason"] or "does not run")
+    if row.get("noisy_db") is not None:
+        reason += f" ({row['noisy_db']:.1f} dB are left in float by noise {NOISE_DB:.0f} dB below the inputs)"
+    return reason
 
 
 def _ours(models: Sequence[str], have: Rows) -> list[Row]:

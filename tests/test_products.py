@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import torchslim as ts
 from torchslim.lowered import Lowered, lowered
 from torchslim.quantize import convert, prepare, sqnr
+from torchslim.quantize.compare import layer_sqnr
 from torchslim.quantize.products import attention
 
 
@@ -129,3 +130,28 @@ def test_an_attention_in_float_is_not_taken_for_the_layers_of_its_module(runtime
     assert not product.integer
     assert product.why == "a product of two activations, in float"
     assert found.integer_share < 1
+
+
+def test_parts_of_a_tensor_stay_on_its_grid() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(2, 16, 32),) for _ in range(4)]
+    prepared = prepare(Heads().eval(), batches[0])
+    prepared.calibrate(batches)
+    program = convert(prepared).program
+    (split,) = [node for node in program.graph.nodes if node.target is torch.ops.aten.unbind.int]
+    (linear, *_) = [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
+    (rounded,) = linear.users  # to a scale and a zero point
+    parts = [user for part in split.users for user in part.users]
+    assert len(parts) == 3
+    assert {part.args[1:3] for part in parts} == {rounded.args[1:3]}
+
+
+def test_the_noise_of_a_layer_is_that_of_its_own_output_where_the_next_works_in_place() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True)).eval()
+    batches = [(torch.randn(4, 3, 8, 8),)]
+    prepared = prepare(model, batches[0])
+    prepared.calibrate(batches)
+    found = layer_sqnr(prepared, convert(prepared), prepared.leaves(batches[0]))
+    assert found.keys() == {"0", "2"}
+    assert min(found.values()) > 30  # it was about 0 dB: the float output had lost its negative half by then

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torchslim.quantize.operations import (
     MOVES,
     PRODUCTS,
     RECURRENT,
+    SPLITS,
     Weighted,
     argument,
     is_constant,
@@ -102,6 +104,8 @@ class SlimQuantizer(Quantizer):
                     output_qspec=SharedQuantizationSpec((source, node)),
                     _annotated=True,
                 )
+            elif node.target is getitem:
+                self._part(node)
             elif node.target not in BATCH_NORMS and any(weights_of(node)) and not is_constant(node):
                 self._refuse(node, f"{op_name(node)} has no integer kernel")
         return model
@@ -208,6 +212,13 @@ class SlimQuantizer(Quantizer):
         parts = [each for each in _flat(node.args[0]) if isinstance(each.meta.get("val"), Tensor)]
         if self.profile.concats and any(_quantized_output(each) for each in parts):
             self._mark(node, dict.fromkeys(parts, self.specs.static), self.specs.static)
+
+    def _part(self, node: Node) -> None:
+        """One of the tensors that another is split into: on the grid of what it is a part of."""
+        split = argument(node, 0)
+        source = argument(split, 0) if split is not None and split.target in SPLITS else None
+        if source is not None and _quantized_output(source):
+            node.meta[ANNOTATION] = QuantizationAnnotation(output_qspec=SharedQuantizationSpec(source), _annotated=True)
 
     def _ends_convolution(self, node: Node) -> bool:
         while node.target in (*CLAMPS, *BATCH_NORMS, *DROPOUTS):
