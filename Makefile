@@ -44,6 +44,7 @@ bench: $(VENV)/.demo
 
 coverage: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.coverage
+	$(BIN)/python -m benchmarks.coverage_quantize
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

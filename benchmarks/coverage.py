@@ -6,103 +6,19 @@ a killed benchmark goes on where it stopped; benchmarks/coverage.md is written f
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Row, append, load, version
-from torchslim.machine import describe_machine
+from benchmarks.rows import Row
+from benchmarks.runner import Benchmark, latest, main
 
-HERE = Path(__file__).parent
-ROWS, PAGE = HERE / "coverage.jsonl", HERE / "coverage.md"
 SIDES = ("ours", "peer")
-TIME_LIMIT = 180.0
-GRACE = 480.0  # for building, checking and counting, besides the call
 COMMAND = "python -m benchmarks.coverage"
 COLUMNS = (
     "model", "side", "counts", "verified", "parameters", "ratio", "MACs", "ratio", "seconds", "peak MiB", "batch 1",
     "batch 3", "shapes", "backward", "as zeroed",
 )  # fmt: skip
-
-
-def latest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
-    """The newest row of each model and side."""
-    return {(row["model"], row["side"]): row for row in rows}
-
-
-def missing(
-    names: Sequence[str],
-    sides: Sequence[str],
-    rows: Iterable[Row],
-    versions: dict[str, str],
-    fresh: bool = False,
-    limit: float = 0.0,
-) -> list[tuple[str, str]]:
-    """What is to be run, model by model.
-
-    Args:
-        names: of the models wanted.
-        sides: of them.
-        rows: measured so far.
-        versions: of each side now.
-        fresh: rows of another version count as missing too.
-        limit: of a call, in seconds; what ran into a shorter one is missing.
-    """
-    have = latest(rows)
-
-    def stands(name: str, side: str) -> bool:
-        row = have.get((name, side))
-        if row is None or (fresh and row["version"] != versions[side]):
-            return False
-        return not (row["reason"].startswith("time limit") and row["time_limit"] < limit)
-
-    return [(name, side) for name in names for side in sides if not stands(name, side)]
-
-
-def run(name: str, side: str, limit: float) -> Row:
-    """The row of one model and side, from a process of its own."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if side == "peer":  # as its timm example does: it traces attention operation by operation
-        environment["TIMM_FUSED_ATTN"] = "0"
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "benchmarks.coverage", "--only", name, "--side", side, "--child", str(answer)]
-        process = subprocess.Popen(
-            [*command, "--time-limit", str(limit)],
-            env=environment, cwd=HERE.parent, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        try:
-            _, errors = process.communicate(timeout=limit + GRACE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return _failed(f"time limit of {limit:.0f} s")
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        if answer.exists():
-            return json.loads(answer.read_text())  # type: ignore[no-any-return]
-        if process.returncode < 0:
-            return _failed(f"process ended by {signal.Signals(-process.returncode).name}")
-        return _failed((errors.strip().splitlines() or ["process ended without a row"])[-1][:300])
-
-
-def _failed(reason: str) -> Row:
-    return {"verified": None, "counts": False, "reason": reason}
 
 
 # the page -------------------------------------------------------------------------------------------------------------
@@ -226,48 +142,18 @@ def _escape(text: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-
-def main() -> None:
-    """Measure what is missing, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME", help="one model, as suite/model or as part of its name")
-    parser.add_argument("--suite", choices=("torchvision", "timm", "transformers"))
-    parser.add_argument("--side", choices=SIDES)
-    parser.add_argument("--limit", type=int, help="at most this many runs")
-    parser.add_argument("--fresh", action="store_true", help="run what was measured on other source again")
-    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="seconds a call")
-    parser.add_argument("--max-minutes", type=float, default=float("inf"))
-    parser.add_argument("--rows", type=Path, default=ROWS, help="the JSONL to go on with")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        from benchmarks.one_model import measure
-        from benchmarks.zoo import find
-
-        arguments.child.write_text(json.dumps(measure(find(arguments.only), arguments.side, arguments.time_limit)))
-        return
-    from benchmarks.zoo import names as zoo_names
-
-    wanted = [name for name in zoo_names() if name.startswith(arguments.suite or "")]
-    if arguments.only:
-        wanted = [name for name in wanted if name == arguments.only] or [n for n in wanted if arguments.only in n]
-    sides = (arguments.side,) if arguments.side else SIDES
-    versions = {side: version(side) for side in sides}
-    stop = time.monotonic() + 60 * arguments.max_minutes
-    threads = describe_machine()["threads"]
-    todo = missing(wanted, sides, load(arguments.rows), versions, arguments.fresh, arguments.time_limit)
-    todo = todo[: arguments.limit]
-    for number, (name, side) in enumerate(todo, 1):
-        if time.monotonic() > stop:
-            break
-        row = {"model": name, "suite": name.partition("/")[0], "side": side, "version": versions[side]}
-        row |= run(name, side, arguments.time_limit) | {"time_limit": arguments.time_limit, "threads": threads}
-        append(row, arguments.rows)
-        print(f"{number}/{len(todo)} {name} {side}: {'counts' if row['counts'] else why(row)}", flush=True)
-    target = arguments.rows.with_suffix(".md")
-    target.write_text(page(load(arguments.rows), describe_machine()))
-    print(target)
-
+BENCHMARK = Benchmark(
+    module="benchmarks.coverage",
+    measure="benchmarks.one_model:measure",
+    sides=SIDES,
+    time_limit=180.0,
+    grace=480.0,  # for building, checking and counting, besides the call
+    empty={"verified": None, "counts": False},
+    page=page,
+    why=why,
+    # as its timm example does: it traces attention operation by operation
+    environment={"peer": {"TIMM_FUSED_ATTN": "0"}},
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

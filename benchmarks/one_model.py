@@ -104,7 +104,7 @@ def check(
             if got != expected_three:
                 failure = failure or f"shapes {got[:3]} instead of {(expected_three or [])[:3]} at batch {BATCH}"
     except Exception as error:  # noqa: BLE001 - the row says what it was
-        failure = failure or f"result does not run: {_words(error)}"
+        failure = failure or f"result does not run: {words(error)}"
     return runs, failure
 
 
@@ -128,7 +128,7 @@ def surgery_record(pruned: nn.Module) -> tuple[bool, list[str]]:
 
 
 def _ours(entry: Entry, model: nn.Module, inputs: Inputs, seconds: float) -> Iterator[tuple[nn.Module | None, Any]]:
-    pruned, found = _timed(lambda: ts.prune.channels(model, inputs, **OURS), seconds)
+    pruned, found = timed(lambda: ts.prune.channels(model, inputs, **OURS), seconds)
     if pruned is not None:
         found["verified"], found["reasons"] = surgery_record(pruned)
     yield pruned, found
@@ -143,7 +143,7 @@ def _peer(entry: Entry, model: nn.Module, inputs: Inputs, seconds: float) -> Ite
             model, inputs = entry.build()
         removed = Removed(model)
         original = copy.deepcopy(model)
-        pruned, found = _timed(lambda: prune_with_peer(model, inputs, way, removed), seconds)  # noqa: B023
+        pruned, found = timed(lambda: prune_with_peer(model, inputs, way, removed), seconds)  # noqa: B023
         found["way"] = way
         if pruned is not None and removed.comparable:
             found["same_as_zeroed"] = _same(pruned, original, removed, inputs)
@@ -173,7 +173,7 @@ def _double(inputs: Any) -> Any:
     )
 
 
-def _timed(prune: Callable[[], nn.Module], seconds: float) -> tuple[nn.Module | None, dict[str, Any]]:
+def timed(prune: Callable[[], nn.Module], seconds: float) -> tuple[nn.Module | None, dict[str, Any]]:
     """The result or None, with seconds, peak memory and the reason of a failure."""
     gc.collect()
     base = _reset_peak()
@@ -185,7 +185,7 @@ def _timed(prune: Callable[[], nn.Module], seconds: float) -> tuple[nn.Module | 
     except TimeLimit:
         reason = f"time limit of {seconds:.0f} s"
     except Exception as error:  # noqa: BLE001 - the row says what it was
-        reason = _words(error)
+        reason = words(error)
     found = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     return pruned, found | {"peak_bytes": max(0, _peak() - base), "reason": reason}
 
@@ -211,7 +211,7 @@ def _macs(model: nn.Module, inputs: Inputs) -> int | None:
         return None
 
 
-def _words(error: Exception) -> str:
+def words(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 

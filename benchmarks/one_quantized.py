@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import torchslim as ts
+from benchmarks.outputs import settle_norms
 from torchslim.isolation import quiet
 from torchslim.lowered import lowered
 from torchslim.measure import interleave
@@ -95,7 +96,7 @@ def measure(name: str, runtime: str, batch: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     candidate = CANDIDATES[name]
     model = candidate.build().eval()
-    _settle_norms(model, candidate.sample)
+    settle_norms(model, [(candidate.sample(8),)])
     batches = [(candidate.sample(8),) for _ in range(CALIBRATION)]
     x = candidate.sample(batch)
     row: dict[str, Any] = {"model": name, "runtime": runtime, "batch": batch, "scheme": candidate.scheme}
@@ -127,19 +128,6 @@ def measure(name: str, runtime: str, batch: int, rounds: int) -> dict[str, Any]:
     with torch.no_grad():
         timings = interleave(sessions, rounds=rounds, seconds=SECONDS)
     return row | {"rounds": {key: list(values) for key, values in timings.rounds.items()}}
-
-
-def _settle_norms(model: nn.Module, sample: Callable[[int], Tensor]) -> None:
-    """Batch norms of a random network get the statistics of some input: activations then have sane ranges."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    if not norms:
-        return
-    for module in norms:
-        module.train()
-        module.momentum = None
-    with torch.no_grad():
-        model(sample(8))
-    model.eval()
 
 
 # what a user would take instead ---------------------------------------------------------------------------------------

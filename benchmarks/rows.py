@@ -11,12 +11,13 @@ from typing import Any
 import torchslim
 
 Row = dict[str, Any]
+PEERS = {"peer": "torch-pruning", "torchao": "torchao", "nncf": "nncf"}  # their packages, by side
 
 
 def version(side: str) -> str:
     """What the side's rows are of: a hash of our source, or the peer's release."""
-    if side == "peer":
-        return f"torch-pruning {importlib.metadata.version('torch-pruning')}"
+    if side in PEERS:
+        return f"{PEERS[side]} {importlib.metadata.version(PEERS[side])}"
     digest = hashlib.sha256()
     root = Path(torchslim.__file__).parent
     for path in sorted(root.rglob("*.py")):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import torchslim
-from benchmarks import coverage, zoo
-from benchmarks.one_model import TimeLimit, _timed, check, counts
+from benchmarks import coverage, runner, zoo
+from benchmarks.one_model import TimeLimit, check, counts, timed
 from benchmarks.outputs import main_outputs, repeated, shapes
 from benchmarks.rows import append, load, version
 from tests import models
@@ -35,27 +35,27 @@ def row(model="timm/a", side="ours", **more):
 
 
 def test_a_model_and_side_run_once_and_the_other_side_still_runs():
-    todo = coverage.missing(["timm/a", "timm/b"], ("ours", "peer"), [row()], {"ours": "v1", "peer": "p"})
+    todo = runner.missing(["timm/a", "timm/b"], ("ours", "peer"), [row()], {"ours": "v1", "peer": "p"})
     assert todo == [("timm/a", "peer"), ("timm/b", "ours"), ("timm/b", "peer")]
 
 
 def test_rows_of_other_source_are_run_again_only_when_asked():
     rows = [row(version="v0")]
-    assert coverage.missing(["timm/a"], ("ours",), rows, {"ours": "v1"}) == []
-    assert coverage.missing(["timm/a"], ("ours",), rows, {"ours": "v1"}, fresh=True) == [("timm/a", "ours")]
-    assert coverage.missing(["timm/a"], ("ours",), [*rows, row()], {"ours": "v1"}, fresh=True) == []
+    assert runner.missing(["timm/a"], ("ours",), rows, {"ours": "v1"}) == []
+    assert runner.missing(["timm/a"], ("ours",), rows, {"ours": "v1"}, fresh=True) == [("timm/a", "ours")]
+    assert runner.missing(["timm/a"], ("ours",), [*rows, row()], {"ours": "v1"}, fresh=True) == []
 
 
 def test_what_ran_into_a_shorter_time_limit_is_tried_again():
     rows = [row(reason="time limit of 60 s")]
     versions = {"ours": "v1"}
-    assert coverage.missing(["timm/a"], ("ours",), rows, versions, limit=60) == []
-    assert coverage.missing(["timm/a"], ("ours",), rows, versions, limit=180) == [("timm/a", "ours")]
+    assert runner.missing(["timm/a"], ("ours",), rows, versions, limit=60) == []
+    assert runner.missing(["timm/a"], ("ours",), rows, versions, limit=180) == [("timm/a", "ours")]
 
 
 def test_the_newest_row_is_shown():
     rows = [row(counts=False, reason="old"), row()]
-    assert coverage.latest(rows)["timm/a", "ours"]["counts"]
+    assert runner.latest(rows)["timm/a", "ours"]["counts"]
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
@@ -166,7 +166,7 @@ def test_a_result_is_checked_forward_backward_and_at_another_batch():
 
 STUBBORN = """
 import json
-from benchmarks.one_model import _timed
+from benchmarks.one_model import timed
 
 def stubborn():
     while True:
@@ -175,7 +175,7 @@ def stubborn():
         except Exception:  # what a library may do
             continue
 
-result, found = _timed(stubborn, 0.2)
+result, found = timed(stubborn, 0.2)
 print(json.dumps([result, found]))
 """
 
@@ -194,7 +194,7 @@ def test_a_failed_call_leaves_its_reason():
     def fail():
         raise ValueError("first\nsecond")
 
-    assert _timed(fail, 5)[1]["reason"] == "ValueError: first"
+    assert timed(fail, 5)[1]["reason"] == "ValueError: first"
 
 
 def test_entries_are_the_same_each_time_and_nothing_is_silent():

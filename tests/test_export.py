@@ -290,6 +290,18 @@ def test_an_output_without_a_runtime_form_is_refused() -> None:
         capture(Odd(), (torch.zeros(2, 4),))
 
 
+def test_an_output_that_is_a_cache_says_how_to_do_without() -> None:
+    class DynamicCache:
+        pass
+
+    class Decoder(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x, DynamicCache()
+
+    with pytest.raises(ExportError, match="type DynamicCache.*model.config.use_cache is False"):
+        capture(Decoder(), (torch.zeros(2, 4),))
+
+
 def test_a_model_without_tensors_among_its_outputs_is_captured_as_it_is() -> None:
     class Shape(nn.Module):
         def forward(self, x: Tensor) -> Any:

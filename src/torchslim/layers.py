@@ -200,5 +200,6 @@ def _activations(source: Any) -> str:
 
 
 def _both(node: Node) -> str:
-    kinds = {_activations(each) for each in _tensors(node)[:2]}
+    factors = _tensors(node)[1:3] if _name(node) == "aten::baddbmm" else _tensors(node)[:2]
+    kinds = {_activations(each) for each in factors}
     return kinds.pop() if len(kinds) == 1 else "float"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from torchslim.runtimes import Deployed, Kernel, kernels
 from torchslim.steps import LayerRecord
 
 CONVERSIONS = ("quantizelinear", "dequantizelinear", "quantize_per_tensor", "dequantize_per_tensor", "reorder")
+# what computes a layer: a kernel that moves, adds or pools on integers beside it says nothing about the layer
+MULTIPLIES = re.compile(r"conv(?!ert)|gemm|matmul|linear|lstm|gru|attention|fullyconnected|innerproduct|mm\b", re.I)
+OTHERS = re.compile(r"QLinear(?!Conv|MatMul)")  # QLinearAdd and the like
 LEAST_SHARE = 0.5  # of the multiply-accumulates on integers before int8 can pay
 
 
@@ -62,28 +66,48 @@ def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
         records: of the quantization, whose reasons are told where a layer is in float.
     """
     executed = kernels(deployed)
-    by_layer: dict[str, list[Kernel]] = {}
-    for kernel in executed:
-        for path in kernel.layers or (kernel.node.rpartition("/")[0],):
-            by_layer.setdefault(path, []).append(kernel)
     reasons = {record.layer: record.reason for record in records if record.reason}
-    layers = [_described(Layer(**each), by_layer, reasons, deployed.runtime) for each in deployed.spec.layers]
+    given = [Layer(**each) for each in deployed.spec.layers]
+    layers = [
+        _described(layer, candidates, reasons, deployed.runtime)
+        for layer, candidates in zip(given, _shared_out(given, executed), strict=True)
+    ]
     total = sum(each.macs for each in layers)
     share = sum(each.macs for each in layers if each.integer) / total if total else 0.0
     warnings = _warnings(deployed, layers, executed, share) if deployed.quantized else []
     return Lowered(runtime=deployed.runtime, layers=layers, integer_share=share, warnings=warnings)
 
 
-def _described(
-    layer: Layer, by_layer: Mapping[str, Sequence[Kernel]], reasons: Mapping[str, str], runtime: str
-) -> LayerKernel:
-    candidates = [each for each in by_layer.get(layer.layer, ()) if not _converts(each)]
-    integer = [each for each in candidates if each.integer]
+def _shared_out(layers: Sequence[Layer], executed: Iterable[Kernel]) -> list[Sequence[Kernel]]:
+    """For each layer the kernels that may compute it: its own, where a module has as many as its layers take."""
+    by_path: dict[str, list[Kernel]] = {}
+    for kernel in executed:
+        for path in kernel.layers or (kernel.node.rpartition("/")[0],):
+            by_path.setdefault(path, []).append(kernel)
+    found: list[Sequence[Kernel]] = [()] * len(layers)
+    for path in {layer.layer for layer in layers}:
+        places = [index for index, layer in enumerate(layers) if layer.layer == path]
+        of_path = [each for each in by_path.get(path, ()) if not _converts(each)]
+        working = [each for each in of_path if MULTIPLIES.search(each.type) and not OTHERS.match(each.type)]
+        counts = [2 if layers[index].operation == "scaled_dot_product_attention" else 1 for index in places]
+        rest = iter(working)
+        for index, count in zip(places, counts, strict=True):
+            alone = len(working) == sum(counts)
+            found[index] = [next(rest) for _ in range(count)] if alone else working or of_path
+    return found
+
+
+def _described(layer: Layer, candidates: Sequence[Kernel], reasons: Mapping[str, str], runtime: str) -> LayerKernel:
+    # where nothing of it was made integers, an integer kernel of the same module is another layer's
+    meant = layer.asks_for_integers or layer.weight_bits in (4, 8)
+    integer = [each for each in candidates if each.integer] if meant else []
     works = integer or candidates
     why = ""
     if not integer:
         if not layer.asks_for_integers and layer.weight_bits in (4, 8):
             why = "only its weights are integers"
+        elif not layer.asks_for_integers and layer.weight_bits is None:
+            why = "a product of two activations, in float"
         elif not layer.asks_for_integers:
             why = "not quantized"
         else:

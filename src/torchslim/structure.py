@@ -67,9 +67,11 @@ def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: s
         return {"dict": {key: inner(each) for key, each in value.items()}}
     if isinstance(value, (tuple, list)):
         return {"tuple" if isinstance(value, tuple) else "list": [inner(each) for each in value]}
+    cache = type(value).__name__.endswith("Cache")
+    hint = "; a model of transformers answers without its cache where model.config.use_cache is False" if cache else ""
     raise ExportError(
         f"an {what} has the type {type(value).__name__}, which no runtime can take or give; use tensors in tuples, "
-        "lists, dicts or dataclasses"
+        f"lists, dicts or dataclasses{hint}"
     )
 
 

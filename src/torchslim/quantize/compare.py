@@ -32,7 +32,7 @@ def layer_sqnr(prepared: Prepared, quantized: QuantizedModule, leaves: Sequence[
     values: dict[str, Tensor] = {}
 
     def remember(node: Node, value: Any) -> None:
-        values[node.name] = _first(value).detach()
+        values[node.name] = _first(value).detach().clone()  # what comes next may work in place
 
     found: dict[str, float] = {}
 

@@ -190,6 +190,7 @@ def prepare(
         from torchslim.quantize.equalize import equalize, smooth
         from torchslim.quantize.folding import fold_batch_norms, hide_batch_norms, show_batch_norms, switch
         from torchslim.quantize.observing import specs
+        from torchslim.quantize.products import open_products
         from torchslim.quantize.quantizer import SlimQuantizer
     quantizer = SlimQuantizer(
         choose, PROFILES[runtime], specs(runtime, observer, training=qat, learned_step=learned_step)
@@ -198,6 +199,8 @@ def prepare(
         program = captured.program.module()
         assert isinstance(program, GraphModule)
         program.graph.set_codegen(CodeGen())  # tensors in, tensors out: no structures to take apart
+        if PROFILES[runtime].products:
+            open_products(program, quantizer.takes_product)
         if not qat:
             fold_batch_norms(program)
         if helpers.equalize:

@@ -23,6 +23,7 @@ class Profile:
         additions: residual additions get pairs on "both" inputs and the output, on the "other" input (the one that is
             no convolution's, which the kernel adds at the end), or on "none".
         concats: concatenations get pairs on their inputs and output.
+        products: products of two activations, those of attention, get pairs on their inputs.
         why: what a layer without a kernel is told.
     """
 
@@ -31,6 +32,7 @@ class Profile:
     outputs: frozenset[str] = frozenset()
     additions: Literal["both", "other", "none"] = "none"
     concats: bool = False
+    products: bool = False
     why: str
 
 
@@ -42,6 +44,7 @@ PROFILES: Mapping[str, Profile] = {
         outputs=CONVOLUTIONS | {"linear"},
         additions="both",
         concats=True,
+        products=True,
         why="ONNX Runtime has no integer kernel for it",
     ),
     # fuses activations and additions into the layer: a pair in between would cut it in two

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ from torchslim.quantize.operations import (
     DROPOUTS,
     EMBEDDINGS,
     MOVES,
+    PRODUCTS,
     RECURRENT,
+    SPLITS,
     Weighted,
     argument,
     is_constant,
@@ -87,6 +90,8 @@ class SlimQuantizer(Quantizer):
                 self._recurrent(node)
             elif node.target in EMBEDDINGS:
                 self._embedding(node)
+            elif node.target in PRODUCTS:
+                self._product(node)
             elif node.target in ADDITIONS and self._static(node):
                 self._addition(node)
             elif node.target in CONCATS and self._static(node):
@@ -99,9 +104,15 @@ class SlimQuantizer(Quantizer):
                     output_qspec=SharedQuantizationSpec((source, node)),
                     _annotated=True,
                 )
+            elif node.target is getitem:
+                self._part(node)
             elif node.target not in BATCH_NORMS and any(weights_of(node)) and not is_constant(node):
                 self._refuse(node, f"{op_name(node)} has no integer kernel")
         return model
+
+    def takes_product(self, node: Node) -> bool:
+        """Is a product of two activations to be computed on integers?"""
+        return self.profile.products and self._static(node)
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: every annotation is one that the runtimes take."""
@@ -167,6 +178,15 @@ class SlimQuantizer(Quantizer):
         self._mark(node, {table: self.specs.weight(WEIGHTS_ONLY, 0)}, None)
         self._quantized(node, WEIGHTS_ONLY, "")
 
+    def _product(self, node: Node) -> None:
+        """A product of two activations: each gets the range that it has; the result stays float."""
+        if is_constant(node) or not isinstance(node.meta.get("val"), Tensor):
+            return
+        factors = [argument(node, index) for index in PRODUCTS[node.target]]
+        if not self.takes_product(node) or None in factors:
+            return
+        self._mark(node, dict.fromkeys((each for each in factors if each is not None), self.specs.static), None)
+
     # what lies between them -------------------------------------------------------------------------------------------
 
     def _addition(self, node: Node) -> None:
@@ -192,6 +212,13 @@ class SlimQuantizer(Quantizer):
         parts = [each for each in _flat(node.args[0]) if isinstance(each.meta.get("val"), Tensor)]
         if self.profile.concats and any(_quantized_output(each) for each in parts):
             self._mark(node, dict.fromkeys(parts, self.specs.static), self.specs.static)
+
+    def _part(self, node: Node) -> None:
+        """One of the tensors that another is split into: on the grid of what it is a part of."""
+        split = argument(node, 0)
+        source = argument(split, 0) if split is not None and split.target in SPLITS else None
+        if source is not None and _quantized_output(source):
+            node.meta[ANNOTATION] = QuantizationAnnotation(output_qspec=SharedQuantizationSpec(source), _annotated=True)
 
     def _ends_convolution(self, node: Node) -> bool:
         while node.target in (*CLAMPS, *BATCH_NORMS, *DROPOUTS):

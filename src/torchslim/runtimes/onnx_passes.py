@@ -54,6 +54,7 @@ def finish(proto: Any) -> None:
     integer_biases(graph)
     float_weights(graph)
     four_bit_weights(graph)
+    weights_of_their_own(graph)
     if graph.changed:
         graph.write()
     kept = [each for each in proto.opset_import if each.domain != "torchslim"]
@@ -165,7 +166,38 @@ def float_weights(graph: Graph) -> None:
         graph.replace(node, cast, helper.make_node("Mul", [f"{name}_cast", stored], [name], name=node.name))
 
 
-def _readers(graph: Graph) -> Mapping[str, list[Any]]:
+def weights_of_their_own(graph: Graph) -> None:
+    """A DequantizeLinear for each layer that reads a weight, the integers shared: ONNX Runtime fuses no other.
+
+    One layer called several times, or tied weights, would compute in float.
+    """
+    dequantized: set[str] = set()
+    for node in graph.nodes:
+        source = graph.constants if node.op_type == "DequantizeLinear" else dequantized
+        if node.op_type in ("DequantizeLinear", *MOVES) and node.input[0] in source:
+            dequantized.add(node.output[0])
+    outputs = {each.name for each in graph.proto.output}
+    readers = _readers(graph)
+    taken = {name for node in graph.nodes for name in (*node.output, node.name)} | set(graph.constants)
+    for node in reversed(list(graph.nodes)):  # what moves a weight gets copies first, then each copy a weight
+        name = node.output[0]
+        users = readers.get(name, []) if name in dequantized and name not in outputs else []
+        for number, user in enumerate(users[1:], 1):
+            copied = type(node).FromString(node.SerializeToString())
+            copied.name, copied.output[0] = (_free(f"{each}_{number}", taken) for each in (node.name, name))
+            user.input[:] = [copied.output[0] if each == name else each for each in user.input]
+            readers.setdefault(copied.input[0], []).append(copied)
+            graph.insert(node, copied)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def _readers(graph: Graph) -> dict[str, list[Any]]:
     readers: dict[str, list[Any]] = {}
     for node in graph.nodes:
         for name in node.input:

@@ -1,0 +1,108 @@
+"""Attention taken apart into the products it is made of, where a runtime computes these on integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from torchslim.quantize.operations import aten, shape_of
+
+ATTENTION = aten.scaled_dot_product_attention.default
+EINSUM = aten.einsum.default
+SHARED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
+
+
+def open_products(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
+    """Write scaled dot products and sums of products as matrix products, for the nodes that are `wanted`.
+
+    What they compute stays the same but for rounding; a query that may look at no key at all attends to every key.
+    """
+    for node in list(model.graph.nodes):
+        if node.op != "call_function" or node.target not in (ATTENTION, EINSUM) or not wanted(node):
+            continue
+        function = attention(*_sizes(node), **_options(node)) if node.target is ATTENTION else _sum(node)
+        inputs = node.args[:4] if node.target is ATTENTION else node.args[1]
+        _splice(model, node, function, [each for each in inputs if isinstance(each, Node)])
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def attention(
+    width: int, *, causal: bool = False, scale: float | None = None, groups: bool = False
+) -> Callable[..., Tensor]:
+    """`torch.nn.functional.scaled_dot_product_attention` as two products and a softmax.
+
+    Args:
+        width: the size of a head.
+        causal: a query sees the keys up to its own place.
+        scale: of the scores; None: 1 / sqrt(width).
+        groups: there may be fewer keys' heads than queries'.
+
+    Shapes of what it returns takes: (..., queries, width), (..., keys, width), (..., keys, values) and a mask that
+    broadcasts to (..., queries, keys); it gives (..., queries, values).
+    """
+    factor = 1 / math.sqrt(width) if scale is None else scale
+
+    def compute(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        if groups and key.shape[-3] != query.shape[-3]:
+            key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
+        scores = torch.matmul(query, key.transpose(-2, -1)) * factor
+        lowest = torch.finfo(scores.dtype).min
+        if causal:
+            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        if mask is not None:
+            # no infinities: a row of them has no softmax
+            scores = torch.where(mask, scores, lowest) if mask.dtype == torch.bool else (scores + mask).clamp(lowest)
+        return torch.matmul(torch.softmax(scores, -1), value)
+
+    return compute
+
+
+def _sizes(node: Node) -> tuple[int]:
+    query = node.args[0]
+    assert isinstance(query, Node)
+    return (int(shape_of(query)[-1]),)
+
+
+def _options(node: Node) -> dict[str, Any]:
+    given = {**dict(zip(("is_causal",), node.args[5:6], strict=False)), **node.kwargs}
+    return {
+        "causal": bool(given.get("is_causal", False)),
+        "scale": given.get("scale"),
+        "groups": bool(given.get("enable_gqa", False)),
+    }
+
+
+def _sum(node: Node) -> Callable[..., Tensor]:
+    equation = str(node.args[0])
+    return lambda *tensors: torch.einsum(equation, *tensors)
+
+
+def _splice(model: GraphModule, node: Node, function: Callable[..., Tensor], inputs: list[Node]) -> None:
+    """Let what `function` does to the inputs stand where the node was, as operations of the same layer."""
+    values = [each.meta["val"] for each in inputs]
+    mode = next(each.fake_mode for each in values if hasattr(each, "fake_mode"))
+
+    def positional(*tensors: Tensor) -> Tensor:  # the tracer counts arguments, those with a default, too
+        return function(*tensors)
+
+    with mode:  # a sum of products is one operation unless it is traced down to the last
+        traced = make_fx(positional, pre_dispatch=node.target is ATTENTION)(*values)
+    places = [each for each in traced.graph.nodes if each.op == "placeholder"]
+    for name, value in [*traced.named_buffers(), *traced.named_parameters()]:
+        raise AssertionError(f"{name} {tuple(value.shape)}: nothing is stored in a product")
+    old = set(model.graph.nodes)
+    with model.graph.inserting_before(node):
+        result = model.graph.graph_copy(traced.graph, dict(zip(places, inputs, strict=True)))
+    for each in model.graph.nodes:
+        if each not in old:
+            each.meta |= {key: node.meta[key] for key in SHARED_META if key in node.meta}
+    assert isinstance(result, Node)
+    node.replace_all_uses_with(result)
+    model.graph.erase_node(node)

@@ -1,0 +1,157 @@
+"""Products of activations on integers: attention taken apart, and what a report says of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torchslim as ts
+from torchslim.lowered import Lowered, lowered
+from torchslim.quantize import convert, prepare, sqnr
+from torchslim.quantize.compare import layer_sqnr
+from torchslim.quantize.products import attention
+
+
+class Heads(nn.Module):
+    """Attention over four heads of eight, with what `scaled_dot_product_attention` is asked for besides."""
+
+    def __init__(self, masked: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.inside = nn.Linear(32, 96)
+        self.outside = nn.Linear(32, 32)
+        self.masked, self.options = masked, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inside(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = x[:, None, None, :, 0] > -1.0 if self.masked else None
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **self.options)
+        return self.outside(mixed.transpose(1, 2).flatten(2))
+
+
+class Einsum(nn.Module):
+    """Attention written as sums of products, and a product with one more operand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inside(x).chunk(3, -1)
+        weights = torch.einsum("bqc,bkc->bqk", q, k).softmax(-1)
+        return torch.baddbmm(x, weights, v)
+
+
+class Repeated(nn.Module):
+    """One layer that is called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.layer(x))
+        return x.mean(1)
+
+
+def quantized(model: nn.Module, scheme: str = "int8", runtime: str = "onnxruntime") -> tuple[Lowered, float]:
+    """What runs on integers, and decibels of the output on ONNX Runtime."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(2, 16, 32),) for _ in range(4)]
+    prepared = prepare(model.eval(), batches[0], scheme=scheme, runtime=runtime)
+    if scheme == "int8":
+        prepared.calibrate(batches)
+    deployed = ts.deploy(convert(prepared), batches[0], runtime=runtime, threads=1)
+    with torch.no_grad():
+        expected = model(*batches[0])
+    return lowered(deployed, prepared.records), sqnr(expected, deployed(*batches[0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.1}, {"masked": True}], ids=str)
+def test_attention_runs_on_integers(options: Any) -> None:
+    torch.manual_seed(0)
+    found, decibels = quantized(Heads(**options))
+    assert [each.operation for each in found.layers] == ["linear", "matmul", "matmul", "linear"]
+    assert found.integer_share == 1.0, found.table()
+    assert decibels > 30
+
+
+def test_sums_of_products_run_on_integers() -> None:
+    torch.manual_seed(0)
+    found, decibels = quantized(Einsum())
+    assert len(found.layers) == 3
+    assert found.integer_share == 1.0, found.table()
+    assert decibels > 30
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "none", "hidden"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_taken_apart_is_attention(kind: str, causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 3)
+    masks = {
+        "bool": torch.rand(5, 7) > 0.4, "float": torch.randn(2, 1, 5, 7), "none": None,
+        "hidden": torch.zeros(5, 7).masked_fill(torch.rand(5, 7) > 0.6, -torch.inf),
+    }  # fmt: skip
+    mask = None if causal else masks[kind]
+    expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=0.3, enable_gqa=True)
+    given = (q, k, v) if mask is None else (q, k, v, mask)
+    answer = attention(4, causal=causal, scale=0.3, groups=True)(*given)
+    sees = torch.ones(5, 7, dtype=torch.bool) if mask is None else (mask if kind == "bool" else mask > -torch.inf)
+    reaches = sees.any(-1, keepdim=True)  # of a query that sees no key nothing is promised
+    assert torch.allclose(expected * reaches, answer * reaches, atol=1e-6)
+
+
+def test_a_layer_called_several_times_runs_on_integers() -> None:
+    torch.manual_seed(0)
+    found, decibels = quantized(Repeated())
+    assert [each.integer for each in found.layers] == [True] * 3, found.table()
+    assert decibels > 30
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_an_attention_in_float_is_not_taken_for_the_layers_of_its_module(runtime: str) -> None:
+    torch.manual_seed(0)
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(x, x, x, need_weights=False)[0]
+
+    found, _ = quantized(Module(), scheme="int8-dynamic", runtime=runtime)
+    (product,) = [each for each in found.layers if each.weight_bits is None]
+    assert not product.integer
+    assert product.why == "a product of two activations, in float"
+    assert found.integer_share < 1
+
+
+def test_parts_of_a_tensor_stay_on_its_grid() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(2, 16, 32),) for _ in range(4)]
+    prepared = prepare(Heads().eval(), batches[0])
+    prepared.calibrate(batches)
+    program = convert(prepared).program
+    (split,) = [node for node in program.graph.nodes if node.target is torch.ops.aten.unbind.int]
+    (linear, *_) = [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
+    (rounded,) = linear.users  # to a scale and a zero point
+    parts = [user for part in split.users for user in part.users]
+    assert len(parts) == 3
+    assert {part.args[1:3] for part in parts} == {rounded.args[1:3]}
+
+
+def test_the_noise_of_a_layer_is_that_of_its_own_output_where_the_next_works_in_place() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True)).eval()
+    batches = [(torch.randn(4, 3, 8, 8),)]
+    prepared = prepare(model, batches[0])
+    prepared.calibrate(batches)
+    found = layer_sqnr(prepared, convert(prepared), prepared.leaves(batches[0]))
+    assert found.keys() == {"0", "2"}
+    assert min(found.values()) > 30  # it was about 0 dB: the float output had lost its negative half by then
