@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -155,3 +156,39 @@ def test_the_noise_of_a_layer_is_that_of_its_own_output_where_the_next_works_in_
     found = layer_sqnr(prepared, convert(prepared), prepared.leaves(batches[0]))
     assert found.keys() == {"0", "2"}
     assert min(found.values()) > 30  # it was about 0 dB: the float output had lost its negative half by then
+
+
+class Squeezed(nn.Module):
+    """A convolution with SiLU, gated by what it is on average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.down, self.up, self.last = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 5, 1)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.stem(x)))
+        gate = torch.sigmoid(self.up(self.act(self.down(x.mean((2, 3), keepdim=True)))))
+        return self.last(x * gate).flatten(1)
+
+
+def test_gates_of_convolutions_run_on_integers_where_the_runtime_has_a_table() -> None:
+    torch.manual_seed(0)
+    model, x = Squeezed().eval(), torch.randn(4, 3, 8, 8)
+    graph = ts.quantize.static(model, [(x,)], runtime="onnxruntime")
+    deployed = ts.deploy(graph, (x,), runtime="onnxruntime")
+    types = Counter(each.type for each in ts.runtimes.kernels(deployed))
+    assert (types["QLinearSigmoid"], types["QLinearMul"]) == (3, 3)
+    assert not {"Sigmoid", "Mul"} & types.keys()
+    with torch.no_grad():
+        assert sqnr(graph(x), deployed(x)) > 40
+        assert sqnr(model(x), graph(x)) > 25
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "inductor"])
+def test_elsewhere_they_stay_one_with_their_convolution(runtime: str) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    graph = ts.quantize.static(Squeezed().eval(), [(x,)], runtime=runtime)
+    names = [str(node.target) for node in graph.program.graph.nodes]
+    assert sum("silu" in each for each in names) == 2

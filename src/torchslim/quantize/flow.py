@@ -199,7 +199,7 @@ def prepare(
         program = captured.program.module()
         assert isinstance(program, GraphModule)
         program.graph.set_codegen(CodeGen())  # tensors in, tensors out: no structures to take apart
-        if PROFILES[runtime].products:
+        if PROFILES[runtime].products or PROFILES[runtime].gates:
             open_products(program, quantizer.takes_product)
         if not qat:
             fold_batch_norms(program)

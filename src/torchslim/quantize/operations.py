@@ -61,6 +61,8 @@ SPLITS = (
     aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.unbind.int,
     aten.tensor_split.sections, aten.tensor_split.indices,
 )  # fmt: skip
+GATES = (aten.sigmoid.default, aten.sigmoid_.default)
+GATED = (aten.mul.Tensor, aten.mul_.Tensor)
 # every element of the output is one of the input (or a zero): scale and zero point stay the same
 MOVES = (
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.view.default,

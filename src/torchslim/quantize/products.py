@@ -1,4 +1,4 @@
-"""Attention taken apart into the products it is made of, where a runtime computes these on integers."""
+"""Attention and SiLU taken apart into the products they are made of, where a runtime computes these on integers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from torchslim.quantize.operations import aten, shape_of
 
 ATTENTION = aten.scaled_dot_product_attention.default
 EINSUM = aten.einsum.default
+SILU = (aten.silu.default, aten.silu_.default)
 SHARED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
 
 
 def open_products(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
     """Write scaled dot products and sums of products as matrix products, for the nodes that are `wanted`.
 
-    What they compute stays the same but for rounding; a query that may look at no key at all attends to every key.
+    A SiLU becomes the product of its input and the sigmoid of it. What they compute stays the same but for rounding; a
+    query that may look at no key at all attends to every key.
     """
     for node in list(model.graph.nodes):
-        if node.op != "call_function" or node.target not in (ATTENTION, EINSUM) or not wanted(node):
+        if node.op != "call_function" or node.target not in (ATTENTION, EINSUM, *SILU) or not wanted(node):
             continue
-        function = attention(*_sizes(node), **_options(node)) if node.target is ATTENTION else _sum(node)
-        inputs = node.args[:4] if node.target is ATTENTION else node.args[1]
+        if node.target in SILU:
+            function, inputs = _silu, node.args[:1]
+        elif node.target is ATTENTION:
+            function, inputs = attention(*_sizes(node), **_options(node)), node.args[:4]
+        else:
+            function, inputs = _sum(node), node.args[1]
         _splice(model, node, function, [each for each in inputs if isinstance(each, Node)])
     model.graph.eliminate_dead_code()
     model.recompile()
@@ -77,6 +83,10 @@ def _options(node: Node) -> dict[str, Any]:
         "scale": given.get("scale"),
         "groups": bool(given.get("enable_gqa", False)),
     }
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
 
 
 def _sum(node: Node) -> Callable[..., Tensor]:

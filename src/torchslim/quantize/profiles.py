@@ -23,6 +23,7 @@ class Profile:
         additions: residual additions get pairs on "both" inputs and the output, on the "other" input (the one that is
             no convolution's, which the kernel adds at the end), or on "none".
         concats: concatenations get pairs on their inputs and output.
+        gates: sigmoids of convolutions, and what they multiply, get pairs: a table, and a product on integers.
         products: products of two activations, those of attention, get pairs on their inputs.
         why: what a layer without a kernel is told.
     """
@@ -32,6 +33,7 @@ class Profile:
     outputs: frozenset[str] = frozenset()
     additions: Literal["both", "other", "none"] = "none"
     concats: bool = False
+    gates: bool = False
     products: bool = False
     why: str
 
@@ -44,6 +46,7 @@ PROFILES: Mapping[str, Profile] = {
         outputs=CONVOLUTIONS | {"linear"},
         additions="both",
         concats=True,
+        gates=True,
         products=True,
         why="ONNX Runtime has no integer kernel for it",
     ),

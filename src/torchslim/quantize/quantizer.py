@@ -30,6 +30,8 @@ from torchslim.quantize.operations import (
     CONCATS,
     DROPOUTS,
     EMBEDDINGS,
+    GATED,
+    GATES,
     MOVES,
     PRODUCTS,
     RECURRENT,
@@ -43,6 +45,7 @@ from torchslim.quantize.operations import (
     weighted,
     weights_of,
 )
+from torchslim.quantize.products import SILU
 from torchslim.quantize.profiles import Profile
 from torchslim.quantize.schemes import AS_ASKED, SCHEMES, Scheme
 from torchslim.steps import LayerRecord
@@ -90,6 +93,10 @@ class SlimQuantizer(Quantizer):
                 self._recurrent(node)
             elif node.target in EMBEDDINGS:
                 self._embedding(node)
+            elif node.target in GATES and self.profile.gates and self._static(node):
+                self._gate(node)
+            elif node.target in GATED and self.profile.gates and self._static(node):
+                self._gated(node)
             elif node.target in PRODUCTS:
                 self._product(node)
             elif node.target in ADDITIONS and self._static(node):
@@ -111,8 +118,24 @@ class SlimQuantizer(Quantizer):
         return model
 
     def takes_product(self, node: Node) -> bool:
-        """Is a product of two activations to be computed on integers?"""
+        """Is a product of two activations, or what is one when it is taken apart, to be computed on integers?"""
+        if node.target in SILU:
+            return self.profile.gates and self._static(node)
         return self.profile.products and self._static(node)
+
+    def _gate(self, node: Node) -> None:
+        """A sigmoid of a convolution: on integers it is a table."""
+        source = argument(node, 0)
+        if source is not None and self._ends_convolution(source) and _quantized_output(source):
+            self._mark(node, {source: self.specs.static}, self.specs.static)
+
+    def _gated(self, node: Node) -> None:
+        """What a gate multiplies, where both are integers already."""
+        factors = [argument(node, index) for index in (0, 1)]
+        if any(each is not None and each.target in GATES and _quantized_output(each) for each in factors):
+            inputs = [each for each in factors if each is not None and _quantized_output(each)]
+            if len(inputs) == 2:
+                self._mark(node, dict.fromkeys(inputs, self.specs.static), self.specs.static)
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: every annotation is one that the runtimes take."""
