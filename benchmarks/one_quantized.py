@@ -67,7 +67,11 @@ def _vision(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import torchvision
 
-        return torchvision.models.get_model(name, weights=None)  # type: ignore[no-any-return]
+        model: nn.Module = torchvision.models.get_model(name, weights=None)
+        for each in model.modules():
+            if isinstance(each, nn.Linear) and not each.weight.any():  # ViT's head: outputs of zero show no noise
+                nn.init.normal_(each.weight, std=0.02)
+        return model
 
     return build
 

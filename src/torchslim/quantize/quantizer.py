@@ -84,6 +84,10 @@ class SlimQuantizer(Quantizer):
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark what is quantized, and record what is not and why."""
         self.records, self.schemes = [], {}
+        between = {
+            **dict.fromkeys(GATES, self._gate), **dict.fromkeys(GATED, self._gated),
+            **dict.fromkeys(ADDITIONS, self._addition), **dict.fromkeys(CONCATS, self._concat),
+        }  # fmt: skip
         for node in model.graph.nodes:
             if node.op != "call_function":
                 continue
@@ -93,16 +97,11 @@ class SlimQuantizer(Quantizer):
                 self._recurrent(node)
             elif node.target in EMBEDDINGS:
                 self._embedding(node)
-            elif node.target in GATES and self.profile.gates and self._static(node):
-                self._gate(node)
-            elif node.target in GATED and self.profile.gates and self._static(node):
-                self._gated(node)
+            elif (mark := between.get(node.target)) is not None:
+                if self._static(node):
+                    mark(node)
             elif node.target in PRODUCTS:
                 self._product(node)
-            elif node.target in ADDITIONS and self._static(node):
-                self._addition(node)
-            elif node.target in CONCATS and self._static(node):
-                self._concat(node)
             elif node.target in MOVES and _quantized_output(argument(node, 0)):
                 # runtimes move integers, and take it for granted that scale and zero point stay the same
                 source = argument(node, 0)
@@ -126,7 +125,8 @@ class SlimQuantizer(Quantizer):
     def _gate(self, node: Node) -> None:
         """A sigmoid of a convolution: on integers it is a table."""
         source = argument(node, 0)
-        if source is not None and self._ends_convolution(source) and _quantized_output(source):
+        ends = source is not None and self._ends_convolution(source) and _quantized_output(source)
+        if self.profile.gates and source is not None and ends:
             self._mark(node, {source: self.specs.static}, self.specs.static)
 
     def _gated(self, node: Node) -> None:
@@ -134,7 +134,7 @@ class SlimQuantizer(Quantizer):
         factors = [argument(node, index) for index in (0, 1)]
         if any(each is not None and each.target in GATES and _quantized_output(each) for each in factors):
             inputs = [each for each in factors if each is not None and _quantized_output(each)]
-            if len(inputs) == 2:
+            if self.profile.gates and len(inputs) == 2:
                 self._mark(node, dict.fromkeys(inputs, self.specs.static), self.specs.static)
 
     def validate(self, model: GraphModule) -> None:
