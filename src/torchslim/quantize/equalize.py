@@ -36,6 +36,8 @@ SMALLEST = 1e-8
 def watch(model: GraphModule, nodes: Iterable[Node], see: Callable[[Node, Tensor], None], runs: Iterable[Any]) -> None:
     """Run the graph on flat inputs, and show the values of some nodes; nothing is kept."""
     wanted = set(nodes)
+    if not wanted:
+        return
 
     class Watching(Interpreter):
         def run_node(self, n: Node) -> Any:
