@@ -228,6 +228,21 @@ def test_bias_correction_takes_back_the_mean_error() -> None:
     assert errors[1] < 0.3 * errors[0]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_biases_are_corrected_by_what_a_rounding_method_changed(bits: int) -> None:
+    """It has put its integers in the place of the weights: the shift is that from the weights before it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False)).eval()
+    x = rand(64, 3, 9, 9) + 2
+    errors = []
+    for correct in (False, True):
+        helpers = Helpers(rounding="gptq", correct_biases=correct)
+        quantized = weights(model, (x,), bits=bits, helpers=helpers, batches=[(x,)])
+        errors.append((quantized(x) - model(x)).mean((0, 2, 3)).abs().max())
+    assert errors[1] < 0.2 * errors[0]
+
+
 def test_bad_options_are_refused() -> None:
     with pytest.raises(QuantizeError, match="rounding must be one of nearest, gptq, adaround, got 'up'"):
         Quantize(rounding="up")  # type: ignore[arg-type]

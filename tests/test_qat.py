@@ -156,7 +156,7 @@ def test_steps_of_groups_are_learned_and_are_those_that_ship() -> None:
     before = [each.scale.detach().clone() for each in groups]
     assert all(bool((each.scale > 0).all()) for each in groups), "they are there before an optimizer looks"
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
-    for step in range(3):
+    for _ in range(3):
         optimizer.zero_grad()
         nn.functional.cross_entropy(prepared(x), torch.arange(16) % 4).backward()
         optimizer.step()
