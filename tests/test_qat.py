@@ -148,6 +148,16 @@ def test_learned_steps_learn() -> None:
     assert sqnr(prepared(x), convert(prepared)(x)) > 40
 
 
+@pytest.mark.parametrize("high", [7, 127])
+def test_learned_steps_start_no_coarser_than_the_range_needs(high: int) -> None:
+    weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    step = LearnedStep(torch.int8, -high, high, torch.per_channel_symmetric, 0)
+    error = (step(weight) - weight).square().mean()
+    scale = weight.abs().amax(1, keepdim=True) / high
+    nearest = ((weight / scale).round() * scale - weight).square().mean()
+    assert error <= 1.01 * nearest
+
+
 def test_steps_of_groups_are_learned_and_are_those_that_ship() -> None:
     x = images(16)
     prepared = ready(trained_conv(), x, learned_step=True, scheme="int4-weights").train()

@@ -117,8 +117,9 @@ class RangeOfEachCall(FakeQuantizeBase):
 class LearnedStep(FakeQuantizeBase):
     """Weights on a grid whose step is learned, one for each channel.
 
-    The step starts at 2 mean|w| / sqrt(high) and its gradient is scaled by 1 / sqrt(weights * high).
-    Source: Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153, section 2.
+    The step starts at 2 mean|w| / sqrt(high), at most at max|w| / high, and its gradient is scaled by
+    1 / sqrt(weights * high). With 8 bits the former is several times the latter: it is meant for 2 to 4.
+    Source: Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153, section 2; the bound is ours.
     """
 
     is_dynamic = False
@@ -137,7 +138,9 @@ class LearnedStep(FakeQuantizeBase):
     def start(self, weight: Tensor) -> None:
         """Set the steps from a weight."""
         others = [dim for dim in range(weight.dim()) if dim != self.ch_axis]
-        step = 2 * weight.detach().abs().mean(others) / math.sqrt(self.quant_max)
+        magnitudes = weight.detach().abs()
+        step = 2 * magnitudes.mean(others) / math.sqrt(self.quant_max)
+        step = torch.minimum(step, magnitudes.amax(others) / self.quant_max)
         self.scale = nn.Parameter(step.clamp(min=SMALLEST_SCALE))
 
     def forward(self, weight: Tensor) -> Tensor:
