@@ -23,9 +23,9 @@ class Found:
         self.rows = {(row["model"], row["way"], row["seed"]): row for row in rows}
 
     def of(self, model: str, way: str) -> list[Row]:
-        """The rows of every seed; empty unless all ran and ended well."""
+        """The rows of every seed that ran and ended well."""
         rows = [self.rows.get((model, way, seed)) for seed in SUBJECTS[model].seeds(way)]
-        return [row for row in rows if row] if all(row and not row["reason"] for row in rows) else []
+        return [row for row in rows if row and not row["reason"]]
 
     def mean(self, model: str, way: str, what: str) -> float | None:
         """Over the seeds; None where a row, or what is asked of it, is missing."""
