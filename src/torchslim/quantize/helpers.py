@@ -12,8 +12,8 @@ Rounding = Literal["nearest", "gptq", "adaround"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "gptq", "adaround")
 Accuracy = Literal["plain", "best"]
 ACCURACIES: tuple[Accuracy, ...] = ("plain", "best")
-BEST: Mapping[str, Any] = {"smooth": 0.5, "rounding": "gptq", "correct_biases": True}
-"""What `accuracy="best"` turns on: `benchmarks/accuracy.md` shows what each gave."""
+BEST: Mapping[str, Any] = {"rounding": "gptq", "correct_biases": True}
+"""What `accuracy="best"` turns on: what brought the outputs of every model of `benchmarks/accuracy.md` nearer to float."""
 AFTERWARDS = ("rounding", "correct_biases")  # of no use where the weights are trained on the grid
 
 
