@@ -13,7 +13,7 @@ ROUNDINGS: tuple[Rounding, ...] = ("nearest", "gptq", "adaround")
 Accuracy = Literal["plain", "best"]
 ACCURACIES: tuple[Accuracy, ...] = ("plain", "best")
 BEST: Mapping[str, Any] = {"rounding": "gptq", "correct_biases": True}
-"""What `accuracy="best"` turns on: what brought the outputs of every model of `benchmarks/accuracy.md` nearer to float."""
+"""What `accuracy="best"` turns on: it brought the outputs of the models of `benchmarks/accuracy.md` nearer to float."""
 AFTERWARDS = ("rounding", "correct_biases")  # of no use where the weights are trained on the grid
 
 
