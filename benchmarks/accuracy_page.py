@@ -27,6 +27,11 @@ class Found:
         rows = [self.rows.get((model, way, seed)) for seed in SUBJECTS[model].seeds(way)]
         return [row for row in rows if row and not row["reason"]]
 
+    def label(self, model: str, way: str) -> str:
+        """The way, and how many of its seeds have run where some have not."""
+        ran, all_seeds = len(self.of(model, way)), len(list(SUBJECTS[model].seeds(way)))
+        return way if ran in (0, all_seeds) else f"{way} ({ran} of {all_seeds} seeds)"
+
     def mean(self, model: str, way: str, what: str) -> float | None:
         """Over the seeds; None where a row, or what is asked of it, is missing."""
         values = [row.get(what) for row in self.of(model, way)]
@@ -103,20 +108,21 @@ def bars(found: Found) -> list[Bar]:
         for way in dict.fromkeys(way for way in ways if way):
             for what, where in (("test", ""), ("test_runtime", ", on ONNX Runtime")):
                 if what == "test" or found.mean(model, way, what) is not None:
-                    lines.append(_limit(f"int8 loses at most {INT8} points", model, way + where,
-                                        found.lost(model, way, what), INT8))  # fmt: skip
+                    lost, label = found.lost(model, way, what), found.label(model, way) + where
+                    lines.append(_limit(f"int8 loses at most {INT8} points", model, label, lost, INT8))
     four = [
         way for way in SUBJECTS["images"].ways if way.startswith("int4-weights") and ("gptq" in way or "qat" in way)
     ]
     for model, ways in (("images", four), ("sentences", ["int4-weights + gptq"])):
         for way in dict.fromkeys(way for way in (*ways, found.best(model, ways)) if way):
-            lines.append(_limit(f"int4 weights lose at most {INT4} point", model, way, found.lost(model, way), INT4))
+            lost, label = found.lost(model, way), found.label(model, way)
+            lines.append(_limit(f"int4 weights lose at most {INT4} point", model, label, lost, INT4))
     for way in SUBJECTS["images"].ways:
         if "qat" in way:
             rows = found.of("images", way)
             apart = max((abs(row["val"] - row["val_trained"]) for row in rows), default=None)
             what = f"converted within {SAME} points of what was trained, every seed"
-            lines.append(_limit(what, "images", way, apart, SAME))
+            lines.append(_limit(what, "images", found.label("images", way), apart, SAME))
     return lines
 
 

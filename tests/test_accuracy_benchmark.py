@@ -118,6 +118,8 @@ def test_pages_of_finished_and_of_unfinished_benchmarks() -> None:
     unfinished = page([row("images", "float"), row("images", "int8", reason="QuantizeError: no")], MACHINE)
     assert "| `int8` | - | QuantizeError: no |" in unfinished
     assert "| int8 loses at most 0.3 points | series: int8-dynamic | not measured | - |" in unfinished
+    some = [row("images", "float"), *(row("images", "int8, qat", seed, val_trained=91.0) for seed in (0, 1))]
+    assert "| images: int8, qat (2 of 5 seeds) | +0.00 | met |" in page(some, MACHINE)
     for each in (text, unfinished):
         for table in each.split("\n\n"):
             assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1

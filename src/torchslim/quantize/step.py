@@ -31,9 +31,9 @@ class Quantize:
         layers: schemes, or "float", by glob over layers or "type:NAME"; the last pattern that matches counts.
         mode: "ptq": post-training, calibrated on the task's calibration batches; "qat": then trained on the grid.
         observer: of static activations, a name of `OBSERVERS`.
-        accuracy: "plain": none of the four options below; "best": GPTQ and bias correction, which brought the outputs of
-            the models of `benchmarks/accuracy.md` nearer to float. An option that is set wins over it; with
-            "qat" both are left to the training. Layers that an option does not fit stay as they are.
+        accuracy: "plain": none of the four options below; "best": GPTQ and bias correction, which brought the outputs
+            of the models of `benchmarks/accuracy.md` nearer to float. An option that is set wins over it; with "qat"
+            both are left to the training. Layers that an option does not fit stay as they are.
         equalize: even out the ranges of channels between layers (Nagel 2019).
         smooth: move outliers behind norms into weights (SmoothQuant): how much of them, 0 to 1, or "off".
         rounding: of weights, with "ptq": to "nearest", by "gptq" or "adaround".
