@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from torchslim.errors import QuantizeError
+from torchslim.errors import QuantizeError, RecipeError
 from torchslim.export import capture
 from torchslim.quantize import Helpers, Quantize, convert, prepare, sqnr, static, weights
 from torchslim.quantize.equalize import equalize, smooth
+from torchslim.quantize.helpers import BEST as BEST_OPTIONS
 from torchslim.quantize.operations import weighted
 from torchslim.quantize.rounding import adaround, columns, gptq
+from torchslim.recipe import parse_recipe
+from torchslim.steps import Context
+from torchslim.task import Task
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -222,6 +228,21 @@ def test_bias_correction_takes_back_the_mean_error() -> None:
     assert errors[1] < 0.3 * errors[0]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_biases_are_corrected_by_what_a_rounding_method_changed(bits: int) -> None:
+    """It has put its integers in the place of the weights: the shift is that from the weights before it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False)).eval()
+    x = rand(64, 3, 9, 9) + 2
+    errors = []
+    for correct in (False, True):
+        helpers = Helpers(rounding="gptq", correct_biases=correct)
+        quantized = weights(model, (x,), bits=bits, helpers=helpers, batches=[(x,)])
+        errors.append((quantized(x) - model(x)).mean((0, 2, 3)).abs().max())
+    assert errors[1] < 0.2 * errors[0]
+
+
 def test_bad_options_are_refused() -> None:
     with pytest.raises(QuantizeError, match="rounding must be one of nearest, gptq, adaround, got 'up'"):
         Quantize(rounding="up")  # type: ignore[arg-type]
@@ -244,3 +265,91 @@ def test_several_options_work_together() -> None:
     prepared = prepare(model, (x,), helpers=helpers, batches=[(x,)])
     prepared.calibrate([(x,)])
     assert sqnr(model(x), convert(prepared)(x)) > 30
+
+
+BEST = Helpers(**BEST_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, Helpers()),
+        ({"smooth": "off"}, Helpers()),
+        ({"accuracy": "best"}, BEST),
+        ({"accuracy": "best", "rounding": "nearest"}, replace(BEST, rounding="nearest")),
+        ({"accuracy": "best", "smooth": "off"}, replace(BEST, smooth=None)),
+        ({"accuracy": "best", "smooth": 0.8, "equalize": True}, replace(BEST, smooth=0.8, equalize=True)),
+        ({"accuracy": "best", "correct_biases": False}, replace(BEST, correct_biases=False)),
+        ({"accuracy": "best", "mode": "qat"}, replace(BEST, rounding="nearest", correct_biases=False)),
+    ],
+)
+def test_best_accuracy_stands_for_helpers_and_what_is_set_wins(options: Any, expected: Helpers) -> None:
+    assert Quantize(**options).helpers() == expected
+
+
+def test_best_accuracy_is_valid_in_recipes() -> None:
+    recipe = 'model = "a:b"\ntask = "a:c"\n[[step]]\ndo = "quantize"\naccuracy = "best"\nsmooth = "off"\n'
+    assert parse_recipe(recipe).steps == (Quantize(accuracy="best", smooth="off"),)
+    with pytest.raises(RecipeError, match="'plain' or 'best'"):
+        parse_recipe(recipe.replace('"best"', '"most"'))
+    with pytest.raises(QuantizeError, match="accuracy must be one of plain, best, got 'most'"):
+        Quantize(accuracy="most")  # type: ignore[arg-type]
+
+
+class Attention(nn.Module):
+    """A layer norm whose output has channels far larger than the others, and a network behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+        with torch.no_grad():
+            self.norm.weight[::8] *= 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.norm(x))))
+
+
+def quantized_by(step: Quantize, model: nn.Module, batches: Any) -> Any:
+    task = Task(val=[(each, None) for each in batches], metric=lambda predict, given: 0.0)
+    task = replace(task, calibration=task.val)
+    ctx = Context(task=task, teacher=model, example_inputs=(batches[0],))
+    step.check(ctx)
+    return step(copy.deepcopy(model), ctx).model
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-weights"])
+@pytest.mark.parametrize("make", [lambda: Chain(1.0), Attention])
+def test_best_accuracy_is_nearer_to_float(make: Any, scheme: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().eval()
+    shape = (64, 3, 9, 9) if isinstance(model, Chain) else (64, 5, 32)
+    seen, new = [rand(*shape, seed=seed) for seed in range(3)], rand(*shape, seed=9)
+    plain, best = (
+        sqnr(model(new), quantized_by(Quantize(scheme, accuracy=accuracy), model, seen)(new))
+        for accuracy in ("plain", "best")
+    )
+    assert best > plain
+
+
+class Spoken(nn.Module):
+    """No norm, no bias, one recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int8-weights", "int4-weights"])
+@pytest.mark.parametrize(
+    "make", [Spoken, lambda: nn.Sequential(nn.Conv1d(4, 4, 1, bias=False), nn.Tanh(), nn.ConvTranspose1d(4, 2, 3))]
+)
+def test_best_accuracy_leaves_alone_what_it_does_not_fit(make: Any, scheme: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().eval()
+    x = rand(16, 4, 3)
+    assert sqnr(model(x), quantized_by(Quantize(scheme, accuracy="best"), model, [x])(x)) > 10

@@ -15,6 +15,7 @@ import torch
 from examples import fashion_mnist
 from examples.fashion_mnist import data
 from examples.fashion_mnist.model import ResNet
+from torchslim.distill import Distill
 from torchslim.recipe import load_recipe
 from torchslim.task import predictor
 
@@ -126,5 +127,8 @@ def test_the_shipped_baseline_fits_the_model_and_the_recipe_is_valid() -> None:
 
     ResNet().load_state_dict(load_file(fashion_mnist.WEIGHTS))
     assert fashion_mnist.WEIGHTS.stat().st_size < 5_000_000
-    prune, *_ = load_recipe(Path(data.__file__).parent / "recipe.toml").steps
+    prune, distill, quantize = load_recipe(Path(data.__file__).parent / "recipe.toml").steps
     assert (prune.pattern, prune.of, prune.sparsity) == ("channel", "macs", 0.5)
+    assert isinstance(distill, Distill)
+    assert (quantize.scheme, quantize.mode) == ("int8", "qat")
+    assert isinstance(quantize.train, Distill), "the float model teaches it"

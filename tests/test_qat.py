@@ -17,7 +17,7 @@ from tests import toy
 from tests.deployment_models import trained_conv
 from torchslim.errors import QuantizeError, SelectError
 from torchslim.quantize import Prepared, Quantize, convert, prepare, sqnr
-from torchslim.quantize.observing import LearnedStep
+from torchslim.quantize.observing import GroupWeights, LearnedGroups, LearnedStep
 from torchslim.steps import Context, Engine
 from torchslim.training import Finetune
 
@@ -146,6 +146,45 @@ def test_learned_steps_learn() -> None:
     assert all(not torch.equal(a, each.scale) for a, each in zip(before, steps, strict=True))
     prepared.eval()
     assert sqnr(prepared(x), convert(prepared)(x)) > 40
+
+
+@pytest.mark.parametrize("high", [7, 127])
+def test_learned_steps_start_no_coarser_than_the_range_needs(high: int) -> None:
+    weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    step = LearnedStep(torch.int8, -high, high, torch.per_channel_symmetric, 0)
+    error = (step(weight) - weight).square().mean()
+    scale = weight.abs().amax(1, keepdim=True) / high
+    nearest = ((weight / scale).round() * scale - weight).square().mean()
+    assert error <= 1.01 * nearest
+
+
+def test_steps_of_groups_are_learned_and_are_those_that_ship() -> None:
+    x = images(16)
+    prepared = ready(trained_conv(), x, learned_step=True, scheme="int4-weights").train()
+    groups = [module for module in prepared.modules() if isinstance(module, LearnedGroups)]
+    assert len(groups) == 5
+    before = [each.scale.detach().clone() for each in groups]
+    assert all(bool((each.scale > 0).all()) for each in groups), "they are there before an optimizer looks"
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(prepared(x), torch.arange(16) % 4).backward()
+        optimizer.step()
+    assert all(not torch.equal(a, each.scale) for a, each in zip(before, groups, strict=True))
+    prepared.eval()
+    assert sqnr(prepared(x), convert(prepared)(x)) > 60
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_learned_groups_start_as_nearest_and_keep_shorter_last_groups(axis: int) -> None:
+    weight = torch.randn(6, 45, generator=torch.Generator().manual_seed(0))
+    arguments: Any = (torch.int8, -7, 7, torch.per_channel_symmetric, axis, 32, True)
+    learned, plain = LearnedGroups(*arguments), GroupWeights(*arguments)
+    torch.testing.assert_close(learned(weight), plain(weight))
+    learned(weight).sum().backward()
+    assert learned.scale.grad is not None
+    assert learned.scale.grad.shape == ((6, 2) if axis == 0 else (45, 1))
+    torch.testing.assert_close(learned.rounded(weight), learned(weight))
 
 
 def test_lsq_gradient_is_that_of_the_paper() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.export import capture
-from torchslim.quantize import convert, prepare, sqnr
+from torchslim.quantize import convert, prepare, sqnr, static
 from torchslim.quantize.profiles import PROFILES
 from torchslim.quantize.schemes import SCHEMES
 
@@ -130,3 +130,47 @@ def test_an_embedding_reads_integers(scheme: str) -> None:
     reads = [node for node in quantized.program.graph.nodes if node.target is torch.ops.aten.embedding.default]
     assert len(reads) == 2
     assert not any(node.target is QUANTIZED.dequantize_per_channel.default for node in quantized.program.graph.nodes)
+
+
+class Stream(nn.Module):
+    """As in a transformer: the sum behind a layer has one channel far above the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.gelu, self.head = (nn.Linear(16, 16) for _ in range(4))
+        with torch.no_grad():
+            self.two.bias[3] = 300.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.two(torch.relu(self.one(x)))
+        y = nn.functional.layer_norm(y, (16,))
+        return self.head(nn.functional.gelu(self.gelu(y)))
+
+
+def quantize_nodes(model: Any) -> int:
+    return sum(node.target is QUANTIZED.quantize_per_tensor.default for node in model.program.graph.nodes)
+
+
+def test_a_linear_layer_answers_in_float_where_no_integers_are_wanted() -> None:
+    """A pair of its own would cost the stream of a transformer eight bits a layer, and save no time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Stream().eval()
+    x = rand(8, 5, 16)
+    quantized = static(model, [(x,)], runtime="onnxruntime")
+    assert quantize_nodes(quantized) == 4, "the inputs of the four layers; the second reads what the first gives"
+    answers = model.two(torch.relu(model.one(x)))
+    alone = nn.Sequential(model.one, nn.ReLU(), model.two, nn.Flatten(), nn.GELU())
+    found = static(alone, [(x,)], runtime="onnxruntime")(x).view_as(answers)
+    without = [channel for channel in range(16) if channel != 3]
+    assert sqnr(nn.functional.gelu(answers)[..., without], found[..., without]) > 30
+
+
+def test_linear_layers_in_a_row_hand_integers_on() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 2)).eval()
+    x = rand(6, 5, 4)
+    assert quantize_nodes(static(model, [(x,)], runtime="onnxruntime")) == 3, "integers are flattened"
+    floating = static(model, [(x,)], runtime="onnxruntime", layers={"3": "float"})
+    assert quantize_nodes(floating) == 1, "what reads it computes in float"

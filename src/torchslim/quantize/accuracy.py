@@ -24,10 +24,11 @@ LARGEST = 2**26  # elements of second moments that are held at once
 def after_observing(model: GraphModule, runs: Sequence[Any], helpers: Helpers) -> list[str]:
     """Round weights and correct biases of a prepared, calibrated graph; the paths of the layers that changed."""
     changed: list[str] = []
+    before = {node: _weight(model, node) for node in model.graph.nodes if _roundable(model, node)}
     if helpers.rounding != "nearest":
         changed += round_weights(model, runs, helpers.rounding)
     if helpers.correct_biases:
-        changed += correct_biases(model, runs, lambda read, weight: grid_of(model, read, weight))
+        changed += correct_biases(model, runs, lambda read, weight: grid_of(model, read, weight), before)
     return list(dict.fromkeys(changed))
 
 

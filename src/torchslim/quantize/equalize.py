@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ SMALLEST = 1e-8
 def watch(model: GraphModule, nodes: Iterable[Node], see: Callable[[Node, Tensor], None], runs: Iterable[Any]) -> None:
     """Run the graph on flat inputs, and show the values of some nodes; nothing is kept."""
     wanted = set(nodes)
+    if not wanted:
+        return
 
     class Watching(Interpreter):
         def run_node(self, n: Node) -> Any:
@@ -201,7 +203,10 @@ def _normed(norm: Node) -> _Normed | None:
 
 
 def correct_biases(
-    model: GraphModule, runs: Sequence[Any], rounded: Callable[[Node, Tensor], Tensor | None]
+    model: GraphModule,
+    runs: Sequence[Any],
+    rounded: Callable[[Node, Tensor], Tensor | None],
+    before: Mapping[Node, Tensor] | None = None,
 ) -> list[str]:
     """Take back the shift of the mean output that the rounding of weights brings: b -= (W_q - W) E[x].
 
@@ -211,6 +216,7 @@ def correct_biases(
         model: a prepared graph, calibrated; changed.
         runs: flat inputs of the graph.
         rounded: a layer's weight as it will be stored; None where it is not quantized.
+        before: weights by layer, where a rounding method has put those that will be stored in their place.
 
     Returns the paths of the layers.
     """
@@ -233,13 +239,19 @@ def correct_biases(
     for source, nodes in readers.items():
         total, count = sums[source]
         for node in nodes:
-            if _correct(model, node, total / max(count, 1), rounded):
+            if _correct(model, node, total / max(count, 1), rounded, (before or {}).get(node)):
                 done.append(layer_of(node))
     model.recompile()
     return done
 
 
-def _correct(model: GraphModule, node: Node, mean: Tensor, rounded: Callable[[Node, Tensor], Tensor | None]) -> bool:
+def _correct(
+    model: GraphModule,
+    node: Node,
+    mean: Tensor,
+    rounded: Callable[[Node, Tensor], Tensor | None],
+    before: Tensor | None,
+) -> bool:
     layer = weighted(node)
     assert layer is not None
     read = argument(node, layer.weight)
@@ -250,7 +262,7 @@ def _correct(model: GraphModule, node: Node, mean: Tensor, rounded: Callable[[No
     grid = rounded(read, weight)
     if grid is None or (layer.bias is None):
         return False
-    error = (grid.double() - weight.double()).cpu()
+    error = (grid.double() - (weight if before is None else before.detach()).double()).cpu()
     if layer.kind == "linear":
         shift = (error if layer.axis == 0 else error.T) @ mean
     else:

@@ -147,5 +147,6 @@ def _scale_range(observer: Any, scale: Tensor) -> None:
         low, high = observer.min_val.double() * scale, observer.max_val.double() * scale
         observer.min_val.copy_(torch.minimum(low, high))
         observer.max_val.copy_(torch.maximum(low, high))
-    elif getattr(observer, "scale", None) is not None and observer.scale.numel() == scale.numel():
-        observer.scale.data.mul_(scale.abs().to(observer.scale.dtype))
+    elif getattr(observer, "scale", None) is not None and len(observer.scale) == scale.numel():
+        factor = scale.abs().to(observer.scale.dtype)  # the steps of a channel, or of its groups
+        observer.scale.data.mul_(factor.view(-1, *[1] * (observer.scale.dim() - 1)))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torchslim.errors import QuantizeError
 
 Rounding = Literal["nearest", "gptq", "adaround"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "gptq", "adaround")
+Accuracy = Literal["plain", "best"]
+ACCURACIES: tuple[Accuracy, ...] = ("plain", "best")
+BEST: Mapping[str, Any] = {"rounding": "gptq", "correct_biases": True}
+"""What `accuracy="best"` turns on: it brought the outputs of the models of `benchmarks/accuracy.md` nearer to float."""
+AFTERWARDS = ("rounding", "correct_biases")  # of no use where the weights are trained on the grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +48,20 @@ class Helpers:
     def afterwards(self) -> bool:
         """Is anything done once the ranges are observed?"""
         return self.rounding != "nearest" or self.correct_biases
+
+
+def chosen_helpers(accuracy: Accuracy, given: Mapping[str, Any], *, trained: bool) -> Helpers:
+    """What `accuracy` stands for, with what is given in its place.
+
+    Args:
+        accuracy: "plain", no helper, or "best".
+        given: fields of `Helpers`; None: as `accuracy` says. `smooth` may be "off".
+        trained: are the weights trained on the grid afterwards? Then their rounding is left to the training.
+    """
+    if accuracy not in ACCURACIES:
+        raise QuantizeError(f"accuracy must be one of {', '.join(ACCURACIES)}, got {accuracy!r}")
+    best = {name: value for name, value in BEST.items() if not (trained and name in AFTERWARDS)}
+    fields = (best if accuracy == "best" else {}) | {name: value for name, value in given.items() if value is not None}
+    if fields.get("smooth") == "off":
+        del fields["smooth"]
+    return Helpers(**fields)

@@ -41,7 +41,8 @@ def specs(runtime: str, activations: str, *, training: bool = False, learned_ste
         low, high = weight_range(runtime, scheme)
         # torchao tells a constructor its axis only where its name says PerChannel
         if scheme.group_size is not None:
-            made: Any = GroupWeights.with_args(ch_axis=axis, group_size=scheme.group_size, training_step=training)
+            kind: Any = LearnedGroups if learned_step else GroupWeights
+            made: Any = kind.with_args(ch_axis=axis, group_size=scheme.group_size, training_step=training)
         elif learned_step:
             made = LearnedStep.with_args(ch_axis=axis)
         elif training:
@@ -116,8 +117,9 @@ class RangeOfEachCall(FakeQuantizeBase):
 class LearnedStep(FakeQuantizeBase):
     """Weights on a grid whose step is learned, one for each channel.
 
-    The step starts at 2 mean|w| / sqrt(high) and its gradient is scaled by 1 / sqrt(weights * high).
-    Source: Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153, section 2.
+    The step starts at 2 mean|w| / sqrt(high), at most at max|w| / high, and its gradient is scaled by
+    1 / sqrt(weights * high). With 8 bits the former is several times the latter: it is meant for 2 to 4.
+    Source: Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153, section 2; the bound is ours.
     """
 
     is_dynamic = False
@@ -136,7 +138,9 @@ class LearnedStep(FakeQuantizeBase):
     def start(self, weight: Tensor) -> None:
         """Set the steps from a weight."""
         others = [dim for dim in range(weight.dim()) if dim != self.ch_axis]
-        step = 2 * weight.detach().abs().mean(others) / math.sqrt(self.quant_max)
+        magnitudes = weight.detach().abs()
+        step = 2 * magnitudes.mean(others) / math.sqrt(self.quant_max)
+        step = torch.minimum(step, magnitudes.amax(others) / self.quant_max)
         self.scale = nn.Parameter(step.clamp(min=SMALLEST_SCALE))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -187,6 +191,49 @@ class GroupWeights(FakeQuantizeBase):
         rows = weight.transpose(0, self.ch_axis)
         values = dequantize_groups(*self.stored(weight), self.group_size).to(weight.dtype)
         return values.reshape(rows.shape).transpose(0, self.ch_axis)
+
+
+class LearnedGroups(GroupWeights):
+    """Weights whose groups' steps are learned, as those of `LearnedStep`; they start at the largest of each group.
+
+    Twice the mean magnitude over sqrt(7), where `LearnedStep` would start, leaves a third of the few levels unused.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.scale = nn.Parameter(torch.empty(0))
+
+    def start(self, weight: Tensor) -> None:
+        """Set the steps from a weight."""
+        self.scale = nn.Parameter(super().stored(weight.detach())[1])
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on the grid; gradients reach the weight and the steps."""
+        if not self.scale.numel():
+            self.start(weight)
+        if self.fake_quant_enabled[0] != 1:
+            return weight
+        scaled, step = self._scaled(weight, 1 / math.sqrt(self.group_size * self.quant_max))
+        rounded = (scaled + (scaled.round() - scaled).detach()) * step
+        rows = weight.transpose(0, self.ch_axis)
+        values = rounded.flatten(1)[:, : rows[0].numel()].to(weight.dtype)
+        return values.reshape(rows.shape).transpose(0, self.ch_axis)
+
+    def stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers (rows, length) and the learned scales (rows, groups)."""
+        if not self.scale.numel():
+            self.start(weight)
+        scaled, step = self._scaled(weight.detach(), 1.0)
+        length = weight.numel() // weight.shape[self.ch_axis]
+        return scaled.round().flatten(1)[:, :length].to(torch.int8).contiguous(), step.detach().squeeze(-1)
+
+    def _scaled(self, weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """Rows in groups, (rows, groups, group_size), in steps and clipped; the steps, (rows, groups, 1)."""
+        rows = weight.transpose(0, self.ch_axis).flatten(1).float()
+        grouped = nn.functional.pad(rows, (0, -rows.shape[1] % self.group_size)).unflatten(1, (-1, self.group_size))
+        step = self.scale.abs().clamp(min=SMALLEST_SCALE).unsqueeze(-1)
+        step = step * factor + (step - step * factor).detach()
+        return (grouped / step).clamp(self.quant_min, self.quant_max), step
 
 
 def rounding_modules(model: nn.Module) -> Iterator[FakeQuantizeBase]:

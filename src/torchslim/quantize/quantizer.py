@@ -162,9 +162,9 @@ class SlimQuantizer(Quantizer):
             inputs[source] = self.specs.dynamic
         elif scheme.activations == "static":
             inputs[source] = self.specs.static
-            # a linear layer that ends the network can answer in float at no cost, and keeps its logits exact
-            ends = layer.kind == "linear" and any(user.op == "output" for user in node.users)
-            output = self.specs.static if layer.kind in self.profile.outputs and not ends else None
+            # a linear layer can answer in float at no cost: where float is wanted, eight bits would only lose
+            wanted = layer.kind != "linear" or self._feeds_integers(_end_of_layer(node))
+            output = self.specs.static if layer.kind in self.profile.outputs and wanted else None
         self._mark(node, inputs, output)
         self._quantized(node, scheme, reason)
 
@@ -254,6 +254,20 @@ class SlimQuantizer(Quantizer):
             scheme = self.schemes.get(node)
             return layer.kind.startswith("conv") and scheme is not None and scheme.activations == "static"
         return node.target in ADDITIONS and ANNOTATION in node.meta
+
+    def _feeds_integers(self, node: Node) -> bool:
+        """Do only layers that compute on integers read a value, as it is or moved?"""
+        return bool(node.users) and all(self._takes_integers(user) for user in node.users)
+
+    def _takes_integers(self, node: Node) -> bool:
+        if node.target in MOVES:
+            return self._feeds_integers(node)
+        layer = weighted(node)
+        weight = argument(node, layer.weight) if layer is not None else None
+        if layer is None or weight is None or layer.kind not in self.profile.static:
+            return False
+        scheme = self.scheme_of(layer_of(node), stored_name(weight))
+        return scheme is not None and scheme.activations == "static"
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torchslim.errors import QuantizeError
 from torchslim.export import WRAPPED, tensors_of
 from torchslim.isolation import quiet
 from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, convert, prepare
-from torchslim.quantize.helpers import Helpers, Rounding
+from torchslim.quantize.helpers import Accuracy, Helpers, Rounding, chosen_helpers
 from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, SCHEMES, find_scheme
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome, resolve
 from torchslim.task import call, predictor, take_first
@@ -31,8 +31,11 @@ class Quantize:
         layers: schemes, or "float", by glob over layers or "type:NAME"; the last pattern that matches counts.
         mode: "ptq": post-training, calibrated on the task's calibration batches; "qat": then trained on the grid.
         observer: of static activations, a name of `OBSERVERS`.
+        accuracy: "plain": none of the four options below; "best": GPTQ and bias correction, which brought the outputs
+            of the models of `benchmarks/accuracy.md` nearer to float. An option that is set wins over it; with "qat"
+            both are left to the training. Layers that an option does not fit stay as they are.
         equalize: even out the ranges of channels between layers (Nagel 2019).
-        smooth: move outliers behind norms into weights (SmoothQuant): how much of them, 0 to 1; None: not.
+        smooth: move outliers behind norms into weights (SmoothQuant): how much of them, 0 to 1, or "off".
         rounding: of weights, with "ptq": to "nearest", by "gptq" or "adaround".
         correct_biases: with "ptq", take back the mean error of the outputs (Nagel 2019).
         train: with "qat", how it trains; by default it distils the context's teacher for three epochs.
@@ -48,10 +51,11 @@ class Quantize:
     layers: Mapping[str, str] = field(default_factory=dict, hash=False)
     mode: Literal["ptq", "qat"] = "ptq"
     observer: str = "mse"
-    equalize: bool = False
-    smooth: float | None = None
-    rounding: Rounding = "nearest"
-    correct_biases: bool = False
+    accuracy: Accuracy = "plain"
+    equalize: bool | None = None
+    smooth: float | Literal["off"] | None = None
+    rounding: Rounding | None = None
+    correct_biases: bool | None = None
     train: Training | None = None
     learned_step: bool = False
     norms_until: float = 0.5
@@ -66,9 +70,8 @@ class Quantize:
             raise QuantizeError(f"mode must be 'ptq' or 'qat', got {self.mode!r}")
         if self.mode == "ptq" and (self.train is not None or self.learned_step):
             raise QuantizeError("train and learned_step belong to mode='qat'; set it, or leave them out")
-        if self.mode == "qat" and (self.rounding != "nearest" or self.correct_biases):
+        if self.helpers().afterwards and self.mode == "qat":
             raise QuantizeError("rounding and correct_biases belong to mode='ptq': training does their work")
-        self.helpers()
         if self.observer not in OBSERVERS:
             raise QuantizeError(f"observer {self.observer!r} is not known; one of {', '.join(OBSERVERS)}")
         for name in ("norms_until", "ranges_until"):
@@ -91,9 +94,9 @@ class Quantize:
 
     def helpers(self) -> Helpers:
         """What is done for accuracy."""
-        return Helpers(
-            equalize=self.equalize, smooth=self.smooth, rounding=self.rounding, correct_biases=self.correct_biases
-        )
+        names = ("equalize", "smooth", "rounding", "correct_biases")
+        given = {name: getattr(self, name) for name in names}
+        return chosen_helpers(self.accuracy, given, trained=self.mode == "qat")
 
     def training(self) -> Training:
         """How it trains: with a teacher, where nothing else is asked for."""
