@@ -159,7 +159,7 @@ class KD(ResponseLoss):
     kind: Kind = "classes"
 
     def __post_init__(self) -> None:
-        _positive("temperature", self.temperature)
+        check_positive("temperature", self.temperature)
         if not 0 <= self.alpha <= 1:
             raise DistillError(f"alpha must be in [0, 1], the weight of the teacher, got {self.alpha}")
         if self.kind not in ("classes", "labels"):
@@ -193,8 +193,8 @@ class DKD(ResponseLoss):
     standardize: bool = False
 
     def __post_init__(self) -> None:
-        _positive("temperature", self.temperature)
-        _weights(alpha=self.alpha, beta=self.beta)
+        check_positive("temperature", self.temperature)
+        check_weights(alpha=self.alpha, beta=self.beta)
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """The weighted sum of both parts."""
@@ -222,8 +222,8 @@ class DIST(ResponseLoss):
     standardize: bool = False
 
     def __post_init__(self) -> None:
-        _positive("temperature", self.temperature)
-        _weights(beta=self.beta, gamma=self.gamma)
+        check_positive("temperature", self.temperature)
+        check_weights(beta=self.beta, gamma=self.gamma)
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Both distances, weighted. A batch of one has only the first."""
@@ -246,7 +246,7 @@ class MSE(ResponseLoss):
     standardize: bool = False
 
     def __post_init__(self) -> None:
-        _positive("weight", self.weight)
+        check_positive("weight", self.weight)
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """The weighted mean of squares."""
@@ -261,12 +261,14 @@ def _scaled(student: Tensor, teacher: Tensor, standardize: bool) -> tuple[Tensor
     return standardized(student), standardized(teacher)
 
 
-def _positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
+    """Raise DistillError unless it is finite and above 0."""
     if not 0 < value < float("inf"):
         raise DistillError(f"{name} must be a finite number above 0, got {value}")
 
 
-def _weights(**values: float) -> None:
+def check_weights(**values: float) -> None:
+    """Raise DistillError unless all are finite, none is negative and one is above 0."""
     for name, value in values.items():
         if not 0 <= value < float("inf"):
             raise DistillError(f"{name} must be a finite number of at least 0, got {value}")

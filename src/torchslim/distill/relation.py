@@ -1,0 +1,233 @@
+"""Relation losses: what is learned from how samples lie to one another, as frozen dataclasses and plain functions.
+
+They take features of a batch, (batch, ...) of the student and of the teacher, whose sizes may differ. They compare all
+pairs of the batch that they are given, the local one where several processes train, in O(batch^2) memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from torchslim.distill.response import check_positive, check_weights
+from torchslim.errors import DistillError
+
+TINY = 1e-12
+
+
+def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss between the distances of all pairs, each side's in units of its mean distance.
+
+    Shapes: (batch, ...), (batch, ...) -> (). Source: Park et al. 2019, arXiv:1904.05068, section 3.2.1.
+    """
+    left, right = (_unit_distances(each) for each in _rows(student, teacher))
+    return functional.smooth_l1_loss(left, right)
+
+
+def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss between the cosines of the angles that all triples of samples form.
+
+    One corner's triples are held at a time and computed again for the gradient, so memory grows with batch^2, not
+    batch^3.
+
+    Shapes: (batch, ...), (batch, ...) -> (). Source: Park et al. 2019, arXiv:1904.05068, section 3.2.2.
+    """
+    left, right = _rows(student, teacher, least=3)
+
+    def corner(index: int, one: Tensor, two: Tensor) -> Tensor:
+        cosines = []
+        for each in (one, two):
+            directions = functional.normalize(each - each[index], dim=1, eps=TINY)
+            cosines.append(directions @ directions.T)
+        return functional.smooth_l1_loss(cosines[0], cosines[1])
+
+    losses = [checkpoint(corner, index, left, right, use_reentrant=False) for index in range(len(left))]
+    return torch.stack(losses).mean()
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of both batches' row-normalised Gram matrices.
+
+    Shapes: (batch, ...), (batch, ...) -> (). Source: Tung & Mori 2019, arXiv:1907.09682, section 3.
+    """
+    left, right = (functional.normalize(each @ each.T, dim=1, eps=TINY) for each in _rows(student, teacher))
+    return functional.mse_loss(left, right)
+
+
+def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of the chances that one sample picks another as its neighbour, mean over samples.
+
+    The chance is proportional to (1 + cosine) / 2; a sample does not pick itself.
+
+    Shapes: (batch, ...), (batch, ...) -> (). Source: Passalis & Tefas 2018, arXiv:1803.10837, section 3.
+    """
+    chances = []
+    for each in _rows(student, teacher, least=3):
+        unit = functional.normalize(each, dim=1, eps=TINY)
+        near = _off_diagonal((unit @ unit.T + 1) / 2).clamp_min(1e-7)
+        chances.append(near / near.sum(1, keepdim=True))
+    return (chances[1] * (chances[1].log() - chances[0].log())).sum(1).mean()
+
+
+def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
+    """Mean squared difference of the correlations of all pairs, by a Gaussian kernel as its Taylor series.
+
+    exp(-2 gamma) * sum over p <= order of (2 gamma)^p / p! * cosine^p, of normalised features.
+
+    Shapes: (batch, ...), (batch, ...) -> (). Source: Peng et al. 2019, arXiv:1904.01802, section 3.
+    """
+    kernels = []
+    for each in _rows(student, teacher):
+        unit = functional.normalize(each, dim=1, eps=TINY)
+        cosine = unit @ unit.T
+        series = [(2 * gamma) ** power / math.factorial(power) * cosine**power for power in range(order + 1)]
+        kernels.append(math.exp(-2 * gamma) * torch.stack(series).sum(0))
+    return functional.mse_loss(kernels[0], kernels[1])
+
+
+def listwise_ranking(student: Tensor, teacher: Tensor, *, alpha: float = 3.0, beta: float = 3.0) -> Tensor:
+    """How unlikely the student's similarities make the teacher's order of neighbours, mean over samples and places.
+
+    Scores are -alpha * distance^beta of normalised features; the likelihood of an order is Plackett and Luce's.
+
+    Shapes: (batch, ...), (batch, ...) -> (). Source: Chen et al. 2018 (DarkRank), arXiv:1707.01220, section 4, the
+    hard form.
+    """
+    left, right = (functional.normalize(each, dim=1, eps=TINY) for each in _rows(student, teacher, least=3))
+    scores, order = _off_diagonal(-alpha * _distances(left) ** beta), _off_diagonal(_distances(right)).argsort(1)
+    ranked = scores.gather(1, order)
+    rest = ranked.flip(1).logcumsumexp(1).flip(1)  # of all that come no earlier
+    return (rest - ranked).mean()
+
+
+def _rows(student: Tensor, teacher: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
+    """Both as matrices in at least float32, the teacher without gradient."""
+    if len(student) != len(teacher):
+        raise DistillError(
+            f"student and teacher features are of {len(student)} and {len(teacher)} samples; relations need the same"
+        )
+    if len(student) < least:
+        raise DistillError(
+            f"a relation needs at least {least} samples in a batch, got {len(student)}; raise the batch size, or drop "
+            "the last, smaller batch of the loader"
+        )
+    wide = [each.to(torch.promote_types(each.dtype, torch.float32)).flatten(1) for each in (student, teacher.detach())]
+    return wide[0], wide[1]
+
+
+def _distances(rows: Tensor) -> Tensor:
+    """Euclidean, of all pairs; the gradient at distance 0 is 0, not undefined."""
+    squares = (
+        (rows[:, None] - rows).square().sum(-1)
+        if rows.shape[1] <= 8
+        else torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+    )
+    alike = squares <= TINY
+    return squares.masked_fill(alike, 1.0).sqrt().masked_fill(alike, 0.0)
+
+
+def _unit_distances(rows: Tensor) -> Tensor:
+    distances = _distances(rows)
+    positive = distances > 0
+    return distances / distances.sum().div(positive.sum().clamp_min(1)).clamp_min(TINY)
+
+
+def _off_diagonal(square: Tensor) -> Tensor:
+    """A square matrix without its diagonal: (n, n) -> (n, n - 1)."""
+    size = len(square)
+    others = ~torch.eye(size, dtype=torch.bool, device=square.device)
+    return square[others].view(size, size - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RelationLoss:
+    """What the relation losses share: they are called with features of a batch, and are weighted."""
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RKD(RelationLoss):
+    """Relational distillation: distance * rkd_distance + angle * rkd_angle.
+
+    Source: Park et al. 2019, arXiv:1904.05068; the weights are those of its classification experiments.
+    """
+
+    distance: float = 25.0
+    angle: float = 50.0
+
+    def __post_init__(self) -> None:
+        check_weights(distance=self.distance, angle=self.angle)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        parts = [weight * part(student, teacher) for weight, part in
+                 ((self.distance, rkd_distance), (self.angle, rkd_angle)) if weight]  # fmt: skip
+        return torch.stack(parts).sum()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimilarityPreserving(RelationLoss):
+    """weight * similarity_preserving. Source: Tung & Mori 2019, arXiv:1907.09682, whose weight is 3000."""
+
+    weight: float = 3000.0
+
+    def __post_init__(self) -> None:
+        check_positive("weight", self.weight)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.weight * similarity_preserving(student, teacher)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PKT(RelationLoss):
+    """weight * probabilistic_transfer. Source: Passalis & Tefas 2018, arXiv:1803.10837."""
+
+    weight: float = 100.0
+
+    def __post_init__(self) -> None:
+        check_positive("weight", self.weight)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.weight * probabilistic_transfer(student, teacher)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorrelationCongruence(RelationLoss):
+    """weight * correlation_congruence. Source: Peng et al. 2019, arXiv:1904.01802."""
+
+    weight: float = 100.0
+    gamma: float = 0.4
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        check_positive("weight", self.weight)
+        check_positive("gamma", self.gamma)
+        if not isinstance(self.order, int) or self.order < 1:
+            raise DistillError(f"order must be a whole number of at least 1, got {self.order!r}")
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.weight * correlation_congruence(student, teacher, gamma=self.gamma, order=self.order)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListwiseRanking(RelationLoss):
+    """weight * listwise_ranking. Source: Chen et al. 2018 (DarkRank), arXiv:1707.01220."""
+
+    weight: float = 1.0
+    alpha: float = 3.0
+    beta: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "alpha", "beta"):
+            check_positive(name, getattr(self, name))
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.weight * listwise_ranking(student, teacher, alpha=self.alpha, beta=self.beta)
