@@ -157,7 +157,7 @@ def _section(found: Found, model: str) -> list[str]:
         f"{SUBJECTS[model].about[0].upper()}{SUBJECTS[model].about[1:]}.",
         "",
         "| way | seeds | validation % | test % | lost | SQNR dB | cosine | test % on ONNX Runtime | seconds |",
-        "| " + "--- | " * 9,
+        "| --- " * 9 + "|",
     ]
     notes = {}
     for way in SUBJECTS[model].ways:
