@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchslim as ts
-from torchslim.lowered import Lowered, lowered
+from torchslim.layers import Layer
+from torchslim.lowered import Lowered, _shared_out, lowered
 from torchslim.quantize import convert, prepare, sqnr
 from torchslim.quantize.compare import layer_sqnr
 from torchslim.quantize.products import attention
+from torchslim.runtimes import Kernel
 
 
 class Heads(nn.Module):
@@ -134,17 +136,25 @@ def test_an_attention_in_float_is_not_taken_for_the_layers_of_its_module(runtime
 
 
 def test_parts_of_a_tensor_stay_on_its_grid() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            left, right = self.before(x).chunk(2, 1)
+            return self.left(left), self.right(right)
+
     torch.manual_seed(0)
-    batches = [(torch.randn(2, 16, 32),) for _ in range(4)]
-    prepared = prepare(Heads().eval(), batches[0])
+    batches = [(torch.randn(2, 3, 8, 8),) for _ in range(4)]
+    prepared = prepare(Halves().eval(), batches[0])
     prepared.calibrate(batches)
     program = convert(prepared).program
-    (split,) = [node for node in program.graph.nodes if node.target is torch.ops.aten.unbind.int]
-    (linear, *_) = [node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default]
-    (rounded,) = linear.users  # to a scale and a zero point
+    (split,) = [node for node in program.graph.nodes if node.target is torch.ops.aten.chunk.default]
+    whole = split.args[0].args[1:3]  # scale and zero point
     parts = [user for part in split.users for user in part.users]
-    assert len(parts) == 3
-    assert {part.args[1:3] for part in parts} == {rounded.args[1:3]}
+    assert len(parts) == 2
+    assert {part.args[1:3] for part in parts} == {whole}
 
 
 def test_the_noise_of_a_layer_is_that_of_its_own_output_where_the_next_works_in_place() -> None:
@@ -192,3 +202,11 @@ def test_elsewhere_they_stay_one_with_their_convolution(runtime: str) -> None:
     graph = ts.quantize.static(Squeezed().eval(), [(x,)], runtime=runtime)
     names = [str(node.target) for node in graph.program.graph.nodes]
     assert sum("silu" in each for each in names) == 2
+
+
+def test_what_only_moves_integers_computes_no_layer() -> None:
+    layer = Layer(layer="a", operation="linear", macs=1, weight_bits=8, activations="static")
+    moves = [Kernel(node=f"a/{each}", type=each, integer=True) for each in ("Reshape", "Transpose")]
+    assert list(_shared_out([layer], moves)[0]) == []
+    product = Kernel(node="a/MatMul", type="MatMulIntegerToFloat", integer=True)
+    assert list(_shared_out([layer], [*moves, product])[0]) == [product]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchslim.layers import Layer
 from torchslim.runtimes import Deployed, Kernel, kernels
+from torchslim.runtimes.kernels import SAME_NUMBERS
 from torchslim.steps import LayerRecord
 
 CONVERSIONS = ("quantizelinear", "dequantizelinear", "quantize_per_tensor", "dequantize_per_tensor", "reorder")
@@ -87,7 +88,7 @@ def _shared_out(layers: Sequence[Layer], executed: Iterable[Kernel]) -> list[Seq
     found: list[Sequence[Kernel]] = [()] * len(layers)
     for path in {layer.layer for layer in layers}:
         places = [index for index, layer in enumerate(layers) if layer.layer == path]
-        of_path = [each for each in by_path.get(path, ()) if not _converts(each)]
+        of_path = [each for each in by_path.get(path, ()) if not _converts(each) and each.type not in SAME_NUMBERS]
         working = [each for each in of_path if MULTIPLIES.search(each.type) and not OTHERS.match(each.type)]
         counts = [2 if layers[index].operation == "scaled_dot_product_attention" else 1 for index in places]
         rest = iter(working)
