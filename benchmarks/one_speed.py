@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import torchslim as ts
-from benchmarks.one_model import OURS, TimeLimit, _limit, _peak, _reset_peak, _words
+from benchmarks.one_model import OURS, TimeLimit, _limit, _peak, _reset_peak, words
 from benchmarks.peer import output_layers, prepare_peer, ways
 from benchmarks.zoo import Entry, Inputs
 from torchslim.prune.plan import analyse
@@ -90,7 +90,7 @@ def _peer(model: nn.Module, inputs: Inputs, way: str, thing: str) -> tuple[Row, 
     except TimeLimit:
         return {}, f"past {PEER_LIMIT:.0f} s"
     except Exception as error:  # noqa: BLE001 - the row says what it was
-        return {}, _words(error)
+        return {}, words(error)
 
 
 @contextmanager

@@ -260,9 +260,11 @@ class SlimQuantizer(Quantizer):
         return bool(node.users) and all(self._takes_integers(user) for user in node.users)
 
     def _takes_integers(self, node: Node) -> bool:
-        if node.target in MOVES:
+        if node.target in (*MOVES, *SPLITS, getitem):
             return self._feeds_integers(node)
         layer = weighted(node)
+        if layer is None and node.target in PRODUCTS:
+            return self.takes_product(node)
         weight = argument(node, layer.weight) if layer is not None else None
         if layer is None or weight is None or layer.kind not in self.profile.static:
             return False
