@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
+SHARED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
 Constant = Callable[[Node], Tensor | None]  # the stored tensor that a node stands for, None where it is computed
 
 aten = torch.ops.aten
@@ -258,6 +259,26 @@ def _static_shape(node: Any) -> tuple[int, ...] | None:
     if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape) or value.dim() < 2:
         return None
     return tuple(value.shape)
+
+
+def graft(graph: Graph, traced: Graph, inputs: Sequence[Node], before: Node, owner: Node) -> Any:
+    """Copy a traced graph before a node, as operations of the owner's layer: the nodes of what it returns.
+
+    Args:
+        graph: changed.
+        traced: what is copied.
+        inputs: the nodes that stand for its placeholders.
+        before: of the graph; the copies come before it.
+        owner: whose layer and lines of code they get.
+    """
+    places = [node for node in traced.nodes if node.op == "placeholder"]
+    old = set(graph.nodes)
+    with graph.inserting_before(before):
+        result = graph.graph_copy(traced, dict(zip(places, inputs, strict=True)))
+    for node in graph.nodes:
+        if node not in old:
+            node.meta |= {key: owner.meta[key] for key in SHARED_META if key in owner.meta}
+    return result
 
 
 def strip_unused(model: GraphModule) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from torchslim.packed import graft
 from torchslim.quantize.operations import aten, shape_of
 
 ATTENTION = aten.scaled_dot_product_attention.default
 EINSUM = aten.einsum.default
 SILU = (aten.silu.default, aten.silu_.default)
-SHARED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
 
 
 def open_products(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
@@ -104,15 +104,9 @@ def _splice(model: GraphModule, node: Node, function: Callable[..., Tensor], inp
 
     with mode:  # a sum of products is one operation unless it is traced down to the last
         traced = make_fx(positional, pre_dispatch=node.target is ATTENTION)(*values)
-    places = [each for each in traced.graph.nodes if each.op == "placeholder"]
     for name, value in [*traced.named_buffers(), *traced.named_parameters()]:
         raise AssertionError(f"{name} {tuple(value.shape)}: nothing is stored in a product")
-    old = set(model.graph.nodes)
-    with model.graph.inserting_before(node):
-        result = model.graph.graph_copy(traced.graph, dict(zip(places, inputs, strict=True)))
-    for each in model.graph.nodes:
-        if each not in old:
-            each.meta |= {key: node.meta[key] for key in SHARED_META if key in node.meta}
+    result = graft(model.graph, traced.graph, inputs, node, node)
     assert isinstance(result, Node)
     node.replace_all_uses_with(result)
     model.graph.erase_node(node)

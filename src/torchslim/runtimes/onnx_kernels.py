@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchslim.layers import stored_tensors
-from torchslim.packed import Int4Weight, Linear, Recurrent, find_linear, find_recurrent, int4_weights
+from torchslim.packed import Int4Weight, Linear, Recurrent, find_linear, find_recurrent, graft, int4_weights
 
 MICROSOFT = "com.microsoft::"
 PACKED = "Int4Weight"  # our own marker: the passes over the ONNX model replace it
@@ -27,7 +27,6 @@ GATES = (0, 3, 1, 2)  # ONNX has i, o, f, c; torch i, f, g, o
 BLOCKS = (256, 128, 64, 32, 16)  # how many weights of 8 bits share a scale in MatMulNBits: larger is faster
 GROUPS = (16, 32, 64, 128, 256)  # what it takes with 4 bits
 ACCURACY = 4  # MatMulNBits may round a block of activations to 8 bits: twice as fast as float, 46 dB and more
-SHARED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
 
 
 def lower(program: ExportedProgram) -> ExportedProgram:
@@ -99,15 +98,8 @@ class Editor:
         mode = next(each.fake_mode for each in values if hasattr(each, "fake_mode"))
         with mode:
             traced = make_fx(positional)(*values)
-        places = [node for node in traced.graph.nodes if node.op == "placeholder"]
-        old = set(self.graph.nodes)
-        with self.graph.inserting_before(before):
-            result = self.graph.graph_copy(traced.graph, dict(zip(places, given, strict=True)))
-        for node in self.graph.nodes:
-            if node not in old:
-                node.meta |= {key: owner.meta[key] for key in SHARED_META if key in owner.meta}
         self.changed = True
-        return result
+        return graft(self.graph, traced.graph, given, before, owner)
 
     def replace(self, node: Node, function: Callable[..., Any], inputs: Sequence[Node | None]) -> None:
         """Let `function` of `inputs` stand where `node` was."""
