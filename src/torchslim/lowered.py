@@ -91,9 +91,8 @@ def _shared_out(layers: Sequence[Layer], executed: Iterable[Kernel]) -> list[Seq
         of_path = [each for each in by_path.get(path, ()) if not _converts(each) and each.type not in SAME_NUMBERS]
         working = [each for each in of_path if MULTIPLIES.search(each.type) and not OTHERS.match(each.type)]
         counts = [2 if layers[index].operation == "scaled_dot_product_attention" else 1 for index in places]
-        rest = iter(working)
+        alone, rest = len(working) == sum(counts), iter(working)
         for index, count in zip(places, counts, strict=True):
-            alone = len(working) == sum(counts)
             found[index] = [next(rest) for _ in range(count)] if alone else working or of_path
     return found
 

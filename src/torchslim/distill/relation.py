@@ -122,13 +122,7 @@ def _rows(student: Tensor, teacher: Tensor, least: int = 2) -> tuple[Tensor, Ten
 
 def _distances(rows: Tensor) -> Tensor:
     """Euclidean, of all pairs; the gradient at distance 0 is 0, not undefined."""
-    squares = (
-        (rows[:, None] - rows).square().sum(-1)
-        if rows.shape[1] <= 8
-        else torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
-    )
-    alike = squares <= TINY
-    return squares.masked_fill(alike, 1.0).sqrt().masked_fill(alike, 0.0)
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _unit_distances(rows: Tensor) -> Tensor:

@@ -301,18 +301,14 @@ def positions(
     Raises:
         DistillError: three dimensions, and nothing that tells, or no position counts.
     """
-    shape = student.shape
-    if len(shape) <= 2 or shape != teacher.shape:
-        rows = None
-    else:
-        marks = next((tuple(each.shape) for each in (mask, target) if each is not None), None)
-        if mask is not None and target is not None and tuple(mask.shape) not in (shape[:-1], shape[:1] + shape[2:]):
-            marks = tuple(target.shape)
-        if marks == shape[:-1] and marks != shape[:1] + shape[2:]:
-            rows = shape[:-1]
-        elif marks == shape[:1] + shape[2:] or len(shape) > 3:
-            rows = shape[:1] + shape[2:]
-            student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
+    shape, rows = student.shape, None
+    if len(shape) > 2 and shape == teacher.shape:
+        tokens, pixels = shape[:-1], shape[:1] + shape[2:]
+        told = [each.shape for each in (mask, target) if each is not None and each.shape in (tokens, pixels)]
+        if told[:1] == [pixels] or (not told and len(shape) > 3):
+            rows, student, teacher = pixels, student.movedim(1, -1), teacher.movedim(1, -1)
+        elif told:
+            rows = tokens
         else:
             raise DistillError(
                 f"logits of shape {tuple(shape)} are either (batch, classes, length) or (batch, time, classes), and no "
@@ -320,7 +316,7 @@ def positions(
                 "(positions, classes)"
             )
         student, teacher = (each.reshape(-1, each.shape[-1]) for each in (student, teacher))
-    dense = target is not None and not target.is_floating_point() and tuple(target.shape) == (rows or shape[:1])
+    dense = target is not None and not target.is_floating_point() and target.shape == (rows or shape[:1])
     if dense and target is not None:
         target = target.reshape(-1)
     kept = mask.reshape(-1).bool() if mask is not None and rows is not None and mask.shape == rows else None
