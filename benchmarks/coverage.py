@@ -6,12 +6,11 @@ a killed benchmark goes on where it stopped; benchmarks/coverage.md is written f
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.rows import Row
-from benchmarks.runner import Benchmark, latest, main
+from benchmarks.runner import Benchmark, escape, latest, main, versions_of
 
 SIDES = ("ours", "peer")
 COMMAND = "python -m benchmarks.coverage"
@@ -44,7 +43,7 @@ def page(rows: Iterable[Row], machine: dict[str, Any]) -> str:
         "Seconds are of the call alone, on a machine that other work may share. The same models in int8:",
         "[the coverage of quantization](coverage_quantize.md).",
         "",
-        "Versions: " + "; ".join(_versions(have, side) for side in SIDES) + ".",
+        "Versions: " + "; ".join(f"{side} {versions_of(have, side) or 'not measured'}" for side in SIDES) + ".",
         "",
         "| suite | models | ours counts | peer counts | peer runs | peer as zeroed |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -61,13 +60,8 @@ def page(rows: Iterable[Row], machine: dict[str, Any]) -> str:
             (name, have[name, side]) for name in models if (name, side) in have and not have[name, side]["counts"]
         ]
         if failed:
-            lines += [f"### {side}", "", *(f"- `{name}`: {_escape(why(row))}" for name, row in failed), ""]
+            lines += [f"### {side}", "", *(f"- `{name}`: {escape(why(row))}" for name, row in failed), ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _versions(have: dict[tuple[str, str], Row], side: str) -> str:
-    found = Counter(row["version"] for (_, each), row in have.items() if each == side)
-    return f"{side} " + (", ".join(f"{name} ({number} rows)" for name, number in found.most_common()) or "not measured")
 
 
 def _summary(suite: str, names: Sequence[str], have: dict[tuple[str, str], Row]) -> str:
@@ -135,10 +129,6 @@ def why(row: Row) -> str:
         reasons = f": {'; '.join(row['reasons'][:3])}" if row.get("reasons") else ""
         return f"only {row.get('ratio') or 1:.2f}x fewer parameters{reasons}"
     return "does not run as the original does"
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import resource
 import signal
 import sys
@@ -212,8 +213,9 @@ def _macs(model: nn.Module, inputs: Inputs) -> int | None:
 
 
 def words(error: Exception) -> str:
+    """What an error says, in a line; of files in packages the path inside these, whatever machine it was."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    return re.sub(r"\S*/site-packages/", "", f"{type(error).__name__}: {lines[0] if lines else ''}")[:300]
 
 
 def _reset_peak() -> int:

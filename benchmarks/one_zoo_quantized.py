@@ -22,6 +22,7 @@ from torchslim.errors import ExportError, TorchslimError
 from torchslim.isolation import quiet
 from torchslim.lowered import LayerKernel, lowered
 from torchslim.quantize import convert, prepare, sqnr
+from torchslim.runtimes.openvino import no_telemetry
 from torchslim.steps import LayerRecord
 from torchslim.task import call
 
@@ -199,10 +200,10 @@ def torchao(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expecte
 
 def nncf(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expected: Any, row: dict[str, Any]) -> None:
     """nncf on the model as OpenVINO converts it, with its preset for transformers where the model is one."""
-    with quiet():
+    with quiet(), no_telemetry():
         import nncf as library
         import openvino
-
+    with quiet():
         start = time.perf_counter()
         converted = openvino.convert_model(model, example_input=inputs)
         row["exports"] = True

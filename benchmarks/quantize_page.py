@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
 from benchmarks.one_zoo_quantized import BAR_DB, NOISE_DB, SAMPLES, STEPS
 from benchmarks.rows import Row
-from benchmarks.runner import latest
+from benchmarks.runner import escape, latest, versions_of
 
 COMMAND = "python -m benchmarks.coverage_quantize"
 SIDES = {"ours": "torchslim", "torchao": "torchao", "nncf": "nncf"}
@@ -63,7 +62,9 @@ def page(rows: Iterable[Row], machine: dict[str, Any], names: Sequence[str] | No
         "`X86InductorQuantizer`, whose converted graph is run in PyTorch, and `nncf.quantize` on the model as OpenVINO",
         "converts it, run there.",
         "",
-        "Versions: " + "; ".join(_versions(have, side) for side in SIDES) + ".",
+        "Versions: "
+        + "; ".join(f"{label} {versions_of(have, side) or 'not run'}" for side, label in SIDES.items())
+        + ".",
         "",
         "| group | models | run | " + " | ".join(f"{name} counts" for name in SIDES.values()) + " |",
         "| --- " * 6 + "|",
@@ -92,11 +93,6 @@ def why(row: Row) -> str:
 
 def _ours(models: Sequence[str], have: Rows) -> list[Row]:
     return [have[name, "ours"] for name in models if (name, "ours") in have]
-
-
-def _versions(have: Rows, side: str) -> str:
-    found = Counter(row["version"] for (_, each), row in have.items() if each == side)
-    return f"{SIDES[side]} " + (", ".join(f"{name} ({count} rows)" for name, count in found.most_common()) or "not run")
 
 
 def _summary(label: str, models: Sequence[str], have: Rows) -> str:
@@ -171,7 +167,7 @@ def _below(models: Sequence[str], have: Rows) -> list[str]:
         for row in _ours(models, have):
             if row["kind"] == kind and row["integer_share"] < wanted:
                 reasons = "; ".join(f"{100 * share:.0f} % {reason}" for reason, share in row["left"][:3])
-                lines.append(f"- `{row['model']}`: {100 * row['integer_share']:.1f} %; in float: {_escape(reasons)}")
+                lines.append(f"- `{row['model']}`: {100 * row['integer_share']:.1f} %; in float: {escape(reasons)}")
     return ["", "## Below the bar for MACs in int8", "", *lines] if lines else []
 
 
@@ -184,17 +180,13 @@ def _failures(models: Sequence[str], have: Rows) -> list[str]:
     lines = []
     for side, label in SIDES.items():
         of_side = [(name, have[name, side]) for name in models if (name, side) in have]
-        failed = [f"- `{name}`: {_escape(why(row))}" for name, row in of_side if not row["counts"]]
+        failed = [f"- `{name}`: {escape(why(row))}" for name, row in of_side if not row["counts"]]
         if failed:
             lines += ["", f"### {label}", "", *failed]
     missing = [name for name in models if (name, "ours") not in have]
     if missing:
         lines += ["", "### not run", "", ", ".join(f"`{name}`" for name in missing)]
     return ["", "## What does not count", *lines] if lines else []
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def whole_page(names: Callable[[], Sequence[str]]) -> Callable[[Iterable[Row], dict[str, Any]], str]:

@@ -9,6 +9,7 @@ import os
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,17 @@ class Benchmark:
 def latest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
     """The newest row of each model and side."""
     return {(row["model"], row["side"]): row for row in rows}
+
+
+def versions_of(have: Mapping[tuple[str, str], Row], side: str) -> str:
+    """The versions that a side's rows are of, with how many; empty without rows."""
+    found = Counter(row["version"] for (_, each), row in have.items() if each == side)
+    return ", ".join(f"{name} ({number} rows)" for name, number in found.most_common())
+
+
+def escape(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def missing(

@@ -14,7 +14,7 @@ from torch import nn
 
 import torchslim
 from benchmarks import coverage, runner, zoo
-from benchmarks.one_model import TimeLimit, check, counts, timed
+from benchmarks.one_model import TimeLimit, check, counts, timed, words
 from benchmarks.outputs import main_outputs, repeated, shapes
 from benchmarks.rows import append, load, version
 from tests import models
@@ -195,6 +195,11 @@ def test_a_failed_call_leaves_its_reason():
         raise ValueError("first\nsecond")
 
     assert timed(fail, 5)[1]["reason"] == "ValueError: first"
+
+
+def test_a_reason_names_no_folder_of_this_machine():
+    error = RuntimeError("cannot run; /home/me/.venv/lib/python3.11/site-packages/a_package/model.py:7 in forward")
+    assert words(error) == "RuntimeError: cannot run; a_package/model.py:7 in forward"
 
 
 def test_entries_are_the_same_each_time_and_nothing_is_silent():
