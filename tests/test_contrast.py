@@ -159,12 +159,12 @@ def test_banks_begin_alike_and_draws_are_of_other_samples() -> None:
     assert not [name for name, _ in one.named_parameters() if "embed" not in name]
     index = torch.arange(4)
     module = CRD(size=8, negatives=2).build((3,), (5,), 4)
-    drawn = torch.cat([module._others(index) for _ in range(200)], 1)  # type: ignore[operator]
+    drawn = torch.cat([module._others(index) for _ in range(200)], 1)
     for row, place in zip(drawn, index.tolist(), strict=True):
         counts = row.bincount(minlength=4)
         assert counts[place] == 0
         assert all(90 < each < 180 for at, each in enumerate(counts.tolist()) if at != place)
-    assert CRD(size=8).build((3,), (5,), 2)._others(torch.tensor([0, 1])).tolist() == [[1], [0]]  # type: ignore[operator]
+    assert CRD(size=8).build((3,), (5,), 2)._others(torch.tensor([0, 1])).tolist() == [[1], [0]]
 
 
 def test_a_sample_that_comes_twice_is_learned_once() -> None:
@@ -249,7 +249,7 @@ def test_banks_of_all_processes_stay_equal(tmp_path: Any) -> None:
 def test_what_cannot_work_is_refused() -> None:
     for settings in ({"weight": 0.0}, {"temperature": -1.0}, {"size": 0}, {"negatives": 1.5}, {"momentum": 1.0}):
         with pytest.raises(DistillError, match=f"{next(iter(settings))} must be"):
-            CRD(**settings)  # type: ignore[arg-type]
+            CRD(**settings)
     with pytest.raises(DistillError, match="at least two samples, got 1"):
         CRD().build((3,), (5,), 1)
     with pytest.raises(DistillError, match=r"\(3, 0\).*\(5,\)"):

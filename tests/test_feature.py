@@ -172,13 +172,13 @@ def test_flows_are_the_papers_formula(seed: int) -> None:
     for side, grids in ((students, [(3, 2), (3, 2)]), (teachers, [(8, 8), (4, 4)])):
         layers = [each.numpy() for each in side]
         if side is students:
-            layers[:2] = [np_linear(module.projectors[i], layers[i]) for i in range(2)]  # type: ignore[index]
+            layers[:2] = [np_linear(module.projectors[i], layers[i]) for i in range(2)]
         flows.append([])
         for first, second, grid in zip(layers, layers[1:], grids, strict=False):
             first, second = (np_pool(each, grid, np.max) for each in (first, second))
             flows[-1].append(np.einsum("bihw,bjhw->bij", first, second) / math.prod(grid))
     expected = 50 * np.mean([np.mean((s - t) ** 2) for s, t in zip(*flows, strict=True)])
-    assert isinstance(module.projectors[2], nn.Identity)  # type: ignore[index]
+    assert isinstance(module.projectors[2], nn.Identity)
     assert module(students, teachers).item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -388,7 +388,7 @@ def test_positions_are_brought_together() -> None:
 def test_widths_are_brought_together() -> None:
     assert isinstance(bridge((3, 2), (3, 9)), nn.Identity)
     assert bridge((3, 2), (5, 9))(torch.zeros(2, 3, 4)).shape == (2, 5, 4)
-    assert not isinstance(Hint().build([((3, 2), (3, 2))]).parts[0].projector, nn.Identity)  # type: ignore[union-attr, index]
+    assert not isinstance(Hint().build([((3, 2), (3, 2))]).parts[0].projector, nn.Identity)
     convolution = nn.Conv2d(3, 5, 1)
     project = Project(3, 5)
     project.load_state_dict({"linear.weight": convolution.weight[:, :, 0, 0], "linear.bias": convolution.bias})
@@ -411,6 +411,8 @@ def test_shapes_with_nothing_in_common_are_named(student: Shape, teacher: Shape)
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(DistillError, match="at least two pairs, got 1"):
         FSP().build([((3, 2, 2), (3, 2, 2))])
+    with pytest.raises(DistillError, match="needs channels"):
+        FSP().build([((), (3,)), ((), (3,))])
     with pytest.raises(DistillError, match=r"\(3, 4, 4\) and \(3, 4\)"):
         FSP().build([((3, 4, 4), (3, 2)), ((3, 4), (3, 2))])
     with pytest.raises(DistillError, match=r"\(2, 3, 4\).*\(2, 3, 3\)"):
@@ -443,7 +445,7 @@ def test_what_cannot_work_is_refused() -> None:
 def test_settings_and_calls_are_checked(loss: FeatureLoss) -> None:
     for value in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(DistillError, match="weight must be"):
-            type(loss)(weight=value)  # type: ignore[call-arg]
+            type(loss)(weight=value)
     if not isinstance(loss, FSP):
         with pytest.raises(DistillError, match="at least one pair"):
             loss.build([])
@@ -458,7 +460,7 @@ def test_settings_and_calls_are_checked(loss: FeatureLoss) -> None:
     for make, name in ((AttentionTransfer, "power"), (VID, "variance"), (ReviewKD, "channels")):
         with pytest.raises(DistillError, match=f"{name} must be"):
             make(**{name: 0})
-    assert VID(variance=1e4).build([((1,), (1,))]).parts[0].alpha.item() == pytest.approx(1e4)  # type: ignore[union-attr, index]
+    assert VID(variance=1e4).build([((1,), (1,))]).parts[0].alpha.item() == pytest.approx(1e4)
 
 
 def test_a_built_module_is_saved_and_loaded() -> None:

@@ -56,6 +56,26 @@ def check_alignable(student: Shape, teacher: Shape) -> None:
     )
 
 
+def check_positions(name: str, student: Shape, teacher: Shape) -> None:
+    """Raise DistillError where `align` would leave no positions of features of these shapes."""
+    check_alignable(student, teacher)
+    if 1 in (len(student), len(teacher)):
+        raise DistillError(
+            f"{name} compares positions, but a student's feature (channels, *positions) of {student} and a teacher's "
+            f"of {teacher} have none in common; tap layers whose outputs are maps or tokens, or take Hint"
+        )
+
+
+def check_pairs(pairs: Sequence[tuple[Shape, Shape]]) -> list[tuple[Shape, Shape]]:
+    """The pairs as tuples; DistillError where there is none, or one cannot be brought together."""
+    if not pairs:
+        raise DistillError("a feature loss needs at least one pair of (student, teacher) shapes, got none; tap layers")
+    checked = [(tuple(student), tuple(teacher)) for student, teacher in pairs]
+    for pair in checked:
+        check_alignable(*pair)
+    return checked
+
+
 def align(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both features at the same positions, and the mask there; what is masked is 0 in both.
 

@@ -14,14 +14,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchslim.distill.align import Project, Shape, align, bridge, check_alignable, masked, mean_over, pooled, wide
+from torchslim.distill.align import (
+    Project,
+    Shape,
+    align,
+    bridge,
+    check_alignable,
+    check_pairs,
+    check_positions,
+    masked,
+    mean_over,
+    pooled,
+    wide,
+)
 from torchslim.distill.response import check_positive
 from torchslim.errors import DistillError
 
@@ -67,7 +78,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, power: float = 2, mask:
     Shapes: (batch, channels, *positions), (batch, others, *elsewhere), (batch, *positions) or None -> ().
     Source: Zagoruyko & Komodakis 2017, arXiv:1612.03928, section 3.1.
     """
-    _need_positions("attention transfer", tuple(student.shape[1:]), tuple(teacher.shape[1:]))
+    check_positions("attention transfer", tuple(student.shape[1:]), tuple(teacher.shape[1:]))
     maps = attention(masked(student, mask), power)[:, None], attention(teacher.detach(), power)[:, None]
     left, right, mask = align(*maps, mask)
     left, right = (functional.normalize(each.flatten(1), dim=1) for each in (left, right))
@@ -124,15 +135,6 @@ def _alike(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tenso
             f"{tuple(teacher.shape)} differ; build(...) of a feature loss brings them together"
         )
     return masked(wide(student), mask), masked(wide(teacher.detach()), mask)
-
-
-def _need_positions(name: str, student: Shape, teacher: Shape) -> None:
-    check_alignable(student, teacher)
-    if 1 in (len(student), len(teacher)):
-        raise DistillError(
-            f"{name} compares positions, but a student's feature (channels, *positions) of {student} and a teacher's "
-            f"of {teacher} have none in common; tap layers whose outputs are maps or tokens, or take Hint"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,10 +199,10 @@ class _Compared(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, power: float) -> None:
         super().__init__()
-        self.compare = partial(attention_transfer, power=power)
+        self.power = power
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        return self.compare(student, teacher, mask=mask)
+        return attention_transfer(student, teacher, self.power, mask)
 
 
 class _Flows(FeatureModule):
@@ -276,16 +278,6 @@ class FeatureLoss:
         return loss
 
 
-def check_pairs(pairs: Sequence[tuple[Shape, Shape]]) -> list[tuple[Shape, Shape]]:
-    """The pairs as tuples; DistillError where there is none, or one cannot be brought together."""
-    if not pairs:
-        raise DistillError("a feature loss needs at least one pair of (student, teacher) shapes, got none; tap layers")
-    checked = [(tuple(student), tuple(teacher)) for student, teacher in pairs]
-    for pair in checked:
-        check_alignable(*pair)
-    return checked
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hint(FeatureLoss):
     """weight * mean squared difference of the teacher's feature and a learned linear map of the student's.
@@ -346,13 +338,14 @@ class AttentionTransfer(FeatureLoss):
 
     def __post_init__(self) -> None:
         check_positive("weight", self.weight)
-        check_positive("power", self.power)
+        if not 1 <= self.power < math.inf:  # below, the gradient at 0 is none
+            raise DistillError(f"power must be a finite number of at least 1, got {self.power}")
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
         """Nothing to learn."""
         pairs = check_pairs(pairs)
         for pair in pairs:
-            _need_positions("AttentionTransfer", *pair)
+            check_positions("AttentionTransfer", *pair)
         return _Apart(self.weight, pairs, [_Attention(self.power) for _ in pairs])
 
 
@@ -374,6 +367,8 @@ class FSP(FeatureLoss):
         if len(pairs) < 2:
             raise DistillError(f"FSP compares flows between layers, so it needs at least two pairs, got {len(pairs)}")
         for side in zip(*pairs, strict=True):
+            for shape in side:
+                check_alignable(shape, shape)
             for first, second in pairwise(side):
                 flow(torch.empty(1, *first, device="meta"), torch.empty(1, *second, device="meta"))
         return _Flows(self.weight, [(tuple(student), tuple(teacher)) for student, teacher in pairs])

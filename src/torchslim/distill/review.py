@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchslim.distill.align import AVERAGES, Shape, align, masked, wide
-from torchslim.distill.feature import FeatureLoss, FeatureModule, check_pairs
+from torchslim.distill.align import AVERAGES, Shape, align, check_pairs, masked, wide
+from torchslim.distill.feature import FeatureLoss, FeatureModule
 from torchslim.errors import DistillError
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
