@@ -98,7 +98,7 @@ def test_check_accepts_and_refuses_without_running(call: Any, tmp_path: Path) ->
     recipe.write_text(RECIPE)
     assert "prune -> finetune -> eager: ok" in call("check", recipe).out
     assert [step["do"] for step in json.loads(call("check", recipe, "--json").out)] == [
-        "torchslim.prune.step:Prune", "torchslim.training:Finetune",
+        "torchslim.prune.step:Prune", "torchslim.finetune:Finetune",
     ]  # fmt: skip
     recipe.write_text(RECIPE.replace("sparsity", "sparsty"))
     refused = call("check", recipe)

@@ -106,7 +106,8 @@ def test_the_label_loss_counts_once_with_its_weight(step: ts.Distill, label_weig
     state = fingerprint(teacher.state_dict())
     batch = toy.images(16, 4)
     ctx = ts.Context(task=task, teacher=teacher.train(), example_inputs=(batch[0],))
-    parts = step.objective(ctx)(student, batch)
+    with step.lesson(student, ctx) as lesson:
+        parts = lesson.objective(student, batch)
     with torch.no_grad():
         ours, theirs = student(batch[0]), predictor(teacher)(batch[0])
     label = nn.functional.cross_entropy(ours, batch[1])
@@ -163,13 +164,15 @@ def test_padding_does_not_count() -> None:
     task = ts.Task(val=[batch], train=[batch], metric=lambda predict, batches: 0.0)
     ctx = ts.Context(task=task, teacher=teacher, example_inputs=batch)
     step = ts.Distill(response=ts.KD(alpha=1.0, temperature=2.0))
-    parts = step.objective(ctx)(student.train(), batch)
+    with step.lesson(student, ctx) as lesson:
+        parts = lesson.objective(student.train(), batch)
     ours, theirs = student(tokens, mask)[mask.bool()], predictor(teacher)(tokens, mask)[mask.bool()]
     assert parts.keys() == {"response"}
     expected = kl_divergence(ours, theirs, temperature=2.0).item()
     assert parts["response"].item() == pytest.approx(expected, rel=1e-4)
     other = dict(batch, tokens=torch.where(mask.bool(), tokens, (tokens + 1) % models.WORDS))
-    assert step.objective(ctx)(student, other)["response"].item() == pytest.approx(expected, rel=1e-4)
+    with step.lesson(student, ctx) as lesson:
+        assert lesson.objective(student, other)["response"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_teacher_answers_in_eval_mode_and_without_gradients() -> None:
@@ -247,7 +250,8 @@ def test_a_response_may_be_an_object_or_be_named(response: Any) -> None:
     ctx = unlabelled()
     (x,) = ctx.task.train[0]
     student = nn.Linear(4, 3)
-    parts = ts.Distill(response=response).objective(ctx)(student, (x,))
+    with ts.Distill(response=response).lesson(student, ctx) as lesson:
+        parts = lesson.objective(student, (x,))
     expected = 0.5 * (student(x) - ctx.teacher(x)).square().mean()
     assert parts["response"].item() == pytest.approx(expected.item(), rel=1e-5)
 

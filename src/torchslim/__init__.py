@@ -14,12 +14,13 @@ from torchslim.artifact import load, load_module, save
 from torchslim.compress import Result, compress
 from torchslim.distill import DIST, DKD, KD, Distill
 from torchslim.errors import TorchslimError
+from torchslim.finetune import Finetune
 from torchslim.prune import Prune, surgery
 from torchslim.quantize import Quantize
 from torchslim.runtimes import Deployed, deploy
 from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
 from torchslim.task import Metric, Task
-from torchslim.training import Finetune, fit
+from torchslim.training import fit
 
 __all__ = [
     "DIST",

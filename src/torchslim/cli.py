@@ -33,9 +33,14 @@ def cli(debug: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Take a folder that holds another recipe's run.")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json instead of the table.")
 def run(recipe: Path, out: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Run a recipe; run again after a kill, it goes on where it stopped."""
+    """Run a recipe; run again after a kill, it goes on where it stopped.
+
+    On several devices: torchrun --nproc-per-node 2 -m torchslim run recipe.toml
+    """
+    from torchslim import processes
     from torchslim.compress import compress
     from torchslim.recipe import load_recipe
+    from torchslim.steps import ignore_progress
 
     _import_from_here()
     parsed = load_recipe(recipe)
@@ -54,8 +59,10 @@ def run(recipe: Path, out: Path | None, overwrite: bool, as_json: bool) -> None:
             workdir=out / "work",
             overwrite=overwrite,
             names={"model": parsed.model, "task": parsed.task},
-            progress=progress,
+            progress=progress if processes.is_first() else ignore_progress,
         )
+        if not processes.is_first():
+            return  # one writes and reports for all
         result.save(out)
     if as_json:
         click.echo(json.dumps(result.run, indent=1))

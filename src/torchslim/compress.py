@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchslim import __version__
+from torchslim import __version__, processes
 from torchslim.artifact import load, write_artifact
 from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.evidence import compare_rows, not_measured, number, size
@@ -129,6 +129,9 @@ def compress(
     recipe = {
         **dict(names or {}), "steps": [canonical(step) for step in steps], "target": asdict(target), "seed": seed
     }  # fmt: skip
+    processes.connect()
+    if processes.count() > 1 and workdir is None:
+        raise RecipeError("several processes train one model: give them a workdir that they all see")
     with preserved_globals(seed), seeded_splits(task, seed):
         copied, masks = copy_model(model)
         if teacher is None:
@@ -146,15 +149,21 @@ def compress(
             seed=seed,
             progress=progress,
         )
+        seen = ctx
         for step in steps:
-            step.check(ctx)
-        claim(folder, recipe, overwrite)
+            step.check(seen)
+            seen = replace(seen, model=_begun(step, seen.model))
+        if processes.is_first():
+            claim(folder, recipe, overwrite)
+        processes.wait()
         runner = _Runner(ctx, folder, dynamic_shapes, _origin(ctx, copied, first))
         stages = [runner.baseline(copied, masks)]
         for index, step in enumerate(steps, 1):
             stages.append(runner.take(index, step, stages[-1]))
-        run = runner.report(stages, recipe)
-    write_json(folder / "run.json", run)
+        if processes.is_first():
+            write_json(folder / "run.json", runner.report(stages, recipe))
+        processes.wait()
+        run = json.loads((folder / "run.json").read_text())
     last = stages[-1]
     return Result(
         model=last.model,
@@ -165,6 +174,12 @@ def compress(
         folder=folder,
         _keep=keep,
     )
+
+
+def _begun(step: Step, model: nn.Module | None) -> nn.Module | None:
+    """What the step's result is made from: the model that it is handed, or a network of its own."""
+    begin = getattr(step, "begin", None)
+    return model if begin is None or model is None else begin(model)
 
 
 def _origin(ctx: Context, model: nn.Module, batch: Any) -> str:
@@ -190,24 +205,32 @@ class _Runner:
         self.key = digest(self.key, asdict(self.ctx.target))
         describe(call(predictor(model), self.ctx.example_inputs), [], self.classes)
         folder = self.folder / "00-baseline"
-        return restored(folder, self.key, Form.MODULE, model, model, self.classes) or self._finish(
-            "baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0
-        )
+        if processes.is_first():
+            done = restored(folder, self.key, Form.MODULE, model, model, self.classes)
+            stage = done or self._finish("baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0)
+        processes.wait()
+        if not processes.is_first():
+            found = restored(folder, self.key, Form.MODULE, model, model, self.classes)
+            assert found is not None
+            stage = found
+        return stage
 
     def take(self, index: int, step: Step, before: Stage) -> Stage:
         """One step on a copy of the stage before."""
         name = step_name(step)
         self.key = digest(self.key, canonical(step), self.ctx.seed)
         folder = self.folder / f"{index:02d}-{name}"
-        done = restored(folder, self.key, step.produces, before.module, before.model, self.classes)
+        done = self._restored(folder, step, before)
         if done is not None:
             self.ctx.progress(Event(step=name, phase="resumed"))
             return done
         state = self.folder / f"{folder.name}.state"
-        if state.is_dir() and read_text(state / "key") != self.key:
-            shutil.rmtree(state)
-        state.mkdir(parents=True, exist_ok=True)
-        (state / "key").write_text(self.key)
+        if processes.is_first():
+            if state.is_dir() and read_text(state / "key") != self.key:
+                shutil.rmtree(state)
+            state.mkdir(parents=True, exist_ok=True)
+            (state / "key").write_text(self.key)
+        processes.wait()
         ctx = replace(self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state)
         self.ctx.progress(Event(step=name, phase="start"))
         start = time.perf_counter()
@@ -218,9 +241,20 @@ class _Runner:
                 f"step {index} ({name!r}) must return an Outcome with a model, got {type(outcome).__name__}"
             )
         self._verify(outcome, name)
-        stage = self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index)
-        shutil.rmtree(state)
+        if processes.is_first():
+            stage = self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index)
+            shutil.rmtree(state)
+        processes.wait()
+        if not processes.is_first():
+            found = self._restored(folder, step, before)
+            assert found is not None
+            stage = found
         return stage
+
+    def _restored(self, folder: Path, step: Step, before: Stage) -> Stage | None:
+        with preserved_globals(self.ctx.seed):
+            module = _begun(step, before.module)
+        return restored(folder, self.key, step.produces, module or before.module, before.model, self.classes)
 
     def _verify(self, outcome: Outcome, name: str) -> None:
         """No step hands on a model that fails or answers nonsense."""

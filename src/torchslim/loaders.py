@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torchslim.isolation import preserved_globals
+from torchslim.steps import fingerprint
 from torchslim.task import Batch, Task, take_first
 
 
@@ -86,5 +89,113 @@ def length(batches: Iterable[Batch], world_size: int) -> int | None:
 
 
 def shared(batches: Iterator[Batch], fabric: Any) -> Iterator[Batch]:
-    """Every process sees its own batches of the one seeded order."""
-    return batches if fabric.world_size == 1 else islice(batches, fabric.global_rank, None, fabric.world_size)
+    """Every process sees its own batches of the one seeded order; those that are too few for all are left out."""
+    while len(group := list(islice(batches, fabric.world_size))) == fabric.world_size:
+        yield group[fabric.global_rank]
+
+
+# numbers of samples ---------------------------------------------------------------------------------------------------
+
+
+class Indexed(NamedTuple):
+    """A batch, and the place of each of its samples in the data set: (samples,)."""
+
+    places: Tensor
+    batch: Batch
+
+
+def indexed(batches: Iterable[Batch], size: Callable[[Batch], int]) -> Iterable[Indexed]:
+    """The same batches with the numbers of their samples: those of the data set, or of their order.
+
+    Args:
+        batches: a DataLoader over a data set that has places, shuffled or not, or batches in one order.
+        size: of a batch.
+    """
+    if not _has_places(batches):
+        return _Counted(batches, size)
+    loader: Any = batches
+    names = ("batch_sampler", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+             "generator", "prefetch_factor", "persistent_workers")  # fmt: skip
+    options: dict[str, Any] = {name: getattr(loader, name) for name in names}
+    numbered: Iterable[Indexed] = DataLoader(
+        _Placed(loader.dataset), collate_fn=_Collated(loader.collate_fn), **options
+    )
+    return numbered
+
+
+def _has_places(batches: Any) -> bool:
+    return (
+        type(batches) is DataLoader
+        and batches.batch_sampler is not None
+        and not isinstance(batches.dataset, IterableDataset)
+    )
+
+
+def sample_count(batches: Iterable[Batch], size: Callable[[Batch], int]) -> int:
+    """How many samples the numbers of `indexed` reach to."""
+    numbered = indexed(batches, size)
+    if isinstance(numbered, DataLoader):
+        return len(numbered.dataset)
+    return sum(size(batch) for batch in batches)
+
+
+class _Placed(Dataset[Any]):
+    """A data set whose samples come with their places."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        return place, self.dataset[place]
+
+
+class _Collated:
+    """Collates samples that come with their places."""
+
+    def __init__(self, collate: Callable[[list[Any]], Batch]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[tuple[int, Any]]) -> Indexed:
+        places, bare = zip(*samples, strict=True)
+        return Indexed(torch.tensor(places), self.collate(list(bare)))
+
+
+class _Counted:
+    """Batches in one order, with the running number of each sample."""
+
+    def __init__(self, batches: Iterable[Batch], size: Callable[[Batch], int]) -> None:
+        self.dataset, self.size = batches, size  # under this name its own generators are found and seeded
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Indexed]:
+        start = 0
+        for batch in self.dataset:
+            end = start + self.size(batch)
+            yield Indexed(torch.arange(start, end), batch)
+            start = end
+
+
+def why_not_repeatable(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:
+    """Why equal numbers would not mean equal samples; None where nothing speaks against it.
+
+    A few samples are drawn twice, under other random states.
+    """
+    numbered = indexed(batches, size)
+    prints = []
+    for seed in (1, 2):
+        with preserved_globals(seed), seeded(batches, seed, seed):
+            if isinstance(numbered, DataLoader):
+                few = range(min(4, len(numbered.dataset)))
+                drawn: Any = numbered.collate_fn([numbered.dataset[place] for place in few])
+            else:
+                drawn = next(iter(numbered), None)
+            prints.append(fingerprint(drawn))
+    if prints[0] == prints[1]:
+        return None
+    kind = "augments its samples" if isinstance(numbered, DataLoader) else "shuffles or augments"
+    return f"the training loader {kind}: the same sample came out differently when it was drawn twice"

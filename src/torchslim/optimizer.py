@@ -106,11 +106,14 @@ class OptimizerSettings:
         found: Callable[[Iterable[Any]], Optimizer] = resolve(self.optimizer, "optimizer", TrainError)
         return found
 
-    def build(self, model: nn.Module) -> Optimizer:
-        """The optimizer over the model's trainable parameters."""
+    def build(self, model: nn.Module, companion: nn.Module | None = None) -> Optimizer:
+        """The optimizer over the model's trainable parameters, and those of a companion."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters:
             raise TrainError("the model has no trainable parameter; set requires_grad on what should be trained")
+        parameters += (
+            [parameter for parameter in companion.parameters() if parameter.requires_grad] if companion else []
+        )
         factory = self.factory()
         if factory is not None:
             made = factory(parameters)

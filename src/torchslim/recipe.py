@@ -29,12 +29,12 @@ from torch import nn
 
 from torchslim.distill import LOSSES, Distill
 from torchslim.errors import RecipeError, TorchslimError
+from torchslim.finetune import Finetune
 from torchslim.prune import Prune
 from torchslim.quantize import Quantize
 from torchslim.runtimes import find_runtime
 from torchslim.steps import Engine, Step, Target, check_order, resolve
 from torchslim.task import Task
-from torchslim.training import Finetune
 
 STEPS: Mapping[str, type] = {"prune": Prune, "finetune": Finetune, "distill": Distill, "quantize": Quantize}
 KINDS: Mapping[str, type] = {**STEPS, **LOSSES}  # whatever a table with `do` may be

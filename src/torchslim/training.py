@@ -1,15 +1,16 @@
-"""The one training loop, on Lightning Fabric, and the steps that are nothing but training."""
+"""The one training loop, on Lightning Fabric."""
 
 from __future__ import annotations
 
 import io
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from torch.optim import Optimizer
 from torchslim.errors import TrainError
 from torchslim.files import write_bytes
 from torchslim.isolation import preserved_globals, seed_everything
-from torchslim.loaders import first_batch, length, seeded, shared
+from torchslim.loaders import length, seeded, shared
 from torchslim.optimizer import MaskKeeper, OptimizerSettings
-from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome
+from torchslim.processes import average_gradients, connect, launched, share
+from torchslim.steps import Engine, Event, LayerRecord
 from torchslim.task import Batch, Task, checked, device_of, predictor
 
 Losses = Mapping[str, Tensor]
@@ -85,108 +87,16 @@ class Hook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
-    """One row of `history` per epoch: the mean of each loss, the validation metric, the learning rate."""
+    """One row of `history` per epoch: the mean of each loss, the validation metric, the learning rate.
+
+    `layers` says which layers were taught by what.
+    """
 
     history: Sequence[Mapping[str, float]]
     masks: Mapping[str, Tensor]
     best_epoch: int | None
     best_value: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """The fields that every training step shares; the optimizer's are those of `OptimizerSettings`."""
-
-    epochs: int = 3
-    optimizer: Literal["sgd", "adamw"] | str | Callable[[Iterable[Any]], Optimizer] = "adamw"
-    lr: float = 5e-4
-    momentum: float = 0.9
-    weight_decay: float = 1e-2
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.05
-    clip_norm: float | None = None
-    keep: Literal["best", "last"] = "best"
-
-    def __post_init__(self) -> None:
-        self.settings()
-        check_epochs(self.epochs)
-        if self.keep not in ("best", "last"):
-            raise TrainError(f"keep must be 'best' or 'last', got {self.keep!r}")
-
-    def settings(self) -> OptimizerSettings:
-        """The optimizer's part of the fields, checked."""
-        return OptimizerSettings(**{each.name: getattr(self, each.name) for each in fields(OptimizerSettings)})
-
-    def objective(self, ctx: Context) -> Objective:
-        """The loss to train on."""
-        raise NotImplementedError
-
-    def check_training(self, ctx: Context) -> None:
-        """Raise for what training would fail on: no data, no optimizer."""
-        first_batch(ctx.task)
-        self.settings().factory()
-
-    def fit(
-        self,
-        model: nn.Module,
-        ctx: Context,
-        *,
-        hooks: Sequence[Hook] = (),
-        masks: Mapping[str, Tensor] | None = None,
-        phase: str = "train",
-        part: int = 0,
-    ) -> FitReport:
-        """Train `model` in place on the context's task; `part` numbers several trainings in one step."""
-        return fit(
-            model,
-            self.objective(ctx),
-            ctx.task.train if ctx.task.train is not None else (),
-            epochs=self.epochs,
-            settings=self.settings(),
-            evaluate=ctx.task if self.keep == "best" else None,
-            hooks=hooks,
-            masks=ctx.masks if masks is None else masks,
-            state=ctx.state / f"{phase}-{part}.ckpt" if ctx.state else None,
-            engine=ctx.engine,
-            seed=ctx.seed + part,
-            progress=ctx.progress,
-            step_name=ctx.name,
-            phase=phase,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetune(Training):
-    """Train on the labels with the task's own loss."""
-
-    accepts: ClassVar[Form] = Form.MODULE
-    produces: ClassVar[Form] = Form.MODULE
-
-    def objective(self, ctx: Context) -> Objective:
-        """The task's loss."""
-        return LabelLoss(ctx.task)
-
-    def check(self, ctx: Context) -> None:
-        """Needs training batches with labels."""
-        self.check_training(ctx)
-
-    def check_training(self, ctx: Context) -> None:
-        """As `check`, for other steps that train on labels."""
-        Training.check_training(self, ctx)
-        if ctx.task.loss is None and ctx.task.target(first_batch(ctx.task)) is None:
-            raise TrainError(
-                "Finetune needs labels, but Task.target gives None; use Distill with alpha=1, or give Task(loss=...)"
-            )
-
-    def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
-        return trained(model, ctx, self.fit(model, ctx))
-
-
-def trained(model: nn.Module, ctx: Context, report: FitReport) -> Outcome:
-    """The outcome of a step that only trains."""
-    kept = "last epoch" if report.best_epoch is None else f"best epoch {report.best_epoch}"
-    record = LayerRecord(layer="", action="trained", reason=kept)
-    return Outcome(model=model, masks=ctx.masks, layers=[record], history=report.history)
+    layers: Sequence[LayerRecord] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +122,7 @@ def fit(
     evaluate: Task | None = None,
     hooks: Sequence[Hook] = (),
     masks: Mapping[str, Tensor] | None = None,
+    companion: nn.Module | None = None,
     state: Path | None = None,
     engine: Engine | None = None,
     seed: int = 0,
@@ -223,7 +134,8 @@ def fit(
 
     Each epoch runs under its own seed, so a run that resumes from `state` (written after every epoch) ends with
     the same weights as an undisturbed one. Weights whose mask is False stay zero. The global random state is left
-    as it was; the model returns to its device and its train/eval modes.
+    as it was; the model returns to its device and its train/eval modes. What else learns, such as the projections of a
+    loss, is the `companion`: in the optimizer and in the checkpoints, but no part of the model.
 
     Raises:
         TaskError: no batches.
@@ -237,15 +149,16 @@ def fit(
     metric = evaluate.as_metric() if evaluate else None
     # a caller who only evaluates may have switched gradients off
     with preserved_globals(), torch.enable_grad(), _fabric(engine) as fabric:
-        optimizer = settings.build(model)
+        companion = (companion or nn.Module()).to(fabric.device)
+        optimizer = settings.build(model, companion)
         wrapped, stepper = fabric.setup(model, optimizer)
-        trainee = _Trainee(fabric, wrapped, stepper, objective, settings, hooks, progress, step_name, phase)
+        trainee = _Trainee(fabric, wrapped, companion, stepper, objective, settings, hooks, progress, step_name, phase)
         loop = Loop(model, optimizer, epochs, dict(masks or {}), length(batches, fabric.world_size))
         keeper = MaskKeeper(dict(model.named_parameters()), optimizer, loop.masks)
         history: list[dict[str, float]] = []
         best = _Best()
         if state is not None and state.exists():
-            history, best = _restore(state, loop)
+            history, best = _restore(state, loop, companion)
         for hook in hooks:
             hook.on_start(loop)
         keeper.follow(loop.masks)
@@ -256,6 +169,7 @@ def fit(
                 seed_everything(epoch_seed)
                 with seeded(batches, epoch, epoch_seed):
                     row = trainee.epoch(shared(checked(batches, "train"), fabric), loop, keeper)
+                share(model.buffers())  # each has seen batches of its own; all are to keep the same best epoch
                 if evaluate is not None and metric is not None:
                     with seeded(evaluate.val, epoch, epoch_seed):
                         row["val"] = evaluate.evaluate(predictor(model), "val")
@@ -263,7 +177,7 @@ def fit(
                         best = _Best(loop.epoch, row["val"], _weights(model), dict(loop.masks))
                 history.append(row)
                 if state is not None and fabric.is_global_zero:
-                    _checkpoint(state, loop, history, best)
+                    _checkpoint(state, loop, companion, history, best)
         finally:
             model.to(home)
             for module, training in modes.items():
@@ -290,6 +204,7 @@ class _Trainee:
 
     fabric: Any
     model: nn.Module
+    companion: nn.Module
     optimizer: Any
     objective: Objective
     settings: OptimizerSettings
@@ -305,6 +220,7 @@ class _Trainee:
         sums: dict[str, float] = {}
         count = 0
         self.model.train()
+        self.companion.train()
         for count, batch in enumerate(batches, 1):
             factor = self.settings.factor(loop.midpoint)
             for group, lr in zip(loop.optimizer.param_groups, base_lrs, strict=True):
@@ -348,6 +264,7 @@ class _Trainee:
         self.last_finite = value
         loop.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
+        average_gradients(self.companion)
         keeper.before_step()
         if self.settings.clip_norm is not None:
             norm = self.fabric.clip_gradients(
@@ -401,20 +318,21 @@ def _weights(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _checkpoint(state: Path, loop: Loop, history: list[dict[str, float]], best: _Best) -> None:
+def _checkpoint(state: Path, loop: Loop, companion: nn.Module, history: list[dict[str, float]], best: _Best) -> None:
     buffer = io.BytesIO()
     saved = {"epoch": loop.epoch, "step": loop.step, "model": _weights(loop.model), "masks": loop.masks,
-             "optimizer": loop.optimizer.state_dict(), "history": history,
+             "companion": _weights(companion), "optimizer": loop.optimizer.state_dict(), "history": history,
              "steps_per_epoch": loop.steps_per_epoch,
              "best": [best.epoch, best.value, best.weights, best.masks]}  # fmt: skip
     torch.save(saved, buffer)
     write_bytes(state, buffer.getvalue())
 
 
-def _restore(state: Path, loop: Loop) -> tuple[list[dict[str, float]], _Best]:
+def _restore(state: Path, loop: Loop, companion: nn.Module) -> tuple[list[dict[str, float]], _Best]:
     try:
         saved = torch.load(state, map_location=device_of(loop.model), weights_only=True)
         loop.model.load_state_dict(saved["model"])
+        companion.load_state_dict(saved["companion"])
         loop.optimizer.load_state_dict(saved["optimizer"])
         loop.masks, loop.epoch, loop.step = saved["masks"], saved["epoch"], saved["step"]
         loop.steps_per_epoch = saved["steps_per_epoch"]
@@ -438,11 +356,18 @@ def _fabric(engine: Engine) -> Iterator[Any]:
         from lightning_fabric import Fabric
 
         precision: Any = engine.precision or _precision(engine)
+        devices, nodes, strategy = engine.devices, 1, engine.strategy
+        if launched() > 1:  # torchrun has said how many there are
+            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            nodes = launched() // devices
+            strategy = "ddp" if strategy == "auto" else strategy
+            connect()
         try:
             fabric = Fabric(
                 accelerator=engine.accelerator,
-                devices=engine.devices,
-                strategy=engine.strategy,
+                devices=devices,
+                num_nodes=nodes,
+                strategy=strategy,
                 precision=precision,
             )
         except Exception as error:  # Fabric raises many kinds, all about what the engine asks for

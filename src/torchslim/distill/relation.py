@@ -1,7 +1,8 @@
 """Relation losses: what is learned from how samples lie to one another, as frozen dataclasses and plain functions.
 
 They take features of a batch, (batch, ...) of the student and of the teacher, whose sizes may differ. They compare all
-pairs of the batch that they are given, the local one where several processes train, in O(batch^2) memory.
+pairs of the batch that they are given, in O(batch^2) memory. Where several processes train, that is the batch of each
+by itself; with `gather=True`, `Distill` hands them the joined one, with its gradients.
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ class RKD(RelationLoss):
 
     distance: float = 25.0
     angle: float = 50.0
+    gather: bool = False
 
     def __post_init__(self) -> None:
         check_weights(distance=self.distance, angle=self.angle)
@@ -172,6 +174,7 @@ class SimilarityPreserving(RelationLoss):
     """weight * similarity_preserving. Source: Tung & Mori 2019, arXiv:1907.09682, whose weight is 3000."""
 
     weight: float = 3000.0
+    gather: bool = False
 
     def __post_init__(self) -> None:
         check_positive("weight", self.weight)
@@ -185,6 +188,7 @@ class PKT(RelationLoss):
     """weight * probabilistic_transfer. Source: Passalis & Tefas 2018, arXiv:1803.10837."""
 
     weight: float = 100.0
+    gather: bool = False
 
     def __post_init__(self) -> None:
         check_positive("weight", self.weight)
@@ -200,6 +204,7 @@ class CorrelationCongruence(RelationLoss):
     weight: float = 100.0
     gamma: float = 0.4
     order: int = 2
+    gather: bool = False
 
     def __post_init__(self) -> None:
         check_positive("weight", self.weight)
@@ -218,6 +223,7 @@ class ListwiseRanking(RelationLoss):
     weight: float = 1.0
     alpha: float = 3.0
     beta: float = 3.0
+    gather: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weight", "alpha", "beta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,6 +119,25 @@ class ResponseLoss:
         """The teacher's term: (n, classes), (n, classes), (n,) or None -> ()."""
         raise NotImplementedError
 
+    def blend(self, teachers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """Logits whose softened outputs are the weighted mean of the teachers': several (n, classes) -> (n, classes).
+
+        Losses without a temperature, or on standardised logits, get the mean of the (standardised) logits.
+        """
+        temperature, standardize = getattr(self, "temperature", None), getattr(self, "standardize", False)
+        rows = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in teachers]
+        if any(each.shape != rows[0].shape for each in rows):
+            raise DistillError(f"teachers answer in different shapes: {', '.join(str(tuple(t.shape)) for t in rows)}")
+        if temperature is None or standardize:
+            rows = [standardized(each) if standardize else each for each in rows]
+            return torch.stack([weight * each for weight, each in zip(weights, rows, strict=True)]).sum(0)
+        logs = torch.tensor(weights, dtype=rows[0].dtype, device=rows[0].device).log().view(-1, 1, 1)
+        scaled = torch.stack(rows) / temperature
+        if getattr(self, "kind", "classes") == "labels":
+            yes, no = (functional.logsigmoid(sign * scaled).add(logs).logsumexp(0) for sign in (1, -1))
+            return torch.mul(yes - no, temperature)
+        return torch.mul(scaled.log_softmax(2).add(logs).logsumexp(0), temperature)
+
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """With the labels' term where there are labels: (batch, classes, ...) or tokens (batch, time, classes)."""
         if self.label_weight > 0 and target is None:
@@ -211,7 +231,8 @@ class DIST(ResponseLoss):
     """Distillation from a stronger teacher: the order of classes for each sample, and of samples for each class.
 
     beta * (1 - correlation over classes) + gamma * (1 - correlation over the batch), of softened probabilities, times
-    temperature squared. The batch is the local one where several processes train.
+    temperature squared. Where several processes train, the batch is that of each by itself; with `gather=True`, inside
+    `Distill`, it is the joined one.
 
     Source: Huang et al. 2022, arXiv:2205.10536, section 4.
     """
@@ -220,6 +241,7 @@ class DIST(ResponseLoss):
     beta: float = 1.0
     gamma: float = 1.0
     standardize: bool = False
+    gather: bool = False
 
     def __post_init__(self) -> None:
         check_positive("temperature", self.temperature)

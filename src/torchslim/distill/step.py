@@ -2,120 +2,218 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from torchslim.distill.losses import Response, find_response
-from torchslim.distill.response import KD, ResponseLoss, positions
+from torchslim.distill.losses import Feature, Relation, Response, find_loss, find_response
+from torchslim.distill.matching import Pair, match
+from torchslim.distill.objective import Companion, Everything, Part
+from torchslim.distill.response import KD, ResponseLoss
+from torchslim.distill.taps import dry, observe
+from torchslim.distill.teachers import Average, Remembering, Teacher, Teachers, WriteCache, find_module
 from torchslim.errors import DistillError
+from torchslim.finetune import Lesson, Training, trained
 from torchslim.isolation import copy_model
-from torchslim.loaders import first_batch
-from torchslim.steps import Context, Form, Outcome
-from torchslim.task import Batch, Task, predictor
-from torchslim.training import Losses, Objective, Training, trained
+from torchslim.loaders import first_batch, indexed, sample_count, why_not_repeatable
+from torchslim.steps import Context, Form, LayerRecord, Outcome
+from torchslim.task import Batch, Task, batch_size, device_of, to_device
+from torchslim.training import Hook
+
+EMA = "ema"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Training):
-    """Train the model on the outputs of the context's teacher (by default the original model).
+    """Train the model on what a teacher says: its outputs, its features, and how it relates samples.
 
-    Padding that `Task.mask` marks, and positions with the label `ignore_index`, are left out of the response of dense
-    outputs.
+    The loss is the sum of all parts and of the task's own loss on the labels; the report has each by itself. Padding
+    that `Task.mask` marks, and positions with the label `ignore_index`, are left out. A teacher answers in eval mode,
+    whatever mode it is in, and is not changed.
 
     Args:
         response: KD(...), DKD(...), DIST(...), MSE(...), or one of their names; a function (student logits, teacher
-            logits, labels) -> scalar, or "package.module:name".
+            logits, labels) -> scalar, or "package.module:name"; None for none.
+        feature: Hint(...), AttentionTransfer(...) and so on, one or several; or functions (student features, teacher
+            features) -> scalar of lists with a (batch, channels, *positions) for each tap. What they learn themselves,
+            such as projections, is no part of the model that is returned.
+        relation: RKD(...), CRD(...) and so on, one or several, of the last tap's features (of the logits, where
+            nothing can be tapped); or functions (student, teacher) -> scalar.
+        taps: which feature of the student learns from which of the teacher: the path of a module, student's to
+            teacher's; `*` stands for a part of a path, "path[2]" for the third call of a module. None: by name where
+            the student was pruned from its teacher, else stage by stage. The report lists the pairs. A network that
+            torch.compile has wrapped runs uncompiled while it is tapped.
         label_weight: the weight of the task's own loss; by default 1 - alpha for KD, 1 for the other losses, and 0 for
             a function, which is handed the labels and may use them itself.
         ignore_index: the label of positions that do not count, as PyTorch's cross entropy has it.
+        teacher: by default the context's (the original model); a module, "package.module:callable", or several, whose
+            softened outputs are averaged (features and relations are learned from the first); or "ema", the student's
+            own moving average.
+        teacher_weights: of several teachers; they are scaled to sum to 1.
+        ema_decay: how much of the moving average stays at each step.
+        student: a network of another making that is trained in the model's place and handed on: a module or
+            "package.module:callable".
+        cache: a folder to keep the teacher's answers in, by sample: later epochs, and later runs with the same teacher,
+            do not ask it again. Needs a loader that gives the same sample each time.
     """
 
     accepts: ClassVar[Form] = Form.MODULE
     produces: ClassVar[Form] = Form.MODULE
 
-    response: ResponseLoss | Response | str = field(default_factory=KD)
+    response: ResponseLoss | Response | str | None = field(default_factory=KD)
+    feature: Feature | str | tuple[Feature | str, ...] | list[Feature | str] = ()
+    relation: Relation | str | tuple[Relation | str, ...] | list[Relation | str] = ()
+    taps: Mapping[str, str] | None = field(default=None, hash=False)
     label_weight: float | None = None
     ignore_index: int = -100
+    teacher: nn.Module | str | tuple[nn.Module | str, ...] | list[nn.Module | str] | None = None
+    teacher_weights: tuple[float, ...] | list[float] | None = None
+    ema_decay: float = 0.999
+    student: nn.Module | str | None = None
+    cache: str | Path | None = None
 
     def __post_init__(self) -> None:
         # zero-argument super() is at odds with a dataclass that is rebuilt for slots in a subclass
         Training.__post_init__(self)
+        for name in ("feature", "relation", "teacher", "teacher_weights"):
+            given = getattr(self, name)
+            several = tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
+            object.__setattr__(self, name, several)
+        for name in ("feature", "relation"):
+            for loss in getattr(self, name):
+                if not (isinstance(loss, str) and ":" in loss):  # imported only when a run is checked
+                    find_loss(loss, name)
         if self.label_weight is not None and not 0 <= self.label_weight < float("inf"):
             raise DistillError(f"label_weight must be a finite number of at least 0, got {self.label_weight}")
+        if not 0 <= self.ema_decay < 1:
+            raise DistillError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        teachers, weights = self._several("teacher"), self._several("teacher_weights")
+        if weights and (len(weights) != len(teachers) or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
+            raise DistillError(
+                f"teacher_weights must be finite, none negative, and one for each of the {len(teachers)} teachers, got "
+                f"{weights}"
+            )
+        if EMA in teachers and (len(teachers) > 1 or self.cache is not None):
+            raise DistillError("teacher='ema' changes at every step: it teaches alone, and without cache")
+        if self.taps is not None and not self.taps:
+            raise DistillError("taps is empty; name a module of each side, or leave it out to have them found")
         if isinstance(self.response, str) and ":" in self.response:
             return  # imported only when a run is checked
-        response = find_response(self.response)
-        if isinstance(response, KD) and response.alpha == 0 and self.resolved_label_weight() == 0:
-            raise DistillError("nothing to learn from: alpha=0 and label_weight=0; raise one of them")
+        response = None if self.response is None else find_response(self.response)
+        silent = response is None or (isinstance(response, KD) and response.alpha == 0)
+        if silent and not self.feature and not self.relation and self.resolved_label_weight() == 0:
+            raise DistillError(
+                "nothing to learn from: alpha=0 and label_weight=0; raise one of them, or give feature or relation"
+            )
+
+    def _several(self, name: str) -> tuple[Any, ...]:
+        found: tuple[Any, ...] = getattr(self, name)
+        return found
 
     def resolved_label_weight(self) -> float:
         """How much the labels count."""
         if self.label_weight is not None:
             return self.label_weight
+        if self.response is None:
+            return 1.0
         return getattr(find_response(self.response), "label_weight", 0.0)
 
-    def objective(self, ctx: Context) -> Objective:
-        """Teacher and labels, each with its weight."""
-        teacher, _ = copy_model(ctx.teacher)
-        return _ResponseObjective(
-            ctx.task, teacher.eval(), find_response(self.response), self.resolved_label_weight(), self.ignore_index
-        )
+    def begin(self, model: nn.Module) -> nn.Module:
+        """What the step trains when it is handed `model`: it, or the new student."""
+        return model if self.student is None else find_module(self.student, "student")
+
+    @contextmanager
+    def lesson(self, model: nn.Module, ctx: Context) -> Iterator[Lesson]:
+        """Teacher and labels, each with its weight; the taps are gone after the block."""
+        response = None if self.response is None else find_response(self.response)
+        features = [find_loss(each, "feature") for each in self._several("feature")]
+        relations = [find_loss(each, "relation") for each in self._several("relation")]
+        task, batches = ctx.task, ctx.task.train if ctx.task.train is not None else ()
+        average = Average(model, self.ema_decay) if self._several("teacher") == (EMA,) else None
+        teachers = [average.module] if average else self._teachers(ctx)
+        pairs: list[Pair] = []
+        if features or relations:
+            batch = first_batch(task)
+            pairs = match(_seen(model, task, batch), _seen(teachers[0], task, batch), self.taps)
+            if not pairs and features:
+                raise DistillError("nothing in student and teacher can be tapped; name what to compare in taps")
+            pairs = pairs if features else pairs[-1:]
+        hooks: list[Hook] = [average] if average else []
+        with ExitStack() as stack:
+            asked = Teachers(task, teachers, [pair.teacher for pair in pairs], stack)
+            teacher: Teacher = asked
+            if self.cache is not None:
+                remembering = Remembering(asked, Path(self.cache))
+                teacher = remembering
+                hooks.append(WriteCache(remembering.cache))
+            parts = [Part(each, "feature") for each in features] + [Part(each, "relation") for each in relations]
+            places = 0
+            if any(part.needs_places for part in parts):
+                places = sample_count(batches, _size(task))
+            companion = Companion(parts, pairs, places, average.module if average else None)
+            objective = Everything(
+                task, teacher, response, parts, pairs, companion, self.resolved_label_weight(), self.ignore_index,
+                self._several("teacher_weights"), model, stack,
+            )  # fmt: skip
+            yield Lesson(
+                objective=objective,
+                batches=indexed(batches, _size(task)) if places or self.cache is not None else batches,
+                companion=companion,
+                hooks=hooks,
+                layers=[
+                    LayerRecord(layer=pair.student.name, action="trained", reason=f"taught by {pair}") for pair in pairs
+                ],
+            )
+
+    def _teachers(self, ctx: Context) -> list[nn.Module]:
+        given = self._several("teacher") or (ctx.teacher,)
+        return [find_module(each, "teacher").eval() for each in given]
 
     def check(self, ctx: Context) -> None:
-        """There is data to train on, labels where they count, and a teacher that answers."""
-        self.check_training(ctx)
+        """There is data to train on, labels where they count, and a teacher that the student can learn from."""
+        model = self.begin(ctx.model if ctx.model is not None else ctx.teacher)
+        replace(self, student=None).check_training(replace(ctx, model=model))
 
     def check_training(self, ctx: Context) -> None:
         """As `check`, for other steps that train by distillation."""
         Training.check_training(self, ctx)
-        response, batch = find_response(self.response), first_batch(ctx.task)
-        if getattr(response, "needs_labels", False) and ctx.task.target(batch) is None:
+        if self.student is not None:
+            raise DistillError("student is for a Distill step by itself; a step that trains its own model has its own")
+        response, batch = None if self.response is None else find_response(self.response), first_batch(ctx.task)
+        target = ctx.task.target(batch)
+        if getattr(response, "needs_labels", False) and target is None:
             raise DistillError(
                 f"{type(response).__name__} needs labels, but Task.target gives None; use KD(alpha=1), which needs none"
             )
-        if self.resolved_label_weight() > 0 and ctx.task.loss is None and ctx.task.target(batch) is None:
+        if self.resolved_label_weight() > 0 and ctx.task.loss is None and target is None:
             raise DistillError(
                 f"the labels have weight {self.resolved_label_weight():g}, but Task.target gives None; set alpha=1 "
                 "or label_weight=0"
             )
+        if self.cache is not None and (why := why_not_repeatable(ctx.task.train or (), _size(ctx.task))):
+            raise DistillError(f"cache needs the same sample each time, but {why}; leave out cache, or what changes it")
+        model = copy_model(ctx.model if ctx.model is not None else ctx.teacher)[0]
+        # what a loss may object to, such as other classes, it objects to before any work
+        with replace(self, cache=None).lesson(model, ctx) as lesson, dry(model):
+            assert lesson.companion is not None
+            home = device_of(model)
+            lesson.companion.to(home).eval()
+            lesson.objective(model, to_device(batch, home))
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
-        return trained(model, ctx, self.fit(model, ctx))
+        if self.student is not None:
+            model, ctx = self.begin(model), replace(ctx, masks={})
+        return trained(model, ctx, replace(self, student=None).fit(model, ctx))
 
 
-class _ResponseObjective:
-    """The teacher runs in eval mode, without gradients, on the student's batch."""
+def _seen(model: nn.Module, task: Task, batch: Batch) -> Sequence[Any]:
+    given = to_device(batch, device_of(model))
+    return observe(model, lambda: task.forward(model, given), batch_size(task.inputs(batch)))
 
-    def __init__(
-        self,
-        task: Task,
-        teacher: nn.Module,
-        response: ResponseLoss | Response,
-        label_weight: float,
-        ignore_index: int,
-    ) -> None:
-        self.task, self.teacher, self.response, self.label_weight = task, teacher, response, label_weight
-        self.ignore_index = ignore_index
-        self.predict = predictor(teacher)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        outputs = self.task.forward(model, batch)
-        student = self.task.logits(outputs)
-        self.teacher.to(student.device)
-        teacher = self.task.logits(self.task.forward(self.predict, batch))
-        parts: dict[str, torch.Tensor] = {}
-        target = self.task.target(batch)
-        if not isinstance(self.response, ResponseLoss):
-            parts["response"] = self.response(student, teacher, target)
-        elif not (isinstance(self.response, KD) and self.response.alpha == 0):
-            mask = self.task.mask(batch)
-            parts["response"] = self.response.soft(*positions(student, teacher, target, mask, self.ignore_index))
-        if self.label_weight > 0:
-            label = self.task.compute_loss(outputs, batch)
-            if label is None:
-                raise DistillError("a batch has no labels, but label_weight is above 0")
-            parts["label"] = self.label_weight * label
-        return parts
+def _size(task: Task) -> Any:
+    return lambda batch: batch_size(task.inputs(batch))

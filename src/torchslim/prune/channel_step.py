@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
 from torchslim.errors import PruneError
 from torchslim.files import write_bytes
+from torchslim.finetune import Training
 from torchslim.loaders import calibration_batches
 from torchslim.prune import schedule as schedules
 from torchslim.prune.amount import Amount
@@ -33,7 +34,7 @@ from torchslim.prune.sparsify import apply_masks
 from torchslim.select import check_patterns, parameter_paths
 from torchslim.steps import Context, Event, LayerRecord, Outcome
 from torchslim.task import batch_size, device_of
-from torchslim.training import FitReport, Hook, Training
+from torchslim.training import FitReport, Hook
 
 CALIBRATION_SAMPLES = 8
 """A batch of fewer says too little of a variance."""
@@ -105,6 +106,7 @@ class ChannelPruning:
         before = {name: each.shape for name, each in model.named_parameters()}
         now = _restored(model, ctx) or Standing(model, dict(ctx.masks))
         targets = schedules.rounds(self.amount.sparsity, self.rounds)
+        taught: Sequence[LayerRecord] = ()
         if self.sparsify is not None and not now.cuts:
             assert self.before_the_cut is not None
             report = self.before_the_cut.fit(
@@ -124,10 +126,11 @@ class ChannelPruning:
                     now.model, ctx, masks=now.masks, hooks=hooks, phase=f"prune-{number}", part=number
                 )
                 _note(now, report, number)
+                taught = report.layers
         return Outcome(
             model=now.model,
             masks=now.masks,
-            layers=[*_pruned(before, now.model), *_refused(now.refused)],
+            layers=[*_pruned(before, now.model), *_refused(now.refused), *taught],
             warnings=list(dict.fromkeys(now.warnings)),
             history=now.history,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchslim.channels.choices import Heads
 from torchslim.errors import PruneError
+from torchslim.finetune import Training
 from torchslim.isolation import copy_model
 from torchslim.loaders import calibration_batches
 from torchslim.prune import schedule as schedules
@@ -28,7 +29,7 @@ from torchslim.select import Patterns, by_pattern, select_weights
 from torchslim.statistics import Gathered, gather
 from torchslim.steps import Context, Form, LayerRecord, Outcome
 from torchslim.task import Batch, Outputs
-from torchslim.training import Hook, Loop, Training
+from torchslim.training import Hook, Loop
 
 SCHEDULES = ("one-shot", "iterative", "gradual")
 AMOUNT = ("of", "scope", "round_to", "min_channels")
@@ -221,13 +222,16 @@ class Prune:
         masks: Mapping[str, Tensor] = ctx.masks
         history: list[Mapping[str, float]] = []
         records: list[LayerRecord] = []
+        taught: Sequence[LayerRecord] = ()
         for part, target in enumerate(targets):
             masks, records = self.masks(model, masks, target, ctx.seed, self.gather(model, ctx))
             apply_masks(model, masks)
             if self.train is not None:
                 report = self.train.fit(model, ctx, masks=masks, phase=f"prune-{part + 1}", part=part)
                 history += [{"round": part + 1.0, **row} for row in report.history]
-        return Outcome(model=model, masks=masks, layers=records, warnings=notes(records), history=history)
+                taught = report.layers
+        layers = [*records, *taught]
+        return Outcome(model=model, masks=masks, layers=layers, warnings=notes(records), history=history)
 
     def masks(
         self,
@@ -262,7 +266,8 @@ class Prune:
         records = [
             pruned_record(each.layer, report.masks[each.layer]) if each.action == "pruned" else each for each in planned
         ]
-        return Outcome(model=model, masks=report.masks, layers=records, warnings=notes(records), history=report.history)
+        layers = [*records, *report.layers]
+        return Outcome(model=model, masks=report.masks, layers=layers, warnings=notes(records), history=report.history)
 
 
 class _Gradual(Hook):

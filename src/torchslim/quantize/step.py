@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from torchslim.errors import QuantizeError
 from torchslim.export import WRAPPED, tensors_of
+from torchslim.finetune import Training
 from torchslim.isolation import quiet
 from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, convert, prepare
 from torchslim.quantize.helpers import Accuracy, Helpers, Rounding, chosen_helpers
 from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, SCHEMES, find_scheme
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome, resolve
 from torchslim.task import call, predictor, take_first
-from torchslim.training import Hook, Loop, Training
+from torchslim.training import Hook, Loop
 
 LOUD_DB = 15.0  # below this the quantized output is worth a warning
 
@@ -122,6 +123,7 @@ class Quantize:
         if self.calibrates():
             prepared.calibrate(batches)
         history: Sequence[Mapping[str, float]] = ()
+        taught: Sequence[LayerRecord] = ()
         if self.mode == "qat":
             masks = {_inside(name): mask for name, mask in ctx.masks.items()}
             known = dict(prepared.named_parameters())
@@ -129,14 +131,15 @@ class Quantize:
             report = self.training().fit(
                 prepared, ctx, hooks=[freeze], masks={name: each for name, each in masks.items() if name in known}
             )
-            history = report.history
+            history, taught = report.history, report.layers
         quantized = convert(prepared)
         records = _measured(prepared, quantized, ctx.example_inputs)
         decibels = sqnr(call(predictor(model), batches[0]), call(predictor(quantized), batches[0]))
         warnings = [f"not quantized: {each.layer}: {each.reason}" for each in records if _surprising(each)]
         if decibels < LOUD_DB and self.mode == "ptq":
             warnings.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
-        return Outcome(model=quantized, masks=ctx.masks, layers=records, warnings=warnings, history=history)
+        layers = [*records, *taught]
+        return Outcome(model=quantized, masks=ctx.masks, layers=layers, warnings=warnings, history=history)
 
 
 class Freeze(Hook):

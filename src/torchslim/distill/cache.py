@@ -1,0 +1,130 @@
+"""What a teacher has answered, kept on disk by sample: the second epoch costs no forward pass of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from torchslim import processes
+from torchslim.errors import DistillError
+from torchslim.files import write_bytes
+from torchslim.task import batch_size, tensors
+
+SHARD_BYTES = 64 * 2**20
+INDEX, CHECK = "index", "check"
+TOLERANCE = 1e-4  # of a sample's length; rounding changes its projection by far less, an augmentation by more
+
+
+class TeacherCache:
+    """Answers by the number of their sample, in shards of safetensors.
+
+    Args:
+        folder: where they are.
+        key: of what the answers depend on; those of another key are left alone.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        self.shards: list[dict[str, Tensor]] = []
+        self.files: set[str] = set()
+        self.place = torch.full((0, 2), -1)  # of each sample: shard and row
+        self.rows: list[dict[str, Tensor]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up what has been written, by other processes too."""
+        for path in sorted(self.folder.glob(f"{self.key}-*.safetensors")):
+            if path.name in self.files:
+                continue
+            try:
+                shard = load_file(path)
+                self._add({name: shard[name] for name in sorted(shard)})
+            except (SafetensorError, KeyError) as error:
+                raise DistillError(f"{path} is damaged ({error}); delete it, it is made again") from error
+            self.files.add(path.name)
+
+    def find(self, index: Tensor, check: Tensor) -> dict[str, Tensor] | None:
+        """The answers on these samples; None unless all are there.
+
+        Raises:
+            DistillError: a sample is not what it was when its answer was kept.
+        """
+        if not len(index) or int(index.max()) >= len(self.place):
+            return None
+        place = self.place[index]
+        if bool((place < 0).any()):
+            return None
+        found: dict[str, Tensor] = {}
+        for number in place[:, 0].unique().tolist():
+            rows = (place[:, 0] == number).nonzero().flatten()
+            for name, values in self.shards[number].items():
+                if name not in found:
+                    found[name] = values.new_empty(len(index), *values.shape[1:])
+                found[name][rows] = values[place[rows, 1]]
+        self._same(found.pop(CHECK), check, index)
+        return found
+
+    def keep(self, index: Tensor, check: Tensor, answers: Mapping[str, Tensor]) -> None:
+        """Keep the answers on these samples."""
+        row = {INDEX: index, CHECK: check, **{name: each.detach().cpu() for name, each in answers.items()}}
+        self.rows.append({name: each.contiguous() for name, each in row.items()})
+        if sum(each.numel() * each.element_size() for row in self.rows for each in row.values()) >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept in memory."""
+        if not self.rows:
+            return
+        shard = {name: torch.cat([row[name] for row in self.rows]) for name in self.rows[0]}
+        number = int(shard[INDEX].min())
+        name = f"{self.key}-{number:09d}-{len(shard[INDEX])}-{shard[INDEX].sum().item():x}.safetensors"
+        write_bytes(self.folder / name, save(shard))
+        self.files.add(name)
+        self.rows.clear()
+        self._add(shard)
+
+    def _add(self, shard: dict[str, Tensor]) -> None:
+        index = shard.pop(INDEX)
+        self.shards.append(shard)
+        more = int(index.max()) + 1 - len(self.place)
+        if more > 0:
+            self.place = torch.cat([self.place, torch.full((more, 2), -1)])
+        self.place[index, 0] = len(self.shards) - 1
+        self.place[index, 1] = torch.arange(len(index))
+
+    def _same(self, old: Tensor, new: Tensor, index: Tensor) -> None:
+        changed = (old[:, 0] - new[:, 0]).abs() > TOLERANCE * old[:, 1] + 1e-12
+        if bool(changed.any()):
+            raise DistillError(
+                f"sample {int(index[changed][0])} is not what it was when the teacher's answer was cached: the loader "
+                "augments or shuffles in a way that its numbers do not follow, or the data have changed; leave out "
+                f"cache, or delete {self.folder}"
+            )
+
+
+def checks(inputs: Any) -> Tensor:
+    """A projection of each sample's inputs on fixed random directions, and their length: (samples, 2)."""
+    samples = batch_size(inputs)
+    total = torch.zeros(samples, 2, dtype=torch.float64)
+    for tensor in tensors(inputs):
+        if tensor.dim() and len(tensor) == samples:
+            rows = tensor.detach().reshape(samples, -1).float()
+            direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(rows.shape[1]))
+            total[:, 0] += (rows @ direction.to(rows.device)).double().cpu()
+            total[:, 1] += rows.norm(dim=1).double().cpu()
+    return total
+
+
+def write_all(caches: Sequence[TeacherCache]) -> None:
+    """At the end of an epoch: every process writes, then all read what the others wrote."""
+    for cache in caches:
+        cache.flush()
+    processes.wait()
+    for cache in caches:
+        cache.refresh()

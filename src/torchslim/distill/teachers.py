@@ -1,0 +1,146 @@
+"""Who teaches: one model or several, the student's own moving average, or what they have answered before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchslim.distill.cache import TeacherCache, checks, write_all
+from torchslim.distill.taps import Tap, Watch, watched
+from torchslim.errors import DistillError
+from torchslim.files import digest
+from torchslim.isolation import copy_model
+from torchslim.steps import canonical, fingerprint, resolve
+from torchslim.task import Batch, Task, device_of
+from torchslim.training import Hook, Loop
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What teachers say of a batch: the logits of each, and the features of the first."""
+
+    logits: Sequence[Tensor]
+    features: Sequence[Tensor]
+
+    def named(self) -> dict[str, Tensor]:
+        """As tensors by name."""
+        logits = {f"logits_{number}": each for number, each in enumerate(self.logits)}
+        return logits | {f"feature_{number}": each for number, each in enumerate(self.features)}
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor]) -> Answer:
+        """From tensors by name."""
+        kinds = [[named[f"{kind}_{n}"] for n in range(len(named)) if f"{kind}_{n}" in named]
+                 for kind in ("logits", "feature")]  # fmt: skip
+        return cls(*kinds)
+
+
+class Teacher(Protocol):
+    """Answers on a batch, whose samples have numbers where somebody needs them."""
+
+    def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer: ...
+
+
+class Teachers:
+    """Modules in eval mode, without gradients; the first is watched at the taps."""
+
+    def __init__(self, task: Task, modules: Sequence[nn.Module], taps: Sequence[Tap], stack: ExitStack) -> None:
+        self.task, self.modules, self.taps = task, modules, taps
+        self.watch = Watch(tap.path for tap in taps)
+        if taps:
+            stack.enter_context(watched(modules[0], self.watch.keep, self.watch.outputs))
+
+    def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer:
+        logits = []
+        self.watch.clear()
+        for module in self.modules:
+            if device_of(module) != device:
+                module.to(device)
+            with torch.no_grad():
+                logits.append(self.task.logits(self.task.forward(module, batch)))
+        return Answer(logits, self.watch.features(self.taps))
+
+
+class Remembering:
+    """Teachers that are asked once about each sample; what they said is read from the cache."""
+
+    def __init__(self, inner: Teachers, folder: Path) -> None:
+        said = [fingerprint(module.state_dict()) for module in inner.modules]
+        reading = [canonical(each) for each in (inner.task.inputs, inner.task.logits)]
+        key = digest(said, [tap.name for tap in inner.taps], reading)[:16]
+        self.inner, self.cache = inner, TeacherCache(folder, key)
+
+    def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer:
+        assert index is not None
+        index, check = index.cpu(), checks(self.inner.task.inputs(batch))
+        known = self.cache.find(index, check)
+        if known is not None:
+            return Answer.of({name: value.to(device) for name, value in known.items()})
+        answer = self.inner(batch, index, device)
+        for name, each in answer.named().items():
+            if not each.dim() or len(each) != len(index):
+                raise DistillError(
+                    f"the teacher's {name} has shape {tuple(each.shape)} for {len(index)} samples; a cache needs a row "
+                    "for each sample: leave it out"
+                )
+        self.cache.keep(index, check, answer.named())
+        return answer
+
+
+class WriteCache(Hook):
+    """Writes at every epoch's end, before the epoch's checkpoint."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+
+    def on_epoch(self, loop: Loop) -> None:
+        """Write, and read what other processes wrote."""
+        write_all([self.cache])
+
+
+class Average(Hook):
+    """The student's moving average, from its first step on: a teacher of the same making.
+
+    After n steps a step counts max(1 - decay, 1 / (n + 1)): at first all steps alike, then the last ones most. Buffers
+    are those of the student.
+
+    Source: Tarvainen & Valpola 2017, arXiv:1703.01780, section 2.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module, self.decay = copy_model(model)[0].eval().requires_grad_(False), decay
+
+    @torch.no_grad()
+    def on_step(self, loop: Loop) -> None:
+        """Move towards the student."""
+        part = max(1 - self.decay, 1 / (loop.step + 1))
+        ours, theirs = dict(self.module.named_parameters()), dict(loop.model.named_parameters())
+        for name, average in ours.items():
+            average.lerp_(theirs[name].to(average), part)
+        buffers = dict(loop.model.named_buffers())
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+def find_module(spec: Any, what: str) -> nn.Module:
+    """A copy of a module, or what "package.module:callable" gives.
+
+    Raises:
+        DistillError: it cannot be imported, or gives no module.
+    """
+    found = resolve(spec, what, DistillError) if isinstance(spec, str) else spec
+    if isinstance(found, nn.Module):
+        return copy_model(found)[0]
+    try:
+        found = found() if callable(found) else found
+    except Exception as error:
+        raise DistillError(f"{what} {spec!r} cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(found, nn.Module):
+        raise DistillError(f"{what} {spec!r} must be a module or give one, got {type(found).__name__}")
+    return found
