@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.deployment_models import TwoInputs, fresh_python, trained_conv
 from tests.quantized import Block, quantized
 from tests.quantized_graphs import int4_graph, stored_bits
-from torchslim.quantize import sqnr, static
+from torchslim.quantize import convert, prepare, sqnr, static
 from torchslim.runtimes import Deployed, deploy, find_runtime, kernels
 
 RUNTIME = find_runtime("openvino")
@@ -118,3 +119,34 @@ def test_infinity_and_nan_come_out_as_they_go_in() -> None:
     found = deploy(torch.nn.ReLU(), (torch.randn(3, 4),), runtime="openvino")
     answer = found(torch.tensor([[math.inf, -math.inf, 1.0, -1.0]]))
     assert answer.tolist() == [[math.inf, 0.0, 1.0, 0.0]]
+
+
+class Residuals(nn.Module):
+    """A pooled stem and two residual blocks, written as torchvision writes them: the layer first, what it adds last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.last = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.stem(x)), 2)
+        for conv in self.convs:
+            x = torch.relu(conv(x) + x)
+        return self.last(x)
+
+
+def test_what_a_layer_adds_and_what_is_pooled_stays_in_integers() -> None:
+    # the sum of a block is added to the next one: rounded once, for the layer and for the addition
+    x = torch.randn(2, 3, 16, 16)
+    prepared = prepare(Residuals(), (x,), runtime="openvino")
+    prepared.calibrate([(x,)])
+    deployed = deploy(convert(prepared), (x,), runtime="openvino", threads=1)
+    operations = deployed.session.model.get_runtime_model().get_ordered_ops()
+    kinds = [each.get_rt_info()["layerType"].astype(str) for each in operations]
+    assert kinds.count("FakeQuantize") == 1  # of the input; every other is computed by the layer before
+    assert "Subtract" not in kinds
+    assert "PowerStatic" not in kinds
+    (pool,) = [each for each, kind in zip(operations, kinds, strict=True) if kind == "Pooling"]
+    assert pool.get_rt_info()["outputPrecisions"].astype(str) == "u8"

@@ -64,8 +64,9 @@ SPLITS = (
 GATES = (aten.sigmoid.default, aten.sigmoid_.default)
 GATED = (aten.mul.Tensor, aten.mul_.Tensor)
 # every element of the output is one of the input (or a zero): scale and zero point stay the same
+POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 MOVES = (
-    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.view.default,
+    *POOLS, aten.view.default,
     aten.reshape.default, aten.flatten.using_ints, aten.permute.default, aten.transpose.int, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int,
     aten.expand.default, aten.contiguous.default, aten.clone.default, aten.pixel_shuffle.default,

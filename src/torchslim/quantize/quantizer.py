@@ -33,6 +33,7 @@ from torchslim.quantize.operations import (
     GATED,
     GATES,
     MOVES,
+    POOLS,
     PRODUCTS,
     RECURRENT,
     SPLITS,
@@ -103,18 +104,30 @@ class SlimQuantizer(Quantizer):
             elif node.target in PRODUCTS:
                 self._product(node)
             elif node.target in MOVES and _quantized_output(argument(node, 0)):
-                # runtimes move integers, and take it for granted that scale and zero point stay the same
-                source = argument(node, 0)
-                node.meta[ANNOTATION] = QuantizationAnnotation(
-                    input_qspec_map={source: self.specs.static},
-                    output_qspec=SharedQuantizationSpec((source, node)),
-                    _annotated=True,
-                )
+                self._move(node)
             elif node.target is getitem:
                 self._part(node)
             elif node.target not in BATCH_NORMS and any(weights_of(node)) and not is_constant(node):
                 self._refuse(node, f"{op_name(node)} has no integer kernel")
+        self._pool_integers(model)
         return model
+
+    def _pool_integers(self, model: GraphModule) -> None:
+        """Round what is pooled before it is, where all that read it round it: the layer before answers in integers."""
+        for node in reversed(model.graph.nodes):
+            if node.target in POOLS and ANNOTATION not in node.meta and node.users:
+                readers = [user.meta.get(ANNOTATION) for user in node.users]
+                if all(each is not None and each.input_qspec_map.get(node) is self.specs.static for each in readers):
+                    self._move(node)
+
+    def _move(self, node: Node) -> None:
+        """Runtimes move integers, and take it for granted that scale and zero point stay the same."""
+        source = argument(node, 0)
+        node.meta[ANNOTATION] = QuantizationAnnotation(
+            input_qspec_map={source: self.specs.static},
+            output_qspec=SharedQuantizationSpec((source, node)),
+            _annotated=True,
+        )
 
     def takes_product(self, node: Node) -> bool:
         """Is a product of two activations, or what is one when it is taken apart, to be computed on integers?"""
@@ -217,19 +230,27 @@ class SlimQuantizer(Quantizer):
 
         Elsewhere (the residual stream of a transformer) eight bits lose too much: 28 dB became 7 on DeiT-tiny.
         """
-        left, right = argument(node, 0), argument(node, 1)
-        if left is None or right is None or left is right or node.kwargs.get("alpha", 1) != 1:
-            return
-        if shape_of(left) != shape_of(right) or not shape_of(left):
-            return
-        sums = [each for each in (left, right) if self._ends_convolution(each)]
-        if not sums:
+        found = self._residual(node)
+        if found is None:
             return
         if self.profile.additions == "both":
-            self._mark(node, dict.fromkeys((left, right), self.specs.static), self.specs.static)
+            self._mark(node, dict.fromkeys(found, self.specs.static), self.specs.static)
         elif self.profile.additions == "other":
-            other = left if sums[-1] is right else right
-            self._mark(node, {other: self.specs.static}, None)
+            self._mark(node, {found[1]: self.specs.static}, None)
+
+    def _residual(self, node: Node) -> tuple[Node, Node] | None:
+        """What a residual addition adds: the output of the layer that can add the other one at its end comes first."""
+        left, right = argument(node, 0), argument(node, 1)
+        if left is None or right is None or left is right or node.kwargs.get("alpha", 1) != 1:
+            return None
+        if shape_of(left) != shape_of(right) or not shape_of(left):
+            return None
+        sums = [each for each in (left, right) if self._ends_convolution(each)]
+        if not sums:
+            return None
+        # an earlier sum has been computed by its own layer: it is what is added
+        last = next((each for each in sums if weighted(_layer_before(each)) and len(each.users) == 1), sums[-1])
+        return last, left if last is right else right
 
     def _concat(self, node: Node) -> None:
         parts = [each for each in _flat(node.args[0]) if isinstance(each.meta.get("val"), Tensor)]
@@ -244,11 +265,7 @@ class SlimQuantizer(Quantizer):
             node.meta[ANNOTATION] = QuantizationAnnotation(output_qspec=SharedQuantizationSpec(source), _annotated=True)
 
     def _ends_convolution(self, node: Node) -> bool:
-        while node.target in (*CLAMPS, *BATCH_NORMS, *DROPOUTS):
-            before = argument(node, 0)
-            if before is None:
-                return False
-            node = before
+        node = _layer_before(node)
         layer = weighted(node)
         if layer is not None:
             scheme = self.schemes.get(node)
@@ -325,6 +342,13 @@ def _end_of_layer(node: Node) -> Node:
         users = list(node.users)
         if len(users) == 1 and users[0].target in fused:
             node = users[0]
+    return node
+
+
+def _layer_before(node: Node) -> Node:
+    """What a value is computed by, without the norms and clamps behind it."""
+    while node.target in (*CLAMPS, *BATCH_NORMS, *DROPOUTS) and (before := argument(node, 0)) is not None:
+        node = before
     return node
 
 
