@@ -18,7 +18,7 @@ from torchslim.distill.taps import dry, observe
 from torchslim.distill.teachers import Average, Remembering, Teacher, Teachers, WriteCache, find_module
 from torchslim.errors import DistillError
 from torchslim.finetune import Lesson, Training, trained
-from torchslim.isolation import copy_model
+from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, indexed, sample_count, why_not_repeatable
 from torchslim.steps import Context, Form, LayerRecord, Outcome
 from torchslim.task import Batch, Task, batch_size, device_of, to_device
@@ -154,7 +154,8 @@ class Distill(Training):
             places = 0
             if any(part.needs_places for part in parts):
                 places = sample_count(batches, _size(task))
-            companion = Companion(parts, pairs, places, average.module if average else None)
+            with preserved_globals(ctx.seed):  # projections start from the same weights each time
+                companion = Companion(parts, pairs, places, average.module if average else None)
             objective = Everything(
                 task, teacher, response, parts, pairs, companion, self.resolved_label_weight(), self.ignore_index,
                 self._several("teacher_weights"), model, stack,
