@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from torchslim.distill.response import check_positive, check_weights
 from torchslim.errors import DistillError
 
 TINY = 1e-12
+CHUNK = 2**18  # cosines that are held at a time, where one corner has no more
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -33,22 +34,56 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between the cosines of the angles that all triples of samples form.
 
-    One corner's triples are held at a time and computed again for the gradient, so memory grows with batch^2, not
-    batch^3.
+    The triples are taken in chunks, and their gradient along with their value, so memory grows with batch^2, not
+    batch^3, and what they cost does not depend on the size of the features.
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Park et al. 2019, arXiv:1904.05068, section 3.2.2.
     """
     left, right = _rows(student, teacher, least=3)
+    loss: Tensor = _Angles.apply(_gram(left), _gram(right), left.dtype)
+    return loss
 
-    def corner(index: int, one: Tensor, two: Tensor) -> Tensor:
-        cosines = []
-        for each in (one, two):
-            directions = functional.normalize(each - each[index], dim=1, eps=TINY)
-            cosines.append(directions @ directions.T)
-        return functional.smooth_l1_loss(cosines[0], cosines[1])
 
-    losses = [checkpoint(corner, index, left, right, use_reentrant=False) for index in range(len(left))]
-    return torch.stack(losses).mean()
+class _Angles(torch.autograd.Function):
+    """Of the Gram matrices of both sides: the mean Huber loss of all cosines, and its gradient for the first."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
+        size = len(student)
+        gradient, lengths = torch.zeros_like(student), torch.zeros_like(student)
+        total = student.new_zeros(())
+        sides = [(gram, _inverse_distances(gram)) for gram in (student, teacher)]
+        for corners in torch.arange(size, device=student.device).split(max(1, CHUNK // size**2)):
+            cosines, scales = [], []
+            for gram, inverse in sides:
+                at = gram[corners]
+                # (x_j - x_i) . (x_k - x_i), in units of both lengths
+                products = gram - at[:, :, None] - at[:, None, :] + gram.diagonal()[corners][:, None, None]
+                scales.append((inverse[corners][:, :, None] * inverse[corners][:, None, :]).to(dtype))
+                cosines.append(products.to(dtype) * scales[-1])
+            error = cosines[0] - cosines[1]
+            total += functional.smooth_l1_loss(cosines[0], cosines[1], reduction="sum")
+            slope = error.clamp(-1, 1)
+            direct = (slope * scales[0]).double()
+            gradient += direct.sum(0)
+            gradient[corners] -= 2 * direct.sum(2)
+            gradient.diagonal()[corners] += direct.sum((1, 2))
+            lengths[corners] = -(slope * cosines[0]).sum(2).double() * sides[0][1][corners] ** 2
+        gradient -= 2 * lengths
+        gradient.diagonal().add_(lengths.sum(0) + lengths.sum(1))
+        ctx.save_for_backward(gradient / size**3)
+        return (total / size**3).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].double(), None, None
+
+
+def _inverse_distances(gram: Tensor) -> Tensor:
+    """Of all pairs; 0 for equal samples."""
+    squares, equal = _squares(gram)
+    return squares.masked_fill(equal, 1).rsqrt().masked_fill(equal, 0)
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
@@ -123,7 +158,21 @@ def _rows(student: Tensor, teacher: Tensor, least: int = 2) -> tuple[Tensor, Ten
 
 def _distances(rows: Tensor) -> Tensor:
     """Euclidean, of all pairs; the gradient at distance 0 is 0, not undefined."""
-    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    squares, equal = _squares(_gram(rows))
+    return squares.masked_fill(equal, 1).sqrt().masked_fill(equal, 0).to(rows.dtype)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Products of all pairs, from their mean, in float64: differences of near samples are lost in float32."""
+    centred = (rows - rows.mean(0)).double()
+    return centred @ centred.T
+
+
+def _squares(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances of all pairs, and which of them are of equal samples."""
+    own = gram.diagonal()
+    squares = own[:, None] + own[None, :] - 2 * gram
+    return squares, squares <= 1e-12 * (own[:, None] + own[None, :]) + TINY**2
 
 
 def _unit_distances(rows: Tensor) -> Tensor:
