@@ -174,3 +174,24 @@ def test_linear_layers_in_a_row_hand_integers_on() -> None:
     assert quantize_nodes(static(model, [(x,)], runtime="onnxruntime")) == 3, "integers are flattened"
     floating = static(model, [(x,)], runtime="onnxruntime", layers={"3": "float"})
     assert quantize_nodes(floating) == 1, "what reads it computes in float"
+
+
+class StoredSource(nn.Module):
+    """A layer that reads a table, as projections of relative positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 16))
+        self.project, self.layer = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) @ self.project(self.table).T
+
+
+def test_a_layer_that_reads_stored_tensors_alone_says_why_it_has_no_integer_inputs() -> None:
+    x = torch.randn(4, 16)
+    prepared = prepare(StoredSource(), (x,), runtime="onnxruntime")
+    prepared.calibrate([(x,)])
+    found = {record.layer: (record.activation_bits, record.reason) for record in prepared.records}
+    assert found["project"] == (None, "what it reads is stored, too: weights in int8, computing in float")
+    assert found["layer"] == (8, "")

@@ -169,6 +169,8 @@ class SlimQuantizer(Quantizer):
             if scheme.activations == "dynamic":
                 reason = f"no runtime computes {layer.kind} with dynamic ranges: weights in int8, computing in float"
             scheme = WEIGHTS_ONLY
+        elif scheme.activations != "float" and is_constant(source):
+            reason, scheme = "what it reads is stored, too: weights in int8, computing in float", WEIGHTS_ONLY
         inputs: dict[Node, Any] = {weight: self.specs.weight(scheme, layer.axis)}
         output = None
         if scheme.activations == "dynamic":
