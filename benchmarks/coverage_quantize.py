@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.coverage import BENCHMARK as PRUNING
 from benchmarks.one_zoo_quantized import EMPTY
-from benchmarks.quantize_page import BARS, group, whole_page, why
+from benchmarks.quantize_page import BARS, SETTLED, group, whole_page, why
 from benchmarks.rows import load
 from benchmarks.runner import Benchmark, latest, main
 from benchmarks.zoo import names
@@ -32,7 +32,7 @@ def _smallest_first() -> Any:
 BENCHMARK = Benchmark(
     module="benchmarks.coverage_quantize",
     measure="benchmarks.one_zoo_quantized:measure",
-    sides=("ours", "torchao", "nncf"),
+    sides=("ours", "torchao", "nncf", SETTLED),
     time_limit=120.0,
     grace=60.0,
     empty=EMPTY,
