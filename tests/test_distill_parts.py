@@ -336,3 +336,18 @@ def test_a_teacher_in_training_mode_answers_in_eval_mode_and_stays_as_it_was() -
     step(seeded(conv_net, 4), replace(ctx))
     assert ctx.teacher.training
     assert fingerprint(ctx.teacher.state_dict()) == state
+
+
+def test_features_are_taken_before_activations_in_place_write_over_them() -> None:
+    def in_place(width: int) -> nn.Module:
+        net = conv_net(width)
+        for block in net[:3]:
+            block[2] = nn.ReLU(inplace=True)
+        return net
+
+    ctx = context(teacher=in_place(6), model=in_place(4))
+    model = in_place(4).eval()
+    step = ts.Distill(response=None, feature=flat_mse, taps={"0.1": "0.1"}, label_weight=0.0)
+    parts, (x, _) = objective(step, model, ctx)
+    expected = flat_mse([model[0][:2](x)], [ctx.teacher.eval()[0][:2](x)])
+    assert parts["flat_mse"].item() == pytest.approx(expected.item(), rel=1e-5)

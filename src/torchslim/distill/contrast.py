@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from torchslim.distill.align import Shape, wide
 from torchslim.distill.response import check_positive
 from torchslim.errors import DistillError
+from torchslim.processes import gathered
 
 
 def contrast(
@@ -67,18 +68,6 @@ def _estimation(near: Tensor, far: Tensor, level: Tensor, counts: Tensor | None)
     if counts is not None:
         others = others.masked_fill(~counts.bool(), 0)
     return (functional.softplus(level - near) + others.sum(1)).mean()
-
-
-def _gathered(*tensors: Tensor) -> list[Tensor]:
-    """Each of all processes, which must be equally sized, one after another; as it is where there is one process."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return list(tensors)
-    parts = []
-    for each in tensors:
-        places = [torch.empty_like(each) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(places, each.contiguous())
-        parts.append(torch.cat(places))
-    return parts
 
 
 class Contrast(nn.Module):
@@ -152,7 +141,7 @@ class Contrast(nn.Module):
     def _remember(self, student: Tensor, teacher: Tensor, index: Tensor, target: Tensor | None, levels: Tensor) -> None:
         """Move the rows of all processes' batches by momentum, those of a sample that comes twice by its mean."""
         target = self.labels[index] if target is None else target
-        student, teacher, index, target, levels = _gathered(student, teacher, index, target, levels[None])
+        student, teacher, index, target, levels = map(gathered, (student, teacher, index, target, levels[None]))
         self.level.copy_(levels.mean(0))
         rows, inverse = index.unique(return_inverse=True)
         for bank, batch in ((self.bank_student, student), (self.bank_teacher, teacher)):

@@ -15,12 +15,12 @@ from torchslim.distill.feature import FeatureLoss
 from torchslim.distill.losses import Response, loss_name
 from torchslim.distill.matching import Pair
 from torchslim.distill.response import KD, ResponseLoss, positions
-from torchslim.distill.taps import Watch, dry, watched
-from torchslim.distill.teachers import Teacher
+from torchslim.distill.taps import Watch, watched
+from torchslim.distill.teachers import Teacher, answer
 from torchslim.errors import DistillError
-from torchslim.loaders import Indexed, first_batch
+from torchslim.loaders import Indexed
 from torchslim.processes import gathered
-from torchslim.task import Batch, Task, device_of, to_device
+from torchslim.task import Batch, Task
 from torchslim.training import Losses
 
 
@@ -95,15 +95,7 @@ class Everything:
         self.watch = Watch(tap.path for tap in self.taps)
         if self.taps:
             stack.enter_context(watched(model, self.watch.keep, self.watch.outputs))
-            self.watch.copied = frozenset(self._overwritten(model))
-
-    def _overwritten(self, model: nn.Module) -> set[str]:
-        """The features that the model writes over once they are taken, as activations in place do."""
-        with dry(model):
-            self.task.forward(model, to_device(first_batch(self.task), device_of(model)))
-            found = self.watch.overwritten()
-        self.watch.clear()
-        return found
+            self.watch.rehearse(model, lambda: answer(task, model))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         index = None
@@ -116,12 +108,12 @@ class Everything:
         losses: dict[str, Tensor] = {}
         target = self.task.target(batch)
         if needed or self.parts:
-            answer = self.teacher(batch, index, logits.device)
+            said = self.teacher(batch, index, logits.device)
             if needed:
-                losses["response"] = self._response(logits, answer.logits, target, self.task.mask(batch))
+                losses["response"] = self._response(logits, said.logits, target, self.task.mask(batch))
             if self.parts:
                 index = torch.arange(len(logits)) if index is None else index
-                self._features(logits, answer.logits[0], answer.features, index.to(logits.device), batch, losses)
+                self._features(logits, said.logits[0], said.features, index.to(logits.device), batch, losses)
         self.watch.clear()
         if self.label_weight > 0:
             label = self.task.compute_loss(outputs, batch)

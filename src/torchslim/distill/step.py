@@ -15,7 +15,7 @@ from torchslim.distill.matching import Pair, match
 from torchslim.distill.objective import Companion, Everything, Part
 from torchslim.distill.response import KD, ResponseLoss
 from torchslim.distill.taps import dry, observe
-from torchslim.distill.teachers import Average, Remembering, Teacher, Teachers, WriteCache, find_module
+from torchslim.distill.teachers import Average, Remembering, Teacher, Teachers, WriteCache, answer, find_module
 from torchslim.errors import DistillError
 from torchslim.finetune import Lesson, Training, trained
 from torchslim.isolation import copy_model, preserved_globals
@@ -212,8 +212,7 @@ class Distill(Training):
 
 
 def _seen(model: nn.Module, task: Task, batch: Batch) -> Sequence[Any]:
-    given = to_device(batch, device_of(model))
-    return observe(model, lambda: task.forward(model, given), batch_size(task.inputs(batch)))
+    return observe(model, lambda: answer(task, model), batch_size(task.inputs(batch)))
 
 
 def _size(task: Task) -> Any:

@@ -99,6 +99,13 @@ class Watch:
         """The paths whose outputs the model has written over."""
         return {path for path, found in self.outputs.items() if any(each._version != old for each, old in found)}
 
+    def rehearse(self, model: nn.Module, call: Callable[[], Any]) -> None:
+        """Run the model once, and from then on copy what it writes over, as activations in place do."""
+        with dry(model):
+            call()
+        self.copied = frozenset(self.overwritten())
+        self.clear()
+
 
 def first_feature(output: Any) -> Tensor | None:
     """The first tensor of a module's output that can be a feature."""

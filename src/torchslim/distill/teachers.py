@@ -16,8 +16,9 @@ from torchslim.distill.taps import Tap, Watch, watched
 from torchslim.errors import DistillError
 from torchslim.files import digest
 from torchslim.isolation import copy_model
+from torchslim.loaders import first_batch
 from torchslim.steps import canonical, fingerprint, resolve
-from torchslim.task import Batch, Task, device_of
+from torchslim.task import Batch, Task, device_of, to_device
 from torchslim.training import Hook, Loop
 
 
@@ -47,6 +48,11 @@ class Teacher(Protocol):
     def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer: ...
 
 
+def answer(task: Task, model: nn.Module) -> Any:
+    """What a model says of the first training batch."""
+    return task.forward(model, to_device(first_batch(task), device_of(model)))
+
+
 class Teachers:
     """Modules in eval mode, without gradients; the first is watched at the taps."""
 
@@ -55,6 +61,7 @@ class Teachers:
         self.watch = Watch(tap.path for tap in taps)
         if taps:
             stack.enter_context(watched(modules[0], self.watch.keep, self.watch.outputs))
+            self.watch.rehearse(modules[0], lambda: answer(task, modules[0]))
 
     def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer:
         logits = []
@@ -82,15 +89,15 @@ class Remembering:
         known = self.cache.find(index, check)
         if known is not None:
             return Answer.of({name: value.to(device) for name, value in known.items()})
-        answer = self.inner(batch, index, device)
-        for name, each in answer.named().items():
+        said = self.inner(batch, index, device)
+        for name, each in said.named().items():
             if not each.dim() or len(each) != len(index):
                 raise DistillError(
                     f"the teacher's {name} has shape {tuple(each.shape)} for {len(index)} samples; a cache needs a row "
                     "for each sample: leave it out"
                 )
-        self.cache.keep(index, check, answer.named())
-        return answer
+        self.cache.keep(index, check, said.named())
+        return said
 
 
 class WriteCache(Hook):
