@@ -128,8 +128,21 @@ relation = { do = "rkd", gather = true }
 taps = { "0" = "0" }
 
 [[step]]
+do = "prune"
+pattern = "channel"
+sparsity = 0.5
+of = "macs"
+round_to = 1
+min_channels = 1
+criterion = "taylor"
+schedule = "iterative"
+rounds = 2
+train = { do = "finetune", epochs = 1 }
+
+[[step]]
 do = "quantize"
-scheme = "int8-weights"
+mode = "qat"
+train = { do = "distill", epochs = 2, feature = { do = "attention_transfer" }, teacher = "ema" }
 """
 
 
@@ -149,12 +162,13 @@ def test_a_recipe_runs_on_two_processes(tmp_path: Path, killed: bool) -> None:
         return found
 
     first = run()
-    assert [row["name"] for row in first["rows"]] == ["baseline", "distill", "quantize", "artifact"]
+    assert [row["name"] for row in first["rows"]] == ["baseline", "distill", "prune", "quantize", "artifact"]
     history = first["rows"][1]["history"]
     assert {"loss_response", "loss_hint", "loss_rkd", "loss_label"} <= history[0].keys()
     assert (tmp_path / "out" / "report.html").exists()
     if killed:  # the last step is gone: the run goes on from the one before, in both processes
-        (tmp_path / "out" / "work" / "02-quantize" / "stage.json").unlink()
+        (tmp_path / "out" / "work" / "03-quantize" / "stage.json").unlink()
         again = run()
         assert again["rows"][1]["history"] == history
-        assert again["rows"][2]["metric"] == first["rows"][2]["metric"]
+        assert again["rows"][3]["metric"] == first["rows"][3]["metric"]
+        assert again["rows"][3]["history"] == first["rows"][3]["history"]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchslim import processes
 from torchslim.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
@@ -269,7 +270,7 @@ def _path(ctx: Context) -> Path | None:
 def _store(now: Standing, ctx: Context) -> None:
     """Keep a cut: the surgery that leads to it, and the weights after it."""
     path = _path(ctx)
-    if path is None:
+    if path is None or not processes.is_first():
         return
     kept: dict[str, Any] = {key: value for key, value in vars(now).items() if key not in ("model", "masks")}
     saved = {
