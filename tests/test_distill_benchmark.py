@@ -71,7 +71,7 @@ def test_the_page_says_whether_the_bar_is_met() -> None:
     text = page([*tried(), *labels, *better], MACHINE)
     assert "t-interval above zero: met." in text
     assert "| kd | 5 | 86.00 +- 0.00 |" in text
-    assert "chosen on validation with a seed of its own: temperature 4, alpha 0.5" in text
+    assert "chosen on validation with a seed of its own: temperature 4, alpha 0.9" in text
     assert "t-interval above zero: **missed**." in page([*labels, *worse], MACHINE)
     assert "2 of 5 seeds have run" in page([*labels, *better[:2]], MACHINE)
     cost = {"couple": "images", "way": "cost of kd", "seed": 0, "bar": 1.1, "over": "student + teacher",
