@@ -720,3 +720,23 @@ def test_the_benchmark_refuses_nonsense(saved: Path) -> None:
 def test_the_spec_still_checks_a_loaded_models_calls(saved: Path) -> None:
     with pytest.raises(DeployError, match=r"input 'x' must have the shape \(any, 3, 8, 8\)"):
         ts.load(saved / "onnxruntime-int8")(torch.randn(2, 3, 9, 9))
+
+
+class BitwiseMasks(nn.Module):
+    """Masks joined by operators, which are operations of their own: `aten.__and__` and its kin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, one: Tensor, two: Tensor) -> Tensor:
+        kept = ((one & two) | (one ^ two)) & True
+        return self.layer(x).masked_fill(~kept, 0)
+
+
+def test_operators_on_masks_are_saved_and_loaded(tmp_path: Path) -> None:
+    inputs = (torch.randn(3, 4), torch.rand(3, 4) > 0.5, torch.rand(3, 4) > 0.5)
+    model = BitwiseMasks()
+    deployed = ts.deploy(model, inputs, runtime="eager")
+    ts.save(deployed, tmp_path / "out")
+    assert torch.equal(ts.load(tmp_path / "out")(*inputs), model(*inputs))

@@ -32,7 +32,10 @@ KNOWN = re.compile(
 NAME = re.compile(r"\w*")
 # paths of weights may hold what a key of a ModuleDict may, but nothing that ends a quoted text in generated code
 TEXT = re.compile(r"[^\"'\\\r\n]*")
-OPERATION = re.compile(r"torch\.ops(\.(?!__)\w+){2,3}|torch\.(_)?sym_\w+|math\.[a-z]\w*|_operator\.[a-z]\w*")
+OPERATION = re.compile(
+    r"torch\.ops(\.(?!__)\w+){2,3}|torch\.ops\.aten\.__i?(and|or|xor|lshift|rshift)__\.(?!__)\w+|"
+    r"torch\.(_)?sym_\w+|math\.[a-z]\w*|_operator\.[a-z]\w*"
+)
 CALLERS = frozenset({"_operator.call", "_operator.methodcaller", "_operator.attrgetter", "_operator.itemgetter"})
 TREES = frozenset({"builtins.tuple", "builtins.list", "builtins.dict", "null", "[]"})
 FUNCTIONS = set(
