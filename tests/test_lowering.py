@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from tests.quantized_graphs import int4_graph, int8_graph, stored_bits
 from torchslim.export import capture
+from torchslim.lowered import lowered as executed
 from torchslim.machine import saturates
-from torchslim.quantize import sqnr
+from torchslim.quantize import convert, prepare, sqnr
 from torchslim.runtimes import deploy, find_runtime, integer_kernels
 from torchslim.runtimes.integer_kernels import DynamicLinear, DynamicRecurrent
 from torchslim.runtimes.pt2 import load_program, pack_program
@@ -316,3 +317,26 @@ def test_pt2_files_hold_the_integers_and_run_as_they_were(kind: str) -> None:
         expected = copy.deepcopy(captured.program.module())(*x)
         assert torch.equal(program.module()(*x)[0], expected[0])
         assert sqnr(expected[0], integer_kernels.lower(program.module())(*x)[0]) >= 35
+
+
+class Turned(nn.Module):
+    """A linear layer that reads the rows of another order, as those of attention do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(16, 16), nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.first(x).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("runtime", ["inductor", "aoti"])
+def test_integer_layers_read_rows_of_any_order_and_any_number(runtime: str) -> None:
+    x = torch.randn(6, 5, 16)
+    prepared = prepare(Turned(), (x,), runtime=runtime)
+    prepared.calibrate([(x,)])
+    quantized = convert(prepared)
+    deployed = deploy(quantized, (x,), runtime=runtime, threads=1)
+    for samples in (6, 2):
+        assert sqnr(quantized(x[:samples]), deployed(x[:samples])) > 60
+    assert executed(deployed, prepared.records).integer_share == 1

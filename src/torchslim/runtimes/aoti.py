@@ -22,7 +22,15 @@ from torchslim.errors import DeployError, ExportError
 from torchslim.export import Captured
 from torchslim.isolation import quiet, torch_threads
 from torchslim.runtimes.base import Runtime, Session, Spec
-from torchslim.runtimes.inductor import DEQUANTIZE, called, compiling, has_integer_kernel, inputs_kept, need_compiler
+from torchslim.runtimes.inductor import (
+    DEQUANTIZE,
+    called,
+    compiling,
+    has_integer_kernel,
+    inputs_kept,
+    need_compiler,
+    rows_gathered,
+)
 from torchslim.runtimes.kernels import Kernel, decomposed
 
 if TYPE_CHECKING:
@@ -36,7 +44,7 @@ SOURCES = (".cpp", "kernel_metadata.json")
 
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
     need_compiler("aoti")
-    program = inputs_kept(captured.program)
+    program = rows_gathered(inputs_kept(captured.program))
     settings: dict[str, Any] = {
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.enable_frame_pointer": False,

@@ -104,6 +104,35 @@ def inputs_kept(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
+def rows_gathered(program: ExportedProgram) -> ExportedProgram:
+    """The program, made so that integer linear layers read rows that lie one behind another in memory.
+
+    Others are multiplied as batches of matrices, for which torchao's pass fails where a size is not fixed.
+    """
+
+    def scattered(node: Node) -> Node | None:
+        """The rounding of a layer's input, where that is a view of another order."""
+        if node.target is not aten.linear.default or not has_integer_kernel(node):
+            return None
+        rounded = node.args[0].args[0]  # type: ignore[union-attr]
+        value = rounded.args[0].meta.get("val") if isinstance(rounded, Node) else None  # type: ignore[union-attr]
+        strided = isinstance(value, Tensor) and value.dim() > 2 and not value.is_contiguous()
+        return rounded if strided and isinstance(rounded, Node) else None
+
+    if not any(scattered(node) for node in program.graph.nodes):
+        return program
+    program = program.run_decompositions({})  # a copy; nothing is decomposed
+    graph = program.graph_module.graph
+    for node in dict.fromkeys(filter(None, map(scattered, graph.nodes))):
+        source = node.args[0]
+        with graph.inserting_before(node):
+            gathered = graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+        gathered.meta = dict(source.meta) | {"val": source.meta["val"].contiguous()}  # type: ignore[union-attr]
+        node.replace_input_with(source, gathered)  # type: ignore[arg-type]
+    program.graph_module.recompile()
+    return program
+
+
 def fold_weights(module: GraphModule) -> None:
     """Dequantize once, here, the weights that no integer kernel takes; the compiler would do it in every call."""
     for node in list(module.graph.nodes):
@@ -136,7 +165,7 @@ class _Compiled:
     """A compiled module that remembers the code that was made for it."""
 
     def __init__(self, captured: Captured, threads: int | None) -> None:
-        module = inputs_kept(captured.program).module()
+        module = rows_gathered(inputs_kept(captured.program)).module()
         fold_weights(module)
         self.program = captured.program
         self.run: Callable[[list[Tensor]], Sequence[Tensor]] = session_of(torch.compile(module), threads)
