@@ -163,3 +163,29 @@ def test_a_module_of_the_name_that_captures_wrap_with_keeps_it() -> None:
     deployed = ts.deploy(ts.quantize.dynamic(Outer().eval(), (x,), runtime="eager"), (x,), runtime="eager")
     assert [each.layer for each in lowered(deployed).layers] == ["model.0", "model.2"]
     assert [each.layer for each in ts.runtimes.kernels(deployed) if each.integer] == ["model.0", "model.2"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "said"),
+    [
+        ("eager", ["PyTorch's integer LSTM is slower than its float one on some processors"]),
+        ("openvino", ["no layer runs on integers on openvino (lstm: OpenVINO has no integer kernel for it"]),
+        ("onnxruntime", []),
+    ],
+)
+def test_a_recurrent_network_says_where_int8_will_not_pay(runtime: str, said: list[str]) -> None:
+    x = torch.randn(2, 5, 8)
+    prepared = prepare(Recurrent(), (x,), runtime=runtime, scheme="int8-dynamic")
+    deployed = ts.deploy(convert(prepared), (x,), runtime=runtime, threads=1)
+    warnings = lowered(deployed, prepared.records).warnings
+    assert len(warnings) == len(said)
+    assert all(warning.startswith(start) for warning, start in zip(warnings, said, strict=True))

@@ -16,6 +16,7 @@ CONVERSIONS = ("quantizelinear", "dequantizelinear", "quantize_per_tensor", "deq
 # what computes a layer: a kernel that moves, adds or pools on integers beside it says nothing about the layer
 MULTIPLIES = re.compile(r"conv(?!ert)|gemm|matmul|linear|lstm|gru|attention|fullyconnected|innerproduct|mm\b", re.I)
 OTHERS = re.compile(r"QLinear(?!Conv|MatMul)")  # QLinearAdd and the like
+IN_FLOAT = "computing in float"  # how a reason ends where only the weights are integers
 LEAST_SHARE = 0.5  # of the multiply-accumulates on integers before int8 can pay
 
 
@@ -75,7 +76,7 @@ def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
     ]
     total = sum(each.macs for each in layers)
     share = sum(each.macs for each in layers if each.integer) / total if total else 0.0
-    warnings = _warnings(deployed, layers, executed, share) if deployed.quantized else []
+    warnings = _warnings(deployed, layers, executed, share, reasons) if deployed.quantized else []
     return Lowered(runtime=deployed.runtime, layers=layers, integer_share=share, warnings=warnings)
 
 
@@ -116,8 +117,24 @@ def _described(layer: Layer, candidates: Sequence[Kernel], reasons: Mapping[str,
     return LayerKernel(**layer.to_json(), kernel=works[0].type if works else "not seen", integer=bool(integer), why=why)
 
 
-def _warnings(deployed: Deployed, layers: Sequence[LayerKernel], executed: Sequence[Kernel], share: float) -> list[str]:
+def _warnings(
+    deployed: Deployed,
+    layers: Sequence[LayerKernel],
+    executed: Sequence[Kernel],
+    share: float,
+    reasons: Mapping[str, str],
+) -> list[str]:
     found = []
+    kept = [each.layer for each in layers if not each.integer and reasons.get(each.layer, "").endswith(IN_FLOAT)]
+    if kept and share == 0:
+        found.append(
+            f"no layer runs on integers on {deployed.runtime} ({kept[0]}: {reasons[kept[0]]}): smaller, not faster"
+        )
+    if deployed.runtime == "eager" and any(each.integer and "lstm" in each.operation for each in layers):
+        found.append(
+            "PyTorch's integer LSTM is slower than its float one on some processors: measure it, or deploy on another "
+            "runtime"
+        )
     silent = [each for each in layers if each.asks_for_integers and not each.integer]
     if silent and deployed.runtime != "eager":
         names = ", ".join(each.layer for each in silent[:5]) + (" ..." if len(silent) > 5 else "")
