@@ -157,14 +157,22 @@ def test_banks_begin_alike_and_draws_are_of_other_samples() -> None:
     assert torch.equal(one.bank_student, two.bank_student)
     assert not torch.equal(one.bank_student, one.bank_teacher)
     assert not [name for name, _ in one.named_parameters() if "embed" not in name]
-    index = torch.arange(4)
     module = CRD(size=8, negatives=2).build((3,), (5,), 4)
-    drawn = torch.cat([module._others(index) for _ in range(200)], 1)
-    for row, place in zip(drawn, index.tolist(), strict=True):
-        counts = row.bincount(minlength=4)
-        assert counts[place] == 0
-        assert all(90 < each < 180 for at, each in enumerate(counts.tolist()) if at != place)
-    assert CRD(size=8).build((3,), (5,), 2)._others(torch.tensor([0, 1])).tolist() == [[1], [0]]
+    drawn = torch.cat([module._others(torch.device("cpu")) for _ in range(300)])
+    assert all(100 < each < 200 for each in drawn.bincount(minlength=4).tolist())
+    assert CRD(size=8).build((3,), (5,), 2)._others(torch.device("cpu")).tolist() == [0, 1]
+
+
+def test_a_sample_is_no_negative_of_itself() -> None:
+    module = built().eval()
+    student, teacher = batch()
+    index = torch.tensor([4, 4])
+    value = module(student, teacher, index).item()
+    for bank in (module.bank_student, module.bank_teacher):
+        bank[4] = -bank[4]
+    assert module(student, teacher, index).item() == value
+    module.bank_teacher[3] = -module.bank_teacher[3]
+    assert module(student, teacher, index).item() != value
 
 
 def test_a_sample_that_comes_twice_is_learned_once() -> None:

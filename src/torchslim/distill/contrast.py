@@ -50,14 +50,9 @@ def contrast(
     check_positive("temperature", temperature)
     anchor, positive, negatives = wide(anchor), wide(positive), wide(negatives)
     near = (anchor * positive).sum(1) / temperature
-    far = _scores(anchor, negatives, temperature)
+    far = (negatives @ anchor[:, :, None])[:, :, 0] / temperature
     level = torch.as_tensor(partition, dtype=near.dtype, device=near.device).log() - math.log(samples)
     return _estimation(near, far, level, counts)
-
-
-def _scores(anchor: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """(batch, size), (batch, n, size) -> (batch, n)."""
-    return (negatives @ anchor[:, :, None])[:, :, 0] / temperature
 
 
 def _estimation(near: Tensor, far: Tensor, level: Tensor, counts: Tensor | None) -> Tensor:
@@ -111,13 +106,14 @@ class Contrast(nn.Module):
         with torch.autocast(student.device.type, enabled=False):
             left = self._embedded(self.embed_student, student)
             right = self._embedded(self.embed_teacher, teacher.detach())
-            others = self._others(index)
+            others = self._others(index.device)
             classes = self.labels[index] if target is None else target
-            counts = (classes[:, None] < 0) | (classes[:, None] != self.labels[others])
+            own = index[:, None] == others
+            counts = ~own & ((classes[:, None] < 0) | (classes[:, None] != self.labels[others]))
             near, levels, losses = (left * right).sum(1) / self.config.temperature, [], []
             for place, (anchor, bank) in enumerate(((left, self.bank_teacher), (right, self.bank_student))):
-                far = _scores(anchor, bank[others], self.config.temperature)
-                first = far.detach().flatten().logsumexp(0) - math.log(far.numel())
+                far = anchor @ bank[others].T / self.config.temperature
+                first = far.detach()[~own].logsumexp(0) - (~own).sum().clamp_min(1).to(far.dtype).log()
                 levels.append(torch.where(self.level[place].isnan(), first, self.level[place]))
                 losses.append(_estimation(near, far, levels[place], counts))
             if self.training:
@@ -128,14 +124,11 @@ class Contrast(nn.Module):
         feature = feature.to(embed.weight.dtype)
         return functional.normalize(embed(feature.flatten(2).mean(2) if feature.dim() > 2 else feature), dim=1)
 
-    def _others(self, index: Tensor) -> Tensor:
-        """Places of other samples than each: all, where that is no more than is to be drawn."""
-        most = self.samples - 1
-        if self.config.negatives >= most:
-            drawn = torch.arange(most, device=index.device).expand(len(index), most)
-        else:
-            drawn = torch.randint(most, (len(index), self.config.negatives), device=index.device)
-        return drawn + (drawn >= index[:, None])
+    def _others(self, device: torch.device) -> Tensor:
+        """Places that the batch is contrasted with: all, where there are no more than are to be drawn."""
+        if self.config.negatives >= self.samples - 1:
+            return torch.arange(self.samples, device=device)
+        return torch.randint(self.samples, (self.config.negatives,), device=device)
 
     @torch.no_grad()
     def _remember(self, student: Tensor, teacher: Tensor, index: Tensor, target: Tensor | None, levels: Tensor) -> None:
@@ -190,7 +183,8 @@ class CRD:
         weight: 0.8 in the paper.
         temperature: 0.07 in the released code.
         size: of the embeddings.
-        negatives: for each sample, of the 16384 in the paper; all other samples, where there are fewer.
+        negatives: of a batch, which shares them: one product of matrices, where the paper draws 16384 for each sample;
+            all samples, where there are fewer. A sample is no negative of itself.
         momentum: how much of a bank's row stays.
 
     Source: Tian, Krishnan & Isola 2020, arXiv:1910.10699, section 3.1.

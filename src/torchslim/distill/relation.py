@@ -19,7 +19,7 @@ from torchslim.distill.response import check_positive, check_weights
 from torchslim.errors import DistillError
 
 TINY = 1e-12
-CHUNK = 2**18  # cosines that are held at a time, where one corner has no more
+CHUNK = 2**16  # cosines that are held at a time, where one corner has no more: what a core keeps near
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -56,19 +56,21 @@ class _Angles(torch.autograd.Function):
         for corners in torch.arange(size, device=student.device).split(max(1, CHUNK // size**2)):
             cosines, scales = [], []
             for gram, inverse in sides:
-                at = gram[corners]
+                at, scale = gram[corners], inverse[corners].to(dtype)
                 # (x_j - x_i) . (x_k - x_i), in units of both lengths
-                products = gram - at[:, :, None] - at[:, None, :] + gram.diagonal()[corners][:, None, None]
-                scales.append((inverse[corners][:, :, None] * inverse[corners][:, None, :]).to(dtype))
-                cosines.append(products.to(dtype) * scales[-1])
+                products = gram - at[:, :, None]
+                products.sub_(at[:, None, :]).add_(gram.diagonal()[corners][:, None, None])
+                cosines.append(products.to(dtype).mul_(scale[:, :, None]).mul_(scale[:, None, :]))
+                scales.append(scale)
             error = cosines[0] - cosines[1]
-            total += functional.smooth_l1_loss(cosines[0], cosines[1], reduction="sum")
             slope = error.clamp(-1, 1)
-            direct = (slope * scales[0]).double()
+            total += torch.linalg.vecdot(slope.flatten(), (error - slope / 2).flatten())  # Huber's loss
+            lengths[corners] = -torch.linalg.vecdot(slope, cosines[0]).double() * sides[0][1][corners] ** 2
+            direct = slope.mul_(scales[0][:, :, None]).mul_(scales[0][:, None, :])
             gradient += direct.sum(0)
-            gradient[corners] -= 2 * direct.sum(2)
-            gradient.diagonal()[corners] += direct.sum((1, 2))
-            lengths[corners] = -(slope * cosines[0]).sum(2).double() * sides[0][1][corners] ** 2
+            rows = direct.sum(2).double()
+            gradient[corners] -= 2 * rows
+            gradient.diagonal()[corners] += rows.sum(1)
         gradient -= 2 * lengths
         gradient.diagonal().add_(lengths.sum(0) + lengths.sum(1))
         ctx.save_for_backward(gradient / size**3)
