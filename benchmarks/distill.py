@@ -105,7 +105,7 @@ def main() -> None:
     if arguments.only in (None, COST) and time.monotonic() < stop:
         for row in costs(have):
             append(row | {"version": now}, arguments.rows)
-            print(f"cost of {row['way']}: {statistics.median(row['ratios']):.3f}", flush=True)
+            print(f"{row['couple']}, {row['way']}: {statistics.median(row['ratios']):.3f}", flush=True)
     target = arguments.rows.with_suffix(".md")
     target.write_text(page(load(arguments.rows), describe_machine()))
     print(target)

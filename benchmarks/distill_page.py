@@ -59,10 +59,9 @@ def _couple(rows: Sequence[Row]) -> list[str]:
         ]
         lines += ["| --- " * 6 + "|"]
         for way, found in sorted(trained.items(), key=lambda each: (-len(each[1]), -_mean(each[1], "val"))):
-            time = statistics.median(found[seed]["seconds"] / labels[seed]["seconds"] for seed in found)
             lines.append(
                 f"| {way} | {len(found)} | {_spread(found, 'val')} | {_spread(found, 'test')} | "
-                f"{'-' if way == LABELS else interval(_differences(found, labels))} | {time:.2f}x |"
+                f"{'-' if way == LABELS else interval(_differences(found, labels))} |"
             )
         lines += ["", _verdict(trained)]
     costs = [row for row in rows if row["way"].startswith("cost of ")]
