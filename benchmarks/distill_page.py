@@ -54,10 +54,7 @@ def _couple(rows: Sequence[Row]) -> list[str]:
             trained.setdefault(row["way"], {})[row["seed"]] = row
     labels = trained.get(LABELS, {})
     if labels:
-        lines += [
-            "| way | seeds | validation % | test % | over labels alone, test | seconds a run, over labels alone |"
-        ]
-        lines += ["| --- " * 6 + "|"]
+        lines += ["| way | seeds | validation % | test % | over labels alone, test |", "| --- " * 5 + "|"]
         for way, found in sorted(trained.items(), key=lambda each: (-len(each[1]), -_mean(each[1], "val"))):
             lines.append(
                 f"| {way} | {len(found)} | {_spread(found, 'val')} | {_spread(found, 'test')} | "
