@@ -351,3 +351,46 @@ def test_features_are_taken_before_activations_in_place_write_over_them() -> Non
     parts, (x, _) = objective(step, model, ctx)
     expected = flat_mse([model[0][:2](x)], [ctx.teacher.eval()[0][:2](x)])
     assert parts["flat_mse"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_dropout_in_place_does_not_reach_the_feature_before_it() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.9, inplace=True), nn.Linear(8, 5)
+        )
+
+    zeros: list[float] = []
+
+    def spy(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        zeros.append((student[0] == 0).double().mean().item())
+        return flat_mse(student, teacher)
+
+    ctx = context(teacher=net(), model=net())
+    ts.Distill(feature=spy, taps={"1": "1"}, epochs=1)(net(), ctx)
+    assert max(zeros) == 0
+
+
+def label(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    return 0 * student[0].sum() + 1000
+
+
+def hint_2(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    return 0 * student[0].sum() + 100
+
+
+def test_no_part_is_lost_to_the_name_of_another() -> None:
+    step = ts.Distill(feature=[label, hint_2, Hint(), Hint()])
+    parts, _ = objective(step, seeded(conv_net, 4), context())
+    assert list(parts) == ["response", "label_2", "hint_2", "hint", "hint_3", "label"]
+    assert parts["label_2"].item() == 1000
+
+
+def test_crd_refuses_samples_that_have_no_numbers() -> None:
+    class Own(DataLoader[Any]):
+        pass
+
+    ctx = context()
+    shuffled = Own(ctx.task.train.dataset, batch_size=8, shuffle=True)
+    with pytest.raises(DistillError, match="CRD remembers each sample, but"):
+        ts.Distill(relation="crd").check(replace(ctx, task=replace(ctx.task, train=shuffled)))
+    ts.Distill(relation="crd").check(ctx)

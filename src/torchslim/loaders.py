@@ -199,3 +199,8 @@ def why_not_repeatable(batches: Iterable[Batch], size: Callable[[Batch], int]) -
         return None
     kind = "augments its samples" if isinstance(numbered, DataLoader) else "shuffles or augments"
     return f"the training loader {kind}: the same sample came out differently when it was drawn twice"
+
+
+def why_not_numbered(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:
+    """Why samples cannot be told apart by number; None where they can. Samples that are augmented keep theirs."""
+    return None if _has_places(batches) else why_not_repeatable(batches, size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from torchslim.loaders import Indexed
 from torchslim.processes import gathered
 from torchslim.task import Batch, Task
 from torchslim.training import Losses
+
+RESERVED = ("label", "penalty", "response")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,12 @@ class Companion(nn.Module):
         if self.average is not None:
             self.average.eval()
         return self
+
+
+def free_name(name: str, taken: Container[str]) -> str:
+    """The name, numbered where a part has it already; those of the labels and of penalties are never a part's."""
+    names = (f"{name}_{number}" if number > 1 else name for number in itertools.count(1))
+    return next(each for each in names if each not in taken and each not in RESERVED)
 
 
 class Everything:
@@ -168,8 +177,7 @@ class Everything:
                 value = part.loss(gathered(last[0].flatten(1)), gathered(last[1].flatten(1)))
             else:
                 value = part.loss(*last)
-            taken = sum(name == part.name or name.startswith(f"{part.name}_") for name in losses)
-            losses[f"{part.name}_{taken + 1}" if taken else part.name] = value
+            losses[free_name(part.name, losses)] = value
 
     def _mask(self, batch: Batch, feature: Tensor) -> Tensor | None:
         """Which positions of a feature count, where the task's mask is of its positions."""

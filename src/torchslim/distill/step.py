@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from torchslim.distill.contrast import CRD
 from torchslim.distill.losses import Feature, Relation, Response, find_loss, find_response
 from torchslim.distill.matching import Pair, match
 from torchslim.distill.objective import Companion, Everything, Part
@@ -19,7 +20,7 @@ from torchslim.distill.teachers import Average, Remembering, Teacher, Teachers, 
 from torchslim.errors import DistillError
 from torchslim.finetune import Lesson, Training, trained
 from torchslim.isolation import copy_model, preserved_globals
-from torchslim.loaders import first_batch, indexed, sample_count, why_not_repeatable
+from torchslim.loaders import first_batch, indexed, sample_count, why_not_numbered, why_not_repeatable
 from torchslim.steps import Context, Form, LayerRecord, Outcome
 from torchslim.task import Batch, Task, batch_size, device_of, to_device
 from torchslim.training import Hook
@@ -195,8 +196,12 @@ class Distill(Training):
                 f"the labels have weight {self.resolved_label_weight():g}, but Task.target gives None; set alpha=1 "
                 "or label_weight=0"
             )
-        if self.cache is not None and (why := why_not_repeatable(ctx.task.train or (), _size(ctx.task))):
+        train = () if ctx.task.train is None else ctx.task.train
+        if self.cache is not None and (why := why_not_repeatable(train, _size(ctx.task))):
             raise DistillError(f"cache needs the same sample each time, but {why}; leave out cache, or what changes it")
+        crd = any(isinstance(find_loss(each, "relation"), CRD) for each in self._several("relation"))
+        if crd and (why := why_not_numbered(train, _size(ctx.task))):
+            raise DistillError(f"CRD remembers each sample, but {why}; give a plain DataLoader, or another relation")
         model = copy_model(ctx.model if ctx.model is not None else ctx.teacher)[0]
         # what a loss may object to, such as other classes, it objects to before any work
         with replace(self, cache=None).lesson(model, ctx) as lesson, dry(model):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from torchslim.distill.align import Shape
+from torchslim.errors import DistillError
 from torchslim.export import WRAPPED
 from torchslim.isolation import preserved_globals
 from torchslim.task import tensors
@@ -92,7 +93,14 @@ class Watch:
             self.outputs[path].append((tensor, tensor._version))
 
     def features(self, taps: Sequence[Tap]) -> list[Tensor]:
-        """The features of the last forward pass."""
+        """The features of the last forward pass.
+
+        Raises:
+            DistillError: the model has written over one since.
+        """
+        changed = self.overwritten() & {tap.path for tap in taps}
+        if changed:
+            raise DistillError(f"the model writes over the output of {min(changed)!r} in place; tap another module")
         return [tap.feature(self.outputs[tap.path][tap.call][0]) for tap in taps]
 
     def overwritten(self) -> set[str]:
@@ -102,6 +110,8 @@ class Watch:
     def rehearse(self, model: nn.Module, call: Callable[[], Any]) -> None:
         """Run the model once, and from then on copy what it writes over, as activations in place do."""
         with dry(model):
+            for module in model.modules():  # a dropout in place does nothing in eval mode
+                module.training = bool(getattr(module, "inplace", False))
             call()
         self.copied = frozenset(self.overwritten())
         self.clear()
