@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def forwards(step: ts.Distill, ctx: ts.Context, monkeypatch: pytest.MonkeyPatch)
     original = teachers.Teachers.__call__
 
     def counted(self: Any, batch: Any, index: Any, device: Any) -> Any:
-        seen.append(len(ctx.task.inputs(batch)[0]))
+        if index is not None:  # else it is only asked who it is
+            seen.append(len(ctx.task.inputs(batch)[0]))
         return original(self, batch, index, device)
 
     monkeypatch.setattr(teachers.Teachers, "__call__", counted)
@@ -162,17 +164,17 @@ def test_what_is_kept_is_found_by_number(batches: list[list[int]]) -> None:
         cache = TeacherCache(Path(folder), "key")
         for batch in batches:
             index = torch.tensor(batch)
-            cache.keep(index, torch.stack([index, index], 1).double(), answers(index))
+            cache.keep(index, torch.stack([index, index, index], 1).double(), answers(index))
             cache.flush()
         again = TeacherCache(Path(folder), "key")
         kept = torch.tensor(sorted({each for batch in batches for each in batch}))
         for each in (cache, again):
-            check = torch.stack([kept, kept], 1).double()
+            check = torch.stack([kept, kept, kept], 1).double()
             found = each.find(kept, check)
             assert found is not None
             for name, value in answers(kept).items():
                 assert torch.equal(found[name], value)
-        assert again.find(torch.tensor([31]), torch.zeros(1, 2)) is None
+        assert again.find(torch.tensor([31]), torch.zeros(1, 3)) is None
         assert TeacherCache(Path(folder), "other").find(kept, check) is None
 
 
@@ -217,3 +219,34 @@ def test_a_cached_run_can_be_killed_between_epochs(tmp_path: Path) -> None:
     step(again, context(loader(), state=tmp_path))
     step(whole, context(loader()))
     assert fingerprint(again.state_dict()) == fingerprint(whole.state_dict())
+
+
+@given(st.integers(0, 10_000))
+def test_one_token_that_changes_is_noticed(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(30_000, (3, 128), generator=generator)
+    changed = tokens.clone()
+    changed[1, seed % 128] += 1
+    one, two = checks({"input_ids": tokens}), checks({"input_ids": changed})
+    assert (one[:, 2] != two[:, 2]).tolist() == [False, True, False]
+
+
+class Scaled(nn.Module):
+    """Answers that its weights alone do not tell."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.net, self.scale = toy.model(), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.net(x)
+
+
+def test_equal_weights_with_another_forward_are_another_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = ts.Distill(epochs=1, cache=tmp_path)
+    for scale in (1.0, -5.0):
+        ctx = replace(context(loader()), teacher=Scaled(scale))
+        with monkeypatch.context() as patch:
+            assert sum(forwards(step, ctx, patch)) == 40

@@ -15,10 +15,10 @@ from torchslim.distill.cache import TeacherCache, checks, write_all
 from torchslim.distill.taps import Tap, Watch, watched
 from torchslim.errors import DistillError
 from torchslim.files import digest
-from torchslim.isolation import copy_model
-from torchslim.loaders import first_batch
+from torchslim.isolation import copy_model, preserved_globals
+from torchslim.loaders import first_batch, seeded
 from torchslim.steps import canonical, fingerprint, resolve
-from torchslim.task import Batch, Task, device_of, to_device
+from torchslim.task import Batch, Task, device_of, take_first, to_device
 from torchslim.training import Hook, Loop
 
 
@@ -80,7 +80,14 @@ class Remembering:
     def __init__(self, inner: Teachers, folder: Path) -> None:
         said = [fingerprint(module.state_dict()) for module in inner.modules]
         reading = [canonical(each) for each in (inner.task.inputs, inner.task.logits)]
-        key = digest(said, [tap.name for tap in inner.taps], reading)[:16]
+        # equal weights may be used by other code, or with another configuration: what they answer tells
+        with preserved_globals(0), seeded(inner.task.val, 0, 0):
+            batch = take_first(inner.task.val, "val")
+        told = inner(to_device(batch, device_of(inner.modules[0])), None, device_of(inner.modules[0]))
+        answers = {name: [list(each.shape), f"{float(each.double().norm()):.3g}", f"{float(each.double().mean()):.3g}"]
+                   for name, each in told.named().items()}  # fmt: skip
+        made = [f"{type(each).__module__}.{type(each).__qualname__} {each}" for each in inner.modules]
+        key = digest(said, made, [(tap.name, list(tap.shape)) for tap in inner.taps], reading, answers)[:16]
         self.inner, self.cache = inner, TeacherCache(folder, key)
 
     def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer:
