@@ -394,3 +394,95 @@ def test_crd_refuses_samples_that_have_no_numbers() -> None:
     with pytest.raises(DistillError, match="CRD remembers each sample, but"):
         ts.Distill(relation="crd").check(replace(ctx, task=replace(ctx.task, train=shuffled)))
     ts.Distill(relation="crd").check(ctx)
+
+
+class Dropping(nn.Module):
+    """A residual network that skips its layers at random in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 5)
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            if not self.training or torch.rand(()) < 0.5:
+                x = x + layer(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_layers_that_are_dropped_in_training_are_taught_when_they_run() -> None:
+    step = ts.Distill(feature=["hint", "fsp"], relation=["rkd", "crd"], taps={"layers.*": "layers.*"}, epochs=2)
+    ctx = context(model=seeded(Dropping), teacher=seeded(Dropping))
+    step.check(ctx)
+    outcome = step(seeded(Dropping), ctx)
+    assert all(outcome.history[-1][f"loss_{name}"] > 0 for name in ("hint", "fsp", "rkd", "crd"))
+    assert outcome.history[-1]["loss_rkd"] != outcome.history[-1]["loss_hint"]
+
+
+def checkpointed(*, use_reentrant: bool) -> nn.Module:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 5)
+            self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            body: Any = torch.utils.checkpoint.checkpoint(self.body, self.stem(x), use_reentrant=use_reentrant)
+            return self.head(body.mean((2, 3)))
+
+    return seeded(Checkpointed)
+
+
+def test_a_feature_without_a_gradient_is_an_error() -> None:
+    step = ts.Distill(feature="token_mse", taps={"body.0": "body.0"}, epochs=1)
+    with pytest.raises(DistillError, match="'body.0' carries no gradient.*use_reentrant=False"):
+        step(checkpointed(use_reentrant=True), context(teacher=checkpointed(use_reentrant=True)))
+    model, before = checkpointed(use_reentrant=False), checkpointed(use_reentrant=False)
+    step(model, context(teacher=checkpointed(use_reentrant=False)))
+    assert not torch.equal(model.get_submodule("body.0").weight, before.get_submodule("body.0").weight)
+    frozen = checkpointed(use_reentrant=False).requires_grad_(False)
+    frozen.head.requires_grad_(True)
+    step(frozen, context(teacher=checkpointed(use_reentrant=False)))  # what is frozen on purpose is no mistake
+
+
+@pytest.mark.parametrize("relation", ["rkd", "pkt", "similarity_preserving", "listwise_ranking"])
+def test_a_small_last_batch_has_no_relations_but_small_batches_are_an_error(relation: str) -> None:
+    x, y = torch.randn(17, 3, 16, 16), torch.arange(17) % 5
+    task = ts.Task(train=DataLoader(TensorDataset(x, y), batch_size=8), val=[(x, y)], metric="accuracy")
+    step = ts.Distill(relation=relation, epochs=1)
+    step.check(context(task=task))
+    assert step(seeded(conv_net, 4), context(task=task)).history[-1][f"loss_{relation}"] > 0
+    with pytest.raises(DistillError, match="at least . samples"):
+        step.check(context(task=replace(task, train=DataLoader(TensorDataset(x, y), batch_size=1))))
+
+
+def test_numbers_may_be_one_for_each_sample() -> None:
+    x = torch.randn(16, 3)
+    task = ts.Task(train=[(x, x.sum(1))], val=[(x, x.sum(1))], metric=lambda predict, batches: 0.0)
+    model, teacher = (nn.Sequential(nn.Linear(3, size), nn.Linear(size, 1), nn.Flatten(0)) for size in (4, 8))
+    ctx = ts.Context(task=task, teacher=teacher, model=model, example_inputs=(x,))
+    step = ts.Distill(response=ts.distill.MSE(), epochs=1)
+    step.check(ctx)
+    assert ts.distill.MSE().soft(model(x), teacher(x)).item() == pytest.approx(
+        (model(x) - teacher(x)).square().mean().item()
+    )
+
+
+def test_inputs_must_have_the_batch_first() -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0][-1])
+
+    x, y = torch.randn(9, 4, 3), torch.arange(4)
+    task = ts.Task(train=[(x, y)], val=[(x, y)], metric="accuracy")
+    ctx = ts.Context(task=task, teacher=TimeFirst(), model=TimeFirst(), example_inputs=(x,))
+    with pytest.raises(
+        DistillError, match="the inputs' first dimension is 9, the logits' 4; the batch must come first"
+    ):
+        ts.Distill(relation="rkd").check(ctx)

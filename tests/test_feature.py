@@ -265,7 +265,7 @@ def test_every_mix_builds_runs_and_teaches(loss: FeatureLoss, mix: str) -> None:
         students = [draw(pair[0], i, batch).requires_grad_() for i, pair in enumerate(pairs)]
         teachers = [draw(pair[1], 5 + i, batch).requires_grad_() for i, pair in enumerate(pairs)]
         module.zero_grad()
-        value = module(students, teachers, [None, None])
+        value = module(students, teachers, [(None, None)] * 2)
         assert value.shape == ()
         value.backward()
         assert all(each.grad is None for each in teachers)
@@ -293,19 +293,23 @@ def test_what_is_masked_does_not_count(loss: FeatureLoss, mix: str) -> None:
     teachers = [draw(pair[1], 5 + i) for i, pair in enumerate(pairs)]
     length = pairs[0][0][1]
     mask = torch.arange(length) < torch.tensor([[length], [length - 2], [2]])
-    value = module(students, teachers, [mask, mask])
+
+    def both(kind: Tensor) -> list[Any]:
+        return [(kind, kind if mix == "tokens" else None)] * 2
+
+    value = module(students, teachers, both(mask))
     wild = [each.masked_fill(~mask[:, None], torch.nan).requires_grad_() for each in students]
     others = teachers
     if mix == "tokens":
         others = [each.masked_fill(~mask[:, None], torch.nan) for each in teachers]
     for kind in (mask, mask.long()):
-        again = module(wild, others, [kind, kind])
+        again = module(wild, others, both(kind))
         assert again.item() == pytest.approx(value.item(), rel=1e-9)
     again.backward()
     assert all(torch.isfinite(each.grad).all() for each in (*wild, *module.parameters()) if each.grad is not None)
     every = torch.ones_like(mask)
     plain = module(students, teachers).item()
-    assert module(students, teachers, [every, every]).item() == pytest.approx(plain, rel=1e-9)
+    assert module(students, teachers, both(every)).item() == pytest.approx(plain, rel=1e-9)
     assert value.item() != pytest.approx(plain, rel=1e-6)
 
 
@@ -316,7 +320,7 @@ def test_padding_of_tokens_changes_no_mean(loss: FeatureLoss) -> None:
     padded = [torch.cat([each, draw((each.shape[1], 3), 2)], 2) for each in (student, teacher)]
     mask = (torch.arange(8) < 5).expand(3, 8)
     expected = module([student], [teacher]).item()
-    assert module([padded[0]], [padded[1]], [mask]).item() == pytest.approx(expected, rel=1e-9)
+    assert module([padded[0]], [padded[1]], [(mask, mask)]).item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -373,14 +377,14 @@ def test_positions_are_brought_together() -> None:
     assert align(tokens[..., :2], torch.zeros(1, 1, 4))[0].tolist() == [[[0.0, 0.25, 0.75, 1.0]]]
     # a masked token has no part in an average, nor in what it was averaged to
     mask = torch.tensor([[True, False, False, False]])
-    student, teacher, counts = align(tokens[..., 1:5], torch.ones(1, 1, 2), mask)
+    student, teacher, counts = align(tokens[..., 1:5], torch.ones(1, 1, 2), (mask, None))
     assert (student.tolist(), teacher.tolist()) == ([[[1.0, 0.0]]], [[[1.0, 0.0]]])
     assert counts is not None
     assert counts.tolist() == [[True, False]]
-    student, _, counts = align(tokens[..., 1:5], torch.ones(1, 1), mask)
+    student, _, counts = align(tokens[..., 1:5], torch.ones(1, 1), (mask, None))
     assert counts is not None
     assert (student.tolist(), counts.tolist()) == ([[1.0]], [True])
-    assert TokenMSE().build([((1, 4), (1, 2))])([tokens[..., 1:5]], [torch.ones(1, 1, 2)], [mask]).item() == 0
+    assert TokenMSE().build([((1, 4), (1, 2))])([tokens[..., 1:5]], [torch.ones(1, 1, 2)], [(mask, None)]).item() == 0
     assert hint(tokens[..., 1:5], tokens[..., :4], torch.zeros(1, 4)).item() == 0
     assert [tuple(each.shape) for each in pooled([torch.zeros(1, 2, 4, 2), torch.zeros(1, 3)])] == [(1, 2), (1, 3)]
 
@@ -434,7 +438,9 @@ def test_what_cannot_work_is_refused() -> None:
         TokenMSE()(torch.ones(2, 3), torch.ones(3, 3))
     module = TokenMSE().build([((3, 4), (3, 4))])
     with pytest.raises(DistillError, match=r"\(2, 3, 4\); got \(2, 3\)"):
-        module([torch.ones(2, 3, 4)], [torch.ones(2, 3, 4)], [torch.ones(2, 3)])
+        module([torch.ones(2, 3, 4)], [torch.ones(2, 3, 4)], [(torch.ones(2, 3), None)])
+    with pytest.raises(DistillError, match="one for the student"):
+        module([torch.ones(2, 3, 4)], [torch.ones(2, 3, 4)], [torch.ones(2, 4)])
     with pytest.raises(DistillError, match=r"built for .*\[\(3, 3\)\]"):
         module([torch.ones(2, 5, 4)], [torch.ones(2, 3, 4)])
     with pytest.raises(DistillError, match="2 features of the student"):

@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import torchslim as ts
 from torchslim.distill.matching import Pair, match
-from torchslim.distill.taps import Tap, Watch, graph_of, observe, watched
+from torchslim.distill.observe import observe
+from torchslim.distill.taps import Tap, Watch, graph_of, watched
 from torchslim.errors import DistillError
 from torchslim.quantize import convert, prepare
+from torchslim.task import tensors
 
 
 def conv_net(width: int, stages: int = 3) -> nn.Sequential:
@@ -66,7 +69,7 @@ class Lstm(nn.Module):
 
 
 def seen(model: nn.Module, x: Tensor) -> list[Tap]:
-    return observe(model, lambda: model(x), len(x))
+    return observe(model, ts.Task(val=[(x,)], metric="accuracy", logits=lambda said: tensors(said)[0]), (x,))
 
 
 def paired(student: nn.Module, teacher: nn.Module, x: Tensor, taps: Any = None) -> list[tuple[str, str]]:
@@ -79,7 +82,8 @@ def features(model: nn.Module, x: Tensor, *paths: str) -> list[Tensor]:
     watch = Watch(paths)
     with watched(model, watch.keep, paths):
         model(x)
-    return watch.features([taps[path] for path in paths])
+    found = watch.features([taps[path] for path in paths])
+    return [each for each in found if each is not None]
 
 
 def hooks(model: nn.Module) -> int:
@@ -316,7 +320,7 @@ def test_globs_are_paired_in_order_and_spread_where_one_side_has_more() -> None:
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_pairs_are_in_order_and_never_shared(ours: int, theirs: int) -> None:
     def blocks(count: int) -> list[Tap]:
-        return [Tap(f"b.{number}", 0, 1, (4, 7), 0, -1, "Block", 10) for number in range(count)]
+        return [Tap(f"b.{number}", 0, 1, (4, 7), 0, -1, None, "Block", 10) for number in range(count)]
 
     pairs: list[Pair] = match(blocks(ours), blocks(theirs), {"b.*": "b.*"})
     assert len(pairs) == min(ours, theirs)
@@ -324,3 +328,87 @@ def test_pairs_are_in_order_and_never_shared(ours: int, theirs: int) -> None:
         places = [int(getattr(pair, side).path[2:]) for pair in pairs]
         assert places == sorted(set(places))
     assert (pairs[-1].student.path, pairs[-1].teacher.path) == (f"b.{ours - 1}", f"b.{theirs - 1}")
+
+
+@pytest.mark.parametrize("model", [Lstm(5), Lstm(5, batch_first=False), Transformer(8, 2)])
+def test_as_many_steps_as_samples_are_not_taken_for_them(model: nn.Module) -> None:
+    square = {tap.path: tap for tap in seen(model, torch.randn(4, 4, 6))}
+    oblong = {tap.path: tap for tap in seen(model, torch.randn(4, 7, 6))}
+    assert {path: tap.batch_dim for path, tap in square.items()} == {
+        path: tap.batch_dim for path, tap in oblong.items()
+    }
+    assert [tap.channel_dim for tap in square.values()] == [tap.channel_dim for tap in oblong.values()]
+
+
+class Packed(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, width, batch_first=True), nn.Linear(width, 5)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.lstm(packed)[1][0][-1])
+
+
+def test_packed_sequences_are_features_that_are_padded() -> None:
+    x, lengths = torch.randn(4, 7, 6), torch.tensor([3, 7, 2, 5])
+    model = Packed(8)
+    batch = (x, lengths, lengths % 5)
+    task = ts.Task(val=[batch], train=[batch], metric="accuracy")
+    tap = next(each for each in observe(model, task, batch) if each.path == "lstm")
+    assert tap.shape == (8, 7)
+    watch = Watch(["lstm"])
+    with watched(model, watch.keep, ["lstm"]):
+        model(x, lengths)
+    feature = watch.features([tap])[0]
+    assert feature is not None
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    assert torch.equal(feature.mT, nn.utils.rnn.pad_packed_sequence(model.lstm(packed)[0], batch_first=True)[0])
+    ctx = ts.Context(task=task, teacher=Packed(9), model=model, example_inputs=(x, lengths))
+    ts.Distill(feature="hint", relation="rkd").check(ctx)
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.turn = nn.Conv2d(3, 8, 3, padding=1), Turn()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.turn(self.conv(x)).mean((1, 2)))
+
+
+class Turn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_channels_are_found_behind_a_convolution_with_as_many_rows(memory: torch.memory_format) -> None:
+    model = Turned().to(memory_format=memory)
+    taps = {tap.path: tap for tap in seen(model, torch.randn(2, 3, 8, 8).to(memory_format=memory))}
+    assert (taps["conv"].channel_dim, taps["turn"].channel_dim) == (1, -1)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+def test_tokens_of_other_patches_are_laid_out_on_their_grids(size: tuple[int, int]) -> None:
+    class Vit(nn.Module):
+        def __init__(self, patch: int, first: int) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, patch, patch)
+            self.first = nn.Parameter(torch.randn(1, first, 8))
+            self.blocks = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).mT
+            return self.head(self.blocks(torch.cat([self.first.expand(len(x), -1, -1), x], 1))[:, 0])
+
+    student, teacher, x = Vit(8, 1), Vit(4, 5), torch.randn(2, 3, *size)
+    pair = match(seen(student, x), seen(teacher, x), {"blocks.1": "blocks.1"})[0]
+    assert pair.shapes == ((8, size[0] // 8, size[1] // 8), (8, size[0] // 4, size[1] // 4))
+    output = torch.arange(5 + size[0] * size[1] // 16).expand(2, 8, -1).mT
+    found = pair.teacher.feature(output)
+    assert found[0, 0].flatten().tolist() == list(range(5, output.shape[1]))
+    same = match(seen(teacher, x), seen(Vit(4, 5), x), {"blocks.1": "blocks.1"})[0]  # class tokens teach class tokens
+    assert same.shapes[0] == (8, 5 + size[0] * size[1] // 16)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
 
 from torchslim.errors import TaskError
 
@@ -308,41 +309,51 @@ def take_first(batches: Iterable[Batch] | None, name: str) -> Batch:
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of nested tuples, lists, dicts and dataclasses, in order."""
     found: list[Tensor] = []
-    _mapped(tree, found.append)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    changed(tree, note)
     return found
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
     """The same tree with every tensor on `device`."""
-    return _mapped(tree, lambda tensor: tensor.to(device))
+    return changed(tree, lambda tensor: tensor.to(device))
 
 
-def _mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+def changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same containers with their tensors changed; other leaves stay."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, Mapping):
-        changed = {key: _mapped(each, change) for key, each in tree.items()}
-        return changed if type(tree) is dict else _rebuilt(tree, changed)
+        values = {key: changed(each, change) for key, each in tree.items()}
+        return values if type(tree) is dict else _rebuilt(tree, values)
+    if isinstance(tree, PackedSequence):  # its indices go with the data, but how many samples have each step, does not
+        data, indices = change(tree.data), (tree.sorted_indices, tree.unsorted_indices)
+        return PackedSequence(
+            data, tree.batch_sizes, *(each if each is None else each.to(data.device) for each in indices)
+        )
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_mapped(each, change) for each in tree))
+        return type(tree)(*(changed(each, change) for each in tree))
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_mapped(each, change) for each in tree)
+        return type(tree)(changed(each, change) for each in tree)
     if is_dataclass(tree) and not isinstance(tree, type):
-        changed = {each.name: _mapped(getattr(tree, each.name), change) for each in fields(tree)}
+        values = {each.name: changed(getattr(tree, each.name), change) for each in fields(tree)}
         copied = copy.copy(tree)
-        for name, value in changed.items():
+        for name, value in values.items():
             object.__setattr__(copied, name, value)  # frozen ones too, and without running their checks again
         return copied
     return tree
 
 
-def _rebuilt(tree: Mapping[str, Any], changed: dict[str, Any]) -> Any:
+def _rebuilt(tree: Mapping[str, Any], values: dict[str, Any]) -> Any:
     """A mapping of the same kind; a Hugging Face output or batch takes its fields as keywords or as one dict."""
     try:
-        return type(tree)(**changed) if is_dataclass(tree) else type(tree)(changed)  # type: ignore[call-arg]
+        return type(tree)(**values) if is_dataclass(tree) else type(tree)(values)  # type: ignore[call-arg]
     except TypeError:
-        return changed
+        return values
 
 
 def batch_size(inputs: Any) -> int:

@@ -18,6 +18,9 @@ from torchslim.errors import DistillError
 Shape = tuple[int, ...]
 """Of a feature, without the batch: (channels, *positions)."""
 
+Masks = tuple[Tensor | None, Tensor | None]
+"""Of the student's positions and of the teacher's, True where one counts; None where all do."""
+
 AVERAGES: Mapping[int, Callable[..., Tensor]] = {
     1: functional.adaptive_avg_pool1d,
     2: functional.adaptive_avg_pool2d,
@@ -76,19 +79,18 @@ def check_pairs(pairs: Sequence[tuple[Shape, Shape]]) -> list[tuple[Shape, Shape
     return checked
 
 
-def align(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Both features at the same positions, and the mask there; what is masked is 0 in both.
+def align(student: Tensor, teacher: Tensor, masks: Masks = (None, None)) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both features at the same positions, and a mask there; what is masked is 0 in both.
 
     Of different sizes, the student's is resized to the teacher's: averaged along a dimension that shrinks,
     interpolated along one that grows. Next to a vector the other is averaged over its positions. Next to a map or
     volume, tokens take its positions, without the first (class) token where there is one more of them.
 
-    The mask is of the student's positions and goes with them; a position counts if one that counts has a part in it,
-    and those that do not count have no part. Averaged positions leave a mask of samples: those with any that count.
-    Positions of the teacher that are averaged all count.
+    Positions that do not count have no part in any average. After resizing one counts if one that counts has a part in
+    it, and it counts on both sides. Averaged positions leave a mask of samples: those with any that count.
 
-    Shapes: (batch, channels, *positions), (batch, others, *elsewhere), (batch, *positions) or None -> (batch,
-    channels, *common), (batch, others, *common), (batch, *common) or None.
+    Shapes: (batch, channels, *positions), (batch, others, *elsewhere), their masks -> (batch, channels, *common),
+    (batch, others, *common), (batch, *common) or None.
 
     Raises:
         DistillError: the positions have nothing in common.
@@ -98,23 +100,31 @@ def align(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple
         raise DistillError(
             f"student and teacher features are of {len(student)} and {len(teacher)} samples, not the same"
         )
-    if mask is not None:
-        mask = mask.bool()
-        student = masked(student, mask)
+    mask, other = (None if each is None else each.bool() for each in masks)
+    student, teacher = masked(student, mask), masked(teacher, other)
     if student.dim() != teacher.dim():
         if teacher.dim() == 2:
-            student, mask = _averaged(student, mask)
+            student, mask = averaged(student, mask)
         elif student.dim() == 2:
-            teacher, _ = _averaged(teacher, None)
+            teacher, other = averaged(teacher, other)
         elif student.dim() == 3:
-            grid = teacher.shape[2:]
-            student = _on_grid(student, grid)
-            mask = None if mask is None else _on_grid(mask[:, None], grid)[:, 0]
+            student, mask = _on_grid(student, mask, teacher.shape[2:])
         else:
-            teacher = _on_grid(teacher, student.shape[2:])
+            teacher, other = _on_grid(teacher, other, student.shape[2:])
     if student.shape[2:] != teacher.shape[2:]:
         student, mask = _resized(student, teacher.shape[2:], mask)
+    mask = other if mask is None else mask if other is None else mask & other
     return masked(student, mask), masked(teacher, mask), mask
+
+
+def resized_mask(mask: Tensor, positions: Sequence[int]) -> Tensor:
+    """True where any of what a position stands for is: (batch, *elsewhere) -> (batch, *positions)."""
+    least = tuple(map(min, mask.shape[1:], positions))
+    if least != mask.shape[1:]:
+        mask = MAXIMA[len(least)](mask[:, None].float(), least)[:, 0] > 0
+    if least != tuple(positions):
+        mask = functional.interpolate(mask[:, None].float(), size=tuple(positions), mode="nearest")[:, 0] > 0
+    return mask.bool()
 
 
 def masked(feature: Tensor, mask: Tensor | None) -> Tensor:
@@ -123,8 +133,7 @@ def masked(feature: Tensor, mask: Tensor | None) -> Tensor:
         return feature
     if mask.shape != feature.shape[:1] + feature.shape[2:]:
         raise DistillError(
-            f"a mask is (batch, *positions) of the student's feature, which is {tuple(feature.shape)}; got "
-            f"{tuple(mask.shape)}"
+            f"a mask is (batch, *positions) of its feature, which is {tuple(feature.shape)}; got {tuple(mask.shape)}"
         )
     return feature.masked_fill(~mask.bool()[:, None], 0)
 
@@ -153,15 +162,17 @@ def pooled(features: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _averaged(feature: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def averaged(feature: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The mean over the positions that count, of a feature that is 0 elsewhere; and which samples have any."""
     if mask is None:
         return feature.flatten(2).mean(2), None
     mask = mask.flatten(1)
     return feature.flatten(2).sum(2) / mask.sum(1, keepdim=True).clamp_min(1), mask.any(1)
 
 
-def _on_grid(tokens: Tensor, grid: Sequence[int]) -> Tensor:
-    return tokens[:, :, tokens.shape[2] - math.prod(grid) :].reshape(*tokens.shape[:2], *grid)
+def _on_grid(tokens: Tensor, mask: Tensor | None, grid: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    first = tokens.shape[2] - math.prod(grid)
+    return tokens[:, :, first:].unflatten(2, grid), None if mask is None else mask[:, first:].unflatten(1, grid)
 
 
 def _resized(feature: Tensor, wanted: Sequence[int], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchslim.distill.align import (
+    Masks,
     Project,
     Shape,
     align,
@@ -69,18 +70,20 @@ def attention(feature: Tensor, power: float = 2) -> Tensor:
     return wide(feature).abs().pow(power).sum(1)
 
 
-def attention_transfer(student: Tensor, teacher: Tensor, power: float = 2, mask: Tensor | None = None) -> Tensor:
+def attention_transfer(student: Tensor, teacher: Tensor, power: float = 2, masks: Masks = (None, None)) -> Tensor:
     """Mean squared difference of the attention maps, each sample's flattened and divided by its l2 norm.
 
     The mean is over the batch and the positions that count, as their released code has it; their eq. 2 is the norm of
     the difference. Channels may differ; of other sizes, the student's attention map is resized.
 
-    Shapes: (batch, channels, *positions), (batch, others, *elsewhere), (batch, *positions) or None -> ().
+    Shapes: (batch, channels, *positions), (batch, others, *elsewhere), their masks -> ().
     Source: Zagoruyko & Komodakis 2017, arXiv:1612.03928, section 3.1.
     """
     check_positions("attention transfer", tuple(student.shape[1:]), tuple(teacher.shape[1:]))
-    maps = attention(masked(student, mask), power)[:, None], attention(teacher.detach(), power)[:, None]
-    left, right, mask = align(*maps, mask)
+    left, right = (
+        attention(masked(*each), power)[:, None] for each in zip((student, teacher.detach()), masks, strict=True)
+    )
+    left, right, mask = align(left, right, masks)
     left, right = (functional.normalize(each.flatten(1), dim=1) for each in (left, right))
     return mean_over((left - right).square(), None if mask is None else mask.flatten(1))
 
@@ -149,10 +152,12 @@ class FeatureModule(nn.Module):
         self.channels = [(student[0], teacher[0]) for student, teacher in pairs]
 
     def forward(
-        self, students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+        self, students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence[Masks] | None = None
     ) -> Tensor:
-        """Features (batch, channels, *positions), one for each pair, masks (batch, *positions) -> ()."""
-        masks = [None] * len(students) if masks is None else masks
+        """Features (batch, channels, *positions), and the masks of each pair, (batch, *positions) -> ()."""
+        masks = [(None, None)] * len(students) if masks is None else masks
+        if any(isinstance(each, Tensor) for each in masks):
+            raise DistillError("masks are pairs: one for the student's positions and one for the teacher's, or None")
         got = [(left.shape[1], right.shape[1]) for left, right in zip(students, teachers, strict=False)]
         if got != self.channels or not len(students) == len(teachers) == len(masks):
             raise DistillError(
@@ -168,7 +173,7 @@ class FeatureModule(nn.Module):
         with torch.autocast(students[0].device.type, enabled=False):
             return self.weight * torch.stack(self.terms(tensors[0], tensors[1], masks)).mean()
 
-    def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
+    def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Masks]) -> list[Tensor]:
         """One scalar for each pair."""
         raise NotImplementedError
 
@@ -180,7 +185,7 @@ class _Apart(FeatureModule):
         super().__init__(weight, pairs)
         self.parts = nn.ModuleList(parts)
 
-    def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
+    def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Masks]) -> list[Tensor]:
         return [part(*each) for part, *each in zip(self.parts, students, teachers, masks, strict=True)]
 
 
@@ -191,8 +196,8 @@ class _Compared(nn.Module):
         super().__init__()
         self.compare, self.projector = compare, projector
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        student, teacher, mask = align(student, teacher, mask)
+    def forward(self, student: Tensor, teacher: Tensor, masks: Masks) -> Tensor:
+        student, teacher, mask = align(student, teacher, masks)
         return self.compare(self.projector(student), teacher, mask)
 
 
@@ -201,8 +206,8 @@ class _Attention(nn.Module):
         super().__init__()
         self.power = power
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        return attention_transfer(student, teacher, self.power, mask)
+    def forward(self, student: Tensor, teacher: Tensor, masks: Masks) -> Tensor:
+        return attention_transfer(student, teacher, self.power, masks)
 
 
 class _Flows(FeatureModule):
@@ -212,10 +217,9 @@ class _Flows(FeatureModule):
         super().__init__(weight, pairs)
         self.projectors = nn.ModuleList(bridge(*pair) for pair in pairs)
 
-    def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
-        for index, mask in enumerate(masks):
-            if mask is not None:
-                teachers[index] = align(students[index], teachers[index], mask)[1]
+    def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Masks]) -> list[Tensor]:
+        for index, (mask, other) in enumerate(masks):
+            teachers[index] = masked(teachers[index], other)
             students[index] = masked(self.projectors[index](masked(students[index], mask)), mask)
         return [fsp(left, right) for left, right in zip(pairwise(students), pairwise(teachers), strict=True)]
 
@@ -232,8 +236,8 @@ class _Variational(nn.Module):
         self.regressor = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
         self.alpha = nn.Parameter(torch.full((wanted,), variance + math.log(-math.expm1(-variance))))
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        student, teacher, mask = align(student, teacher, mask)
+    def forward(self, student: Tensor, teacher: Tensor, masks: Masks) -> Tensor:
+        student, teacher, mask = align(student, teacher, masks)
         variance = functional.softplus(self.alpha) + self.least_variance
         return variational_information(self.regressor(student), variance, teacher, mask)
 
@@ -354,7 +358,7 @@ class FSP(FeatureLoss):
     """weight * fsp, mean over consecutive pairs of layers, at least two, shallow ones first.
 
     Other than in the paper, a learned linear map brings the student to the teacher's channels where they differ.
-    Positions of student and teacher need nothing in common, unless there are masks.
+    Positions of student and teacher need nothing in common.
 
     Source: Yim et al. 2017, "A Gift from Knowledge Distillation", CVPR, section 3; the weight is that of the comparison
     in Tian et al. 2020, arXiv:1910.10699.

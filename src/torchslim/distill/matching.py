@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torchslim.distill.align import Shape
@@ -49,6 +49,10 @@ def match(student: Sequence[Tap], teacher: Sequence[Tap], taps: Mapping[str, str
     Raises:
         DistillError: a pattern that matches nothing, or nothing to match.
     """
+    return [_together(pair) for pair in _matched(student, teacher, taps)]
+
+
+def _matched(student: Sequence[Tap], teacher: Sequence[Tap], taps: Mapping[str, str] | None) -> list[Pair]:
     if taps:
         pairs = [pair for left, right in taps.items() for pair in _asked(student, teacher, left, right)]
         order = {tap: number for number, tap in enumerate(student)}
@@ -61,6 +65,19 @@ def match(student: Sequence[Tap], teacher: Sequence[Tap], taps: Mapping[str, str
         return [Pair(left, right, "same name") for left, right in named if left is not None]
     ours, ours_alike = _stages(student)
     return _by_stage(ours, chosen, BLOCKS if alike or ours_alike else len(chosen))
+
+
+def _together(pair: Pair) -> Pair:
+    """Of other numbers of tokens, those that are no part of the image or of the sequence are left out."""
+    both = pair.student, pair.teacher
+    lengths = [tap.positions for tap in both]
+    if len(lengths[0]) == len(lengths[1]) == 1 and lengths[0] != lengths[1]:
+        if all(tap.patches for tap in both):
+            return replace(pair, student=both[0].on_grid(), teacher=both[1].on_grid())
+        extra = [tap.padding.extra for tap in both if tap.padding is not None and tap.padding.extra is not None]
+        if len(extra) == 2 and extra[0] != extra[1]:
+            return replace(pair, student=both[0].without_first(), teacher=both[1].without_first())
+    return pair
 
 
 def _asked(student: Sequence[Tap], teacher: Sequence[Tap], left: str, right: str) -> list[Pair]:

@@ -11,20 +11,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchslim.distill.align import averaged, masked
 from torchslim.distill.contrast import CRD
 from torchslim.distill.feature import FeatureLoss
 from torchslim.distill.losses import Response, loss_name
 from torchslim.distill.matching import Pair
+from torchslim.distill.observe import answer_padding
+from torchslim.distill.padding import masks_of
+from torchslim.distill.relation import RelationLoss
 from torchslim.distill.response import KD, ResponseLoss, positions
-from torchslim.distill.taps import Watch, watched
-from torchslim.distill.teachers import Teacher, answer
+from torchslim.distill.taps import Tap, Watch, modules_by_path, watched
+from torchslim.distill.teachers import Answer, Teacher, answer
 from torchslim.errors import DistillError
 from torchslim.loaders import Indexed
 from torchslim.processes import gathered
-from torchslim.task import Batch, Task
+from torchslim.task import Batch, Task, batch_size
 from torchslim.training import Losses
 
 RESERVED = ("label", "penalty", "response")
+
+_Last = Sequence[tuple[Tensor, Tensor | None]]
+"""The student's and the teacher's last feature, each with its mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +102,29 @@ class Everything:
         weights: Sequence[float],
         model: nn.Module,
         stack: ExitStack,
+        batch: Batch,
     ) -> None:
         self.task, self.teacher, self.response, self.parts, self.pairs = task, teacher, response, parts, pairs
         self.companion, self.label_weight, self.ignore_index, self.weights = (
             companion, label_weight, ignore_index, weights
         )  # fmt: skip
         self.taps = [pair.student for pair in pairs]
-        self.watch = Watch(tap.path for tap in self.taps)
+        self.watch, self.checked, self.owners = Watch(tap.path for tap in self.taps), False, modules_by_path(model)
         if self.taps:
             stack.enter_context(watched(model, self.watch.keep, self.watch.outputs))
-            self.watch.rehearse(model, lambda: answer(task, model))
+            self.watch.rehearse(model, lambda: answer(task, model, batch))
+        self.padding = answer_padding(model, task, batch) if isinstance(response, ResponseLoss) else None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         index = None
         if isinstance(batch, Indexed):
             index, batch = batch
+        samples = batch_size(self.task.inputs(batch))
+        if index is not None and len(index) != samples:
+            raise DistillError(
+                f"a batch of {len(index)} samples came out of the loader's collate_fn with {samples}; it must keep all "
+                "of them, or leave out what needs their numbers: cache and CRD"
+            )
         self.watch.clear()
         outputs = self.task.forward(model, batch)
         logits = self.task.logits(outputs)
@@ -119,10 +134,15 @@ class Everything:
         if needed or self.parts:
             said = self.teacher(batch, index, logits.device)
             if needed:
-                losses["response"] = self._response(logits, said.logits, target, self.task.mask(batch))
+                losses["response"] = self._response(logits, said.logits, target, masks_of(self.task, batch))
             if self.parts:
-                index = torch.arange(len(logits)) if index is None else index
-                self._features(logits, said.logits[0], said.features, index.to(logits.device), batch, losses)
+                if len(logits) % samples:
+                    raise DistillError(
+                        f"the inputs' first dimension is {samples}, the logits' {len(logits)}; the batch must come "
+                        "first in both: give batches, and Task(inputs=...) or Task(logits=...), that have it there"
+                    )
+                index = torch.arange(samples) if index is None else index
+                self._features(model, logits, said, index.to(logits.device), batch, losses)
         self.watch.clear()
         if self.label_weight > 0:
             label = self.task.compute_loss(outputs, batch)
@@ -132,7 +152,7 @@ class Everything:
         return losses
 
     def _response(
-        self, student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, mask: Tensor | None
+        self, student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, masks: Sequence[Tensor | None]
     ) -> Tensor:
         weights = self.weights or [1.0] * len(teachers)
         weights = [weight / sum(weights) for weight in weights]
@@ -141,6 +161,7 @@ class Everything:
             assert loss is not None
             mean = sum(weight * each for weight, each in zip(weights, teachers, strict=True))
             return loss(student, mean if len(teachers) > 1 else teachers[0], target)  # type: ignore[arg-type]
+        mask = None if self.padding is None else self.padding.over(masks, student)
         rows = [positions(student, each, target, mask, self.ignore_index) for each in teachers]
         student, teacher, target = rows[0]
         if len(rows) > 1:
@@ -150,39 +171,57 @@ class Everything:
         return loss.soft(student, teacher, target)
 
     def _features(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        teachers: Sequence[Tensor],
-        index: Tensor,
-        batch: Batch,
-        losses: dict[str, Tensor],
+        self, model: nn.Module, logits: Tensor, said: Answer, index: Tensor, batch: Batch, losses: dict[str, Tensor]
     ) -> None:
-        """Add the losses on features and on relations."""
-        students = self.watch.features(self.taps)
-        masks = [self._mask(batch, each) for each in students]
-        last = (students[-1], teachers[-1]) if students else (student_logits, teacher_logits)
-        if students and masks[-1] is not None:
-            last = (_masked(last[0], masks[-1]), _masked(last[1], self._mask(batch, last[1])))
+        """Add the losses on features and on relations: 0 where a layer was dropped, or samples are too few."""
+        students, teachers = self.watch.features(self.taps), said.features
+        self._check_gradients(students)
+        masks = masks_of(self.task, batch)
+        ours, theirs = (
+            [_over(tap, masks, each) for tap, each in zip(taps, features, strict=True)]
+            for taps, features in ((self.taps, students), ([pair.teacher for pair in self.pairs], teachers))
+        )
+        left, right = (students[-1], teachers[-1]) if self.pairs else (logits, said.logits[0])
+        last = None
+        if left is not None:
+            padding = (ours[-1], theirs[-1]) if self.pairs else (None, None)
+            last = (masked(left, padding[0]), padding[0]), (masked(right, padding[1]), padding[1])
         for number, part in enumerate(self.parts):
             learned = self.companion.learned[str(number)] if part.learns else None
-            if isinstance(part.loss, CRD):
-                assert learned is not None
-                value = learned(*last, index, self._classes(batch))
-            elif learned is not None:
-                value = learned(students, teachers, masks)
+            value = None
+            if part.kind == "relation" and last is not None:
+                value = self._relation(part.loss, learned, last, index, batch, model.training)
             elif part.kind == "feature":
-                value = part.loss(students, teachers)
-            elif getattr(part.loss, "gather", False):
-                value = part.loss(gathered(last[0].flatten(1)), gathered(last[1].flatten(1)))
-            else:
-                value = part.loss(*last)
-            losses[free_name(part.name, losses)] = value
+                value = _compared(learned or part.loss, learned is not None, students, teachers, ours, theirs)
+            losses[free_name(part.name, losses)] = logits.sum() * 0 if value is None else value
 
-    def _mask(self, batch: Batch, feature: Tensor) -> Tensor | None:
-        """Which positions of a feature count, where the task's mask is of its positions."""
-        mask = self.task.mask(batch)
-        return mask.bool() if mask is not None and mask.shape == (len(feature), *feature.shape[2:]) else None
+    def _relation(
+        self, loss: Any, learned: nn.Module | None, last: _Last, index: Tensor, batch: Batch, training: bool
+    ) -> Tensor | None:
+        if learned is not None:
+            vectors = [feature if mask is None else averaged(feature, mask)[0] for feature, mask in last]
+            value: Tensor = learned(*vectors, index, self._classes(batch))
+            return value
+        student, teacher = (feature for feature, _ in last)
+        if getattr(loss, "gather", False):
+            student, teacher = gathered(student.flatten(1)), gathered(teacher.flatten(1))
+        # the last batch of an epoch may be small; that others are not, the check before the training sees
+        few = isinstance(loss, RelationLoss) and len(student) < loss.least and training
+        return None if few else loss(student, teacher)
+
+    def _check_gradients(self, students: Sequence[Tensor | None]) -> None:
+        """Once: features that are to be learned must be able to."""
+        if self.checked or not torch.is_grad_enabled():
+            return
+        self.checked = True
+        for tap, feature in zip(self.taps, students, strict=True):
+            owner = self.owners.get(tap.path)
+            learns = owner is not None and any(each.requires_grad for each in owner.parameters())
+            if feature is not None and learns and not feature.requires_grad:
+                raise DistillError(
+                    f"the output of {tap.name!r} carries no gradient, so nothing learns from it; where activations "
+                    "are checkpointed, give checkpoint(..., use_reentrant=False), or tap a module outside"
+                )
 
     def _classes(self, batch: Batch) -> Tensor | None:
         """The class of each sample, where it has one."""
@@ -191,5 +230,23 @@ class Everything:
         return target if single else None
 
 
-def _masked(feature: Tensor, mask: Tensor | None) -> Tensor:
-    return feature if mask is None else feature * mask.unsqueeze(1).to(feature.dtype)
+def _over(tap: Tap, masks: Sequence[Tensor | None], feature: Tensor | None) -> Tensor | None:
+    """Which positions of a feature count; None where all do."""
+    return None if feature is None or tap.padding is None else tap.padding.over(masks, feature.shape[2:])
+
+
+def _compared(
+    loss: Any,
+    learned: bool,
+    students: Sequence[Tensor | None],
+    teachers: Sequence[Tensor],
+    ours: Sequence[Tensor | None],
+    theirs: Sequence[Tensor | None],
+) -> Tensor | None:
+    """A feature loss; None where a layer was dropped."""
+    there = [each for each in students if each is not None]
+    if len(there) < len(students):
+        return None
+    if not learned:
+        return loss(there, teachers)  # type: ignore[no-any-return]
+    return loss(there, teachers, list(zip(ours, theirs, strict=True)))  # type: ignore[no-any-return]

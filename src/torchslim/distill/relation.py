@@ -196,6 +196,11 @@ def _off_diagonal(square: Tensor) -> Tensor:
 class RelationLoss:
     """What the relation losses share: they are called with features of a batch, and are weighted."""
 
+    @property
+    def least(self) -> int:
+        """The samples that it needs."""
+        return 2
+
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -213,6 +218,11 @@ class RKD(RelationLoss):
 
     def __post_init__(self) -> None:
         check_weights(distance=self.distance, angle=self.angle)
+
+    @property
+    def least(self) -> int:
+        """Angles are those of three."""
+        return 3 if self.angle else 2
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         parts = [weight * part(student, teacher) for weight, part in
@@ -243,6 +253,11 @@ class PKT(RelationLoss):
 
     def __post_init__(self) -> None:
         check_positive("weight", self.weight)
+
+    @property
+    def least(self) -> int:
+        """Two others, to one."""
+        return 3
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return self.weight * probabilistic_transfer(student, teacher)
@@ -279,6 +294,11 @@ class ListwiseRanking(RelationLoss):
     def __post_init__(self) -> None:
         for name in ("weight", "alpha", "beta"):
             check_positive(name, getattr(self, name))
+
+    @property
+    def least(self) -> int:
+        """Two others, to one."""
+        return 3
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return self.weight * listwise_ranking(student, teacher, alpha=self.alpha, beta=self.beta)

@@ -259,7 +259,7 @@ class DIST(ResponseLoss):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MSE(ResponseLoss):
-    """The mean squared difference of the outputs: logits, or the numbers of a regression.
+    """The mean squared difference of the outputs: logits, or the numbers of a regression, (batch,) or (batch, ...).
 
     Source: Kim et al. 2021, arXiv:2105.08919, section 3, where it is summed over the classes.
     """
@@ -272,6 +272,8 @@ class MSE(ResponseLoss):
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """The weighted mean of squares."""
+        if student.dim() == teacher.dim() == 1:
+            student, teacher = student[:, None], teacher[:, None]
         student, teacher = _pair(*_scaled(student, teacher, self.standardize), 1)
         return self.weight * functional.mse_loss(student, teacher)
 

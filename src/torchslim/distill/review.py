@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchslim.distill.align import AVERAGES, Shape, align, check_pairs, masked, wide
+from torchslim.distill.align import AVERAGES, Masks, Shape, align, check_pairs, masked, wide
 from torchslim.distill.feature import FeatureLoss, FeatureModule
 from torchslim.errors import DistillError
 
@@ -86,7 +86,7 @@ class _Review(FeatureModule):
             for index, (student, teacher) in enumerate(pairs)
         )
 
-    def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
+    def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Masks]) -> list[Tensor]:
         losses, fused = [], None
         for index in reversed(range(len(students))):
             student, teacher, mask = align(students[index], teachers[index], masks[index])

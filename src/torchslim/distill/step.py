@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,15 +14,16 @@ from torchslim.distill.contrast import CRD
 from torchslim.distill.losses import Feature, Relation, Response, find_loss, find_response
 from torchslim.distill.matching import Pair, match
 from torchslim.distill.objective import Companion, Everything, Part
+from torchslim.distill.observe import observe
 from torchslim.distill.response import KD, ResponseLoss
-from torchslim.distill.taps import dry, observe
-from torchslim.distill.teachers import Average, Remembering, Teacher, Teachers, WriteCache, answer, find_module
+from torchslim.distill.taps import dry
+from torchslim.distill.teachers import Average, Remembering, Teacher, Teachers, WriteCache, find_module
 from torchslim.errors import DistillError
 from torchslim.finetune import Lesson, Training, trained
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, indexed, sample_count, why_not_numbered, why_not_repeatable
 from torchslim.steps import Context, Form, LayerRecord, Outcome
-from torchslim.task import Batch, Task, batch_size, device_of, to_device
+from torchslim.task import Task, batch_size, device_of, to_device
 from torchslim.training import Hook
 
 EMA = "ema"
@@ -137,15 +138,15 @@ class Distill(Training):
         average = Average(model, self.ema_decay) if self._several("teacher") == (EMA,) else None
         teachers = [average.module] if average else self._teachers(ctx)
         pairs: list[Pair] = []
+        batch = first_batch(task)
         if features or relations:
-            batch = first_batch(task)
-            pairs = match(_seen(model, task, batch), _seen(teachers[0], task, batch), self.taps)
+            pairs = match(observe(model, task, batch), observe(teachers[0], task, batch), self.taps)
             if not pairs and features:
                 raise DistillError("nothing in student and teacher can be tapped; name what to compare in taps")
             pairs = pairs if features else pairs[-1:]
         hooks: list[Hook] = [average] if average else []
         with ExitStack() as stack:
-            asked = Teachers(task, teachers, [pair.teacher for pair in pairs], stack)
+            asked = Teachers(task, teachers, [pair.teacher for pair in pairs], stack, batch)
             teacher: Teacher = asked
             if self.cache is not None:
                 remembering = Remembering(asked, Path(self.cache))
@@ -159,7 +160,7 @@ class Distill(Training):
                 companion = Companion(parts, pairs, places, average.module if average else None)
             objective = Everything(
                 task, teacher, response, parts, pairs, companion, self.resolved_label_weight(), self.ignore_index,
-                self._several("teacher_weights"), model, stack,
+                self._several("teacher_weights"), model, stack, batch,
             )  # fmt: skip
             yield Lesson(
                 objective=objective,
@@ -214,10 +215,6 @@ class Distill(Training):
         if self.student is not None:
             model, ctx = self.begin(model), replace(ctx, masks={})
         return trained(model, ctx, replace(self, student=None).fit(model, ctx))
-
-
-def _seen(model: nn.Module, task: Task, batch: Batch) -> Sequence[Any]:
-    return observe(model, lambda: answer(task, model), batch_size(task.inputs(batch)))
 
 
 def _size(task: Task) -> Any:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from torchslim.distill.align import Shape
+from torchslim.distill.padding import Padding
 from torchslim.errors import DistillError
 from torchslim.export import WRAPPED
 from torchslim.isolation import preserved_globals
 from torchslim.task import tensors
 
 COMPILED = "_orig_mod"  # what torch.compile calls the module inside its own
-CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
-WIDTHS = ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim", "embed_dim", "nf")
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-
 Keep = Callable[[str, Any], None]
 """Takes a module's path and its output."""
 
@@ -39,8 +35,12 @@ class Tap:
         shape: (channels, *positions).
         batch_dim: of the output.
         channel_dim: of the output, once the batch is its first dimension.
+        padding: which mask of a batch lies over the positions; None where none does.
         kind: the class of the module.
         weights: how many parameters the module has.
+        patches: of tokens of an image: how many come first, such as a class token, and the grid of the others.
+        first: positions before this one are left out.
+        grid: tokens are laid out on it.
     """
 
     path: str
@@ -49,8 +49,12 @@ class Tap:
     shape: Shape
     batch_dim: int
     channel_dim: int
+    padding: Padding | None
     kind: str
     weights: int
+    patches: tuple[int, Shape] | None = None
+    first: int = 0
+    grid: Shape = ()
 
     @property
     def name(self) -> str:
@@ -62,9 +66,27 @@ class Tap:
         """What is left of the shape without the channels."""
         return self.shape[1:]
 
+    def on_grid(self) -> Tap:
+        """The tokens of an image as a map, without those that are no part of it."""
+        assert self.patches is not None
+        first, grid = self.patches
+        return replace(self, shape=(self.shape[0], *grid), padding=None, first=first, grid=grid)
+
+    def without_first(self) -> Tap:
+        """Without the positions before those that the mask is of."""
+        assert self.padding is not None
+        assert self.padding.extra is not None
+        first = self.padding.extra
+        return replace(
+            self, shape=(self.shape[0], self.shape[1] - first), padding=Padding(self.padding.mask, 0), first=first
+        )
+
     def feature(self, output: Tensor) -> Tensor:
         """The output as (batch, channels, *positions), in at least float32."""
         feature = output.movedim(self.batch_dim, 0).movedim(self.channel_dim, 1)
+        if self.first or self.grid:
+            feature = feature[:, :, self.first :]
+            feature = feature.unflatten(2, self.grid) if self.grid else feature
         return feature.to(torch.promote_types(feature.dtype, torch.float32))
 
 
@@ -92,8 +114,8 @@ class Watch:
             tensor = tensor.clone() if path in self.copied else tensor
             self.outputs[path].append((tensor, tensor._version))
 
-    def features(self, taps: Sequence[Tap]) -> list[Tensor]:
-        """The features of the last forward pass.
+    def features(self, taps: Sequence[Tap]) -> list[Tensor | None]:
+        """The features of the last forward pass; None of what was not run in it, such as a layer that was dropped.
 
         Raises:
             DistillError: the model has written over one since.
@@ -101,7 +123,8 @@ class Watch:
         changed = self.overwritten() & {tap.path for tap in taps}
         if changed:
             raise DistillError(f"the model writes over the output of {min(changed)!r} in place; tap another module")
-        return [tap.feature(self.outputs[tap.path][tap.call][0]) for tap in taps]
+        found = [self.outputs[tap.path][tap.call : tap.call + 1] for tap in taps]
+        return [tap.feature(each[0][0]) if each else None for tap, each in zip(taps, found, strict=True)]
 
     def overwritten(self) -> set[str]:
         """The paths whose outputs the model has written over."""
@@ -118,7 +141,10 @@ class Watch:
 
 
 def first_feature(output: Any) -> Tensor | None:
-    """The first tensor of a module's output that can be a feature."""
+    """The first tensor of a module's output that can be a feature; a packed sequence is padded, batch first."""
+    first = output[0] if type(output) in (tuple, list) and output else output
+    if isinstance(first, PackedSequence):
+        return pad_packed_sequence(first, batch_first=True)[0]
     return next((each for each in tensors(output) if each.is_floating_point() and each.dim() > 1), None)
 
 
@@ -198,7 +224,7 @@ def nodes_by_path(program: GraphModule) -> dict[str, Node]:
     """The last node of each module that the graph was captured from."""
     found: dict[str, Node] = {}
     for node in program.graph.nodes:
-        if node.op == "call_function" and isinstance(_value(node), Tensor):
+        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
             for path in _scopes(node):
                 found[path] = node
     return found
@@ -233,52 +259,6 @@ def _scopes(node: Node) -> list[str]:
     return [name for name in dict.fromkeys(names) if name and name != "L['self']"]
 
 
-def _value(node: Node) -> Any:
-    return node.meta.get("val")
-
-
-# what there is --------------------------------------------------------------------------------------------------------
-
-
-def observe(model: nn.Module, call: Callable[[], Any], samples: int) -> list[Tap]:
-    """What can be tapped, in the order in which the modules end; the model's own answer is left out.
-
-    Args:
-        model: a module, or a graph that was captured from one.
-        call: runs it.
-        samples: in the batch that `call` runs it on.
-    """
-    program = graph_of(model)
-    owners: Mapping[str, Any] = modules_by_path(model) if program is None else nodes_by_path(program)
-    order: list[tuple[str, Any, Shape, tuple[int, int] | None]] = []
-    width: tuple[type, int] | None = None
-
-    def keep(path: str, output: Any) -> None:
-        nonlocal width
-        width = _width(owners[path]) or width
-        tensor = first_feature(output)
-        if tensor is not None:  # only referred to: all activations of a batch together would be large
-            dims = _dims(owners[path], tensor, samples, width)
-            shape = () if dims is None else tensor.movedim(dims[0], 0).movedim(dims[1], 1).shape[1:]
-            order.append((path, weakref.ref(tensor), tuple(shape), dims))
-
-    with watched(model, keep, owners), dry(model):
-        answer = first_feature(call())
-        kept = [row for row in order if row[3] is not None and (answer is None or row[1]() is not answer)]
-    calls = Counter(path for path, *_ in order)
-    number: Counter[str] = Counter()
-    place = {}
-    for row in order:
-        place[id(row)] = number[row[0]]
-        number[row[0]] += 1
-    return [
-        Tap(path, place[id(row)], calls[path], shape, *dims, _kind(owners[path], path), _weights(owners[path]))
-        for row in kept
-        for path, _, shape, dims in [row]
-        if dims is not None
-    ]
-
-
 @contextmanager
 def dry(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and the random state given back."""
@@ -291,51 +271,3 @@ def dry(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def _width(owner: Any) -> tuple[type, int] | None:
-    """The kind of what multiplies or normalises, and how many channels it puts out."""
-    if isinstance(owner, Node):
-        name, value = str(owner.target), _value(owner)
-        if any(f".{each}." in f"{name}." for each in CONVOLUTIONS):
-            return nn.Conv2d, value.shape[1]
-        return (nn.Linear, value.shape[-1]) if ".linear." in f"{name}." else None
-    if not owner._parameters or any(True for _ in owner.children()):
-        return None
-    width = next((getattr(owner, name) for name in WIDTHS if isinstance(getattr(owner, name, None), int)), None)
-    if isinstance(owner, nn.RNNBase):
-        width = (owner.proj_size or owner.hidden_size) * (2 if owner.bidirectional else 1)
-    elif width is None and isinstance(shape := getattr(owner, "normalized_shape", None), (tuple, list)) and shape:
-        width = shape[-1]
-    return (type(owner), width) if width is not None else None
-
-
-def _dims(owner: Any, output: Tensor, samples: int, width: tuple[type, int] | None) -> tuple[int, int] | None:
-    """Where the batch and the channels lie; None where the output has no batch."""
-    late = isinstance(owner, (nn.RNNBase, nn.MultiheadAttention)) and not owner.batch_first
-    sizes = list(output.shape)
-    if output.dim() == 2:
-        return (0, 1) if sizes[0] == samples else None
-    if sizes[0] == samples and not late:
-        batch = 0
-    elif sizes[1] == samples:
-        batch = 1
-    else:
-        return None
-    rest = sizes[:batch] + sizes[batch + 1 :]
-    if width is not None and (rest[0] == width[1]) != (rest[-1] == width[1]):
-        return batch, 1 if rest[0] == width[1] else -1
-    if width is not None:
-        return batch, -1 if issubclass(width[0], CHANNELS_LAST) else 1
-    return batch, -1 if output.dim() == 3 else 1
-
-
-def _kind(owner: Any, path: str) -> str:
-    if isinstance(owner, nn.Module):
-        return type(owner).__name__
-    scopes = (owner.meta.get("nn_module_stack") or {}).values()
-    return next((str(kind).rpartition(".")[2] for where, kind in scopes if f".{where}".endswith(f".{path}")), "")
-
-
-def _weights(owner: Any) -> int:
-    return sum(each.numel() for each in owner.parameters()) if isinstance(owner, nn.Module) else 1

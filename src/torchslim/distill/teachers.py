@@ -16,7 +16,7 @@ from torchslim.distill.taps import Tap, Watch, watched
 from torchslim.errors import DistillError
 from torchslim.files import digest
 from torchslim.isolation import copy_model, preserved_globals
-from torchslim.loaders import first_batch, seeded
+from torchslim.loaders import seeded
 from torchslim.steps import canonical, fingerprint, resolve
 from torchslim.task import Batch, Task, device_of, take_first, to_device
 from torchslim.training import Hook, Loop
@@ -48,20 +48,22 @@ class Teacher(Protocol):
     def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer: ...
 
 
-def answer(task: Task, model: nn.Module) -> Any:
-    """What a model says of the first training batch."""
-    return task.forward(model, to_device(first_batch(task), device_of(model)))
+def answer(task: Task, model: nn.Module, batch: Batch) -> Any:
+    """What a model says of a batch, wherever that lies."""
+    return task.forward(model, to_device(batch, device_of(model)))
 
 
 class Teachers:
-    """Modules in eval mode, without gradients; the first is watched at the taps."""
+    """Modules in eval mode, without gradients; the first is watched at the taps, after a rehearsal on a batch."""
 
-    def __init__(self, task: Task, modules: Sequence[nn.Module], taps: Sequence[Tap], stack: ExitStack) -> None:
+    def __init__(
+        self, task: Task, modules: Sequence[nn.Module], taps: Sequence[Tap], stack: ExitStack, batch: Batch
+    ) -> None:
         self.task, self.modules, self.taps = task, modules, taps
         self.watch = Watch(tap.path for tap in taps)
         if taps:
             stack.enter_context(watched(modules[0], self.watch.keep, self.watch.outputs))
-            self.watch.rehearse(modules[0], lambda: answer(task, modules[0]))
+            self.watch.rehearse(modules[0], lambda: answer(task, modules[0], batch))
 
     def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer:
         logits = []
@@ -71,7 +73,11 @@ class Teachers:
                 module.to(device)
             with torch.no_grad():
                 logits.append(self.task.logits(self.task.forward(module, batch)))
-        return Answer(logits, self.watch.features(self.taps))
+        features = self.watch.features(self.taps)
+        missing = next((tap.name for tap, each in zip(self.taps, features, strict=True) if each is None), None)
+        if missing is not None:
+            raise DistillError(f"the teacher's {missing!r} was not run on a batch; tap a module that always is")
+        return Answer(logits, [each for each in features if each is not None])
 
 
 class Remembering:
