@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def forwards(step: ts.Distill, ctx: ts.Context, monkeypatch: pytest.MonkeyPatch)
         return original(self, batch, index, device)
 
     monkeypatch.setattr(teachers.Teachers, "__call__", counted)
-    step(toy.model(), ctx)
+    step(copy.deepcopy(ctx.model) if ctx.model is not None else toy.model(), ctx)
     return seen
 
 
@@ -250,3 +251,102 @@ def test_equal_weights_with_another_forward_are_another_teacher(
         ctx = replace(context(loader()), teacher=Scaled(scale))
         with monkeypatch.context() as patch:
             assert sum(forwards(step, ctx, patch)) == 40
+
+
+class Sentences(torch.utils.data.Dataset[Any]):
+    """Sequences of several lengths."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(place)
+        return torch.randn(2 + place % 5, 3, generator=generator), place % 4
+
+
+def padded(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    rows, labels = zip(*samples, strict=True)
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True), torch.tensor(labels)
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).mean(1))
+
+
+def reading(*, shuffle: bool, **fields: Any) -> ts.Context:
+    loader = DataLoader(Sentences(), batch_size=5, shuffle=shuffle, collate_fn=padded, **fields)
+    batch = padded([Sentences()[place] for place in range(4)])
+    task = ts.Task(train=loader, val=[batch], metric="accuracy")
+    return ts.Context(task=task, teacher=Reader(), model=Reader(), example_inputs=batch[:1])
+
+
+def test_batches_padded_by_themselves_are_kept_in_order_and_refused_when_shuffled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = ts.Distill(feature="token_mse", taps={"layer": "layer"}, epochs=2, cache=tmp_path)
+    with pytest.raises(DistillError, match="pads each batch to its longest sample"):
+        step.check(reading(shuffle=True))
+    ctx = reading(shuffle=False)
+    step.check(ctx)
+    assert forwards(step, ctx, monkeypatch) == [5, 5, 5, 5, 4]
+    assert forwards(step, ctx, monkeypatch) == []
+
+
+def test_samples_padded_to_other_lengths_are_an_error_that_says_so(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, "key")
+    for first, length in ((0, 3), (4, 5)):
+        index = torch.arange(first, first + 4)
+        cache.keep(index, torch.zeros(4, 3, dtype=torch.float64), {"feature_0": torch.zeros(4, 2, length)})
+    cache.flush()
+    assert len(cache.files) == 2
+    with pytest.raises(DistillError, match="padded to other lengths"):
+        cache.find(torch.tensor([0, 5]), torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_a_sample_is_kept_once(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, "key")
+    for index in (torch.arange(4), torch.arange(2, 8)):
+        cache.keep(index, torch.zeros(len(index), 3, dtype=torch.float64), {"logits_0": index[:, None].float()})
+        cache.flush()
+    assert sorted(len(shard["logits_0"]) for shard in cache.shards) == [4, 4]
+    found = cache.find(torch.arange(8), torch.zeros(8, 3, dtype=torch.float64))
+    assert found is not None
+    assert found["logits_0"].flatten().tolist() == list(range(8))
+
+
+class Keys(torch.utils.data.Sampler[str]):
+    def __iter__(self) -> Any:
+        yield from "abcdefgh"
+
+    def __len__(self) -> int:
+        return 8
+
+
+class Named(torch.utils.data.Dataset[Any]):
+    def __getitem__(self, key: str) -> tuple[Tensor, int]:
+        return Sentences()[5 * (ord(key) - 97)]
+
+    def __len__(self) -> int:
+        return 8
+
+
+def test_samples_with_names_are_numbered_by_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = reading(shuffle=False)
+    loader = DataLoader(Named(), batch_size=4, sampler=Keys())
+    ctx = replace(ctx, task=replace(ctx.task, train=loader))
+    step = ts.Distill(epochs=2, cache=tmp_path)
+    step.check(ctx)
+    assert forwards(step, ctx, monkeypatch) == [4, 4]
+
+
+def test_a_collate_that_drops_samples_is_refused(tmp_path: Path) -> None:
+    ctx = reading(shuffle=False)
+    loader = DataLoader(Sentences(), batch_size=6, collate_fn=lambda samples: padded(samples[1:]))
+    step = ts.Distill(epochs=1, cache=tmp_path)
+    with pytest.raises(DistillError, match="a batch of 6 samples came out of the loader's collate_fn with 5"):
+        step(Reader(), replace(ctx, task=replace(ctx.task, train=loader)))

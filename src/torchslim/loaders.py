@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -9,11 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from torchslim.isolation import preserved_globals
 from torchslim.steps import fingerprint
-from torchslim.task import Batch, Task, take_first
+from torchslim.task import Batch, Task, take_first, tensors
+
+SAMPLES = 8  # that are drawn to see whether they come out the same
 
 
 @contextmanager
@@ -124,11 +127,15 @@ def indexed(batches: Iterable[Batch], size: Callable[[Batch], int]) -> Iterable[
 
 
 def _has_places(batches: Any) -> bool:
-    return (
-        type(batches) is DataLoader
-        and batches.batch_sampler is not None
-        and not isinstance(batches.dataset, IterableDataset)
-    )
+    """Does it draw its samples by whole numbers? The first ones tell."""
+    if type(batches) is not DataLoader or batches.batch_sampler is None or isinstance(batches.dataset, IterableDataset):
+        return False
+    with preserved_globals(), seeded(batches, 0, 0):
+        first: list[Any] = next(iter(batches.batch_sampler), [])
+    try:
+        return len(batches.dataset) > 0 and all(operator.index(place) >= 0 for place in first)
+    except TypeError:  # no length, or keys of another kind
+        return False
 
 
 def sample_count(batches: Iterable[Batch], size: Callable[[Batch], int]) -> int:
@@ -160,7 +167,7 @@ class _Collated:
 
     def __call__(self, samples: list[tuple[int, Any]]) -> Indexed:
         places, bare = zip(*samples, strict=True)
-        return Indexed(torch.tensor(places), self.collate(list(bare)))
+        return Indexed(torch.tensor([operator.index(place) for place in places]), self.collate(list(bare)))
 
 
 class _Counted:
@@ -183,22 +190,36 @@ class _Counted:
 def why_not_repeatable(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:
     """Why equal numbers would not mean equal samples; None where nothing speaks against it.
 
-    A few samples are drawn twice, under other random states.
+    A few samples are drawn twice, under other random states, and each by itself.
     """
     numbered = indexed(batches, size)
-    prints = []
+    drawn: list[Any] = []
     for seed in (1, 2):
         with preserved_globals(seed), seeded(batches, seed, seed):
             if isinstance(numbered, DataLoader):
-                few = range(min(4, len(numbered.dataset)))
-                drawn: Any = numbered.collate_fn([numbered.dataset[place] for place in few])
+                few = range(min(SAMPLES, len(numbered.dataset)))
+                drawn.append(numbered.collate_fn([numbered.dataset[place] for place in few]))
             else:
-                drawn = next(iter(numbered), None)
-            prints.append(fingerprint(drawn))
-    if prints[0] == prints[1]:
-        return None
-    kind = "augments its samples" if isinstance(numbered, DataLoader) else "shuffles or augments"
-    return f"the training loader {kind}: the same sample came out differently when it was drawn twice"
+                drawn.append(next(iter(numbered), None))
+    if fingerprint(drawn[0]) != fingerprint(drawn[1]):
+        kind = "augments its samples" if isinstance(numbered, DataLoader) else "shuffles or augments"
+        return f"the training loader {kind}: the same sample came out differently when it was drawn twice"
+    if (
+        isinstance(numbered, DataLoader)
+        and type(getattr(numbered.batch_sampler, "sampler", None)) is not SequentialSampler
+    ):
+        with preserved_globals(1), seeded(batches, 1, 1):
+            alone = [numbered.collate_fn([numbered.dataset[place]]) for place in few]
+        if any(_sample_shapes(each) != _sample_shapes(drawn[0]) for each in alone):
+            return (
+                "the training loader shuffles, and pads each batch to its longest sample: the same sample comes out "
+                "differently in other company; pad all to one length"
+            )
+    return None
+
+
+def _sample_shapes(batch: Any) -> list[Any]:
+    return [each.shape[1:] for each in tensors(batch)]
 
 
 def why_not_numbered(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:

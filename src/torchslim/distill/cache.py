@@ -40,14 +40,8 @@ class TeacherCache:
     def refresh(self) -> None:
         """Take up what has been written, by other processes too."""
         for path in sorted(self.folder.glob(f"{self.key}-*.safetensors")):
-            if path.name in self.files:
-                continue
-            try:
-                shard = load_file(path)
-                self._add({name: shard[name] for name in sorted(shard)})
-            except (SafetensorError, KeyError) as error:
-                raise DistillError(f"{path} is damaged ({error}); delete it, it is made again") from error
-            self.files.add(path.name)
+            if path.name not in self.files:
+                self._read(path)
 
     def find(self, index: Tensor, check: Tensor) -> dict[str, Tensor] | None:
         """The answers on these samples; None unless all are there.
@@ -55,39 +49,55 @@ class TeacherCache:
         Raises:
             DistillError: a sample is not what it was when its answer was kept.
         """
-        if not len(index) or int(index.max()) >= len(self.place):
+        if not len(index) or not bool(self._has(index).all()):
             return None
         place = self.place[index]
-        if bool((place < 0).any()):
-            return None
         found: dict[str, Tensor] = {}
         for number in place[:, 0].unique().tolist():
             rows = (place[:, 0] == number).nonzero().flatten()
             for name, values in self.shards[number].items():
                 if name not in found:
                     found[name] = values.new_empty(len(index), *values.shape[1:])
+                if found[name].shape[1:] != values.shape[1:]:
+                    raise DistillError(
+                        f"the teacher's {name} of samples of a batch, {tuple(found[name].shape[1:])} and "
+                        f"{tuple(values.shape[1:])}, are from batches that were padded to other lengths; leave out "
+                        "cache, or pad all samples to one length"
+                    )
                 found[name][rows] = values[place[rows, 1]]
         self._same(found.pop(CHECK), check, index)
         return found
 
     def keep(self, index: Tensor, check: Tensor, answers: Mapping[str, Tensor]) -> None:
-        """Keep the answers on these samples."""
+        """Keep the answers on those of these samples that it has none of."""
+        new = ~self._has(index)
         row = {INDEX: index, CHECK: check, **{name: each.detach().cpu() for name, each in answers.items()}}
-        self.rows.append({name: each.contiguous() for name, each in row.items()})
+        self.rows.append({name: each[new].contiguous() for name, each in row.items()})
         if sum(each.numel() * each.element_size() for row in self.rows for each in row.values()) >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept in memory."""
-        if not self.rows:
-            return
-        shard = {name: torch.cat([row[name] for row in self.rows]) for name in self.rows[0]}
-        number = int(shard[INDEX].min())
-        name = f"{self.key}-{number:09d}-{len(shard[INDEX])}-{shard[INDEX].sum().item():x}.safetensors"
-        write_bytes(self.folder / name, save(shard))
-        self.files.add(name)
+        """Write what is kept in memory; those of one shape go together."""
+        groups: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
+        for row in self.rows:
+            groups.setdefault(tuple((name, each.shape[1:]) for name, each in row.items()), []).append(row)
+        for rows in groups.values():
+            shard = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+            if len(shard[INDEX]):
+                number, total = int(shard[INDEX].min()), shard[INDEX].sum().item()
+                name = f"{self.key}-{number:09d}-{len(shard[INDEX])}-{total:x}.safetensors"
+                write_bytes(self.folder / name, save(shard))
+                self._read(self.folder / name)
         self.rows.clear()
-        self._add(shard)
+
+    def _read(self, path: Path) -> None:
+        """Take up a file. Its tensors stay in it until they are looked at: the system may drop them from memory."""
+        try:
+            shard = load_file(path)
+            self._add({name: shard[name] for name in sorted(shard)})
+        except (SafetensorError, KeyError) as error:
+            raise DistillError(f"{path} is damaged ({error}); delete it, it is made again") from error
+        self.files.add(path.name)
 
     def _add(self, shard: dict[str, Tensor]) -> None:
         index = shard.pop(INDEX)
@@ -97,6 +107,11 @@ class TeacherCache:
             self.place = torch.cat([self.place, torch.full((more, 2), -1)])
         self.place[index, 0] = len(self.shards) - 1
         self.place[index, 1] = torch.arange(len(index))
+
+    def _has(self, index: Tensor) -> Tensor:
+        known, inside = torch.zeros(len(index), dtype=torch.bool), index < len(self.place)
+        known[inside] = self.place[index[inside], 0] >= 0
+        return known
 
     def _same(self, old: Tensor, new: Tensor, index: Tensor) -> None:
         changed = ((old[:, 0] - new[:, 0]).abs() > TOLERANCE * old[:, 1] + 1e-12) | (old[:, 2] != new[:, 2])
