@@ -296,6 +296,8 @@ def test_pruning_and_quantization_train_on_all_parts_and_say_what_taught_them() 
         ({"teacher": ("a:b", "c:d"), "teacher_weights": (1.0, math.nan)}, "teacher_weights must be finite"),
         ({"teacher": ("a:b", "c:d"), "teacher_weights": (1.0, -1.0)}, "none negative"),
         ({"response": None, "label_weight": 0.0}, "nothing to learn from"),
+        ({"taps": {"0": "0"}}, "taps name features, but no loss compares any"),
+        ({"cache": __file__}, "cache must be a folder"),
     ],
 )
 def test_a_step_that_cannot_work_says_so_when_it_is_made(fields: dict[str, Any], message: str) -> None:
@@ -486,3 +488,14 @@ def test_inputs_must_have_the_batch_first() -> None:
         DistillError, match="the inputs' first dimension is 9, the logits' 4; the batch must come first"
     ):
         ts.Distill(relation="rkd").check(ctx)
+
+
+def test_a_new_student_starts_the_same_whatever_the_random_state_is() -> None:
+    ctx, step = context(), ts.Distill(student="tests.test_distill_parts:unseeded", epochs=1)
+    first = step(seeded(conv_net, 4), ctx).model
+    torch.rand(3)
+    assert fingerprint(step(seeded(conv_net, 4), ctx).model.state_dict()) == fingerprint(first.state_dict())
+
+
+def unseeded() -> nn.Module:
+    return conv_net(3)

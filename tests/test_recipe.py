@@ -110,6 +110,7 @@ PRUNE = '[[step]]\ndo = "prune"\nsparsity = 0.5\n'
         ('[[step]]\ndo = "kd"', r"step 1 is a loss, not a step"),
         ('[[step]]\ndo = "prune"\nsparsity = 0.5\ntrain = { do = "kd" }', r"key 'train': got KD"),
         ('[[step]]\ndo = "quantize"\n' + PRUNE, r"step 2 \('prune'\) needs a model in the form 'module', but step 1 \('quantize'\) leaves it 'quantized'; move step 2 before step 1"),
+        ('[[step]]\ndo = "distill"\nfeature = [{ do = "hnt" }]', r"\('hnt'\) is not known; did you mean 'hint'\?; known: hint, attention_transfer, fsp, vid, review_kd, token_mse, token_cosine, or"),
         ('[[step]]\ndo = "quantize"\nscheme = "int9"', r"scheme 'int9' is not known; did you mean 'int8'"),
         ('[[step]]\ndo = "no.such.module:Step"', r"cannot be imported: ModuleNotFoundError"),
         ('[[step]]\ndo = "tests.toy:Missing"', r"module 'tests\.toy' has no 'Missing'"),

@@ -191,10 +191,11 @@ def list_(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(known, indent=1))
         return
+    width = max(len(name) for rows in known.values() for name in rows)
     for kind, rows in known.items():
         click.echo(click.style(kind, bold=True))
         for name, about in rows.items():
-            click.echo(f"  {name:<19}{about}")
+            click.echo(f"  {name:<{width}}  {about}")
 
 
 def _about(documented: Any) -> str:

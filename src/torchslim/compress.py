@@ -152,7 +152,7 @@ def compress(
         seen = ctx
         for step in steps:
             step.check(seen)
-            seen = replace(seen, model=_begun(step, seen.model))
+            seen = replace(seen, model=_begun(step, seen.model, seed))
         if processes.is_first():
             claim(folder, recipe, overwrite)
         processes.wait()
@@ -176,10 +176,10 @@ def compress(
     )
 
 
-def _begun(step: Step, model: nn.Module | None) -> nn.Module | None:
+def _begun(step: Step, model: nn.Module | None, seed: int) -> nn.Module | None:
     """What the step's result is made from: the model that it is handed, or a network of its own."""
     begin = getattr(step, "begin", None)
-    return model if begin is None or model is None else begin(model)
+    return model if begin is None or model is None else begin(model, seed)
 
 
 def _origin(ctx: Context, model: nn.Module, batch: Any) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 from torch import nn
 
 from torchslim.distill import LOSSES, Distill
+from torchslim.distill.losses import KINDS as LOSS_KINDS
 from torchslim.errors import RecipeError, TorchslimError
 from torchslim.finetune import Finetune
 from torchslim.prune import Prune
@@ -107,7 +108,7 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     return Recipe(steps=steps, target=target, engine=engine, **rest)
 
 
-def _make(table: Any, where: str) -> Any:
+def _make(table: Any, where: str, known: Mapping[str, type] = STEPS) -> Any:
     """A step or a loss from its table, nested ones first."""
     if not isinstance(table, Mapping) or not isinstance(table.get("do"), str):
         raise RecipeError(f"{where} needs a key 'do' with the name of a step: {_or(STEPS)}, or 'package.module:name'")
@@ -117,7 +118,7 @@ def _make(table: Any, where: str) -> Any:
     if kind is None:
         if ":" not in do:
             raise RecipeError(
-                f"{where} is not known{_near(do, KINDS)}; known: {', '.join(KINDS)}, or 'package.module:name'"
+                f"{where} is not known{_near(do, known)}; known: {', '.join(known)}, or 'package.module:name'"
             )
         kind = resolve(do, where)
     given = {key: value for key, value in table.items() if key != "do"}
@@ -141,7 +142,7 @@ def _checked(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]
     hints = typing.get_type_hints(kind)
     checked: dict[str, Any] = {}
     for key, value in given.items():
-        value = _converted(value, f"{where}, key {key!r}")
+        value = _converted(value, f"{where}, key {key!r}", LOSS_KINDS.get(key, STEPS))
         adapter: TypeAdapter[Any] = TypeAdapter(
             hints[key], config=ConfigDict(arbitrary_types_allowed=True, strict=True)
         )
@@ -153,10 +154,12 @@ def _checked(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]
     return checked
 
 
-def _converted(value: Any, where: str) -> Any:
+def _converted(value: Any, where: str, known: Mapping[str, type]) -> Any:
     if isinstance(value, Mapping):
-        return _make(value, where) if "do" in value else {key: _converted(each, where) for key, each in value.items()}
-    return tuple(_converted(each, where) for each in value) if isinstance(value, list) else value
+        if "do" in value:
+            return _make(value, where, known)
+        return {key: _converted(each, where, known) for key, each in value.items()}
+    return tuple(_converted(each, where, known) for each in value) if isinstance(value, list) else value
 
 
 def _known(given: Iterable[str], known: Iterable[str], where: str) -> None:

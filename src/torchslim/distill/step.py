@@ -93,16 +93,15 @@ class Distill(Training):
             raise DistillError(f"label_weight must be a finite number of at least 0, got {self.label_weight}")
         if not 0 <= self.ema_decay < 1:
             raise DistillError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        teachers, weights = self._several("teacher"), self._several("teacher_weights")
-        if weights and (len(weights) != len(teachers) or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
-            raise DistillError(
-                f"teacher_weights must be finite, none negative, and one for each of the {len(teachers)} teachers, got "
-                f"{weights}"
-            )
-        if EMA in teachers and (len(teachers) > 1 or self.cache is not None):
-            raise DistillError("teacher='ema' changes at every step: it teaches alone, and without cache")
+        self._check_teachers()
         if self.taps is not None and not self.taps:
             raise DistillError("taps is empty; name a module of each side, or leave it out to have them found")
+        if self.taps and not (self.feature or self.relation):
+            raise DistillError(
+                "taps name features, but no loss compares any; give feature or relation, or leave taps out"
+            )
+        if self.cache is not None and Path(self.cache).exists() and not Path(self.cache).is_dir():
+            raise DistillError(f"cache must be a folder, {str(self.cache)!r} is a file; name another")
         if isinstance(self.response, str) and ":" in self.response:
             return  # imported only when a run is checked
         response = None if self.response is None else find_response(self.response)
@@ -111,6 +110,16 @@ class Distill(Training):
             raise DistillError(
                 "nothing to learn from: alpha=0 and label_weight=0; raise one of them, or give feature or relation"
             )
+
+    def _check_teachers(self) -> None:
+        teachers, weights = self._several("teacher"), self._several("teacher_weights")
+        if weights and (len(weights) != len(teachers) or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
+            raise DistillError(
+                f"teacher_weights must be finite, none negative, and one for each of the {len(teachers)} teachers, got "
+                f"{weights}"
+            )
+        if EMA in teachers and (len(teachers) > 1 or self.cache is not None):
+            raise DistillError("teacher='ema' changes at every step: it teaches alone, and without cache")
 
     def _several(self, name: str) -> tuple[Any, ...]:
         found: tuple[Any, ...] = getattr(self, name)
@@ -124,9 +133,12 @@ class Distill(Training):
             return 1.0
         return getattr(find_response(self.response), "label_weight", 0.0)
 
-    def begin(self, model: nn.Module) -> nn.Module:
-        """What the step trains when it is handed `model`: it, or the new student."""
-        return model if self.student is None else find_module(self.student, "student")
+    def begin(self, model: nn.Module, seed: int) -> nn.Module:
+        """What the step trains when it is handed `model`: it, or the new student, alike for equal seeds."""
+        if self.student is None:
+            return model
+        with preserved_globals(seed):
+            return find_module(self.student, "student")
 
     @contextmanager
     def lesson(self, model: nn.Module, ctx: Context) -> Iterator[Lesson]:
@@ -178,7 +190,7 @@ class Distill(Training):
 
     def check(self, ctx: Context) -> None:
         """There is data to train on, labels where they count, and a teacher that the student can learn from."""
-        model = self.begin(ctx.model if ctx.model is not None else ctx.teacher)
+        model = self.begin(ctx.model if ctx.model is not None else ctx.teacher, ctx.seed)
         replace(self, student=None).check_training(replace(ctx, model=model))
 
     def check_training(self, ctx: Context) -> None:
@@ -194,8 +206,8 @@ class Distill(Training):
             )
         if self.resolved_label_weight() > 0 and ctx.task.loss is None and target is None:
             raise DistillError(
-                f"the labels have weight {self.resolved_label_weight():g}, but Task.target gives None; set alpha=1 "
-                "or label_weight=0"
+                f"the labels have weight {self.resolved_label_weight():g}, but Task.target gives None; set "
+                f"{'alpha=1 or ' if isinstance(response, KD) else ''}label_weight=0"
             )
         train = () if ctx.task.train is None else ctx.task.train
         if self.cache is not None and (why := why_not_repeatable(train, _size(ctx.task))):
@@ -213,7 +225,7 @@ class Distill(Training):
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         if self.student is not None:
-            model, ctx = self.begin(model), replace(ctx, masks={})
+            model, ctx = self.begin(model, ctx.seed), replace(ctx, masks={})
         return trained(model, ctx, replace(self, student=None).fit(model, ctx))
 
 
