@@ -252,8 +252,7 @@ class _Runner:
         return stage
 
     def _restored(self, folder: Path, step: Step, before: Stage) -> Stage | None:
-        with preserved_globals(self.ctx.seed):
-            module = _begun(step, before.module)
+        module = _begun(step, before.module, self.ctx.seed)
         return restored(folder, self.key, step.produces, module or before.module, before.model, self.classes)
 
     def _verify(self, outcome: Outcome, name: str) -> None:
