@@ -412,3 +412,91 @@ def test_tokens_of_other_patches_are_laid_out_on_their_grids(size: tuple[int, in
     assert found[0, 0].flatten().tolist() == list(range(5, output.shape[1]))
     same = match(seen(teacher, x), seen(Vit(4, 5), x), {"blocks.1": "blocks.1"})[0]  # class tokens teach class tokens
     assert same.shapes[0] == (8, 5 + size[0] * size[1] // 16)
+
+
+class Windowed(nn.Module):
+    """A block of maps, channels last, that works on tokens inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x.flatten(1, 2)).view_as(x)
+
+
+class Merge(nn.Module):
+    """A quarter of the positions, twice the channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4 * width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 2, 4, 5)
+        return self.linear(x.flatten(3))
+
+
+class Hierarchy(nn.Module):
+    """A stem, then a chain of stages in one module, each of which may begin with a merge."""
+
+    def __init__(self, width: int, depths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 2, 2)
+        stages = []
+        for number, depth in enumerate(depths):
+            parts: list[nn.Module] = [Merge(width * 2 ** (number - 1))] if number else []
+            stages.append(nn.Sequential(*parts, *(Windowed(width * 2**number) for _ in range(depth))))
+        self.stages, self.head = nn.Sequential(*stages), nn.Linear(width * 2 ** (len(depths) - 1), 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x).movedim(1, -1)).mean((1, 2)))
+
+
+def test_a_chain_of_stages_ends_where_each_of_them_does() -> None:
+    student, teacher = Hierarchy(4, (1, 1, 1, 1)), Hierarchy(8, (2, 1, 3, 2))
+    expected = [("stages.0", "stages.0"), ("stages.1", "stages.1"), ("stages.2", "stages.2"), ("stages", "stages")]
+    assert paired(student, teacher, torch.randn(2, 3, 32, 32)) == expected
+    # the last stage has one position: it is no map, and what leads to it is not the end of the one before
+    assert paired(student, teacher, torch.randn(2, 3, 16, 16)) == expected[:3]
+
+
+class Shrinking(nn.Module):
+    """Tokens that become fewer."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, width), nn.Linear(width, 5)
+        self.stages = nn.ModuleList(nn.ModuleList(Block(width) for _ in range(depth)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+            x = x[:, ::2]
+        return self.head(x.mean(1))
+
+
+def test_tokens_that_become_fewer_are_matched_stage_by_stage() -> None:
+    found = paired(Shrinking(8, 2), Shrinking(16, 3), torch.randn(2, 16, 6))
+    assert found == [(f"stages.{number}.1", f"stages.{number}.2") for number in range(3)]
+
+
+def test_tokens_of_patches_learn_from_maps_of_any_size() -> None:
+    class Vit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.first = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 1, 8))
+            self.blocks = nn.Sequential(*(Block(8) for _ in range(3)))
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).mT
+            return self.head(self.blocks(torch.cat([self.first.expand(len(x), -1, -1), x], 1))[:, 0])
+
+    batch = torch.randn(4, 3, 16, 16), torch.arange(4)
+    task = ts.Task(train=[batch], val=[batch], metric="accuracy")
+    for student, teacher in ((Vit(), conv_net(4)), (conv_net(4), Vit())):
+        ctx = ts.Context(task=task, teacher=teacher, model=student, example_inputs=batch[:1])
+        ts.Distill(feature=["hint", "attention_transfer"], relation="rkd").check(ctx)

@@ -13,6 +13,9 @@ from torchslim.distill.taps import Tap
 from torchslim.errors import DistillError
 
 BLOCKS = 4  # pairs that are chosen among blocks that are alike
+SIZES = 2  # inside a module that goes from one to the next; a chain of stages has more
+SHARE = 0.02  # of the weights of the heaviest group of blocks that another one must have to be a stage
+FEWER = 1.5  # times fewer tokens are another stage
 SAME = 0.9  # the share of the modules that a pruned student has in common with its teacher
 INDEXED = re.compile(r"(?P<path>.*)\[(?P<call>-?\d+)\]")
 IGNORED = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "DropPath", "StochasticDepth", "Flatten")
@@ -68,15 +71,18 @@ def _matched(student: Sequence[Tap], teacher: Sequence[Tap], taps: Mapping[str, 
 
 
 def _together(pair: Pair) -> Pair:
-    """Of other numbers of tokens, those that are no part of the image or of the sequence are left out."""
-    both = pair.student, pair.teacher
-    lengths = [tap.positions for tap in both]
-    if len(lengths[0]) == len(lengths[1]) == 1 and lengths[0] != lengths[1]:
-        if all(tap.patches for tap in both):
-            return replace(pair, student=both[0].on_grid(), teacher=both[1].on_grid())
-        extra = [tap.padding.extra for tap in both if tap.padding is not None and tap.padding.extra is not None]
-        if len(extra) == 2 and extra[0] != extra[1]:
-            return replace(pair, student=both[0].without_first(), teacher=both[1].without_first())
+    """Tokens of an image next to a map, or of other patches, as maps; without class tokens where one side has more."""
+    student, teacher = pair.student, pair.teacher
+    ranks = len(student.positions), len(teacher.positions)
+    if student.positions == teacher.positions or 1 not in ranks:
+        return pair
+    if ranks == (1, 1) and not (student.patches and teacher.patches):
+        extra = [tap.padding.extra for tap in (student, teacher) if tap.padding is not None]
+        if len(extra) == 2 and None not in extra and extra[0] != extra[1]:
+            return replace(pair, student=student.without_first(), teacher=teacher.without_first())
+    elif ranks in ((1, 1), (1, 2), (2, 1)):
+        both = [tap.on_grid() if tap.patches and len(tap.positions) == 1 else tap for tap in (student, teacher)]
+        return replace(pair, student=both[0], teacher=both[1])
     return pair
 
 
@@ -127,47 +133,85 @@ def _by_stage(student: list[Tap], teacher: list[Tap], most: int) -> list[Pair]:
 def _stages(taps: Sequence[Tap]) -> tuple[list[Tap], bool]:
     """The last output of each size; or blocks that are alike, where all are of one size."""
     usable = [tap for tap in taps if tap.kind not in IGNORED]
-    weighty = [len(tap.positions) for tap in usable if tap.weights]
-    ranks = weighty or [len(tap.positions) for tap in usable]
-    if not ranks:
-        return [], False
-    rank = max(sorted(set(ranks)), key=ranks.count)
+    rank = _rank(usable)
     usable = [tap for tap in usable if len(tap.positions) == rank]
-    if rank > 0 and len({tap.positions for tap in usable}) > 1:
-        # what has one position left is a pooled vector, not a stage
-        usable = [tap for tap in usable if set(tap.positions) != {1}] or usable
-    last = _ends(usable)
+    several = rank > 0 and len({tap.positions for tap in usable}) > 1
+    # what has one position left is a pooled vector, not a stage
+    wide = [tap for tap in usable if not several or set(tap.positions) != {1}] or usable
+    last, groups = _ends(wide, usable), _blocks(wide)
     if rank > 1 and len(last) > 1:
         return last, False
-    blocks = _blocks(usable)
-    return (blocks, True) if blocks else (last, False)
+    if rank == 1 and (stages := _stages_of_tokens(groups)):
+        return stages, False
+    return (groups[0], True) if groups else (last, False)
 
 
-def _ends(taps: Sequence[Tap]) -> list[Tap]:
-    """The last output of each size; one inside a module that changes the size is not its end, if there are others."""
-    inner = {tap: sum(sizes != {tap.positions} for sizes in _around(tap, taps)) for tap in taps}
+def _stages_of_tokens(groups: Sequence[Sequence[Tap]]) -> list[Tap]:
+    """The last block of each number of tokens, where blocks work on several; a class token more does not make one."""
+    ends: dict[int, Tap] = {}
+    for group in groups:
+        count = group[0].positions[0]
+        if all(max(count, other) >= FEWER * min(count, other) for other in ends):
+            ends[count] = group[-1]
+    return [ends[count] for count in sorted(ends, reverse=True)] if len(ends) > 1 else []
+
+
+def _rank(taps: Sequence[Tap]) -> int:
+    """How many dimensions of positions a network's features have; none only where most layers with weights have none.
+
+    Of several the one whose modules hold most weights: blocks of maps may work on tokens inside.
+    """
+    weighty = [tap for tap in taps if tap.weights] or list(taps)
+    ranks = [len(tap.positions) for tap in weighty]
+    if not ranks or 2 * ranks.count(0) > len(ranks):
+        return 0
+    held = {rank: sum(tap.weights for tap in _outermost([each for each in weighty if len(each.positions) == rank]))
+            for rank in sorted({*ranks} - {0})}  # fmt: skip
+    return max(reversed(held), key=lambda rank: held[rank])
+
+
+def _outermost(taps: Sequence[Tap]) -> list[Tap]:
+    """Those that lie in none of the others."""
+    paths = {tap.path for tap in taps}
+    return [tap for tap in taps if tap.call == 0 and not any(above in paths for above in _above(tap.path))]
+
+
+def _above(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _ends(taps: Sequence[Tap], everything: Sequence[Tap]) -> list[Tap]:
+    """The last output of each size; one inside a module that changes the size is not its end, if there are others.
+
+    A module with several sizes inside is a chain of stages, not one that changes the size.
+    """
+    out: dict[str, set[Shape]] = {}
+    inside: dict[str, set[Shape]] = {}
+    for tap in everything:
+        out.setdefault(tap.path, set()).add(tap.positions)
+        for path in _above(tap.path) if tap in taps else ():
+            inside.setdefault(path, set()).add(tap.positions)
+    inner = {
+        tap: sum(out.get(path, {tap.positions}) != {tap.positions} and len(inside[path] | out[path]) <= SIZES
+                 for path in _above(tap.path))
+        for tap in taps
+    }  # fmt: skip
     least = {tap.positions: inner[tap] for tap in sorted(taps, key=lambda tap: -inner[tap])}
     last = {tap.positions: tap for tap in taps if inner[tap] == least[tap.positions]}
     return [tap for tap in taps if last[tap.positions] is tap]
 
 
-def _around(tap: Tap, taps: Sequence[Tap]) -> list[set[Shape]]:
-    """The sizes that each module around it puts out."""
-    sizes: dict[str, set[Shape]] = {}
-    for each in taps:
-        if tap.path.startswith(f"{each.path}."):
-            sizes.setdefault(each.path, set()).add(each.positions)
-    return list(sizes.values())
-
-
-def _blocks(taps: Sequence[Tap]) -> list[Tap]:
-    """The outputs of modules of one class in one place that hold most of the weights, at least two of them."""
+def _blocks(taps: Sequence[Tap]) -> list[list[Tap]]:
+    """The outputs of modules of one class in one place, at least two: those groups that hold most of the weights."""
     groups: dict[tuple[str, str, Shape], list[Tap]] = {}
     for tap in taps:
         if tap.weights:
             groups.setdefault((tap.path.rpartition(".")[0], tap.kind, tap.positions), []).append(tap)
     found = [group for group in groups.values() if len(group) > 1]
-    return max(found, key=lambda group: sum(tap.weights for tap in group), default=[])
+    held = [sum(tap.weights for tap in group) for group in found]
+    order = sorted(range(len(found)), key=lambda number: -held[number])
+    return [found[number] for number in order if held[number] >= SHARE * max(held)]
 
 
 def _evenly(taps: Sequence[Tap], count: int) -> list[Tap]:
