@@ -483,6 +483,35 @@ def test_tokens_that_become_fewer_are_matched_stage_by_stage() -> None:
     assert found == [(f"stages.{number}.1", f"stages.{number}.2") for number in range(3)]
 
 
+class Stack(nn.Module):
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Stacks(nn.Module):
+    """Two stacks, as an encoder and a decoder are."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, width), nn.Linear(width, 5)
+        self.encoder, self.decoder = Stack(width, depth), Stack(width, depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.decoder(self.encoder(self.embed(x))).mean(1))
+
+
+def test_blocks_of_an_encoder_and_a_decoder_are_matched_in_both() -> None:
+    names = [("encoder.layers.0", "encoder.layers.1"), ("encoder.layers.1", "encoder.layers.3")]
+    names += [("decoder.layers.0", "decoder.layers.1"), ("decoder.layers.1", "decoder.layers.3")]
+    assert paired(Stacks(8, 2), Stacks(16, 4), TOKENS) == names
+
+
 def test_tokens_of_patches_learn_from_maps_of_any_size() -> None:
     class Vit(nn.Module):
         def __init__(self) -> None:

@@ -203,15 +203,35 @@ def _ends(taps: Sequence[Tap], everything: Sequence[Tap]) -> list[Tap]:
 
 
 def _blocks(taps: Sequence[Tap]) -> list[list[Tap]]:
-    """The outputs of modules of one class in one place, at least two: those groups that hold most of the weights."""
+    """The outputs of modules of one class in one place, at least two: those groups that hold most of the weights.
+
+    Where the first ones are stacks of blocks, as an encoder and a decoder are, these blocks in their place.
+    """
     groups: dict[tuple[str, str, Shape], list[Tap]] = {}
     for tap in taps:
         if tap.weights:
             groups.setdefault((tap.path.rpartition(".")[0], tap.kind, tap.positions), []).append(tap)
-    found = [group for group in groups.values() if len(group) > 1]
-    held = [sum(tap.weights for tap in group) for group in found]
-    order = sorted(range(len(found)), key=lambda number: -held[number])
-    return [found[number] for number in order if held[number] >= SHARE * max(held)]
+    found = sorted((group for group in groups.values() if len(group) > 1), key=_held, reverse=True)
+    if not found:
+        return []
+    compound = {above for tap in taps if tap.weights for above in _above(tap.path)}
+    inner = [
+        group
+        for group in found[1:]
+        if all(each.path in compound and each.path.split(".")[-1].isdigit() for each in group)
+    ]
+    stacks = [
+        [tap for group in inner if group[0].path.startswith(f"{outer.path}.") and _held(group) >= outer.weights / 2
+         for tap in group]
+        for outer in found[0]
+    ]  # fmt: skip
+    if all(stacks):
+        found[0] = [tap for stack in stacks for tap in stack]
+    return [group for group in found if _held(group) >= SHARE * _held(found[0])]
+
+
+def _held(taps: Sequence[Tap]) -> int:
+    return sum(tap.weights for tap in taps)
 
 
 def _evenly(taps: Sequence[Tap], count: int) -> list[Tap]:

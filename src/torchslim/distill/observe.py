@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,9 @@ def observe(model: nn.Module, task: Task, batch: Batch) -> list[Tap]:
             continue
         others = sizes if few is None else few.sizes[place]
         batches = [dim for dim in range(len(sizes)) if (sizes[dim], others[dim]) == (samples, count)]
-        dims = _dims(owners[path], sizes, whole.strides[place], batches, whole.widths[place])
+        shorts = [run.sizes[place] for run in short if run is not None]
+        moved = [dim for dim, size in enumerate(sizes) if any(each[dim] != size for each in shorts)]
+        dims = _dims(owners[path], sizes, whole.strides[place], batches, moved, whole.widths[place])
         if dims is None:
             continue
         shape = _placed(sizes, dims)
@@ -179,9 +181,12 @@ def _width(owner: Any, output: Tensor | None) -> _Width | None:
 
 
 def _dims(
-    owner: Any, sizes: Shape, strides: Shape, batches: Sequence[int], width: _Width | None
+    owner: Any, sizes: Shape, strides: Shape, batches: Sequence[int], moved: Collection[int], width: _Width | None
 ) -> tuple[int, int] | None:
-    """Where the batch and, once it is the first dimension, the channels lie; None where the output has no batch."""
+    """Where the batch and, once it is the first dimension, the channels lie; None where the output has no batch.
+
+    Of the dimensions, `batches` went with the number of samples and `moved` with the length of a sequence.
+    """
     if len(sizes) == 2:
         return (0, 1) if 0 in batches else None
     late = isinstance(owner, (nn.RNNBase, nn.MultiheadAttention)) and not owner.batch_first
@@ -189,12 +194,13 @@ def _dims(
     if not likely:
         return None
     batch = likely[0]
-    rest, steps = ([*each[:batch], *each[batch + 1 :]] for each in (sizes, strides))
-    ends = [place for place in (0, -1) if width is not None and rest[place] == width.channels]
+    rest = [dim for dim in range(len(sizes)) if dim != batch]
+    ends = [place for place in (0, -1) if width is not None and sizes[rest[place]] == width.channels]
+    ends = [place for place in ends if rest[place] not in moved] or ends
     if width is None or not ends:
         return batch, (-1 if len(sizes) == 3 else 1) if width is None else _usual(width)
     if len(ends) > 1:  # as many positions as channels: the channels' steps in memory are those of the layer's output
-        ends = [place for place in ends if steps[place] == width.stride]
+        ends = [place for place in ends if strides[rest[place]] == width.stride]
     return batch, _usual(width) if len(ends) != 1 else 1 if ends[0] == 0 else -1
 
 
