@@ -210,3 +210,21 @@ def test_what_only_moves_integers_computes_no_layer() -> None:
     assert list(_shared_out([layer], moves)[0]) == []
     product = Kernel(node="a/MatMul", type="MatMulIntegerToFloat", integer=True)
     assert list(_shared_out([layer], [*moves, product])[0]) == [product]
+
+
+class Viewed(nn.Module):
+    """Heads put together by a view, which the memory order of attention's own kernel allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inside(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.outside(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).view(x.shape))
+
+
+def test_a_view_of_what_is_taken_apart_need_not_fit_its_memory() -> None:
+    found, decibels = quantized(Viewed())
+    assert found.integer_share == 1
+    assert decibels > 30

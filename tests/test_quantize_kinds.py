@@ -195,3 +195,48 @@ def test_a_layer_that_reads_stored_tensors_alone_says_why_it_has_no_integer_inpu
     found = {record.layer: (record.activation_bits, record.reason) for record in prepared.records}
     assert found["project"] == (None, "what it reads is stored, too: weights in int8, computing in float")
     assert found["layer"] == (8, "")
+
+
+class Patches(nn.Module):
+    """Patches behind a small class token, a residual stream and norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.first = nn.Conv2d(3, 16, 4, 4), nn.Parameter(0.01 * rand(1, 1, 16))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.place = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)
+        tokens = torch.cat([self.first.expand(len(x), -1, -1), (self.place(x) + x).flatten(2).transpose(1, 2)], 1)
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            tokens = tokens + 0.01 * layer(norm(tokens))
+        return self.norms[-1](tokens)[:, 0]
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "inductor"])
+def test_a_class_token_is_not_rounded_on_the_grid_of_the_patches(runtime: str) -> None:
+    batches = [(10 * torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)),) for seed in range(3)]
+    model = Patches().eval()
+    with torch.no_grad():
+        assert sqnr(model(*batches[0]), static(model, batches, runtime=runtime)(*batches[0])) > 30
+
+
+class Same(nn.Module):
+    """A pool with the padding that TensorFlow calls "same"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.before(x), (0, 1, 0, 1), value=float("-inf"))
+        return self.after(nn.functional.max_pool2d(x, 3, 2))
+
+
+def test_a_pool_over_minus_infinity_stays_float() -> None:
+    batches = [(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)),) for seed in range(3)]
+    model = Same().eval()
+    with torch.no_grad():
+        assert sqnr(model(*batches[0]), static(model, batches)(*batches[0])) > 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -53,6 +54,7 @@ RECURRENT: dict[Any, str] = {aten.lstm.input: "lstm", aten.gru.input: "gru"}
 EMBEDDINGS = (aten.embedding.default,)
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 CONCATS = (aten.cat.default,)
+LAYER_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 BATCH_NORMS = (aten.batch_norm.default, batch_norm)
 DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 CLAMPS = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default)
@@ -91,6 +93,13 @@ def argument(node: Node, index: int | None) -> Node | None:
     """A node's argument by position where it is a node."""
     value = node.args[index] if index is not None and len(node.args) > index else None
     return value if isinstance(value, Node) else None
+
+
+def padded_with_infinity(node: Node) -> bool:
+    """Does a pool read what minus infinity was padded to, as for TensorFlow's "same"? No grid has it."""
+    source = argument(node, 0)
+    values = source.args[-1:] if source is not None and "pad" in op_name(source) else ()
+    return any(isinstance(each, float) and math.isinf(each) for each in values)
 
 
 def behind(node: Node | None) -> Node | None:

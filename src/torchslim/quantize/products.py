@@ -25,6 +25,7 @@ def open_products(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
     A SiLU becomes the product of its input and the sigmoid of it. What they compute stays the same but for rounding; a
     query that may look at no key at all attends to every key.
     """
+    opened = False
     for node in list(model.graph.nodes):
         if node.op != "call_function" or node.target not in (ATTENTION, EINSUM, *SILU) or not wanted(node):
             continue
@@ -35,6 +36,10 @@ def open_products(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
         else:
             function, inputs = _sum(node), node.args[1]
         _splice(model, node, function, [each for each in inputs if isinstance(each, Node)])
+        opened = True
+    for node in model.graph.nodes if opened else ():
+        if node.target is aten.view.default:  # what is written as products may lie in memory in another order
+            node.target = aten.reshape.default
     model.graph.eliminate_dead_code()
     model.recompile()
 
