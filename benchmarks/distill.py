@@ -50,7 +50,8 @@ def train(couple: str, way: ts.Finetune | ts.Distill, seed: int, *, tested: bool
 
 def best(rows: Iterable[Row], couple: str, names: Iterable[str]) -> str | None:
     """The way of these that is best on validation with the first seed; None until all have run."""
-    done = {row["way"]: row["val"] for row in rows if row["couple"] == couple and row["seed"] == SEEDS[0]}
+    mine = [row for row in rows if row["couple"] == couple and row["seed"] == SEEDS[0]]
+    done = {row["way"]: row["val"] for row in mine if "val" in row}  # a cost has none
     names = list(names)
     return max(names, key=lambda name: done[name]) if all(name in done for name in names) else None
 

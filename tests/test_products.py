@@ -228,3 +228,19 @@ def test_a_view_of_what_is_taken_apart_need_not_fit_its_memory() -> None:
     found, decibels = quantized(Viewed())
     assert found.integer_share == 1
     assert decibels > 30
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fixed_sizes_leave_no_layer_in_float(batch: int) -> None:
+    """With all sizes known ONNX Runtime makes a Gemm of a product and a bias, which was float unless all was rounded."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    batches = [(torch.randn(batch, 16, 32),) for _ in range(4)]
+    prepared = prepare(model, batches[0])
+    prepared.calibrate(batches)
+    deployed = ts.deploy(convert(prepared), batches[0], runtime="onnxruntime", threads=1, dynamic_shapes=None)
+    found = lowered(deployed, prepared.records)
+    assert [each.layer for each in found.layers if not each.integer] == []
+    with torch.no_grad():
+        assert sqnr(model(*batches[0]), deployed(*batches[0])) > 25

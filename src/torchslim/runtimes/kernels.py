@@ -152,7 +152,7 @@ class _Origins:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"(_nchwc|_token_\d+|_transpose|_layout_transform)+$", "", name)
+    return re.sub(r"(_nchwc|_token_\d+|_transpose|_layout_transform|/MatMulAddFusion)+$", "", name)
 
 
 def _onnx_integer(node: Any, narrow: set[str]) -> bool:

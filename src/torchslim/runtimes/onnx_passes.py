@@ -117,29 +117,48 @@ class Graph:
 def integer_biases(graph: Graph) -> None:
     """Give the biases of quantized layers as integers, at the scale of the products that they are added to.
 
-    ONNX Runtime runs a Gemm with a float output (a network's last layer) in float otherwise. It has a pass that does so
-    where the output is quantized, but that pass quantizes the weights of layers that were left in float, too.
+    ONNX Runtime runs a Gemm with a float output (a network's last layer) in float otherwise, and where all sizes are
+    fixed it makes a Gemm of every product and sum. It has a pass that does so where the output is quantized, but that
+    pass quantizes the weights of layers that were left in float, too.
     """
     from onnx import helper
 
     dequantized = {node.output[0]: node for node in graph.nodes if node.op_type == "DequantizeLinear"}
+    fixed = all(each.HasField("dim_value") for value in graph.proto.input for each in value.type.tensor_type.shape.dim)
+    makers, readers = graph.makers(), _readers(graph)
     for node in list(graph.nodes):
-        if node.op_type not in ("Gemm", "Conv") or len(node.input) != 3:
+        if node.op_type in ("Gemm", "Conv") and len(node.input) == 3:
+            owner, place, left, right = node, 2, node.input[0], node.input[1]
+        elif fixed and node.op_type == "MatMul" and (found := _sum_of(node, graph, readers)) is not None:
+            (owner, place), left = found, node.input[0]
+            moved = makers.get(node.input[1])
+            right = moved.input[0] if moved is not None and moved.op_type == "Transpose" else node.input[1]
+        else:
             continue
-        if any(each not in dequantized for each in node.input[:2]):
+        if any(each not in dequantized for each in (left, right)):
             continue
-        scales = [dequantized[each].input[1] for each in node.input[:2]]
-        if node.input[2] not in graph.constants or any(each not in graph.constants for each in scales):
+        scales = [dequantized[each].input[1] for each in (left, right)]
+        if owner.input[place] not in graph.constants or any(each not in graph.constants for each in scales):
             continue
         # in float64: the product of two small scales must not vanish before it is divided by
-        left, right = (graph.array(each).astype(np.float64) for each in scales)
-        steps = np.rint(graph.array(node.input[2]) / (left * right)).clip(-(2**31) + 1, 2**31 - 1)
+        one, other = (graph.array(each).astype(np.float64) for each in scales)
+        steps = np.rint(graph.array(owner.input[place]) / (one * other)).clip(-(2**31) + 1, 2**31 - 1)
         integers = graph.store(steps.astype(np.int32), f"{node.name}_bias")
-        scale = graph.store((left * right).astype(np.float32), f"{node.name}_bias_scale")
-        axis = {"axis": 0} if right.ndim else {}
+        scale = graph.store((one * other).astype(np.float32), f"{node.name}_bias_scale")
+        axis = {"axis": 0} if other.ndim else {}
         name = f"{node.name}_bias_float"
         graph.insert(node, helper.make_node("DequantizeLinear", [integers, scale], [name], name=name, **axis))
-        node.input[2] = name
+        owner.input[place] = name
+
+
+def _sum_of(product: Any, graph: Graph, readers: Mapping[str, list[Any]]) -> tuple[Any, int] | None:
+    """The addition of a stored vector to a product that nothing else reads, and which of its inputs the vector is."""
+    users = readers.get(product.output[0], [])
+    if len(users) != 1 or users[0].op_type != "Add":
+        return None
+    place = 1 if users[0].input[0] == product.output[0] else 0
+    stored = graph.constants.get(users[0].input[place])
+    return (users[0], place) if stored is not None and len(stored.dims) == 1 else None
 
 
 def float_weights(graph: Graph) -> None:
