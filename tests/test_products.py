@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import torchslim as ts
 from torchslim.layers import Layer
 from torchslim.lowered import Lowered, _shared_out, lowered
+from torchslim.products import attention
 from torchslim.quantize import convert, prepare, sqnr
 from torchslim.quantize.compare import layer_sqnr
-from torchslim.quantize.products import attention
 from torchslim.runtimes import Kernel
 
 

@@ -187,10 +187,10 @@ def prepare(
     with quiet():  # importing torchao logs about extensions that this machine may lack
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+        from torchslim.products import open_products
         from torchslim.quantize.equalize import equalize, smooth
         from torchslim.quantize.folding import fold_batch_norms, hide_batch_norms, show_batch_norms, switch
         from torchslim.quantize.observing import specs
-        from torchslim.quantize.products import open_products
         from torchslim.quantize.quantizer import SlimQuantizer
     quantizer = SlimQuantizer(
         choose, PROFILES[runtime], specs(runtime, observer, training=qat, learned_step=learned_step)

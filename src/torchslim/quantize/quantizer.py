@@ -23,6 +23,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from torchslim.export import layer_of
+from torchslim.products import SILU
 from torchslim.quantize.operations import (
     ADDITIONS,
     BATCH_NORMS,
@@ -48,7 +49,6 @@ from torchslim.quantize.operations import (
     weighted,
     weights_of,
 )
-from torchslim.quantize.products import SILU
 from torchslim.quantize.profiles import Profile
 from torchslim.quantize.schemes import AS_ASKED, SCHEMES, Scheme
 from torchslim.steps import LayerRecord

@@ -24,6 +24,7 @@ from torchslim.errors import DeployError, RuntimeUnavailable
 from torchslim.export import Captured
 from torchslim.files import bundle, unbundle
 from torchslim.isolation import quiet
+from torchslim.products import ATTENTION, open_products
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.kernels import Kernel, decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
@@ -68,7 +69,7 @@ def no_telemetry() -> Iterator[None]:
 
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
     openvino = _import()
-    program = _without_dynamic(captured.program)
+    program = _open_attention(_without_dynamic(captured.program))
     # of ONNX Runtime's operations only the one for 4-bit weights is needed; in 8 bits it stores more scales
     packed = any(node.target is torch.ops.aten.bitwise_right_shift.Tensor_Scalar for node in program.graph.nodes)
     onnx = to_onnx(replace(captured, program=program), lowered=packed)
@@ -113,6 +114,22 @@ def _without_dynamic(program: Any) -> Any:
                 node.replace_all_uses_with(rounded.args[0])
     graph.eliminate_dead_code()
     program.graph_module.recompile()
+    return program
+
+
+def _open_attention(program: Any) -> Any:
+    """The program with attention as products and a softmax, where no mask can leave a query without a key.
+
+    What torch exports guards against such queries, and so keeps OpenVINO from computing the products in one kernel.
+    """
+
+    def wanted(node: Any) -> bool:
+        mask = [*node.args[3:4], node.kwargs.get("attn_mask")]
+        return node.target is ATTENTION and all(each is None for each in mask)
+
+    if any(wanted(node) for node in program.graph_module.graph.nodes):
+        program = program.run_decompositions({})  # a copy; nothing is decomposed
+        open_products(program.graph_module, wanted)
     return program
 
 

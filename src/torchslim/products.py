@@ -1,4 +1,4 @@
-"""Attention and SiLU taken apart into the products they are made of, where a runtime computes these on integers."""
+"""Attention and SiLU taken apart into the products they are made of, for runtimes that compute these better."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchslim.packed import graft
-from torchslim.quantize.operations import aten, shape_of
 
+aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 EINSUM = aten.einsum.default
 SILU = (aten.silu.default, aten.silu_.default)
@@ -78,7 +78,7 @@ def attention(
 def _sizes(node: Node) -> tuple[int]:
     query = node.args[0]
     assert isinstance(query, Node)
-    return (int(shape_of(query)[-1]),)
+    return (int(query.meta["val"].shape[-1]),)
 
 
 def _options(node: Node) -> dict[str, Any]:
