@@ -146,7 +146,7 @@ def np_vid(module: Any, s: Any, t: Any) -> float:
 
 
 REFERENCES = [
-    (Hint(), np_hint), (TokenMSE(), np_token_mse), (TokenCosine(), np_token_cosine),
+    (Hint(weight=100.0), np_hint), (TokenMSE(), np_token_mse), (TokenCosine(), np_token_cosine),
     (AttentionTransfer(), np_attention), (VID(), np_vid),
 ]  # fmt: skip
 
