@@ -244,3 +244,22 @@ def test_fixed_sizes_leave_no_layer_in_float(batch: int) -> None:
     assert [each.layer for each in found.layers if not each.integer] == []
     with torch.no_grad():
         assert sqnr(model(*batches[0]), deployed(*batches[0])) > 25
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_a_query_without_a_key_gets_nothing(boolean: bool) -> None:
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    mask = torch.rand(2, 1, 5, 5) < 0.5
+    mask[0, :, 2] = False
+    given = mask if boolean else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    expected = F.scaled_dot_product_attention(q, k, v, given)
+    assert torch.allclose(attention(8, guard=True)(q, k, v, given), expected, atol=1e-6)
+    assert not expected[0, :, 2].any()
+
+
+def test_openvino_computes_masked_attention_as_torch_does() -> None:
+    model, x = Heads(masked=True).eval(), torch.randn(2, 16, 32)
+    x[1, :, 0] = -5.0  # no key is left
+    with torch.no_grad():
+        expected = model(x)
+    assert torch.allclose(ts.deploy(model, (x,), runtime="openvino", threads=1)(x), expected, atol=1e-4)

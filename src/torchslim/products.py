@@ -19,11 +19,11 @@ EINSUM = aten.einsum.default
 SILU = (aten.silu.default, aten.silu_.default)
 
 
-def open_products(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
+def open_products(model: GraphModule, wanted: Callable[[Node], bool], *, guard: bool = False) -> None:
     """Write scaled dot products and sums of products as matrix products, for the nodes that are `wanted`.
 
-    A SiLU becomes the product of its input and the sigmoid of it. What they compute stays the same but for rounding; a
-    query that may look at no key at all attends to every key.
+    A SiLU becomes the product of its input and the sigmoid of it. What they compute stays the same but for rounding;
+    without `guard` a query that may look at no key at all attends to every key.
     """
     opened = False
     for node in list(model.graph.nodes):
@@ -32,7 +32,7 @@ def open_products(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
         if node.target in SILU:
             function, inputs = _silu, node.args[:1]
         elif node.target is ATTENTION:
-            function, inputs = attention(*_sizes(node), **_options(node)), node.args[:4]
+            function, inputs = attention(*_sizes(node), **_options(node), guard=guard), node.args[:4]
         else:
             function, inputs = _sum(node), node.args[1]
         _splice(model, node, function, [each for each in inputs if isinstance(each, Node)])
@@ -45,7 +45,7 @@ def open_products(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
 
 
 def attention(
-    width: int, *, causal: bool = False, scale: float | None = None, groups: bool = False
+    width: int, *, causal: bool = False, scale: float | None = None, groups: bool = False, guard: bool = False
 ) -> Callable[..., Tensor]:
     """`torch.nn.functional.scaled_dot_product_attention` as two products and a softmax.
 
@@ -54,6 +54,7 @@ def attention(
         causal: a query sees the keys up to its own place.
         scale: of the scores; None: 1 / sqrt(width).
         groups: there may be fewer keys' heads than queries'.
+        guard: what a query gets that may look at no key is 0, as torch has it; else it attends to every key.
 
     Shapes of what it returns takes: (..., queries, width), (..., keys, width), (..., keys, values) and a mask that
     broadcasts to (..., queries, keys); it gives (..., queries, values).
@@ -70,7 +71,11 @@ def attention(
         if mask is not None:
             # no infinities: a row of them has no softmax
             scores = torch.where(mask, scores, lowest) if mask.dtype == torch.bool else (scores + mask).clamp(lowest)
-        return torch.matmul(torch.softmax(scores, -1), value)
+        mixed = torch.matmul(torch.softmax(scores, -1), value)
+        if mask is None or not guard:
+            return mixed
+        seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+        return mixed * seen.any(-1, keepdim=True).to(mixed.dtype)
 
     return compute
 

@@ -118,18 +118,15 @@ def _without_dynamic(program: Any) -> Any:
 
 
 def _open_attention(program: Any) -> Any:
-    """The program with attention as products and a softmax, where no mask can leave a query without a key.
+    """The program with attention as products and a softmax.
 
-    What torch exports guards against such queries, and so keeps OpenVINO from computing the products in one kernel.
+    What torch exports looks for queries that no key is left to between the two products, and so keeps OpenVINO from
+    computing these in one kernel; ours does so behind them.
     """
-
-    def wanted(node: Any) -> bool:
-        mask = [*node.args[3:4], node.kwargs.get("attn_mask")]
-        return node.target is ATTENTION and all(each is None for each in mask)
-
-    if any(wanted(node) for node in program.graph_module.graph.nodes):
-        program = program.run_decompositions({})  # a copy; nothing is decomposed
-        open_products(program.graph_module, wanted)
+    if all(node.target is not ATTENTION for node in program.graph_module.graph.nodes):
+        return program
+    program = program.run_decompositions({})  # a copy; nothing is decomposed
+    open_products(program.graph_module, lambda node: node.target is ATTENTION, guard=True)
     return program
 
 
