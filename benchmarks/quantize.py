@@ -36,8 +36,8 @@ REASONS = {
     ("efficientnet_b0", "openvino"): "the peer also rounds what gates multiply, and is so much further from float",
     **dict.fromkeys(
         (("vit_b_16", "openvino"), ("bert_6x384", "openvino")),
-        "attention comes through ONNX as separate operations, with a guard for rows that are masked altogether; the "
-        "peer's graph has it as one, which OpenVINO computes in one kernel",
+        "attention comes through ONNX as products and a softmax; the peer's graph has it as one operation, and fewer "
+        "moves around it",
     ),
 }  # fmt: skip
 Row = dict[str, Any]
