@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchslim.distill.align import averaged, masked
+from torchslim.distill.align import Masks, averaged, masked
 from torchslim.distill.contrast import CRD
 from torchslim.distill.feature import FeatureLoss
 from torchslim.distill.losses import Response, loss_name
@@ -132,9 +132,9 @@ class Everything:
         losses: dict[str, Tensor] = {}
         target = self.task.target(batch)
         if needed or self.parts:
-            said = self.teacher(batch, index, logits.device)
+            said, masks = self.teacher(batch, index, logits.device), masks_of(self.task, batch)
             if needed:
-                losses["response"] = self._response(logits, said.logits, target, masks_of(self.task, batch))
+                losses["response"] = self._response(logits, said.logits, target, masks)
             if self.parts:
                 if len(logits) % samples:
                     raise DistillError(
@@ -142,7 +142,7 @@ class Everything:
                         "first in both: give batches, and Task(inputs=...) or Task(logits=...), that have it there"
                     )
                 index = torch.arange(samples) if index is None else index
-                self._features(model, logits, said, index.to(logits.device), batch, losses)
+                self._features(model, logits, said, index.to(logits.device), batch, masks, losses)
         self.watch.clear()
         if self.label_weight > 0:
             label = self.task.compute_loss(outputs, batch)
@@ -171,12 +171,18 @@ class Everything:
         return loss.soft(student, teacher, target)
 
     def _features(
-        self, model: nn.Module, logits: Tensor, said: Answer, index: Tensor, batch: Batch, losses: dict[str, Tensor]
+        self,
+        model: nn.Module,
+        logits: Tensor,
+        said: Answer,
+        index: Tensor,
+        batch: Batch,
+        masks: Sequence[Tensor | None],
+        losses: dict[str, Tensor],
     ) -> None:
         """Add the losses on features and on relations: 0 where a layer was dropped, or samples are too few."""
         students, teachers = self.watch.features(self.taps), said.features
         self._check_gradients(students)
-        masks = masks_of(self.task, batch)
         ours, theirs = (
             [_over(tap, masks, each) for tap, each in zip(taps, features, strict=True)]
             for taps, features in ((self.taps, students), ([pair.teacher for pair in self.pairs], teachers))
@@ -192,7 +198,7 @@ class Everything:
             if part.kind == "relation" and last is not None:
                 value = self._relation(part.loss, learned, last, index, batch, model.training)
             elif part.kind == "feature":
-                value = _compared(learned or part.loss, learned is not None, students, teachers, ours, theirs)
+                value = _compared(part.loss, learned, students, teachers, list(zip(ours, theirs, strict=True)))
             losses[free_name(part.name, losses)] = logits.sum() * 0 if value is None else value
 
     def _relation(
@@ -237,16 +243,14 @@ def _over(tap: Tap, masks: Sequence[Tensor | None], feature: Tensor | None) -> T
 
 def _compared(
     loss: Any,
-    learned: bool,
+    learned: nn.Module | None,
     students: Sequence[Tensor | None],
     teachers: Sequence[Tensor],
-    ours: Sequence[Tensor | None],
-    theirs: Sequence[Tensor | None],
+    masks: Sequence[Masks],
 ) -> Tensor | None:
-    """A feature loss; None where a layer was dropped."""
+    """A feature loss, by the module that it has built if it has one; None where a layer was dropped."""
     there = [each for each in students if each is not None]
     if len(there) < len(students):
         return None
-    if not learned:
-        return loss(there, teachers)  # type: ignore[no-any-return]
-    return loss(there, teachers, list(zip(ours, theirs, strict=True)))  # type: ignore[no-any-return]
+    value: Tensor = loss(there, teachers) if learned is None else learned(there, teachers, masks)
+    return value
