@@ -236,6 +236,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     student, teacher = batch(rank)
     module(student, teacher, torch.tensor([2 * rank, 2 * rank + 1]), torch.tensor([rank, 5]))
     torch.save(dict(module.named_buffers()), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # the store is the first one's: it must not leave before the others
     torch.distributed.destroy_process_group()
 
 

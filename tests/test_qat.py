@@ -295,6 +295,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     if rank == 0:
         torch.save({name: each.grad for name, each in prepared.named_parameters()}, f"{folder}/grads.pt")
     assert type(convert(wrapped)).__name__ == "QuantizedModule"
+    torch.distributed.barrier()  # the store is the first one's: it must not leave before the others
     torch.distributed.destroy_process_group()
 
 
