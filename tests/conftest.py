@@ -24,6 +24,12 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or leaves figures of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
 def children_end_as_before() -> Iterator[None]:
     """A loader with workers leaves a handler for the end of any child, which ends a test process at the next one."""
     before = signal.getsignal(signal.SIGCHLD)

@@ -18,7 +18,6 @@ from torchslim import __version__, processes
 from torchslim.artifact import load, write_artifact
 from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.evidence import compare_rows, not_measured, number, size
-from torchslim.export import capture
 from torchslim.files import digest, write_json
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, seeded_splits
@@ -46,6 +45,7 @@ from torchslim.steps import (
 )
 from torchslim.structure import describe
 from torchslim.task import Metric, Task, call, predictor, take_first, tensors, to_device
+from torchslim.workbench import Bench
 
 ROUNDS = 60
 SECONDS = 40.0
@@ -149,7 +149,10 @@ def compress(
             seed=seed,
             progress=progress,
         )
-        seen = ctx
+        bench = Bench(
+            task=task, example_inputs=inputs, target=target, steps=steps, dynamic_shapes=dynamic_shapes
+        )  # fmt: skip
+        ctx = seen = replace(ctx, workbench=bench)
         for step in steps:
             step.check(seen)
             seen = replace(seen, model=_begun(step, seen.model, seed))
@@ -268,7 +271,8 @@ class _Runner:
         model = outcome.model
         module = model if not isinstance(model, QuantizedModule) else module
         self.ctx.progress(Event(step=name, phase="deploy"))
-        deployed = self._deploy(model)
+        assert self.ctx.workbench is not None
+        deployed: Any = self.ctx.workbench.deploy(model)
         self.ctx.progress(Event(step=name, phase="evaluate"))
         values = self._evaluate(predictor(model))
         arguments = deployed.spec.call_arguments(resized(deployed))
@@ -299,10 +303,6 @@ class _Runner:
         )
         stage.keep(self.key)
         return stage
-
-    def _deploy(self, model: nn.Module) -> Deployed:
-        captured = capture(model, self.ctx.example_inputs, self.dynamic_shapes)
-        return find_runtime(self.ctx.target.runtime).compile(captured, threads=self.ctx.target.threads, source=model)
 
     def _evaluate(self, predict: Callable[..., Any]) -> dict[str, Any]:
         task, seed = self.ctx.task, self.ctx.seed

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from torchslim.export import layer_of
+from torchslim.files import digest
 from torchslim.packed import Int8Weight, find_dynamic, find_int4, find_int8
 
 aten = torch.ops.aten
@@ -113,6 +114,34 @@ def layers_of(program: ExportedProgram, batch_axis: int | None) -> list[Layer]:
             )
         )
     return found
+
+
+def structure_of(program: ExportedProgram) -> str:
+    """A digest of what a program computes, whatever its numbers are: operations, sizes and types, but no values.
+
+    Two programs with the same digest take the same time on the same runtime.
+    """
+    places = {node: place for place, node in enumerate(program.graph.nodes)}
+
+    def shown(value: Any) -> str:
+        if isinstance(value, Node):
+            return f"%{places[value]}"
+        if isinstance(value, (list, tuple)):
+            return f"[{','.join(map(shown, value))}]"
+        return "float" if isinstance(value, float) else "?" if isinstance(value, torch.SymInt) else repr(value)
+
+    def kind(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"{value.dtype}{[size if isinstance(size, int) else '?' for size in value.shape]}"
+        return f"[{','.join(map(kind, value))}]" if isinstance(value, (list, tuple)) else type(value).__name__
+
+    parts = []
+    for node in program.graph.nodes:
+        name = str(node.target) if node.op == "call_function" else node.op
+        # scales and zero points are numbers that data decide
+        given = node.all_input_nodes if "quantized_decomposed" in name else [*node.args, *sorted(node.kwargs.items())]
+        parts.append(f"{name}({shown(given)}) {kind(node.meta.get('val'))}")
+    return digest(parts)
 
 
 def multiplies(node: Node) -> bool:

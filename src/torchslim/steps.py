@@ -97,6 +97,21 @@ def ignore_progress(event: Event) -> None:
     """The default progress callback: the library prints nothing."""
 
 
+class Workbench(Protocol):
+    """What a runner lends to its steps: models on the target, as they will ship."""
+
+    def deploy(self, model: nn.Module) -> Callable[..., Any]:
+        """The model on the target runtime, called like the model."""
+        ...
+
+    def latency(self, models: Mapping[str, nn.Module], reference: nn.Module) -> Mapping[str, float]:
+        """Time of each model over the reference's, both ended as the recipe ends, from paired rounds.
+
+        What was measured before on this machine, for programs of the same structure, is not measured again.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """All that a step may look at besides the model."""
@@ -112,6 +127,8 @@ class Context:
     progress: Callable[[Event], None] = ignore_progress
     name: str = "step"
     state: Path | None = None  # folder for checkpoints inside the step; None: nothing to resume from
+    workbench: Workbench | None = None  # None outside of a run: then nothing can be measured on the target
+    priors: Mapping[str, float] = field(default_factory=dict)  # by layer, how much its changes are known to hurt
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from torchslim.errors import DeployError, ExportError
 from torchslim.export import Captured, capture, positional, signature_of
 from torchslim.files import unbundle, write_bytes
 from torchslim.isolation import quiet
-from torchslim.layers import layers_of
+from torchslim.layers import layers_of, structure_of
 from torchslim.machine import instruction_set
 from torchslim.runtimes.kernels import Kernel
 from torchslim.runtimes.pt2 import pack_program
@@ -35,7 +35,8 @@ class Spec:
 
     `kinds` maps the names of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `optional` are
     those that were captured with their default; `sizes` and `dtypes` are those of the flat input tensors, a size None
-    where it is free; `layers` are the operations that multiply, as `torchslim.layers.Layer` has them.
+    where it is free; `layers` are the operations that multiply, as `torchslim.layers.Layer` has them; `structure` is
+    the digest of the program without its numbers.
     """
 
     kinds: dict[str, str]
@@ -48,6 +49,7 @@ class Spec:
     optional: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    structure: str = ""
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module) -> Spec:
@@ -80,6 +82,7 @@ class Spec:
             ],
             notes=list(captured.notes),
             layers=[layer.to_json() for layer in layers_of(captured.program, captured.batch_axis)],
+            structure=structure_of(captured.program),
         )
 
     def to_json(self) -> dict[str, Any]:
