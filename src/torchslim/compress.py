@@ -23,11 +23,11 @@ from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, seeded_splits
 from torchslim.lowered import Lowered, lowered
 from torchslim.machine import describe_machine
-from torchslim.measure import Timings, compare, macs, nonzeros, parameters, resized
+from torchslim.measure import Timings, compare, nonzeros, parameters, sample_macs
 from torchslim.quantize import QuantizedModule
 from torchslim.report import RUN_FORMAT, render, table
 from torchslim.runtimes import Deployed, find_runtime
-from torchslim.stages import Stage, claim, read_text, restored
+from torchslim.stages import Stage, claim, read_text, restored, stage_key
 from torchslim.steps import (
     Context,
     Engine,
@@ -93,6 +93,7 @@ def compress(
     seed: int = 0,
     workdir: str | Path | None = None,
     overwrite: bool = False,
+    stages: str | Path | None = None,
     names: Mapping[str, str] | None = None,
     progress: Callable[[Event], None] = ignore_progress,
 ) -> Result:
@@ -112,6 +113,7 @@ def compress(
         workdir: where finished steps and checkpoints are kept. Run again with the same folder, a killed run goes on,
             and ends as an undisturbed one does. Without it nothing can be resumed.
         overwrite: take a folder that holds another recipe's run; its steps are used where they are the same.
+        stages: a folder in which several runs share their finished steps; by default each keeps its own in `workdir`.
         names: what the model and the task are called, for the report and to tell recipes apart.
         progress: called with an `Event` as things go on.
 
@@ -159,15 +161,15 @@ def compress(
         if processes.is_first():
             claim(folder, recipe, overwrite)
         processes.wait()
-        runner = _Runner(ctx, folder, dynamic_shapes, _origin(ctx, copied, first))
-        stages = [runner.baseline(copied, masks)]
+        runner = _Runner(ctx, folder, origin(ctx, copied, first), steps, Path(stages) if stages else None)
+        taken = [runner.baseline(copied, masks)]
         for index, step in enumerate(steps, 1):
-            stages.append(runner.take(index, step, stages[-1]))
+            taken.append(runner.take(index, step, taken[-1]))
         if processes.is_first():
-            write_json(folder / "run.json", runner.report(stages, recipe))
+            write_json(folder / "run.json", runner.report(taken, recipe))
         processes.wait()
         run = json.loads((folder / "run.json").read_text())
-    last = stages[-1]
+    last = taken[-1]
     return Result(
         model=last.model,
         module=last.module,
@@ -185,7 +187,7 @@ def _begun(step: Step, model: nn.Module | None, seed: int) -> nn.Module | None:
     return model if begin is None or model is None else begin(model, seed)
 
 
-def _origin(ctx: Context, model: nn.Module, batch: Any) -> str:
+def origin(ctx: Context, model: nn.Module, batch: Any) -> str:
     """A digest of what the run starts from: both models' weights, the first batches, the engine, and this package."""
     train = first_batch(ctx.task) if ctx.task.train is not None else None
     teacher = fingerprint(ctx.teacher.state_dict())
@@ -196,18 +198,22 @@ def _origin(ctx: Context, model: nn.Module, batch: Any) -> str:
 class _Runner:
     """Takes steps, keeps each finished stage in a folder, and picks up the ones that a killed run has finished."""
 
-    def __init__(self, ctx: Context, folder: Path, dynamic_shapes: Any, origin: str) -> None:
-        self.ctx, self.folder, self.dynamic_shapes = ctx, folder, dynamic_shapes
+    def __init__(self, ctx: Context, folder: Path, origin: str, steps: Sequence[Step], shared: Path | None) -> None:
+        self.ctx, self.folder, self.steps, self.shared = ctx, folder, steps, shared
         self.key = origin
         self.metric: Metric = ctx.task.as_metric()
         self.machine = describe_machine(ctx.target.threads)
         self.classes: dict[str, type] = {}  # of the model's outputs, which files only know by name
 
+    def _place(self, name: str) -> Path:
+        """Where a stage is kept: in this run's folder by its name, among those that runs share by its key."""
+        return self.folder / name if self.shared is None else self.shared / self.key[:24]
+
     def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> Stage:
         """The model as it came."""
         self.key = digest(self.key, asdict(self.ctx.target))
         describe(call(predictor(model), self.ctx.example_inputs), [], self.classes)
-        folder = self.folder / "00-baseline"
+        folder = self._place("00-baseline")
         if processes.is_first():
             done = restored(folder, self.key, Form.MODULE, model, model, self.classes)
             stage = done or self._finish("baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0)
@@ -221,13 +227,13 @@ class _Runner:
     def take(self, index: int, step: Step, before: Stage) -> Stage:
         """One step on a copy of the stage before."""
         name = step_name(step)
-        self.key = digest(self.key, canonical(step), self.ctx.seed)
-        folder = self.folder / f"{index:02d}-{name}"
+        self.key = stage_key(self.key, step, self.steps, self.ctx.seed)
+        folder = self._place(f"{index:02d}-{name}")
         done = self._restored(folder, step, before)
         if done is not None:
             self.ctx.progress(Event(step=name, phase="resumed"))
             return done
-        state = self.folder / f"{folder.name}.state"
+        state = folder.with_name(f"{folder.name}.state")
         if processes.is_first():
             if state.is_dir() and read_text(state / "key") != self.key:
                 shutil.rmtree(state)
@@ -275,8 +281,7 @@ class _Runner:
         deployed: Any = self.ctx.workbench.deploy(model)
         self.ctx.progress(Event(step=name, phase="evaluate"))
         values = self._evaluate(predictor(model))
-        arguments = deployed.spec.call_arguments(resized(deployed))
-        counted = macs(_Positional(model), (arguments,))
+        counted = sample_macs(model, deployed)
         warnings = [*outcome.warnings, *deployed.spec.notes]
         layers = [{"version": record.version, **asdict(record)} for record in outcome.layers]
         if deployed.quantized:
@@ -366,14 +371,3 @@ def _executed(records: list[dict[str, Any]], found: Lowered) -> list[dict[str, A
         else record
         for record in records
     ]
-
-
-class _Positional(nn.Module):
-    """Calls a model with (args, kwargs) given as one argument."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, arguments: tuple[list[Any], dict[str, Any]]) -> Any:
-        return self.model(*arguments[0], **arguments[1])

@@ -16,6 +16,8 @@ from torchslim.isolation import preserved_globals
 from torchslim.steps import fingerprint
 from torchslim.task import Batch, Task, take_first, tensors
 
+LOADER_OPTIONS = ("batch_sampler", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+                  "generator", "prefetch_factor", "persistent_workers")  # fmt: skip
 SAMPLES = 8  # that are drawn to see whether they come out the same
 
 
@@ -117,9 +119,7 @@ def indexed(batches: Iterable[Batch], size: Callable[[Batch], int]) -> Iterable[
     if not _has_places(batches):
         return _Counted(batches, size)
     loader: Any = batches
-    names = ("batch_sampler", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
-             "generator", "prefetch_factor", "persistent_workers")  # fmt: skip
-    options: dict[str, Any] = {name: getattr(loader, name) for name in names}
+    options: dict[str, Any] = {name: getattr(loader, name) for name in LOADER_OPTIONS}
     numbered: Iterable[Indexed] = DataLoader(
         _Placed(loader.dataset), collate_fn=_Collated(loader.collate_fn), **options
     )
@@ -225,3 +225,38 @@ def _sample_shapes(batch: Any) -> list[Any]:
 def why_not_numbered(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:
     """Why samples cannot be told apart by number; None where they can. Samples that are augmented keep theirs."""
     return None if _has_places(batches) else why_not_repeatable(batches, size)
+
+
+# parts of a loader ----------------------------------------------------------------------------------------------------
+
+
+def part_of(batches: Any, share: float) -> Any:
+    """A share of the batches, spread evenly over each pass and at least one; all of a loader without a length.
+
+    A DataLoader stays one, over the same data set.
+    """
+    try:
+        count = len(batches)
+    except (TypeError, NotImplementedError):
+        return batches
+    if share >= 1 or count <= 1:
+        return batches
+    if type(batches) is DataLoader and batches.batch_sampler is not None:
+        options = {name: getattr(batches, name) for name in LOADER_OPTIONS if name != "batch_sampler"}
+        sampler = _Part(batches.batch_sampler, share, count)
+        return DataLoader(batches.dataset, collate_fn=batches.collate_fn, batch_sampler=sampler, **options)
+    return _Part(batches, share, count)
+
+
+class _Part:
+    """Those of several things at which a running share becomes one more."""
+
+    def __init__(self, batches: Any, share: float, count: int) -> None:
+        self.dataset, self.kept = batches, {i for i in range(count) if int((i + 1) * share) > int(i * share)} or {0}
+        self.sampler = getattr(batches, "sampler", None)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (each for place, each in enumerate(self.dataset) if place in self.kept)

@@ -193,6 +193,22 @@ def macs(model: nn.Module, inputs: Inputs) -> Macs:
     return Macs(counter.get_total_flops() // 2, tuple(uncounted))
 
 
+def sample_macs(model: nn.Module, deployed: Deployed) -> Macs:
+    """Multiply-accumulates of the module that was deployed, on one sample where the batch is free."""
+    return macs(_Positional(model), (deployed.spec.call_arguments(resized(deployed)),))
+
+
+class _Positional(nn.Module):
+    """Calls a model with (args, kwargs) given as one argument."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, arguments: tuple[list[Any], dict[str, Any]]) -> Any:
+        return self.model(*arguments[0], **arguments[1])
+
+
 class _Operations(TorchDispatchMode):
     """Collects the operations that do more than a step for each element, or that torch knows nothing of."""
 

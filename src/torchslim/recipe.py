@@ -23,7 +23,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -40,6 +40,8 @@ from torchslim.task import Task
 STEPS: Mapping[str, type] = {"prune": Prune, "finetune": Finetune, "distill": Distill, "quantize": Quantize}
 KINDS: Mapping[str, type] = {**STEPS, **LOSSES}  # whatever a table with `do` may be
 KEYS = ("model", "task", "teacher", "runtime", "threads", "seed", "engine", "step")
+NAMED = ("model", "task", "teacher", "seed")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +84,27 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     """A recipe from TOML; `name` stands for the file in messages."""
+    return parse_document(parse_toml(text, name), name)
+
+
+def parse_toml(text: str, name: str = "recipe") -> dict[str, Any]:
+    """The document that a text holds."""
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{name} is not valid TOML: {error}") from error
+
+
+def parse_document(document: Mapping[str, Any], name: str = "recipe", *, may_be_empty: bool = False) -> Recipe:
+    """A recipe from a document as `tomllib` gives it; `may_be_empty`: of steps, where a search skips them all."""
+    if "budget" in document:
+        raise RecipeError(f"{name} has a [budget]: it is for `torchslim search`; `torchslim run` takes one recipe")
     _known(document, KEYS, name)
     for key in ("model", "task", "step"):
         if key not in document:
             raise RecipeError(f"{name}: the key {key!r} is missing; a recipe has a model, a task and [[step]] tables")
     tables = document["step"]
-    if not isinstance(tables, list) or not tables:
+    if not isinstance(tables, list) or not (tables or may_be_empty):
         raise RecipeError(f"{name}: steps are written as [[step]] tables, at least one")
     try:
         steps = tuple(_make(table, f"{name}: step {number}") for number, table in enumerate(tables, 1))
@@ -102,10 +115,18 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
         target = Target(**_checked(Target, _only(document, "runtime", "threads"), name))
         find_runtime(target.runtime)
         engine = Engine(**_checked(Engine, document.get("engine", {}), f"{name}: engine"))
-        rest = _checked(Recipe, _only(document, "model", "task", "teacher", "seed"), name)
+        rest = _checked(Recipe, _only(document, *NAMED), name)
     except RecipeError as error:
         raise error if str(error).startswith(name) else RecipeError(f"{name}: {error}") from error
     return Recipe(steps=steps, target=target, engine=engine, **rest)
+
+
+def parse_table(kind: type[T], given: Any, where: str) -> T:
+    """A dataclass from its table."""
+    try:
+        return kind(**_checked(kind, given, where))
+    except RecipeError as error:
+        raise error if str(error).startswith(where) else RecipeError(f"{where}: {error}") from error
 
 
 def _make(table: Any, where: str, known: Mapping[str, type] = STEPS) -> Any:
@@ -156,6 +177,8 @@ def _checked(kind: type, given: Mapping[str, Any], where: str) -> dict[str, Any]
 
 def _converted(value: Any, where: str, known: Mapping[str, type]) -> Any:
     if isinstance(value, Mapping):
+        if "search" in value:
+            raise RecipeError(f"{where} is a range to search over: take `torchslim search`, or write one value")
         if "do" in value:
             return _make(value, where, known)
         return {key: _converted(each, where, known) for key, each in value.items()}

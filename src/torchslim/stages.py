@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torchslim.artifact import load, open_artifact, write_artifact
 from torchslim.errors import RecipeError, TorchslimError
 from torchslim.export import signature_of
-from torchslim.files import write_json
+from torchslim.files import digest, write_json
 from torchslim.isolation import copy_model
 from torchslim.quantize import QuantizedModule
 from torchslim.runtimes import Deployed
 from torchslim.runtimes.pt2 import load_program
-from torchslim.steps import Form
+from torchslim.steps import Form, Step, canonical
 
 COMMIT = "stage.json"  # written last: a stage folder that has it is whole
 
@@ -47,6 +47,12 @@ class Stage:
         module = None if isinstance(self.model, QuantizedModule) else self.model
         write_artifact(self.folder, deployed=self.deployed, module=module, masks=self.masks)
         write_json(self.folder / COMMIT, {"key": key, "row": self.row})
+
+
+def stage_key(before: str, step: Step, steps: Sequence[Step], seed: int) -> str:
+    """What a step's result depends on: what it was made from, the step, and, where it measures what ships, the rest."""
+    ahead = [canonical(each) for each in steps] if getattr(step, "of", None) == "latency" else []
+    return digest(before, canonical(step), seed, *ahead)
 
 
 def restored(

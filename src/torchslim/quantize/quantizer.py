@@ -180,7 +180,7 @@ class SlimQuantizer(Quantizer):
         elif scheme.activations == "static":
             inputs[source] = self.specs.static
             # a linear layer can answer in float at no cost: where float is wanted, eight bits would only lose
-            wanted = layer.kind != "linear" or self._feeds_integers(_end_of_layer(node))
+            wanted = layer.kind != "linear" or self._feeds_integers(end_of_layer(node))
             output = self.specs.static if layer.kind in self.profile.outputs and wanted else None
         self._mark(node, inputs, output)
         self._quantized(node, scheme, reason)
@@ -326,7 +326,7 @@ class SlimQuantizer(Quantizer):
         return found[0]
 
     def _mark(self, node: Node, inputs: Mapping[Node, Any], output: Any) -> None:
-        last = _end_of_layer(node) if output is not None else node
+        last = end_of_layer(node) if output is not None else node
         node.meta[ANNOTATION] = QuantizationAnnotation(
             input_qspec_map=dict(inputs),
             output_qspec=output if last is node else None,
@@ -351,7 +351,7 @@ class SlimQuantizer(Quantizer):
         self.records.append(LayerRecord(layer=layer_of(node), action="refused", reason=reason))
 
 
-def _end_of_layer(node: Node) -> Node:
+def end_of_layer(node: Node) -> Node:
     """The batch norm (in training), relu or relu6 that a runtime computes together with a layer."""
     for fused in (BATCH_NORMS, CLAMPS):
         users = list(node.users)
