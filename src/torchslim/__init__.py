@@ -18,6 +18,7 @@ from torchslim.finetune import Finetune
 from torchslim.prune import Prune, surgery
 from torchslim.quantize import Quantize
 from torchslim.runtimes import Deployed, deploy
+from torchslim.search import SearchResult, search
 from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
 from torchslim.task import Metric, Task
 from torchslim.training import fit
@@ -39,6 +40,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "Result",
+    "SearchResult",
     "Step",
     "Target",
     "Task",
@@ -52,5 +54,6 @@ __all__ = [
     "prune",
     "quantize",
     "save",
+    "search",
     "surgery",
 ]

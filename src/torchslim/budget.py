@@ -39,6 +39,9 @@ class Budget:
         minimize: what is to be small; by default the metric's drop and whatever else is bounded, or the latency where
             nothing else is.
         trials: how many to take; those that a killed worker lost do not count.
+        finalists: how many of the best are trained fully and measured as artifacts; up to twice as many while none of
+            them keeps the bounds.
+        short: the share of its training that a trial gets before.
         hours: after which no further trial begins; None: no limit.
     """
 
@@ -50,6 +53,8 @@ class Budget:
     params: float | None = None
     minimize: tuple[Objective, ...] = ()
     trials: int = 40
+    finalists: int = 5
+    short: float = 0.25
     hours: float | None = None
 
     def __post_init__(self) -> None:
@@ -64,8 +69,12 @@ class Budget:
                 raise RecipeError(f"budget: minimize knows {', '.join(UNITS)}; got {each!r}")
         if len(set(self.minimize)) < len(self.minimize):
             raise RecipeError(f"budget: minimize names one thing twice: {', '.join(self.minimize)}")
-        if isinstance(self.trials, bool) or not isinstance(self.trials, int) or self.trials < 1:
-            raise RecipeError(f"budget: trials must be a whole number of at least 1, got {self.trials!r}")
+        for name in ("trials", "finalists"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise RecipeError(f"budget: {name} must be a whole number of at least 1, got {count!r}")
+        if not 0 < self.short <= 1:
+            raise RecipeError(f"budget: short must be in (0, 1], the share of a training, got {self.short!r}")
         if self.hours is not None and not 0 < self.hours < math.inf:
             raise RecipeError(f"budget: hours must be a finite number above 0, got {self.hours!r}")
 

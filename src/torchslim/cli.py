@@ -45,7 +45,7 @@ def run(recipe: Path, out: Path | None, overwrite: bool, as_json: bool) -> None:
     _import_from_here()
     parsed = load_recipe(recipe)
     model, task, teacher = parsed.load()
-    out = out or Path("runs") / (recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name)
+    out = out or Path("runs") / _name(recipe)
     with _progress() as progress:
         result = compress(
             model,
@@ -71,16 +71,50 @@ def run(recipe: Path, out: Path | None, overwrite: bool, as_json: bool) -> None:
         click.echo(f"\nreport: {out / 'report.html'}")
 
 
+@cli.command(epilog=f"{EXAMPLE}torchslim search recipe.toml --storage postgresql+psycopg://user@host/studies")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the search; default runs/NAME-search.")
+@click.option("--storage", help="What workers share: an Optuna URL, or a file; default: a file in the folder.")
+@click.option("--study", help="Name of the study in the storage; default: the folder's name.")
+@click.option("--json", "as_json", is_flag=True, help="Print search.json instead of the table.")
+def search(recipe: Path, out: Path | None, storage: str | None, study: str | None, as_json: bool) -> None:
+    """Search a recipe with ranges for the best under its budget; run again after a kill, it goes on.
+
+    Started several times, on any number of machines, with one --storage, all work on one search.
+    """
+    from torchslim import processes
+    from torchslim.recipe import load_document, made
+    from torchslim.search import make_space
+    from torchslim.search import search as look
+    from torchslim.steps import ignore_progress
+
+    _import_from_here()
+    space = make_space(load_document(recipe), str(recipe))
+    model, task, teacher = made(space.document)
+    out = out or Path("runs") / f"{_name(recipe)}-search"
+    with _progress() as progress:
+        found = look(
+            space, model, task, workdir=out, teacher=teacher, storage=storage, study=study,
+            progress=progress if processes.is_first() else ignore_progress,
+        )  # fmt: skip
+    if processes.is_first():
+        click.echo(json.dumps(found.data, indent=1) if as_json else f"{found}\n\nreport: {out / 'report.html'}")
+
+
 @cli.command(epilog=f"{EXAMPLE}torchslim check recipe.toml")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
 def check(recipe: Path, as_json: bool) -> None:
     """Say whether a recipe would start: its keys, its order, and that what it names can be imported."""
-    from torchslim.recipe import load_recipe
+    from torchslim.recipe import load_document, parse_document
+    from torchslim.search import make_space
+    from torchslim.search.space import has_ranges
     from torchslim.steps import canonical, resolve, step_name
 
     _import_from_here()
-    parsed = load_recipe(recipe)
+    document = load_document(recipe)
+    space = make_space(document, str(recipe)) if has_ranges(document) else None
+    parsed = space.recipe(space.starts[0]) if space else parse_document(document, str(recipe))
     for spec, what in ((parsed.model, "model"), (parsed.task, "task"), (parsed.teacher, "teacher")):
         if spec is not None:
             resolve(spec, what)
@@ -88,6 +122,10 @@ def check(recipe: Path, as_json: bool) -> None:
         click.echo(json.dumps([canonical(step) for step in parsed.steps], indent=1))
     else:
         click.echo(f"{recipe}: {' -> '.join(step_name(step) for step in parsed.steps)} -> {parsed.target.runtime}: ok")
+        for each in space.parameters if space else ():
+            click.echo(
+                f"  {each.name}: {', '.join(map(str, each.ends)) if each.choices else f'{each.low} to {each.high}'}"
+            )
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim inspect torchvision.models:resnet18 --input 1x3x224x224")
@@ -196,6 +234,11 @@ def list_(as_json: bool) -> None:
         click.echo(click.style(kind, bold=True))
         for name, about in rows.items():
             click.echo(f"  {name:<{width}}  {about}")
+
+
+def _name(recipe: Path) -> str:
+    """What a recipe's results are called: as its file, or as the folder of a plain recipe.toml."""
+    return recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name
 
 
 def _about(documented: Any) -> str:

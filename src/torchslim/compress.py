@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchslim import __version__, processes
 from torchslim.artifact import load, write_artifact
+from torchslim.budget import Budget
 from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.evidence import compare_rows, not_measured, number, size
 from torchslim.files import digest, write_json
@@ -82,8 +83,9 @@ class Result:
 def compress(
     model: nn.Module,
     task: Task,
-    steps: Sequence[Step],
+    steps: Sequence[Step] | None = None,
     *,
+    budget: Budget | None = None,
     runtime: str = "onnxruntime",
     threads: int | None = None,
     example_inputs: Inputs | None = None,
@@ -103,6 +105,8 @@ def compress(
         model: a trained module; it, its modes, the random state and torch's global settings are left as they were.
         task: data and metric.
         steps: run in this order, which is checked before any data is loaded.
+        budget: in place of steps: they are derived from the model, the machine and the task (`ts.suggest`), searched
+            for what keeps the bounds, and the best is returned; where nothing keeps them, the nearest, which says so.
         runtime: where the result will run; the baseline is measured there too.
         threads: of the deployment; None leaves it to the runtime.
         example_inputs: what is exported; by default the inputs of the first validation batch.
@@ -120,7 +124,18 @@ def compress(
     Raises:
         TorchslimError: one of its kinds, with what is wrong, what was got, and how to mend it.
     """
-    steps = list(steps)
+    if (steps is None) == (budget is None):
+        raise RecipeError("give steps=[...] to take, or budget=Budget(...) to have them found, and not both")
+    if budget is not None:
+        from torchslim.search.budgeted import compress_within
+
+        if engine is not None or stages is not None:
+            raise RecipeError("engine and stages go with steps, not with budget; ts.search takes a recipe with both")
+        return compress_within(
+            model, task, budget, runtime=runtime, threads=threads, example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes, teacher=teacher, seed=seed, workdir=workdir, names=names, progress=progress,
+        )  # fmt: skip
+    steps = list(steps or ())
     check_order(steps)
     target = Target(runtime=runtime, threads=threads)
     find_runtime(runtime)

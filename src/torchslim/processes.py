@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 PATIENCE = timedelta(hours=6)  # of those that wait while one deploys and measures
 
@@ -21,7 +21,8 @@ def launched() -> int:
 def connect() -> None:
     """Let the processes that torchrun has started know each other; nothing where there is one."""
     if launched() > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # weights rest on the CPU
+        distributed.init_process_group(backends, timeout=PATIENCE)
 
 
 def count() -> int:
@@ -66,17 +67,64 @@ def _plain(rows: Tensor) -> list[Tensor]:
     return parts
 
 
+def told(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    if count() == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, 0)
+    return box[0]
+
+
 @torch.no_grad()
-def average_gradients(module: nn.Module) -> None:
+def average_gradients(parameters: Iterable[Tensor]) -> None:
     """The mean of all processes' gradients, in each."""
-    for parameter in module.parameters() if count() > 1 else ():
+    for parameter in parameters if count() > 1 else ():
         if parameter.grad is not None:
             distributed.all_reduce(parameter.grad)
             parameter.grad /= count()
 
 
 @torch.no_grad()
-def share(tensors: Iterable[Tensor]) -> None:
-    """Give every process the first one's values."""
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of the processes' tensors, in each."""
+    if count() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def share(tensors: Iterable[Tensor], through: torch.device | None = None) -> None:
+    """Give every process the first one's values; by way of a device where the backend asks for it."""
     for tensor in tensors if count() > 1 else ():
-        distributed.broadcast(tensor, 0)
+        sent = tensor if through is None else tensor.to(through)
+        distributed.broadcast(sent, 0)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
+
+# tensors that FSDP has spread: each process holds some rows -----------------------------------------------------------
+
+
+def is_spread(tensor: Any) -> bool:
+    """Does each process hold only its part of it?"""
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose class is slow to import
+
+
+def local(tensor: Any) -> Any:
+    """This process's part; a tensor that is not spread as it is."""
+    return tensor.to_local() if is_spread(tensor) else tensor
+
+
+def whole(tensor: Any) -> Any:
+    """The tensor with all its rows, with gradients; all processes must ask. One that is not spread as it is."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor
+
+
+def spread(tensor: Any, like: Any) -> Any:
+    """A whole tensor as `like` is: each process takes its part of it, where that is spread and has its shape."""
+    if not (is_spread(like) and isinstance(tensor, Tensor) and tensor.shape == like.shape):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -62,10 +62,24 @@ class Recipe:
         Raises:
             RecipeError: a name that cannot be imported, or gives something else.
         """
-        model = _made(self.model, "model", nn.Module)
-        task = _made(self.task, "task", Task)
-        teacher = None if self.teacher is None else _made(self.teacher, "teacher", nn.Module)
-        return model, task, teacher
+        return made({"model": self.model, "task": self.task, "teacher": self.teacher})
+
+
+def made(document: Mapping[str, Any]) -> tuple[nn.Module, Task, nn.Module | None]:
+    """The model, the task and the teacher that a document names.
+
+    Raises:
+        RecipeError: a name that is missing, cannot be imported, or gives something else.
+    """
+    for key in ("model", "task"):
+        if not isinstance(document.get(key), str):
+            raise RecipeError(f"the recipe must name its {key} as 'package.module:name', got {document.get(key)!r}")
+    teacher = document.get("teacher")
+    return (
+        _made(document["model"], "model", nn.Module),
+        _made(document["task"], "task", Task),
+        None if teacher is None else _made(teacher, "teacher", nn.Module),
+    )
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -74,12 +88,21 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: naming the file, the step, the key, and the nearest valid key.
     """
+    return parse_document(load_document(path), str(path))
+
+
+def load_document(path: str | Path) -> dict[str, Any]:
+    """What stands in a recipe file, not yet validated.
+
+    Raises:
+        RecipeError: it cannot be read, or is no TOML.
+    """
     path = Path(path)
     try:
         text = path.read_text()
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}; name a recipe file") from error
-    return parse_recipe(text, str(path))
+    return parse_toml(text, str(path))
 
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:

@@ -1,0 +1,492 @@
+"""The search: trials at little cost, then the best in full, from as many workers as share the study."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchslim import __version__, processes
+from torchslim.budget import UNITS
+from torchslim.compress import Result, compress
+from torchslim.errors import RecipeError, TorchslimError
+from torchslim.evidence import not_measured, number
+from torchslim.files import digest, write_bytes, write_json
+from torchslim.machine import describe_machine
+from torchslim.memory import peak_memory
+from torchslim.runtimes import find_runtime
+from torchslim.search.front import Verdict, finalists, front_of, hopeless, judge
+from torchslim.search.lab import Lab
+from torchslim.search.space import Space, make_space
+from torchslim.search.study import Ledger, Sampler, open_storage
+from torchslim.steps import Event, Inputs, Target, fingerprint, ignore_progress
+from torchslim.task import Task, take_first
+
+FORMAT = 1
+WAIT_SECONDS = 1.0  # between looks at what other workers do
+GIVE_UP = 3  # so many trials that all fail, and none succeeded: something is wrong with all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A candidate that was trained fully and measured as an artifact.
+
+    Attributes:
+        trial: its number.
+        values: of the parameters.
+        figures: measured, by the names of `budget.UNITS`.
+        within: does it keep all bounds?
+        folder: the artifact, with `recipe.toml` beside it; on the machine that made it.
+        result: of the run, where this process made it.
+    """
+
+    trial: int
+    values: Mapping[str, Any]
+    figures: Mapping[str, float]
+    within: bool
+    folder: Path
+    result: Result | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a search returns. `print(result)` shows the front; `data` is what `search.json` holds."""
+
+    front: tuple[Member, ...]
+    verdict: Verdict
+    data: dict[str, Any]
+    folder: Path
+
+    @property
+    def best(self) -> Member | None:
+        """Within the budget and best in the first objective; or the nearest to the budget."""
+        return next((each for each in self.front if each.trial == self.verdict.nearest), None)
+
+    def __str__(self) -> str:
+        from torchslim.report.search_page import search_table
+
+        return search_table(self.data)
+
+
+def search(
+    recipe: Mapping[str, Any] | Space,
+    model: nn.Module,
+    task: Task,
+    *,
+    workdir: str | Path,
+    teacher: nn.Module | None = None,
+    storage: str | Path | None = None,
+    study: str | None = None,
+    sampler: Sampler = "tpe",
+    example_inputs: Inputs | None = None,
+    dynamic_shapes: Any = "batch",
+    beat: float = 5.0,
+    progress: Callable[[Event], None] = ignore_progress,
+) -> SearchResult:
+    """Find the best recipes under a budget: a Pareto front of artifacts, each with its recipe.
+
+    Each trial is first taken without training and on a part of the data: what breaks a bound that training cannot
+    mend, or is worse than others in everything, ends there. The others get a part of their training. The best of them
+    are then trained fully, deployed and measured. Steps that candidates share are taken once.
+
+    Run again with the same folder, a search that was killed goes on. Any number of processes that share the storage
+    work on one search.
+
+    Args:
+        recipe: a document as `tomllib` gives it, with `{"search": [...]}` in place of what varies and a "budget" table.
+        model, task, teacher, example_inputs, dynamic_shapes: as for `compress`.
+        workdir: where all is kept; the front's artifacts are in `front/`.
+        storage: what workers share: an Optuna URL, or a file; by default one in `workdir`.
+        study: its name in the storage; by default the folder's name.
+        sampler: "tpe" learns from earlier trials, "random" does not.
+        beat: seconds between a worker's signs of life.
+        progress: called with an `Event` as things go on.
+
+    Raises:
+        RecipeError: a range or budget that cannot be, or a folder or study that belongs to another search.
+        StorageError: the storage cannot be reached.
+    """
+    space = recipe if isinstance(recipe, Space) else make_space(recipe)
+    folder = Path(workdir)
+    _check(space)
+    processes.connect()
+    first = take_first(task.val, "val")
+    whole = digest(space.key, __version__, fingerprint(model.state_dict()), fingerprint(first),
+                   "" if teacher is None else fingerprint(teacher.state_dict()))  # fmt: skip
+    names = study or folder.resolve().name
+    inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
+    ledgers = _ledgers(space, names, whole, storage or folder / "study.journal", sampler, beat)
+    if processes.is_first():
+        _claim(folder, whole, space)
+    processes.wait()
+    lab = Lab(
+        model=model, task=task, teacher=teacher, budget=space.budget, folder=folder / "cache", example_inputs=inputs,
+        seed=space.document.get("seed", 0), dynamic_shapes=dynamic_shapes, short=space.budget.short,
+        progress=progress if processes.is_first() else ignore_progress,
+    )  # fmt: skip
+    work = _Search(space, lab, folder, ledgers)
+    work.baselines()
+    work.trials()
+    work.finals()
+    return work.result()
+
+
+def _check(space: Space) -> None:
+    """What cannot be, before any work."""
+    budget = space.budget
+    for name in space.runtimes:
+        runtime = find_runtime(name)
+        if "size" in budget.figures and runtime.suffix is None:
+            raise RecipeError(
+                f"budget: runtime {name!r} has no file whose size could be bounded; leave out size, or it"
+            )
+    if budget.finalists > budget.trials:
+        raise RecipeError(
+            f"budget: {budget.finalists} finalists cannot come from {budget.trials} trials; take more trials"
+        )
+
+
+def _ledgers(
+    space: Space, name: str, key: str, storage: str | Path, sampler: Sampler, beat: float
+) -> tuple[Ledger, Ledger] | None:
+    """The trials' and the finals'; of several processes of one training only the first keeps books."""
+    if not processes.is_first():
+        return None
+    opened = open_storage(storage)
+    budget = space.budget
+    seed = space.document.get("seed", 0)
+    trials = Ledger(
+        opened, name, key, objectives=len(budget.objectives), parameters=space.parameters, trials=budget.trials,
+        sampler=sampler, seed=seed, bounds=len(budget.bounds), beat=beat,
+    )  # fmt: skip
+    return trials, Ledger(opened, f"{name}/finals", key, objectives=1, parameters=(), trials=10**9, beat=beat)
+
+
+def _claim(folder: Path, key: str, space: Space) -> None:
+    """A folder belongs to one search."""
+    path = folder / "space.json"
+    if path.is_file():
+        try:
+            other = json.loads(path.read_text())["key"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecipeError(f"{path} is damaged; delete {folder}, or name another folder") from error
+        if other != key:
+            raise RecipeError(
+                f"{folder} holds the search of another recipe, budget, model or data; name another folder"
+            )
+    elif folder.is_dir() and any(each.name != "study.journal" and not each.name.startswith("study.journal")
+                                 for each in folder.iterdir()):  # fmt: skip
+        raise RecipeError(f"{folder} holds files that no search left there; name another folder")
+    document = json.loads(json.dumps(space.document, default=str))
+    write_json(path, {"key": key, "document": document})
+
+
+class _Search:
+    """One worker's part of a search."""
+
+    def __init__(self, space: Space, lab: Lab, folder: Path, ledgers: tuple[Ledger, Ledger] | None) -> None:
+        self.space, self.lab, self.folder, self.budget = space, lab, folder, space.budget
+        self.ledgers = ledgers
+        self.started = time.monotonic()
+        self.results: dict[int, Result] = {}
+        self.metric = lab.task.as_metric()
+
+    def baselines(self) -> None:
+        """The original on every runtime, before any trial: what cannot be deployed is told at once."""
+        for target in self._targets():
+            if processes.is_first():
+                self.lab.progress(Event(step="search", phase=f"baseline on {target.runtime}"))
+                self.lab.baseline(target)
+        processes.wait()
+
+    def trials(self) -> None:
+        """Until there are enough, and all other workers' are done."""
+        if self.ledgers:
+            self.ledgers[0].enqueue(self.space.starts)
+        while True:
+            job = self._next_trial()
+            if job is None:
+                break
+            self._try(*job)
+
+    def _next_trial(self) -> tuple[Any, dict[str, Any]] | None:
+        """The next trial and its values, in all processes of this worker; None when the trials are over."""
+        job: Any = None
+        while self.ledgers:
+            ledger = self.ledgers[0]
+            late = self.budget.hours is not None and time.monotonic() - self.started > 3600 * self.budget.hours
+            trial = None if late else ledger.ask()
+            if trial is not None:
+                job = (trial, ledger.values(trial))
+                break
+            if late or not ledger.waiting():
+                break
+            time.sleep(WAIT_SECONDS)  # what another worker is at work on may be left to this one
+        values = processes.told(None if job is None else job[1])
+        return None if values is None else (job[0] if job else None, values)
+
+    def _try(self, trial: Any, values: dict[str, Any]) -> None:
+        """One trial, and its result in the ledger."""
+        start = time.perf_counter()
+        if not self.ledgers:
+            self._attempt(values, [])
+            return
+        ledger = self.ledgers[0]
+        done = ledger.results()
+        self.lab.progress(
+            Event(step="search", phase=f"trial {trial.number}", current=len(done), total=self.budget.trials)
+        )
+        others = [each["cheap"] for _, _, each in done if each.get("cheap")]
+        try:
+            with ledger.beating(trial):
+                result = self._attempt(values, others)
+        except BaseException:
+            ledger.give_back(trial)
+            raise
+        result["seconds"] = time.perf_counter() - start
+        figures = result.get("figures")
+        ledger.tell(trial, result, None if not figures else [figures[name] for name in self.budget.objectives])
+        failed = [each["reason"] for _, _, each in ledger.results() if each["state"] == "failed"]
+        if len(failed) >= GIVE_UP and len(failed) == len(ledger.results()):
+            raise RecipeError(f"each of the first {len(failed)} trials failed; the last: {failed[-1]}")
+
+    def _attempt(self, values: Mapping[str, Any], others: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        """Little, then more: figures, how far it came, and why no farther."""
+        cheap, short = self.lab.efforts()
+        result: dict[str, Any] = {"state": "failed", "stage": cheap.name, "reason": ""}
+        try:
+            recipe = self.space.recipe(values)
+            figures = self.lab.attempt(recipe, cheap)
+            result["cheap"] = figures
+            why = processes.told(hopeless(figures, others, self.budget))
+            if not why:
+                result["stage"] = short.name
+                figures = self.lab.attempt(recipe, short)
+            state = "stopped" if why else "candidate"
+            return result | {
+                "state": state, "reason": why, "figures": figures, "excess": self.budget.excess(figures)
+            }  # fmt: skip
+        except TorchslimError as error:  # these values do not go together, or diverge: the search learns of it
+            return result | {"reason": str(error)}
+
+    def finals(self) -> None:
+        """Train the best fully, one at a time, until there are enough."""
+        while True:
+            job = self._next_final()
+            if job is None:
+                break
+            trial, chosen, values = job
+            if not self.ledgers:
+                self._full(chosen, values)
+                continue
+            ledger = self.ledgers[1]
+            self.lab.progress(Event(step="search", phase=f"full training of trial {chosen}"))
+            try:
+                with ledger.beating(trial):
+                    result = self._full(chosen, values)
+            except BaseException:
+                ledger.give_back(trial)
+                raise
+            ledger.tell(trial, result, [0.0] if result["state"] == "measured" else None)
+
+    def _next_final(self) -> tuple[Any, int, dict[str, Any]] | None:
+        job: Any = None
+        while self.ledgers:
+            trials, finals = self.ledgers
+            found = {chosen: values for chosen, values, _ in trials.results()}
+            chosen = self._wanted()
+            if chosen is not None:
+                trial = finals.claim({"trial": chosen})
+                if trial is not None:
+                    job = (trial, chosen, found[chosen])
+                    break
+            elif not finals.waiting():
+                break
+            time.sleep(WAIT_SECONDS)
+        told = processes.told(None if job is None else job[1:])
+        return None if told is None else (job[0] if job else None, *told)
+
+    def _wanted(self) -> int | None:
+        """The next candidate that deserves its full cost, as far as is known now."""
+        assert self.ledgers
+        trials, finals = self.ledgers
+        figures: dict[int, Mapping[str, float]] = {}
+        short: set[int] = set()
+        recipes: dict[int, str] = {}
+        for chosen, values, result in trials.results():
+            if "figures" in result:
+                recipe = json.dumps(self.space.chosen(values), sort_keys=True, default=str)
+                if recipe in recipes.values():
+                    continue  # the same again
+                figures[chosen], recipes[chosen] = result["figures"], recipe
+                if result["state"] == "candidate":
+                    short.add(chosen)
+        finished = finals.claims()
+        within = [each for each in finished.values() if each and each.get("within")]
+        most = self.budget.finalists if within or not self.budget.bounds else 2 * self.budget.finalists
+        pending = sum(each is None for each in finished.values())
+        if len(finished) >= self.budget.finalists and (within or pending):
+            return None  # whether more are needed is known when those at work are done
+        if len(finished) >= most:
+            return None
+        return next((chosen for chosen in finalists(figures, short, self.budget) if chosen not in finished), None)
+
+    def _full(self, chosen: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A whole run of one recipe, saved with it."""
+        recipe, lab = self.space.recipe(values), self.lab
+        folder = self.folder / "front" / f"{chosen:03d}"
+        try:
+            result = compress(
+                lab.model, lab.task, recipe.steps, runtime=recipe.target.runtime, threads=recipe.target.threads,
+                example_inputs=lab.example_inputs, dynamic_shapes=lab.dynamic_shapes, teacher=lab.teacher,
+                engine=recipe.engine, seed=lab.seed, workdir=self.folder / "runs" / f"{chosen:03d}",
+                stages=self.folder / "stages", names={"model": recipe.model, "task": recipe.task},
+                progress=lab.progress,
+            )  # fmt: skip
+        except TorchslimError as error:
+            return {"state": "failed", "trial": chosen, "reason": str(error), "within": False}
+        self.results[chosen] = result
+        if not processes.is_first():
+            return {}
+        from torchslim.toml import dumps
+
+        result.save(folder)
+        write_bytes(folder / "recipe.toml", dumps(self.space.chosen(values)).encode())
+        entries = self._entries(result, recipe.target)
+        figures = {name: entry["value"] for name, entry in entries.items()}
+        return {
+            "state": "measured",
+            "trial": chosen,
+            "metric": result.run["rows"][-1]["metric"],
+            "figures": entries,
+            "within": max(self.budget.excess(figures).values(), default=0.0) <= 0,
+        }
+
+    def _entries(self, result: Result, target: Target) -> dict[str, dict[str, Any]]:
+        """All figures of an artifact, with spread where they have one; the latency is paired with the baseline's."""
+        row, base = result.run["rows"][-1], self.lab.baseline(target)
+        unit = self.metric.unit or "1"
+        before, after = (result.run["rows"][index]["metric"]["val"]["value"] for index in (0, -1))
+        drop = before - after if self.metric.higher_is_better else after - before
+        found = {"metric_drop": number(drop, unit)}
+        known = result.deployed.size_bytes
+        if known is not None:
+            found["size"] = number(known / 1e6, UNITS["size"])
+        ratio = row["speedup"]["over_baseline"]
+        median = base.get("latency") or result.run["rows"][0]["latency_ms"][target.runtime]["value"]
+        found["latency"] = number(
+            median / ratio["value"], UNITS["latency"], repeats=ratio["repeats"], low=median / ratio["high"],
+            high=median / ratio["low"], machine="this",
+        )  # fmt: skip
+        found["macs"] = number(row["macs"]["value"], UNITS["macs"])
+        found["params"] = number(row["parameters"]["value"], UNITS["params"])
+        if "peak_memory" in self.budget.figures:
+            found["peak_memory"] = number(peak_memory(result.deployed) / 1e6, UNITS["peak_memory"], machine="this")
+        return found
+
+    def _targets(self) -> list[Target]:
+        threads = self.space.recipe(self.space.starts[0]).target.threads
+        return [Target(runtime=name, threads=threads) for name in self.space.runtimes]
+
+    def result(self) -> SearchResult:
+        """The front, as it is measured; written to the folder by the first process."""
+        data: dict[str, Any] = processes.told(self._data() if self.ledgers else None)
+        if processes.is_first():
+            from torchslim.report.search_page import render_search
+
+            write_json(self.folder / "search.json", data)
+            write_bytes(self.folder / "report.html", render_search(data).encode())
+        members = tuple(
+            Member(
+                trial=each["trial"],
+                values=each["parameters"],
+                figures={name: entry["value"] for name, entry in each["figures"].items()},
+                within=each["within"],
+                folder=self.folder / each["folder"],
+                result=self.results.get(each["trial"]),
+            )
+            for each in data["front"]
+        )
+        told = data["verdict"]
+        verdict = Verdict(
+            met=told["met"], nearest=told["nearest"], binding=tuple(told["binding"]), text=told["text"]
+        )  # fmt: skip
+        return SearchResult(front=members, verdict=verdict, data=data, folder=self.folder)
+
+    def _data(self) -> dict[str, Any]:
+        """As `search.json` has it."""
+        assert self.ledgers
+        trials, finals = self.ledgers
+        done = {each["trial"]: each for _, _, each in finals.results() if each["state"] == "measured"}
+        figures = {
+            chosen: {name: entry["value"] for name, entry in each["figures"].items()} for chosen, each in done.items()
+        }
+        verdict = judge(figures, self.budget, {**UNITS, "metric_drop": self.metric.unit})
+        shown = front_of(figures, self.budget.objectives)
+        if verdict.nearest is not None and verdict.nearest not in shown:
+            shown.append(verdict.nearest)
+        rows = trials.results()
+        values = {chosen: given for chosen, given, _ in rows}
+        target = self._targets()[0]
+        base = self.lab.baseline(target)
+        splits: dict[str, Any] = next((self._first_metric(chosen) for chosen in done), {})
+        return {
+            "format": FORMAT,
+            "kind": "search",
+            "torchslim": __version__,
+            "recipe": {key: self.space.document.get(key) for key in ("model", "task")},
+            "space": [each.to_json() for each in self.space.parameters],
+            "budget": {
+                each.name: value for each in fields(self.budget)
+                if (value := getattr(self.budget, each.name)) not in (None, ())
+            },
+            "objectives": list(self.budget.objectives),
+            "metric": {
+                "name": self.metric.name, "unit": self.metric.unit, "higher_is_better": self.metric.higher_is_better
+            },
+            "target": asdict(target),
+            "baseline": {
+                "metric": {
+                    "val": number(base["metric"], self.metric.unit or "1"),
+                    "test": splits.get("test", not_measured("no candidate was measured")),
+                },
+                "figures": {name: number(base[name], UNITS[name]) for name in UNITS if name in base},
+            },
+            "trials": [
+                {
+                    "number": chosen, "parameters": given, "state": each["state"], "stage": each["stage"],
+                    "reason": each["reason"], "figures": each.get("figures", {}), "seconds": each.get("seconds", 0.0),
+                    "within": bool(each.get("figures")) and max(each["excess"].values(), default=0.0) <= 0,
+                }
+                for chosen, given, each in rows
+            ],
+            "failed": [
+                {"trial": each["trial"], "reason": each["reason"]}
+                for _, _, each in finals.results() if each["state"] == "failed"
+            ],
+            "front": [
+                {
+                    "trial": chosen, "parameters": values[chosen], "recipe": f"front/{chosen:03d}/recipe.toml",
+                    "folder": f"front/{chosen:03d}", "metric": done[chosen]["metric"],
+                    "figures": done[chosen]["figures"], "within": done[chosen]["within"],
+                }
+                for chosen in sorted(
+                    shown, key=lambda chosen: [figures[chosen][name] for name in self.budget.objectives]
+                )
+            ],
+            "verdict": asdict(verdict) | {"binding": list(verdict.binding)},
+            "machines": {"this": describe_machine(target.threads)},
+        }  # fmt: skip
+
+    def _first_metric(self, chosen: int) -> dict[str, Any]:
+        """The original's metric, as the run of a candidate has measured it."""
+        path = self.folder / "runs" / f"{chosen:03d}" / "run.json"
+        if not path.is_file():
+            return {}
+        metric: dict[str, Any] = json.loads(path.read_text())["rows"][0]["metric"]
+        return metric
