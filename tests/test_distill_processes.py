@@ -57,7 +57,7 @@ def gradients(name: str, mine: slice) -> dict[str, Tensor]:
         lesson.companion.double()
         model: nn.Module = nn.parallel.DistributedDataParallel(student) if processes.count() > 1 else student
         torch.stack(list(lesson.objective(model, (x[mine], y[mine])).values())).sum().backward()
-        processes.average_gradients(lesson.companion)
+        processes.average_gradients(lesson.companion.parameters())
         trained = [*student.named_parameters(), *lesson.companion.named_parameters()]
     return {each: parameter.grad for each, parameter in trained if parameter.grad is not None}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from torchslim.errors import TrainError
+from torchslim.processes import local, spread
 from torchslim.steps import resolve
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -34,22 +35,24 @@ class MaskKeeper:
             return
         check_masks(masks, self.parameters)
         self.masks = dict(masks)
-        self.dropped = [(self.parameters[name], ~mask.to(self.parameters[name].device)) for name, mask in masks.items()]
+        held = [(self.parameters[name], mask) for name, mask in masks.items()]
+        self.dropped = [(each, local(spread(~mask.to(each.device), each))) for each, mask in held]
 
+    @torch.no_grad()
     def before_step(self, *_: Any) -> None:
         """Clear the gradients of held weights, so that momentum and clipping never see them."""
         for parameter, dropped in self.dropped:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(dropped, 0)
+                local(parameter.grad).masked_fill_(dropped, 0)
 
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:
         """Clear held weights and their optimizer state (weight decay and old momentum included)."""
         for parameter, dropped in self.dropped:
-            parameter.masked_fill_(dropped, 0)
+            local(parameter).masked_fill_(dropped, 0)
             for value in self.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.masked_fill_(dropped, 0)
+                    local(value).masked_fill_(dropped, 0)
 
 
 def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchslim.devices import Placement, fabric_for, placed
 from torchslim.errors import TrainError
 from torchslim.files import write_bytes
 from torchslim.isolation import preserved_globals, seed_everything
 from torchslim.loaders import length, seeded, shared
 from torchslim.optimizer import MaskKeeper, OptimizerSettings
-from torchslim.processes import average_gradients, connect, launched, share
+from torchslim.processes import share
+from torchslim.sharding import collected, load_optimizer, load_spread
 from torchslim.steps import Engine, Event, LayerRecord
 from torchslim.task import Batch, Task, checked, device_of, predictor
 
@@ -37,7 +37,11 @@ class Objective(Protocol):
 
 @dataclass
 class Loop:
-    """The state of a running `fit`, as hooks see it. Hooks may replace entries of `masks`."""
+    """The state of a running `fit`, as hooks see it. Hooks may replace entries of `masks`.
+
+    Where FSDP trains, the model's parameters are DTensors, of which each process holds some rows; in a block
+    `with loop.whole():` the model is an ordinary one, and may be changed.
+    """
 
     model: nn.Module
     optimizer: Optimizer
@@ -47,6 +51,7 @@ class Loop:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished optimizer steps
     step_in_epoch: int = 0
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def progress(self) -> float:
@@ -144,47 +149,45 @@ def fit(
     """
     check_epochs(epochs)
     settings, engine = settings or OptimizerSettings(), engine or Engine()
-    home = device_of(model)
     modes = {module: module.training for module in model.modules()}
-    metric = evaluate.as_metric() if evaluate else None
+    home, metric = device_of(model), evaluate.as_metric() if evaluate else None
+    history: list[dict[str, float]] = []
+    best = _Best()
     # a caller who only evaluates may have switched gradients off
-    with preserved_globals(), torch.enable_grad(), _fabric(engine) as fabric:
-        companion = (companion or nn.Module()).to(fabric.device)
-        optimizer = settings.build(model, companion)
-        wrapped, stepper = fabric.setup(model, optimizer)
-        trainee = _Trainee(fabric, wrapped, companion, stepper, objective, settings, hooks, progress, step_name, phase)
-        loop = Loop(model, optimizer, epochs, dict(masks or {}), length(batches, fabric.world_size))
-        keeper = MaskKeeper(dict(model.named_parameters()), optimizer, loop.masks)
-        history: list[dict[str, float]] = []
-        best = _Best()
-        if state is not None and state.exists():
-            history, best = _restore(state, loop, companion)
-        for hook in hooks:
-            hook.on_start(loop)
-        keeper.follow(loop.masks)
-        keeper.after_step()  # weights that arrive non-zero under a mask are zeroed before the first forward
-        try:
-            for epoch in range(loop.epoch, epochs):
-                epoch_seed = seed * 100_003 + epoch
-                seed_everything(epoch_seed)
-                with seeded(batches, epoch, epoch_seed):
-                    row = trainee.epoch(shared(checked(batches, "train"), fabric), loop, keeper)
-                share(model.buffers())  # each has seen batches of its own; all are to keep the same best epoch
-                if evaluate is not None and metric is not None:
-                    with seeded(evaluate.val, epoch, epoch_seed):
-                        row["val"] = evaluate.evaluate(predictor(model), "val")
-                    if all(hook.settled(loop) for hook in hooks) and metric.better(row["val"], best.value):
-                        best = _Best(loop.epoch, row["val"], _weights(model), dict(loop.masks))
-                history.append(row)
-                if state is not None and fabric.is_global_zero:
-                    _checkpoint(state, loop, companion, history, best)
-        finally:
-            model.to(home)
-            for module, training in modes.items():
-                module.training = training
-            model.zero_grad(set_to_none=True)
+    with preserved_globals(), torch.enable_grad(), fabric_for(engine) as fabric:
+        with placed(fabric, engine, model, companion or nn.Module(), settings) as place:
+            trainee = _Trainee(place, objective, settings, hooks, progress, step_name, phase)
+            loop = Loop(
+                model, place.optimizer, epochs, dict(masks or {}), length(batches, fabric.world_size), whole=place.whole
+            )
+            keeper = MaskKeeper(dict(model.named_parameters()), place.optimizer, loop.masks)
+            if state is not None and state.exists():
+                history, best = _restore(state, loop, place.companion)
+            for hook in hooks:
+                hook.on_start(loop)
+            keeper.follow(loop.masks)
+            keeper.after_step()  # weights that arrive non-zero under a mask are zeroed before the first forward
+            try:
+                for epoch in range(loop.epoch, epochs):
+                    epoch_seed = seed * 100_003 + epoch
+                    seed_everything(epoch_seed)
+                    with seeded(batches, epoch, epoch_seed):
+                        row = trainee.epoch(shared(checked(batches, "train"), fabric), loop, keeper)
+                    share(model.buffers())  # each has seen batches of its own; all are to keep the same best epoch
+                    if evaluate is not None and metric is not None:
+                        with seeded(evaluate.val, epoch, epoch_seed):
+                            row["val"] = evaluate.evaluate(predictor(model), "val")
+                        if all(hook.settled(loop) for hook in hooks) and metric.better(row["val"], best.value):
+                            best = _Best(loop.epoch, row["val"], place.weights(model), dict(loop.masks))
+                    history.append(row)
+                    if state is not None:
+                        _checkpoint(state, loop, place, history, best)
+            finally:
+                for module, training in modes.items():
+                    module.training = training
+                model.zero_grad(set_to_none=True)
         if best.weights is not None and best.masks is not None:
-            model.load_state_dict(best.weights)
+            place.load_weights(best.weights)
             loop.masks = best.masks
     held = {name: mask.to(home) for name, mask in loop.masks.items()}
     return FitReport(history=history, masks=held, best_epoch=best.epoch, best_value=best.value)
@@ -202,10 +205,7 @@ class _Best:
 class _Trainee:
     """The model under Fabric, with all that one epoch needs."""
 
-    fabric: Any
-    model: nn.Module
-    companion: nn.Module
-    optimizer: Any
+    place: Placement
     objective: Objective
     settings: OptimizerSettings
     hooks: Sequence[Hook]
@@ -219,8 +219,8 @@ class _Trainee:
         base_lrs = [group.setdefault("initial_lr", group["lr"]) for group in loop.optimizer.param_groups]
         sums: dict[str, float] = {}
         count = 0
-        self.model.train()
-        self.companion.train()
+        self.place.wrapped.train()
+        self.place.companion.train()
         for count, batch in enumerate(batches, 1):
             factor = self.settings.factor(loop.midpoint)
             for group, lr in zip(loop.optimizer.param_groups, base_lrs, strict=True):
@@ -243,43 +243,42 @@ class _Trainee:
             hook.on_epoch(loop)
         keeper.follow(loop.masks)
         keeper.after_step()
-        broken = [name for name, each in loop.model.named_parameters() if not torch.isfinite(each).all()]
-        if broken:
+        if broken := self.place.broken():
             raise self.diverged(f"{', '.join(broken[:3])} became nan or infinite", f"end of epoch {loop.epoch}")
         means = {f"loss_{name}": total / count for name, total in sums.items()}
         return {"epoch": float(loop.epoch), **means, "lr": loop.optimizer.param_groups[0]["lr"]}
 
     def step(self, batch: Batch, loop: Loop, keeper: MaskKeeper, number: int) -> dict[str, float]:
         """One optimizer step: the value of each part of the loss."""
-        parts = dict(self.objective(self.model, self.fabric.to_device(batch)))
+        place = self.place
+        with place.computing():
+            parts = dict(self.objective(place.wrapped, place.fabric.to_device(batch)))
+        penalties: dict[str, Tensor] = {}
         for index, hook in enumerate(self.hooks):
             penalty = hook.penalty(loop)
             if penalty is not None:
-                parts[f"penalty_{index}" if index else "penalty"] = penalty
-        loss = self.total(parts)
+                penalties[f"penalty_{index}" if index else "penalty"] = penalty
+        loss = self.total({**parts, **penalties})
         where = f"epoch {loop.epoch + 1}, batch {number}"
         value = loss.item()
         if not math.isfinite(value):
             raise self.diverged(f"the loss became {value}", where)
         self.last_finite = value
         loop.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(loss)
-        average_gradients(self.companion)
+        place.backward([*parts.values()], [*penalties.values()])
         keeper.before_step()
         if self.settings.clip_norm is not None:
-            norm = self.fabric.clip_gradients(
-                self.model, self.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False
-            )
+            norm = place.clip(self.settings.clip_norm)
             if norm is not None and not math.isfinite(norm):
-                raise self.diverged(f"the gradient's norm became {float(norm)}", where)
-        self.optimizer.step()
+                raise self.diverged(f"the gradient's norm became {norm}", where)
+        place.stepper.step()
         loop.step += 1
         loop.step_in_epoch = number
         for hook in self.hooks:
             hook.on_step(loop)
         keeper.follow(loop.masks)
         keeper.after_step()
-        return {name: part.item() for name, part in parts.items()}
+        return {name: part.item() for name, part in {**parts, **penalties}.items()}
 
     def total(self, parts: Losses) -> Tensor:
         """The sum that is trained on."""
@@ -299,7 +298,7 @@ class _Trainee:
         before = "there was no finite loss before"
         if math.isfinite(self.last_finite):
             before = f"the last finite loss was {self.last_finite:.6g}"
-        half = any(each.dtype == torch.float16 for each in self.model.parameters())
+        half = any(each.dtype == torch.float16 for each in self.place.model.parameters())
         mend = "train in float32 or bfloat16, as float16 parameters overflow; or " if half else ""
         return TrainError(
             f"{what} in {self.step_name!r}, {where}; {before}; {mend}lower lr (now {self.settings.lr:g}), set "
@@ -313,69 +312,26 @@ def check_epochs(epochs: int) -> None:
         raise TrainError(f"epochs must be a whole number of at least 1, got {epochs!r}")
 
 
-def _weights(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-        for name, value in model.state_dict().items()
-    }
-
-
-def _checkpoint(state: Path, loop: Loop, companion: nn.Module, history: list[dict[str, float]], best: _Best) -> None:
-    buffer = io.BytesIO()
-    saved = {"epoch": loop.epoch, "step": loop.step, "model": _weights(loop.model), "masks": loop.masks,
-             "companion": _weights(companion), "optimizer": loop.optimizer.state_dict(), "history": history,
-             "steps_per_epoch": loop.steps_per_epoch,
+def _checkpoint(state: Path, loop: Loop, place: Placement, history: list[dict[str, float]], best: _Best) -> None:
+    """The same file whatever the strategy and the number of processes; one writes it."""
+    saved = {"epoch": loop.epoch, "step": loop.step, "model": place.weights(loop.model), "masks": loop.masks,
+             "companion": place.weights(place.companion), "history": history, "steps_per_epoch": loop.steps_per_epoch,
+             "optimizer": collected(loop.optimizer.state_dict(), place.fabric.is_global_zero),
              "best": [best.epoch, best.value, best.weights, best.masks]}  # fmt: skip
-    torch.save(saved, buffer)
-    write_bytes(state, buffer.getvalue())
+    if place.fabric.is_global_zero:
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        write_bytes(state, buffer.getvalue())
 
 
 def _restore(state: Path, loop: Loop, companion: nn.Module) -> tuple[list[dict[str, float]], _Best]:
     try:
-        saved = torch.load(state, map_location=device_of(loop.model), weights_only=True)
-        loop.model.load_state_dict(saved["model"])
+        saved = torch.load(state, map_location="cpu", weights_only=True)
+        load_spread(loop.model, saved["model"])
         companion.load_state_dict(saved["companion"])
-        loop.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(loop.optimizer, saved["optimizer"])
         loop.masks, loop.epoch, loop.step = saved["masks"], saved["epoch"], saved["step"]
         loop.steps_per_epoch = saved["steps_per_epoch"]
         return saved["history"], _Best(*saved["best"])
     except Exception as error:
         raise TrainError(f"the checkpoint {state} cannot be resumed from ({error}); delete it to start over") from error
-
-
-def _precision(engine: Engine) -> Any:
-    on_gpu = engine.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-
-
-@contextmanager
-def _fabric(engine: Engine) -> Iterator[Any]:
-    """Fabric for these devices, without its hints about devices that nobody asked for."""
-    logger = logging.getLogger("lightning_fabric")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        from lightning_fabric import Fabric
-
-        precision: Any = engine.precision or _precision(engine)
-        devices, nodes, strategy = engine.devices, 1, engine.strategy
-        if launched() > 1:  # torchrun has said how many there are
-            devices = int(os.environ["LOCAL_WORLD_SIZE"])
-            nodes = launched() // devices
-            strategy = "ddp" if strategy == "auto" else strategy
-            connect()
-        try:
-            fabric = Fabric(
-                accelerator=engine.accelerator,
-                devices=devices,
-                num_nodes=nodes,
-                strategy=strategy,
-                precision=precision,
-            )
-        except Exception as error:  # Fabric raises many kinds, all about what the engine asks for
-            raise TrainError(f"{engine} cannot be used here: {error}") from error
-        if fabric.world_size > 1:
-            fabric.launch()
-        yield fabric
-    finally:
-        logger.setLevel(level)

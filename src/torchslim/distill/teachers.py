@@ -17,6 +17,7 @@ from torchslim.errors import DistillError
 from torchslim.files import digest
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import seeded
+from torchslim.processes import whole
 from torchslim.steps import canonical, fingerprint, resolve
 from torchslim.task import Batch, Task, device_of, take_first, to_device
 from torchslim.training import Hook, Loop
@@ -142,7 +143,7 @@ class Average(Hook):
         part = max(1 - self.decay, 1 / (loop.step + 1))
         ours, theirs = dict(self.module.named_parameters()), dict(loop.model.named_parameters())
         for name, average in ours.items():
-            average.lerp_(theirs[name].to(average), part)
+            average.lerp_(whole(theirs[name]).to(average), part)
         buffers = dict(loop.model.named_buffers())
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchslim.channels.groups import Coupling
 from torchslim.errors import PruneError
+from torchslim.processes import whole
 from torchslim.prune.criteria import slices
 from torchslim.training import Hook, Loop
 
@@ -91,7 +92,7 @@ class GroupLasso(_Penalty):
             return None
         squares = torch.zeros_like(self.roots)
         for weight, each in self.parts:
-            inside = slices(weight.square(), each.dim).sum(1)[each.indices].to(squares)
+            inside = slices(whole(weight).square(), each.dim).sum(1)[each.indices].to(squares)
             squares = squares.index_add(0, each.classes.to(squares.device), inside)
         alive = squares > 0  # a norm has no slope at zero: what is gone stays gone
         norms = torch.where(alive, squares, 1.0).sqrt() * alive
@@ -115,7 +116,9 @@ class ScaleL1(_Penalty):
         if not self.parts:
             return None
         home = self.parts[0][0].device
-        return self.strength * torch.stack([w[each.indices].abs().sum().to(home) for w, each in self.parts]).sum()
+        return (
+            self.strength * torch.stack([whole(w)[each.indices].abs().sum().to(home) for w, each in self.parts]).sum()
+        )
 
 
 def make_penalty(kind: Sparsify, coupling: Coupling, strength: float) -> Hook:

@@ -290,7 +290,8 @@ class _Gradual(Hook):
             self.updated = int(done * UPDATES)
             assert isinstance(self.step.sparsity, (int, float))
             target = self.step.sparsity if done >= 1 else self.step.sparsity * schedules.cubic(done)
-            masks, _ = self.step.masks(loop.model, loop.masks, target, self.ctx.seed, self.statistics(loop))
+            with loop.whole():
+                masks, _ = self.step.masks(loop.model, loop.masks, target, self.ctx.seed, self.statistics(loop))
             loop.masks.update(masks)
 
     def statistics(self, loop: Loop) -> Gathered:
