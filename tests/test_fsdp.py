@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.test_distill_processes import free_port
-from torchslim import processes
+from torchslim import distill, processes
+from torchslim.errors import TrainError
 from torchslim.optimizer import OptimizerSettings
 from torchslim.prune.penalties import GroupLasso
+from torchslim.sharding import blocks, check_shardable, explained
 from torchslim.training import Hook, LabelLoss, Loop
 
 CLASSES = 3
@@ -140,6 +145,28 @@ def train(
             "best": report.best_epoch, "again": again and dict(again.history[0])}  # fmt: skip
 
 
+STEPS: dict[str, Any] = {
+    "gradual": ts.Prune(
+        sparsity=0.5, criterion="taylor", schedule="gradual", train=ts.Finetune(epochs=2, lr=0.01, optimizer="sgd")
+    ),
+    "average": ts.Distill(
+        epochs=2, lr=0.01, optimizer="sgd", clip_norm=0.5, teacher="ema", feature=distill.Hint(),
+        relation=distill.RKD(gather=True), taps={"body.1": "body.1"},
+    ),
+}  # fmt: skip
+
+
+def take(step: Any, strategy: str) -> dict[str, Any]:
+    """A step on a model in double precision."""
+    net, data = small().double(), task()
+    ctx = ts.Context(
+        task=data, teacher=small().double(), example_inputs=data.inputs(next(iter(data.val))),
+        engine=ts.Engine(accelerator="cpu", strategy=strategy), seed=3,
+    )  # fmt: skip
+    outcome = step(net, ctx)
+    return {"weights": dict(outcome.model.state_dict()), "history": [dict(row) for row in outcome.history]}
+
+
 def _worker(rank: int, port: int, folder: str) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
@@ -148,9 +175,11 @@ def _worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     processes.connect()
     found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        for strategy in ("ddp", "fsdp"):
+    for strategy in ("ddp", "fsdp"):
+        for name, case in CASES.items():
             found[f"{name}/{strategy}"] = train(case, strategy)
+        for name, step in STEPS.items():
+            found[f"{name}/{strategy}"] = take(step, strategy)
     bytes_held = {}
     for strategy in ("ddp", "fsdp"):
         measure = Measure()
@@ -173,24 +202,105 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", CASES)
+class Small(nn.Module):
+    """What every step of a recipe takes: convolutions in a sequence, a norm, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()
+        )
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def small() -> nn.Module:
+    torch.manual_seed(4)
+    return Small()
+
+
+def single() -> ts.Task:
+    data = task()
+    x, y = data.train.dataset.tensors  # type: ignore[union-attr]
+    train = DataLoader(TensorDataset(x.float(), y), batch_size=4, shuffle=True)
+    return ts.Task(train=train, val=[(x[:16].float(), y[:16])], metric="accuracy")
+
+
+RECIPE = """
+model = "tests.test_fsdp:small"
+task = "tests.test_fsdp:single"
+runtime = "eager"
+
+[engine]
+accelerator = "cpu"
+strategy = "STRATEGY"
+
+[[step]]
+do = "distill"
+epochs = 2
+optimizer = "sgd"
+lr = 0.01
+clip_norm = 1.0
+feature = [{ do = "hint" }]
+relation = { do = "rkd", gather = true }
+teacher = "ema"
+
+[[step]]
+do = "prune"
+sparsity = 0.5
+criterion = "taylor"
+schedule = "gradual"
+train = { do = "finetune", epochs = 2, optimizer = "sgd", lr = 0.01 }
+
+[[step]]
+do = "quantize"
+mode = "qat"
+learned_step = true
+train = { do = "finetune", epochs = 2, optimizer = "sgd", lr = 0.01 }
+"""
+
+
+def test_a_recipe_runs_under_torchrun_as_with_copies(tmp_path: Path) -> None:
+    runs: dict[str, dict[str, Any]] = {}
+    for strategy in ("ddp", "fsdp"):
+        recipe, out = tmp_path / f"{strategy}.toml", tmp_path / strategy
+        recipe.write_text(RECIPE.replace("STRATEGY", strategy))
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+            "-m", "torchslim", "run", str(recipe), "--out", str(out), "--json",
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[strategy] = json.loads(done.stdout)
+    for before, after in zip(runs["ddp"]["rows"], runs["fsdp"]["rows"], strict=True):
+        assert before["name"] == after["name"]
+        assert before["nonzero"]["value"] == after["nonzero"]["value"]
+        for epoch, same in zip(before["history"], after["history"], strict=True):
+            assert epoch == pytest.approx(same, rel=1e-3), before["name"]
+
+
+@pytest.mark.parametrize("name", [*CASES, *STEPS])
 def test_a_spread_model_ends_as_a_copied_one(runs: list[dict[str, Any]], name: str) -> None:
     copied, spread = (runs[0]["found"][f"{name}/{strategy}"] for strategy in ("ddp", "fsdp"))
-    assert copied["best"] == spread["best"]
+    assert copied.get("best") == spread.get("best")
     assert [row.keys() for row in copied["history"]] == [row.keys() for row in spread["history"]]
     for before, after in zip(copied["history"], spread["history"], strict=True):
         assert before == pytest.approx(after, rel=1e-7)
     moved = 0.0
-    start = model().state_dict()
+    start = (small() if name in STEPS else model()).double().state_dict()
     for key, weight in copied["weights"].items():
         assert torch.allclose(weight, spread["weights"][key], rtol=1e-6, atol=1e-8), key
         moved = max(moved, float((weight - start[key]).abs().max()))
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_process_ends_with_all_weights(runs: list[dict[str, Any]], name: str) -> None:
-    first, second = (run["found"][f"{name}/fsdp"] for run in runs)
+@pytest.mark.parametrize("name", [*CASES, *STEPS])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_every_process_ends_with_the_same_weights(runs: list[dict[str, Any]], name: str, strategy: str) -> None:
+    first, second = (run["found"][f"{name}/{strategy}"] for run in runs)
     assert [row.get("val") for row in first["history"]] == [row.get("val") for row in second["history"]]
     assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
 
@@ -212,7 +322,7 @@ def test_blocks_are_the_repeated_parts_and_leave_shared_weights_alone() -> None:
     net = Net()
     assert blocks(net) == list(net.blocks)
     net.blocks[1].mlp[0].weight = net.blocks[2].mlp[0].weight
-    assert blocks(net) == [net.blocks[0]]
+    assert blocks(net) == [net.blocks[0], net.blocks[1].mlp[2], net.blocks[2].mlp[2]]
 
 
 def test_a_large_block_is_taken_apart() -> None:
@@ -226,3 +336,40 @@ def test_a_large_block_is_taken_apart() -> None:
 
     net = nn.Sequential(Stage(), nn.Linear(4, 2))
     assert blocks(net) == [*net[0].blocks, net[1]]
+
+
+def test_what_cannot_be_spread_is_said_before_training() -> None:
+    check_shardable(Net(), "bf16-mixed")
+    mixed = Net()
+    mixed.head.bias.data = mixed.head.bias.data.double()
+    compiled = nn.Sequential(torch.compile(nn.Linear(2, 2)))
+    for net, precision, said in (
+        (mixed, "32-true", "2 formats.*float32.*float64.*ddp"),
+        (compiled, "32-true", "torch.compile.*uncompiled"),
+        (Net(), "16-mixed", "scales the loss.*bf16-mixed"),
+    ):
+        with pytest.raises(TrainError, match=said):
+            check_shardable(net, precision)
+
+
+def test_a_model_that_uses_weights_past_their_block_is_told_what_to_do() -> None:
+    with pytest.raises(TrainError, match='without calling the block.*strategy="ddp"'), explained():
+        raise RuntimeError("aten.mm: got mixed torch.Tensor and DTensor")
+    with pytest.raises(RuntimeError, match="shapes"), explained():
+        raise RuntimeError("shapes do not fit")
+
+
+def test_one_process_trains_the_model_as_it_is() -> None:
+    outcomes = []
+    for strategy in ("auto", "fsdp"):
+        net, data = small(), single()
+        ts.fit(net, LabelLoss(data), data.train, epochs=1, engine=ts.Engine(accelerator="cpu", strategy=strategy))
+        outcomes.append(net.state_dict())
+    assert all(torch.equal(outcomes[0][key], outcomes[1][key]) for key in outcomes[0])
+
+
+def test_the_number_of_devices_must_be_known() -> None:
+    data = single()
+    engine = ts.Engine(accelerator="cpu", strategy="fsdp", devices="auto")
+    with pytest.raises(TrainError, match="number of devices, got 'auto'"):
+        ts.fit(small(), LabelLoss(data), data.train, epochs=1, engine=engine)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from torchslim.errors import TrainError
-from torchslim.processes import local, spread
+from torchslim.processes import local, share, spread
 from torchslim.steps import resolve
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -35,6 +35,8 @@ class MaskKeeper:
             return
         check_masks(masks, self.parameters)
         self.masks = dict(masks)
+        for name, mask in masks.items():  # each process may have chosen by what it alone has seen
+            share([mask], through=self.parameters[name].device)
         held = [(self.parameters[name], mask) for name, mask in masks.items()]
         self.dropped = [(each, local(spread(~mask.to(each.device), each))) for each, mask in held]
 

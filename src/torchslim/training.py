@@ -142,9 +142,13 @@ def fit(
     as it was; the model returns to its device and its train/eval modes. What else learns, such as the projections of a
     loss, is the `companion`: in the optimizer and in the checkpoints, but no part of the model.
 
+    Processes that torchrun has started train jointly, and all end with the same weights. With the strategy "fsdp" the
+    model is spread over them until the end; an error on the way leaves it without weights.
+
     Raises:
         TaskError: no batches.
-        TrainError: nothing to train, or a loss or weights that are not finite (the last checkpoint is kept).
+        TrainError: nothing to train, devices that cannot train this model, or a loss or weights that are not finite
+            (the last checkpoint is kept).
         StorageError: the checkpoint cannot be written (the one before is kept).
     """
     check_epochs(epochs)
