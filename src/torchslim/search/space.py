@@ -208,18 +208,26 @@ def _parameter(name: str, path: Path, table: Mapping[str, Any], where: str) -> P
 def _check_values(space: Space) -> None:
     """Every end of every range and every choice must make a valid recipe, whatever the others have to be for that."""
     first = space.starts[0]
+    skips = {each.path: each.name for each in space.parameters if each.path[-1] == "skip"}
+    failed: list[tuple[bool, str, RecipeError]] = []
     for parameter in space.parameters:
+        skip = skips.get((*parameter.path[:2], "skip"))
+        taken = {} if skip is None else {skip: False}  # a step that is left out says nothing of its values
         for value in parameter.ends:
             error: RecipeError | None = None
             for others in _others(first, space.parameters):
                 try:
-                    space.recipe(others | {parameter.name: value})
+                    space.recipe(others | taken | {parameter.name: value})
                     break
                 except RecipeError as found:
                     error = error or found
             else:
                 assert error is not None
-                raise RecipeError(f"{parameter.name} = {value!r} cannot be used: {error}") from error
+                named = repr(parameter.path[-1]) in str(error)  # where one is wrong, all others fail with it
+                failed.append((not named, f"{parameter.name} = {value!r} cannot be used: {error}", error))
+    if failed:
+        _, message, error = min(failed, key=lambda each: each[0])
+        raise RecipeError(message) from error
 
 
 def _others(first: Mapping[str, Any], parameters: Sequence[Parameter]) -> Iterator[dict[str, Any]]:

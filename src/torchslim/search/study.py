@@ -54,7 +54,9 @@ def open_storage(storage: str | Path) -> Any:
             path = Path(storage)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+                journal = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+                journal.get_all_studies()  # reads what is there
+                return journal
             except (OSError, ValueError, KeyError) as error:  # the last two: lines that are no journal
                 raise StorageError(f"the study {path} cannot be opened: {error}; name another storage") from error
         try:

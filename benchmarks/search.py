@@ -1,0 +1,231 @@
+"""The search beside a grid of single techniques and random search, each with one budget: python -m benchmarks.search
+
+The budget is samples trained, and never time: a noisy machine must not decide. Three seeds; run again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import torchslim as ts
+from benchmarks.search_page import page
+from examples.fashion_mnist import resnet
+from examples.fashion_mnist import task as demo_task
+from examples.fashion_mnist.data import Batches, splits
+from examples.fashion_mnist.model import DEPTHS, Block, ResNet
+from torchslim.latency_table import LatencyTable
+from torchslim.recipe import load_document
+from torchslim.search import make_space
+from torchslim.search.lab import trainings
+from torchslim.steps import Step
+
+HERE = Path(__file__).parent
+RECIPE = Path("examples/fashion_mnist/search.toml")
+IMAGES, VALIDATION, TEST = 6_000, 2_000, 4_000  # of the sets; the baseline was trained on all of the first
+EXAMPLES = 8  # images that are exported and compared
+THREADS = 1  # of training and of the runtime: two processes with two threads each on two cores wait for each other
+TRIALS = 14
+SEEDS = (0, 1, 2)
+SPARSITIES = (0.2, 0.35, 0.5, 0.65, 0.8)
+WIDTHS = (0.75, 0.5, 0.35)
+
+
+class Counted:
+    """Training batches that write down how many samples were drawn."""
+
+    def __init__(self, batches: Batches, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            with self.path.open("a") as file:
+                file.write(f"{len(batch[1])}\n")
+            yield batch
+
+    @staticmethod
+    def total(path: Path) -> int:
+        """Samples drawn so far."""
+        return sum(map(int, path.read_text().split())) if path.is_file() else 0
+
+
+def task(count: Path) -> ts.Task:
+    """The demo's, with fewer training images, which are counted."""
+    count.parent.mkdir(parents=True, exist_ok=True)
+    data = {
+        name: tuple(each[:size] for each in splits()[name])
+        for name, size in (("train", IMAGES), ("val", VALIDATION), ("test", TEST))
+    }
+    return ts.Task(
+        train=Counted(Batches(data["train"], 128, augment=True), count),
+        val=Batches(data["val"], 500),
+        test=Batches(data["test"], 500),
+        calibration=demo_task().calibration,
+        metric="accuracy",
+    )
+
+
+def example() -> tuple[torch.Tensor]:
+    """A few images of the validation set."""
+    return (next(iter(Batches(splits()["val"], EXAMPLES)))[0],)
+
+
+class Narrow(ResNet):
+    """The demo's network with fewer channels everywhere."""
+
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        widths = [max(8, 8 * round(width * each / 8)) for each in (16, 32, 64, 160)]
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        blocks: list[nn.Module] = []
+        before = widths[0]
+        for stage, (wide, depth) in enumerate(zip(widths[1:], DEPTHS, strict=True)):
+            for index in range(depth):
+                blocks.append(Block(before, wide, stride=2 if stage and not index else 1))
+                before = wide
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(before, 10)
+
+
+def singles() -> Iterator[tuple[str, list[Step]]]:
+    """Each technique by itself, from mild to strong, with the trainings that the search's recipes have."""
+    options: dict[str, Any] = {"optimizer": "sgd", "weight_decay": 5e-4}
+    kd = ts.KD(temperature=4.0, alpha=0.9)
+    yield "int8", [ts.Quantize("int8")]
+    yield "int8", [ts.Quantize("int8", accuracy="best")]
+    yield "int8", [ts.Quantize("int8", mode="qat", train=ts.Distill(epochs=3, lr=1e-4, response=kd))]
+    for sparsity in SPARSITIES:
+        cut = ts.Prune(pattern="channel", sparsity=sparsity, of="macs", normalisation="max")
+        yield "prune", [cut, ts.Finetune(epochs=4, lr=0.01, **options)]
+    for width in WIDTHS:
+        torch.manual_seed(0)
+        student = Narrow(width)
+        yield "distilled small net", [ts.Distill(epochs=4, lr=0.05, student=student, response=kd, **options)]
+
+
+def cost(steps: list[Step]) -> int:
+    """Samples that the steps train on."""
+    return IMAGES * sum(each.epochs for step in steps for each in trainings(step))
+
+
+def measured(folder: Path, technique: str, table: LatencyTable, reference: ts.Deployed) -> dict[str, Any]:
+    """A row of the page from a saved artifact."""
+    rows = json.loads((folder / "run.json").read_text())["rows"]
+    drops = {
+        split: rows[0]["metric"][split]["value"] - rows[-1]["metric"][split]["value"] for split in ("val", "test")
+    }  # fmt: skip
+    deployed = ts.load(folder)
+    timing = table.measure({"it": deployed}, reference)["it"]
+    return {
+        "technique": technique,
+        "drop_val": drops["val"],
+        "drop_test": drops["test"],
+        "ratio": timing.ratio,
+        "size": rows[-1]["size_bytes"]["value"] / rows[0]["size_bytes"]["value"],
+    }
+
+
+def run_search(work: Path, seed: int) -> dict[str, Any]:
+    """The search; what it spends is the budget of the others."""
+    document = {**load_document(RECIPE), "seed": seed}
+    document["threads"] = THREADS
+    document["budget"] = {**document["budget"], "trials": TRIALS}
+    folder, count = work / "search", work / "search.count"
+    found = ts.search(document, resnet(), task(count), workdir=folder, example_inputs=example())
+    tried = found.data["trials"]
+    attempts = sum(1 + (each["stage"] == "short") for each in tried)
+    folders = sorted((folder / "front").iterdir())
+    return {"folders": folders, "samples": Counted.total(count), "artifacts": attempts + len(folders)}
+
+
+def run_each(work: Path, name: str, candidates: Iterator[tuple[str, list[Step]]], samples: int, seed: int) -> Any:
+    """Whole runs, one after the other, as long as the budget lasts."""
+    count = work / f"{name}.count"
+    folders, techniques = [], []
+    spent = 0
+    for index, (technique, steps) in enumerate(candidates):
+        if spent + cost(steps) > samples:
+            continue
+        spent += cost(steps)
+        folder = work / name / f"{index:02d}"
+        if not (folder / "run.json").is_file():
+            result = ts.compress(
+                resnet(), task(count), steps, threads=THREADS, example_inputs=example(), seed=seed,
+                workdir=folder / "work", stages=work / f"{name}-stages",
+            )  # fmt: skip
+            result.save(folder)
+        folders.append(folder)
+        techniques.append(technique)
+    return {"folders": folders, "techniques": techniques, "samples": spent, "artifacts": len(folders)}
+
+
+def drawn(seed: int) -> Iterator[tuple[str, list[Step]]]:
+    """Recipes at random from the search's space; a combination that fails a check is drawn again."""
+    import random
+
+    space = make_space(load_document(RECIPE))
+    generator = random.Random(seed)
+    for _ in range(60):
+        values: dict[str, Any] = {}
+        for each in space.parameters:
+            if each.kind == "choice":
+                values[each.name] = generator.choice(each.choices)
+            elif each.step:
+                values[each.name] = each.low + each.step * generator.randint(
+                    0, round((each.high - each.low) / each.step)
+                )
+            else:
+                values[each.name] = generator.uniform(each.low, each.high)
+        yield "random", list(space.recipe(values).steps)
+
+
+def main() -> None:
+    """All methods and seeds, then the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".data/search"), help="a killed benchmark resumes from here")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    rows_path = HERE / "search.jsonl"
+    rows: list[Mapping[str, Any]] = [json.loads(line) for line in rows_path.read_text().splitlines()] if (
+        rows_path.is_file()) else []  # fmt: skip
+    reference = ts.deploy(resnet(), example(), threads=THREADS)
+    table = LatencyTable("onnxruntime", THREADS, path=arguments.work / "latency.json")
+    for seed in arguments.seeds:
+        samples = 0
+        for method in ("search", "singles", "random"):
+            known = next((row for row in rows if row["seed"] == seed and row["method"] == method), None)
+            if known is None:
+                work = arguments.work / f"seed-{seed}"
+                if method == "search":
+                    done = run_search(work, seed)
+                else:
+                    candidates = singles() if method == "singles" else drawn(seed)
+                    done = run_each(work, method, candidates, samples, seed)
+                names = done.get("techniques") or [method] * len(done["folders"])
+                points = [
+                    measured(folder, technique, table, reference)
+                    for folder, technique in zip(done["folders"], names, strict=True)
+                ]
+                known = {"seed": seed, "method": method, "samples": done["samples"], "artifacts": done["artifacts"],
+                         "points": points}  # fmt: skip
+                rows.append(known)
+                rows_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                print(f"seed {seed}, {method}: {known['samples']} samples, {known['artifacts']} artifacts", flush=True)
+            samples = known["samples"] if method == "search" else samples
+    (HERE / "search.md").write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()
