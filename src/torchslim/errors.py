@@ -33,6 +33,10 @@ class QuantizeError(TorchslimError):
     """Quantization was asked for something impossible."""
 
 
+class SensitivityError(TorchslimError):
+    """Sensitivity was asked for something impossible, or its file holds something else."""
+
+
 class ExportError(TorchslimError):
     """The model cannot be captured as a graph; the message names the user's line."""
 

@@ -1,12 +1,13 @@
 """Runs of changed copies of a model, in which modules that ran wholly before the change answer from memory.
 
-The model is any module with any Python code in it. One watched run tells when each module was entered and left and when
-each weight was first used; a module that was called once, and was left before the first changed weight was used, answers
-as it did. Of those, only outputs that something reads are held: the others stand for their shapes.
+The model is any module with any Python code in it. One watched run tells when each module was entered and left, and
+when each weight was first used; a module that was called once, and was left before the first changed weight was used,
+answers as it did. Of those, only outputs that something reads are held: the others stand for their shapes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Story:
 
     root: Call
     used: dict[str, int]  # by weight, when it was first used
-    calls: dict[str, int]  # by module, how often
+    able: frozenset[str]  # modules that were called once, and answered with tensors
 
     def begins(self, weights: Collection[str], modules: Collection[str]) -> int:
         """When something may first be otherwise, where these weights and these modules' attributes change.
@@ -54,11 +55,11 @@ class Story:
         return min(times, default=0)
 
     def before(self, time: int) -> list[str]:
-        """The outermost modules that were called once and left before a time."""
+        """The outermost modules that can answer from memory and were left before a time."""
         found: list[str] = []
 
         def look(each: Call) -> None:
-            if each.left <= time and self.calls[each.path] == 1 and each.path:
+            if each.left <= time and each.path in self.able:
                 found.append(each.path)
             elif each.entered < time:
                 for inner in each.inside:
@@ -72,7 +73,8 @@ def story_of(model: nn.Module, inputs: Any) -> Story:
     """Run a model once and watch it."""
     clock = [0]
     root = Call("", 0)
-    stack, calls = [root], {"": 1}
+    stack, calls = [root], Counter[str]()
+    opaque: set[str] = set()
     names = {id(each): name for name, each in (*model.named_parameters(), *model.named_buffers())}
     used: dict[str, int] = {}
 
@@ -91,12 +93,15 @@ def story_of(model: nn.Module, inputs: Any) -> Story:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             stack.append(Call(path, tick()))
             stack[-2].inside.append(stack[-1])
-            calls[path] = calls.get(path, 0) + 1
+            calls[path] += 1
 
         return hook
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        stack.pop().left = tick()
+        ended = stack.pop()
+        ended.left = tick()
+        if not _plain(output):
+            opaque.add(ended.path)
 
     handles = []
     for path, module in model.named_modules():
@@ -110,7 +115,15 @@ def story_of(model: nn.Module, inputs: Any) -> Story:
         for handle in handles:
             handle.remove()
     root.left = tick()
-    return Story(root, used, calls)
+    return Story(root, used, frozenset(path for path, count in calls.items() if count == 1) - opaque)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """A changed copy of a model, and when in its run the change begins (see `Story.begins`)."""
+
+    model: nn.Module
+    begins: int = 0
 
 
 @dataclass
@@ -120,66 +133,65 @@ class Replays:
     Args:
         model: in eval mode; its modules get other `forward`s for the time of a run.
         inputs: model inputs, one for each run.
+        example: small inputs, on which it is found out what may answer from memory.
         limit: bytes of outputs that may be held.
     """
 
     model: nn.Module
     inputs: Sequence[Any]
+    example: Any
     limit: int = LIMIT
-    story: Story = field(init=False)
     held: list[dict[str, Any]] = field(init=False)  # by input: by module, what it answers
-    time: int = field(default=0, init=False)
+    time: int = field(default=0, init=False)  # what ended before it is held
 
     def __post_init__(self) -> None:
         self.held = [{} for _ in self.inputs]
-        self.story = story_of(self.model, self.inputs[0]) if self.inputs else Story(Call("", 0), {}, {})
+        self.known: dict[str, Any] = {}  # as `held`, of the example
+        self.story = story_of(self.model, self.example)
+        self.expected = call(predictor(self.model), self.example)
 
-    def outputs(self, shrunk: nn.Module | None = None, begins: int = 0) -> Iterator[Any]:
-        """The outputs of a copy whose change begins at a time (see `Story.begins`), or those of the model itself.
-
-        Changes are cheapest in the order of their times.
-        """
-        if shrunk is None:
+    def outputs(self, change: Changed | None = None) -> Iterator[Any]:
+        """The outputs of a copy, or those of the model itself; changes are cheapest in the order of their times."""
+        if change is None:
             yield from (call(predictor(self.model), each) for each in self.inputs)
             return
-        if begins > self.time:
-            self._advance(begins)
+        if change.begins > self.time:
+            self._advance(change.begins)
         for inputs, held in zip(self.inputs, self.held, strict=True):
-            known = held if begins >= self.time else {}
-            with answering(shrunk, known):
-                output = call(predictor(shrunk), inputs)
+            known = held if change.begins >= self.time else {}
+            with answering(change.model, known):
+                output = call(predictor(change.model), inputs)
             if known and not _finite(output):  # what stands for a shape was read after all
-                output = call(predictor(shrunk), inputs)
+                output = call(predictor(change.model), inputs)
             yield output
 
-    def answer(self, shrunk: nn.Module | None, args: Any, kwargs: Any) -> Any:
+    def answer(self, change: Changed | None, inputs: Any) -> Any:
         """The outputs on any inputs."""
-        return predictor(self.model if shrunk is None else shrunk)(*args, **kwargs)
+        return call(predictor(self.model if change is None else change.model), inputs)
 
     def _advance(self, time: int) -> None:
         """Hold what the modules before a time answer, where memory allows."""
-        wanted = [path for path in self.story.before(time) if path not in self.held[0]]
-        if not wanted:
-            return
         paths = self.story.before(time)
-        first = self._record(self.inputs[0], self.held[0], wanted)
-        if first is None or len(first) < len(wanted):
+        wanted = [path for path in paths if path not in self.known]
+        first = self._record(self.example, self.known, wanted)
+        if not wanted or first is None:
             return
-        everything = {path: {**self.held[0], **first}[path] for path in paths}
-        expected = call(predictor(self.model), self.inputs[0])
+        everything = {path: first[path] if path in first else self.known[path] for path in paths}
         read, output = self._read(everything)
-        same = [torch.equal(one, two) for one, two in zip(tensors(expected), tensors(output), strict=True)]
-        size = sum(each.untyped_storage().nbytes() for path in read for each in tensors(everything[path]))
-        if not all(same) or size * len(self.inputs) > self.limit:
+        pairs = zip(tensors(self.expected), tensors(output), strict=True)
+        if not all(torch.equal(one, two) for one, two in pairs):
             return
-        later = []
+        later: list[dict[str, Any]] = []
         for inputs, held in zip(self.inputs, self.held, strict=True):
             found = self._record(inputs, held, [path for path in wanted if path in read])
             if found is None:
                 return
-            known = {**held, **found}
-            later.append({path: known[path] if path in read else _standing_for(everything[path]) for path in paths})
-        self.held, self.time = later, time
+            answers = {path: found[path] if path in found else held[path] for path in paths if path in read}
+            size = sum(each.untyped_storage().nbytes() for answer in answers.values() for each in tensors(answer))
+            if size * len(self.inputs) > self.limit:
+                return
+            later.append({path: answers.get(path, _standing_for(everything[path])) for path in paths})
+        self.held, self.known, self.time = later, everything, time
 
     def _record(self, inputs: Any, held: dict[str, Any], wanted: Collection[str]) -> dict[str, Any] | None:
         """What modules answer, in a run that ends when the last has; None where one gives something else."""
@@ -190,8 +202,6 @@ class Replays:
 
         def keep(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if not _plain(output):
-                    raise _Enough
                 found[path] = changed(output, lambda each: each.detach().clone())  # the next may work in place
                 if len(found) == len(wanted):
                     raise _Enough
@@ -226,19 +236,21 @@ class Replays:
                 return func(*args, **(kwargs or {}))
 
         with answering(self.model, held, given), Reading():
-            output = call(predictor(self.model), self.inputs[0])
+            output = call(predictor(self.model), self.example)
         read |= {owners[id(each)] for each in tensors(output) if id(each) in owners}
         return read, output
 
 
 @contextmanager
-def answering(model: nn.Module, held: dict[str, Any], given: Callable[[str, Any], None] | None = None) -> Iterator[None]:
+def answering(
+    model: nn.Module, held: dict[str, Any], given: Callable[[str, Any], None] | None = None
+) -> Iterator[None]:
     """Inside, these modules answer from memory; each answer is a copy, since what reads it may work in place."""
     modules = [(path, model.get_submodule(path)) for path in held]
 
     def answer(path: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            found = changed(held[path], lambda each: each if 0 in each.stride() else each.clone())
+            found = changed(held[path], _copy)
             if given is not None:
                 given(path, found)
             return found
@@ -279,6 +291,11 @@ def _standing_for(output: Any) -> Any:
         return torch.full((), value, dtype=each.dtype, device=each.device).expand(each.shape)
 
     return changed(output, empty)
+
+
+def _copy(each: Tensor) -> Tensor:
+    stands = each.numel() > 1 and not any(each.stride())
+    return each if stands else each.clone()
 
 
 def _finite(output: Any) -> bool:

@@ -56,7 +56,7 @@ def singles(prepared: Prepared) -> list[Single]:
         layer = layer_of(node)
         known = weighted(node) is not None or node.target in RECURRENT or node.target in EMBEDDINGS
         product = node.target in PRODUCTS and not known and not is_constant(node)
-        if (known and layer in wanted or product) and any(_observer(program, each) for each in node.all_input_nodes):
+        if ((known and layer in wanted) or product) and any(_observer(program, each) for each in node.all_input_nodes):
             found.setdefault(layer, []).append(node)
     changes = []
     for layer, nodes in found.items():
@@ -78,7 +78,8 @@ def rounding(program: GraphModule, observed: Node) -> Rounding:
 
     module: Any = program.get_submodule(str(observed.target))
     if isinstance(module, GroupWeights):
-        return module.rounded
+        grouped: Rounding = module.rounded
+        return grouped
     low, high = module.quant_min, module.quant_max
     if getattr(module, "is_dynamic", False):
         return RangeOfEachCall(torch.uint8, *UNSIGNED, torch.per_tensor_affine)
@@ -88,14 +89,16 @@ def rounding(program: GraphModule, observed: Node) -> Rounding:
 
         def per_channel(value: Tensor) -> Tensor:
             step = along(scale.to(value.dtype), value, axis)
-            return (value / step).round().clamp(low, high) * step
+            rounded: Tensor = (value / step).round().clamp(low, high) * step
+            return rounded
 
         return per_channel
 
     def per_tensor(value: Tensor) -> Tensor:
         start = zero_point.to(value.dtype)
         step = scale.to(value.dtype)
-        return ((value / step).round() + start).clamp(low, high).sub(start).mul(step)
+        integers: Tensor = ((value / step).round() + start).clamp(low, high)
+        return (integers - start) * step
 
     return per_tensor
 
@@ -136,9 +139,9 @@ class Passes:
         for values in self.frontier:
             yield self._finish(self._forked(values), change)
 
-    def answer(self, change: Single | None, args: Any, kwargs: Any) -> Any:
+    def answer(self, change: Single | None, inputs: Any) -> Any:
         """The model's outputs on any inputs."""
-        return self._finish(self._begin(kwargs or args), change, start=0)
+        return self._finish(self._begin(inputs), change, start=0)
 
     @torch.no_grad()
     def _finish(self, values: dict[Node, Any], change: Single | None, start: int | None = None) -> Any:
@@ -192,7 +195,7 @@ class Passes:
             return tensor_of(program, node)
         if node.op == "call_module":
             # observers hand on what they see, guards have no readers
-            value = values[node.all_input_nodes[0]] if node.all_input_nodes else None
+            value: Any = values[node.all_input_nodes[0]] if node.all_input_nodes else None
             return change.gives[node](value) if change is not None and node in change.gives else value
         self.operations += 1
         rounded = change.reads.get(node, {}) if change is not None else {}
@@ -259,5 +262,3 @@ def damages(prepared: Prepared, inputs: Sequence[Any]) -> dict[str, float]:
     passes = Passes(prepared, inputs)
     reference = list(passes.outputs())
     return {change.layer: noise_of(reference, passes.outputs(change)) for change in singles(prepared)}
-
-
