@@ -190,6 +190,11 @@ def _worker(rank: int, port: int, folder: str) -> None:
         train(CASES["masks"], "fsdp", (Kill(),), state)
     processes.wait()
     found["resumed"] = train(CASES["masks"], "fsdp", (), state)
+    with pytest.raises(TrainError, match="became"):  # in both, or one would wait for the other
+        train({"settings": {"optimizer": "sgd", "lr": 1e30}}, "fsdp")
+    data = single()
+    with pytest.raises(TrainError, match="without calling the block"):
+        ts.fit(Past(), LabelLoss(data), data.train, epochs=1, engine=ts.Engine(accelerator="cpu", strategy="fsdp"))
     torch.save({"found": found, "bytes": bytes_held}, f"{folder}/{rank}.pt")
     processes.wait()
     torch.distributed.destroy_process_group()
@@ -214,6 +219,14 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x).mean((2, 3)))
+
+
+class Past(Small):
+    """Uses the weights of a block without calling it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.conv2d(x, self.body[0].weight, padding=1)
+        return self.head(self.body[1:](x).mean((2, 3)))
 
 
 def small() -> nn.Module:

@@ -1,0 +1,133 @@
+"""What FSDP saves in each of two processes, against a copy of the model in each: python -m benchmarks.spread
+
+Two processes on this machine train a transformer with AdamW for a few steps, on the CPU with gloo. Printed are the
+bytes that each holds between two steps, the most that it holds of weights during one, its memory at the peak, and the
+time of a step. Times are of this backend: they say nothing about GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import torchslim as ts
+from torchslim import processes
+from torchslim.training import Hook, LabelLoss, Loop
+
+MAPPED = "MALLOC_MMAP_THRESHOLD_"
+WIDTH, DEPTH, CLASSES, STEPS = 512, 12, 10, 8
+
+
+class Transformer(nn.Module):
+    """Blocks in a list, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, 8, 4 * WIDTH, dropout=0.0, batch_first=True) for _ in range(DEPTH)
+        )
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class Watch(Hook):
+    """What this process holds, and how long its steps take."""
+
+    def on_start(self, loop: Loop) -> None:
+        """Look on as each block computes."""
+        self.ends: list[float] = []
+        self.inside = 0
+        own = [each for each in loop.model.parameters() if processes.is_spread(each)]
+        model: Any = loop.model
+
+        def look(*_: Any) -> None:
+            gathered = [each for each in model.parameters() if not processes.is_spread(each)]
+            self.inside = max(self.inside, held(own) + held(gathered))
+
+        for block in model.blocks:
+            block.register_forward_pre_hook(look)
+
+    def on_step(self, loop: Loop) -> None:
+        """Look on between two steps."""
+        self.ends.append(time.perf_counter())
+        self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        weights = list(loop.model.parameters())
+        remembered = [each for values in loop.optimizer.state.values() for each in values.values()]
+        self.between = held([*weights, *(each.grad for each in weights), *remembered])
+
+
+def held(tensors: Iterable[Any]) -> int:
+    """Bytes of these in this process."""
+    return sum(each.numel() * each.element_size() for each in map(processes.local, tensors) if each is not None)
+
+
+def measure(rank: int, port: int, strategy: str, folder: str) -> None:
+    """One of two processes."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "spread",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    processes.connect()
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 8, WIDTH), torch.arange(4) % CLASSES
+    task = ts.Task(train=[(x, y)] * 2 * STEPS, val=[(x, y)], metric="accuracy")
+    model, watch = Transformer(), Watch()
+    engine = ts.Engine(accelerator="cpu", strategy=strategy)
+    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ts.fit(model, LabelLoss(task), task.train or (), epochs=1, hooks=[watch], engine=engine)
+    steps = [after - before for before, after in pairwise(watch.ends)]
+    found = {"between": watch.between, "inside": watch.inside, "peak": watch.peak - started,
+             "step": statistics.median(steps), "weights": held(model.parameters())}  # fmt: skip
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    processes.wait()
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Both ways, the second process's figures, with and without an allocator that gives memory back at once."""
+    rows: dict[str, dict[str, float]] = {"ddp": {}, "fsdp": {}}
+    # glibc keeps freed blocks in its heap, so that the peak tells what it kept; mapped ones are gone, and cost time
+    for strategy, mapped in product(rows, (True, False)):
+        os.environ.pop(MAPPED, None)
+        os.environ |= {MAPPED: "131072"} if mapped else {}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = int(free.getsockname()[1])
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(measure, (port, strategy, folder), nprocs=2)
+            found = json.loads((Path(folder) / "1.json").read_text())
+            rows[strategy] |= {"mapped": found["peak"]} if mapped else found
+    copied, spread = rows["ddp"], rows["fsdp"]
+    print(f"weights of the model: {copied['weights'] / 1e6:.0f} MB")
+    print("| in each of 2 processes | DDP | FSDP | ratio |\n| --- | ---: | ---: | ---: |")
+    for name, key, scale, unit in (
+        ("weights, gradients, optimizer state between two steps", "between", 1e6, "MB"),
+        ("most weights at once in a forward pass", "inside", 1e6, "MB"),
+        ("growth of the process's memory at its peak, freed blocks given back", "mapped", 1e6, "MB"),
+        ("the same as glibc does by default, keeping them", "peak", 1e6, "MB"),
+        ("median step, CPU with gloo", "step", 1e-3, "ms"),
+    ):
+        print(f"| {name} | {copied[key] / scale:.0f} {unit} | {spread[key] / scale:.0f} {unit} | "
+              f"{spread[key] / copied[key]:.2f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
