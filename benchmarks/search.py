@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +198,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     rows_path = HERE / "search.jsonl"
-    rows: list[Mapping[str, Any]] = [json.loads(line) for line in rows_path.read_text().splitlines()] if (
-        rows_path.is_file()) else []  # fmt: skip
+
+    def rows() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in rows_path.read_text().splitlines()] if rows_path.is_file() else []
+
     reference = ts.deploy(resnet(), example(), threads=THREADS)
     table = LatencyTable("onnxruntime", THREADS, path=arguments.work / "latency.json")
     for seed in arguments.seeds:
         samples = 0
         for method in ("search", "singles", "random"):
-            known = next((row for row in rows if row["seed"] == seed and row["method"] == method), None)
+            known = next((row for row in rows() if row["seed"] == seed and row["method"] == method), None)
             if known is None:
                 work = arguments.work / f"seed-{seed}"
                 if method == "search":
@@ -220,11 +222,11 @@ def main() -> None:
                 ]
                 known = {"seed": seed, "method": method, "samples": done["samples"], "artifacts": done["artifacts"],
                          "points": points}  # fmt: skip
-                rows.append(known)
-                rows_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                with rows_path.open("a") as file:  # processes may share it, a seed each
+                    file.write(json.dumps(known) + "\n")
                 print(f"seed {seed}, {method}: {known['samples']} samples, {known['artifacts']} artifacts", flush=True)
             samples = known["samples"] if method == "search" else samples
-    (HERE / "search.md").write_text(page(rows))
+    (HERE / "search.md").write_text(page(rows()))
 
 
 if __name__ == "__main__":

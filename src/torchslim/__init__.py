@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 from torchslim import distill, prune, quantize
 from torchslim.artifact import load, load_module, save
+from torchslim.budget import Budget
 from torchslim.compress import Result, compress
 from torchslim.distill import DIST, DKD, KD, Distill
 from torchslim.errors import TorchslimError
@@ -20,13 +21,17 @@ from torchslim.quantize import Quantize
 from torchslim.runtimes import Deployed, deploy
 from torchslim.search import SearchResult, search
 from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
+from torchslim.suggest import Suggestion, suggest
 from torchslim.task import Metric, Task
 from torchslim.training import fit
+from torchslim.workbench import Bench
 
 __all__ = [
+    "Bench",
     "DIST",
     "DKD",
     "KD",
+    "Budget",
     "Context",
     "Deployed",
     "Distill",
@@ -42,6 +47,7 @@ __all__ = [
     "Result",
     "SearchResult",
     "Step",
+    "Suggestion",
     "Target",
     "Task",
     "TorchslimError",
@@ -55,5 +61,6 @@ __all__ = [
     "quantize",
     "save",
     "search",
+    "suggest",
     "surgery",
 ]

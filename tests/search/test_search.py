@@ -144,8 +144,8 @@ def test_a_folder_or_study_of_another_search_is_refused_before_any_work(found: t
 def test_budgets_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="5 finalists cannot come from 4 trials"):
         ts.search(document("finalists = 1", "finalists = 5"), model(), task(), workdir=tmp_path / "a")
-    with pytest.raises(RecipeError, match="'eager' has no file whose size"):
-        ts.search(document("threads = 1", 'runtime = "eager"'), model(), task(), workdir=tmp_path / "b")
+    with pytest.raises(RecipeError, match="'inductor' has no file whose size"):
+        ts.search(document("threads = 1", 'runtime = "inductor"'), model(), task(), workdir=tmp_path / "b")
     assert not (tmp_path / "a").exists()
 
 
