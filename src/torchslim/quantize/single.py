@@ -97,8 +97,8 @@ def rounding(program: GraphModule, observed: Node) -> Rounding:
     def per_tensor(value: Tensor) -> Tensor:
         start = zero_point.to(value.dtype)
         step = scale.to(value.dtype)
-        integers: Tensor = ((value / step).round() + start).clamp(low, high)
-        return (integers - start) * step
+        rounded: Tensor = (((value / step).round() + start).clamp(low, high) - start) * step
+        return rounded
 
     return per_tensor
 

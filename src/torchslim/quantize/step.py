@@ -15,7 +15,9 @@ from torchslim.finetune import Training
 from torchslim.isolation import quiet
 from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, convert, prepare
 from torchslim.quantize.helpers import Accuracy, Helpers, Rounding, chosen_helpers
+from torchslim.quantize.mixed import KEPT, WIDENINGS, Trials, fallback, fewest
 from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, SCHEMES, find_scheme
+from torchslim.select import class_names, matches
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome, resolve
 from torchslim.task import call, predictor, take_first
 from torchslim.training import Hook, Loop
@@ -29,7 +31,11 @@ class Quantize:
 
     Args:
         scheme: a name of `SCHEMES`, for every layer that `layers` does not name.
-        layers: schemes, or "float", by glob over layers or "type:NAME"; the last pattern that matches counts.
+        layers: schemes, or "float", by glob over layers or "type:NAME"; the last pattern that matches counts. "auto":
+            the fewest layers stay in float (of "int4-weights": in "int8-weights") that keep the metric within
+            `metric_drop`, found by bisection over the most sensitive ones, each choice measured as the artifact.
+        metric_drop: with "auto", how much worse the metric on val may become, in its own unit, against the model that
+            the step receives.
         mode: "ptq": post-training, calibrated on the task's calibration batches; "qat": then trained on the grid.
         observer: of static activations, a name of `OBSERVERS`.
         accuracy: "plain": none of the four options below; "best": GPTQ and bias correction, which brought the outputs
@@ -49,7 +55,8 @@ class Quantize:
     produces: ClassVar[Form] = Form.QUANTIZED
 
     scheme: str = field(default="int8", kw_only=False)
-    layers: Mapping[str, str] = field(default_factory=dict, hash=False)
+    layers: Mapping[str, str] | Literal["auto"] = field(default_factory=dict, hash=False)
+    metric_drop: float | None = None
     mode: Literal["ptq", "qat"] = "ptq"
     observer: str = "mse"
     accuracy: Accuracy = "plain"
@@ -64,7 +71,15 @@ class Quantize:
 
     def __post_init__(self) -> None:
         find_scheme(self.scheme)
-        for name in self.layers.values():
+        if isinstance(self.layers, str) and self.layers != "auto":
+            raise QuantizeError(f"layers must be a mapping of patterns to schemes, or 'auto', got {self.layers!r}")
+        if self.layers == "auto" and self.metric_drop is None:
+            raise QuantizeError("layers='auto' needs to know what may be lost: give metric_drop, in the metric's unit")
+        if self.layers != "auto" and self.metric_drop is not None:
+            raise QuantizeError("metric_drop belongs to layers='auto'; set it, or leave metric_drop out")
+        if self.metric_drop is not None and not 0 <= self.metric_drop < math.inf:
+            raise QuantizeError(f"metric_drop must be a finite number of at least 0, got {self.metric_drop}")
+        for name in self.exceptions().values():
             if name != FLOAT:
                 find_scheme(name)
         if self.mode not in ("ptq", "qat"):
@@ -84,14 +99,20 @@ class Quantize:
         if self.calibrates():
             split = ctx.task.calibration_split
             take_first(getattr(ctx.task, split), split)
-        chooser(ctx.model if ctx.model is not None else ctx.teacher, self.scheme, self.layers)
+        if self.layers == "auto":
+            take_first(ctx.task.val, "val")
+        chooser(ctx.model if ctx.model is not None else ctx.teacher, self.scheme, self.exceptions())
         if self.mode == "qat":
             self.training().check_training(ctx)
 
     def calibrates(self) -> bool:
         """Does any layer need the ranges of its activations beforehand?"""
-        names = {self.scheme, *self.layers.values()} - {FLOAT}
+        names = {self.scheme, *self.exceptions().values()} - {FLOAT}
         return self.helpers().needs_data or any(find_scheme(name).activations == "static" for name in names)
+
+    def exceptions(self) -> Layers:
+        """The layers whose scheme is known beforehand; none where it is to be found out."""
+        return self.layers if isinstance(self.layers, Mapping) else {}
 
     def helpers(self) -> Helpers:
         """What is done for accuracy."""
@@ -107,21 +128,10 @@ class Quantize:
         return made
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        if self.layers == "auto":
+            return self._mixed(model, ctx)
         batches = ctx.task.calibration_batches()
-        prepared = prepare(
-            model,
-            ctx.example_inputs,
-            runtime=ctx.target.runtime,
-            scheme=self.scheme,
-            layers=self.layers,
-            observer=self.observer,
-            qat=self.mode == "qat",
-            learned_step=self.learned_step,
-            helpers=self.helpers(),
-            batches=batches,
-        )
-        if self.calibrates():
-            prepared.calibrate(batches)
+        prepared = self._prepared(model, ctx, self.exceptions(), batches)
         history: Sequence[Mapping[str, float]] = ()
         taught: Sequence[LayerRecord] = ()
         if self.mode == "qat":
@@ -140,6 +150,73 @@ class Quantize:
             warnings.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
         layers = [*records, *taught]
         return Outcome(model=quantized, masks=ctx.masks, layers=layers, warnings=warnings, history=history)
+
+    def prepared(self, model: nn.Module, ctx: Context, layers: Layers) -> Prepared:
+        """A calibrated model with other layers than the step's, for post-training quantization."""
+        return replace(
+            self, layers=layers, metric_drop=None, mode="ptq", train=None, learned_step=False
+        )._prepared(model, ctx, layers, ctx.task.calibration_batches())  # fmt: skip
+
+    def _prepared(self, model: nn.Module, ctx: Context, layers: Layers, batches: Sequence[Inputs]) -> Prepared:
+        prepared = prepare(
+            model,
+            ctx.example_inputs,
+            runtime=ctx.target.runtime,
+            scheme=self.scheme,
+            layers=layers,
+            observer=self.observer,
+            qat=self.mode == "qat",
+            learned_step=self.learned_step,
+            helpers=self.helpers(),
+            batches=batches,
+        )
+        if self.calibrates():
+            prepared.calibrate(batches)
+        return prepared
+
+    def _mixed(self, model: nn.Module, ctx: Context) -> Outcome:
+        """Find the layers that are left out, then quantize; a model that is trained is checked again."""
+        assert self.metric_drop is not None
+        trials = Trials(model, ctx, self)
+        ranked, most = trials.ranked()
+        choice = fewest(ranked, trials.drop, self.metric_drop, most=most)
+        layers, drop, held = choice.layers, choice.drop, choice.held
+        outcome = self._with(layers, model, ctx)
+        if self.mode == "qat":
+            taken = [(trials.lost_by(outcome.model), layers, outcome)]
+            for number in range(1, WIDENINGS + 1):
+                if taken[-1][0] <= self.metric_drop or len(layers) >= most:
+                    break
+                layers = tuple(ranked[: min(max(2 * len(layers), 1), most)])
+                state = None if ctx.state is None else ctx.state / f"wider-{number}"
+                if state is not None:
+                    state.mkdir(parents=True, exist_ok=True)
+                outcome = self._with(layers, model, replace(ctx, state=state))
+                taken.append((trials.lost_by(outcome.model), layers, outcome))
+            drop, layers, outcome = min(taken, key=lambda each: each[0])
+            held = drop <= self.metric_drop
+        warnings = list(outcome.warnings)
+        if not held:
+            unit = ctx.task.as_metric().unit
+            other = "float" if fallback(self.scheme) == FLOAT else "8 bits"
+            warnings.append(
+                f"no choice of layers that was measured keeps the metric within {self.metric_drop:g} {unit}: the "
+                f"nearest loses {drop:.4g} {unit} with {len(layers)} of {len(ranked)} layers in {other}"
+            )
+        return replace(outcome, warnings=warnings)
+
+    def _with(self, layers: Sequence[str], model: nn.Module, ctx: Context) -> Outcome:
+        """The step with these layers left out, and their records saying why."""
+        other = fallback(self.scheme)
+        outcome = replace(self, layers=dict.fromkeys(layers, other), metric_drop=None)(model, ctx)
+        types = class_names(model)
+
+        def explained(record: LayerRecord) -> LayerRecord:
+            left = record.reason == AS_ASKED or (record.action == "quantized" and not record.reason and other != FLOAT)
+            mine = left and any(matches(each, record.layer, types) for each in layers)
+            return replace(record, reason=KEPT[other]) if mine else record
+
+        return replace(outcome, layers=[explained(each) for each in outcome.layers])
 
 
 class Freeze(Hook):
