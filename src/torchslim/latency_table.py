@@ -76,10 +76,11 @@ class LatencyTable:
         }  # fmt: skip
         if first not in known or missing:
             timings = compare({first: reference} | missing, batch=self.batch, rounds=rounds, seconds=seconds)
-            for key in (first, *missing):
+            new = [*missing] if first in known else [first, *missing]  # a reference keeps its first figure
+            for key in new:
                 over, took = timings.speedup(first, key), timings.latency(key)
                 known[key] = Timing(ratio=over.median, low=over.p10, high=over.p90, ms=took.median, rounds=took.rounds)
-            self.add(first, {key: known[key] for key in (first, *missing)})
+            self.add(first, {key: known[key] for key in new})
         return {name: known[key] for name, key in structures.items()}
 
     def add(self, reference: str, timings: Mapping[str, Timing]) -> None:

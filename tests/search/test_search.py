@@ -162,6 +162,14 @@ def test_what_cannot_be_met_ends_with_the_nearest_and_what_binds(tmp_path: Path)
     assert all(row["state"] == "stopped" for row in result.data["trials"])  # no training makes it smaller
 
 
+def test_what_was_tried_before_is_no_trial_and_an_exhausted_space_ends_the_search(tmp_path: Path) -> None:
+    given = document()
+    given["step"] = [{"do": "quantize", "scheme": {"search": ["int8", "int8-weights"]}}]
+    given["budget"] |= {"trials": 40}
+    found = ts.search(given, model(), task(), workdir=tmp_path / "out")
+    assert sorted(row["parameters"]["1-quantize.scheme"] for row in found.data["trials"]) == ["int8", "int8-weights"]
+
+
 def lab(folder: Path, **options: Any) -> Lab:
     """Without a search around it."""
     return Lab(

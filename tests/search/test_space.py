@@ -72,8 +72,9 @@ def test_the_document_stays_as_it_was() -> None:
     assert document == tomllib.loads(RECIPE)
 
 
-def test_a_search_begins_at_the_first_ends_and_in_the_middle() -> None:
-    first, middle = space().starts
+def test_a_search_begins_at_both_ends_and_in_the_middle() -> None:
+    first, middle, last = space().starts
+    assert (last["1-prune.skip"], last["1-prune.sparsity"], last["3-quantize.scheme"]) == (False, 0.8, "int8-weights")
     assert (first["1-prune.skip"], first["1-prune.sparsity"], first["2-distill.epochs"]) == (True, 0.2, 1)
     assert (middle["1-prune.sparsity"], middle["2-distill.epochs"]) == (0.5, 3)
     assert middle["2-distill.lr"] == pytest.approx(1e-3)

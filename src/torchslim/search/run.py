@@ -23,12 +23,13 @@ from torchslim.runtimes import find_runtime
 from torchslim.search.front import Verdict, finalists, front_of, hopeless, judge
 from torchslim.search.lab import Lab
 from torchslim.search.space import Space, make_space
-from torchslim.search.study import Ledger, Sampler, open_storage
+from torchslim.search.study import SAME, Ledger, Sampler, open_storage
 from torchslim.steps import Event, Inputs, Target, fingerprint, ignore_progress
 from torchslim.task import Task, take_first
 
 FORMAT = 1
 WAIT_SECONDS = 1.0  # between looks at what other workers do
+REPEATS = 30  # trials in a row that were tried before: the space is exhausted
 GIVE_UP = 3  # so many trials that all fail, and none succeeded: something is wrong with all
 
 
@@ -220,6 +221,7 @@ class _Search:
         while self.ledgers:
             ledger = self.ledgers[0]
             late = self.budget.hours is not None and time.monotonic() - self.started > 3600 * self.budget.hours
+            late = late or ledger.repeats() >= REPEATS
             trial = None if late else ledger.ask()
             if trial is not None:
                 job = (trial, ledger.values(trial))
@@ -238,6 +240,13 @@ class _Search:
             return
         ledger = self.ledgers[0]
         done = ledger.results()
+        recipe = self._recipe(values)
+        for first, earlier, each in done:
+            if self._recipe(earlier) == recipe:  # what differs belongs to steps that are skipped
+                figures = each.get("figures")
+                told = None if not figures else [figures[name] for name in self.budget.objectives]
+                ledger.tell(trial, {**each, SAME: first}, told)
+                return
         self.lab.progress(
             Event(step="search", phase=f"trial {trial.number}", current=len(done), total=self.budget.trials)
         )
@@ -294,6 +303,9 @@ class _Search:
                 raise
             ledger.tell(trial, result, [0.0] if result["state"] == "measured" else None)
 
+    def _recipe(self, values: Mapping[str, Any]) -> str:
+        return json.dumps(self.space.chosen(values), sort_keys=True, default=str)
+
     def _next_final(self) -> tuple[Any, int, dict[str, Any]] | None:
         job: Any = None
         while self.ledgers:
@@ -315,17 +327,8 @@ class _Search:
         """The next candidate that deserves its full cost, as far as is known now."""
         assert self.ledgers
         trials, finals = self.ledgers
-        figures: dict[int, Mapping[str, float]] = {}
-        short: set[int] = set()
-        recipes: dict[int, str] = {}
-        for chosen, values, result in trials.results():
-            if "figures" in result:
-                recipe = json.dumps(self.space.chosen(values), sort_keys=True, default=str)
-                if recipe in recipes.values():
-                    continue  # the same again
-                figures[chosen], recipes[chosen] = result["figures"], recipe
-                if result["state"] == "candidate":
-                    short.add(chosen)
+        figures = {chosen: result["figures"] for chosen, _, result in trials.results() if "figures" in result}
+        short = {chosen for chosen, _, result in trials.results() if result["state"] == "candidate"}
         finished = finals.claims()
         within = [each for each in finished.values() if each and each.get("within")]
         most = self.budget.finalists if within or not self.budget.bounds else 2 * self.budget.finalists

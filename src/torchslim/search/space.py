@@ -46,9 +46,9 @@ class Parameter:
 
     @property
     def middle(self) -> Any:
-        """A value in the middle; of choices the first."""
+        """A value in the middle."""
         if self.kind == "choice":
-            return self.choices[0]
+            return self.choices[len(self.choices) // 2]
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
         step = self.step or (1 if self.kind == "int" else None)
         if step:
@@ -103,10 +103,12 @@ class Space:
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """Where a search begins: the first end of all parameters, and the middle."""
-        first = {each.name: each.ends[0] for each in self.parameters}
-        middle = {each.name: each.middle for each in self.parameters}
-        return [first] if first == middle else [first, middle]
+        """Where a search begins: the first end of all parameters, the middle, and the last."""
+        return [
+            {each.name: each.ends[0] for each in self.parameters},
+            {each.name: each.middle for each in self.parameters},
+            {each.name: each.ends[-1] for each in self.parameters},
+        ]
 
     @property
     def runtimes(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torchslim.search.space import Parameter
 Sampler = Literal["tpe", "random"]
 BEAT_SECONDS = 5.0
 GRACE_BEATS = 12  # so many beats that are missed, and a worker on another machine counts as dead
+SAME = "same_as"  # in the result of a trial whose recipe was tried before: it does not count
 STARTUP = 10  # trials at random before the sampler learns from them, or a quarter of all where that is less
 
 
@@ -178,7 +179,7 @@ class Ledger:
             self.take_back()
             if self._taken() >= self.trials:
                 return None
-            self.study.sampler = self._make_sampler(self._taken())
+            self.study.sampler = self._make_sampler(sum("result" in each.user_attrs for each in self._all()))
             trial = self.study.ask(self._distributions())
             trial.set_user_attr("worker", self.worker)
             if self._taken(before=trial.number) >= self.trials:  # several workers asked at once
@@ -225,12 +226,23 @@ class Ledger:
                 self.study.tell(trial.number, list(values))
 
     def results(self) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
-        """Number, values and result of each trial that has one, in order."""
+        """Number, values and result of each trial that has one of its own, in order."""
         found = []
         for trial in self._all():
             if "result" in trial.user_attrs and trial.state.is_finished():
-                found.append((trial.number, self.values(trial), json.loads(trial.user_attrs["result"])))
+                result = json.loads(trial.user_attrs["result"])
+                if SAME not in result:
+                    found.append((trial.number, self.values(trial), result))
         return found
+
+    def repeats(self) -> int:
+        """How many of the latest trials were the same as an earlier one."""
+        count = 0
+        for trial in reversed(self._all()):
+            if SAME not in json.loads(trial.user_attrs.get("result", "{}")):
+                break
+            count += 1
+        return count
 
     def waiting(self) -> bool:
         """Is somebody still at work, or something to be taken over?"""
@@ -310,11 +322,13 @@ class Ledger:
         return trials
 
     def _taken(self, before: int | None = None) -> int:
-        """How many trials have a result or are worked on."""
+        """How many trials have a result of their own or are worked on."""
         import optuna
 
         return sum(
-            "result" in trial.user_attrs or trial.state == optuna.trial.TrialState.RUNNING
+            SAME not in json.loads(trial.user_attrs["result"])
+            if "result" in trial.user_attrs
+            else trial.state == optuna.trial.TrialState.RUNNING
             for trial in self._all()
             if before is None or trial.number < before
         )
