@@ -34,8 +34,8 @@ from torchslim.steps import Event, Inputs, ignore_progress
 from torchslim.structure import Structure, build, describe
 from torchslim.task import Batch, Task, device_of, to_device
 
-RETREATS = 30
-"""How often a removal of half of all channels that does not run is made in another way."""
+RETREATS = 60
+"""How often a removal that does not run is made in another way."""
 
 
 @dataclass(kw_only=True)
@@ -187,23 +187,33 @@ class Sensing:
 
 
 def settled(plan: Plan) -> Coupling:
-    """The groups of a plan, without what half of all channels cannot be removed from: what `shrink` would find."""
+    """The groups of a plan, each such that half of its channels alone can be removed.
+
+    What pruning gives up only when everything shrinks in step, a single group may have to give up before.
+    """
+    fine: set[tuple[str, int]] = set()
     for _ in range(RETREATS):
         coupling = plan.coupling()
-        kept = [max(unit.width // 2, plan.narrowest) for unit in coupling.units]
         order = [[cell.classes for cell in unit.cells] for unit in coupling.units]
         ranks = [np.zeros(unit.width) for unit in coupling.units]
-        removed = Selection(coupling, Amount(), plan.names, order, ranks).removed(
-            [min(left, unit.width) for left, unit in zip(kept, coupling.units, strict=True)]
-        )
-        if not removed.any():
-            return coupling
-        _, diverged = mend(plan.model, coupling, removed, plan.inputs)
-        if diverged is None:
-            return coupling
-        if plan.narrowest == 1 and any(left == 1 for left in kept):
-            plan.narrowest = 2
-        elif not plan.retreat(diverged, coupling, removed):
+        selection = Selection(coupling, Amount(), plan.names, order, ranks)
+        for place, (name, unit) in enumerate(_named(coupling)):
+            if (name, unit.width) in fine:
+                continue
+            kept = [each.width for each in coupling.units]
+            kept[place] = min(max(unit.width // 2, plan.narrowest), unit.width)
+            removed = selection.removed(kept)
+            diverged = mend(plan.model, coupling, removed, plan.inputs)[1] if removed.any() else None
+            if diverged is None:
+                fine.add((name, unit.width))
+                continue
+            if plan.narrowest == 1 and kept[place] == 1:
+                plan.narrowest = 2
+            elif not plan.retreat(diverged, coupling, removed):
+                fine.add((name, unit.width))  # its points will say what is wrong
+                continue
+            break
+        else:
             return coupling
     return plan.coupling()
 
