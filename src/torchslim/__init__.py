@@ -20,6 +20,7 @@ from torchslim.prune import Prune, surgery
 from torchslim.quantize import Quantize
 from torchslim.runtimes import Deployed, deploy
 from torchslim.search import SearchResult, search
+from torchslim.sensitivity import Sensitivity, sensitivity
 from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
 from torchslim.suggest import Suggestion, suggest
 from torchslim.task import Metric, Task
@@ -46,6 +47,7 @@ __all__ = [
     "Quantize",
     "Result",
     "SearchResult",
+    "Sensitivity",
     "Step",
     "Suggestion",
     "Target",
@@ -61,6 +63,7 @@ __all__ = [
     "quantize",
     "save",
     "search",
+    "sensitivity",
     "suggest",
     "surgery",
 ]

@@ -59,6 +59,7 @@ def run(recipe: Path, out: Path | None, overwrite: bool, as_json: bool) -> None:
             workdir=out / "work",
             overwrite=overwrite,
             names={"model": parsed.model, "task": parsed.task},
+            sensitivity=parsed.sensitivity,
             progress=progress if processes.is_first() else ignore_progress,
         )
         if not processes.is_first():
@@ -137,8 +138,15 @@ def check(recipe: Path, as_json: bool) -> None:
               help="What attention may lose: whole heads, or dimensions of every head.")  # fmt: skip
 @click.option("--all", "everything", is_flag=True, help="Kernel extents and position tables too, and every member.")
 @click.option("--trusted", is_flag=True, help="Load an artifact of machine code too (runtime aoti).")
+@click.option("--sensitivity", is_flag=True, help="Of a RECIPE's model: what each group and each layer costs.")
+@click.option("--measure", type=click.Choice(["sqnr", "kl", "metric"]), default="sqnr", show_default=True,
+              help="With --sensitivity: noise or divergence of the outputs, or the metric on val.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="With --sensitivity: folder; default runs/NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
-def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, trusted: bool, as_json: bool) -> None:
+def inspect(
+    model: str, inputs: tuple[str, ...], heads: Any, everything: bool, trusted: bool, sensitivity: bool, measure: Any,
+    out: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Of an ARTIFACT (a saved folder): which layers run on integers, by which kernel, and why others do not.
 
     Of a MODEL (module:callable): which channels go together, which may be pruned, and why others must stay.
@@ -146,7 +154,13 @@ def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, t
     For each group: how many channels it has, the parameters and the multiply-accumulates (of a run on the inputs given)
     that would go with all of them, everything else kept, and the weights that lose a slice with each channel. A weight
     between two groups counts for both.
+
+    Of a RECIPE, with --sensitivity: what pruning one group alone, or quantizing one layer alone, does to the outputs;
+    into sensitivity.json and sensitivity.html. Run again after a kill, it goes on.
     """
+    if sensitivity:
+        _sensitivity(Path(model), measure, out, as_json)
+        return
     from torchslim.named import load_model
     from torchslim.prune import inspect as look
 
@@ -161,6 +175,32 @@ def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, t
     made, example_inputs = load_model(model, inputs)
     found = look(made, example_inputs, heads=heads)
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else found.table(all=everything))
+
+
+def _sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> None:
+    from torchslim.files import write_bytes
+    from torchslim.recipe import load_document, made
+    from torchslim.report.sensitivity_page import render_sensitivity
+    from torchslim.sensitivity import sensitivity
+
+    _import_from_here()
+    document = load_document(recipe)
+    model, task, _ = made(document)
+    runtime = document.get("runtime", "onnxruntime")
+    if isinstance(runtime, dict):  # of a search: the first that it would try
+        runtime = next(iter(runtime.get("search", ())), "onnxruntime")
+    out = out or Path("runs") / (recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name)
+    with _progress() as progress:
+        found = sensitivity(
+            model, task, measure=measure, runtime=runtime, seed=document.get("seed", 0), name=document["model"],
+            progress=progress,
+        )  # fmt: skip
+    path = found.save(out / "sensitivity.json")
+    write_bytes(out / "sensitivity.html", render_sensitivity(found.to_json()).encode())
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        click.echo(f"{found}\n\nreport: {path.with_suffix('.html')}")
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim bench out/a out/b --batch 16")

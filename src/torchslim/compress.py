@@ -28,6 +28,7 @@ from torchslim.measure import Timings, compare, nonzeros, parameters, sample_mac
 from torchslim.quantize import QuantizedModule
 from torchslim.report import RUN_FORMAT, render, table
 from torchslim.runtimes import Deployed, find_runtime
+from torchslim.sensitivity import Sensitivity
 from torchslim.stages import Stage, claim, read_text, restored, stage_key
 from torchslim.steps import (
     Context,
@@ -97,6 +98,7 @@ def compress(
     overwrite: bool = False,
     stages: str | Path | None = None,
     names: Mapping[str, str] | None = None,
+    sensitivity: Sensitivity | str | Path | None = None,
     progress: Callable[[Event], None] = ignore_progress,
 ) -> Result:
     """Take the steps on a copy of the model, and measure the model after each and the artifact that ships.
@@ -119,6 +121,8 @@ def compress(
         overwrite: take a folder that holds another recipe's run; its steps are used where they are the same.
         stages: a folder in which several runs share their finished steps; by default each keeps its own in `workdir`.
         names: what the model and the task are called, for the report and to tell recipes apart.
+        sensitivity: what `ts.sensitivity` found, or the file it was saved to: how much changes of a layer are known to
+            hurt, which pruning under a latency and the choice of layers to quantize look at.
         progress: called with an `Event` as things go on.
 
     Raises:
@@ -129,8 +133,10 @@ def compress(
     if budget is not None:
         from torchslim.search.budgeted import compress_within
 
-        if engine is not None or stages is not None:
-            raise RecipeError("engine and stages go with steps, not with budget; ts.search takes a recipe with both")
+        if engine is not None or stages is not None or sensitivity is not None:
+            raise RecipeError(
+                "engine, stages and sensitivity go with steps, not with budget; ts.search takes a recipe with all"
+            )
         return compress_within(
             model, task, budget, runtime=runtime, threads=threads, example_inputs=example_inputs,
             dynamic_shapes=dynamic_shapes, teacher=teacher, seed=seed, workdir=workdir, names=names, progress=progress,
@@ -139,6 +145,8 @@ def compress(
     check_order(steps)
     target = Target(runtime=runtime, threads=threads)
     find_runtime(runtime)
+    if isinstance(sensitivity, (str, Path)):
+        sensitivity = Sensitivity.load(sensitivity)
     if not any(True for _ in model.parameters()):
         raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
     keep = None if workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
@@ -165,6 +173,7 @@ def compress(
             engine=engine or Engine(),
             seed=seed,
             progress=progress,
+            priors={} if sensitivity is None else sensitivity.priors(),
         )
         bench = Bench(
             task=task, example_inputs=inputs, target=target, steps=steps, dynamic_shapes=dynamic_shapes

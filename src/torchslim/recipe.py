@@ -39,8 +39,8 @@ from torchslim.task import Task
 
 STEPS: Mapping[str, type] = {"prune": Prune, "finetune": Finetune, "distill": Distill, "quantize": Quantize}
 KINDS: Mapping[str, type] = {**STEPS, **LOSSES}  # whatever a table with `do` may be
-KEYS = ("model", "task", "teacher", "runtime", "threads", "seed", "engine", "step")
-NAMED = ("model", "task", "teacher", "seed")
+KEYS = ("model", "task", "teacher", "runtime", "threads", "seed", "engine", "sensitivity", "step")
+NAMED = ("model", "task", "teacher", "seed", "sensitivity")
 T = TypeVar("T")
 
 
@@ -55,6 +55,7 @@ class Recipe:
     target: Target = field(default_factory=Target)
     seed: int = 0
     engine: Engine = field(default_factory=Engine)
+    sensitivity: str | None = None  # the file of a `ts.sensitivity`
 
     def load(self) -> tuple[nn.Module, Task, nn.Module | None]:
         """Call what the recipe names: the model, the task and the teacher.
