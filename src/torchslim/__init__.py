@@ -28,10 +28,10 @@ from torchslim.training import fit
 from torchslim.workbench import Bench
 
 __all__ = [
-    "Bench",
     "DIST",
     "DKD",
     "KD",
+    "Bench",
     "Budget",
     "Context",
     "Deployed",

@@ -102,6 +102,37 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
         click.echo(json.dumps(found.data, indent=1) if as_json else f"{found}\n\nreport: {out / 'report.html'}")
 
 
+@cli.command(epilog=f"{EXAMPLE}torchslim suggest package.module:model package.module:task --latency-ms 3")
+@click.argument("model", metavar="MODEL")
+@click.argument("task", metavar="TASK")
+@click.option("--latency-ms", type=float, help="Of one sample a call, at most.")
+@click.option("--metric-drop", type=float, help="How much worse the metric may be, at most, in its own unit.")
+@click.option("--size-mb", type=float, help="Of the files that ship, at most.")
+@click.option("--runtime", help="Where it will run; by default the search chooses among those installed.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the recipe there instead of printing it.")
+def suggest(model: str, task: str, runtime: str | None, out: Path | None, **bounds: float | None) -> None:
+    """Derive a recipe to search from a MODEL and a TASK, each module:callable, and this machine; nothing is trained.
+
+    torchslim search takes it as it is.
+    """
+    from torchslim.budget import Budget
+    from torchslim.files import write_bytes
+    from torchslim.recipe import made
+    from torchslim.suggest import suggest as derive
+
+    _import_from_here()
+    budget = Budget(**{name: value for name, value in bounds.items() if value is not None})  # type: ignore[arg-type]
+    names = {"model": model, "task": task}
+    own, given, _ = made(names)
+    found = derive(own, given, budget, runtime=runtime, names=names)
+    if out is None:
+        click.echo(found.toml, nl=False)
+        return
+    write_bytes(out, found.toml.encode())
+    click.echo("\n".join(found.reasons))
+    click.echo(f"\nrecipe: {out}")
+
+
 @cli.command(epilog=f"{EXAMPLE}torchslim check recipe.toml")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
@@ -130,7 +161,7 @@ def check(recipe: Path, as_json: bool) -> None:
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim inspect torchvision.models:resnet18 --input 1x3x224x224")
-@click.argument("model", metavar="MODEL|ARTIFACT")
+@click.argument("model", metavar="MODEL|ARTIFACT|RECIPE")
 @click.option("--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
               help="An example input, as 1x3x224x224, 1x77:int64 or mask=1x77:bool; once for each. Not needed where "
               "MODEL gives (model, example_inputs).")  # fmt: skip
