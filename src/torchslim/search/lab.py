@@ -26,6 +26,7 @@ from torchslim.prune import Prune
 from torchslim.quantize import Quantize
 from torchslim.recipe import Recipe
 from torchslim.runtimes import Deployed
+from torchslim.sensitivity import Sensitivity
 from torchslim.stages import COMMIT, read_text, stage_key
 from torchslim.steps import Context, Event, Form, Inputs, Outcome, Step, Target, step_name
 from torchslim.task import Task, take_first
@@ -164,13 +165,14 @@ class Lab:
         return Context(
             task=self.task, model=copied, teacher=copy_model(teacher)[0].eval(), example_inputs=self.example_inputs,
             masks=masks, target=recipe.target, engine=recipe.engine, seed=self.seed, progress=self.progress,
+            priors={} if recipe.sensitivity is None else Sensitivity.load(recipe.sensitivity).priors(),
         )  # fmt: skip
 
     def _taken(self, recipe: Recipe, ctx: Context, effort: Effort) -> nn.Module:
         """The model after the steps; those that another candidate has taken before are read from its folder."""
         assert ctx.model is not None
         model, masks = ctx.model, ctx.masks
-        first = str(recipe.engine)
+        first = f"{recipe.engine} {recipe.sensitivity}"
         if first not in self._origins:
             self._origins[first] = origin(ctx, model, take_first(self.task.val, "val"))
         key = self._origins[first]

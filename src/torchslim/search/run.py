@@ -22,8 +22,10 @@ from torchslim.memory import peak_memory
 from torchslim.runtimes import find_runtime
 from torchslim.search.front import Verdict, finalists, front_of, hopeless, judge
 from torchslim.search.lab import Lab
+from torchslim.search.priors import informed_start
 from torchslim.search.space import Space, make_space
 from torchslim.search.study import SAME, Ledger, Sampler, open_storage
+from torchslim.sensitivity import Sensitivity
 from torchslim.steps import Event, Inputs, Target, fingerprint, ignore_progress
 from torchslim.task import Task, take_first
 
@@ -118,7 +120,7 @@ def search(
     processes.connect()
     first = take_first(task.val, "val")
     whole = digest(space.key, __version__, fingerprint(model.state_dict()), fingerprint(first),
-                   "" if teacher is None else fingerprint(teacher.state_dict()))  # fmt: skip
+                   "" if teacher is None else fingerprint(teacher.state_dict()), *_priors(space))  # fmt: skip
     names = study or folder.resolve().name
     inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
     ledgers = _ledgers(space, names, whole, storage or folder / "study.journal", sampler, beat)
@@ -135,6 +137,11 @@ def search(
     work.trials()
     work.finals()
     return work.result()
+
+
+def _priors(space: Space) -> list[dict[str, float]]:
+    known = space.document.get("sensitivity")
+    return [Sensitivity.load(known).priors()] if known else []
 
 
 def _check(space: Space) -> None:
@@ -208,7 +215,9 @@ class _Search:
     def trials(self) -> None:
         """Until there are enough, and all other workers' are done."""
         if self.ledgers:
-            self.ledgers[0].enqueue(self.space.starts)
+            known = self.space.document.get("sensitivity")
+            informed = [informed_start(self.space, Sensitivity.load(known))] if known else []
+            self.ledgers[0].enqueue([*informed, *self.space.starts])
         while True:
             job = self._next_trial()
             if job is None:
@@ -347,8 +356,8 @@ class _Search:
             result = compress(
                 lab.model, lab.task, recipe.steps, runtime=recipe.target.runtime, threads=recipe.target.threads,
                 example_inputs=lab.example_inputs, dynamic_shapes=lab.dynamic_shapes, teacher=lab.teacher,
-                engine=recipe.engine, seed=lab.seed, workdir=self.folder / "runs" / f"{chosen:03d}",
-                stages=self.folder / "stages", names={"model": recipe.model, "task": recipe.task},
+                engine=recipe.engine, sensitivity=recipe.sensitivity, seed=lab.seed,
+                workdir=self.folder / "runs" / f"{chosen:03d}", stages=self.folder / "stages", names={"model": recipe.model, "task": recipe.task},
                 progress=lab.progress,
             )  # fmt: skip
         except TorchslimError as error:

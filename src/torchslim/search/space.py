@@ -166,7 +166,7 @@ def _tables(value: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
 def _found(value: Any, path: Path, document: Mapping[str, Any], where: str) -> Iterator[Parameter]:
     for place, table in _tables(value, path):
         name = _name(place, document)
-        if place[:1] in {("model",), ("task",), ("teacher",), ("budget",), ("seed",)}:
+        if place[:1] in {("model",), ("task",), ("teacher",), ("budget",), ("seed",), ("sensitivity",)}:
             raise RecipeError(f"{where}: {name} cannot be searched over; name one")
         yield _parameter(name, place, table, where)
 
