@@ -117,7 +117,7 @@ def test_every_field_survives_a_recipe() -> None:
         ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\)"),
         ({"n": 1.0}, "n is for pattern 'slice', got 1.0; leave n out"),
         ({"dim": 1}, "dim is for pattern 'slice', got 1"),
-        ({"of": "latency"}, "of must be one of 'params', 'macs', 'channels', got 'latency'"),
+        ({"of": "joules"}, "of must be one of 'params', 'macs', 'channels', 'latency', got 'joules'"),
         ({"scope": "block"}, "scope must be one of 'global', 'layer', got 'block'"),
         ({"round_to": 0}, "round_to must be a whole number of at least 1, got 0"),
         ({"min_channels": 0}, "min_channels must be"),

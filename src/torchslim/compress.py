@@ -216,7 +216,8 @@ def origin(ctx: Context, model: nn.Module, batch: Any) -> str:
     train = first_batch(ctx.task) if ctx.task.train is not None else None
     teacher = fingerprint(ctx.teacher.state_dict())
     start = fingerprint(model.state_dict())
-    return digest(__version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train))
+    known = [dict(ctx.priors)] if ctx.priors else []
+    return digest(__version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train), *known)
 
 
 class _Runner:
@@ -326,6 +327,7 @@ class _Runner:
             "layers": layers,
             "warnings": warnings,
             "history": [dict(each) for each in outcome.history],
+            "evidence": dict(outcome.evidence),
         }
         stage = Stage(
             name=name, folder=folder, model=model, module=module, masks=outcome.masks, deployed=deployed, row=row
@@ -360,7 +362,8 @@ class _Runner:
         timings = Timings(rounds)
         rows = [dict(stage.row) for stage in stages]
         rows.append({**rows[-1], "name": "artifact", "kind": "artifact", "metric": artifact_metric, "layers": [],
-                     "history": [], "warnings": [], "seconds": not_measured("no work was done")})  # fmt: skip
+                     "history": [], "evidence": {}, "warnings": [],
+                     "seconds": not_measured("no work was done")})  # fmt: skip
         compare_rows(rows, timings, runtime)
         return {
             "format": RUN_FORMAT,

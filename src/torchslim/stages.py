@@ -52,7 +52,9 @@ class Stage:
 def stage_key(before: str, step: Step, steps: Sequence[Step], seed: int) -> str:
     """What a step's result depends on: what it was made from, the step, and, where it measures what ships, the rest."""
     ahead = [canonical(each) for each in steps] if getattr(step, "of", None) == "latency" else []
-    return digest(before, canonical(step), seed, *ahead)
+    table = getattr(step, "latency_table", None)  # what it says counts, not only where it is
+    told = [read_text(Path(table)) or ""] if table else []
+    return digest(before, canonical(step), seed, *ahead, *told)
 
 
 def restored(

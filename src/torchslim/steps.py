@@ -58,6 +58,7 @@ class Outcome:
     layers: Sequence[LayerRecord] = ()
     warnings: Sequence[str] = ()
     history: Sequence[Mapping[str, float]] = ()
+    evidence: Mapping[str, Any] = field(default_factory=dict)  # whatever else was found out, as JSON, for the report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """On which devices training runs; the names are Lightning Fabric's."""
+    """On which devices training runs; the names are Lightning Fabric's.
+
+    Where several processes train (torchrun), `strategy` "ddp" gives each a copy of the model, and "fsdp" spreads
+    weights, gradients and the optimizer's state over them.
+    """
 
     accelerator: str = "auto"
     devices: int | str = 1
@@ -97,6 +102,10 @@ def ignore_progress(event: Event) -> None:
     """The default progress callback: the library prints nothing."""
 
 
+Makers = Mapping[str, Callable[[], nn.Module | None]]
+"""What makes models, by their names; None: it cannot be made."""
+
+
 class Workbench(Protocol):
     """What a runner lends to its steps: models on the target, as they will ship."""
 
@@ -104,11 +113,16 @@ class Workbench(Protocol):
         """The model on the target runtime, called like the model."""
         ...
 
-    def latency(self, models: Mapping[str, nn.Module], reference: nn.Module) -> Mapping[str, float]:
+    def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:
         """Time of each model over the reference's, both ended as the recipe ends, from paired rounds.
 
-        What was measured before on this machine, for programs of the same structure, is not measured again.
+        What a name stands for is made only when it is timed; where that gives None, it is left out. What was timed
+        before on this machine, under this name and for a reference of this structure, is not timed `again` unasked.
         """
+        ...
+
+    def about(self, reference: nn.Module) -> Mapping[str, Any]:
+        """What times over a reference are times of, wherever they are taken: runtime, threads, and structure."""
         ...
 
 

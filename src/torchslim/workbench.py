@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from torchslim.export import capture
+from torchslim.files import digest
 from torchslim.latency_table import LatencyTable
+from torchslim.layers import structure_of
 from torchslim.quantize import Quantize, QuantizedModule, convert, prepare
 from torchslim.runtimes import Deployed, find_runtime
-from torchslim.steps import Inputs, Step, Target
+from torchslim.steps import Inputs, Makers, Step, Target, canonical
 from torchslim.task import Task
+
+ROUNDS = 100  # of each program of a table, at most: of what is slow, as many as its time allows
+VERDICT = 300  # of one that decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +26,15 @@ class Bench:
     """A `Workbench` for one run.
 
     Args:
-        task: calibrates where the recipe ends with integers.
+        example_inputs: what is timed; one sample a call where the batch is free.
+        target: the runtime, and its threads.
+        task: calibrates where the recipe ends with integers; without one the example inputs do.
         steps: of the recipe; the last `Quantize` says how it ends.
     """
 
-    task: Task
     example_inputs: Inputs
-    target: Target
+    target: Target = field(default_factory=Target)
+    task: Task | None = None
     steps: Sequence[Step] = ()
     dynamic_shapes: Any = "batch"
 
@@ -36,22 +43,49 @@ class Bench:
         captured = capture(model, self.example_inputs, self.dynamic_shapes)
         return find_runtime(self.target.runtime).compile(captured, threads=self.target.threads, source=model)
 
-    def latency(self, models: Mapping[str, nn.Module], reference: nn.Module) -> Mapping[str, float]:
+    def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:
         """Time of each model over the reference's, both ended as the recipe ends; see `steps.Workbench`."""
         table = LatencyTable(self.target.runtime, self.target.threads)
-        deployed = {name: self.deploy(self.ended(each)) for name, each in models.items()}
-        return {name: each.ratio for name, each in table.measure(deployed, self.deploy(self.ended(reference))).items()}
+        first = self.about(reference)["structure"]
+        known = {} if again else table.known(first)  # by name: to make a program takes seconds
+        made = {name: model for name, make in models.items() if name not in known and (model := make()) is not None}
+        if made:
+            deployed = {name: self.deploy(self.ended(each)) for name, each in made.items()}
+            timed = table.measure(
+                deployed, self.deploy(self.ended(reference)), again=again, rounds=VERDICT if again else ROUNDS
+            )
+            known |= timed
+            if not again:
+                table.add(first, timed)
+        return {name: known[name].ratio for name in models if name in known}
+
+    def about(self, reference: nn.Module) -> dict[str, Any]:
+        """What times over a reference are times of; see `steps.Workbench`."""
+        program = capture(reference, self.example_inputs, self.dynamic_shapes).program
+        last = self._ending()
+        ends = {} if last is None else {"scheme": last.scheme, "layers": canonical(last.layers)}
+        return {
+            "runtime": self.target.runtime,
+            "threads": self.target.threads,
+            "ends": ends.get("scheme", "float"),
+            "structure": digest(structure_of(program), ends),
+        }
+
+    def _ending(self) -> Quantize | None:
+        return next((each for each in reversed(self.steps) if isinstance(each, Quantize)), None)
 
     def ended(self, model: nn.Module) -> nn.Module:
         """The model in the numbers that the recipe ends with, calibrated on one batch: fast is not yet good."""
-        last = next((each for each in reversed(self.steps) if isinstance(each, Quantize)), None)
+        last = self._ending()
         if last is None or isinstance(model, QuantizedModule):
             return model
         quick = replace(last, observer="min-max")
+        layers = quick.layers if isinstance(quick.layers, Mapping) else {}
         prepared = prepare(
             model, self.example_inputs, runtime=self.target.runtime, scheme=quick.scheme,
-            layers=quick.layers, observer=quick.observer, dynamic_shapes=self.dynamic_shapes,
+            layers=layers, observer=quick.observer, dynamic_shapes=self.dynamic_shapes,
         )  # fmt: skip
         if quick.calibrates():
-            prepared.calibrate(self.task.calibration_batches(1)[:1])
+            task = self.task
+            prepared.calibrate([self.example_inputs] if task is None else task.calibration_batches(1)[:1])
         return convert(prepared)

@@ -15,7 +15,7 @@ from torchslim.channels.units import Group, Unit
 from torchslim.errors import PruneError
 from torchslim.prune.budget import check_sparsity
 
-Of = Literal["params", "macs", "channels"]
+Of = Literal["params", "macs", "channels", "latency"]
 Scope = Literal["global", "layer"]
 Scores = Callable[[Coupling, Group], NDArray[np.float64]]
 
@@ -32,10 +32,14 @@ class Amount:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
-        for name, value, known in (("of", self.of, ("params", "macs", "channels")),
+        for name, value, known in (("of", self.of, ("params", "macs", "channels", "latency")),
                                    ("scope", self.scope, ("global", "layer"))):  # fmt: skip
             if value not in known:
                 raise PruneError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        if self.of == "latency" and self.scope == "layer":
+            raise PruneError(
+                "of='latency' chooses each group's width by what it saves; leave out scope='layer', or take of='macs'"
+            )
         for name, count in (("round_to", self.round_to), ("min_channels", self.min_channels)):
             if not isinstance(count, int) or count < 1:
                 raise PruneError(f"{name} must be a whole number of at least 1, got {count!r}")
@@ -83,8 +87,8 @@ class Selection:
         return mask
 
     def left(self, kept: Sequence[int]) -> float:
-        """The fraction of the model that is left, in the amount's measure."""
-        if self.amount.of == "channels":
+        """The fraction of the model that is left, in the amount's measure; of channels where that is no count."""
+        if self.amount.of in ("channels", "latency"):
             total = sum(unit.width for unit in self.coupling.units)
             return sum(kept) / max(total, 1)
         removed = self.removed(kept)

@@ -22,13 +22,15 @@ from torchslim.files import write_bytes
 from torchslim.finetune import Training
 from torchslim.loaders import calibration_batches
 from torchslim.prune import schedule as schedules
-from torchslim.prune.amount import Amount
+from torchslim.prune.amount import Amount, Scores
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion
 from torchslim.prune.data import check_data, gather_for
+from torchslim.prune.latency import Rows, Table, load_rows
 from torchslim.prune.penalties import PENALTIES, Sparsify, make_penalty
 from torchslim.prune.plan import Plan, analyse
+from torchslim.prune.reach import Told, reach
 from torchslim.prune.record import replay, surgery
-from torchslim.prune.removal import Ranking, Stuck, TooLittle, finish, notes, shrink, tolerance, vacuous
+from torchslim.prune.removal import Ranking, Shrunk, Stuck, TooLittle, finish, notes, shrink, tolerance, vacuous
 from torchslim.prune.scores import Normalisation, Reduction, check_combination
 from torchslim.prune.shrink import Surgery
 from torchslim.prune.sparsify import apply_masks
@@ -57,6 +59,8 @@ class Standing:
     refused: list[tuple[str, str]] = field(default_factory=list)  # layer and reason
     warnings: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
+    rows: Rows = field(default_factory=dict)  # of times, where those are the measure
+    evidence: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +79,11 @@ class ChannelPruning:
     sparsify: Sparsify | None = None
     strength: float = 1e-4
     sparsify_train: Training | None = None
+    latency_table: str | None = None
 
     def __post_init__(self) -> None:
+        if self.latency_table is not None and self.amount.of != "latency":
+            raise PruneError(f"latency_table is for of='latency', got of={self.amount.of!r}; leave latency_table out")
         if self.heads not in ("auto", "whole", "dim"):
             raise PruneError(f"heads must be 'auto', 'whole' or 'dim', got {self.heads!r}")
         check_combination(self.reduction, self.normalisation)
@@ -98,6 +105,14 @@ class ChannelPruning:
         """The patterns match, and there is data for the criterion and the trainings."""
         check_data(find_criterion(self.criterion), ctx)
         check_patterns(ctx.model if ctx.model is not None else ctx.teacher, self.include, self.exclude)
+        if self.amount.of == "latency":
+            if ctx.workbench is None:
+                raise PruneError(
+                    "of='latency' needs something to measure with: run the step by ts.compress or `torchslim run`, or "
+                    "give a Context with workbench=ts.Bench(...)"
+                )
+            if self.latency_table is not None:
+                load_rows(self.latency_table, {"runtime": ctx.target.runtime, "threads": ctx.target.threads})
         for training in (self.train, self.before_the_cut if self.sparsify else None):
             if training is not None:
                 training.check_training(ctx)
@@ -117,7 +132,10 @@ class ChannelPruning:
         for number in range(max(now.cuts, 1), len(targets) + 1):
             if number > now.cuts:
                 ctx.progress(Event(step=ctx.name, phase=f"cut-{number}"))
-                self._cut(now, targets[number - 1], ctx, last=number == len(targets))
+                if self.amount.of == "latency":
+                    self._hasten(now, model, targets[number - 1], ctx)
+                else:
+                    self._cut(now, targets[number - 1], ctx, last=number == len(targets))
                 now.cuts = number
                 _store(now, ctx)
             if self.train is not None:
@@ -134,6 +152,7 @@ class ChannelPruning:
             layers=[*_pruned(before, now.model), *_refused(now.refused), *taught],
             warnings=list(dict.fromkeys(now.warnings)),
             history=now.history,
+            evidence=now.evidence,
         )
 
     def _analyse(self, model: nn.Module, ctx: Context) -> Plan:
@@ -161,28 +180,60 @@ class ChannelPruning:
             now.warnings += notes(now.kept / now.total, self.amount, now.tolerance)
 
     def _shrink(self, now: Standing, plan: Plan, share: float, ctx: Context) -> None:
-        criterion = find_criterion(self.criterion)
-        ranking = Ranking(
-            criterion=criterion, reduction=self.reduction, normalisation=self.normalisation,
-            gathered=gather_for(criterion, now.model, ctx), seed=ctx.seed,
-        )  # fmt: skip
+        criterion, scores = self._scores(now, plan, ctx)
         amount = replace(self.amount, sparsity=share)
-        done = shrink(plan, amount, ranking.scores(plan.model, plan))
-        finish(plan, done, amount, criterion.name)
+        done = shrink(plan, amount, scores)
         size = _size(plan, done.coupling, self.amount.of)
         stuck = max(now.kept - size, 0.0) if now.total else 0.0
         now.total = now.total or size
         now.tolerance = now.tolerance or tolerance(done.coupling, self.amount)
         now.kept = stuck + done.left * size
-        now.masks = cut_masks(now.masks, done.surgery, plan.model)
-        now.model = done.model
-        now.refused = _reasons(done.coupling)
-        now.warnings += [f"not pruned: {layer}: {why}" for layer, why in now.refused if "could not be verified" in why]
-        now.warnings += [
-            f"no rule for {name} ({count} times): channels that reach it stay"
-            for name, count in plan.trace.unruled.items()
-        ]
-        now.warnings += [*vacuous(done), *_recalibrate(now.model, ctx)]
+        _take(now, plan, done, amount, criterion, ctx)
+
+    def _hasten(self, now: Standing, received: nn.Module, target: float, ctx: Context) -> None:
+        """Shrink to a target that is a fraction of the time that the model takes that the step received."""
+        if now.total and now.kept <= 1 - target:  # an earlier round went as far
+            return
+        plan = self._analyse(now.model, ctx)
+        table = self._table(now, plan if now.model is received else self._analyse(received, ctx), ctx)
+        criterion, scores = self._scores(now, plan, ctx)
+        amount = replace(self.amount, sparsity=target)
+        try:
+            found = reach(
+                plan, amount, scores, table,
+                progress=lambda number: ctx.progress(Event(step=ctx.name, phase=f"widths, attempt {number}")),
+            )  # fmt: skip
+        except (Stuck, TooLittle) as error:
+            if not now.total:
+                raise
+            now.warnings.append(f"a later round stopped: {error}")
+            return
+        now.total, now.kept, now.rows = 1.0, found.left, table.rows
+        now.evidence = {"latency": [*now.evidence.get("latency", ()), dict(found.evidence)]}
+        _take(now, plan, found.done, amount, criterion, ctx)
+        now.warnings += found.warnings
+
+    def _table(self, now: Standing, plan: Plan, ctx: Context) -> Table:
+        """The times that the widths are chosen by: taken elsewhere, or here."""
+        assert ctx.workbench is not None
+        if self.latency_table is not None:
+            rows, machine = load_rows(self.latency_table, Told(bench=ctx.workbench).about(plan.model))
+            return Table(plan=plan, amount=self.amount, rows=rows, elsewhere=machine)
+
+        def timed(done: int, total: int) -> None:
+            ctx.progress(Event(step=ctx.name, phase="table of latencies", current=done, total=total))
+
+        return Table(
+            plan=plan, amount=self.amount, workbench=Told(bench=ctx.workbench), progress=timed, rows=now.rows
+        )  # fmt: skip
+
+    def _scores(self, now: Standing, plan: Plan, ctx: Context) -> tuple[Criterion, Scores]:
+        criterion = find_criterion(self.criterion)
+        ranking = Ranking(
+            criterion=criterion, reduction=self.reduction, normalisation=self.normalisation,
+            gathered=gather_for(criterion, now.model, ctx), seed=ctx.seed, priors=ctx.priors,
+        )  # fmt: skip
+        return criterion, ranking.scores(plan.model, plan)
 
     def _share(self, now: Standing, target: float, plan: Plan) -> float:
         """The fraction to remove from the model as it is, for a target that is a fraction of what it was."""
@@ -191,6 +242,19 @@ class ChannelPruning:
         size = _size(plan, plan.coupling(), self.amount.of)
         stuck = max(now.kept - size, 0.0)  # channels of units that can shrink no further
         return 0.0 if not size else min(1 - ((1 - target) * now.total - stuck) / size, 1 - 1e-9)
+
+
+def _take(now: Standing, plan: Plan, done: Shrunk, amount: Amount, criterion: Criterion, ctx: Context) -> None:
+    """Go on with a verified removal."""
+    finish(plan, done, amount, criterion.name)
+    now.masks = cut_masks(now.masks, done.surgery, plan.model)
+    now.model = done.model
+    now.refused = _reasons(done.coupling)
+    now.warnings += [f"not pruned: {layer}: {why}" for layer, why in now.refused if "could not be verified" in why]
+    now.warnings += [
+        f"no rule for {name} ({count} times): channels that reach it stay" for name, count in plan.trace.unruled.items()
+    ]
+    now.warnings += [*vacuous(done), *_recalibrate(now.model, ctx)]
 
 
 def _size(plan: Plan, coupling: Coupling, of: str) -> float:
@@ -295,6 +359,7 @@ def _restored(model: nn.Module, ctx: Context) -> Standing | None:
         shrunk = model if record is None else replay(model, record)
         shrunk.load_state_dict(saved["weights"])
         about["refused"] = [(layer, why) for layer, why in about["refused"]]
+        about["rows"] = {key: {int(width): ratio for width, ratio in row.items()} for key, row in about["rows"].items()}
         return Standing(model=shrunk, masks=saved["masks"], **about)
     except Exception as error:
         raise PruneError(

@@ -138,6 +138,27 @@ def _projected(shares: Floats) -> Floats:
     return projected
 
 
+def between(points: Sequence[tuple[float, float]], value: float) -> float:
+    """Where known pairs of times map a value: on powers between them, as 1 is 1 and what nobody runs takes no time.
+
+    Pairs that are out of order, by noise, are left out.
+
+    >>> between([(0.5, 0.7)], 1.0), round(between([(0.5, 0.7)], 0.25), 2)
+    (1.0, 0.49)
+    """
+    rising = [(0.0, 0.0)]  # in logarithms, from 1 downwards
+    for first, second in sorted(points, reverse=True):
+        if first > 0 and second > 0 and np.log(first) < rising[-1][0] - 1e-6 and np.log(second) < rising[-1][1] - 1e-6:
+            rising.append((float(np.log(first)), float(np.log(second))))
+    wanted = float(np.log(max(value, 1e-6)))
+    if len(rising) == 1 or wanted >= 0:
+        return float(np.exp(wanted))
+    if wanted < rising[-1][0]:
+        return float(np.exp(wanted * rising[-1][1] / rising[-1][0]))
+    falling = rising[::-1]
+    return float(np.exp(np.interp(wanted, [each for each, _ in falling], [each for _, each in falling])))
+
+
 def choose(cost: Cost, lost: Sequence[Curve], ceiling: float) -> list[int]:
     """Per unit a width, so that the predicted time is at most `ceiling` and as little as can be is lost.
 

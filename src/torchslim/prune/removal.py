@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torchslim.channels.groups import Coupling, Mask
 from torchslim.channels.units import Group
 from torchslim.errors import PruneError
 from torchslim.isolation import trim
-from torchslim.prune.amount import Amount, Of, Scope, Scores, select, step_size
+from torchslim.prune.amount import Amount, Of, Scope, Scores, Selection, select, step_size
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion, needs
 from torchslim.prune.plan import Plan, analyse
 from torchslim.prune.record import attach
@@ -26,7 +26,7 @@ from torchslim.prune.scores import Normalisation, Reduction, channel_scores, com
 from torchslim.prune.shrink import Surgery, mend, perform
 from torchslim.select import Patterns
 from torchslim.statistics import Gathered, gather
-from torchslim.steps import Inputs
+from torchslim.steps import Inputs, Workbench
 from torchslim.task import Batch
 
 WITHDRAWALS = 12
@@ -37,6 +37,9 @@ ROLLBACKS = 60
 
 CLEAR = 1e-3
 """A change of the outputs that float32, which takes half the time, cannot have brought about by rounding."""
+
+
+Choose = Callable[[Selection], list[int]]
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,11 @@ class Stuck(PruneError):
     """No channel can go, whatever the sparsity."""
 
 
-def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
+def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selection.choose) -> Shrunk:
     """Remove the least important channels, verify, and give up what cannot be verified.
+
+    Args:
+        choose: how many steps of each unit stay.
 
     Raises:
         PruneError: nothing can go.
@@ -73,7 +79,7 @@ def shrink(plan: Plan, amount: Amount, scores: Scores) -> Shrunk:
         if not coupling.units:
             break
         selection = select(coupling, amount, plan.names, scores, narrowest=plan.narrowest)
-        kept = selection.choose()
+        kept = choose(selection)
         removed = selection.removed(kept)
         trim()
         if not removed.any() and rollbacks:
@@ -157,6 +163,7 @@ class Ranking:
     normalisation: Normalisation = "mean"
     gathered: Gathered = field(default_factory=Gathered)
     seed: int = 0
+    priors: Mapping[str, float] = field(default_factory=dict)  # by group or layer, how much its changes hurt
 
     def scores(self, model: nn.Module, plan: Plan) -> Scores:
         """A function of coupling and group, for `shrink`."""
@@ -184,9 +191,13 @@ class Ranking:
             if not members:  # of a criterion that looks at norms, say: all alike
                 return np.ones(len(group.classes))
             combined = combine(members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation)
-            return combined.numpy()
+            return combined.numpy() * self._prior(group)
 
         return score
+
+    def _prior(self, group: Group) -> float:
+        names = (group.name, group.members[0].weight.rpartition(".")[0])
+        return next((self.priors[name] for name in names if name in self.priors), 1.0)
 
 
 def channels(
@@ -207,6 +218,7 @@ def channels(
     batches: Iterable[Batch] | None = None,
     loss: Any = None,
     seed: int = 0,
+    workbench: Workbench | None = None,
 ) -> nn.Module:
     """A smaller copy of the model: the least important channels, neurons and heads are physically gone.
 
@@ -218,7 +230,8 @@ def channels(
         model: any module that runs on `example_inputs`; it is left as it is.
         example_inputs: a tuple of positional or a dict of keyword arguments.
         sparsity: the fraction to remove, in [0, 1), of the whole model, what must stay included.
-        of: of its parameters, of its multiply-accumulates on these inputs, or of the channels that may go.
+        of: of its parameters, of its multiply-accumulates on these inputs, of the channels that may go, or of its
+            "latency": what is left then takes at most 1 - sparsity of the time, and is measured until it nearly does.
         criterion: a name in `CRITERIA`, "package.module:name", or a callable of a weight and its statistics.
         scope: rank over the whole model, or remove the same fraction everywhere.
         round_to: widths become multiples of this; groups narrower than it ignore it.
@@ -232,21 +245,34 @@ def channels(
         batches: for criteria that need data; read as a `Task` reads them.
         loss: for criteria that need gradients: loss(outputs, batch); default cross-entropy.
         seed: of the "random" criterion.
+        workbench: measures for of="latency": `ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime=...))`.
 
     Raises:
         PruneError: nothing can go, or an argument is out of its range.
         SelectError: a pattern that matches no layer.
     """
     amount = Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels)
+    if (of == "latency") != (workbench is not None):
+        raise PruneError(
+            f"of={of!r} with workbench={workbench!r}: of='latency' is measured by a workbench, and nothing else is; "
+            "give workbench=ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime='onnxruntime')) with it"
+        )
     found = find_criterion(criterion)
     plan = analyse(model, example_inputs, heads=heads, include=include, exclude=exclude)
     gathered = Gathered()
     if needs(found) and batches is not None:
         gathered = gather(plan.model, needs(found), batches, loss=loss)
     ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
-    done = shrink(plan, amount, ranking.scores(plan.model, plan))
+    scores = ranking.scores(plan.model, plan)
+    if workbench is None:
+        done = shrink(plan, amount, scores)
+        told: Iterable[str] = notes(done.left, amount, tolerance(done.coupling, amount))
+    else:
+        from torchslim.prune.reach import reach_here  # it shrinks by what stands here
+
+        done, told = reach_here(plan, amount, scores, workbench)
     finish(plan, done, amount, found.name)
-    for note in (*vacuous(done), *notes(done.left, amount, tolerance(done.coupling, amount))):
+    for note in (*vacuous(done), *told):
         warnings.warn(note, stacklevel=2)
     return done.model
 

@@ -34,7 +34,7 @@ from torchslim.training import Hook, Loop
 SCHEDULES = ("one-shot", "iterative", "gradual")
 AMOUNT = ("of", "scope", "round_to", "min_channels")
 COMMON = ("include", "exclude", "train")
-CHANNELS = ("heads", "reduction", "normalisation", "sparsify", "strength", "sparsify_train")
+CHANNELS = ("heads", "reduction", "normalisation", "sparsify", "strength", "sparsify_train", "latency_table")
 UPDATES = 100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
 
 
@@ -59,9 +59,12 @@ class Prune:
         schedule: "one-shot"; "iterative" (`rounds` of pruning and training); "gradual" (cubic, done when `until` of
             the training is over; weights only). The last two need `train`; after one-shot pruning it is optional.
         train: Finetune(...) or Distill(...).
-        of, round_to, min_channels, heads, reduction, normalisation: of channels, as for `ts.prune.channels`.
+        of, round_to, min_channels, heads, reduction, normalisation: of channels, as for `ts.prune.channels`;
+            of="latency" is measured on the run's target, in the numbers that the recipe ends with.
         sparsify: of channels: "group-lasso" or "bn-l1" is added, times `strength` (1e-4), to the loss of a training
             before the cut, `sparsify_train` or else `train`, and of the trainings between rounds.
+        latency_table: with of="latency", the `latency.json` of a machine that the times were taken on, in place of
+            measuring here.
     """
 
     accepts: ClassVar[Form] = Form.MODULE
@@ -89,6 +92,7 @@ class Prune:
     sparsify: Sparsify | None = None
     strength: float | None = None
     sparsify_train: Training | None = None
+    latency_table: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, choices in (
