@@ -131,7 +131,7 @@ class Replays:
     """Runs of changed copies of a model on several inputs.
 
     Args:
-        model: in eval mode; its modules get other `forward`s for the time of a run.
+        model: in eval mode; its modules are called otherwise for the time of a run.
         inputs: model inputs, one for each run.
         example: small inputs, on which it is found out what may answer from memory.
         limit: bytes of outputs that may be held.
@@ -249,25 +249,21 @@ def answering(
     modules = [(path, model.get_submodule(path)) for path in held]
 
     def answer(path: str) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def respond(*args: Any, **kwargs: Any) -> Any:
             found = changed(held[path], _copy)
             if given is not None:
                 given(path, found)
             return found
 
-        return forward
+        return respond
 
-    before = [(module, vars(module).get("forward")) for _, module in modules]
     try:
         for path, module in modules:
-            vars(module)["forward"] = answer(path)
+            vars(module)["_call_impl"] = answer(path)  # not `forward`: hooks have had their say in what is held
         yield
     finally:
-        for module, own in before:
-            if own is None:
-                del vars(module)["forward"]
-            else:
-                vars(module)["forward"] = own
+        for _, module in modules:
+            vars(module).pop("_call_impl", None)
 
 
 class _Enough(BaseException):

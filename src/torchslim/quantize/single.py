@@ -136,16 +136,19 @@ class Passes:
         """The model's outputs on each of the inputs; changes are cheapest in the order of their places."""
         if change is not None:
             self._advance(change.place)
-        for values in self.frontier:
-            yield self._finish(self._forked(values), change)
+        for number, values in enumerate(self.frontier):
+            measuring = number == 0 and not self.live and change is None
+            yield self._finish(self._forked(values), change, measuring=measuring)
 
     def answer(self, change: Single | None, inputs: Any) -> Any:
         """The model's outputs on any inputs."""
         return self._finish(self._begin(inputs), change, start=0)
 
     @torch.no_grad()
-    def _finish(self, values: dict[Node, Any], change: Single | None, start: int | None = None) -> Any:
-        leaves = self._run(values, self.place if start is None else start, len(self.nodes), change)
+    def _finish(
+        self, values: dict[Node, Any], change: Single | None, start: int | None = None, *, measuring: bool = False
+    ) -> Any:
+        leaves = self._run(values, self.place if start is None else start, len(self.nodes), change, measuring=measuring)
         return build(self.prepared.outputs, list(leaves), self.prepared.classes)
 
     def _begin(self, inputs: Any) -> dict[Node, Any]:
@@ -156,31 +159,23 @@ class Passes:
     def _advance(self, place: int) -> None:
         """Move the frontier as far as memory allows."""
         if not self.live and self.frontier:
-            self._measure()
+            self._finish(self._forked(self.frontier[0]), None, measuring=True)
         allowed = self.limit / max(len(self.frontier), 1)
-        while place > self.place and self.live[place] > allowed:
+        while place > self.place and self.frontier and self.live[place] > allowed:
             place -= 1
         if place > self.place:
             for values in self.frontier:
                 self._run(values, self.place, place, None)
             self.place = place
 
-    def _measure(self) -> None:
-        values = self._forked(self.frontier[0])
-        for place in range(len(self.nodes)):
-            storages = {
-                each.untyped_storage()._cdata: each.untyped_storage().nbytes()
-                for node, value in values.items()
-                if node.op != "get_attr"
-                for each in _tensors(value)
-            }
-            self.live.append(sum(storages.values()))
-            self._run(values, place, place + 1, None)
-
-    def _run(self, values: dict[Node, Any], start: int, stop: int, change: Single | None) -> Any:
+    def _run(
+        self, values: dict[Node, Any], start: int, stop: int, change: Single | None, *, measuring: bool = False
+    ) -> Any:
         result: Any = ()
         for place in range(start, stop):
             node = self.nodes[place]
+            if measuring:
+                self.live.append(_size(values))
             if node.op == "output":
                 result = map_arg(node.args[0], values.__getitem__)
             elif node.op != "placeholder":
@@ -233,6 +228,12 @@ def _observer(program: GraphModule, node: Node) -> bool:
     if node.op != "call_module":
         return False
     return hasattr(program.get_submodule(str(node.target)), "calculate_qparams")
+
+
+def _size(values: Mapping[Node, Any]) -> int:
+    """Bytes of values that are not stored with the model."""
+    held = [each for node, value in values.items() if node.op != "get_attr" for each in _tensors(value)]
+    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in held}.values())
 
 
 def _mutates(node: Node) -> bool:
