@@ -264,13 +264,14 @@ def bench(
 
 @cli.command(epilog=f"{EXAMPLE}torchslim report runs/fashion_mnist")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Default: report.html beside run.json.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: report.html beside it.")
 def report(folder: Path, out: Path | None) -> None:
-    """Make the report page again from run.json, and print the table."""
+    """Make the report page again from run.json, search.json or sensitivity.json, and print the table."""
     from torchslim.files import write_bytes
-    from torchslim.report import load_run, render, table
+    from torchslim.report import REPORTS, kind_of
 
-    found = load_run(folder)
+    load, render, table = REPORTS[kind_of(folder)]
+    found = load(folder)
     out = out or (folder if folder.is_dir() else folder.parent) / "report.html"
     write_bytes(out, render(found).encode())
     click.echo(table(found))

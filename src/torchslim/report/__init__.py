@@ -1,7 +1,32 @@
-"""`run.json` as a page and as a table. Imports no torch."""
+"""What torchslim has measured, as a page and as a table: a run, a search, a sensitivity analysis. Imports no torch."""
 
-from torchslim.report.load import RUN_FORMAT, load_run
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torchslim.report.load import RUN_FORMAT, kind_of, load_run, load_search, load_sensitivity
 from torchslim.report.page import render
+from torchslim.report.search_page import render_search, search_table
+from torchslim.report.sensitivity_page import render_sensitivity, sensitivity_table
 from torchslim.report.text import table
 
-__all__ = ["RUN_FORMAT", "load_run", "render", "table"]
+REPORTS: Mapping[str, tuple[Callable[..., dict[str, Any]], Callable[..., str], Callable[..., str]]] = {
+    "run": (load_run, render, table),
+    "search": (load_search, render_search, search_table),
+    "sensitivity": (load_sensitivity, render_sensitivity, sensitivity_table),
+}
+"""How each kind is loaded, made a page, and made a table."""
+
+__all__ = [
+    "REPORTS",
+    "RUN_FORMAT",
+    "kind_of",
+    "load_run",
+    "load_search",
+    "load_sensitivity",
+    "render",
+    "render_search",
+    "render_sensitivity",
+    "search_table",
+    "sensitivity_table",
+    "table",
+]

@@ -20,36 +20,72 @@ def load_run(path: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: the file is missing, damaged, no run of torchslim, or written by a newer one.
     """
+    return _load(Path(path), "run")
+
+
+def load_search(path: str | Path) -> dict[str, Any]:
+    """The search that stands in `path`: a `search.json`, or a folder that holds one.
+
+    Raises:
+        ArtifactError: as for `load_run`.
+    """
+    return _load(Path(path), "search")
+
+
+def load_sensitivity(path: str | Path) -> dict[str, Any]:
+    """The analysis that stands in `path`: a `sensitivity.json`, or a folder that holds one.
+
+    Raises:
+        ArtifactError: as for `load_run`.
+    """
+    return _load(Path(path), "sensitivity")
+
+
+def kind_of(path: str | Path) -> str:
+    """What a folder or a file holds: "run", "search" or "sensitivity"; the first of them where there are several."""
     path = Path(path)
     if path.is_dir():
-        if not (path / "run.json").is_file():
-            raise ArtifactError(f"{path} holds no run.json; give a folder that `result.save` wrote, or the file itself")
-        path = path / "run.json"
+        return next((kind for kind in KINDS if (path / f"{kind}.json").is_file()), "run")
     try:
-        run = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
+        known = json.loads(path.read_bytes()).get("kind", "run")
+    except (OSError, ValueError, RecursionError, AttributeError):  # what is wrong is said when it is loaded
+        return "run"
+    return known if known in KINDS else "run"
+
+
+def _load(path: Path, kind: str) -> dict[str, Any]:
+    file, (whose, faults) = f"{kind}.json", KINDS[kind]
+    if path.is_dir():
+        if not (path / file).is_file():
+            raise ArtifactError(f"{path} holds no {file}; give a folder that {whose} wrote, or the file itself")
+        path = path / file
+    try:
+        data = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
-        raise ArtifactError(f"there is no file {path}; give a run.json, or a folder that holds one") from error
+        raise ArtifactError(f"there is no file {path}; give a {file}, or a folder that holds one") from error
     except OSError as error:
         raise ArtifactError(
-            f"cannot read {path}: {error.strerror or error}; give a run.json that you may read"
+            f"cannot read {path}: {error.strerror or error}; give a {file} that you may read"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); it is damaged or no run.json: run again") from error
-    _check_format(run, path)
-    for place, expected, got in _faults(run):
+        raise ArtifactError(f"{path} is not JSON ({error}); it is damaged or no {file}: run again") from error
+    _check_format(data, path, kind)
+    for place, expected, got in faults(data):
         shown = "nothing" if got is _MISSING else _shortened(got)
         raise ArtifactError(f"{path} is damaged: {place} must be {expected}, got {shown}; run again")
-    return dict(run)
+    return dict(data)
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _check_format(run: Any, path: Path) -> None:
-    version = run.get("format") if isinstance(run, dict) else None
+def _check_format(data: Any, path: Path, kind: str) -> None:
+    version = data.get("format") if isinstance(data, dict) else None
     if version is None:
-        raise ArtifactError(f'{path} is no run of torchslim: it has no "format"; give the run.json of a run')
+        raise ArtifactError(f'{path} is no {kind} of torchslim: it has no "format"; give the {kind}.json of a {kind}')
+    if data.get("kind", "run") != kind:
+        raise ArtifactError(f"{path} is no {kind} but a {_shortened(data['kind'])}; give a {kind}.json")
     if type(version) is not int or version < 1:
         raise ArtifactError(f'{path}: "format" must be a number from 1 to {RUN_FORMAT}, got {_shortened(version)}')
     if version > RUN_FORMAT:
@@ -119,6 +155,31 @@ def _layers(value: Any) -> bool:
     )
 
 
+def _evidence(value: Any) -> bool:
+    """What steps found out besides; missing in a run of a torchslim that had none."""
+    if value is _MISSING:
+        return True
+    return _object(value) and isinstance(value.get("latency", []), list) and all(map(_cut, value.get("latency", [])))
+
+
+def _cut(value: Any) -> bool:
+    """One cut to a ceiling of latency, and the rounds that led there."""
+    return (
+        _object(value)
+        and _number(value.get("ceiling"))
+        and _number(value.get("programs"))
+        and _text(value.get("elsewhere"))
+        and isinstance(value.get("rounds"), list)
+        and value.get("best") in range(1, len(value["rounds"]) + 1)
+        and all(
+            _object(each)
+            and all(_number(each.get(key)) for key in ("target", "predicted"))
+            and (each.get("measured") is None or _number(each["measured"]))
+            for each in value["rounds"]
+        )
+    )
+
+
 def _machines(value: Any) -> bool:
     return _object(value) and all(
         _object(machine) and _object(machine.get("versions", {})) for machine in value.values()
@@ -159,6 +220,7 @@ ROW: Mapping[str, tuple[Check, str]] = {
     "layers": (_layers, "a list of layer records"),
     "warnings": (_texts, "a list of texts"),
     "history": (_history, "a list of objects of numbers"),
+    "evidence": (_evidence, "an object; its latency a list of cuts, each with a ceiling and rounds"),
 }
 
 
@@ -178,3 +240,111 @@ def _faults(run: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
         for parent, key in (("metric", split), ("latency_ms", runtime)):
             if key not in row[parent]:
                 yield f"rows[{index}].{parent}.{key}", ENTRY, _MISSING
+
+
+def _numbers(value: Any) -> bool:
+    return _object(value) and all(map(_number, value.values()))
+
+
+def _measured(value: Any) -> bool:
+    return _object(value) and _entries(value.get("metric")) and _entries(value.get("figures"))
+
+
+def _verdict(value: Any) -> bool:
+    return (
+        _object(value)
+        and isinstance(value.get("met"), bool)
+        and _text(value.get("text"))
+        and _texts(value.get("binding"))
+        and (value.get("nearest") is None or _number(value["nearest"]))
+    )
+
+
+def _range(value: Any) -> bool:
+    if not (_object(value) and _text(value.get("name"))):
+        return False
+    if value.get("kind") == "choice":
+        return isinstance(value.get("choices"), list)
+    return value.get("kind") in ("float", "int") and _number(value.get("low")) and _number(value.get("high"))
+
+
+def _list(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+MACHINES = (_machines, "an object of machines with their versions")
+SEARCH: Mapping[str, tuple[Check, str]] = {
+    "torchslim": (_text, "a version"),
+    "recipe": (_object, "an object"),
+    "space": (_list(_range), "a list of ranges and choices with their names"),
+    "budget": (_object, "an object"),
+    "objectives": (_texts, "a list of texts"),
+    "metric": (lambda it: _object(it) and _text(it.get("name")) and _text(it.get("unit")), "a name and a unit"),
+    "baseline": (_measured, "an object with the metric and the figures"),
+    "trials": (_list(_object), "a list of objects"),
+    "front": (_list(_object), "a list of objects"),
+    "verdict": (_verdict, "met, text, nearest and binding"),
+    "machines": MACHINES,
+}
+TRIAL: Mapping[str, tuple[Check, str]] = {
+    "number": (_number, "a number"),
+    "parameters": (_object, "an object"),
+    "state": (_text, "a text"),
+    "stage": (_text, "a text"),
+    "reason": (_text, "a text"),
+    "figures": (_numbers, "an object of numbers"),
+    "within": (lambda it: isinstance(it, bool), "true or false"),
+    "seconds": (_number, "a number"),
+}
+MEMBER: Mapping[str, tuple[Check, str]] = {
+    "trial": (_number, "a number"),
+    "parameters": (_object, "an object"),
+    "recipe": (_text, "a text"),
+    "metric": (_entries, ENTRIES),
+    "figures": (_entries, ENTRIES),
+    "within": (lambda it: isinstance(it, bool), "true or false"),
+}
+SENSITIVITY: Mapping[str, tuple[Check, str]] = {
+    "torchslim": (_text, "a version"),
+    "model": (_text, "a text"),
+    "measure": (_text, "a text"),
+    "unit": (_text, "a text"),
+    "higher_is_better": (lambda it: isinstance(it, bool), "true or false"),
+    "reference": (lambda it: it is None or _number(it), "a number or null"),
+    "runtime": (_text, "a text"),
+    "points": (_list(_object), "a list of objects"),
+    "machines": MACHINES,
+}
+POINT: Mapping[str, tuple[Check, str]] = {
+    "name": (_text, "a text"),
+    "kind": (lambda it: it in ("channels", "layer"), "'channels' or 'layer'"),
+    "change": (_text, "a text"),
+    "value": (lambda it: it is None or _number(it), "a number or null"),
+    "refused": (_text, "a text"),
+}
+
+
+def _lists(
+    top: Mapping[str, tuple[Check, str]], rows: Mapping[str, Mapping[str, tuple[Check, str]]]
+) -> Callable[[dict[str, Any]], Iterator[tuple[str, str, Any]]]:
+    """Faults of an object whose lists hold objects."""
+
+    def faults(data: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+        for key, (good, expected) in top.items():
+            if not good(data.get(key, _MISSING)):
+                yield key, expected, data.get(key, _MISSING)
+                return
+        for parent, checks in rows.items():
+            for index, row in enumerate(data[parent]):
+                for key, (good, expected) in checks.items():
+                    if not good(row.get(key, _MISSING)):
+                        yield f"{parent}[{index}].{key}", expected, row.get(key, _MISSING)
+
+    return faults
+
+
+KINDS: Mapping[str, tuple[str, Callable[[dict[str, Any]], Iterator[tuple[str, str, Any]]]]] = {
+    "run": ("`result.save`", _faults),
+    "search": ("`torchslim search`", _lists(SEARCH, {"trials": TRIAL, "front": MEMBER})),
+    "sensitivity": ("`torchslim inspect --sensitivity`", _lists(SENSITIVITY, {"points": POINT})),
+}

@@ -1,30 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const margin = { l: 58, r: 18, t: 14, b: 48 };
-
-  // plotly reads a few HTML tags in texts; a user's name must stay the text that it is
-  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-
-  function axis(title, extra) {
-    return {
-      title: { text: plain(title), standoff: 10, font: { size: 12, color: color("muted") } },
-      gridcolor: color("rule"), zeroline: false, linecolor: color("rule"), tickcolor: color("rule"),
-      tickfont: { size: 11, color: color("muted") }, fixedrange: true, automargin: false, ...extra,
-    };
-  }
-
-  function layout(extra) {
-    return {
-      margin, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false,
-      font: { family: getComputedStyle(document.body).fontFamily, color: color("ink"), size: 12 },
-      hoverlabel: { bgcolor: color("raised"), bordercolor: color("rule"), font: { color: color("ink"), size: 12 } },
-      showlegend: false, ...extra,
-    };
-  }
-
-  const draw = (element, traces, shape) => Plotly.react(element, traces, shape, { displayModeBar: false });
+  const { margin, plain, color, axis, layout, draw, keep } = plots;
 
   const overlap = (a, b) =>
     Math.max(0, Math.min(a.x1, b.x1) - Math.max(a.x0, b.x0)) * Math.max(0, Math.min(a.y1, b.y1) - Math.max(a.y0, b.y0));
@@ -121,9 +98,5 @@
     data.histories.forEach(history);
   }
 
-  let waiting = 0;
-  const again = () => { clearTimeout(waiting); waiting = setTimeout(all, 80); };
-  all();
-  addEventListener("resize", again);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+  keep(all);
 })();

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torchslim.report import charts
+from torchslim.report.html import fill, machine_facts
 from torchslim.report.numbers import (
     TIMES,
     TO,
@@ -46,7 +44,6 @@ from torchslim.report.story import (
     warnings,
 )
 
-FOLDER = Path(__file__).parent
 Write = Callable[[float], str]
 OPEN_LAYERS = 40  # a longer table of layers starts folded
 
@@ -94,25 +91,11 @@ def render(run: dict[str, Any]) -> str:
     Args:
         run: what `run.json` holds.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    # HTML parsers turn CR LF into LF before they hash a script
-    scripts = [text.replace("\r\n", "\n") for text in (get_plotlyjs(), (FOLDER / "page.js").read_text("utf-8"))]
     columns, rows = _steps(run)
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    return fill(
+        "page.html.j2",
+        ("plot.js", "page.js"),
         run=run,
-        policy=_policy(scripts),
-        style=Markup((FOLDER / "page.css").read_text("utf-8")),
-        scripts=[Markup(script) for script in scripts],
         data={"tradeoffs": charts.tradeoffs(run), "histories": charts.histories(run)},
         model=run["recipe"].get("model"),
         split=reported_split(run),
@@ -132,15 +115,8 @@ def render(run: dict[str, Any]) -> str:
         layer_words=_layer_words(layers(run)),
         trainings=_trainings(run),
         recipe=json.dumps(run["recipe"], indent=2, ensure_ascii=False),
-        machines=_machines(run),
+        machines=machine_facts(run["machines"]),
     )
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """Nothing may be fetched and no script may run but these: a name that slips through is harmless."""
-    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def _steps(run: Run) -> tuple[list[Column], list[tuple[str, Row, list[Cell]]]]:
@@ -328,19 +304,3 @@ def _trainings(run: Run) -> list[dict[str, Any]]:
 def _history_cell(run: Run, key: str, value: float | None) -> tuple[str, str, str]:
     """Field, exact JSON value and text."""
     return key, json.dumps(value), "" if value is None else charts.history_text(run, key, value)
-
-
-def _machines(run: Run) -> list[tuple[str, list[tuple[str, str]], list[tuple[str, str]]]]:
-    """Name, facts and package versions of each machine."""
-    return [
-        (
-            name,
-            [
-                (key.replace("_gib", ", GiB").replace("_", " "), str(value))
-                for key, value in machine.items()
-                if key != "versions" and value is not None
-            ],
-            [(package, str(version)) for package, version in machine.get("versions", {}).items()],
-        )
-        for name, machine in run["machines"].items()
-    ]

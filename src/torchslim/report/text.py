@@ -49,31 +49,31 @@ def table(run: dict[str, Any]) -> str:
         for name, row in zip(names, rows, strict=True)
     ]
     lines = [
-        f"{_plain(metric['name'])} on {reported_split(run)} ({better} is better); latency of "
+        f"{plain(metric['name'])} on {reported_split(run)} ({better} is better); latency of "
         f"{batch_words(run)}, {_rounds(run)}",
         "",
-        *_aligned(headers, cells),
+        *aligned(headers, cells),
         "",
         "what each step alone gained [p10-p90]:",
         *_gain_lines(run),
     ]
     missing = gaps(run, _shown(run))
-    lines += ["", *[f"not measured ({ABSENT}): {_plain(gap)}" for gap in missing]]
-    lines += [f"warning ({_plain(', '.join(steps))}): {_plain(text)}" for text, steps in warnings(run)]
+    lines += ["", *[f"not measured ({ABSENT}): {plain(gap)}" for gap in missing]]
+    lines += [f"warning ({plain(', '.join(steps))}): {plain(text)}" for text, steps in warnings(run)]
     return "\n".join([*lines, provenance(run)])
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One line, and nothing that a terminal would take for a command."""
     return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
 
 
 def _clip(text: str, width: int) -> str:
-    text = _plain(text)
+    text = plain(text)
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
-def _aligned(headers: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(headers: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> list[str]:
     """Two lines of headers, a rule and the rows; names to the left, figures to the right."""
     columns = list(zip(*headers, strict=True)) + list(rows)
     widths = [max(len(line[index]) for line in columns) for index in range(len(headers))]

@@ -1,0 +1,316 @@
+"""A search as a page and as a table: the verdict, the front of artifacts, and every trial."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torchslim.report.html import fill, machine_facts
+from torchslim.report.numbers import TO, Entry, counted, metric_text, significant, spread, value_of, with_unit
+from torchslim.report.page import Cell, Column
+from torchslim.report.text import ABSENT, aligned, plain
+
+Search = dict[str, Any]
+Member = dict[str, Any]
+
+FIGURES: Mapping[str, str] = {
+    "metric_drop": "drop", "latency": "latency", "size": "size", "peak_memory": "peak memory", "macs": "MACs",
+    "params": "parameters",
+}  # fmt: skip
+BOUNDS: Mapping[str, str] = {  # the figure that a bound of the budget is a bound of
+    "metric_drop": "metric_drop", "latency_ms": "latency", "size_mb": "size", "peak_memory_mb": "peak_memory",
+    "macs": "macs", "params": "params",
+}  # fmt: skip
+STATES: Mapping[str, str] = {"candidate": "tried", "stopped": "given up early", "failed": "failed"}
+
+
+def render_search(data: Search) -> str:
+    """The search as a self-contained HTML page.
+
+    Args:
+        data: what `search.json` holds.
+    """
+    metric = data["metric"]
+    columns = [
+        Column(name=f"{metric['name']} on val", unit=metric["unit"]),
+        Column(name=f"{metric['name']} on test", unit=metric["unit"]),
+        *(Column(name=_capital(FIGURES[name]), unit=_heading_unit(data, name)) for name in _figures(data)),
+    ]
+    return fill(
+        "search.html.j2",
+        ("plot.js", "search.js"),
+        search=data,
+        title=_title(data),
+        model=data["recipe"].get("model"),
+        verdict=data["verdict"],
+        binding=_binding(data),
+        counts=_counts(data),
+        tiles=_tiles(data),
+        columns=columns,
+        rows=[
+            (_named(data["baseline"]), "", [], _cells(data, data["baseline"]), ""),
+            *((_named(each), each["recipe"], _values(each["parameters"]), _cells(data, each),
+               "within" if each["within"] else "outside") for each in data["front"]),
+        ],
+        bounds=[f"{_name(data, name)} at most {_text(data, name, bound)}" for name, bound in _bounds(data).items()],
+        parameters=[each["name"] for each in data["space"]],
+        figures=[(name, _capital(FIGURES[name]), _heading_unit(data, name)) for name in _trial_figures(data)],
+        trials=[_trial(data, each) for each in data["trials"]],
+        failed=data.get("failed", []),
+        space=[(each["name"], _range(each)) for each in data["space"]],
+        machines=machine_facts(data["machines"]),
+        data=_plot(data),
+    )  # fmt: skip
+
+
+def search_table(data: Search) -> str:
+    """The search as plain text: the verdict, a row for each member of the front, and what each of them is.
+
+    Args:
+        data: what `search.json` holds.
+    """
+    metric, shown = data["metric"], _figures(data)
+    headers = [
+        ("trial", ""), (plain(metric["name"]), with_unit("val,", metric["unit"]).removesuffix(",")),
+        ("", with_unit("test,", metric["unit"]).removesuffix(",")),
+        *((FIGURES[name], "median [p10-p90]" if name == "latency" else "") for name in shown),
+        ("budget", ""), ("recipe", ""),
+    ]  # fmt: skip
+    rows = [[_named(data["baseline"]), *_row(data, data["baseline"]), "", ""]]
+    rows += [
+        [_named(each), *_row(data, each), "kept" if each["within"] else "broken", plain(each["recipe"])]
+        for each in data["front"]
+    ]
+    lines = [plain(data["verdict"]["text"]), "", *aligned(headers, rows), ""]
+    lines += [f"{_named(each)}: {plain(', '.join(_values(each['parameters'])))}" for each in data["front"]]
+    missing = dict.fromkeys(
+        f"not measured ({ABSENT}): {plain(what)} of {_named(row)}: {plain(entry['not_measured'])}"
+        for row in (data["baseline"], *data["front"])
+        for what, entry in _entries(data, row) if "not_measured" in entry
+    )  # fmt: skip
+    failed = [f"failed in full: trial {each['trial']}: {plain(each['reason'])}" for each in data.get("failed", [])]
+    return "\n".join([*lines, *missing, *failed, _counts(data)])
+
+
+def _title(data: Search) -> str:
+    if not data["front"]:
+        return "Nothing was measured"
+    if not _bounds(data):
+        count = len(data["front"])
+        return f"{count} recipe{'' if count == 1 else 's'} that no other beats"
+    return "The budget is met" if data["verdict"]["met"] else "The budget is not met"
+
+
+def _counts(data: Search) -> str:
+    states = [each["state"] for each in data["trials"]]
+    parts = [f"{states.count(state)} {word}" for state, word in STATES.items() if state in states]
+    count = len(data["front"])
+    return f"{len(states)} trials: {', '.join(parts) or 'none'}; {count} on the front, trained fully and measured"
+
+
+def _bounds(data: Search) -> dict[str, float]:
+    return {figure: data["budget"][key] for key, figure in BOUNDS.items() if key in data["budget"]}
+
+
+def _figures(data: Search) -> list[str]:
+    """The figures of artifacts: those that are searched for first."""
+    known = {name for each in (data["baseline"], *data["front"]) for name in each["figures"]}
+    first = dict.fromkeys((*data["objectives"], *_bounds(data)))
+    return [name for name in (*first, *(name for name in FIGURES if name not in first)) if name in known]
+
+
+def _trial_figures(data: Search) -> list[str]:
+    known = {name for each in data["trials"] for name in each["figures"]}
+    return [name for name in FIGURES if name in known]
+
+
+def _unit(data: Search, name: str) -> str:
+    if name == "metric_drop":
+        return str(data["metric"]["unit"])
+    return {"latency": "ms", "size": "MB", "peak_memory": "MB"}.get(name, "")
+
+
+def _heading_unit(data: Search, name: str) -> str:
+    return f"ms, p10{TO}p90" if name == "latency" else _unit(data, name)
+
+
+def _name(data: Search, name: str) -> str:
+    return f"{data['metric']['name']} lost" if name == "metric_drop" else FIGURES[name]
+
+
+def _write(data: Search, name: str, value: float) -> str:
+    """A figure for the eye, without its unit."""
+    if name == "metric_drop":
+        return metric_text(value, data["metric"]["unit"])
+    return counted(value) if name in ("macs", "params") else significant(value)
+
+
+def _text(data: Search, name: str, value: float) -> str:
+    return with_unit(_write(data, name, value), _unit(data, name))
+
+
+def _entries(data: Search, row: Member) -> list[tuple[str, Entry]]:
+    """What the tables show of a row, in order, and what each is called."""
+    metric = data["metric"]["name"]
+    absent = {"not_measured": "no figure of it was kept"}
+    return [
+        *((f"{metric} on {split}", row["metric"].get(split, absent)) for split in ("val", "test")),
+        *((FIGURES[name], row["figures"].get(name, absent)) for name in _figures(data)),
+    ]
+
+
+def _cells(data: Search, row: Member) -> list[Cell]:
+    fields = ["metric.val", "metric.test", *_figures(data)]
+    cells = []
+    for field, (_, entry) in zip(fields, _entries(data, row), strict=True):
+        value = value_of(entry)
+        if value is None:
+            cells.append(Cell(field=field, entry=entry, text="not measured", tone="absent"))
+        elif field.startswith("metric."):
+            cells.append(Cell(field=field, entry=entry, text=metric_text(value, data["metric"]["unit"])))
+        elif "low" in entry:
+            middle, low, high = spread(entry)
+            cells.append(Cell(field=field, entry=entry, text=middle, note=f"{low}{TO}{high}"))
+        else:
+            over = value > _bounds(data).get(field, float("inf"))
+            cells.append(Cell(field=field, entry=entry, text=_write(data, field, value), tone="bad" if over else ""))
+    return cells
+
+
+def _row(data: Search, row: Member) -> list[str]:
+    fields = ["", "", *_figures(data)]
+    found = []
+    for field, (_, entry) in zip(fields, _entries(data, row), strict=True):
+        value = value_of(entry)
+        if value is None:
+            found.append(ABSENT)
+        elif not field:
+            found.append(metric_text(value, data["metric"]["unit"]))
+        elif "low" in entry:
+            middle, low, high = spread(entry)
+            found.append(f"{middle} [{low}-{high}] {_unit(data, field)}".rstrip())
+        else:
+            found.append(_text(data, field, value))
+    return found
+
+
+def _named(member: Member) -> str:
+    return f"trial {member['trial']}" if "trial" in member else "the original"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _values(parameters: Mapping[str, Any]) -> list[str]:
+    """The parameters as a reader wants them; those of a step that is left out say nothing."""
+    skipped = {name.partition(".")[0] for name, value in parameters.items() if name.endswith(".skip") and value}
+    found = [f"{name} skipped" for name in sorted(skipped)]
+    return found + [
+        f"{name} = {_shown(value)}" for name, value in parameters.items()
+        if name.partition(".")[0] not in skipped and not name.endswith(".skip")
+    ]  # fmt: skip
+
+
+def _range(parameter: Mapping[str, Any]) -> str:
+    if parameter["kind"] == "choice":
+        return ", ".join(_shown(each) for each in parameter["choices"])
+    return f"{_shown(parameter['low'])} to {_shown(parameter['high'])}"
+
+
+def _trial(data: Search, trial: dict[str, Any]) -> dict[str, Any]:
+    figures = trial["figures"]
+    return {
+        "number": trial["number"],
+        "state": STATES.get(trial["state"], trial["state"]),
+        "stage": trial["stage"],
+        "figures": [
+            (name, json.dumps(figures.get(name)), _write(data, name, figures[name]) if name in figures else ABSENT)
+            for name in _trial_figures(data)
+        ],
+        "within": trial["within"],
+        "reason": trial["reason"],
+        "seconds": significant(trial["seconds"]),
+        "values": _values(trial["parameters"]),
+    }
+
+
+def _binding(data: Search) -> list[str]:
+    """Each bound that the nearest breaks, with what it came to."""
+    verdict, bounds = data["verdict"], _bounds(data)
+    nearest = next((each for each in data["front"] if each["trial"] == verdict["nearest"]), None)
+    found = []
+    for name in verdict["binding"]:
+        value = value_of(nearest["figures"].get(name, {})) if nearest else None
+        reached = "not measured" if value is None else _text(data, name, value)
+        found.append(f"{_name(data, name)}: {reached}, at most {_text(data, name, bounds[name])} was asked for")
+    return found
+
+
+def _tiles(data: Search) -> list[tuple[str, str, str]]:
+    """The best, or the nearest, at a glance: heading, figure, and the original's."""
+    best = next((each for each in data["front"] if each["trial"] == data["verdict"]["nearest"]), None)
+    if best is None:
+        return []
+    tiles = []
+    for name in _figures(data)[:4]:
+        value = value_of(best["figures"].get(name, {}))
+        before = value_of(data["baseline"]["figures"].get(name, {}))
+        note = f"of {_named(best)}" if before is None else f"of {_named(best)}; was {_text(data, name, before)}"
+        if name == "metric_drop":
+            got = value_of(best["metric"].get("val", {}))
+            note = f"of {_named(best)}" + ("" if got is None else f", which has {_text(data, name, got)} on val")
+        tiles.append((_name(data, name), "not measured" if value is None else _text(data, name, value), note))
+    return tiles
+
+
+def _plot(data: Search) -> dict[str, Any]:
+    """What the plot is drawn from: axes to choose, and points with their figures."""
+    names = list(dict.fromkeys((*data["objectives"], *_figures(data))))
+    front = [_point(data, _named(each), each["parameters"], _plain_figures(each), each["within"]) | {
+                "low": {name: entry["low"] for name, entry in each["figures"].items() if "low" in entry},
+                "high": {name: entry["high"] for name, entry in each["figures"].items() if "high" in entry},
+             } for each in data["front"]]  # fmt: skip
+    trials = [
+        _point(data, f"trial {each['number']}, {each['stage']}", each["parameters"], each["figures"], each["within"])
+        for each in data["trials"] if each["figures"]
+    ]  # fmt: skip
+    first, second = (*data["objectives"], *names, names[0] if names else "")[:2]
+    return {
+        "axes": [{"name": name, "title": _axis(data, name)} for name in names],
+        "x": second if first == "metric_drop" else first,
+        "y": first if first == "metric_drop" else second,
+        "bounds": _bounds(data),
+        "front": front,
+        "trials": trials,
+        "original": _point(data, _named(data["baseline"]), {}, _plain_figures(data["baseline"]), True),
+    }
+
+
+def _plain_figures(row: Member) -> dict[str, float]:
+    return {name: entry["value"] for name, entry in row["figures"].items() if "value" in entry}
+
+
+def _point(
+    data: Search, label: str, parameters: Mapping[str, Any], figures: Mapping[str, float], within: bool
+) -> dict[str, Any]:
+    known = {name: value for name, value in figures.items() if name in FIGURES}
+    return {
+        "label": label,
+        "within": within,
+        "figures": known,
+        "lines": [f"{_name(data, name)} {_text(data, name, value)}" for name, value in known.items()]
+        + _values(parameters),
+    }
+
+
+def _axis(data: Search, name: str) -> str:
+    unit = _unit(data, name)
+    return f"{_name(data, name)}, {unit}" if unit else _name(data, name)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
