@@ -27,10 +27,12 @@ from torchslim.report.numbers import (
     with_unit,
 )
 from torchslim.report.story import (
+    Ceiling,
     Layer,
     Row,
     Run,
     batch_words,
+    ceilings,
     gains,
     gaps,
     labels,
@@ -109,6 +111,7 @@ def render(run: dict[str, Any]) -> str:
         rows=rows,
         gaps=gaps(run, _measurable(run)),
         gains=[(gain, _took(gain.seconds)) for gain in gains(run)],
+        ceilings=[(each, _ceiling(each)) for each in ceilings(run)],
         warnings=warnings(run),
         layers=[_layer(layer) for layer in layers(run)],
         layers_open=len(layers(run)) <= OPEN_LAYERS,
@@ -240,6 +243,16 @@ def _from_to(values: Sequence[float | None], write: Write) -> str:
 
 def _took(entry: Entry) -> Cell:
     return _cell("seconds", entry, significant)
+
+
+def _ceiling(round_: Ceiling) -> list[Cell]:
+    """The figures of one round: the ceiling, what was predicted, what was measured, and its share of the ceiling."""
+
+    def ratio(name: str, value: float | None) -> Cell:
+        entry = {"not_measured": round_.about} if value is None else {"value": value, "unit": "1", "repeats": 1}
+        return _cell(f"ceiling.{name}", entry, significant)
+
+    return [ratio(name, getattr(round_, name)) for name in ("ceiling", "predicted", "measured", "share")]
 
 
 def _measurable(run: Run) -> list[tuple[str, str, Entry]]:

@@ -33,6 +33,24 @@ class Gain:
     seconds: Entry
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceiling:
+    """One round of a cut to a ceiling of latency; times are over that of the model that the step received."""
+
+    label: str  # of the step, and of its cut where there are several
+    round: int
+    ceiling: float
+    predicted: float
+    measured: float | None
+    chosen: bool
+    about: str  # of the cut as a whole
+
+    @property
+    def share(self) -> float | None:
+        """Of the ceiling, what was measured."""
+        return None if self.measured is None else self.measured / self.ceiling
+
+
 @dataclass(slots=True, kw_only=True)
 class Layer:
     """What all steps together did to one layer."""
@@ -220,3 +238,29 @@ def layers(run: Run) -> list[Layer]:
             if (record["reason"] or record["action"] == "refused") and note not in layer.notes:
                 layer.notes.append(note)
     return list(found.values())
+
+
+def ceilings(run: Run) -> list[Ceiling]:
+    """What was predicted of latencies and what was measured, a line for each round."""
+    found = []
+    for label, row in zip(labels(run["rows"]), run["rows"], strict=True):
+        cuts = row.get("evidence", {}).get("latency", [])
+        for number, cut in enumerate(cuts, 1):
+            about = f"times of {cut['programs']} narrowed programs, taken {_taken(cut['elsewhere'])}"
+            found += [
+                Ceiling(
+                    label=f"{label}, cut {number}" if len(cuts) > 1 else label,
+                    round=place,
+                    ceiling=cut["ceiling"],
+                    predicted=each["predicted"],
+                    measured=each["measured"],
+                    chosen=place == cut["best"],
+                    about=about,
+                )
+                for place, each in enumerate(cut["rounds"], 1)
+            ]
+    return found
+
+
+def _taken(elsewhere: str) -> str:
+    return f"on {elsewhere}" if elsewhere else "on this machine"

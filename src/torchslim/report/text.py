@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torchslim.report.numbers import Entry, counted, metric_text, sized, spread, value_of, with_unit
+from torchslim.report.numbers import Entry, counted, metric_text, significant, sized, spread, value_of, with_unit
 from torchslim.report.story import (
     Row,
     Run,
     batch_words,
+    ceilings,
     gains,
     gaps,
     labels,
@@ -56,6 +57,7 @@ def table(run: dict[str, Any]) -> str:
         "",
         "what each step alone gained [p10-p90]:",
         *_gain_lines(run),
+        *_ceiling_lines(run),
     ]
     missing = gaps(run, _shown(run))
     lines += ["", *[f"not measured ({ABSENT}): {plain(gap)}" for gap in missing]]
@@ -147,6 +149,33 @@ def _gain_lines(run: Run) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  " + "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+
+
+def _ceiling_lines(run: Run) -> list[str]:
+    found = ceilings(run)
+    if not found:
+        return []
+    lines = [
+        (
+            f"{_clip(each.label, NAME_WIDTH)}, round {each.round}",
+            f"at most {significant(each.ceiling)}",
+            f"predicted {significant(each.predicted)}",
+            f"measured {ABSENT}" if each.measured is None else f"measured {significant(each.measured)}",
+            "" if each.share is None else f"{significant(each.share)} of the ceiling",
+            "taken" if each.chosen else "",
+        )
+        for each in found
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "",
+        "latency, over that of the model that the step received; "
+        f"{plain('; '.join(dict.fromkeys(each.about for each in found)))}:",
+        *(
+            "  " + "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ),
     ]
 
 
