@@ -397,3 +397,21 @@ def test_a_group_that_no_copy_without_it_runs_is_refused_with_the_reason(tmp_pat
     refused = [each for each in found.points if each.kind == "channels"]
     assert all(each.refused and each.value is None for each in refused)
     assert not coupling.units
+
+
+def test_the_command_line_writes_figures_and_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torchslim.cli import main
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "tests.toy:model"\ntask = "tests.toy:task"\nruntime = "openvino"\n')
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["torchslim", "inspect", str(recipe), "--sensitivity", "--measure", "kl", "--out",
+                                     str(out)])  # fmt: skip
+    main()
+    printed = capsys.readouterr().out
+    found = Sensitivity.load(out)
+    assert found.table() in printed
+    assert (found.measure, found.runtime, found.model) == ("kl", "openvino", "tests.toy:model")
+    assert "conv1.weight[0]" in (out / "sensitivity.html").read_text()
