@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from torchslim.budget import BOUNDS, UNITS
 from torchslim.report.html import fill, machine_facts
 from torchslim.report.numbers import TO, Entry, counted, metric_text, significant, spread, value_of, with_unit
 from torchslim.report.page import Cell, Column
@@ -18,10 +19,7 @@ FIGURES: Mapping[str, str] = {
     "metric_drop": "drop", "latency": "latency", "size": "size", "peak_memory": "peak memory", "macs": "MACs",
     "params": "parameters",
 }  # fmt: skip
-BOUNDS: Mapping[str, str] = {  # the figure that a bound of the budget is a bound of
-    "metric_drop": "metric_drop", "latency_ms": "latency", "size_mb": "size", "peak_memory_mb": "peak_memory",
-    "macs": "macs", "params": "params",
-}  # fmt: skip
+COUNTS = ("macs", "params")  # their names say what they count
 STATES: Mapping[str, str] = {"candidate": "tried", "stopped": "given up early", "failed": "failed"}
 
 
@@ -128,7 +126,7 @@ def _trial_figures(data: Search) -> list[str]:
 def _unit(data: Search, name: str) -> str:
     if name == "metric_drop":
         return str(data["metric"]["unit"])
-    return {"latency": "ms", "size": "MB", "peak_memory": "MB"}.get(name, "")
+    return "" if name in COUNTS else UNITS[name]
 
 
 def _heading_unit(data: Search, name: str) -> str:
@@ -143,7 +141,7 @@ def _write(data: Search, name: str, value: float) -> str:
     """A figure for the eye, without its unit."""
     if name == "metric_drop":
         return metric_text(value, data["metric"]["unit"])
-    return counted(value) if name in ("macs", "params") else significant(value)
+    return counted(value) if name in COUNTS else significant(value)
 
 
 def _text(data: Search, name: str, value: float) -> str:
