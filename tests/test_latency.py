@@ -310,22 +310,8 @@ def test_a_table_that_is_none_is_refused(tmp_path, text):
         load_rows(tmp_path / "missing.json", {})
 
 
-def test_a_run_measures_on_its_runtime_in_the_numbers_that_it_ends_with():
-    """The real thing, small: what it predicts and measures stands in the run."""
-    steps = [
-        ts.Prune(pattern="channel", sparsity=0.1, of="latency", round_to=4, min_channels=4), ts.Quantize("int8"),
-    ]  # fmt: skip
-    events: list[ts.Event] = []
-    result = ts.compress(toy.model(), toy.task(), steps, runtime="onnxruntime", threads=1, progress=events.append)
-    (told,) = result.run["rows"][1]["evidence"]["latency"]
-    assert told["rounds"][0]["measured"] > 0
-    assert told["programs"] >= 2
-    assert {each.phase for each in events} >= {"table of latencies", "widths, attempt 1"}
-    assert result.module.conv1.out_channels < 8
-
-
-def test_a_bench_measures_a_program_once(monkeypatch):
-    """What was timed is known before it is a program; only what decides is timed again."""
+def count_macs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Programs take as long as their multiplications; gives what was timed."""
     timed: list[list[str]] = []
 
     def compare(deployed: Mapping[str, ts.Deployed], **_: Any) -> Timings:
@@ -333,6 +319,32 @@ def test_a_bench_measures_a_program_once(monkeypatch):
         return Timings({name: [float(sum(each["macs"] for each in one.spec.layers))] for name, one in deployed.items()})
 
     monkeypatch.setattr(latency_table, "compare", compare)
+    return timed
+
+
+def test_narrower_is_not_always_faster():
+    with pytest.raises(PruneError, match="none of the narrower widths that were timed makes the model faster"):
+        cut(0.5, Clock(bill=lambda model: 1.0))
+
+
+def test_a_run_measures_on_its_runtime_in_the_numbers_that_it_ends_with(monkeypatch):
+    """The real thing, small: what it predicts and measures stands in the run."""
+    count_macs(monkeypatch)
+    steps = [
+        ts.Prune(pattern="channel", sparsity=0.3, of="latency", round_to=2, min_channels=2), ts.Quantize("int8"),
+    ]  # fmt: skip
+    events: list[ts.Event] = []
+    result = ts.compress(toy.model(), toy.task(), steps, runtime="onnxruntime", threads=1, progress=events.append)
+    (told,) = result.run["rows"][1]["evidence"]["latency"]
+    assert 0.5 < told["rounds"][told["best"] - 1]["measured"] <= 0.7
+    assert told["programs"] >= 1
+    assert {each.phase for each in events} >= {"table of latencies", "widths, attempt 1"}
+    assert result.module.conv1.out_channels < 8
+
+
+def test_a_bench_measures_a_program_once(monkeypatch):
+    """What was timed is known before it is a program; only what decides is timed again."""
+    timed = count_macs(monkeypatch)
     bench = ts.Bench(example_inputs=INPUTS, target=ts.Target(runtime="eager"))
     whole = chain()
     half = ts.prune.channels(whole, INPUTS, 0.5, criterion="l2")

@@ -163,6 +163,11 @@ class _Widths:
             self.target += step
         else:
             raise _Settled("no other widths are nearer")
+        if self.target < 1 and kept == [unit.width for unit in selection.coupling.units]:
+            raise Stuck(
+                "none of the narrower widths that were timed makes the model faster on the target; take of='macs' or "
+                "'params', or give a smaller round_to"
+            )
         self.kept = tuple(kept)
         self.predicted = self.table.predict(selection, kept)
         return kept
