@@ -258,7 +258,7 @@ def test_what_hurts_more_is_deeper(measure: str) -> None:
 def test_a_sensitivity_has_a_table() -> None:
     lines = sensitivity_table(make_sensitivity(measure="metric")).splitlines()
     assert "unchanged: 93.50 %" in lines[0]
-    assert next(line.split() for line in lines if line.startswith("conv1")) == ["conv1", "12.5", "3.25", "45.5"]
+    assert next(line.split() for line in lines if line.startswith("conv1")) == ["conv1", "12.50", "3.25", "45.50"]
     assert "refused: head: there is no kernel" in lines
     assert lines[-1] == "a note"
 

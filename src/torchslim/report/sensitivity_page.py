@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchslim.report.html import fill, machine_facts
-from torchslim.report.numbers import exact, significant, with_unit
+from torchslim.report.numbers import exact, metric_text, significant, with_unit
 from torchslim.report.text import ABSENT, aligned, plain
 
 Sensitivity = dict[str, Any]
@@ -56,11 +56,12 @@ def sensitivity_table(data: Sensitivity) -> str:
     changes = _changes(data)
     headers = [("layer", ""), *((plain(change), _unit(data)) for change in changes)]
     rows = [
-        [plain(name), *(_text(cells.get(change)) for change in changes)] for name, cells in _rows(data)
+        [plain(name), *(_text(data, cells.get(change)) for change in changes)] for name, cells in _rows(data)
     ]  # fmt: skip
     refused = [f"refused: {plain(name)}: {plain(reason)}" for name, reason in _refused(data)]
     notes = [plain(each) for each in data.get("notes", [])]
-    return "\n".join([f"{plain(data['model'])}: {_about(data)}", "", *aligned(headers, rows), "", *refused, *notes])
+    lines = [f"{plain(data['model'])}: {_about(data)}", "", *aligned(headers, rows)]
+    return "\n".join([*lines, *([""] if refused or notes else []), *refused, *notes])
 
 
 def _about(data: Sensitivity) -> str:
@@ -68,7 +69,7 @@ def _about(data: Sensitivity) -> str:
     text = f"{MEASURES.get(data['measure'], data['measure'])} when one layer alone is changed, for {data['runtime']}"
     text += f" ({better} is better"
     if data["reference"] is not None:
-        text += f"; unchanged: {with_unit(significant(data['reference'], 4), _unit(data))}"
+        text += f"; unchanged: {with_unit(_write(data, data['reference']), _unit(data))}"
     return f"{text})"
 
 
@@ -134,7 +135,7 @@ def _cell(data: Sensitivity, point: Point | None, largest: float) -> dict[str, s
         title = f"{place}: {point['refused'] or 'not measured'}"
         return {"text": ABSENT, "value": "null", "tone": REFUSED, "heat": "0", "title": title}
     return {
-        "text": _text(point),
+        "text": _text(data, point),
         "value": json.dumps(point["value"]),
         "tone": "heat",
         "heat": f"{100 * _heat(data, point, largest):.0f}",
@@ -142,10 +143,15 @@ def _cell(data: Sensitivity, point: Point | None, largest: float) -> dict[str, s
     }
 
 
-def _text(point: Point | None) -> str:
+def _text(data: Sensitivity, point: Point | None) -> str:
     if point is None:
         return ""
-    return ABSENT if point["value"] is None else significant(point["value"], 3)
+    return ABSENT if point["value"] is None else _write(data, point["value"])
+
+
+def _write(data: Sensitivity, value: float) -> str:
+    """A figure for the eye, without its unit."""
+    return metric_text(value, _unit(data)) if data["measure"] == "metric" else significant(value, 3)
 
 
 def _ends(data: Sensitivity, largest: float) -> tuple[str, str]:
@@ -167,9 +173,9 @@ def _tiles(data: Sensitivity) -> list[tuple[str, str, str]]:
     measured = [each for each in data["points"] if each["value"] is not None]
     tiles = [("points measured", str(len(measured)), f"{len(data['points']) - len(measured)} refused")]
     for kind, heading in (("channels", "channels that hurt most"), ("layer", "layer that hurts most")):
-        own = [each for each in measured if each["kind"] == kind]
+        own = [each for each in measured if each["kind"] == kind and _damage(data, each) > 0]
         if own:
             worst = max(own, key=lambda each: _damage(data, each))
-            text = with_unit(significant(worst["value"], 3), _unit(data))
+            text = with_unit(_write(data, worst["value"]), _unit(data))
             tiles.append((heading, worst["name"], f"{worst['change']}: {text}"))
     return tiles
