@@ -226,3 +226,27 @@ def test_trials_that_all_fail_end_the_search(tmp_path: Path) -> None:
     broken["step"][0]["sparsity"] = {"search": [0.1, 0.6]}
     with pytest.raises(RecipeError, match="each of the first 3 trials failed; the last"):
         ts.search(broken, model(), task(), workdir=tmp_path / "out")
+
+
+def test_processes_of_one_training_are_one_worker(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("trials = 4", "trials = 2"))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "torchslim",
+    ]
+    done = subprocess.run(
+        [*command, "search", str(recipe), "--out", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    data = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert [row["state"] for row in data["trials"]] == ["candidate"] * 2
+    assert len(data["front"]) == 1
+    assert done.stdout.count("report.html") == 1

@@ -357,7 +357,8 @@ class _Search:
                 lab.model, lab.task, recipe.steps, runtime=recipe.target.runtime, threads=recipe.target.threads,
                 example_inputs=lab.example_inputs, dynamic_shapes=lab.dynamic_shapes, teacher=lab.teacher,
                 engine=recipe.engine, sensitivity=recipe.sensitivity, seed=lab.seed,
-                workdir=self.folder / "runs" / f"{chosen:03d}", stages=self.folder / "stages", names={"model": recipe.model, "task": recipe.task},
+                workdir=self.folder / "runs" / f"{chosen:03d}", stages=self.folder / "stages",
+                names={"model": recipe.model, "task": recipe.task},
                 progress=lab.progress,
             )  # fmt: skip
         except TorchslimError as error:
