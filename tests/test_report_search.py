@@ -408,3 +408,12 @@ def test_browser_plots_the_front_over_axes_that_can_be_chosen(browser: webdriver
     assert known["front"][0] == [each["figures"]["size"]["value"] for each in search["front"]]
     assert "2-quantize.scheme = int8" in known["front"][1][0], "pointing at one shows its recipe"
     assert set(FIGURES) >= {"size", "macs"}
+
+
+def test_browser_leaves_a_bound_outside_that_is_far_from_all_points(browser: webdriver.Chrome, tmp_path: Path) -> None:  # noqa: F811
+    search = make_search()
+    search["budget"]["latency_ms"] = 300.0
+    show(browser, render_search(search), tmp_path)
+    low, high = browser.execute_script("return document.getElementById('front-plot').layout.xaxis.range")
+    assert low < 0.15 * 0.9, "the spread of the fastest is seen"
+    assert 0.5 < high < 1

@@ -30,6 +30,17 @@
     return shapes;
   }
 
+  // a bound far from all points is left outside: it would press them into a corner
+  function range(name, points) {
+    const values = points.flatMap((p) => [p.figures[name], p.low?.[name], p.high?.[name]]).filter((v) => v !== undefined);
+    if (!values.length) return [0, 1];
+    let low = Math.min(...values), high = Math.max(...values);
+    const span = high - low || Math.abs(high) || 1, bound = data.bounds[name];
+    if (bound !== undefined && bound > low - span && bound < high + span) [low, high] = [Math.min(low, bound), Math.max(high, bound)];
+    const pad = (high - low || span) * 0.08;
+    return [low - pad, high + pad];
+  }
+
   function all() {
     const trials = data.trials.filter(has), front = data.front.filter(has), original = [data.original].filter(has);
     const line = joined(front);
@@ -44,6 +55,7 @@
         arrayminus: front.map((p) => p.figures[chosen.x] - p.low[chosen.x]),
       };
     }
+    const shown = [...trials, ...front, ...original];
     draw(element, [
       dots(trials, { size: 8, color: color("muted"), opacity: 0.35 }, { name: "trials" }),
       {
@@ -54,7 +66,8 @@
       measured,
     ], layout({
       margin: { ...margin, l: 66 }, shapes: bounds(), hovermode: "closest",
-      xaxis: axis(title(chosen.x), { nticks: 8 }), yaxis: axis(title(chosen.y), { nticks: 8 }),
+      xaxis: axis(title(chosen.x), { nticks: 8, range: range(chosen.x, shown) }),
+      yaxis: axis(title(chosen.y), { nticks: 8, range: range(chosen.y, shown) }),
     }));
   }
 
