@@ -129,6 +129,13 @@ def test_starts_are_tried_first_and_failures_count(tmp_path: Path) -> None:
     assert len(book.results()) == 3
 
 
+def test_starts_that_are_too_many_are_not_waited_for(tmp_path: Path) -> None:
+    book = ledger(open_storage(tmp_path / "study"), 1)
+    book.enqueue([{"x": each, "kind": "a"} for each in (0.25, 0.5, 0.75)])
+    assert work(book) == 1
+    assert not book.waiting()
+
+
 def test_what_is_claimed_is_claimed_once_until_its_worker_dies(tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "study")
     one, two = (Ledger(storage, "finals", "key", objectives=1, parameters=(), trials=10**9, beat=0.2) for _ in range(2))

@@ -447,7 +447,7 @@ class _Search:
         values = {chosen: given for chosen, given, _ in rows}
         target = self._targets()[0]
         base = self.lab.baseline(target)
-        splits: dict[str, Any] = next((self._first_metric(chosen) for chosen in done), {})
+        original: dict[str, Any] = next((self._original(chosen, target) for chosen in done), {})
         return {
             "format": FORMAT,
             "kind": "search",
@@ -466,9 +466,10 @@ class _Search:
             "baseline": {
                 "metric": {
                     "val": number(base["metric"], self.metric.unit or "1"),
-                    "test": splits.get("test", not_measured("no candidate was measured")),
+                    "test": original.get("test", not_measured("no candidate was measured")),
                 },
-                "figures": {name: number(base[name], UNITS[name]) for name in UNITS if name in base},
+                "figures": original.get("figures", {})
+                | {name: number(base[name], UNITS[name]) for name in UNITS if name in base},
             },
             "trials": [
                 {
@@ -496,10 +497,17 @@ class _Search:
             "machines": {"this": describe_machine(target.threads)},
         }  # fmt: skip
 
-    def _first_metric(self, chosen: int) -> dict[str, Any]:
-        """The original's metric, as the run of a candidate has measured it."""
+    def _original(self, chosen: int, target: Target) -> dict[str, Any]:
+        """The original, as the run of a candidate on this target has measured it."""
         path = self.folder / "runs" / f"{chosen:03d}" / "run.json"
         if not path.is_file():
-            return {}
-        metric: dict[str, Any] = json.loads(path.read_text())["rows"][0]["metric"]
-        return metric
+            return {}  # it was made on another machine
+        run = json.loads(path.read_text())
+        row = run["rows"][0]
+        figures = {"macs": number(row["macs"]["value"], UNITS["macs"]),
+                   "params": number(row["parameters"]["value"], UNITS["params"])}  # fmt: skip
+        if "value" in row["size_bytes"]:
+            figures["size"] = number(row["size_bytes"]["value"] / 1e6, UNITS["size"])
+        if run["target"]["runtime"] == target.runtime:
+            figures["latency"] = row["latency_ms"][target.runtime]
+        return {"test": row["metric"]["test"], "figures": figures}

@@ -245,10 +245,12 @@ class Ledger:
         return count
 
     def waiting(self) -> bool:
-        """Is somebody still at work, or something to be taken over?"""
+        """Is somebody still at work, who may yet be lost?"""
+        import optuna
+
         with hushed():
             self.take_back()
-            return any(not trial.state.is_finished() for trial in self._all())
+            return any(trial.state == optuna.trial.TrialState.RUNNING for trial in self._all())
 
     def claim(self, about: Mapping[str, Any]) -> Any:
         """A trial for something that is named, and not drawn; None where another worker has it."""
