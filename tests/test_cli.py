@@ -59,7 +59,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ts.save(ts.deploy(toy.model(), (toy.images(2, 0)[0],), runtime="eager", threads=1), folder)
 
 
-@pytest.mark.parametrize("command", ["run", "check", "inspect", "bench", "report", "list"])
+@pytest.mark.parametrize("command", ["run", "check", "inspect", "latency", "bench", "report", "list"])
 def test_help_shows_an_example(call: Any, command: str) -> None:
     done = call(command, "--help")
     assert done.code == 0

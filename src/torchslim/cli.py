@@ -234,6 +234,26 @@ def _sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) ->
         click.echo(f"{found}\n\nreport: {path.with_suffix('.html')}")
 
 
+@cli.command(epilog=f"{EXAMPLE}torchslim latency recipe.toml --pack board/")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--pack", "folder", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+def latency(recipe: Path, folder: Path) -> None:
+    """Pack what another machine must time, so that a recipe can prune to a latency there.
+
+    Copy the folder, run `python bench.py` in it (it needs numpy and the runtime alone), and name the latency.json that
+    it writes in the recipe: latency_table = "board/latency.json".
+    """
+    from torchslim.latency_pack import pack
+    from torchslim.recipe import load_recipe
+
+    _import_from_here()
+    parsed = load_recipe(recipe)
+    model, task, _ = parsed.load()
+    with _progress() as progress:
+        pack(model, task, parsed.steps, folder, target=parsed.target, progress=progress)
+    click.echo(f"{folder}: copy it, run `python bench.py` there, and give its latency.json as latency_table")
+
+
 @cli.command(epilog=f"{EXAMPLE}torchslim bench out/a out/b --batch 16")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--batch", type=click.IntRange(min=1), help="Samples a call; default 1 where the batch is free.")

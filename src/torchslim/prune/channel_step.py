@@ -35,7 +35,7 @@ from torchslim.prune.scores import Normalisation, Reduction, check_combination
 from torchslim.prune.shrink import Surgery
 from torchslim.prune.sparsify import apply_masks
 from torchslim.select import check_patterns, parameter_paths
-from torchslim.steps import Context, Event, LayerRecord, Outcome
+from torchslim.steps import Context, Event, Inputs, LayerRecord, Outcome
 from torchslim.task import batch_size, device_of
 from torchslim.training import FitReport, Hook
 
@@ -155,16 +155,17 @@ class ChannelPruning:
             evidence=now.evidence,
         )
 
-    def _analyse(self, model: nn.Module, ctx: Context) -> Plan:
-        return analyse(model, ctx.example_inputs, heads=self.heads, include=self.include, exclude=self.exclude)
+    def analysed(self, model: nn.Module, inputs: Inputs) -> Plan:
+        """The groups of a model, as the fields choose them."""
+        return analyse(model, inputs, heads=self.heads, include=self.include, exclude=self.exclude)
 
     def _penalty(self, model: nn.Module, ctx: Context) -> list[Hook]:
         assert self.sparsify is not None
-        return [make_penalty(self.sparsify, self._analyse(model, ctx).coupling(), self.strength)]
+        return [make_penalty(self.sparsify, self.analysed(model, ctx.example_inputs).coupling(), self.strength)]
 
     def _cut(self, now: Standing, target: float, ctx: Context, *, last: bool) -> None:
         """Shrink to a target that is a fraction of the model that the step received."""
-        plan = self._analyse(now.model, ctx)
+        plan = self.analysed(now.model, ctx.example_inputs)
         share = self._share(now, target, plan)
         try:
             if share > 0:  # widths are whole steps: an earlier round may have gone as far
@@ -194,8 +195,9 @@ class ChannelPruning:
         """Shrink to a target that is a fraction of the time that the model takes that the step received."""
         if now.total and now.kept <= 1 - target:  # an earlier round went as far
             return
-        plan = self._analyse(now.model, ctx)
-        table = self._table(now, plan if now.model is received else self._analyse(received, ctx), ctx)
+        plan = self.analysed(now.model, ctx.example_inputs)
+        whole = plan if now.model is received else self.analysed(received, ctx.example_inputs)
+        table = self._table(now, whole, ctx)
         criterion, scores = self._scores(now, plan, ctx)
         amount = replace(self.amount, sparsity=target)
         try:

@@ -75,6 +75,12 @@ def rows_of(selection: Selection) -> list[Row]:
     return [*rows, *([Row(key=ALL, units=tuple(range(len(coupling.units))), widths=EVENLY)] if several else [])]
 
 
+def programs(plan: Plan, amount: Amount) -> tuple[Selection, list[Row]]:
+    """What a model's table is of; which channels go does not matter to the time."""
+    selection = select(plan.coupling(), amount, plan.names, _alike, narrowest=plan.narrowest)
+    return selection, rows_of(selection)
+
+
 def _key(selection: Selection, number: int) -> str:
     """A digest of all operations that change when a unit is narrowed: names, settings, sizes before and after."""
     coupling = selection.coupling
@@ -171,12 +177,11 @@ class Table:
 
     def learn(self) -> None:
         """Measure what is not known of the model's units."""
-        coupling = self.plan.coupling()
+        selection, rows = programs(self.plan, self.amount)
+        coupling = selection.coupling
         names = _names(coupling)
         if self._cost is not None and names == self._names:
             return
-        selection = select(coupling, self.amount, self.plan.names, _alike, narrowest=self.plan.narrowest)
-        rows = rows_of(selection)
         missing = [row for row in rows if row.key not in self.rows]
         if self.workbench is not None:
             self._measure(selection, missing)
@@ -199,14 +204,14 @@ class Table:
     def _measure(self, selection: Selection, rows: Sequence[Row]) -> None:
         assert self.workbench is not None
         self.rows |= {row.key: {} for row in rows}
-        programs = variants(self.plan, selection, rows)
-        for start in range(0, len(programs), TOGETHER):
-            group = programs[start : start + TOGETHER]
+        wanted = variants(self.plan, selection, rows)
+        for start in range(0, len(wanted), TOGETHER):
+            group = wanted[start : start + TOGETHER]
             found = self.workbench.latency({each.name: each.make for each in group}, self.plan.model)
             for each in group:
                 if each.name in found:
                     self.rows[each.row.key][each.width] = found[each.name]
-            self.progress(start + len(group), len(programs))
+            self.progress(start + len(group), len(wanted))
 
     def choose(self, selection: Selection, ceiling: float) -> list[int]:
         """Per unit how many steps stay, for a predicted time of at most `ceiling` of the whole model's."""
