@@ -106,7 +106,7 @@ def test_the_ceiling_is_kept_and_nearly_reached(sparsity):
     clock = Clock()
     model = cut(sparsity, clock)
     assert BAND * (1 - sparsity) <= ratio(model) <= 1 - sparsity
-    assert clock.again <= 2
+    assert clock.again <= 3
     about = ts.surgery(model)["rounds"][0]["about"]
     assert (about["of"], about["left"]) == ("latency", pytest.approx(ratio(model)))
 
@@ -116,7 +116,7 @@ def test_what_is_measured_counts_not_what_the_table_promises(bias):
     clock = Clock(bias=bias)
     model = cut(0.4, clock)
     assert BAND * 0.6 <= ratio(model) ** bias <= 0.6
-    assert 1 < clock.again <= ROUNDS
+    assert 1 < clock.again <= ROUNDS + 1
 
 
 def test_units_that_are_alike_share_a_row():
@@ -190,6 +190,21 @@ def test_the_best_of_the_rounds_counts():
     assert measured[found.evidence["best"] - 1] == found.left
     assert len(measured) <= ROUNDS
     assert all(each["target"] > 0 for each in found.evidence["rounds"])
+
+
+def test_where_noise_decides_the_slower_of_two_counts():
+    answers = iter([0.595, 0.605, 0.57])
+
+    @dataclass
+    class Noisy(Clock):
+        def latency(self, models: Any, reference: Any, *, again: bool = False) -> Any:
+            return {"pruned": next(answers)} if again else Clock.latency(self, models, reference)
+
+    plan = analyse(chain(), INPUTS)
+    amount = Amount(of="latency", sparsity=0.4)
+    table = Table(plan=plan, amount=amount, workbench=Noisy())
+    found = reach(plan, amount, lambda coupling, group: torch.rand(len(group.classes)).double().numpy(), table)
+    assert [each["measured"] for each in found.evidence["rounds"]] == [0.605, 0.57]
 
 
 def test_without_something_to_measure_with_it_says_what_to_do():
