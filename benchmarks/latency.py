@@ -86,10 +86,16 @@ def page(rows: list[Row]) -> str:
         share = row["rounds"][row["best"] - 1]["measured"] / ceiling
         lines.append(
             f"| {row['model']} | {row['ends']} | {ceiling:.2f} | {told} | {share:.3f} "
-            f"| {'yes' if BAND <= share <= 1 else '**no**'} | {row['again'] / ceiling:.3f} | {row['programs']} "
+            f"| {_holds(share, row['warnings'])} | {row['again'] / ceiling:.3f} | {row['programs']} "
             f"| {row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _holds(share: float, warnings: list[str]) -> str:
+    if BAND <= share <= 1:
+        return "yes"
+    return f"**no**, and it warns: {'; '.join(warnings)}" if warnings else "**no**"
 
 
 def main() -> None:
