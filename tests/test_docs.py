@@ -32,6 +32,23 @@ def test_the_code_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: 
         exec(compile(block, page.name, "exec"), scope)
 
 
+def test_the_readme_in_chinese_has_the_same_commands_links_and_figures() -> None:
+    blocks, links, numbers = [], [], []
+    for name, other in (("README.md", "README.zh-CN.md"), ("README.zh-CN.md", "README.md")):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        fenced = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+        prose = fenced.sub("", text)
+        targets = re.findall(r"\]\(([^)]+)\)", prose)
+        assert targets[0] == other
+        blocks.append(fenced.findall(text))
+        links.append(set(targets) - {other})
+        numbers.append(set(re.findall(r"\d+(?:[.,]\d+)*", prose)))
+    assert blocks[0] == blocks[1]
+    assert links[0] == links[1]
+    assert numbers[0] == numbers[1]
+    assert ROOT / "README.zh-CN.md" not in PAGES
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("__main__", "artifact_bench"))])
 def test_docstring_examples_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
