@@ -5,75 +5,31 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from torchslim import __version__, processes
-from torchslim.budget import UNITS
 from torchslim.compress import Result, compress
 from torchslim.errors import RecipeError, TorchslimError
-from torchslim.evidence import not_measured, number
 from torchslim.files import digest, write_bytes, write_json
-from torchslim.machine import describe_machine
-from torchslim.memory import peak_memory
+from torchslim.report import render_search
 from torchslim.runtimes import find_runtime
-from torchslim.search.front import Verdict, finalists, front_of, hopeless, judge
+from torchslim.search.front import finalists, hopeless
 from torchslim.search.lab import Lab
+from torchslim.search.outcome import SearchResult, data_of, entries_of
 from torchslim.search.priors import informed_start
 from torchslim.search.space import Space, make_space
 from torchslim.search.study import SAME, Ledger, Sampler, open_storage
 from torchslim.sensitivity import Sensitivity
 from torchslim.steps import Event, Inputs, Target, fingerprint, ignore_progress
 from torchslim.task import Task, take_first
+from torchslim.toml import dumps
 
-FORMAT = 1
 WAIT_SECONDS = 1.0  # between looks at what other workers do
 REPEATS = 30  # trials in a row that were tried before: the space is exhausted
 GIVE_UP = 3  # so many trials that all fail, and none succeeded: something is wrong with all
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """A candidate that was trained fully and measured as an artifact.
-
-    Attributes:
-        trial: its number.
-        values: of the parameters.
-        figures: measured, by the names of `budget.UNITS`.
-        within: does it keep all bounds?
-        folder: the artifact, with `recipe.toml` beside it; on the machine that made it.
-        result: of the run, where this process made it.
-    """
-
-    trial: int
-    values: Mapping[str, Any]
-    figures: Mapping[str, float]
-    within: bool
-    folder: Path
-    result: Result | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """What a search returns. `print(result)` shows the front; `data` is what `search.json` holds."""
-
-    front: tuple[Member, ...]
-    verdict: Verdict
-    data: dict[str, Any]
-    folder: Path
-
-    @property
-    def best(self) -> Member | None:
-        """Within the budget and best in the first objective; or the nearest to the budget."""
-        return next((each for each in self.front if each.trial == self.verdict.nearest), None)
-
-    def __str__(self) -> str:
-        from torchslim.report.search_page import search_table
-
-        return search_table(self.data)
 
 
 def search(
@@ -366,11 +322,9 @@ class _Search:
         self.results[chosen] = result
         if not processes.is_first():
             return {}
-        from torchslim.toml import dumps
-
         result.save(folder)
         write_bytes(folder / "recipe.toml", dumps(self.space.chosen(values)).encode())
-        entries = self._entries(result, recipe.target)
+        entries = entries_of(result, recipe.target, lab.baseline(recipe.target), self.metric, self.budget)
         figures = {name: entry["value"] for name, entry in entries.items()}
         return {
             "state": "measured",
@@ -380,134 +334,17 @@ class _Search:
             "within": max(self.budget.excess(figures).values(), default=0.0) <= 0,
         }
 
-    def _entries(self, result: Result, target: Target) -> dict[str, dict[str, Any]]:
-        """All figures of an artifact, with spread where they have one; the latency is paired with the baseline's."""
-        row, base = result.run["rows"][-1], self.lab.baseline(target)
-        unit = self.metric.unit or "1"
-        before, after = (result.run["rows"][index]["metric"]["val"]["value"] for index in (0, -1))
-        drop = before - after if self.metric.higher_is_better else after - before
-        found = {"metric_drop": number(drop, unit)}
-        known = result.deployed.size_bytes
-        if known is not None:
-            found["size"] = number(known / 1e6, UNITS["size"])
-        ratio = row["speedup"]["over_baseline"]
-        median = base.get("latency") or result.run["rows"][0]["latency_ms"][target.runtime]["value"]
-        found["latency"] = number(
-            median / ratio["value"], UNITS["latency"], repeats=ratio["repeats"], low=median / ratio["high"],
-            high=median / ratio["low"], machine="this",
-        )  # fmt: skip
-        found["macs"] = number(row["macs"]["value"], UNITS["macs"])
-        found["params"] = number(row["parameters"]["value"], UNITS["params"])
-        if "peak_memory" in self.budget.figures:
-            found["peak_memory"] = number(peak_memory(result.deployed) / 1e6, UNITS["peak_memory"], machine="this")
-        return found
-
     def _targets(self) -> list[Target]:
         threads = self.space.recipe(self.space.starts[0]).target.threads
         return [Target(runtime=name, threads=threads) for name in self.space.runtimes]
 
     def result(self) -> SearchResult:
         """The front, as it is measured; written to the folder by the first process."""
-        data: dict[str, Any] = processes.told(self._data() if self.ledgers else None)
-        if processes.is_first():
-            from torchslim.report.search_page import render_search
-
+        data: Any = None
+        if self.ledgers:
+            trials, finals = (each.results() for each in self.ledgers)
+            target = self._targets()[0]
+            data = data_of(self.space, self.metric, target, self.lab.baseline(target), trials, finals, self.folder)
             write_json(self.folder / "search.json", data)
             write_bytes(self.folder / "report.html", render_search(data).encode())
-        members = tuple(
-            Member(
-                trial=each["trial"],
-                values=each["parameters"],
-                figures={name: entry["value"] for name, entry in each["figures"].items()},
-                within=each["within"],
-                folder=self.folder / each["folder"],
-                result=self.results.get(each["trial"]),
-            )
-            for each in data["front"]
-        )
-        told = data["verdict"]
-        verdict = Verdict(
-            met=told["met"], nearest=told["nearest"], binding=tuple(told["binding"]), text=told["text"]
-        )  # fmt: skip
-        return SearchResult(front=members, verdict=verdict, data=data, folder=self.folder)
-
-    def _data(self) -> dict[str, Any]:
-        """As `search.json` has it."""
-        assert self.ledgers
-        trials, finals = self.ledgers
-        done = {each["trial"]: each for _, _, each in finals.results() if each["state"] == "measured"}
-        figures = {
-            chosen: {name: entry["value"] for name, entry in each["figures"].items()} for chosen, each in done.items()
-        }
-        verdict = judge(figures, self.budget, {**UNITS, "metric_drop": self.metric.unit})
-        shown = front_of(figures, self.budget.objectives)
-        if verdict.nearest is not None and verdict.nearest not in shown:
-            shown.append(verdict.nearest)
-        rows = trials.results()
-        values = {chosen: given for chosen, given, _ in rows}
-        target = self._targets()[0]
-        base = self.lab.baseline(target)
-        original: dict[str, Any] = next((self._original(chosen, target) for chosen in done), {})
-        return {
-            "format": FORMAT,
-            "kind": "search",
-            "torchslim": __version__,
-            "recipe": {key: self.space.document.get(key) for key in ("model", "task")},
-            "space": [each.to_json() for each in self.space.parameters],
-            "budget": {
-                each.name: value for each in fields(self.budget)
-                if (value := getattr(self.budget, each.name)) not in (None, ())
-            },
-            "objectives": list(self.budget.objectives),
-            "metric": {
-                "name": self.metric.name, "unit": self.metric.unit, "higher_is_better": self.metric.higher_is_better
-            },
-            "target": asdict(target),
-            "baseline": {
-                "metric": {
-                    "val": number(base["metric"], self.metric.unit or "1"),
-                    "test": original.get("test", not_measured("no candidate was measured")),
-                },
-                "figures": original.get("figures", {})
-                | {name: number(base[name], UNITS[name]) for name in UNITS if name in base},
-            },
-            "trials": [
-                {
-                    "number": chosen, "parameters": given, "state": each["state"], "stage": each["stage"],
-                    "reason": each["reason"], "figures": each.get("figures", {}), "seconds": each.get("seconds", 0.0),
-                    "within": bool(each.get("figures")) and max(each["excess"].values(), default=0.0) <= 0,
-                }
-                for chosen, given, each in rows
-            ],
-            "failed": [
-                {"trial": each["trial"], "reason": each["reason"]}
-                for _, _, each in finals.results() if each["state"] == "failed"
-            ],
-            "front": [
-                {
-                    "trial": chosen, "parameters": values[chosen], "recipe": f"front/{chosen:03d}/recipe.toml",
-                    "folder": f"front/{chosen:03d}", "metric": done[chosen]["metric"],
-                    "figures": done[chosen]["figures"], "within": done[chosen]["within"],
-                }
-                for chosen in sorted(
-                    shown, key=lambda chosen: [figures[chosen][name] for name in self.budget.objectives]
-                )
-            ],
-            "verdict": asdict(verdict) | {"binding": list(verdict.binding)},
-            "machines": {"this": describe_machine(target.threads)},
-        }  # fmt: skip
-
-    def _original(self, chosen: int, target: Target) -> dict[str, Any]:
-        """The original, as the run of a candidate on this target has measured it."""
-        path = self.folder / "runs" / f"{chosen:03d}" / "run.json"
-        if not path.is_file():
-            return {}  # it was made on another machine
-        run = json.loads(path.read_text())
-        row = run["rows"][0]
-        figures = {"macs": number(row["macs"]["value"], UNITS["macs"]),
-                   "params": number(row["parameters"]["value"], UNITS["params"])}  # fmt: skip
-        if "value" in row["size_bytes"]:
-            figures["size"] = number(row["size_bytes"]["value"] / 1e6, UNITS["size"])
-        if run["target"]["runtime"] == target.runtime:
-            figures["latency"] = row["latency_ms"][target.runtime]
-        return {"test": row["metric"]["test"], "figures": figures}
+        return SearchResult.of(processes.told(data), self.folder, self.results)
