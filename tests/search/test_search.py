@@ -83,7 +83,7 @@ def test_the_front_is_of_artifacts_with_recipes_that_run(found: ts.SearchResult)
         ts.load(member.folder)(next(iter(task().val))[0])
     assert json.loads((found.folder / "search.json").read_text()) == json.loads(json.dumps(found.data))
     assert str(found)
-    assert (found.folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (found.folder / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_the_front_has_no_member_that_another_dominates(found: ts.SearchResult) -> None:

@@ -174,8 +174,8 @@ def test_a_storage_that_cannot_be_reached_is_told_without_its_password(url: str,
 
 def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study").write_text("not a journal\n")
-    with pytest.raises((StorageError, RecipeError)):
-        ledger(open_storage(tmp_path / "study"), 3)
+    with pytest.raises(StorageError, match="cannot be opened"):
+        open_storage(tmp_path / "study")
 
 
 def test_a_search_leaves_optunas_logging_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

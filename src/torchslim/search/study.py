@@ -55,6 +55,11 @@ def open_storage(storage: str | Path) -> Any:
             path = Path(storage)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_file():
+                    with path.open("rb") as file:
+                        first = file.readline()
+                    if first.endswith(b"\n"):  # Optuna forgives a last line, which a killed worker may have cut off
+                        json.loads(first)
                 journal = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
                 journal.get_all_studies()  # reads what is there
                 return journal
