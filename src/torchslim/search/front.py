@@ -75,10 +75,18 @@ def finalists(figures: Mapping[int, Mapping[str, float]], short: set[int], budge
     for _, members in sorted(classes.items()):
         left = dict(members)
         while left:
-            layer = front_of(left, budget.objectives)
+            layer = _distinct(front_of(left, budget.objectives), left, budget.objectives)
             order += _spread({number: left[number] for number in layer}, budget.objectives)
             left = {number: each for number, each in left.items() if number not in layer}
     return order
+
+
+def _distinct(layer: Sequence[int], figures: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> list[int]:
+    """The first at each place: what is as good as another can wait."""
+    places: dict[tuple[float, ...], int] = {}
+    for number in layer:
+        places.setdefault(tuple(figures[number][name] for name in names), number)
+    return list(places.values())
 
 
 def _spread(layer: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> list[int]:

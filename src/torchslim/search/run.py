@@ -208,9 +208,7 @@ class _Search:
         recipe = self._recipe(values)
         for first, earlier, each in done:
             if self._recipe(earlier) == recipe:  # what differs belongs to steps that are skipped
-                figures = each.get("figures")
-                told = None if not figures else [figures[name] for name in self.budget.objectives]
-                ledger.tell(trial, {**each, SAME: first}, told)
+                ledger.tell(trial, {**each, SAME: first}, None)  # the sampler has heard of it
                 return
         self.lab.progress(
             Event(step="search", phase=f"trial {trial.number}", current=len(done), total=self.budget.trials)
