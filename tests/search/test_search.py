@@ -162,12 +162,20 @@ def test_what_cannot_be_met_ends_with_the_nearest_and_what_binds(tmp_path: Path)
     assert all(row["state"] == "stopped" for row in result.data["trials"])  # no training makes it smaller
 
 
-def test_what_was_tried_before_is_no_trial_and_an_exhausted_space_ends_the_search(tmp_path: Path) -> None:
+def test_a_space_of_two_runtimes_is_searched_whole_and_each_recipe_once(tmp_path: Path) -> None:
     given = document()
+    given["runtime"] = {"search": ["onnxruntime", "eager"]}
     given["step"] = [{"do": "quantize", "scheme": {"search": ["int8", "int8-weights"]}}]
-    given["budget"] |= {"trials": 40}
+    given["budget"] |= {"trials": 40, "peak_memory_mb": 4000.0, "finalists": 1}
     found = ts.search(given, model(), task(), workdir=tmp_path / "out")
-    assert sorted(row["parameters"]["1-quantize.scheme"] for row in found.data["trials"]) == ["int8", "int8-weights"]
+    tried = [(row["parameters"]["runtime"], row["parameters"]["1-quantize.scheme"]) for row in found.data["trials"]]
+    assert sorted(tried) == sorted(
+        (runtime, scheme) for runtime in ("onnxruntime", "eager") for scheme in ("int8", "int8-weights")
+    )
+    assert all(row["figures"]["peak_memory"] < 4000 for row in found.data["trials"])
+    assert found.best is not None
+    recipe = tomllib.loads((found.best.folder / "recipe.toml").read_text())
+    assert recipe["runtime"] == found.best.values["runtime"]
 
 
 def lab(folder: Path, **options: Any) -> Lab:
