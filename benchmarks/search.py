@@ -195,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".data/search"), help="a killed benchmark resumes from here")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--methods", nargs="+", default=["search", "singles", "random"])
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     rows_path = HERE / "search.jsonl"
@@ -208,7 +209,7 @@ def main() -> None:
         samples = 0
         for method in ("search", "singles", "random"):
             known = next((row for row in rows() if row["seed"] == seed and row["method"] == method), None)
-            if known is None:
+            if known is None and method in arguments.methods:
                 work = arguments.work / f"seed-{seed}"
                 if method == "search":
                     done = run_search(work, seed)
@@ -225,7 +226,10 @@ def main() -> None:
                 with rows_path.open("a") as file:  # processes may share it, a seed each
                     file.write(json.dumps(known) + "\n")
                 print(f"seed {seed}, {method}: {known['samples']} samples, {known['artifacts']} artifacts", flush=True)
-            samples = known["samples"] if method == "search" else samples
+            if method == "search":
+                if known is None:
+                    raise SystemExit(f"seed {seed}: the search comes first, as its samples are the others' budget")
+                samples = known["samples"]
     (HERE / "search.md").write_text(page(rows()))
 
 

@@ -129,6 +129,23 @@ def test_starts_are_tried_first_and_failures_count(tmp_path: Path) -> None:
     assert len(book.results()) == 3
 
 
+def test_after_a_repeat_it_looks_elsewhere(tmp_path: Path) -> None:
+    book = ledger(open_storage(tmp_path / "study"), 12, seed=5)
+    best = {"x": 0.0, "kind": {"do": "b"}}
+    book.enqueue([best])
+    drawn = []
+    for _ in range(60):  # the sampler is told that one place is best, and that all near it are the same
+        trial = book.ask()
+        values = book.values(trial)
+        same = values["x"] < 0.5 and values != best
+        drawn.append(values["x"])
+        book.tell(trial, {"state": "candidate"} | ({"same_as": 0} if same else {}), None if same else answer(values))
+        if len(book.results()) == 12:
+            break
+    assert len(book.results()) == 12
+    assert book.repeats() < 12
+
+
 def test_starts_that_are_too_many_are_not_waited_for(tmp_path: Path) -> None:
     book = ledger(open_storage(tmp_path / "study"), 1)
     book.enqueue([{"x": each, "kind": "a"} for each in (0.25, 0.5, 0.75)])

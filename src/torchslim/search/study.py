@@ -21,7 +21,7 @@ Sampler = Literal["tpe", "random"]
 BEAT_SECONDS = 5.0
 GRACE_BEATS = 12  # so many beats that are missed, and a worker on another machine counts as dead
 SAME = "same_as"  # in the result of a trial whose recipe was tried before: it does not count
-STARTUP = 10  # trials at random before the sampler learns from them, or a quarter of all where that is less
+STARTUP = 10  # trials at random before the sampler learns from them, or a third of all where that is less
 
 
 @contextmanager
@@ -345,12 +345,12 @@ class Ledger:
         import optuna
 
         seed = (self.seed * 1_000_003 + number) % 2**32
-        if self.sampler == "random":
+        if self.sampler == "random" or self.repeats():  # what has learned to repeat itself must look elsewhere
             return optuna.samplers.RandomSampler(seed=seed)
         return optuna.samplers.TPESampler(
             seed=seed,
             multivariate=True,
-            n_startup_trials=min(STARTUP, max(4, self.trials // 4)),
+            n_startup_trials=min(STARTUP, max(4, self.trials // 3)),
             constraints_func=_excess if self.bounds else None,
         )
 
