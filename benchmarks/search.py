@@ -1,6 +1,6 @@
 """The search beside a grid of single techniques and random search, each with one budget: python -m benchmarks.search
 
-The budget is samples trained, and never time: a noisy machine must not decide. Three seeds; run again, it goes on.
+The budget is samples trained and artifacts measured, and never time: a noisy machine must not decide. Three seeds; run again, it goes on.
 """
 
 from __future__ import annotations
@@ -149,13 +149,15 @@ def run_search(work: Path, seed: int) -> dict[str, Any]:
     return {"folders": folders, "samples": Counted.total(count), "artifacts": attempts + len(folders)}
 
 
-def run_each(work: Path, name: str, candidates: Iterator[tuple[str, list[Step]]], samples: int, seed: int) -> Any:
+def run_each(
+    work: Path, name: str, candidates: Iterator[tuple[str, list[Step]]], samples: int, artifacts: int, seed: int
+) -> Any:
     """Whole runs, one after the other, as long as the budget lasts."""
     count = work / f"{name}.count"
     folders, techniques = [], []
     spent = 0
     for index, (technique, steps) in enumerate(candidates):
-        if spent + cost(steps) > samples:
+        if spent + cost(steps) > samples or len(folders) == artifacts:
             continue
         spent += cost(steps)
         folder = work / name / f"{index:02d}"
@@ -206,7 +208,7 @@ def main() -> None:
     reference = ts.deploy(resnet(), example(), threads=THREADS)
     table = LatencyTable("onnxruntime", THREADS, path=arguments.work / "latency.json")
     for seed in arguments.seeds:
-        samples = 0
+        samples = artifacts = 0
         for method in ("search", "singles", "random"):
             known = next((row for row in rows() if row["seed"] == seed and row["method"] == method), None)
             if known is None and method in arguments.methods:
@@ -215,7 +217,7 @@ def main() -> None:
                     done = run_search(work, seed)
                 else:
                     candidates = singles() if method == "singles" else drawn(seed)
-                    done = run_each(work, method, candidates, samples, seed)
+                    done = run_each(work, method, candidates, samples, artifacts, seed)
                 names = done.get("techniques") or [method] * len(done["folders"])
                 points = [
                     measured(folder, technique, table, reference)
@@ -229,7 +231,7 @@ def main() -> None:
             if method == "search":
                 if known is None:
                     raise SystemExit(f"seed {seed}: the search comes first, as its samples are the others' budget")
-                samples = known["samples"]
+                samples, artifacts = known["samples"], known["artifacts"]
     (HERE / "search.md").write_text(page(rows()))
 
 

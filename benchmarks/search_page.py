@@ -39,8 +39,8 @@ def page(rows: Sequence[Row]) -> str:
         "`python -m benchmarks.search` wrote this page; figures of other machines differ.",
         "",
         "The demo's network on Fashion-MNIST, 6,000 training, 2,000 validation and 4,000 test images, ONNX Runtime "
-        "with one thread, one sample a call. All methods get as many trained samples as the search spent; the search "
-        "also measures its trials without training, or with little. Latency is the time over the float baseline's, "
+        "with one thread, one sample a call. All methods get as many trained samples and measured artifacts as the "
+        "search took, its cheap and short trials counted. Latency is the time over the float baseline's, "
         "from paired rounds, the same for programs of one structure. The hypervolume is the part of the square of 0 to "
         f"{LEVEL:g} points lost and 0 to 1 of the baseline's time that the artifacts cover: 1 would be everything at "
         "no cost. Recipes are selected on val, "
