@@ -1,6 +1,7 @@
 """The search beside a grid of single techniques and random search, each with one budget: python -m benchmarks.search
 
-The budget is samples trained and artifacts measured, and never time: a noisy machine must not decide. Three seeds; run again, it goes on.
+The budget is samples trained and artifacts measured, and never time: a noisy machine must not decide. Three seeds; run
+again, it goes on.
 """
 
 from __future__ import annotations
