@@ -62,6 +62,12 @@ def page(rows: Sequence[Row]) -> str:
         if mine:
             found = [area(row["points"], "test") for row in mine]
             lines.append(f"| **{title}, median** | | | | **{statistics.median(found):.3f}** | |")
+    missing = [
+        f"{title} with seed {seed}" for name, title in METHODS.items() for seed in range(3)
+        if not any(row["method"] == name and row["seed"] == seed for row in rows)
+    ]  # fmt: skip
+    if missing:
+        lines += ["", f"Not run yet (the same command goes on): {', '.join(missing)}."]
     lines += ["", "## Against each single technique, level by level", ""]
     lines += [
         "Each artifact of a single technique that loses at most 2 points, and the search's artifacts of the same seed: "
