@@ -66,6 +66,12 @@ def page(rows: Sequence[Row]) -> str:
         f"{title} with seed {seed}" for name, title in METHODS.items() for seed in range(3)
         if not any(row["method"] == name and row["seed"] == seed for row in rows)
     ]  # fmt: skip
+    budgets = {row["seed"]: row["samples"] for row in rows if row["method"] == "search"}
+    lines += [
+        f"\n{METHODS[row['method']]} with seed {row['seed']} was run with more samples than that search took."
+        for row in rows
+        if row["samples"] > budgets.get(row["seed"], row["samples"])
+    ]
     if missing:
         lines += ["", f"Not run yet (the same command goes on): {', '.join(missing)}."]
     lines += ["", "## Against each single technique, level by level", ""]
