@@ -181,7 +181,7 @@ def compress(
         ctx = seen = replace(ctx, workbench=bench)
         for step in steps:
             step.check(seen)
-            seen = replace(seen, model=_begun(step, seen.model, seed))
+            seen = replace(seen, model=begun(step, seen.model, seed))
         if processes.is_first():
             claim(folder, recipe, overwrite)
         processes.wait()
@@ -205,7 +205,7 @@ def compress(
     )
 
 
-def _begun(step: Step, model: nn.Module | None, seed: int) -> nn.Module | None:
+def begun(step: Step, model: nn.Module | None, seed: int) -> nn.Module | None:
     """What the step's result is made from: the model that it is handed, or a network of its own."""
     begin = getattr(step, "begin", None)
     return model if begin is None or model is None else begin(model, seed)
@@ -286,7 +286,7 @@ class _Runner:
         return stage
 
     def _restored(self, folder: Path, step: Step, before: Stage) -> Stage | None:
-        module = _begun(step, before.module, self.ctx.seed)
+        module = begun(step, before.module, self.ctx.seed)
         return restored(folder, self.key, step.produces, module or before.module, before.model, self.classes)
 
     def _verify(self, outcome: Outcome, name: str) -> None:

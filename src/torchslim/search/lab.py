@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchslim import processes
 from torchslim.artifact import open_artifact, write_artifact
 from torchslim.budget import Budget
-from torchslim.compress import origin
+from torchslim.compress import begun, origin
 from torchslim.errors import TorchslimError
 from torchslim.files import digest, write_json
 from torchslim.finetune import Training
@@ -64,10 +64,9 @@ def cut_short(step: Any, effort: Effort) -> Any:
         )  # fmt: skip
     if isinstance(step, Quantize):
         layers = {} if step.layers == "auto" else step.layers
-        plain: dict[str, Any] = {"metric_drop": None} if hasattr(step, "metric_drop") else {}
         return replace(
             step, layers=layers, mode="ptq", train=None, learned_step=False, accuracy="plain", rounding=None,
-            correct_biases=None, **plain,
+            correct_biases=None, metric_drop=None,
         )  # fmt: skip
     return step
 
@@ -185,8 +184,7 @@ class Lab:
             seen = asdict(recipe.target) if _looks_at_target(step) else None
             key = digest(stage_key(key, step, recipe.steps, self.seed), share, seen)
             folder = self.folder / key[:24]
-            begin = getattr(step, "begin", None)
-            start = model if begin is None else begin(model, self.seed)
+            start = begun(step, model, self.seed) or model
             found = _restored(folder, key, start) if step.produces is Form.MODULE else None
             if found is None:
                 mine = replace(

@@ -189,13 +189,26 @@ class _Search:
             late = late or ledger.repeats() >= REPEATS
             trial = None if late else ledger.ask()
             if trial is not None:
-                job = (trial, ledger.values(trial))
+                values = ledger.values(trial)
+                if self._repeated(trial, values):
+                    continue
+                job = (trial, values)
                 break
             if late or not ledger.waiting():
                 break
             time.sleep(WAIT_SECONDS)  # what another worker is at work on may be left to this one
-        values = processes.told(None if job is None else job[1])
-        return None if values is None else (job[0] if job else None, values)
+        told = processes.told(None if job is None else job[1])
+        return None if told is None else (job[0] if job else None, told)
+
+    def _repeated(self, trial: Any, values: Mapping[str, Any]) -> bool:
+        """Was the same recipe tried before? What differs then belongs to steps that are skipped."""
+        assert self.ledgers
+        ledger, recipe = self.ledgers[0], self._recipe(values)
+        for first, earlier, result in ledger.results():
+            if self._recipe(earlier) == recipe:
+                ledger.tell(trial, {**result, SAME: first}, None)  # the sampler has heard of it
+                return True
+        return False
 
     def _try(self, trial: Any, values: dict[str, Any]) -> None:
         """One trial, and its result in the ledger."""
@@ -205,11 +218,6 @@ class _Search:
             return
         ledger = self.ledgers[0]
         done = ledger.results()
-        recipe = self._recipe(values)
-        for first, earlier, each in done:
-            if self._recipe(earlier) == recipe:  # what differs belongs to steps that are skipped
-                ledger.tell(trial, {**each, SAME: first}, None)  # the sampler has heard of it
-                return
         self.lab.progress(
             Event(step="search", phase=f"trial {trial.number}", current=len(done), total=self.budget.trials)
         )
