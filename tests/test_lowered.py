@@ -15,7 +15,7 @@ import torchslim as ts
 from tests.deployment_models import trained_conv
 from torchslim.cli import cli
 from torchslim.export import capture
-from torchslim.layers import layers_of
+from torchslim.layers import layers_of, structure_of
 from torchslim.lowered import lowered
 from torchslim.measure import macs
 from torchslim.quantize import Quantize, convert, prepare
@@ -54,6 +54,19 @@ def test_macs_are_those_of_closed_forms() -> None:
     assert rest["scaled_dot_product_attention"] == steps * steps * (12 + 12)
     assert rest["matmul"] == steps * 12 * steps
     assert sum(found.values()) == macs(Everything().eval(), (x[:1],)).total
+
+
+def test_programs_of_one_structure_are_known_by_it_however_their_tensors_are_stored() -> None:
+    def digest(width: int, stored: bool) -> str:
+        net = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3)).eval()
+        if stored:  # as a frozen bias is: buffers come after all parameters in a program's signature
+            bias = net[0].bias
+            del net[0].bias
+            net[0].register_buffer("bias", bias.detach())
+        return structure_of(capture(net, (torch.randn(2, 3, 8, 8),)).program)
+
+    assert digest(4, stored=True) == digest(4, stored=False)
+    assert digest(4, stored=False) != digest(6, stored=False)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "int4-weights", "int8-dynamic"])

@@ -121,11 +121,12 @@ def structure_of(program: ExportedProgram) -> str:
 
     Two programs with the same digest take the same time on the same runtime.
     """
-    places = {node: place for place, node in enumerate(program.graph.nodes)}
+    places: dict[Node, int] = {}  # by first use: in which order tensors are stored says nothing
 
     def shown(value: Any) -> str:
         if isinstance(value, Node):
-            return f"%{places[value]}"
+            given = "" if value.op == "call_function" or value in places else f" {kind(value.meta.get('val'))}"
+            return f"%{places.setdefault(value, len(places))}{given}"
         if isinstance(value, (list, tuple)):
             return f"[{','.join(map(shown, value))}]"
         return "float" if isinstance(value, float) else "?" if isinstance(value, torch.SymInt) else repr(value)
@@ -137,10 +138,12 @@ def structure_of(program: ExportedProgram) -> str:
 
     parts = []
     for node in program.graph.nodes:
+        if node.op == "placeholder":
+            continue
         name = str(node.target) if node.op == "call_function" else node.op
         # scales and zero points are numbers that data decide
         given = node.all_input_nodes if "quantized_decomposed" in name else [*node.args, *sorted(node.kwargs.items())]
-        parts.append(f"{name}({shown(given)}) {kind(node.meta.get('val'))}")
+        parts.append(f"{shown(node)} {name}({shown(given)}) {kind(node.meta.get('val'))}")
     return digest(parts)
 
 
