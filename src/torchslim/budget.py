@@ -40,7 +40,8 @@ class Budget:
             nothing else is.
         trials: how many to take; those that a killed worker lost do not count.
         finalists: how many of the best are trained fully and measured as artifacts; up to twice as many while none of
-            them keeps the bounds.
+            them keeps the bounds. Of those that train nothing and keep the bounds, as many come on top, where no other
+            of them is better.
         short: the share of its training that a trial gets before.
         hours: after which no further trial begins; None: no limit.
     """

@@ -146,7 +146,7 @@ def check(recipe: Path, as_json: bool) -> None:
     _import_from_here()
     document = load_document(recipe)
     space = make_space(document, str(recipe)) if has_ranges(document) else None
-    parsed = space.recipe(space.starts[0]) if space else parse_document(document, str(recipe))
+    parsed = space.recipe(space.first) if space else parse_document(document, str(recipe))
     for spec, what in ((parsed.model, "model"), (parsed.task, "task"), (parsed.teacher, "teacher")):
         if spec is not None:
             resolve(spec, what)

@@ -255,7 +255,7 @@ class _Runner:
         self.key = stage_key(self.key, step, self.steps, self.ctx.seed)
         folder = self._place(f"{index:02d}-{name}")
         done = self._restored(folder, step, before)
-        if done is not None:
+        if processes.agreed(done is not None) and done is not None:
             self.ctx.progress(Event(step=name, phase="resumed"))
             return done
         state = folder.with_name(f"{folder.name}.state")

@@ -76,6 +76,11 @@ def told(value: Any) -> Any:
     return box[0]
 
 
+def agreed(value: bool) -> bool:
+    """Is it so in all processes? What each has looked up by itself may have changed in between."""
+    return count() == 1 or int(summed(torch.tensor(int(value)))) == count()
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """The mean of all processes' gradients, in each."""

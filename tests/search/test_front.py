@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from torchslim.budget import Budget
-from torchslim.search.front import dominates, finalists, front_of, hopeless, judge, volume
+from torchslim.search.front import WHOLE, dominates, finalists, front_of, hopeless, judge, near, volume, wanted
 
 NAMES = ("metric_drop", "latency")
 FIGURES = st.dictionaries(
@@ -61,6 +62,60 @@ def test_what_is_near_the_drop_is_trained_before_what_is_far_and_what_is_too_slo
     }
     assert finalists(figures, set(figures), Budget(metric_drop=0.5, latency_ms=3.0))[2:] == [1, 3]
     assert finalists(figures, {0, 1, 3}, Budget(metric_drop=0.5, latency_ms=3.0))[0] == 0
+
+
+def test_a_drop_that_training_will_not_change_is_near_no_bound() -> None:
+    budget = Budget(metric_drop=0.5, latency_ms=3.0)
+    figures = {0: {"metric_drop": 0.9, "latency": 1.0}, 1: {"metric_drop": 0.9, "latency": 2.0}}
+    assert finalists(figures, {0, 1}, budget) == [0, 1]
+    assert finalists(figures, {0, 1}, budget, whole={0}) == [1, 0]
+    assert near({"metric_drop": 1.5, "latency": 0.1}) == {"metric_drop": -0.5, "latency": 0.1}
+
+
+def in_full(results: Mapping[int, Mapping[str, Any]], budget: Budget) -> list[int]:
+    """What is taken in full, one after the other; each comes out as its trial said."""
+    finished: dict[int, Mapping[str, Any] | None] = {}
+    while (number := wanted(results, finished, budget)) is not None:
+        assert number not in finished
+        finished[number] = {"within": max(results[number]["excess"].values(), default=0.0) <= 0}
+    return list(finished)
+
+
+def result(drop: float, latency: float, budget: Budget, stage: str = "short") -> dict[str, Any]:
+    """Of a trial."""
+    figures = {"metric_drop": drop, "latency": latency}
+    return {"state": "candidate", "stage": stage, "figures": figures, "excess": budget.excess(figures)}
+
+
+@given(FIGURES, st.data(), st.integers(1, 4), st.integers(0, 6) | st.none())
+def test_what_trains_nothing_comes_beside_the_finalists(
+    figures: dict[int, Mapping[str, float]], data: st.DataObject, count: int, drop: int | None
+) -> None:
+    budget = Budget(metric_drop=drop, minimize=NAMES, finalists=count)
+    whole = set(data.draw(st.lists(st.sampled_from(sorted(figures)))))
+    results = {
+        key: result(each["metric_drop"], each["latency"], budget, WHOLE if key in whole else "short")
+        for key, each in figures.items()
+    }  # fmt: skip
+    chosen = in_full(results, budget)
+    good = {key for key in whole if drop is None or figures[key]["metric_drop"] <= drop}
+    free = [key for key in chosen if key in good]
+    assert chosen[: len(free)] == free
+    assert set(free) <= set(front_of({key: figures[key] for key in good}, NAMES))
+    assert bool(free) == bool(good)
+    others = [key for key in chosen if key not in good]
+    met = any(drop is None or figures[key]["metric_drop"] <= drop for key in chosen)
+    assert len(others) <= count * (1 if met else 2)
+    assert len(others) >= min(count, len(set(figures) - good))
+
+
+def test_what_is_at_work_elsewhere_is_waited_for() -> None:
+    budget = Budget(metric_drop=0.5, minimize=NAMES, finalists=1)
+    results = {0: result(9.0, 1.0, budget), 1: result(9.0, 2.0, budget), 2: {"state": "failed", "stage": "cheap"}}
+    assert wanted(results, {}, budget) == 0
+    assert wanted(results, {0: None}, budget) is None
+    assert wanted(results, {0: {"within": False}}, budget) == 1
+    assert wanted(results, {0: {"within": True}}, budget) is None
 
 
 def test_hopeless_is_what_training_cannot_mend() -> None:

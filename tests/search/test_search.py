@@ -178,6 +178,23 @@ def test_a_space_of_two_runtimes_is_searched_whole_and_each_recipe_once(tmp_path
     assert recipe["runtime"] == found.best.values["runtime"]
 
 
+def test_what_trains_nothing_is_measured_beside_the_finalists(tmp_path: Path) -> None:
+    given = document()
+    given["step"][1]["skip"] = {"search": [True, False]}
+    given["budget"] |= {"trials": 5}
+    found = ts.search(given, model(), task(), workdir=tmp_path / "out")
+    whole = {row["number"]: row for row in found.data["trials"] if row["stage"] == "whole"}
+    assert {row["parameters"]["2-distill.skip"] for row in whole.values()} == {True}
+    front = {number for number in whole if (tmp_path / "out" / "front" / f"{number:03d}").exists()}
+    assert front
+    trained = [each for each in (tmp_path / "out" / "front").iterdir() if int(each.name) not in whole]
+    assert len(trained) == 1  # of one finalist
+    for member in found.front:
+        if member.trial in whole:  # its trial knew what it would be
+            assert member.figures["metric_drop"] == pytest.approx(whole[member.trial]["figures"]["metric_drop"])
+            assert member.figures["size"] == whole[member.trial]["figures"]["size"]
+
+
 def lab(folder: Path, **options: Any) -> Lab:
     """Without a search around it."""
     return Lab(
@@ -238,7 +255,8 @@ def test_trials_that_all_fail_end_the_search(tmp_path: Path) -> None:
 
 def test_processes_of_one_training_are_one_worker(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.replace("trials = 4", "trials = 2"))
+    text = RECIPE.replace("skip = { search = [true, false] }", "").replace("{ search = [0.1, 0.6] }", "0.3")
+    recipe.write_text(text)  # two recipes in all, so that the other trials are repeats, of which all must know
     command = [
         sys.executable,
         "-m",

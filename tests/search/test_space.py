@@ -73,11 +73,35 @@ def test_the_document_stays_as_it_was() -> None:
 
 
 def test_a_search_begins_at_both_ends_and_in_the_middle() -> None:
-    first, middle, last = space().starts
+    first, middle, last, *_ = space().starts
     assert (last["1-prune.skip"], last["1-prune.sparsity"], last["3-quantize.scheme"]) == (False, 0.8, "int8-weights")
     assert (first["1-prune.skip"], first["1-prune.sparsity"], first["2-distill.epochs"]) == (True, 0.2, 1)
     assert (middle["1-prune.sparsity"], middle["2-distill.epochs"]) == (0.5, 3)
     assert middle["2-distill.lr"] == pytest.approx(1e-3)
+
+
+def only_changed(found: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """What is not as in the first start, by the last part of its name."""
+    return {name.rpartition(".")[2]: value for name, value in values.items() if value != found.first[name]}
+
+
+def test_then_each_other_choice_is_tried_by_itself() -> None:
+    found = space()
+    changed = [only_changed(found, each) for each in found.starts[3:]]
+    assert [tuple(each) for each in changed] == [
+        ("runtime",), ("skip",), ("response",), ("response",), ("scheme",), ("head",)
+    ]  # fmt: skip
+    assert len(space("metric_drop = 1.0", "trials = 10").starts) == 5
+    assert len(space("metric_drop = 1.0", "trials = 1\nfinalists = 1").starts) == 3
+    # what changes nothing, as the response of a step that is left out, and what needs another choice beside it
+    skipped = space('do = "distill"', 'do = "distill"\nskip = { search = [true, false] }').starts[3:]
+    assert all(each["2-distill.response"] == found.first["2-distill.response"] for each in skipped)
+    change = 'scheme = { search = ["int8", "int8-weights"] }'
+    needs = space(
+        change, 'scheme = "int8"\nmode = { search = ["qat", "ptq"] }\ncorrect_biases = { search = [false, true] }'
+    )
+    assert {"mode": "ptq"} in [only_changed(needs, each) for each in needs.starts[3:]]
+    assert {"correct_biases": True} not in [only_changed(needs, each) for each in needs.starts[3:]]
 
 
 @pytest.mark.parametrize(

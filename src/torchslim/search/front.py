@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torchslim.budget import UNITS, Budget
 
 HOPELESS = 3  # so many that are better in everything, and a candidate is given up
 NOISE = 0.05  # a measured time may be over its bound by so much and still be tried further
 NEAR = 3.0  # times the bound of the drop: what a short training left there may still come back
+WHOLE = "whole"  # the stage of a trial that trains nothing: its figures are final
 
 K = TypeVar("K")
 
@@ -54,7 +55,14 @@ def hopeless(mine: Mapping[str, float], others: Sequence[Mapping[str, float]], b
     return f"{better} earlier candidates are better in everything" if better >= HOPELESS else ""
 
 
-def finalists(figures: Mapping[int, Mapping[str, float]], short: set[int], budget: Budget) -> list[int]:
+def near(excess: Mapping[str, float]) -> dict[str, float]:
+    """The excess, with a drop counted from what a full training may still bring back."""
+    return {name: over - (NEAR - 1) if name == "metric_drop" else over for name, over in excess.items()}
+
+
+def finalists(
+    figures: Mapping[int, Mapping[str, float]], short: set[int], budget: Budget, whole: Collection[int] = ()
+) -> list[int]:
     """All trials, those first that deserve their full cost most.
 
     Within a class (inside the bounds and near the drop's; inside the other bounds; outside) layer by layer of the
@@ -63,13 +71,14 @@ def finalists(figures: Mapping[int, Mapping[str, float]], short: set[int], budge
     Args:
         figures: by trial.
         short: the trials that were trained, if shortly; the others were given up before.
+        whole: those of them that full training will not change.
     """
     classes: dict[tuple[int, float], dict[int, Mapping[str, float]]] = {}
     for number, mine in figures.items():
-        excess = budget.excess(mine)
+        excess = budget.excess(mine) if number in whole else near(budget.excess(mine))
         drop = excess.pop("metric_drop", 0.0)
         outside = sum(max(over, 0.0) for name, over in excess.items() if over > (NOISE if name == "latency" else 0))
-        kind = 2 if outside or number not in short else 0 if drop <= NEAR - 1 else 1
+        kind = 2 if outside or number not in short else 0 if drop <= 0 else 1
         classes.setdefault((kind, outside), {})[number] = mine
     order: list[int] = []
     for _, members in sorted(classes.items()):
@@ -79,6 +88,37 @@ def finalists(figures: Mapping[int, Mapping[str, float]], short: set[int], budge
             order += _spread({number: left[number] for number in layer}, budget.objectives)
             left = {number: each for number, each in left.items() if number not in layer}
     return order
+
+
+def wanted(
+    results: Mapping[int, Mapping[str, Any]], finished: Mapping[int, Mapping[str, Any] | None], budget: Budget
+) -> int | None:
+    """The next trial that deserves its full cost, as far as is known now; None where it is enough.
+
+    What trains nothing and keeps the bounds comes first, where none of its kind is better: it costs no training, and
+    the finalists are beside it.
+
+    Args:
+        results: of the trials.
+        finished: what came of those that were taken in full; None where somebody is at work on it.
+    """
+    figures = {number: each["figures"] for number, each in results.items() if "figures" in each}
+    short = {number for number in figures if results[number]["state"] == "candidate"}
+    whole = {number for number in figures if results[number]["stage"] == WHOLE}
+    order = finalists(figures, short, budget, whole)
+    good = [each for each in order if each in whole and max(results[each]["excess"].values(), default=0.0) <= 0]
+    best = front_of({each: figures[each] for each in good}, budget.objectives)
+    free = _distinct(best, figures, budget.objectives)[: budget.finalists]
+    for number in free:
+        if number not in finished:
+            return number
+    taken = sum(number not in free for number in finished)
+    within = any(each and each.get("within") for each in finished.values())
+    if taken >= budget.finalists and (within or None in finished.values()):
+        return None  # whether more are needed is known when those at work are done
+    if taken >= (budget.finalists if within or not budget.bounds else 2 * budget.finalists):
+        return None
+    return next((number for number in order if number not in finished and number not in good), None)
 
 
 def _distinct(layer: Sequence[int], figures: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> list[int]:

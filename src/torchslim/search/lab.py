@@ -186,7 +186,7 @@ class Lab:
             folder = self.folder / key[:24]
             start = begun(step, model, self.seed) or model
             found = _restored(folder, key, start) if step.produces is Form.MODULE else None
-            if found is None:
+            if not processes.agreed(found is not None) or found is None:
                 mine = replace(
                     ctx,
                     task=replace(self.task, train=part_of(self.task.train, share)),

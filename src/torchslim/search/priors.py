@@ -20,7 +20,7 @@ def informed_start(space: Space, found: Sensitivity) -> dict[str, Any]:
     """
     totals = total_damage(found)
     limit = _bearable(found, totals, space.budget)
-    values = dict(space.starts[1])
+    values = space.middle
     for parameter in space.parameters:
         if parameter.path[-1] == "sparsity" and parameter.kind == "float":
             values[parameter.name] = _sparsity(parameter, totals, limit)

@@ -16,8 +16,8 @@ from torchslim.errors import RecipeError, TorchslimError
 from torchslim.files import digest, write_bytes, write_json
 from torchslim.report import render_search
 from torchslim.runtimes import find_runtime
-from torchslim.search.front import finalists, hopeless
-from torchslim.search.lab import Lab
+from torchslim.search.front import WHOLE, hopeless, near, wanted
+from torchslim.search.lab import Lab, trainings
 from torchslim.search.outcome import SearchResult, data_of, entries_of
 from torchslim.search.priors import informed_start
 from torchslim.search.space import Space, make_space
@@ -245,11 +245,12 @@ class _Search:
             result["cheap"] = figures
             why = processes.told(hopeless(figures, others, self.budget))
             if not why:
-                result["stage"] = short.name
+                result["stage"] = short.name if any(map(trainings, recipe.steps)) else WHOLE
                 figures = self.lab.attempt(recipe, short)
-            state = "stopped" if why else "candidate"
+            excess = self.budget.excess(figures)
             return result | {
-                "state": state, "reason": why, "figures": figures, "excess": self.budget.excess(figures)
+                "state": "stopped" if why else "candidate", "reason": why, "figures": figures, "excess": excess,
+                "bad": excess if result["stage"] == WHOLE else near(excess),
             }  # fmt: skip
         except TorchslimError as error:  # these values do not go together, or diverge: the search learns of it
             return result | {"reason": str(error)}
@@ -282,7 +283,7 @@ class _Search:
         while self.ledgers:
             trials, finals = self.ledgers
             found = {chosen: values for chosen, values, _ in trials.results()}
-            chosen = self._wanted()
+            chosen = wanted({chosen: result for chosen, _, result in trials.results()}, finals.claims(), self.budget)
             if chosen is not None:
                 trial = finals.claim({"trial": chosen})
                 if trial is not None:
@@ -293,22 +294,6 @@ class _Search:
             time.sleep(WAIT_SECONDS)
         told = processes.told(None if job is None else job[1:])
         return None if told is None else (job[0] if job else None, *told)
-
-    def _wanted(self) -> int | None:
-        """The next candidate that deserves its full cost, as far as is known now."""
-        assert self.ledgers
-        trials, finals = self.ledgers
-        figures = {chosen: result["figures"] for chosen, _, result in trials.results() if "figures" in result}
-        short = {chosen for chosen, _, result in trials.results() if result["state"] == "candidate"}
-        finished = finals.claims()
-        within = [each for each in finished.values() if each and each.get("within")]
-        most = self.budget.finalists if within or not self.budget.bounds else 2 * self.budget.finalists
-        pending = sum(each is None for each in finished.values())
-        if len(finished) >= self.budget.finalists and (within or pending):
-            return None  # whether more are needed is known when those at work are done
-        if len(finished) >= most:
-            return None
-        return next((chosen for chosen in finalists(figures, short, self.budget) if chosen not in finished), None)
 
     def _full(self, chosen: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """A whole run of one recipe, saved with it."""
@@ -341,7 +326,7 @@ class _Search:
         }
 
     def _targets(self) -> list[Target]:
-        threads = self.space.recipe(self.space.starts[0]).target.threads
+        threads = self.space.recipe(self.space.first).target.threads
         return [Target(runtime=name, threads=threads) for name in self.space.runtimes]
 
     def result(self) -> SearchResult:

@@ -102,19 +102,42 @@ class Space:
         return self._known[key]
 
     @property
+    def first(self) -> dict[str, Any]:
+        """The first end of all parameters."""
+        return {each.name: each.ends[0] for each in self.parameters}
+
+    @property
+    def middle(self) -> dict[str, Any]:
+        """The middle of all parameters."""
+        return {each.name: each.middle for each in self.parameters}
+
+    @property
     def starts(self) -> list[dict[str, Any]]:
-        """Where a search begins: the first end of all parameters, the middle, and the last."""
-        return [
-            {each.name: each.ends[0] for each in self.parameters},
-            {each.name: each.middle for each in self.parameters},
-            {each.name: each.ends[-1] for each in self.parameters},
-        ]
+        """Where a search begins: the first ends, the middle, the last ends, then each other choice beside the first.
+
+        So each technique is seen by itself. At most half of the budget's trials, if that is three or more.
+        """
+        found = [self.first, self.middle, {each.name: each.ends[-1] for each in self.parameters}]
+        alone = [
+            {**self.first, each.name: choice}
+            for each in self.parameters if each.kind == "choice" for choice in each.choices[1:]
+        ]  # fmt: skip
+        known = [self.chosen(each) for each in found]
+        for values in alone:
+            try:
+                self.recipe(values)
+            except RecipeError:  # this choice needs another beside it
+                continue
+            if self.chosen(values) not in known:
+                known.append(self.chosen(values))
+                found.append(values)
+        return found[: max(3, self.budget.trials // 2)]
 
     @property
     def runtimes(self) -> tuple[str, ...]:
         """All that the recipe may be deployed on."""
         found = [each.choices for each in self.parameters if each.path == ("runtime",)]
-        return tuple(found[0]) if found else (self.recipe(self.starts[0]).target.runtime,)
+        return tuple(found[0]) if found else (self.recipe(self.first).target.runtime,)
 
     @property
     def key(self) -> str:
@@ -209,7 +232,7 @@ def _parameter(name: str, path: Path, table: Mapping[str, Any], where: str) -> P
 
 def _check_values(space: Space) -> None:
     """Every end of every range and every choice must make a valid recipe, whatever the others have to be for that."""
-    first = space.starts[0]
+    first = space.first
     skips = {each.path: each.name for each in space.parameters if each.path[-1] == "skip"}
     failed: list[tuple[bool, str, RecipeError]] = []
     for parameter in space.parameters:

@@ -377,6 +377,6 @@ class Ledger:
 
 
 def _excess(trial: Any) -> Sequence[float]:
-    """What a trial is over each bound; Optuna takes what is above 0 for a violation."""
+    """How bad a trial is for each bound; Optuna takes what is above 0 for a violation."""
     result = json.loads(trial.user_attrs.get("result", "{}"))
-    return list(result.get("excess", {}).values())
+    return list(result.get("bad", {}).values())
