@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.search import Counted, cost, drawn, singles
-from benchmarks.search_page import area, beaten, page
+from benchmarks.search_page import area, page, told
 from examples.fashion_mnist.data import Batches
 from torchslim.recipe import load_document
 from torchslim.search import make_space
@@ -34,10 +34,11 @@ def test_a_hypervolume_is_a_part_of_the_square() -> None:
 
 def test_who_is_beaten_and_what_is_beyond_is_counted() -> None:
     search, single = ROWS[0]["points"], ROWS[1]["points"]
-    assert [beaten(each, search, "test") for each in single] == [False, True, False]  # type: ignore[arg-type, union-attr]
+    assert [told(each, search, "test") for each in single] == ["no", "yes", "no"]  # type: ignore[arg-type, union-attr]
+    assert told(search[0], search, "test") == "equal"  # type: ignore[arg-type, index]
     text = page(ROWS)
-    assert "Beaten: 1 of 2 on test, 1 of 2 on val" in text
-    assert "slack, about one standard error on 4,000 images, 2 of 2" in text
+    assert "Beaten: 1 of 2 and 0 equalled on test; 1 of 2 and 0 equalled on val" in text
+    assert "slack, about one standard error on 4,000 images, 2 of 2 and 0 equalled" in text
     assert "| torchslim search | 0 | 10 | 3 |" in text
 
 

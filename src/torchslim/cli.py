@@ -347,22 +347,15 @@ def _import_from_here() -> None:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """A bar on a terminal, a line for each phase elsewhere; on stderr, so that stdout stays the result."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(stderr=True)
     started, last = time.monotonic(), [""]
     bars: dict[str, Any] = {}
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}"))  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeElapsedColumn(),
+               rich.TimeRemainingColumn(), rich.TextColumn("{task.fields[note]}"))  # fmt: skip
+    with rich.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def show(event: Event) -> None:
             name = f"{event.step}: {event.phase}"
@@ -391,6 +384,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         cli.main(args=arguments, prog_name="torchslim", standalone_mode=False)
+        if processes := sys.modules.get("torchslim.processes"):
+            processes.leave()
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -43,6 +43,13 @@ def wait() -> None:
         distributed.barrier()
 
 
+def leave() -> None:
+    """Wait for the last, then close what connects the processes: one that is gone early may take others with it."""
+    if count() > 1:
+        wait()
+        distributed.destroy_process_group()
+
+
 def gathered(rows: Tensor) -> Tensor:
     """The rows of all processes, in the order of their ranks, with gradients: (n, ...) -> (sum of n, ...).
 

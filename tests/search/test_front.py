@@ -109,6 +109,13 @@ def test_what_trains_nothing_comes_beside_the_finalists(
     assert len(others) >= min(count, len(set(figures) - good))
 
 
+def test_what_came_out_as_another_waits() -> None:
+    budget = Budget(metric_drop=0.5, minimize=NAMES, finalists=2)
+    results = {0: result(0.2, 1.0, budget), 1: result(0.2, 1.0, budget), 2: result(0.4, 2.0, budget)}
+    assert in_full(results, budget) == [0, 2]
+    assert in_full({0: results[0], 1: results[1]}, budget) == [0, 1]
+
+
 def test_what_is_at_work_elsewhere_is_waited_for() -> None:
     budget = Budget(metric_drop=0.5, minimize=NAMES, finalists=1)
     results = {0: result(9.0, 1.0, budget), 1: result(9.0, 2.0, budget), 2: {"state": "failed", "stage": "cheap"}}

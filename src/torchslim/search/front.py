@@ -118,7 +118,9 @@ def wanted(
         return None  # whether more are needed is known when those at work are done
     if taken >= (budget.finalists if within or not budget.bounds else 2 * budget.finalists):
         return None
-    return next((number for number in order if number not in finished and number not in good), None)
+    rest = [number for number in order if number not in finished and number not in good]
+    known = [figures[number] for number in finished]  # equal figures are a sign of values that change nothing
+    return next((number for number in rest if figures[number] not in known), next(iter(rest), None))
 
 
 def _distinct(layer: Sequence[int], figures: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> list[int]:
