@@ -103,7 +103,7 @@ def test_a_study_that_is_killed_goes_on_as_an_undisturbed_one(tmp_path: Path) ->
     assert outcomes(again) == outcomes(whole)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 def test_equal_seeds_give_equal_trials_and_others_do_not(tmp_path: Path, sampler: Any) -> None:
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -41,7 +41,7 @@ def search(
     teacher: nn.Module | None = None,
     storage: str | Path | None = None,
     study: str | None = None,
-    sampler: Sampler = "tpe",
+    sampler: Sampler = "gp",
     example_inputs: Inputs | None = None,
     dynamic_shapes: Any = "batch",
     beat: float = 5.0,
@@ -62,7 +62,8 @@ def search(
         workdir: where all is kept; the front's artifacts are in `front/`.
         storage: what workers share: an Optuna URL, or a file; by default one in `workdir`.
         study: its name in the storage; by default the folder's name.
-        sampler: "tpe" learns from earlier trials, "random" does not.
+        sampler: "gp" learns from earlier trials by Gaussian processes, which takes few of them; "tpe" by densities, as
+            "gp" does where trials or objectives are many; "random" does not.
         beat: seconds between a worker's signs of life.
         progress: called with an `Event` as things go on.
 

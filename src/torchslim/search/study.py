@@ -17,10 +17,11 @@ from typing import Any, Literal
 from torchslim.errors import RecipeError, StorageError
 from torchslim.search.space import Parameter
 
-Sampler = Literal["tpe", "random"]
+Sampler = Literal["gp", "tpe", "random"]
 BEAT_SECONDS = 5.0
 GRACE_BEATS = 12  # so many beats that are missed, and a worker on another machine counts as dead
 SAME = "same_as"  # in the result of a trial whose recipe was tried before: it does not count
+GP_TRIALS, GP_OBJECTIVES = 150, 3  # beyond, Gaussian processes take too long
 STARTUP = 10  # trials at random before the sampler learns from them, or a third of all where that is less
 
 
@@ -145,7 +146,7 @@ class Ledger:
         objectives: int,
         parameters: Sequence[Parameter],
         trials: int,
-        sampler: Sampler = "tpe",
+        sampler: Sampler = "gp",
         seed: int = 0,
         bounds: int = 0,
         beat: float = BEAT_SECONDS,
@@ -347,12 +348,14 @@ class Ledger:
         seed = (self.seed * 1_000_003 + number) % 2**32
         if self.sampler == "random" or self.repeats():  # what has learned to repeat itself must look elsewhere
             return optuna.samplers.RandomSampler(seed=seed)
-        return optuna.samplers.TPESampler(
-            seed=seed,
-            multivariate=True,
-            n_startup_trials=min(STARTUP, max(4, self.trials // 3)),
-            constraints_func=_excess if self.bounds else None,
-        )
+        options: Any = {
+            "seed": seed,
+            "n_startup_trials": min(STARTUP, max(4, self.trials // 3)),
+            "constraints_func": _excess if self.bounds else None,
+        }
+        if self.sampler == "gp" and number < GP_TRIALS and len(self.study.directions) <= GP_OBJECTIVES:
+            return optuna.samplers.GPSampler(**options)
+        return optuna.samplers.TPESampler(**options, multivariate=True)
 
     def _distributions(self) -> dict[str, Any]:
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
