@@ -130,7 +130,7 @@ def test_starts_are_tried_first_and_failures_count(tmp_path: Path) -> None:
 
 
 def test_after_a_repeat_it_looks_elsewhere(tmp_path: Path) -> None:
-    book = ledger(open_storage(tmp_path / "study"), 12, seed=5)
+    book = ledger(open_storage(tmp_path / "study"), 12, seed=5, bounds=1)
     best = {"x": 0.0, "kind": {"do": "b"}}
     book.enqueue([best])
     drawn = []
@@ -139,11 +139,22 @@ def test_after_a_repeat_it_looks_elsewhere(tmp_path: Path) -> None:
         values = book.values(trial)
         same = values["x"] < 0.5 and values != best
         drawn.append(values["x"])
-        book.tell(trial, {"state": "candidate"} | ({"same_as": 0} if same else {}), None if same else answer(values))
+        result = {"state": "candidate", "bad": {"x": values["x"] - 0.7}} | ({"same_as": 0} if same else {})
+        book.tell(trial, result, None if same else answer(values))
         if len(book.results()) == 12:
             break
     assert len(book.results()) == 12
     assert book.repeats() < 12
+
+
+def test_few_trials_are_enough_to_find_what_keeps_a_bound(tmp_path: Path) -> None:
+    book = ledger(open_storage(tmp_path / "study"), 16, seed=2, bounds=1)
+    while (trial := book.ask()) is not None:
+        values = book.values(trial)
+        away = abs(values["x"] - 0.31) + (values["kind"] == "a")
+        book.tell(trial, {"state": "candidate", "bad": {"away": away - 0.05}}, [away, values["x"]])
+    late = [values for _, values, _ in book.results()[8:]]
+    assert sum(abs(values["x"] - 0.31) < 0.05 and values["kind"] != "a" for values in late) >= 4
 
 
 def test_starts_that_are_too_many_are_not_waited_for(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torchslim.budget import UNITS, Budget
 
 HOPELESS = 3  # so many that are better in everything, and a candidate is given up
 NOISE = 0.05  # a measured time may be over its bound by so much and still be tried further
-NEAR = 3.0  # times the bound of the drop: what a short training left there may still come back
+NEAR = 2.0  # times the bound of the drop: what a short training left there may still come back
 WHOLE = "whole"  # the stage of a trial that trains nothing: its figures are final
 
 K = TypeVar("K")

@@ -226,6 +226,7 @@ class Ledger:
 
         with hushed():
             trial.set_user_attr("result", json.dumps(result))
+            self.study.sampler = self._learner()  # keeps the constraints, whoever drew the trial
             if values is None:
                 self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             else:
@@ -348,6 +349,11 @@ class Ledger:
         seed = (self.seed * 1_000_003 + number) % 2**32
         if self.sampler == "random" or self.repeats():  # what has learned to repeat itself must look elsewhere
             return optuna.samplers.RandomSampler(seed=seed)
+        return self._learner(seed, number)
+
+    def _learner(self, seed: int = 0, number: int = 0) -> Any:
+        import optuna
+
         options: Any = {
             "seed": seed,
             "n_startup_trials": min(STARTUP, max(4, self.trials // 3)),
