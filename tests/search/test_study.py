@@ -86,6 +86,19 @@ def test_a_worker_of_another_machine_is_dead_when_its_beats_stop(
     assert len(near.results()) == 2
 
 
+def test_who_is_taken_for_dead_and_is_not_goes_on(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "study")
+    slow, quick = ledger(storage, 2), ledger(storage, 2)
+    trial = slow.ask()
+    with slow.beating(trial):
+        quick.give_back(trial)  # as one would whose clock ran on while the other slept
+        time.sleep(0.5)
+    slow.tell(trial, {"state": "candidate"}, answer(slow.values(trial)))
+    assert quick.results() == []
+    assert work(slow) == 2
+    assert len(quick.results()) == 2
+
+
 def test_a_study_that_is_killed_goes_on_as_an_undisturbed_one(tmp_path: Path) -> None:
     whole = ledger(open_storage(tmp_path / "whole"), 14, seed=3)
     work(whole)

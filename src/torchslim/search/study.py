@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -186,8 +186,10 @@ class Ledger:
             if self._taken() >= self.trials:
                 return None
             self.study.sampler = self._make_sampler(sum("result" in each.user_attrs for each in self._all()))
-            trial = self.study.ask(self._distributions())
+            trial = self.study.ask()
             trial.set_user_attr("worker", self.worker)
+            with self.beating(trial):  # drawing takes its time, too
+                self._draw(trial)
             if self._taken(before=trial.number) >= self.trials:  # several workers asked at once
                 self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 return None
@@ -204,13 +206,16 @@ class Ledger:
     @contextmanager
     def beating(self, trial: Any) -> Iterator[None]:
         """Show signs of life while the block runs."""
+        import optuna
+
         stop = threading.Event()
 
         def beat() -> None:
             count = 0
             while not stop.wait(self.beat):
                 count += 1
-                self.storage.set_trial_user_attr(trial._trial_id, "beat", count)
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):  # somebody took this worker for dead
+                    self.storage.set_trial_user_attr(trial._trial_id, "beat", count)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -221,10 +226,10 @@ class Ledger:
             thread.join()
 
     def tell(self, trial: Any, result: Mapping[str, Any], values: Sequence[float] | None) -> None:
-        """Keep a result; without values the trial has failed."""
+        """Keep a result; without values the trial has failed. Of a trial that another has taken over it is dropped."""
         import optuna
 
-        with hushed():
+        with hushed(), suppress(optuna.exceptions.UpdateFinishedTrialError):
             trial.set_user_attr("result", json.dumps(result))
             self.study.sampler = self._learner()  # keeps the constraints, whoever drew the trial
             if values is None:
@@ -363,20 +368,14 @@ class Ledger:
             return optuna.samplers.GPSampler(**options)
         return optuna.samplers.TPESampler(**options, multivariate=True)
 
-    def _distributions(self) -> dict[str, Any]:
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-        found: dict[str, Any] = {}
+    def _draw(self, trial: Any) -> None:
         for each in self.parameters:
             if each.kind == "choice":  # by their places, as choices may be tables
-                found[each.name] = CategoricalDistribution(list(range(len(each.choices))))
+                trial.suggest_categorical(each.name, list(range(len(each.choices))))
             elif each.kind == "int":
-                found[each.name] = IntDistribution(
-                    int(each.low), int(each.high), log=each.log, step=int(each.step or 1)
-                )
+                trial.suggest_int(each.name, int(each.low), int(each.high), log=each.log, step=int(each.step or 1))
             else:
-                found[each.name] = FloatDistribution(each.low, each.high, log=each.log, step=each.step)
-        return found
+                trial.suggest_float(each.name, each.low, each.high, log=each.log, step=each.step)
 
     def _stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {
