@@ -374,3 +374,19 @@ def test_a_bench_measures_a_program_once(monkeypatch):
     int8 = replace(bench, steps=[ts.Quantize("int8")])
     assert int8.about(whole) != bench.about(whole)
     assert int8.about(whole)["ends"] == "int8"
+
+
+@pytest.mark.parametrize(("later", "known"), [(1.0, 1.0), (0.7, 0.7), (0.95, 1.0), (3.0, 1.0)])
+def test_a_reference_that_was_timed_on_a_busy_machine_is_mended(monkeypatch, tmp_path, later, known):
+    """Of milliseconds; the ratios to it came from paired rounds, and stay."""
+    busy = [1.0]
+    monkeypatch.setattr(
+        latency_table, "compare", lambda deployed, **_: Timings({name: [2.0 * busy[0]] for name in deployed})
+    )
+    reference, other = (ts.deploy(each, INPUTS, runtime="eager") for each in (chain(), cut(0.3, Clock())))
+    table = latency_table.LatencyTable("eager", path=tmp_path / "table.json")
+    first = table.measure({"other": other}, reference)["other"]
+    busy[0] = later
+    assert table.settle(reference).ms == pytest.approx(2.0 * known)
+    assert table.known(reference.spec.structure)[reference.spec.structure].ms == pytest.approx(2.0 * known)
+    assert table.measure({"other": other}, reference)["other"] == first

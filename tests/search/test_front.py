@@ -116,6 +116,15 @@ def test_what_came_out_as_another_waits() -> None:
     assert in_full({0: results[0], 1: results[1]}, budget) == [0, 1]
 
 
+def test_what_is_worse_than_one_that_trains_nothing_waits() -> None:
+    budget = Budget(metric_drop=0.5, minimize=NAMES, finalists=1)
+    results = {
+        0: result(0.1, 2.0, budget, WHOLE), 1: result(0.2, 2.0, budget), 2: result(0.6, 1.0, budget),
+    }  # fmt: skip
+    assert in_full(results, budget) == [0, 2]
+    assert in_full({0: results[0], 1: results[1]}, budget) == [0, 1]
+
+
 def test_what_is_at_work_elsewhere_is_waited_for() -> None:
     budget = Budget(metric_drop=0.5, minimize=NAMES, finalists=1)
     results = {0: result(9.0, 1.0, budget), 1: result(9.0, 2.0, budget), 2: {"state": "failed", "stage": "cheap"}}

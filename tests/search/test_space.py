@@ -72,12 +72,18 @@ def test_the_document_stays_as_it_was() -> None:
     assert document == tomllib.loads(RECIPE)
 
 
-def test_a_search_begins_at_both_ends_and_in_the_middle() -> None:
-    first, middle, last, *_ = space().starts
-    assert (last["1-prune.skip"], last["1-prune.sparsity"], last["3-quantize.scheme"]) == (False, 0.8, "int8-weights")
+def test_a_search_begins_with_the_first_and_along_the_whole_recipe() -> None:
+    found = space("metric_drop = 1.0", "trials = 40\nfinalists = 1")
+    first, middle, last, skip, quarter, three, *_ = found.starts
     assert (first["1-prune.skip"], first["1-prune.sparsity"], first["2-distill.epochs"]) == (True, 0.2, 1)
     assert (middle["1-prune.sparsity"], middle["2-distill.epochs"]) == (0.5, 3)
     assert middle["2-distill.lr"] == pytest.approx(1e-3)
+    assert only_changed(found, skip) == {"skip": False}
+    for place, values in ((0.25, quarter), (0.5, middle), (0.75, three), (1.0, last)):
+        assert values["1-prune.sparsity"] == pytest.approx(0.2 + place * 0.6)
+        assert {each.name: values[each.name] for each in found.parameters if each.kind == "choice"} == {
+            each.name: each.path[-1] != "skip" and each.choices[0] for each in found.parameters if each.kind == "choice"
+        }
 
 
 def only_changed(found: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -86,11 +92,9 @@ def only_changed(found: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_then_each_other_choice_is_tried_by_itself() -> None:
-    found = space()
-    changed = [only_changed(found, each) for each in found.starts[3:]]
-    assert [tuple(each) for each in changed] == [
-        ("runtime",), ("skip",), ("response",), ("response",), ("scheme",), ("head",)
-    ]  # fmt: skip
+    found = space("metric_drop = 1.0", "trials = 40\nfinalists = 1")
+    changed = [only_changed(found, each) for each in found.starts[6:]]
+    assert [tuple(each) for each in changed] == [("runtime",), ("response",), ("response",), ("scheme",), ("head",)]
     assert len(space("metric_drop = 1.0", "trials = 10").starts) == 5
     assert len(space("metric_drop = 1.0", "trials = 1\nfinalists = 1").starts) == 3
     # what changes nothing, as the response of a step that is left out, and what needs another choice beside it

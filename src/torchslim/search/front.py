@@ -119,8 +119,13 @@ def wanted(
     if taken >= (budget.finalists if within or not budget.bounds else 2 * budget.finalists):
         return None
     rest = [number for number in order if number not in finished and number not in good]
-    known = [figures[number] for number in finished]  # equal figures are a sign of values that change nothing
-    return next((number for number in rest if figures[number] not in known), next(iter(rest), None))
+    known = [figures[number] for number in finished]
+
+    def can_wait(number: int) -> tuple[bool, bool]:  # no better than one of these, or even equal: values change nothing
+        mine = figures[number]
+        return any(all(each[name] <= mine[name] for name in budget.objectives) for each in known), mine in known
+
+    return min(rest, key=can_wait, default=None)
 
 
 def _distinct(layer: Sequence[int], figures: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> list[int]:

@@ -142,7 +142,10 @@ class Lab:
             model, _ = copy_model(self.model)
             bench = self._bench(target, ())
             with preserved_globals(self.seed):
-                self._baselines[target] = bench.deploy(model), {}
+                deployed = bench.deploy(model)
+            if "latency" in self.budget.figures:
+                LatencyTable(target.runtime, target.threads).settle(deployed)
+            self._baselines[target] = deployed, {}
         deployed, known = self._baselines[target]
         share = effort.data if effort is not None else 1.0
         name = f"metric of {share}"

@@ -13,14 +13,14 @@ MILDEST = "int8"  # what it does to the outputs is taken for bearable, where the
 
 
 def informed_start(space: Space, found: Sensitivity) -> dict[str, Any]:
-    """The strongest values whose damages, added up over the model, are still bearable; the rest from the middle.
+    """The strongest values whose damages, added up over the model, are still bearable; the rest as `Space.whole`.
 
     Bearable is the budget's drop where the metric was measured, and else what static int8 of all layers does. Damages
     of single changes add up to the model's only roughly: it is a place to begin, not a prediction.
     """
     totals = total_damage(found)
     limit = _bearable(found, totals, space.budget)
-    values = space.middle
+    values = space.whole(0.5)
     for parameter in space.parameters:
         if parameter.path[-1] == "sparsity" and parameter.kind == "float":
             values[parameter.name] = _sparsity(parameter, totals, limit)
@@ -28,8 +28,6 @@ def informed_start(space: Space, found: Sensitivity) -> dict[str, Any]:
             known = [each for each in parameter.choices if each in totals]
             if known:
                 values[parameter.name] = min(known, key=totals.__getitem__)
-        elif parameter.path[-1] == "skip":
-            values[parameter.name] = False
     return values
 
 

@@ -44,20 +44,19 @@ class Parameter:
         """Values that must all be possible for the whole parameter to be: the ends of a range, or all choices."""
         return self.choices if self.kind == "choice" else (self.low, self.high)
 
-    @property
-    def middle(self) -> Any:
-        """A value in the middle."""
+    def at(self, part: float) -> Any:
+        """A value at a part of the way from the first to the last."""
         if self.kind == "choice":
-            return self.choices[len(self.choices) // 2]
-        middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+            return self.choices[int(part * (len(self.choices) - 1) + 0.5)]
+        value = self.low * (self.high / self.low) ** part if self.log else self.low + part * (self.high - self.low)
         step = self.step or (1 if self.kind == "int" else None)
         if step:
-            middle = self.low + round((middle - self.low) / step) * step
-        return int(middle) if self.kind == "int" else middle
+            value = self.low + round((value - self.low) / step) * step
+        return int(value) if self.kind == "int" else value
 
     def drawn(self, generator: random.Random) -> Any:
         """A value at random, for checks."""
-        return generator.choice((*self.ends, self.middle))
+        return generator.choice((*self.ends, self.at(0.5)))
 
     def to_json(self) -> dict[str, Any]:
         """For reports."""
@@ -106,27 +105,35 @@ class Space:
         """The first end of all parameters."""
         return {each.name: each.ends[0] for each in self.parameters}
 
-    @property
-    def middle(self) -> dict[str, Any]:
-        """The middle of all parameters."""
-        return {each.name: each.middle for each in self.parameters}
+    def whole(self, part: float) -> dict[str, Any]:
+        """No step is skipped, the numbers are at a part of their ways, everything else is the first choice."""
+        return {
+            each.name: False if each.path[-1] == "skip" else each.at(part) if each.kind != "choice" else each.choices[0]
+            for each in self.parameters
+        }
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """Where a search begins: the first ends, the middle, the last ends, then each other choice beside the first.
+        """Where a search begins: at most half of the budget's trials, if that is three or more.
 
-        So each technique is seen by itself. At most half of the budget's trials, if that is three or more.
+        The first of everything; the whole recipe at the middle and the end of its numbers; the first with each step
+        that may be skipped the other way; the whole at the quarters; the first with each other choice. So it sees how
+        far the numbers can go, and each technique by itself.
         """
-        found = [self.first, self.middle, {each.name: each.ends[-1] for each in self.parameters}]
-        alone = [
-            {**self.first, each.name: choice}
-            for each in self.parameters if each.kind == "choice" for choice in each.choices[1:]
+        skips, others = (
+            [{**self.first, each.name: choice} for each in self.parameters
+             if each.kind == "choice" and (each.path[-1] == "skip") == skip for choice in each.choices[1:]]
+            for skip in (True, False)
+        )  # fmt: skip
+        ordered = [
+            self.first, self.whole(0.5), self.whole(1.0), *skips, self.whole(0.25), self.whole(0.75), *others
         ]  # fmt: skip
-        known = [self.chosen(each) for each in found]
-        for values in alone:
+        known: list[dict[str, Any]] = []
+        found = []
+        for values in ordered:
             try:
                 self.recipe(values)
-            except RecipeError:  # this choice needs another beside it
+            except RecipeError:  # a choice needs another beside it
                 continue
             if self.chosen(values) not in known:
                 known.append(self.chosen(values))
