@@ -17,8 +17,9 @@ from torch import nn
 import torchslim as ts
 from tests import toy
 from torchslim.errors import QuantizeError
-from torchslim.quantize.mixed import Trials, fewest
+from torchslim.quantize.mixed import Trials, exceptions, fewest
 from torchslim.recipe import parse_recipe
+from torchslim.select import matches
 
 NAMES = "abcdefg"
 
@@ -132,11 +133,13 @@ def test_what_is_known_beforehand_decides_the_order_and_nothing_is_measured_for_
 ) -> None:
     model, task = steep()
     step = ts.Quantize("int8", layers="auto", metric_drop=1.0)
-    ranked, most = Trials(model, context(model, task), step).ranked()
-    assert (ranked[0], sorted(ranked), most) == ("head", ["first", "head", "second"], 2)
+    trials = Trials(model, context(model, task), step)
+    assert trials.rank() == 2
+    assert (trials.layers[0], sorted(trials.layers)) == ("head", ["first", "head", "second"])
     monkeypatch.setattr("torchslim.quantize.single.damages", lambda *_: pytest.fail("measured"))
     priors = {"first": 2.0, "second": 0.5, "head": 0.1}
-    assert Trials(model, context(model, task, priors=priors), step).ranked() == (["first", "second", "head"], 2)
+    informed = Trials(model, context(model, task, priors=priors), step)
+    assert (informed.rank(), informed.layers) == (2, ("first", "second", "head"))
 
 
 def test_a_killed_choice_goes_on_from_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,3 +207,40 @@ def test_a_recipe_may_ask_for_it() -> None:
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(QuantizeError, match=message):
         ts.Quantize("int8", **options)
+
+
+class Attention(nn.Module):
+    """One head whose products belong to the module that its projections are in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), -1) @ self.value(x)
+
+
+def test_what_is_inside_of_a_layer_that_is_left_out_can_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(), nn.Linear(16, 4)).eval()
+    x = torch.randn(32, 6, 16)
+    task = ts.Task(val=[(x,)], metric=ts.Metric(fn=lambda predict, batches: 0.0))
+    trials = Trials(model, context(model, task), ts.Quantize("int8", layers="auto", metric_drop=0.0))
+    assert trials.rank() == 4
+    assert set(trials.layers) == {"0", "0.query", "0.key", "0.value", "1"}
+    for left in (("0",), ("0", "0.key"), ("0", "0.query", "0.key", "1"), ("0.query", "1")):
+        prepared = trials.way.prepared(model, trials.ctx, trials.exceptions(left))
+        quantized = {each.layer for each in prepared.records if each.action == "quantized"}
+        assert quantized == {"0.query", "0.key", "0.value", "1"} - set(left)
+        products = any("matmul" in str(node.target) and "activation_post" in str(node.args)
+                       for node in prepared.program.graph.nodes)  # fmt: skip
+        assert products == ("0" not in left)
+
+
+@given(st.sets(st.sampled_from(["a", "a.b", "a.b.c", "a.d", "ab", "e"])))
+def test_exceptions_say_of_each_layer_what_is_meant(left: set[str]) -> None:
+    layers = ["a", "a.b", "a.b.c", "a.d", "ab", "e"]
+    said = exceptions(sorted(left), layers, "int8")
+    for name in layers:
+        last = [scheme for pattern, scheme in said.items() if matches(pattern, name, {})][-1:] or ["int8"]
+        assert last == ["float" if name in left else "int8"]

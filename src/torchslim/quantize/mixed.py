@@ -32,6 +32,17 @@ def fallback(scheme: str) -> str:
     return "int8-weights" if find_scheme(scheme).weight_bits < 8 else FLOAT
 
 
+def exceptions(left: Sequence[str], layers: Sequence[str], scheme: str) -> dict[str, str]:
+    """Some layers left out, as `Quantize.layers` takes them.
+
+    A name there covers what is inside of it, so the layers that stay inside of one that is left out, as the
+    projections of an attention whose products are, are named after it.
+    """
+    inside = (name for name in layers if any(name.startswith(f"{each}.") for each in left))
+    found = dict.fromkeys(inside, scheme) | dict.fromkeys(left, fallback(scheme))
+    return dict(sorted(found.items(), key=lambda pair: pair[0].count(".")))  # the outer first: the last counts
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """Which layers stay out, in the order in which they hurt, and what the metric then loses, in its own unit."""
@@ -109,6 +120,7 @@ class Trials:
     ctx: Context
     way: Way
     rows: dict[str, float] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()  # that can be left out, the most sensitive first
 
     def __post_init__(self) -> None:
         self.path = None if self.ctx.state is None else self.ctx.state / "mixed.json"
@@ -116,8 +128,8 @@ class Trials:
             self.rows = json.loads(self.path.read_text())
         self.base = self._known("base", lambda: self.metric(predictor(self.model)))
 
-    def ranked(self) -> tuple[list[str], int]:
-        """Layers that can be left out, the most sensitive first, and how many may be.
+    def rank(self) -> int:
+        """Find out which layers can be left out, the most sensitive first, and say how many may be.
 
         From what is known beforehand where that speaks of all of them, else from the noise of the outputs when each
         alone is on integers.
@@ -141,7 +153,8 @@ class Trials:
             )  # JSON has no infinity
         # all layers in float are no quantized model
         most = len(names) - (fallback(self.way.scheme) == FLOAT)
-        return sorted(names, key=lambda name: -hurts[name]), max(most, 0)
+        self.layers = tuple(sorted(names, key=lambda name: -hurts[name]))
+        return max(most, 0)
 
     def drop(self, layers: Sequence[str]) -> float:
         """What of the metric is lost where these layers are left out, after training or without."""
@@ -163,8 +176,8 @@ class Trials:
         return worse if self.ctx.task.as_metric().higher_is_better else -worse
 
     def exceptions(self, layers: Sequence[str]) -> dict[str, str]:
-        """As `Quantize.layers` takes them."""
-        return dict.fromkeys(layers, fallback(self.way.scheme))
+        """With these left out, as `Quantize.layers` takes them."""
+        return exceptions(layers, self.layers, self.way.scheme)
 
     def metric(self, predict: Any) -> float:
         """On val; every evaluation sees the same batches."""

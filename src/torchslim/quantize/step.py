@@ -178,20 +178,20 @@ class Quantize:
         """Find the layers that are left out, then quantize; a model that is trained is checked again."""
         assert self.metric_drop is not None
         trials = Trials(model, ctx, self)
-        ranked, most = trials.ranked()
-        choice = fewest(ranked, trials.drop, self.metric_drop, most=most)
+        most = trials.rank()
+        choice = fewest(trials.layers, trials.drop, self.metric_drop, most=most)
         layers, drop, held = choice.layers, choice.drop, choice.held
-        outcome = self._with(layers, model, ctx)
+        outcome = self._with(trials.exceptions(layers), model, ctx)
         if self.mode == "qat":
             taken = [(trials.lost_by(outcome.model), layers, outcome)]
             for number in range(1, WIDENINGS + 1):
                 if taken[-1][0] <= self.metric_drop or len(layers) >= most:
                     break
-                layers = tuple(ranked[: min(max(2 * len(layers), 1), most)])
+                layers = trials.layers[: min(max(2 * len(layers), 1), most)]
                 state = None if ctx.state is None else ctx.state / f"wider-{number}"
                 if state is not None:
                     state.mkdir(parents=True, exist_ok=True)
-                outcome = self._with(layers, model, replace(ctx, state=state))
+                outcome = self._with(trials.exceptions(layers), model, replace(ctx, state=state))
                 taken.append((trials.lost_by(outcome.model), layers, outcome))
             drop, layers, outcome = min(taken, key=lambda each: each[0])
             held = drop <= self.metric_drop
@@ -201,20 +201,20 @@ class Quantize:
             other = "float" if fallback(self.scheme) == FLOAT else "8 bits"
             warnings.append(
                 f"no choice of layers that was measured keeps the metric within {self.metric_drop:g} {unit}: the "
-                f"nearest loses {drop:.4g} {unit} with {len(layers)} of {len(ranked)} layers in {other}"
+                f"nearest loses {drop:.4g} {unit} with {len(layers)} of {len(trials.layers)} layers in {other}"
             )
         return replace(outcome, warnings=warnings)
 
-    def _with(self, layers: Sequence[str], model: nn.Module, ctx: Context) -> Outcome:
-        """The step with these layers left out, and their records saying why."""
+    def _with(self, layers: Mapping[str, str], model: nn.Module, ctx: Context) -> Outcome:
+        """The step with layers left out, and their records saying why."""
         other = fallback(self.scheme)
-        outcome = replace(self, layers=dict.fromkeys(layers, other), metric_drop=None)(model, ctx)
+        outcome = replace(self, layers=layers, metric_drop=None)(model, ctx)
         types = class_names(model)
 
         def explained(record: LayerRecord) -> LayerRecord:
             left = record.reason == AS_ASKED or (record.action == "quantized" and not record.reason and other != FLOAT)
-            mine = left and any(matches(each, record.layer, types) for each in layers)
-            return replace(record, reason=KEPT[other]) if mine else record
+            last = next((layers[each] for each in reversed(layers) if matches(each, record.layer, types)), None)
+            return replace(record, reason=KEPT[other]) if left and last == other else record
 
         return replace(outcome, layers=[explained(each) for each in outcome.layers])
 
