@@ -205,7 +205,7 @@ class Quantize:
             )
         return replace(outcome, warnings=warnings)
 
-    def _with(self, layers: Mapping[str, str], model: nn.Module, ctx: Context) -> Outcome:
+    def _with(self, layers: dict[str, str], model: nn.Module, ctx: Context) -> Outcome:
         """The step with layers left out, and their records saying why."""
         other = fallback(self.scheme)
         outcome = replace(self, layers=layers, metric_drop=None)(model, ctx)
