@@ -134,12 +134,12 @@ def test_what_is_known_beforehand_decides_the_order_and_nothing_is_measured_for_
     model, task = steep()
     step = ts.Quantize("int8", layers="auto", metric_drop=1.0)
     trials = Trials(model, context(model, task), step)
-    assert trials.rank() == 2
+    assert trials.most == 2
     assert (trials.layers[0], sorted(trials.layers)) == ("head", ["first", "head", "second"])
     monkeypatch.setattr("torchslim.quantize.single.damages", lambda *_: pytest.fail("measured"))
     priors = {"first": 2.0, "second": 0.5, "head": 0.1}
     informed = Trials(model, context(model, task, priors=priors), step)
-    assert (informed.rank(), informed.layers) == (2, ("first", "second", "head"))
+    assert (informed.most, informed.layers) == (2, ("first", "second", "head"))
 
 
 def test_a_killed_choice_goes_on_from_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_what_is_inside_of_a_layer_that_is_left_out_can_stay() -> None:
     x = torch.randn(32, 6, 16)
     task = ts.Task(val=[(x,)], metric=ts.Metric(fn=lambda predict, batches: 0.0))
     trials = Trials(model, context(model, task), ts.Quantize("int8", layers="auto", metric_drop=0.0))
-    assert trials.rank() == 4
+    assert trials.most == 4
     assert set(trials.layers) == {"0", "0.query", "0.key", "0.value", "1"}
     for left in (("0",), ("0", "0.key"), ("0", "0.query", "0.key", "1"), ("0.query", "1")):
         prepared = trials.way.prepared(model, trials.ctx, trials.exceptions(left))

@@ -95,8 +95,9 @@ class LatencyTable:
         took = compare({first: reference}, batch=self.batch, rounds=ROUNDS, seconds=SECONDS).latency(first)
         if took.median >= BUSY * before.ms:
             return before
-        self.add(first, {first: replace(before, ms=took.median, rounds=took.rounds)})
-        return self.known(first)[first]
+        found = replace(before, ms=took.median, rounds=took.rounds)
+        self.add(first, {first: found})
+        return found
 
     def add(self, reference: str, timings: Mapping[str, Timing]) -> None:
         """Keep timings; what other processes have added meanwhile stays."""

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import nn
@@ -120,7 +121,6 @@ class Trials:
     ctx: Context
     way: Way
     rows: dict[str, float] = field(default_factory=dict)
-    layers: tuple[str, ...] = ()  # that can be left out, the most sensitive first
 
     def __post_init__(self) -> None:
         self.path = None if self.ctx.state is None else self.ctx.state / "mixed.json"
@@ -128,8 +128,9 @@ class Trials:
             self.rows = json.loads(self.path.read_text())
         self.base = self._known("base", lambda: self.metric(predictor(self.model)))
 
-    def rank(self) -> int:
-        """Find out which layers can be left out, the most sensitive first, and say how many may be.
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Those that can be left out, the most sensitive first.
 
         From what is known beforehand where that speaks of all of them, else from the noise of the outputs when each
         alone is on integers.
@@ -151,10 +152,12 @@ class Trials:
             self._keep(
                 {f"damage {name}": min(hurts[name], sys.float_info.max) for name in names}
             )  # JSON has no infinity
-        # all layers in float are no quantized model
-        most = len(names) - (fallback(self.way.scheme) == FLOAT)
-        self.layers = tuple(sorted(names, key=lambda name: -hurts[name]))
-        return max(most, 0)
+        return tuple(sorted(names, key=lambda name: -hurts[name]))
+
+    @property
+    def most(self) -> int:
+        """How many may be left out: all in float are no quantized model."""
+        return max(len(self.layers) - (fallback(self.way.scheme) == FLOAT), 0)
 
     def drop(self, layers: Sequence[str]) -> float:
         """What of the metric is lost where these layers are left out, after training or without."""

@@ -178,16 +178,15 @@ class Quantize:
         """Find the layers that are left out, then quantize; a model that is trained is checked again."""
         assert self.metric_drop is not None
         trials = Trials(model, ctx, self)
-        most = trials.rank()
-        choice = fewest(trials.layers, trials.drop, self.metric_drop, most=most)
+        choice = fewest(trials.layers, trials.drop, self.metric_drop, most=trials.most)
         layers, drop, held = choice.layers, choice.drop, choice.held
         outcome = self._with(trials.exceptions(layers), model, ctx)
         if self.mode == "qat":
             taken = [(trials.lost_by(outcome.model), layers, outcome)]
             for number in range(1, WIDENINGS + 1):
-                if taken[-1][0] <= self.metric_drop or len(layers) >= most:
+                if taken[-1][0] <= self.metric_drop or len(layers) >= trials.most:
                     break
-                layers = trials.layers[: min(max(2 * len(layers), 1), most)]
+                layers = trials.layers[: min(max(2 * len(layers), 1), trials.most)]
                 state = None if ctx.state is None else ctx.state / f"wider-{number}"
                 if state is not None:
                     state.mkdir(parents=True, exist_ok=True)

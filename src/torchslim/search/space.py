@@ -44,6 +44,11 @@ class Parameter:
         """Values that must all be possible for the whole parameter to be: the ends of a range, or all choices."""
         return self.choices if self.kind == "choice" else (self.low, self.high)
 
+    @property
+    def skips(self) -> bool:
+        """Does it say whether a step is left out?"""
+        return self.path[-1] == "skip"
+
     def at(self, part: float) -> Any:
         """A value at a part of the way from the first to the last."""
         if self.kind == "choice":
@@ -108,7 +113,7 @@ class Space:
     def whole(self, part: float) -> dict[str, Any]:
         """No step is skipped, the numbers are at a part of their ways, everything else is the first choice."""
         return {
-            each.name: False if each.path[-1] == "skip" else each.at(part) if each.kind != "choice" else each.choices[0]
+            each.name: False if each.skips else each.at(part) if each.kind != "choice" else each.choices[0]
             for each in self.parameters
         }
 
@@ -120,13 +125,13 @@ class Space:
         that may be skipped the other way; the whole at the quarters; the first with each other choice. So it sees how
         far the numbers can go, and each technique by itself.
         """
-        skips, others = (
-            [{**self.first, each.name: choice} for each in self.parameters
-             if each.kind == "choice" and (each.path[-1] == "skip") == skip for choice in each.choices[1:]]
-            for skip in (True, False)
-        )  # fmt: skip
+        alone = [
+            (each.skips, {**self.first, each.name: choice})
+            for each in self.parameters if each.kind == "choice" for choice in each.choices[1:]
+        ]  # fmt: skip
         ordered = [
-            self.first, self.whole(0.5), self.whole(1.0), *skips, self.whole(0.25), self.whole(0.75), *others
+            self.first, self.whole(0.5), self.whole(1.0), *(values for skips, values in alone if skips),
+            self.whole(0.25), self.whole(0.75), *(values for skips, values in alone if not skips),
         ]  # fmt: skip
         known: list[dict[str, Any]] = []
         found = []
@@ -240,7 +245,7 @@ def _parameter(name: str, path: Path, table: Mapping[str, Any], where: str) -> P
 def _check_values(space: Space) -> None:
     """Every end of every range and every choice must make a valid recipe, whatever the others have to be for that."""
     first = space.first
-    skips = {each.path: each.name for each in space.parameters if each.path[-1] == "skip"}
+    skips = {each.path: each.name for each in space.parameters if each.skips}
     failed: list[tuple[bool, str, RecipeError]] = []
     for parameter in space.parameters:
         skip = skips.get((*parameter.path[:2], "skip"))
