@@ -10,11 +10,33 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.processors import PROCESSORS, detected
+
 settings.register_profile(
     "laws", deadline=None, derandomize=True, database=None, max_examples=50,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 settings.load_profile("laws")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--processor avx2` runs all tests as if torchslim had detected that processor."""
+    parser.addoption("--processor", choices=[*PROCESSORS], help="the processor that torchslim detects in all tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the test modules are imported: some of them compute expected ranges then."""
+    if name := config.getoption("--processor"):
+        forced = detected(name)
+        forced.__enter__()
+        config.add_cleanup(lambda: forced.__exit__(None, None, None))
+
+
+@pytest.fixture(params=[*PROCESSORS])
+def processor(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once for each simulated processor."""
+    with detected(request.param) as name:
+        yield name
 
 
 @pytest.fixture(autouse=True)

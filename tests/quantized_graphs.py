@@ -18,15 +18,6 @@ from torchslim.quantize.weight_only import emit, quantize_groups
 from torchslim.structure import flatten
 
 aten = torch.ops.aten
-LOW, HIGH = weight_range("onnxruntime")
-WEIGHT = QuantizationSpec(
-    dtype=torch.int8,
-    observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=1e-20),
-    quant_min=LOW,
-    quant_max=HIGH,
-    qscheme=torch.per_channel_symmetric,
-    ch_axis=0,
-)
 ACTIVATION = QuantizationSpec(
     dtype=torch.uint8,
     observer_or_fake_quant_ctr=PlaceholderObserver.with_args(eps=1e-7),
@@ -38,6 +29,19 @@ ACTIVATION = QuantizationSpec(
 RECURRENT = (aten.lstm.input, aten.gru.input)
 
 
+def weight_spec() -> QuantizationSpec:
+    """Symmetric int8 per output channel, in the range of the processor that is detected now."""
+    low, high = weight_range("onnxruntime")
+    return QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=1e-20),
+        quant_min=low,
+        quant_max=high,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+
+
 class Simple(Quantizer):
     """Int8 weights for linear, recurrent and convolution layers; dynamic inputs for those in `dynamic`."""
 
@@ -46,6 +50,7 @@ class Simple(Quantizer):
         self.dynamic = dynamic
 
     def annotate(self, model: GraphModule) -> GraphModule:
+        weight = weight_spec()
         for node in model.graph.nodes:
             if node.target in RECURRENT:
                 weights = [each for each in node.args[2] if each.meta["val"].dim() == 2]
@@ -53,7 +58,7 @@ class Simple(Quantizer):
                 weights = [node.args[1]]
             else:
                 continue
-            inputs = dict.fromkeys(weights, WEIGHT)
+            inputs = dict.fromkeys(weights, weight)
             if node.target in self.dynamic:
                 inputs[node.args[0]] = ACTIVATION
             node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)

@@ -15,10 +15,10 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from tests.processors import SATURATING, detected
 from tests.quantized_graphs import int4_graph, int8_graph, stored_bits
 from torchslim.export import capture
 from torchslim.lowered import lowered as executed
-from torchslim.machine import saturates
 from torchslim.quantize import convert, prepare, sqnr
 from torchslim.runtimes import deploy, find_runtime, integer_kernels
 from torchslim.runtimes.integer_kernels import DynamicLinear, DynamicRecurrent
@@ -269,13 +269,15 @@ def test_without_the_kernels_the_graph_runs_as_it_is(kind: str, monkeypatch: pyt
         assert sqnr(graph(x), module(x)) >= 100
 
 
-def test_activations_are_reduced_only_where_products_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("made_for", ["avx2", "avx512-vnni"])
+def test_activations_are_reduced_only_where_products_overflow(made_for: str, processor: str) -> None:
+    """Seven-bit weights, made for such a processor, cannot overflow there."""
     x = (torch.randn(3, 24),)
-    graph = int8_graph(nn.Linear(24, 8), x, dynamic=True)
-    for slow in (False, True):
-        monkeypatch.setattr(integer_kernels, "saturates", lambda slow=slow: slow)
+    with detected(made_for):
+        graph = int8_graph(nn.Linear(24, 8), x, dynamic=True)
+    with detected(processor):
         (kernel,) = (each for each in lowered(graph, x).modules() if isinstance(each, DynamicLinear))
-        assert kernel.reduce_range is (slow and not saturates())
+    assert kernel.reduce_range is (processor in SATURATING and made_for not in SATURATING)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests import toy
+from tests.processors import SATURATING, detected
 from tests.test_cli import call  # noqa: F401 - a fixture
 from torchslim.errors import ExportError, RecipeError, TaskError
 from torchslim.search import make_space
@@ -104,12 +105,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], ts.Task]]] = {
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same rules on every machine: both runtimes, and VNNI; and the same weights each time."""
     torch.manual_seed(0)
     monkeypatch.setattr(suggesting, "installed", lambda *, speed=True: BOTH if speed else BOTH[:1])
-    monkeypatch.setattr(suggesting, "saturates", lambda: False)
-    monkeypatch.setattr(suggesting, "instruction_set", lambda: "avx512-vnni")
+    with detected("avx512-vnni"):
+        yield
 
 
 def derived(name: str, budget: ts.Budget = FAST, **more: Any) -> tuple[ts.Suggestion, dict[str, dict[str, Any]]]:
@@ -176,9 +177,11 @@ def test_depthwise_layers_may_be_better_off_in_float() -> None:
     assert "skip" not in derived("depthwise", SMALL)[1]["quantize"], "smaller it is in any case"
 
 
-def test_without_vnni_int8_is_on_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suggesting, "saturates", lambda: True)
-    found, steps = derived("convolutions")
+@pytest.mark.parametrize("name", sorted(SATURATING))
+def test_without_vnni_int8_is_on_trial(name: str) -> None:
+    with detected(name):
+        found, steps = derived("convolutions")
+    assert found.reasons[1].startswith(f"Machine: {name}, ")
     assert steps["quantize"]["skip"] == {"search": [False, True]}
     assert "weights keep 7 bits" in found.reasons[1]
     assert "gain little without VNNI" in found.reasons[2]

@@ -31,7 +31,7 @@ def instruction_set() -> str:
     ):  # fmt: skip
         if capabilities.get(flag):
             return name
-    return platform.machine()
+    return str(capabilities.get("architecture") or platform.machine())
 
 
 def saturates() -> bool:
