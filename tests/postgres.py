@@ -10,15 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from tests.programs import postgresql
 
 USER = "torchslim"
-
-
-def programs() -> Path | None:
-    """The folder of the newest installed server; None where there is none."""
-    found = [each.parent for each in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
-    return max(found, key=lambda folder: int(folder.parent.name), default=None)
 
 
 @contextmanager
@@ -27,12 +21,7 @@ def database() -> Iterator[str]:
 
     Without PostgreSQL the test is skipped; where CI is set it fails instead.
     """
-    binaries = programs()
-    if binaries is None:
-        missing = "no PostgreSQL here (apt-get install postgresql); where CI is set this is a failure"
-        if "CI" in os.environ:
-            pytest.fail(missing)
-        pytest.skip(missing)
+    binaries = postgresql()
     with tempfile.TemporaryDirectory(prefix="torchslim-pg-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         if os.geteuid() == 0:  # the server refuses to run as root

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import doctest
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,10 +22,10 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.programs import chromium
 from torchslim.errors import ArtifactError
 from torchslim.report import load_run, numbers, render, story, table
 
-CHROMIUM = "/usr/bin/chromium"
 HOSTILE = "<script>alert(1)</script>"
 
 # --------------------------------------------------------------------------------------- a run by hand
@@ -678,10 +677,9 @@ def test_reading_and_writing_reports_loads_no_torch_and_importing_loads_no_plotl
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    if not Path(CHROMIUM).exists() and "CI" not in os.environ:
-        pytest.skip("no Chromium here (apt-get install chromium chromium-driver); where CI is set this is a failure")
+    binary, chromedriver = chromium()
     options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
+    options.binary_location = binary
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     for flag in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -690,7 +688,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     ):  # fmt: skip
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
     yield driver
     driver.quit()
 
