@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from torch import nn
@@ -69,25 +67,11 @@ def test_top_level_keys_reach_the_run() -> None:
     assert teacher is None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shift:
-    """A step of the user's own."""
-
-    accepts: ClassVar[ts.Form] = ts.Form.MODULE
-    produces: ClassVar[ts.Form] = ts.Form.MODULE
-    by: float = 0.0
-
-    def check(self, ctx: ts.Context) -> None: ...
-
-    def __call__(self, model: nn.Module, ctx: ts.Context) -> ts.Outcome:
-        return ts.Outcome(model=model, masks=ctx.masks)
-
-
 def test_a_step_of_the_users_own_needs_no_registration() -> None:
-    (made,) = steps('[[step]]\ndo = "tests.test_recipe:Shift"\nby = 1')
+    (made,) = steps('[[step]]\ndo = "tests.toy:Shift"\nby = 1')
     assert (type(made).__name__, made.by) == ("Shift", 1.0)
     with pytest.raises(RecipeError, match=r"my\.toml: step 1 .*unknown key 'bye'; did you mean 'by'"):
-        steps('[[step]]\ndo = "tests.test_recipe:Shift"\nbye = 1')
+        steps('[[step]]\ndo = "tests.toy:Shift"\nbye = 1')
 
 
 PRUNE = '[[step]]\ndo = "prune"\nsparsity = 0.5\n'

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -46,3 +49,17 @@ def task() -> ts.Task:
     """A shuffling loader for training, lists for the rest."""
     train = DataLoader(TensorDataset(*images(128, 1)), batch_size=16, shuffle=True)
     return ts.Task(train=train, val=[images(64, 2)], test=[images(64, 3)], metric="accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift:
+    """A step of a user's own."""
+
+    accepts: ClassVar[ts.Form] = ts.Form.MODULE
+    produces: ClassVar[ts.Form] = ts.Form.MODULE
+    by: float = 0.0
+
+    def check(self, ctx: ts.Context) -> None: ...
+
+    def __call__(self, model: nn.Module, ctx: ts.Context) -> ts.Outcome:
+        return ts.Outcome(model=model, masks=ctx.masks)

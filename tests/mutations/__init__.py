@@ -1,0 +1,8 @@
+"""All kinds of mutated inputs. To add one: a module here with a tuple of `Kind`, and its name in `KINDS`."""
+
+from tests.mutations.base import Kind
+from tests.mutations.recipes import KINDS_OF_RECIPES
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (*KINDS_OF_RECIPES,)}
+
+__all__ = ["KINDS", "Kind"]
