@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import random
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.nn.utils import prune as torch_prune
 
+import torchslim as ts
 from tests import models, toy
+from torchslim.errors import ModelError
 from torchslim.isolation import copy_model, preserved_globals, quiet, seed_everything, torch_threads
 from torchslim.steps import fingerprint
 from torchslim.task import predictor
@@ -199,3 +203,85 @@ def test_threads_are_set_back() -> None:
     assert torch.get_num_threads() == 1
     with torch_threads(None):
         assert torch.get_num_threads() == 1
+
+
+class Guarded(nn.Module):
+    """Holds what deepcopy refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.lock = nn.Linear(5, 3), threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(x)
+
+
+def test_an_attribute_that_cannot_be_copied_is_named() -> None:
+    with pytest.raises(ModelError, match=r"its attribute '1\.lock', a lock, cannot .*keep the attribute outside"):
+        copy_model(nn.Sequential(nn.ReLU(), Guarded()))
+    with pytest.raises(ModelError, match="attribute 'lock'"):
+        ts.prune.channels(Guarded(), (torch.randn(2, 5),), 0.5)
+
+
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(weight_norm(nn.Linear(5, 16)), nn.Tanh(), weight_norm(nn.Linear(16, 4), dim=1))
+
+
+def old_spectral_norm() -> nn.Module:
+    return nn.Sequential(spectral_norm(nn.Linear(5, 16)), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def new_weight_norm() -> nn.Module:
+    norm = parametrizations.weight_norm
+    return nn.Sequential(norm(nn.Linear(5, 16)), nn.Tanh(), norm(nn.Linear(16, 4)))
+
+
+def new_spectral_norm() -> nn.Module:
+    norm = parametrizations.spectral_norm
+    return nn.Sequential(norm(nn.Linear(5, 16)), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def old_pruning() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 4))
+    torch_prune.l1_unstructured(model[0], "weight", 0.3)
+    return model
+
+
+class Keeps(nn.Module):
+    """Keeps a tensor that its own weights were computed to, beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 16), nn.Linear(16, 4)
+        self.level = {"mean": [self.one.weight.mean()]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).tanh()) + self.level["mean"][0].detach()
+
+
+WRAPPED = [old_weight_norm, old_spectral_norm, new_weight_norm, new_spectral_norm, old_pruning, Keeps]
+
+
+@pytest.mark.parametrize("make", WRAPPED)
+def test_a_wrapped_module_is_pruned_saved_and_made_again(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = make().eval(), (torch.randn(3, 5),)
+    model(*inputs)
+    before = fingerprint(model.state_dict())
+    small = ts.prune.channels(model, inputs, 0.4, round_to=1, min_channels=1)
+    assert fingerprint(model.state_dict()) == before
+    assert sum(each.numel() for each in small.parameters()) < sum(each.numel() for each in model.parameters())
+    ts.save(small, tmp_path / "a")
+    torch.manual_seed(0)  # `Keeps` has a tensor that no state holds
+    again = ts.load_module(tmp_path / "a", make).eval()
+    assert torch.equal(again(*inputs), small(*inputs))
+    assert ts.surgery(again) == ts.surgery(small)
+    for norm in (each for each in small.modules() if "weight_g" in each._parameters):
+        assert norm.weight.shape == norm.weight_v.shape
+    twice = ts.prune.channels(again, inputs, 0.2, round_to=1, min_channels=1)
+    ts.save(twice, tmp_path / "b")
+    torch.manual_seed(0)
+    assert torch.equal(ts.load_module(tmp_path / "b", make).eval()(*inputs), twice(*inputs))
+    (again.train()(*inputs)).sum().backward()

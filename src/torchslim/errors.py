@@ -9,6 +9,10 @@ class TaskError(TorchslimError):
     """The data, the labels or the metric cannot be used."""
 
 
+class ModelError(TorchslimError):
+    """The model itself cannot be used: it cannot be copied."""
+
+
 class RecipeError(TorchslimError):
     """The recipe or the order of its steps is wrong."""
 

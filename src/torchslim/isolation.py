@@ -11,13 +11,75 @@ import random
 import sys
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from torchslim.errors import ModelError
+
+
+def duplicate(model: nn.Module, weights: Mapping[int, Tensor] | None = None) -> nn.Module:
+    """A deep copy of `model` as it stands: the one way in which models are copied.
+
+    Computed tensors among its attributes, which deepcopy refuses, are detached; those that an old-style weight norm or
+    spectral norm keeps are computed anew. Tensors in `weights`, by the identity of the originals, take their places.
+
+    Raises:
+        ModelError: an attribute cannot be copied; the message names it.
+    """
+    # deepcopy takes what the memo holds: non-leaf attributes (of lists and dicts too) are replaced by detached clones
+    memo: dict[int, Any] = empty_hooks(model) | {id(each): each.detach().clone() for each in _computed(model)}
+    memo |= weights or {}
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(_uncopyable(model, error)) from error
+    for old, new in zip(model.modules(), copied.modules(), strict=True):
+        for name, value in vars(old).items():
+            if name.startswith("_torchslim_"):  # a torch.fx.GraphModule forgets attributes that it did not make
+                vars(new).setdefault(name, copy.deepcopy(value))
+    if weights:
+        for module in copied.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, (WeightNorm, SpectralNorm)):
+                    with torch.no_grad():
+                        _renewed(module, hook)
+    return copied
+
+
+def _renewed(module: nn.Module, hook: Any) -> None:
+    """Compute the weight that an old-style norm keeps as an attribute, without a step of its power iteration."""
+    training, module.training = module.training, False
+    try:
+        hook(module, None)
+    finally:
+        module.training = training
+
+
+def _uncopyable(model: nn.Module, error: Exception) -> str:
+    """Which attribute deepcopy refuses."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            memo: dict[int, Any] = {id(each): each for each in model.modules()}
+            memo |= {id(each): each.detach() for each in _computed(model)}
+            try:
+                copy.deepcopy(value, memo)
+            except Exception as cause:  # noqa: BLE001 - whatever a user's class raises; it is what the message is about
+                where = f"{path}.{name}" if path else name
+                return (
+                    f"{type(model).__name__} cannot be copied: its attribute {where!r}, a {type(value).__name__}, "
+                    f"cannot ({type(cause).__name__}: {cause}); keep the attribute outside of the model, or give its "
+                    "class a __deepcopy__"
+                )
+    return f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); make copy.deepcopy(model) work"
 
 
 def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -27,13 +89,7 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     the copy gets plain parameters instead, with zeros where the mask was zero, and the masks are returned by
     parameter name (boolean, True where kept). A parameter that an unpruned layer shares is given a copy of its own.
     """
-    # deepcopy takes what the memo holds: non-leaf attributes (of lists and dicts too) are replaced by detached clones
-    memo: dict[int, Any] = empty_hooks(model) | {id(each): each.detach().clone() for each in _computed(model)}
-    copied = copy.deepcopy(model, memo)
-    for old, new in zip(model.modules(), copied.modules(), strict=True):
-        for name, value in vars(old).items():
-            if name.startswith("_torchslim_"):  # a torch.fx.GraphModule forgets attributes that it did not make
-                vars(new).setdefault(name, copy.deepcopy(value))
+    copied = duplicate(model)
     owners = Counter(id(each) for module in copied.modules() for each in module._parameters.values())
     masks: dict[str, Tensor] = {}
     for path, module in copied.named_modules():

@@ -14,6 +14,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from torchslim.errors import ArtifactError, PruneError
+from torchslim.isolation import copy_model, is_plain
 from torchslim.prune.record import difference, rebuild, shapes, surgery
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -53,6 +54,8 @@ def restore(module: nn.Module, weights: bytes, manifest: Mapping[str, Any], reco
     tied: Mapping[str, str] = manifest["aliases"]
     state |= {name: state[first] for name, first in tied.items()}
     wanted = {name: list(value.shape) for name, value in state.items()}
+    if difference(shapes(module), wanted) and not is_plain(module):
+        module, _ = copy_model(module)  # what was saved had its masks of torch.nn.utils.prune as zeros
     if record is not None:
         try:
             module = rebuild(module, json.loads(record), wanted, tied)

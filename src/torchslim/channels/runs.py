@@ -8,47 +8,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchslim.channels.groups import Coupling, Mask
-from torchslim.channels.leaves import filled, leaves
-from torchslim.channels.trace import Operation, Shape, Stack, Value, call, elementary, named_weights
-from torchslim.channels.values import calm, digest, execute, gathered, in_order, spread, zeroed
+from torchslim.channels.leaves import leaves
+from torchslim.channels.precision import Precise
+from torchslim.channels.trace import Dependent, Operation, Shape, Stack, Value, call, elementary, named_weights
+from torchslim.channels.values import digest, gathered, spread
 from torchslim.isolation import preserved_globals
 from torchslim.steps import Inputs
 from torchslim.task import tensors
-
-TOLERANCE = 1e-6
-"""Of float64 values, relative to their norm."""
-
-COMPACT = frozenset({
-    "native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit",
-    "cudnn_batch_norm", "_softmax", "_log_softmax", "_safe_softmax", "mean", "var", "std", "var_mean", "std_mean",
-    "amax", "amin", "max", "min", "prod", "logsumexp", "argmax", "argmin", "all", "cumprod", "aminmax", "logcumsumexp",
-})  # fmt: skip
-"""Operations to which a zero is not as good as nothing: the masked run gives them only what is kept."""
 
 PASSING = frozenset({
     "clone", "alias", "detach", "empty", "as_strided_", "expand", "contiguous", "lift_fresh", "_to_copy",
 })  # fmt: skip
 """Operations that come and go with memory layout and precision; the runs are not compared at them."""
 
-LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
-"""What the model may cast to; the check stays in float64."""
+UNSET = frozenset({"empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
+"""Operations whose results hold whatever memory held."""
 
-RANDOM = frozenset({"rand", "randn", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
-                    "normal", "randint", "multinomial", "randperm", "exponential_", "random_"})  # fmt: skip
 COUNTING = frozenset({"nms", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"})
 """Operations of which the data decides how much comes out."""
-
-SCALING = frozenset({"mul", "div"})
-"""Operations whose whole numbers may be sizes."""
 
 SORTING = frozenset({"sort", "topk", "nms"})
 """Operations that decide by comparing: rounding may turn near ties."""
 
 NAMES = {"_unsafe_view": "view", "_reshape_alias": "view"}
-POWERS = (1.0, 0.5, 0.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +52,12 @@ class Footprint:
     values: list[tuple[Shape, float, float] | None]
     order: Tensor | None = None  # which elements a sort or a suppression took, in order
     place: int | None = None  # among the operations of the trace; None where data, not channels, bring it about
+    constant: bool = False
+    name: str = ""
+
+    def spare(self, name: str) -> bool:
+        """Is it of an operation on constants, and not the one that runs?"""
+        return self.constant and self.name != name
 
 
 class Mismatch(Exception):
@@ -100,40 +90,19 @@ def _base(name: str) -> str:
     return name.split(".")[1]
 
 
-class Precise(TorchDispatchMode):
-    """A run that stays in float64, and in which random numbers are constants."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.double = any(each.dtype == torch.float64 for each in named_weights(model).values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self.precise(args, kwargs or {})
-        result = execute(func, args, kwargs)
-        return calm(result) if opname(func) in RANDOM else result
-
-    def precise(self, args: Any, kwargs: Any) -> Any:
-        """The arguments with casts to lower precision left out, in a float64 run."""
-        if not self.double:
-            return args, kwargs
-        flat = leaves((args, kwargs))
-        low = [isinstance(leaf, torch.dtype) and leaf in LOW for leaf in flat]
-        if not any(low):
-            return args, kwargs
-        chosen = (torch.float64 if each else leaf for leaf, each in zip(flat, low, strict=True))
-        return filled((args, kwargs), chosen)
-
-
 class Run(Precise):
     """A run that follows a trace."""
 
-    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: nn.Module, coupling: Coupling, removed: Mask, precision: torch.dtype | None = None
+    ) -> None:
+        super().__init__(precision)
         self.coupling, self.removed = coupling, removed
         self.operations = coupling.trace.operations
         self.expected = compared(self.operations)
         self.at = 0
         self.stack = Stack(model)
+        self.dependent = Dependent(())
         self.outputs: list[Tensor] = []
 
     @property
@@ -146,6 +115,14 @@ class Run(Precise):
         index = self.index
         return Mismatch(Divergence(index, self.operations[index].path, what))
 
+    def skipped(self, place: int, name: str) -> int:
+        """The place after operations on constants that this run has no need of."""
+        while (
+            place < len(self.expected) and self.wanted(place) != name and self.operations[self.expected[place]].constant
+        ):
+            place += 1
+        return place
+
     def wanted(self, place: int) -> str:
         """The name of the operation at a place of the expected ones; empty after the end."""
         if place >= len(self.expected):
@@ -153,36 +130,56 @@ class Run(Precise):
         name = _base(self.operations[self.expected[place]].name)
         return NAMES.get(name, name)
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = self.precise(args, kwargs or {})
+        given = leaves((args, kwargs))
+        random = self.noise.drawn_by(func)
+        constant = not self.dependent.note(given, (), random=random)
+        result = self.operate(func, args, kwargs, constant)
+        if not constant:
+            written = (given[0],) if func._schema.is_mutable and given else ()
+            self.dependent.note((), (*leaves(result), *written), random=True)
+        return result
+
+    def operate(self, func: Any, args: Any, kwargs: Any, constant: bool) -> Any:
+        """One operation of the run."""
+        raise NotImplementedError
+
     def follow(self, model: nn.Module, inputs: Inputs) -> None:
         """Run the whole model; raises Mismatch where it diverges, whatever else the model raises."""
-        with elementary(model), preserved_globals(seed=0), self.stack.watching(), self:
+        self.dependent = Dependent([*named_weights(model).values(), *tensors(inputs)])
+        with elementary(model), preserved_globals(seed=0), self.stack.watching(), self.promoting():
             self.outputs = tensors(call(model, inputs))
 
 
 class Follower(Run):
-    """The shrunk model's run: shapes must be as predicted; with `footprints` it leaves numbers to compare with."""
+    """The shrunk model's run: shapes must be as predicted; in a `precision` it leaves numbers to compare with."""
 
-    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, *, values: bool) -> None:
-        super().__init__(model, coupling, removed)
-        self.values = values
+    def __init__(
+        self, model: nn.Module, coupling: Coupling, removed: Mask, precision: torch.dtype | None = None
+    ) -> None:
+        super().__init__(model, coupling, removed, precision)
+        self.values = precision is not None
         self.loose = False  # has a size been seen that depends on data?
         self.footprints: list[Footprint] = []
         self.lifted: list[float] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self.precise(args, kwargs or {})
+    def operate(self, func: Any, args: Any, kwargs: Any, constant: bool) -> Any:
+        """The operation with its footprint, if it is one of those that the trace has."""
         if opname(func) in PASSING:
             if (number := lifted(func, args)) is not None:
                 self.lifted.append(number)
-            return execute(func, args, kwargs)
-        operation = self.next(func)
-        result = execute(func, args, kwargs)
-        if opname(func) in RANDOM:
-            result = calm(result)
+            return self.execute(func, args, kwargs)
+        operation = self.next(func, constant)
+        result = (
+            self._drawn(func, args, kwargs, operation)
+            if self.noise.drawn_by(func)
+            else self.execute(func, args, kwargs)
+        )
         outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
         order = outputs[-1] if self.values and opname(func) in SORTING else None
         if operation is None or (self.loose and not self._concerns(self.at)):
-            self.footprints.append(Footprint((), [], order))
+            self.footprints.append(Footprint((), [], order, None, constant, opname(func)))
             self.at += operation is not None
             return result
         self.loose |= opname(func) in COUNTING or torch.Tag.dynamic_output_shape in func.tags
@@ -191,23 +188,53 @@ class Follower(Run):
             if shape != tuple(output.shape):
                 raise self.fail(f"{opname(func)} gives {tuple(output.shape)} instead of {shape}")
         scalars = [leaf for leaf in leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
-        digests = [digest(each) if self.values else None for each in outputs]
-        self.footprints.append(Footprint(tuple(scalars), digests, order, self.at))
+        valued = self.values and opname(func) not in UNSET
+        digests = [digest(each) if valued else None for each in outputs]
+        self.footprints.append(Footprint(tuple(scalars), digests, order, self.at, constant, opname(func)))
         self.at += 1
         return result
 
-    def next(self, func: Any) -> Operation | None:
+    def _drawn(self, func: Any, args: Any, kwargs: Any, operation: Operation | None) -> Any:
+        """Random numbers of the original's size, of which this model gets those of the channels that it keeps."""
+        if operation is None:
+            return self.draw(func, args, kwargs)
+        made = operation.outputs[0]
+
+        def kept(value: Value, shape: Shape) -> list[Mask | None]:
+            keep = self.coupling.kept(value.layers, value.shape, self.removed)
+            sizes = [size if each is None else int(each.sum()) for size, each in zip(shape, keep, strict=False)]
+            if len(shape) != len(keep) or sizes != list(shape):
+                raise self.fail(f"{opname(func)} draws random numbers of {shape} where {tuple(sizes)} was predicted")
+            return keep
+
+        return self.draw(
+            func,
+            args,
+            kwargs,
+            sizes=lambda shape: tuple(
+                size if each is None else len(each) for size, each in zip(shape, kept(made, shape), strict=True)
+            ),
+            spread=lambda place, value: spread(
+                value, kept(operation.inputs[place], tuple(value.shape)), operation.inputs[place].shape
+            ),
+            gather=lambda place, value: gathered(
+                value, self.coupling.kept(operation.outputs[place].layers, tuple(value.shape), self.removed)
+            ),
+        )
+
+    def next(self, func: Any, constant: bool) -> Operation | None:
         """The operation of the trace that runs now; None for one that only this run's data bring about.
 
-        Where sizes depend on data, so may the path: operations without channels that could go may come and go.
+        Where sizes depend on data, so may the path: operations without channels that could go may come and go. So may
+        those on constants, which code may keep from one run to the next.
         """
-        name, place = opname(func), self.at
+        name, place = opname(func), self.skipped(self.at, opname(func))
         while self.loose and place < len(self.expected) and self.wanted(place) != name and not self._concerns(place):
             place += 1
         if self.wanted(place) == name:
             self.at = place
             return self.operations[self.expected[place]]
-        if self.loose:
+        if self.loose or constant:
             return None
         if not self.wanted(place):
             raise self.fail(f"{name} comes after the end of the traced run")
@@ -224,6 +251,7 @@ class Follower(Run):
     def follow(self, model: nn.Module, inputs: Inputs) -> None:
         """As for every run; all operations that concern channels must have come."""
         super().follow(model, inputs)
+        self.at = self.skipped(self.at, "")
         while self.loose and self.at < len(self.expected) and not self._concerns(self.at):
             self.at += 1
         if self.at < len(self.expected):
@@ -235,134 +263,3 @@ class Follower(Run):
         if not self.loose or len(got) != len(shape):
             return shape
         return tuple(new if old == size else size for old, size, new in zip(value.shape, shape, got, strict=True))
-
-
-class Masked(Run):
-    """The original's run with everything removed set to zero; each value must leave what the shrunk run left."""
-
-    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, followed: Follower) -> None:
-        super().__init__(model, coupling, removed)
-        self.footprints = followed.footprints
-        self.step = 0
-        self.lifted = iter(followed.lifted)
-        self.largest = 0.0
-        self.ratios = _ratios(coupling, removed)
-
-    def keep(self, layers: Any, shape: Shape) -> list[Mask | None]:
-        """Per dimension what stays."""
-        return self.coupling.kept(layers, shape, self.removed)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self.precise(args, kwargs or {})
-        name = opname(func)
-        if name in PASSING:
-            result = execute(func, args, kwargs)
-            number = lifted(func, args)
-            if number is not None and (other := next(self.lifted, number)) != number:
-                result = torch.full_like(result, self.scale(func, number, other))
-            return result
-        if self.step >= len(self.footprints):
-            raise self.fail(f"{name} comes after the end of the shrunk run")
-        footprint = self.footprints[self.step]
-        self.step += 1
-        if footprint.place is None:
-            return self._aside(func, args, kwargs, footprint)
-        self.at = footprint.place
-        if self.wanted(self.at) != name:
-            raise self.fail(f"{name} runs where the shrunk run has {self.wanted(self.at)}")
-        operation = self.operations[self.index]
-        touched = any(
-            any(each is not None for each in self.keep(value.layers, value.shape)) for value in operation.inputs
-        )
-        if name in COMPACT and touched:
-            result = self._compact(func, args, kwargs, operation, footprint)
-        else:
-            result = self._plain(func, args, kwargs, footprint)
-        if name in RANDOM:
-            result = calm(result)
-        if footprint.order is not None:
-            result = in_order(func, args, kwargs, footprint.order)
-        flat = leaves(result)
-        place = 0
-        for position, leaf in enumerate(flat):
-            if not isinstance(leaf, Tensor):
-                continue
-            if place < len(operation.outputs):
-                value = operation.outputs[place]
-                keep = self.keep(value.layers, value.shape)
-                flat[position] = zeroed(leaf, keep)
-                self._compare(flat[position], keep, footprint.values[place] if place < len(footprint.values) else None)
-            place += 1
-        return filled(result, iter(flat))
-
-    def follow(self, model: nn.Module, inputs: Inputs) -> None:
-        """As for every run; it must come as far as the shrunk one."""
-        super().follow(model, inputs)
-        if self.step < len(self.footprints):
-            raise self.fail("the run ends before the shrunk one")
-
-    def _aside(self, func: Any, args: Any, kwargs: Any, footprint: Footprint) -> Any:
-        """An operation that concerns no channel, in a part of the run that depends on data."""
-        if footprint.order is not None:
-            return in_order(func, args, kwargs, footprint.order)
-        result = execute(func, args, kwargs)
-        return calm(result) if opname(func) in RANDOM else result
-
-    def _plain(self, func: Any, args: Any, kwargs: Any, footprint: Footprint) -> Any:
-        numbers = iter(footprint.scalars)
-        chosen = []
-        for leaf in leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                chosen.append(leaf)
-                continue
-            other = next(numbers, leaf)
-            scaling = isinstance(leaf, float) or (type(leaf) is int and opname(func).rstrip("_") in SCALING)
-            if scaling and isinstance(other, (int, float)) and other != leaf:
-                leaf = self.scale(func, leaf, other)
-            chosen.append(leaf)
-        args, kwargs = filled((args, kwargs), iter(chosen))
-        return execute(func, args, kwargs)
-
-    def scale(self, func: Any, mine: float, other: float) -> float:
-        """The shrunk run's number, if it is this run's but for the sizes that it is computed from."""
-        if not any(abs(other - mine * ratio) <= 1e-6 * abs(other) for ratio in self.ratios):
-            raise self.fail(f"{opname(func)} takes {other!r} where the original takes {mine!r}")
-        return other
-
-    def _compact(self, func: Any, args: Any, kwargs: Any, operation: Operation, footprint: Footprint) -> Any:
-        numbers, values = iter(footprint.scalars), iter(operation.inputs)
-        chosen = []
-        for leaf in leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                value = next(values)
-                chosen.append(gathered(leaf, self.keep(value.layers, value.shape)))
-            else:
-                chosen.append(next(numbers, leaf))
-        args, kwargs = filled((args, kwargs), iter(chosen))
-        result = execute(func, args, kwargs)
-        flat = leaves(result)
-        for position, (leaf, value) in enumerate(zip(flat, operation.outputs, strict=False)):
-            flat[position] = spread(leaf, self.keep(value.layers, value.shape), value.shape)
-        return filled(result, iter(flat))
-
-    def _compare(self, full: Tensor, keep: list[Mask | None], wanted: tuple[Shape, float, float] | None) -> None:
-        if wanted is None:
-            return
-        shape, norm, product = digest(gathered(full, keep))
-        if shape != wanted[0]:
-            raise self.fail(f"a value of shape {wanted[0]} should be of shape {shape}")
-        error = max(abs(norm - wanted[1]), abs(product - wanted[2])) / max(norm, wanted[1], 1e-12)
-        if not error <= TOLERANCE:
-            raise self.fail(f"a value differs by {error:.1e} of its norm")
-        self.largest = max(self.largest, error)
-
-
-def _ratios(coupling: Coupling, removed: Mask) -> set[float]:
-    """The factors that scales computed from changed sizes may change by."""
-    pairs = set()
-    for operation in coupling.trace.operations:
-        for value in (*operation.inputs, *operation.outputs):
-            if value.layers:
-                pairs |= set(zip(value.shape, coupling.shape(value, removed), strict=True))
-    ratios = {new / old for old, new in pairs if new != old and new}
-    return {sign for ratio in ratios for power in POWERS for sign in (ratio**power, ratio**-power)}

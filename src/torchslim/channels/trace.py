@@ -7,7 +7,7 @@ detectors' post-processing and data-dependent branches included, in the time of 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchslim.channels.leaves import leaves
+from torchslim.channels.noise import Noise
 from torchslim.channels.rules import Call, apply
 from torchslim.channels.tags import Layers, Tagger
 from torchslim.isolation import quiet
@@ -51,6 +52,25 @@ class Operation:
     scalars: tuple[Any, ...]
     macs: int = 0
     factors: tuple[tuple[Layers, int], ...] = ()  # the dimensions that its multiply-accumulates are proportional to
+    constant: bool = False  # neither inputs nor weights reach it: code may keep its result for the next run
+
+
+class Dependent:
+    """The tensors of a run that hang on the model's inputs, its weights or random numbers; all others are constants."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        self._tensors: Any = WeakIdKeyDictionary()
+        for each in given:
+            self._tensors[each] = True
+
+    def note(self, given: Iterable[Any], made: Iterable[Any], *, random: bool = False) -> bool:
+        """Does an operation on `given` depend on them? If so, what it made does."""
+        found = random or any(isinstance(each, Tensor) and each in self._tensors for each in given)
+        if found:
+            for each in made:
+                if isinstance(each, Tensor):
+                    self._tensors[each] = True
+        return found
 
 
 @dataclass
@@ -158,9 +178,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._model = model
         self.stack = Stack(model)
+        self.noise = Noise()
         self.tagger = Tagger()
         self.trace = Trace(self.tagger)
         self._layers: Any = WeakIdKeyDictionary()
+        self._dependent = Dependent(())
         self._stored: dict[Any, Layers] = {}
         self._used: set[int] = set()  # of tensors by identity; the weights stay alive, so none is taken for another
         self._weights = named_weights(model)
@@ -180,11 +202,14 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        # random numbers as in the check, so that what hangs on them goes the same way
+        drawn = self.noise.drawn_by(func)
+        result = self.noise.draw(func, args, kwargs) if drawn else func(*args, **kwargs)
         outputs = tuple(leaf for leaf in leaves(result) if isinstance(leaf, Tensor))
         given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = str(func)
         self.tagger.where = f"{self.stack.paths[-1] or 'model'}: {func._opname}"
+        dependent = self._dependent.note(given, outputs, random=drawn)
         made = self._made(func, args, kwargs, outputs, given)
         self._used.update(map(id, given))
         for place, output in enumerate(outputs):
@@ -201,6 +226,7 @@ class _Recorder(TorchDispatchMode):
                 scalars_of(args, kwargs),
                 cost,
                 factors,
+                not dependent,
             )
         )
         return result
@@ -231,6 +257,8 @@ class _Recorder(TorchDispatchMode):
 
     def run(self, inputs: Inputs) -> None:
         """One forward pass. What reaches an output stays."""
+        self.noise = Noise()
+        self._dependent = Dependent([*self._weights.values(), *tensors(inputs)])
         with elementary(self._model), self.stack.watching(), self:
             outputs = call(self._model, inputs)
         self.tagger.where = ""

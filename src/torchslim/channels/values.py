@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from torchslim.channels.groups import Mask
-from torchslim.channels.leaves import leaves
 from torchslim.channels.trace import Shape
 
 HUGE = 1e20
@@ -24,7 +23,8 @@ def _noise(size: int, device: str) -> Tensor:
 
 def digest(value: Tensor) -> tuple[Shape, float, float]:
     """A value's shape, norm, and product with a fixed random vector: equal for equal values, and hardly otherwise."""
-    flat = value.detach().reshape(-1).to(torch.float64)
+    parts = torch.view_as_real(value.detach().resolve_conj()) if value.is_complex() else value.detach()
+    flat = parts.reshape(-1).to(torch.float64)
     norm = float(torch.linalg.vector_norm(flat))
     if not norm < HUGE:  # masks are filled with infinities, or with the largest number there is
         flat = torch.where(flat.abs() < HUGE, flat, flat.sign().nan_to_num(nan=3.0) * 7.0)
@@ -75,20 +75,3 @@ def zeroed(value: Tensor, keep: list[Mask | None]) -> Tensor:
                 value = value.clone()
             value.index_fill_(dim, gone, 0)
     return value
-
-
-def execute(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation; in float64 also where torch has it in lower precision only."""
-    if func._opname == "_grouped_mm" and args[0].dtype == torch.float64:
-        rows, stack, ends = args[:3]
-        parts = rows.tensor_split(ends[:-1].cpu().long())
-        return torch.cat([part @ each for part, each in zip(parts, stack, strict=True)])
-    return func(*args, **kwargs)
-
-
-def calm(result: Any) -> Any:
-    """Random numbers differ with the shape they are drawn in: both runs see constants."""
-    for leaf in leaves(result):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            leaf.fill_(0.5)
-    return result

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -39,6 +40,9 @@ class Plan:
     shut: dict[JointKey, set[int]] = field(default_factory=dict)
     placed: set[bytes] = field(default_factory=set)
     narrowest: int = 1
+    precision: torch.dtype = torch.float64  # of the check
+    precise: bool = False  # is it known whether the model itself runs in that?
+    imprecise: str = ""  # why it does not
 
     @property
     def names(self) -> list[str]:

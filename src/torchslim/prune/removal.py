@@ -15,6 +15,7 @@ from torch import nn
 from torchslim.channels import oracle
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling, Mask
+from torchslim.channels.precision import widened
 from torchslim.channels.units import Group
 from torchslim.errors import PruneError
 from torchslim.isolation import trim
@@ -50,10 +51,11 @@ class Shrunk:
     surgery: Surgery
     coupling: Coupling
     removed: Mask
-    error: float  # the largest relative difference of any value, in float64
+    error: float  # the largest relative difference of any value, in the precision of the check
     change: float  # of the outputs against the unpruned model's
     left: float  # the fraction of the model that is left, in the amount's measure
     rollbacks: tuple[str, ...]
+    imprecise: str = ""  # why the check ran in another precision than float64
 
 
 class TooLittle(PruneError):
@@ -99,7 +101,15 @@ def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selectio
         if diverged is None:
             shrunk = perform(plan.model, surgery)  # the one that was tried has run, and may have changed its state
             return Shrunk(
-                shrunk, surgery, coupling, removed, verdict.error, change, selection.left(kept), tuple(rollbacks)
+                shrunk,
+                surgery,
+                coupling,
+                removed,
+                verdict.error,
+                change,
+                selection.left(kept),
+                tuple(rollbacks),
+                plan.imprecise,
             )
         rollbacks.append(f"{diverged.path}: {diverged.what}")
         if plan.narrowest == 1 and any(left == 1 < unit.width for unit, left in zip(coupling.units, kept, strict=True)):
@@ -112,23 +122,12 @@ def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selectio
 
 def _checked(plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery) -> tuple[Surgery, oracle.Verdict, float]:
     """Verify; where values differ, attributes that only looked like sizes get their old values back."""
-
-    def shrunk(trial: Surgery) -> nn.Module:
-        narrowed: nn.Module = perform(oracle.prepare(plan.model, width), trial).double()
-        return narrowed
-
-    def whole() -> nn.Module:
-        prepared: nn.Module = oracle.prepare(plan.model, torch.float64)
-        return prepared
-
-    def verify(trial: Surgery) -> oracle.Verdict:
-        return oracle.verify(lambda: shrunk(trial), whole, coupling, removed, wide)
-
-    width = oracle.width(plan.model)
-    narrow, wide = (oracle.vary(plan.inputs, dtype) for dtype in (width, torch.float64))
+    check = _Check(plan, coupling, removed)
     trim()
     kinds = {path: type(module) for path, module in plan.model.named_modules()}
-    verdict = verify(surgery)
+    verdict = check.verify(surgery)
+    if verdict.divergence is not None and check.narrowed():
+        verdict = check.verify(surgery)
     trials = WITHDRAWALS
     while (diverged := verdict.divergence) is not None and trials:
         near = [
@@ -140,18 +139,62 @@ def _checked(plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery) ->
             left = tuple(
                 each for each in surgery.patches if (kinds[each.module], each.name, each.place) != (kind, name, place)
             )
-            later = verify(Surgery(surgery.cuts, left))
+            later = check.verify(Surgery(surgery.cuts, left))
             if later.divergence is None or later.divergence.index > diverged.index:
                 surgery, verdict = Surgery(surgery.cuts, left), later
                 break
         else:
             break
-    if verdict.divergence:
-        return surgery, verdict, 0.0
-    change = oracle.change(oracle.prepare(plan.model, width), narrow, verdict.outputs)
-    if not CLEAR < change < float("inf"):  # rounding may hide it, or may have taken the run another way
-        change = oracle.change(whole(), wide, verdict.outputs)
-    return surgery, verdict, change
+    return surgery, verdict, 0.0 if verdict.divergence else check.change(verdict)
+
+
+class _Check:
+    """Runs the shrunk model and the masked original, in float64 or in the most precise type that the model takes."""
+
+    def __init__(self, plan: Plan, coupling: Coupling, removed: Mask) -> None:
+        self.plan, self.coupling, self.removed = plan, coupling, removed
+        self.width = oracle.width(plan.model)
+        self.narrow = oracle.vary(plan.inputs, self.width)
+        self.wide = oracle.vary(plan.inputs, plan.precision)
+
+    def shrunk(self, trial: Surgery) -> nn.Module:
+        narrowed = perform(oracle.prepare(self.plan.model, self.width), trial)
+        widening: nn.Module = narrowed._apply(lambda each: widened(each, self.plan.precision))
+        return widening
+
+    def whole(self) -> nn.Module:
+        prepared: nn.Module = oracle.prepare(self.plan.model, self.plan.precision)
+        return prepared
+
+    def verify(self, trial: Surgery) -> oracle.Verdict:
+        return oracle.verify(
+            lambda: self.shrunk(trial), self.whole, self.coupling, self.removed, self.wide, self.plan.precision
+        )
+
+    def narrowed(self) -> bool:
+        """Does the original itself fail in float64, so that the check goes on in float32?"""
+        plan = self.plan
+        if plan.precise or plan.precision == self.width:
+            return False
+        failed = oracle.runs(self.whole(), self.coupling, self.wide, plan.precision)
+        plan.precise = True
+        if failed is None:
+            return False
+        if oracle.runs(oracle.prepare(plan.model, self.width), self.coupling, self.narrow, self.width) is not None:
+            return False
+        plan.imprecise = (
+            f"checked in {str(self.width).removeprefix('torch.')}: in float64 the model itself fails, {failed.what}"
+        )
+        plan.precision, self.wide = self.width, self.narrow
+        return True
+
+    def change(self, verdict: oracle.Verdict) -> float:
+        """How much the outputs change against the unpruned model's."""
+        plan = self.plan
+        change = oracle.change(oracle.prepare(plan.model, self.width), self.narrow, verdict.outputs, self.width)
+        if not CLEAR < change < float("inf"):  # rounding may hide it, or may have taken the run another way
+            change = oracle.change(self.whole(), self.wide, verdict.outputs, plan.precision)
+        return change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +326,7 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
     coupling = done.coupling
     about = {
         "verified": True,
+        "precision": str(plan.precision).removeprefix("torch."),
         "largest_error": done.error,
         "output_change": done.change,
         "criterion": criterion,
@@ -305,12 +349,14 @@ def tolerance(coupling: Coupling, amount: Amount) -> float:
 
 
 def vacuous(done: Shrunk) -> list[str]:
-    """What a user must know of a check that could not fail."""
+    """What a user must know of a check that could not fail, or not as surely as in float64."""
+    imprecise = [done.imprecise] if done.imprecise else []
     if done.change > 0:
-        return []
+        return imprecise
     return [
+        *imprecise,
         "what was removed changes no output of the model on these inputs: the channels are dead, or nothing reads "
-        "them; the check compared every value, but shows nothing of the outputs"
+        "them; the check compared every value, but shows nothing of the outputs",
     ]
 
 

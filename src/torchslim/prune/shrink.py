@@ -6,7 +6,6 @@ that is not certain, values are tried one at a time against the predicted shape 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -21,7 +20,7 @@ from torchslim.channels.oracle import shapes_agree
 from torchslim.channels.runs import Divergence
 from torchslim.channels.trace import named_weights
 from torchslim.errors import PruneError
-from torchslim.isolation import empty_hooks
+from torchslim.isolation import duplicate
 from torchslim.steps import Inputs
 
 TRIALS = 60
@@ -110,13 +109,13 @@ def perform(model: nn.Module, surgery: Surgery) -> nn.Module:
                 f"its shape here is {tuple(value.shape)}; give the factory of the model that was pruned"
             )
         cut[each.weight] = value.index_select(each.dim, torch.tensor(each.kept, device=value.device))
-    memo = empty_hooks(model)
+    placed: dict[int, Tensor] = {}
     for name, value in cut.items():
         before = weights[name]
         if before.dim() == 4 and before.is_contiguous(memory_format=torch.channels_last) and not before.is_contiguous():
             value = value.contiguous(memory_format=torch.channels_last)
-        memo[id(before)] = nn.Parameter(value, before.requires_grad) if isinstance(before, nn.Parameter) else value
-    shrunk = copy.deepcopy(model, memo)
+        placed[id(before)] = nn.Parameter(value, before.requires_grad) if isinstance(before, nn.Parameter) else value
+    shrunk = duplicate(model, placed)
     for patch in surgery.patches:
         apply_patch(shrunk, patch)
     return shrunk
