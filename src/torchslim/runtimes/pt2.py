@@ -1,26 +1,31 @@
 """`.pt2` files: exported programs, written and read without the parts that could run code.
 
 `torch.export.load` unpickles what it finds (sample inputs, legacy weights, custom objects), evaluates the expressions
-of symbolic sizes, executes guards, and pastes names into generated code. So a file is taken apart first: only the
-entries that `pack_program` writes are known, every text in them is checked for what it may say, and torch reads an
-archive that is put together anew from what has passed.
+of symbolic sizes, executes guards, resolves any operator, and pastes names into generated code. So a file is taken
+apart first: only the entries that `pack_program` writes are known, the graph is checked field by field, and torch reads
+an archive that is put together anew from what has passed.
 """
 
 from __future__ import annotations
 
-import ast
 import io
 import json
+import math
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import torch
+from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 from torch.export import ExportedProgram
 
+from torchslim.archives import unzip
 from torchslim.errors import ArtifactError, ExportError
 from torchslim.isolation import quiet
+from torchslim.runtimes.program_check import check_payloads, check_program
+from torchslim.runtimes.program_sizes import Unfit
+from torchslim.runtimes.program_trial import try_program
+from torchslim.schema import MIB, Limits, parse_json
 
 PROGRAM = "models/model.json"
 WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
@@ -29,29 +34,11 @@ KNOWN = re.compile(
     rf"{PROGRAM}|{WEIGHTS}|{CONSTANTS}|{SAMPLES}|data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|"
     r"archive_version|byteorder|\.data/version|\.data/serialization_id"
 )
-NAME = re.compile(r"\w*")
-# paths of weights may hold what a key of a ModuleDict may, but nothing that ends a quoted text in generated code
-TEXT = re.compile(r"[^\"'\\\r\n]*")
-OPERATION = re.compile(
-    r"torch\.ops(\.(?!__)\w+){2,3}|torch\.ops\.aten\.__i?(and|or|xor|lshift|rshift)__\.(?!__)\w+|"
-    r"torch\.(_)?sym_\w+|math\.[a-z]\w*|_operator\.[a-z]\w*"
-)
-CALLERS = frozenset({"_operator.call", "_operator.methodcaller", "_operator.attrgetter", "_operator.itemgetter"})
-TREES = frozenset({"builtins.tuple", "builtins.list", "builtins.dict", "null", "[]"})
-FUNCTIONS = set(
-    re.findall(
-        r"\w+",
-        """Symbol Integer Float Rational Add Mul Pow Max Min Abs floor ceiling sqrt Eq Ne Lt Le Gt Ge And Or Not
-        Equality
-    Unequality LessThan StrictLessThan GreaterThan StrictGreaterThan FloorDiv ModularIndexing Where PythonMod Mod
-    CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv
-    IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat Identity""",
-    )
-)
-EXPRESSION = (
-    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Name, ast.Load, ast.keyword, ast.operator,
-    ast.unaryop, ast.boolop, ast.cmpop,
-)  # fmt: skip
+LIMITS = Limits(size_bytes=32 * MIB, values=1_500_000)
+OWN = Limits(size_bytes=1024 * MIB, values=50_000_000)
+"""Of a program that was just exported, with the stack traces of its nodes."""
+EXPANDED = 256 * MIB
+"""Bytes that a tensor may stand for beyond those that it stores, where it is stored once and repeated."""
 
 
 def pack_program(program: ExportedProgram) -> bytes:
@@ -66,7 +53,8 @@ def pack_program(program: ExportedProgram) -> bytes:
     try:
         with quiet():
             torch.export.save(program, buffer)
-        return _repacked(buffer)
+            buffer.seek(0)
+        return _repacked(buffer, OWN)
     except Exception as error:
         raise ExportError(f"the program cannot be saved as a .pt2: {error}; keep its state in plain tensors") from error
     finally:
@@ -79,31 +67,36 @@ def load_program(file: BinaryIO) -> ExportedProgram:
     Raises:
         ArtifactError: the file is damaged, or holds what `pack_program` never writes; says what was found.
     """
-    data = _repacked(file)
+    data = _repacked(file, LIMITS)
     with quiet():
         import torchao.quantization.pt2e  # noqa: F401 - registers the operations of quantized programs
 
         try:
-            return torch.export.load(io.BytesIO(data))
+            program = torch.export.load(io.BytesIO(data))
+            try_program(program)
         except Exception as error:
-            raise ArtifactError(f"the .pt2 file cannot be read: {type(error).__name__}: {error}") from error
+            raise ArtifactError(f"the .pt2 file cannot be read: {type(error).__name__}: {_brief(error)}") from error
+    return program
 
 
-def _repacked(file: BinaryIO) -> bytes:
+def _brief(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
+
+
+def _repacked(file: BinaryIO, limits: Limits) -> bytes:
     """The same program in a new archive that holds nothing but what has been checked."""
     entries = _entries(file)
-    for name in (WEIGHTS, CONSTANTS):
-        for each, text in _texts(_json(entries, name)):
-            if each == "use_pickle" and text:
-                raise ArtifactError(f"the .pt2 file asks for unpickling ({name}); it is not loaded")
-            if isinstance(text, str) and not TEXT.fullmatch(text):
-                raise ArtifactError(f"the .pt2 file has an unsafe name {text!r} in {name}; it is not loaded")
-    program = _json(entries, PROGRAM)
-    program["guards_code"] = []  # Python that torch would execute; sizes are checked by `Spec`
-    _drop_metadata(program)
-    for key, text in _texts(program):
-        if isinstance(text, str) and not _harmless(key, text):
-            raise ArtifactError(f"the .pt2 file has {text!r} as {key!r}, which could run code; it is not loaded")
+    program = _json(entries, PROGRAM, limits)
+    try:
+        for name in (WEIGHTS, CONSTANTS):
+            config = _json(entries, name, limits)
+            folder = name.rpartition("/")[0]
+            files = {each.rpartition("/")[2] for each in entries if each.rpartition("/")[0] == folder}
+            for path, payload in check_payloads(config, files).items():
+                _check_tensor(path, payload, len(entries[f"{folder}/{payload['path_name']}"]))
+        check_program(program)
+    except Unfit as error:
+        raise ArtifactError(f"the .pt2 file is not loaded: {error}") from error
     entries[PROGRAM] = json.dumps(program).encode()
     entries[SAMPLES] = b""
     buffer = io.BytesIO()
@@ -113,95 +106,35 @@ def _repacked(file: BinaryIO) -> bytes:
     return buffer.getvalue()
 
 
+def _check_tensor(name: str, payload: dict[str, Any], stored: int) -> None:
+    """Does a tensor lie inside of its bytes, and stand for about as many?"""
+    meta = payload["tensor_meta"]
+    sizes, strides = ([each["as_int"] for each in meta[key]] for key in ("sizes", "strides"))
+    width = _SERIALIZE_TO_TORCH_DTYPE[meta["dtype"]].itemsize
+    count, first = math.prod(sizes), meta["storage_offset"]["as_int"]
+    last = first + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if min((first, *strides)) < 0 or (count and (last + 1) * width > stored):
+        raise Unfit(f"the tensor {name!r} is larger than its {stored} bytes")
+    if count * width > max(stored, EXPANDED):
+        raise Unfit(f"the tensor {name!r} stands for {count * width:,} bytes, {stored:,} are stored")
+
+
 def _entries(file: BinaryIO) -> dict[str, bytes]:
     """The files of the archive, without the folder that all of them are in."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            found = {}
-            for info in archive.infolist():
-                name = info.filename.partition("/")[2]
-                if not KNOWN.fullmatch(name) or name in found:
-                    raise ArtifactError(
-                        f"the .pt2 file holds {info.filename!r}, which could be a pickle or native code; it is not "
-                        "loaded"
-                    )
-                found[name] = archive.read(info)
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ArtifactError(f"the .pt2 file is damaged or no .pt2 at all: {error}") from error
+    found: dict[str, bytes] = {}
+    for path, data in unzip(file.read(), "the .pt2 file").items():
+        name = path.partition("/")[2]
+        if not KNOWN.fullmatch(name) or name in found:
+            raise ArtifactError(
+                f"the .pt2 file holds {path!r}, which could be a pickle or native code; it is not loaded"
+            )
+        found[name] = data
     if found.get(SAMPLES):
         raise ArtifactError("the .pt2 file holds pickled sample inputs; it is not loaded")
     return found
 
 
-def _json(entries: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(entries[name])
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-    except (KeyError, ValueError) as error:
-        raise ArtifactError(f"the .pt2 file is damaged: {name}: {error}") from error
-    return value
-
-
-def _drop_metadata(value: Any) -> None:
-    """Delete the stack traces and module paths of nodes, and other text for people."""
-    if isinstance(value, dict):
-        if isinstance(value.get("metadata"), dict):
-            value["metadata"] = {}
-        for each in value.values():
-            _drop_metadata(each)
-    elif isinstance(value, list):
-        for each in value:
-            _drop_metadata(each)
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All leaves with the key that they are under, and all keys with an empty one."""
-    if isinstance(value, dict):
-        for name, each in value.items():
-            yield "", name
-            yield from _texts(each, name)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _texts(each, key)
-    else:
-        yield key, value
-
-
-def _harmless(key: str, text: str) -> bool:
-    if key in ("as_string", "as_strings"):  # becomes a quoted text
-        return True
-    if key in ("name", "as_name", "forward_arg_names"):  # become names in generated code
-        return bool(NAME.fullmatch(text))
-    if key in ("target", "as_operator"):
-        return bool(OPERATION.fullmatch(text)) and text not in CALLERS
-    if key == "expr_str":
-        return _is_arithmetic(text)
-    if key in ("in_spec", "out_spec"):
-        try:
-            return all(
-                each is None or isinstance(each, int) or each in TREES
-                for name, each in _texts(json.loads(text))
-                if name
-            )
-        except ValueError:
-            return False
-    return bool(TEXT.fullmatch(text))
-
-
-def _is_arithmetic(text: str) -> bool:
-    """Is this an expression of numbers, symbols and functions of numbers, and nothing else?"""
-    try:
-        tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, RecursionError):
-        return False
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
-                return False
-        elif isinstance(node, ast.Constant):
-            if isinstance(node.value, str) and not NAME.fullmatch(node.value):
-                return False
-        elif not isinstance(node, EXPRESSION):
-            return False
-    return True
+def _json(entries: dict[str, bytes], name: str, limits: Limits) -> Any:
+    if name not in entries:
+        raise ArtifactError(f"the .pt2 file is damaged: {name} is missing; copy it again")
+    return parse_json(entries[name], f"the .pt2 file ({name})", ArtifactError, limits=limits)

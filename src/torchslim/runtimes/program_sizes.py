@@ -1,0 +1,135 @@
+"""Sizes of a saved program: expressions by a strict grammar, and how large what they say can get.
+
+torch gives the text of an expression to sympy, which evaluates it as Python. What exporting writes is the `srepr` of
+an expression: calls of functions from a list, symbols, and numbers, nothing else. Numbers and their powers are
+bounded: `9**9**9**9` as a size would be computed without end.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+LENGTH = 4000
+NODES = 400
+DEPTH = 60
+BITS = 1024
+"""The longest number that an expression may give, where symbols are below 2**63."""
+
+SYMBOL = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
+NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?(e[+-]?\d{1,3})?")
+ASSUMPTIONS = frozenset(re.findall(r"\S+", """positive integer nonnegative real negative zero finite nonzero"""))
+FUNCTIONS = frozenset(
+    re.findall(
+        r"\S+",
+        """Add Mul Pow Max Min Abs floor ceiling sqrt Eq Ne Lt Le Gt Ge And Or Not Equality Unequality LessThan
+    StrictLessThan GreaterThan StrictGreaterThan FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt
+    FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator
+    TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat Identity""",
+    )
+)
+POWERS = frozenset({"Pow", "PowByNatural", "FloatPow", "LShift", "RoundDecimal"})
+EXPONENT = 16
+
+
+class Unfit(ValueError):
+    """An expression that no program of ours has."""
+
+
+def check_expression(text: str) -> None:
+    """Is this the `srepr` of an expression of bounded size?
+
+    Raises:
+        Unfit: says why not.
+    """
+    if len(text) > LENGTH:
+        raise Unfit(f"it is longer than {LENGTH} characters")
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Unfit("it is no expression") from error
+    bits(tree.body, [NODES])
+
+
+def bits(node: ast.expr, budget: list[int], depth: int = 0) -> int:
+    """How many bits the value of a checked expression can have."""
+    budget[0] -= 1
+    if budget[0] < 0 or depth > DEPTH:
+        raise Unfit(f"it has more than {NODES} parts or {DEPTH} levels")
+    if isinstance(node, ast.Name) and node.id in ("true", "false"):
+        return 1
+    number = _number(node)
+    if number is not None:
+        return max(1, number.bit_length())
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise Unfit("it holds something else than calls of known functions")
+    name, arguments = node.func.id, node.args
+    if name == "Symbol":
+        return _symbol(node)
+    if name == "Float":
+        return _float(node)
+    if node.keywords:
+        raise Unfit(f"{name} takes no named arguments")
+    if name in ("Integer", "Rational"):
+        numbers = [_number(each) for each in arguments]
+        if len(numbers) != (1 if name == "Integer" else 2) or None in numbers or numbers[-1] == 0 != len(numbers) - 1:
+            raise Unfit(f"{name} takes whole numbers")
+        return max(1, *(abs(each or 0).bit_length() for each in numbers))
+    if name not in FUNCTIONS or not arguments:
+        raise Unfit(f"{name[:40]!r} is no function of sizes")
+    each = [bits(argument, budget, depth + 1) for argument in arguments]
+    total = sum(each) if name == "Mul" else max(each) + len(each)
+    if name in POWERS:
+        total = _power(arguments, each)
+    if total > BITS:
+        raise Unfit(f"its value can have more than {BITS} bits")
+    return total
+
+
+def _power(arguments: list[ast.expr], each: list[int]) -> int:
+    """Bits of a power; its exponent is a number."""
+    if len(arguments) != 2:
+        raise Unfit("a power takes two arguments")
+    exponent = arguments[1]
+    if isinstance(exponent, ast.Call) and isinstance(exponent.func, ast.Name) and not exponent.keywords:
+        numbers = [_number(part) for part in exponent.args]
+        if exponent.func.id in ("Integer", "Rational") and None not in numbers:
+            largest = max(abs(number or 0) for number in numbers)
+            if largest <= EXPONENT:
+                return each[0] * max(1, largest) + largest
+    raise Unfit(f"an exponent is no number up to {EXPONENT}")
+
+
+def _number(node: ast.expr) -> int | None:
+    sign = 1
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        node, sign = node.operand, -1
+    if not isinstance(node, ast.Constant) or type(node.value) is not int:
+        return None
+    if node.value.bit_length() > 63:
+        raise Unfit("a number has more than 63 bits")
+    return sign * node.value
+
+
+def _symbol(node: ast.Call) -> int:
+    first = node.args[0] if len(node.args) == 1 else None
+    if not isinstance(first, ast.Constant) or not isinstance(first.value, str) or not SYMBOL.fullmatch(first.value):
+        raise Unfit("a symbol has no name of letters and digits")
+    for each in node.keywords:
+        if (
+            each.arg not in ASSUMPTIONS
+            or not isinstance(each.value, ast.Constant)
+            or type(each.value.value) is not bool
+        ):
+            raise Unfit("a symbol has an unknown property")
+    return 63
+
+
+def _float(node: ast.Call) -> int:
+    first = node.args[0] if len(node.args) == 1 else None
+    if not isinstance(first, ast.Constant) or not isinstance(first.value, str) or not NUMBER.fullmatch(first.value):
+        raise Unfit("a float is no number")
+    for each in node.keywords:
+        if each.arg != "precision" or not isinstance(each.value, ast.Constant) or each.value.value not in (15, 53):
+            raise Unfit("a float has an unknown precision")
+    return 64
