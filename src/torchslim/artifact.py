@@ -12,40 +12,42 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchslim.errors import ArtifactError, StorageError
+from torchslim.archives import read_arrays, read_masks
+from torchslim.artifact_write import MANIFEST, is_file, left_behind, replace_files
+from torchslim.errors import ArtifactError
 from torchslim.export import Captured
-from torchslim.files import bundle, digest, sha256, write_bytes, write_json
+from torchslim.files import bundle, sha256
 from torchslim.isolation import quiet
 from torchslim.machine import describe_machine, instruction_set
+from torchslim.manifest import FORMAT, LIMITS, VERSION, checked_manifest, manifest_digest, parse_manifest
+from torchslim.manifest import SURGERY as SURGERY_SCHEMA
 from torchslim.measure import Timings
 from torchslim.quantize import QuantizedModule
-from torchslim.runtimes import Deployed, Spec, deploy, find_runtime
+from torchslim.runtimes import RUNTIMES, Deployed, Spec, deploy, find_runtime
 from torchslim.runtimes.pt2 import load_program
-from torchslim.state import pack_masks, pack_state, pack_surgery, restore, unpack_masks
+from torchslim.schema import read_file, shorten
+from torchslim.signing import Key, sign, verify
+from torchslim.state import pack_masks, pack_state, pack_surgery, restore
 from torchslim.steps import Inputs
 from torchslim.structure import build
+from torchslim.terminal import printable
 
-FORMAT = "torchslim-artifact"
-VERSION = 1
-MANIFEST = "artifact.json"
 PROGRAM = "model.pt2"
-WEIGHTS = "weights.safetensors"
+WEIGHTS, MASKS = "weights.safetensors", "masks.safetensors"
 SURGERY = "surgery.json"
-STAGING = ".saving"
 BENCH = Path(__file__).parent / "artifact_bench.py"
+MANIFEST_BYTES = LIMITS.size_bytes
+FILE_BYTES = 2**42
 
 
 def save(
@@ -54,27 +56,36 @@ def save(
     *,
     example_inputs: Inputs | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    key: Key | None = None,
 ) -> Path:
     """Save a module or a deployed model.
 
     A module's weights are saved for `load_module`; with `example_inputs` its program is saved too, for `load`. A
     deployed model is saved with its runtime's file, and loads with `load`.
 
+    Args:
+        model: what to save.
+        folder: a new or an empty one, or one that holds an artifact, which is replaced.
+        example_inputs: of the module, to save its program.
+        masks: weights that stay zero, by parameter name.
+        key: a private key of Ed25519 that signs the manifest, and so all files: the path or the bytes of a PEM file, or
+            a key object of `cryptography`.
+
     Raises:
-        ArtifactError: the folder holds something else.
+        ArtifactError: the folder holds something else, or `key` is no private key.
         StorageError: the disk is full; what was there before is kept.
     """
     if isinstance(model, Deployed):
-        return write_artifact(folder, deployed=model, masks=masks)
+        return write_artifact(folder, deployed=model, masks=masks, key=key)
     quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
     if example_inputs is None:
         if quantized:
             raise ArtifactError(
                 "a quantized model is saved as a program, no factory makes it again; give save(..., example_inputs=...)"
             )
-        return write_artifact(folder, module=model, masks=masks)
+        return write_artifact(folder, module=model, masks=masks, key=key)
     deployed = deploy(model, example_inputs, runtime="eager")
-    return write_artifact(folder, deployed=deployed, module=None if quantized else model, masks=masks)
+    return write_artifact(folder, deployed=deployed, module=None if quantized else model, masks=masks, key=key)
 
 
 def write_artifact(
@@ -84,12 +95,27 @@ def write_artifact(
     module: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, bytes] | None = None,
+    key: Key | None = None,
 ) -> Path:
     """Write an artifact folder, in the place of the artifact that is there; other files in it stay.
 
     Everything is written beside first and then renamed, the manifest last: on a full disk the old artifact is kept,
     and a folder that has a manifest is whole.
     """
+    put_artifact(folder, deployed=deployed, module=module, masks=masks, extra=extra, key=key)
+    return Path(folder)
+
+
+def put_artifact(
+    folder: str | Path,
+    *,
+    deployed: Deployed | None = None,
+    module: nn.Module | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, bytes] | None = None,
+    key: Key | None = None,
+) -> str:
+    """As `write_artifact`; returns the digest of the manifest, and so of all files, as they were meant to be."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; name a folder to save to")
@@ -111,42 +137,23 @@ def write_artifact(
         if record is not None:
             files[SURGERY] = record
     if masks:
-        files["masks.safetensors"], manifest["mask_shapes"] = pack_masks(masks)
+        files[MASKS], manifest["mask_shapes"] = pack_masks(masks)
     manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
-    _replace(folder, files, manifest)
-    return folder
-
-
-def _replace(folder: Path, files: Mapping[str, bytes], manifest: dict[str, Any]) -> None:
-    old = _listed(folder)
-    staging = folder / STAGING
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
-        for name, data in files.items():
-            write_bytes(staging / name, data)
-        write_json(staging / MANIFEST, manifest | {"digest": digest(manifest)})
-        # from here on nothing is written, only renamed
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for name in (*files, MANIFEST):
-            (staging / name).replace(folder / name)
-        for name in old - set(files):  # a stale model.onnx would be taken for this model
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _listed(folder: Path) -> set[str]:
-    """The files of the artifact that is in a folder, by their names alone."""
-    try:
-        return {name for name in json.loads((folder / MANIFEST).read_text())["files"] if Path(name).name == name}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+    manifest["digest"] = manifest_digest(manifest)
+    if key is not None:
+        manifest["signature"] = sign(manifest["digest"], key)
+    checked_manifest(manifest)  # what could not be read is not written
+    replace_files(folder, files, manifest)
+    return str(manifest["digest"])
 
 
 def load(
-    folder: str | Path, *, runtime: str | None = None, threads: int | None = None, trusted: bool = False
+    folder: str | Path,
+    *,
+    runtime: str | None = None,
+    threads: int | None = None,
+    trusted: bool = False,
+    public_key: Key | None = None,
 ) -> Deployed:
     """Load a saved model for use; outputs are bitwise those of the model that was saved.
 
@@ -158,29 +165,45 @@ def load(
         runtime: None takes the one that it was saved for.
         threads: None takes those that it was saved with.
         trusted: load a file of machine code too (runtime "aoti"): whoever made the artifact can do here what you can.
+        public_key: refuse an artifact that was not saved with the private key of this one: the path or the bytes of a
+            PEM file, or a key object of `cryptography`. None takes unsigned artifacts too, and checks no signature.
 
     Raises:
-        ArtifactError: no artifact, a newer format, a changed or missing file, nothing that runs, or machine code that
-            is not trusted.
+        ArtifactError: no artifact, a newer format, a changed or missing file, nothing that runs, machine code that is
+            not trusted, or one that is not signed by the key.
         RuntimeUnavailable: the artifact's runtime is not installed.
     """
-    opened = open_artifact(folder)
-    manifest = opened.manifest
+    opened = open_artifact(folder, public_key=public_key)
+    return load_opened(opened, runtime=runtime, threads=threads, trusted=trusted)
+
+
+def load_opened(
+    opened: Opened,
+    *,
+    runtime: str | None = None,
+    threads: int | None = None,
+    trusted: bool = False,
+    compiled_again: bool = False,
+) -> Deployed:
+    """As `load`, of an artifact that was checked already; `compiled_again`: from its program, not from the file."""
+    folder, manifest = opened.folder, opened.manifest
     if "spec" not in manifest:
         raise ArtifactError(f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)")
-    try:
-        spec = Spec(**manifest["spec"])
-        chosen = find_runtime(runtime or manifest["runtime"])
-    except TypeError as error:
-        raise ArtifactError(f"{folder}/{MANIFEST} is damaged: {error}") from error
-    stored = chosen.read is not None and chosen.name == manifest["runtime"]
+    spec = Spec(**manifest["spec"])
+    if runtime is None and manifest["runtime"] not in RUNTIMES:
+        raise ArtifactError(
+            f"{folder} was saved for the runtime {shorten(manifest['runtime'])}, which this torchslim does not have; "
+            "name another: ts.load(..., runtime=...)"
+        )
+    chosen = find_runtime(runtime or manifest["runtime"])
+    stored = chosen.read is not None and chosen.name == manifest["runtime"] and not compiled_again
     if stored and chosen.native:
         _check_native(folder, spec, trusted)
     if manifest["quantized"] and spec.instruction_set != instruction_set():
         warnings.warn(
-            f"{folder} was quantized for {spec.instruction_set}, this machine has {instruction_set()}: int8 may be "
-            "slower here, and without VNNI less accurate; quantize again on such a machine",
-            stacklevel=2,
+            f"{folder} was quantized for {printable(spec.instruction_set)}, this machine has {instruction_set()}: int8 "
+            "may be slower here, and without VNNI less accurate; quantize again on such a machine",
+            stacklevel=3,
         )
     threads = threads or manifest["threads"]
     example = opened.example()
@@ -213,18 +236,19 @@ def _check_native(folder: str | Path, spec: Spec, trusted: bool) -> None:
         )
 
 
-def load_module(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
+def load_module(folder: str | Path, factory: Callable[[], nn.Module], *, public_key: Key | None = None) -> nn.Module:
     """A module from `factory` with the saved weights, in their saved precision.
 
     Args:
         folder: what `save` wrote.
         factory: makes the model as it was before channels were pruned, the removal is done again on it; or one of the
             pruned architecture. Its weights do not matter. What it returns is taken over.
+        public_key: as of `load`.
 
     Raises:
         ArtifactError: when the factory's model has other parameters than the saved one; names them.
     """
-    return open_artifact(folder).into(factory())
+    return open_artifact(folder, public_key=public_key).into(factory())
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +259,10 @@ class Opened:
     manifest: dict[str, Any]
 
     def read(self, name: str) -> bytes:
-        """A file's bytes."""
+        """A file's bytes, checked again: what is used is what was hashed."""
         if name not in self.manifest["files"]:
             raise ArtifactError(f"{self.folder} lists no {name}; it was saved without it")
-        try:
-            data = (self.folder / name).read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{self.folder / name} cannot be read: {error.strerror or error}") from error
+        data = read_file(self.folder / name, ArtifactError, size_bytes=FILE_BYTES, links=False)
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
             raise ArtifactError(f"{self.folder / name} was changed since the artifact was opened; load it again")
         return data
@@ -250,55 +271,55 @@ class Opened:
         """The saved module, made from one of its kind; see `load_module`."""
         if WEIGHTS not in self.manifest["files"]:
             raise ArtifactError(f"{self.folder} holds no weights, only a program; use ts.load(folder)")
-        record = self.read(SURGERY) if SURGERY in self.manifest["files"] else None
+        record = None
+        if SURGERY in self.manifest["files"]:
+            record = SURGERY_SCHEMA.parse(self.read(SURGERY), str(self.folder / SURGERY))
         return restore(module, self.read(WEIGHTS), self.manifest, record)
 
     def example(self) -> list[Tensor]:
-        """The example inputs."""
-        try:
-            arrays = np.load(io.BytesIO(self.read("example.npz")), allow_pickle=False)
-            dtypes = self.manifest["spec"]["dtypes"]
-            return [torch.from_numpy(arrays[f"in{i:03d}"]).to(getattr(torch, dtype)) for i, dtype in enumerate(dtypes)]
-        except (ValueError, KeyError, OSError, AttributeError, TypeError, BadZipFile) as error:
-            raise ArtifactError(f"{self.folder}/example.npz cannot be read: {error}") from error
+        """The example inputs, of the types and sizes that the spec has."""
+        what, spec = f"{self.folder}/example.npz", self.manifest["spec"]
+        arrays = read_arrays(self.read("example.npz"), what)
+        found = []
+        for index, (dtype, sizes) in enumerate(zip(spec["dtypes"], spec["sizes"], strict=True)):
+            array = arrays.get(f"in{index:03d}")
+            if (
+                array is None
+                or len(array.shape) != len(sizes)
+                or any(size not in (None, own) for size, own in zip(sizes, array.shape, strict=True))
+            ):
+                raise ArtifactError(f"{what} cannot be read: it does not fit the sizes of the model's inputs")
+            try:
+                found.append(torch.from_numpy(array).to(getattr(torch, dtype)))
+            except (TypeError, RuntimeError, AttributeError) as error:
+                raise ArtifactError(f"{what} cannot be read: {error}; save it again") from error
+        return found
 
     def masks(self) -> dict[str, Tensor]:
         """The masks, by parameter name."""
-        if "masks.safetensors" not in self.manifest["files"]:
+        if MASKS not in self.manifest["files"]:
             return {}
-        return unpack_masks(self.read("masks.safetensors"), self.manifest["mask_shapes"])
+        return read_masks(self.read(MASKS), self.manifest["mask_shapes"], f"{self.folder}/{MASKS}")
 
 
-def open_artifact(folder: str | Path) -> Opened:
-    """Check a folder's manifest and every file it lists."""
+def open_artifact(folder: str | Path, *, public_key: Key | None = None) -> Opened:
+    """Check a folder's manifest, its signature where a key is given, and every file it lists."""
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} is not a torchslim artifact: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["format"] != FORMAT:
-            raise KeyError("format")
-        version = int(manifest["version"])
-        files: dict[str, str] = dict(manifest["files"])
-        whole = version > VERSION or manifest["digest"] == digest(
-            {key: value for key, value in manifest.items() if key != "digest"}
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged or not torchslim's: {error}; copy the artifact again") from error
-    if version > VERSION:
-        raise ArtifactError(f"{folder} has format version {version}, this torchslim reads up to {VERSION}; upgrade it")
-    if not whole:
-        raise ArtifactError(f"{path} was truncated or changed since it was saved; copy the artifact again")
-    for name, expected in files.items():
-        inside = (folder / name).resolve()
-        if Path(name).is_absolute() or folder.resolve() not in inside.parents:
-            raise ArtifactError(f"{path} names a file outside its folder: {name!r}")
-        if not inside.is_file():
+    manifest = parse_manifest(read_file(path, ArtifactError, size_bytes=MANIFEST_BYTES, links=False), str(path))
+    if public_key is not None:
+        verify(manifest["digest"], manifest.get("signature"), public_key, str(folder))
+    for name, expected in manifest["files"].items():
+        inside = folder / name
+        if inside.is_symlink():
+            raise ArtifactError(f"{path} names a file outside its folder: {name!r} is a link; copy what it points to")
+        if not is_file(inside):
             raise ArtifactError(f"{folder} is incomplete: {name} is missing; copy it again")
         if sha256(inside) != expected:
             raise ArtifactError(f"{folder / name} was truncated or changed since it was saved; copy it again")
-    return Opened(folder, manifest)
+    return Opened(folder, dict(manifest))
 
 
 def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
@@ -329,7 +350,7 @@ def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
 def _ours(folder: Path) -> bool:
     return (
         (folder / MANIFEST).is_file()
-        or (folder / STAGING).is_dir()
+        or left_behind(folder)
         or (folder / "run.json").is_file()
         or (folder / "work").is_dir()
     )

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from torchslim.errors import StorageError
+
+TEMPORARY = ".torchslim-tmp-"  # what a killed process left under such a name is nobody's, and may be deleted
 
 
 @contextmanager
@@ -27,13 +29,12 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # a fresh name each time: a file that a killed run left behind is never mistaken for ours
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(6)}{path.suffix}"
+        # not by tempfile, whose files nobody else may read: the umask decides
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
         raise StorageError(

@@ -42,19 +42,24 @@ class Limits:
 LIMITS = Limits()
 
 
-def read_file(path: Path, error: type[TorchslimError], *, size_bytes: int, mend: str = "copy it again") -> bytes:
+def read_file(
+    path: Path, error: type[TorchslimError], *, size_bytes: int, mend: str = "copy it again", links: bool = True
+) -> bytes:
     """The bytes of an ordinary file of at most `size_bytes`; a pipe or a device is never waited for.
+
+    With `links=False` a symbolic link is not followed.
 
     Raises:
         TorchslimError: of the type `error`: no such file, no ordinary file, a larger one, or one that cannot be read.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        handle = os.open(path, flags | (0 if links else getattr(os, "O_NOFOLLOW", 0)))
         with os.fdopen(handle, "rb") as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise error(f"{path} is not an ordinary file; {mend}")
-            data = file.read(size_bytes + 1)
+            data = file.read(min(size_bytes, about.st_size) + 1)  # python takes memory for all that is asked for
     except FileNotFoundError as missing:
         raise error(f"{path} does not exist; {mend}") from missing
     except (OSError, ValueError) as failure:  # ValueError: a NUL in the path

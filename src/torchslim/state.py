@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from torchslim.archives import read_tensors
 from torchslim.errors import ArtifactError, PruneError
 from torchslim.isolation import copy_model, is_plain
 from torchslim.prune.record import difference, rebuild, shapes, surgery
@@ -41,30 +40,39 @@ def pack_state(module: nn.Module) -> tuple[bytes, dict[str, str], list[str]]:
     return save_tensors(state), aliases, channels_last
 
 
-def restore(module: nn.Module, weights: bytes, manifest: Mapping[str, Any], record: bytes | None = None) -> nn.Module:
+def restore(
+    module: nn.Module, weights: bytes, manifest: Mapping[str, Any], record: Mapping[str, Any] | None = None
+) -> nn.Module:
     """A saved state in a module of the same architecture, or of that from before its surgery.
 
     Raises:
         ArtifactError: the module is another one; names the difference.
     """
-    try:
-        state = load_tensors(weights)
-    except SafetensorError as error:
-        raise ArtifactError(f"the weights cannot be read: {error}") from error
+    state = read_tensors(weights, "weights.safetensors")
     tied: Mapping[str, str] = manifest["aliases"]
+    unknown = [first for first in tied.values() if first not in state] + [name for name in tied if name in state]
+    if unknown:
+        raise ArtifactError(f"the manifest ties {unknown[0]!r}, which is not in the weights so; save the model again")
     state |= {name: state[first] for name, first in tied.items()}
+    odd = [name for name in manifest["channels_last"] if name not in state or state[name].dim() not in CHANNELS_LAST]
+    if odd:
+        raise ArtifactError(f"the manifest calls {odd[0]!r} channels-last, which it cannot be; save the model again")
     wanted = {name: list(value.shape) for name, value in state.items()}
     if difference(shapes(module), wanted) and not is_plain(module):
         module, _ = copy_model(module)  # what was saved had its masks of torch.nn.utils.prune as zeros
     if record is not None:
         try:
-            module = rebuild(module, json.loads(record), wanted, tied)
-        except (PruneError, ValueError, TypeError) as error:
+            module = rebuild(module, record, wanted, tied)
+        # a record that does not fit the module: names of parts, dimensions and sizes that it lacks
+        except (PruneError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise ArtifactError(f"the saved surgery cannot be done: {error}") from error
     misfit = difference(shapes(module), wanted)
     if misfit:
         raise ArtifactError(f"the factory's model does not fit the saved weights; {misfit}")
-    _fill(module, state, manifest["channels_last"])
+    try:
+        _fill(module, state, manifest["channels_last"])
+    except (RuntimeError, TypeError) as error:  # numbers of a type that the module's tensors cannot have
+        raise ArtifactError(f"the saved weights cannot be put into the factory's model: {error}") from error
     return module
 
 
@@ -97,13 +105,3 @@ def pack_masks(masks: Mapping[str, Tensor]) -> tuple[bytes, dict[str, list[int]]
         name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool))) for name, mask in masks.items()
     }
     return save_tensors(packed), {name: list(mask.shape) for name, mask in masks.items()}
-
-
-def unpack_masks(data: bytes, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """The masks that `pack_masks` packed."""
-    packed = load_tensors(data)
-    masks = {}
-    for name, shape in shapes.items():
-        bits = np.unpackbits(packed[name].numpy(), count=int(np.prod(shape)))
-        masks[name] = torch.from_numpy(bits.astype(bool)).reshape(shape)
-    return masks

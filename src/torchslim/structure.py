@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from keyword import iskeyword
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 from torchslim.errors import DeployError, ExportError
 
 Structure = dict[str, Any]
+KINDS = frozenset({"tensor", "const", "float", "tuple", "list", "dict", "named", "record"})
+LEAVES, DEPTH = 10_000, 20
 
 
 class Record(dict[str, Any]):
@@ -142,6 +145,55 @@ def leaf_names(structure: Structure, path: str = "") -> list[str]:
     else:
         inner = ((str(index), each) for index, each in enumerate(content))
     return [name for key, each in inner for name in leaf_names(each, f"{path}_{key}" if path else key)]
+
+
+def sound(structure: Any) -> str | None:
+    """What is wrong with a structure that was read from a file; None for one that `describe` could have made."""
+    try:
+        count = _count(structure, 0, 0)
+    except ValueError as error:
+        return str(error)
+    return None if count <= LEAVES else f"more than {LEAVES:,} tensors"
+
+
+def tensors_of(structure: Structure) -> int:
+    """How many tensors a sound structure has."""
+    return _count(structure, 0, None)
+
+
+def _count(structure: Any, depth: int, next_index: int | None) -> int:
+    """Count tensors; they must be numbered in their order, from `next_index` unless that is None.
+
+    Raises:
+        ValueError: no structure; says what was found.
+    """
+    if depth > DEPTH:
+        raise ValueError(f"nested deeper than {DEPTH} levels")
+    if not isinstance(structure, dict) or not structure:
+        raise ValueError("a part is no structure")
+    kind, content = next(iter(structure.items()))
+    fields = kind in ("named", "record")
+    if set(structure) != ({kind, "fields"} if fields else {kind}) or kind not in KINDS:
+        raise ValueError(f"a part has the keys {ascii(sorted(map(str, structure)))[:80]}")
+    if kind == "tensor" and (type(content) is not int or next_index not in (None, content)):
+        raise ValueError(f"a tensor has the number {ascii(content)[:20]}, not {next_index}")
+    if kind == "const" and not (content is None or isinstance(content, (bool, int, float, str))):
+        raise ValueError("a constant is no number and no text")
+    if kind == "float" and content not in ("nan", "inf", "-inf"):
+        raise ValueError(f"{ascii(content)[:20]} is no float that JSON cannot hold")
+    if kind in ("tensor", "const", "float"):
+        return int(kind == "tensor")
+    if fields:
+        parts = content.split(".") if isinstance(content, str) else [""]
+        if not all(part.isidentifier() and not iskeyword(part) for part in parts if part != "<locals>"):
+            raise ValueError("a class has no name")
+        content = structure["fields"]
+    if not isinstance(content, list if kind in ("tuple", "list") else dict):
+        raise ValueError(f"a {kind} holds no parts")
+    total = 0
+    for each in content if isinstance(content, list) else content.values():
+        total += _count(each, depth + 1, None if next_index is None else next_index + total)
+    return total
 
 
 def _same(fixed: Any, value: Any) -> bool:
