@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from torchslim.manifest import SURGERY as SURGERY_SCHEMA
 from torchslim.measure import Timings
 from torchslim.quantize import QuantizedModule
 from torchslim.runtimes import RUNTIMES, Deployed, Spec, deploy, find_runtime
-from torchslim.runtimes.pt2 import load_program
+from torchslim.runtimes.pt2 import load_program, operators_of
 from torchslim.schema import read_file, shorten
 from torchslim.signing import Key, sign, verify
 from torchslim.state import pack_masks, pack_state, pack_surgery, restore
@@ -364,7 +364,17 @@ def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
     arrays |= {f"out{index:03d}": _array(leaf) for index, leaf in enumerate(outputs)}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    return files | {"example.npz": buffer.getvalue(), "bench.py": BENCH.read_bytes()}
+    return files | {"example.npz": buffer.getvalue(), "bench.py": bench_script([files[PROGRAM]])}
+
+
+def bench_script(programs: Iterable[bytes]) -> bytes:
+    """The script that times the models of a folder; of these programs it calls the operators that they have now."""
+    known = sorted({name for program in programs for name in operators_of(program)})
+    text = BENCH.read_text()
+    empty = "OPERATORS: tuple[str, ...] = ()"
+    assert text.count(empty) == 1, "bench.py has one place for the operators"
+    lines = "".join(f"    {name!r},\n" for name in known)
+    return text.replace(empty, f"OPERATORS: tuple[str, ...] = (\n{lines})" if known else empty).encode()
 
 
 def _array(tensor: Tensor) -> Any:

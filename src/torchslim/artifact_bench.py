@@ -4,17 +4,25 @@ In a folder that `torchslim latency` packed, all its programs are timed against 
 latency.json is written, which `latency_table` of a recipe takes.
 
 Needs numpy and the runtime of the model (onnxruntime for model.onnx, openvino for model.xml, torch for model.pt2 and
-model.aoti.pt2), and nothing else. The last is machine code: run it only if you trust who made it.
+model.aoti.pt2), and nothing else. Files are read once and checked against their recorded SHA-256; nothing is unpickled,
+and of a program those operators alone are called that it had when it was saved. model.aoti.pt2 is machine code: it is
+only run with --trusted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import io
 import json
+import math
+import operator
 import platform
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +31,54 @@ import numpy as np
 
 Run = Callable[[list[Any]], list[Any]]
 HERE = Path(__file__).resolve().parent
+OPERATORS: tuple[str, ...] = ()  # those of the programs in this folder, written when it was saved
 ROUND_SECONDS = 0.002  # a round repeats short calls until it lasts this long
 TOGETHER = 8  # programs in memory at a time, besides the whole model
 
 
-def load_onnx(path: Path, threads: int | None, without: Sequence[str] | None = None) -> Run:
+class Folder:
+    """The files that a manifest lists, checked when they are read."""
+
+    def __init__(self, hashes: dict[str, str], trusted: bool) -> None:
+        self.hashes, self.trusted = hashes, trusted
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file that are those that were saved."""
+        path = HERE / name
+        if not isinstance(name, str) or Path(name).name != name or name not in self.hashes:
+            sys.exit(f"{name!r} is not listed among the files of this folder; copy it again")
+        if path.is_symlink() or not path.is_file():
+            sys.exit(f"{name} is missing, or no ordinary file; copy the folder again")
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.hashes[name]:
+            sys.exit(f"{name} was changed since it was saved; copy the folder again")
+        return data
+
+    def arrays(self) -> dict[str, Any]:
+        """The example inputs and outputs."""
+        loaded = np.load(io.BytesIO(self.read("example.npz")), allow_pickle=False)
+        return {name: loaded[name] for name in sorted(loaded.files)}
+
+    def load(self, name: str, threads: int | None, dtypes: list[str], without: Sequence[str] | None = None) -> Run:
+        """A function from a list of arrays to a list of arrays."""
+        data = self.read(name)
+        if name.endswith(".onnx"):
+            return load_onnx(data, threads, without)
+        if name.endswith(".xml"):
+            return load_xml(data, self.read(f"{name.removesuffix('.xml')}.bin"), threads)
+        if not name.endswith(".aoti.pt2"):
+            return of_torch(load_pt2(data), threads, dtypes)
+        if not self.trusted:
+            sys.exit(f"{name} is machine code, which can do anything: if you trust who made it, add --trusted")
+        import torch
+
+        with tempfile.TemporaryDirectory() as folder:  # what was checked, and not what lies there by now
+            path = Path(folder) / "model.pt2"
+            path.write_bytes(data)
+            return of_torch(torch._inductor.aoti_load_package(str(path)), threads, dtypes)
+
+
+def load_onnx(data: bytes, threads: int | None, without: Sequence[str] | None = None) -> Run:
     """A function from a list of arrays to a list of arrays; `without` some optimizers and idle spinning, if given."""
     import onnxruntime
 
@@ -37,20 +88,21 @@ def load_onnx(path: Path, threads: int | None, without: Sequence[str] | None = N
     if without is not None:  # as torchslim runs it
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
-        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without or ())
+        data, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without or ())
     )
     names = [each.name for each in session.get_inputs()]
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
-def load_xml(path: Path, threads: int | None) -> Run:
+def load_xml(xml: bytes, weights: bytes, threads: int | None) -> Run:
     """The same for OpenVINO; floats stay float32 on processors that have bfloat16 as well."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # else the import reports to its makers
     import openvino
 
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     settings |= {"ENABLE_CPU_PINNING": False} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
-    model = openvino.Core().compile_model(path, "CPU", settings)
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(xml, weights), "CPU", settings)
     request = model.create_infer_request()
 
     def run(arrays: list[Any]) -> list[Any]:
@@ -60,18 +112,12 @@ def load_xml(path: Path, threads: int | None) -> Run:
     return run
 
 
-def load_pt2(path: Path, threads: int | None, dtypes: list[str]) -> Run:
-    """The same for an exported program or its machine code; both take flat tensors by position."""
+def of_torch(program: Any, threads: int | None, dtypes: list[str]) -> Run:
+    """The same for what takes and gives flat tensors of torch."""
     import torch
 
-    with contextlib.suppress(ImportError):
-        import torchao.quantization.pt2e  # noqa: F401 - the operations of quantized programs
     if threads:
         torch.set_num_threads(threads)
-    if path.name.endswith(".aoti.pt2"):
-        program = torch._inductor.aoti_load_package(str(path))
-    else:
-        program = torch.export.load(path).module()
 
     def run(arrays: list[Any]) -> list[Any]:
         with torch.no_grad():
@@ -83,6 +129,159 @@ def load_pt2(path: Path, threads: int | None, dtypes: list[str]) -> Run:
         return [(each.float() if each.dtype == torch.bfloat16 else each).numpy() for each in outputs]
 
     return run
+
+
+def load_pt2(data: bytes) -> Any:
+    """An exported program as a module. `torch.export.load` is not used: it unpickles, evaluates and calls anything."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        infos = archive.infolist()
+        if any(info.compress_type for info in infos) or sum(info.file_size for info in infos) > len(data):
+            sys.exit("model.pt2 is compressed, or larger than it says; it is not read")
+        entries = {info.filename.partition("/")[2]: archive.read(info) for info in infos}
+    with contextlib.suppress(ImportError):
+        import torchao.quantization.pt2e  # noqa: F401 - the operations of quantized programs
+    return Program(entries).module()
+
+
+class Program:
+    """Builds a module from the graph and the weights of an exported program."""
+
+    def __init__(self, entries: dict[str, bytes]) -> None:
+        import torch
+        from torch._export.serde import serialize
+
+        self.torch, self.entries = torch, entries
+        self.described = json.loads(entries["models/model.json"])["graph_module"]
+        self.tables = {
+            "as_scalar_type": serialize._SERIALIZE_TO_TORCH_DTYPE,
+            "as_memory_format": serialize._SERIALIZE_TO_TORCH_MEMORY_FORMAT,
+            "as_layout": serialize._SERIALIZE_TO_TORCH_LAYOUT,
+        }
+        self.graph, self.root = torch.fx.Graph(), torch.nn.Module()
+
+    def module(self) -> Any:
+        """The module; it takes flat tensors."""
+        values: dict[str, Any] = {}
+        held = self.held("weights", "model_weights") | self.held("constants", "model_constants")
+        signature = self.described["signature"]
+        for index, each in enumerate(signature["input_specs"]):
+            ((kind, about),) = each.items()
+            if kind == "user_input":
+                name = self.name(about["arg"])
+                values[name] = self.graph.placeholder(f"x{index}")
+            elif kind == "constant_input":
+                values[about["name"]] = None
+            else:
+                path = about.get("parameter_name") or about.get("buffer_name") or about["tensor_constant_name"]
+                self.root.register_buffer(f"w{index}", held[path])
+                values[self.name(about["arg"])] = self.graph.get_attr(f"w{index}")
+        self.calls(self.described["graph"], values)
+        outputs = [each["user_output"]["arg"] for each in signature["output_specs"] if "user_output" in each]
+        self.graph.output(tuple(self.value(each, values) for each in outputs))
+        self.graph.eliminate_dead_code()
+        return self.torch.fx.GraphModule(self.root, self.graph)
+
+    def held(self, folder: str, config: str) -> dict[str, Any]:
+        """Tensors by the paths that the program calls them by."""
+        found = {}
+        for path, each in json.loads(self.entries[f"data/{folder}/{config}_config.json"])["config"].items():
+            meta = each["tensor_meta"]
+            dtype = self.tables["as_scalar_type"][meta["dtype"]]
+            sizes, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))
+            stored = self.entries[f"data/{folder}/{each['path_name']}"]
+            if stored:
+                flat = self.torch.frombuffer(bytearray(stored), dtype=dtype)
+                found[path] = flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"])
+            elif 0 in sizes:
+                found[path] = self.torch.empty(sizes, dtype=dtype)
+            else:
+                sys.exit(f"model.pt2 holds no numbers for {path!r}; it is not read")
+        return found
+
+    def calls(self, graph: dict[str, Any], values: dict[str, Any]) -> None:
+        """Add the nodes of a graph."""
+        for node in graph["nodes"]:
+            args: list[Any] = []
+            kwargs = {}
+            for each in node["inputs"]:
+                value = each["arg"] if "as_graph" in each["arg"] else self.value(each["arg"], values)
+                if each["kind"] == 2:
+                    kwargs[each["name"]] = value
+                else:
+                    args.append(value)
+            if ".higher_order." in node["target"]:
+                result: Any = self.inside(node["target"].rpartition(".")[2], args, values)
+            else:
+                result = self.graph.call_function(self.target(node["target"]), tuple(args), kwargs)
+            self.assign(node, result, values)
+
+    def target(self, name: str) -> Any:
+        """An operator that the program had when it was saved."""
+        root, *parts = name.split(".")
+        if name not in OPERATORS or root not in ("torch", "math", "_operator"):
+            sys.exit(f"model.pt2 calls {name!r}, which it did not when it was saved; copy the folder again")
+        found: Any = {"torch": self.torch, "math": math, "_operator": operator}[root]
+        for part in parts:
+            found = getattr(found, part)
+        return found
+
+    def inside(self, kind: str, args: list[Any], values: dict[str, Any]) -> list[Any]:
+        """The outputs of a part of the program that is called with gradients or automatic types off."""
+        place = next(index for index, each in enumerate(args) if isinstance(each, dict) and "as_graph" in each)
+        off = kind == "wrap_with_set_grad_enabled" or (kind == "wrap_with_autocast" and args[2] is False)
+        if not off:
+            sys.exit(f"this program holds {kind}, which bench.py cannot run; time it with torchslim bench")
+        part = args[place]["as_graph"]["graph"]
+        inner = dict(values)
+        for given, value in zip(part["inputs"], args[place + 1 :], strict=True):
+            inner[self.name(given)] = value
+        self.calls(part, inner)
+        return [self.value(each, inner) for each in part["outputs"]]
+
+    def assign(self, node: dict[str, Any], result: Any, values: dict[str, Any]) -> None:
+        """Call the results of a node as the program calls them."""
+        if isinstance(result, list):
+            names = [self.name(each) for given in node["outputs"] for each in self.spread(given)]
+            values.update(zip(names, result, strict=True))
+            return
+        outputs = node["outputs"]
+        for index, each in enumerate(outputs):
+            own = result if len(outputs) == 1 else self.graph.call_function(operator.getitem, (result, index))
+            if next(iter(each)) in ("as_tensors", "as_optional_tensors"):
+                for place, part in enumerate(self.spread(each)):
+                    values[self.name(part)] = self.graph.call_function(operator.getitem, (own, place))
+            elif "as_none" not in each:
+                values[self.name(each)] = own
+
+    def spread(self, argument: dict[str, Any]) -> list[Any]:
+        """The tensors of a list, or the one."""
+        content = next(iter(argument.values()))
+        return [{"as_tensor": each} for each in content] if isinstance(content, list) else [argument]
+
+    def name(self, argument: dict[str, Any]) -> str:
+        """What the program calls a value."""
+        own = argument.get("name", argument.get("as_name"))
+        return str(own) if own is not None else self.name(next(iter(argument.values())))
+
+    def value(self, argument: dict[str, Any], values: dict[str, Any]) -> Any:
+        """An argument of a node."""
+        ((kind, content),) = argument.items()
+        if kind in self.tables:
+            return self.tables[kind][content]
+        if kind == "as_device":
+            return self.torch.device("cpu")
+        if kind == "as_none":
+            return None
+        if kind == "as_name":
+            return values[content]
+        if kind == "as_tensor":
+            return values[content["name"]]
+        if kind in ("as_float", "as_floats"):  # those that JSON has no number for are texts
+            return [float(each) for each in content] if isinstance(content, list) else float(content)
+        if isinstance(content, list):
+            return [self.value(each if len(each) == 1 and "name" not in each else {"as_tensor": each}, values)
+                    if isinstance(each, dict) else each for each in content]  # fmt: skip
+        return self.value(content, values) if isinstance(content, dict) else content
 
 
 def difference(found: Any, recorded: Any) -> float:
@@ -124,22 +323,16 @@ def in_turn(runs: dict[str, Run], arrays: list[Any], rounds: int) -> dict[str, l
     return took
 
 
-def time_pack(pack: dict[str, Any], threads: int | None, rounds: int, batch: int | None) -> dict[str, Any]:
+def time_pack(
+    pack: dict[str, Any], folder: Folder, threads: int | None, rounds: int, batch: int | None
+) -> dict[str, Any]:
     """The table of a packed folder: by row and width, the time over the whole model's, from paired rounds."""
     about, spec = dict(pack["about"]), pack["spec"]
     about["threads"] = threads or about["threads"]
-    example = np.load(HERE / "example.npz", allow_pickle=False)
-    arrays = resized([example[name] for name in sorted(example.files)], spec, batch)
+    arrays = resized(list(folder.arrays().values()), spec, batch)
 
     def load(name: str) -> Run:
-        path = HERE / name
-        if path.suffix == ".onnx":
-            return load_onnx(path, about["threads"], pack["disabled_optimizers"])
-        return (
-            load_xml(path, about["threads"])
-            if path.suffix == ".xml"
-            else load_pt2(path, about["threads"], spec["dtypes"])
-        )
+        return folder.load(name, about["threads"], spec["dtypes"], pack["disabled_optimizers"])
 
     whole = load(pack["whole"])
     rows: dict[str, dict[str, float]] = {}
@@ -170,28 +363,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="default: what the model was saved with")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--batch", type=int, default=None, help="samples a call; default 1 where the batch is free")
+    parser.add_argument("--trusted", action="store_true", help="run machine code, model.aoti.pt2, too")
     arguments = parser.parse_args()
     if any(each is not None and each < 1 for each in (arguments.rounds, arguments.batch, arguments.threads)):
         parser.error("rounds, batch and threads must be at least 1")
     if (HERE / "pack.json").is_file():
         pack = json.loads((HERE / "pack.json").read_text())
-        found = time_pack(pack, arguments.threads, arguments.rounds, arguments.batch)
+        folder = Folder(pack["files"], arguments.trusted)
+        found = time_pack(pack, folder, arguments.threads, arguments.rounds, arguments.batch)
         (HERE / "latency.json").write_text(json.dumps(found, indent=1) + "\n")
         print(HERE / "latency.json")
         return
     manifest = json.loads((HERE / "artifact.json").read_text())
+    folder = Folder(manifest["files"], arguments.trusted)
     threads = arguments.threads or manifest["threads"]
-    example = np.load(HERE / "example.npz", allow_pickle=False)
-    arrays = [example[name] for name in sorted(example.files) if name.startswith("in")]
-    expected = [example[name] for name in sorted(example.files) if name.startswith("out")]
-    spec = manifest["spec"]
-    if "model.onnx" in manifest["files"]:
-        run = load_onnx(HERE / "model.onnx", threads)
-    elif "model.xml" in manifest["files"]:
-        run = load_xml(HERE / "model.xml", threads)
-    else:
-        name = "model.aoti.pt2" if "model.aoti.pt2" in manifest["files"] else "model.pt2"
-        run = load_pt2(HERE / name, threads, spec["dtypes"])
+    example, spec = folder.arrays(), manifest["spec"]
+    arrays = [array for name, array in example.items() if name.startswith("in")]
+    expected = [array for name, array in example.items() if name.startswith("out")]
+    names = ("model.onnx", "model.xml", "model.aoti.pt2", "model.pt2")
+    run = folder.load(next(name for name in names if name in manifest["files"]), threads, spec["dtypes"])
     worst = max(difference(*pair) for pair in zip(run(arrays), expected, strict=True))
     arrays = resized(arrays, spec, arguments.batch)
     for _ in range(20):

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from torchslim.artifact import BENCH
+from torchslim.artifact import bench_script
 from torchslim.errors import RecipeError
-from torchslim.files import write_bytes, write_json
+from torchslim.files import sha256, write_bytes, write_json
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.prune import Prune
 from torchslim.prune.channel_step import ChannelPruning
@@ -86,11 +86,15 @@ def pack(
         arrays: dict[str, Any] = {f"in{index:03d}": leaf.numpy() for index, leaf in enumerate(whole.example)}
         np.savez(buffer, **arrays)
         write_bytes(folder / "example.npz", buffer.getvalue())
-        write_bytes(folder / "bench.py", BENCH.read_bytes())
+        names = [f"whole{suffix}", *(str(each["file"]) for each in written)]
+        exported = [(folder / name).read_bytes() for name in names] if suffix == ".pt2" else []
+        write_bytes(folder / "bench.py", bench_script(exported))
+        names = ["example.npz", *(name.removesuffix(suffix) + each for name in names for each in whole.suffixes)]
         spec = {"sizes": whole.spec.sizes, "dtypes": whole.spec.dtypes, "batch_axis": whole.spec.batch_axis}
         about = {
             "format": PACK_FORMAT, "gives": FORMAT, "about": bench.about(plan.model), "whole": f"whole{suffix}",
             "programs": written, "spec": spec, "disabled_optimizers": UNWANTED,
+            "files": {name: sha256(folder / name) for name in names},
         }  # fmt: skip
         write_json(folder / PACK, about)  # last: a folder that has it is whole
     return folder

@@ -138,3 +138,14 @@ def _json(entries: dict[str, bytes], name: str, limits: Limits) -> Any:
     if name not in entries:
         raise ArtifactError(f"the .pt2 file is damaged: {name} is missing; copy it again")
     return parse_json(entries[name], f"the .pt2 file ({name})", ArtifactError, limits=limits)
+
+
+def operators_of(data: bytes) -> set[str]:
+    """The names of all operators that a checked `.pt2` calls, in its parts too."""
+    graphs = [_json(_entries(io.BytesIO(data)), PROGRAM, OWN)["graph_module"]["graph"]]
+    found = set()
+    while graphs:
+        for node in graphs.pop()["nodes"]:
+            found.add(node["target"])
+            graphs += [each["arg"]["as_graph"]["graph"] for each in node["inputs"] if "as_graph" in each["arg"]]
+    return found
