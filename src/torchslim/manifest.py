@@ -126,7 +126,7 @@ class SurgeryJson(TypedDict):
     """What channel pruning removed from a module; see `torchslim.surgery`."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
-    version: Literal[1]
+    version: Annotated[int, Field(ge=1)]  # a newer one is named where the record is used
     base: BaseJson
     rounds: Annotated[list[RoundJson], Field(max_length=10_000)]
 
