@@ -82,6 +82,12 @@ class Atoms:
         roots = self.find(ids.reshape(-1))
         self._reason[roots[self._reason[roots] == 0]] = self._known[why]
 
+    def why(self, ids: Ids) -> str:
+        """The reason of the first of these that is frozen; empty where none is."""
+        reasons = self._reason[self.find(ids.reshape(-1))]
+        found = reasons[reasons > 0]
+        return self.reasons[found[0] - 1] if found.size else ""
+
     def stuck(self, ids: Ids) -> bool:
         """Are all of these frozen?"""
         return bool(self._reason[self.find(ids)].all())

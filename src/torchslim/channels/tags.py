@@ -21,6 +21,10 @@ Shape = Sequence[int]
 Operand = tuple[Layers, Shape]
 
 
+FIXED = "meets a value of a fixed size"
+"""The reason to stay that says least: what made the value so is told where that is known."""
+
+
 def varying(core: Tensor) -> frozenset[int]:
     """The dimensions along which a layer varies."""
     return frozenset(dim for dim, size in enumerate(core.shape) if size > 1)
@@ -83,6 +87,7 @@ class Tagger:
     joints: dict[JointKey, Joint] = field(default_factory=dict)
     balances: dict[bytes, Balance] = field(default_factory=dict)
     where: str = ""  # the module and operation at work, for the reasons
+    cause: str = ""  # why what it is given is of a fixed size, where an earlier operation made it so
 
     def __post_init__(self) -> None:
         self._derived: dict[tuple[JointKey, tuple[int, ...]], Tensor] = {}
@@ -102,6 +107,13 @@ class Tagger:
         reason = f"{why} ({self.where})" if self.where else why
         for core in layers:
             self.atoms.freeze(core.numpy(), reason)
+
+    def _meet(self, core: Tensor) -> None:
+        """A layer meets a value of a fixed size: the first cause is told, not each of the places that it reaches."""
+        if self.cause:
+            self.atoms.freeze(core.numpy(), self.cause)
+        else:
+            self.freeze([core], FIXED)
 
     def note(self, layers: Layers) -> Layers:
         """Remember layers that vary along several dimensions at once: what goes must leave them rectangular."""
@@ -187,7 +199,7 @@ class Tagger:
             fixed = frozenset(dim for dim in range(rank) if size[dim] > 1) - owned
             for core in result:
                 if varying(core) & fixed:
-                    self.freeze([self.onto(core, varying(core) & fixed)], "meets a value of a fixed size")
+                    self._meet(self.onto(core, varying(core) & fixed))
         return tuple(result)
 
     def reduce(self, layers: Layers, dims: Iterable[int]) -> Layers:

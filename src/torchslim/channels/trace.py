@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torchslim.channels.leaves import leaves
 from torchslim.channels.noise import Noise
 from torchslim.channels.rules import Call, apply
-from torchslim.channels.tags import Layers, Tagger
+from torchslim.channels.tags import FIXED, Layers, Tagger
 from torchslim.isolation import quiet
 from torchslim.steps import Inputs
 from torchslim.task import tensors
@@ -183,6 +183,7 @@ class _Recorder(TorchDispatchMode):
         self.trace = Trace(self.tagger)
         self._layers: Any = WeakIdKeyDictionary()
         self._dependent = Dependent(())
+        self._causes: Any = WeakIdKeyDictionary()  # tensors that lost all their layers, with the first reason
         self._stored: dict[Any, Layers] = {}
         self._used: set[int] = set()  # of tensors by identity; the weights stay alive, so none is taken for another
         self._weights = named_weights(model)
@@ -210,12 +211,16 @@ class _Recorder(TorchDispatchMode):
         name = str(func)
         self.tagger.where = f"{self.stack.paths[-1] or 'model'}: {func._opname}"
         dependent = self._dependent.note(given, outputs, random=drawn)
+        causes = (self._causes.get(each, "") for each in given if not self.layers_of(each))
+        self.tagger.cause = next(filter(None, causes), "")
         made = self._made(func, args, kwargs, outputs, given)
         self._used.update(map(id, given))
         for place, output in enumerate(outputs):
             layers = made[place] if place < len(made) else ()
             # what is known to stay is of a fixed size, as if it had no atoms
             self._layers[output] = tuple(core for core in layers if not self.tagger.atoms.stuck(core.numpy()))
+            if not self._layers[output]:
+                self._causes[output] = self._cause(layers, given)
         cost, factors = self._cost(func, args, kwargs, result)
         self.trace.operations.append(
             Operation(
@@ -230,6 +235,13 @@ class _Recorder(TorchDispatchMode):
             )
         )
         return result
+
+    def _cause(self, layers: Layers, given: list[Tensor]) -> str:
+        """Why a value is of a fixed size: what holds its layers, or those that went in, or what held those before."""
+        cores = (*layers, *(core for each in given for core in self.layers_of(each)))
+        reasons = [each for core in cores if (each := self.tagger.atoms.why(core.numpy()))]
+        telling = (each for each in reasons if not each.startswith(FIXED))
+        return next(telling, self.tagger.cause or next(iter(reasons), ""))
 
     def _made(self, func: Any, args: Any, kwargs: Any, outputs: Any, given: list[Tensor]) -> Any:
         call_ = Call(self.tagger, func, args, kwargs, outputs, self.layers_of)

@@ -12,16 +12,21 @@ from torch import nn
 
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling, Mask, couple
-from torchslim.channels.runs import Divergence
+from torchslim.channels.runs import COUNTING, Divergence
+from torchslim.channels.sizes import other_inputs
 from torchslim.channels.tags import JointKey
 from torchslim.channels.trace import Trace, Value, trace
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, is_plain, preserved_globals
 from torchslim.select import Patterns, as_list, check_patterns, class_names, matches, parameter_paths
 from torchslim.steps import Inputs
-from torchslim.task import device_of, to_device
+from torchslim.task import device_of, tensors, to_device
 
-MODES = ("inner", "even", "outer", "tied", "outer tied", "none")
+MODES = {
+    "auto": ("inner", "even", "outer", "tied", "outer tied", "none"),
+    "whole": ("outer", "outer tied", "none"),
+    "dim": ("inner", "even", "tied", "none"),
+}
 """What attention may lose, in the order in which it is tried: see `couple`."""
 
 
@@ -43,11 +48,22 @@ class Plan:
     precision: torch.dtype = torch.float64  # of the check
     precise: bool = False  # is it known whether the model itself runs in that?
     imprecise: str = ""  # why it does not
+    elsewhere: tuple[Inputs, Trace] | None = None  # inputs of a second size that the model takes, and their trace
+    sized: bool = False  # has one been looked for?
 
     @property
     def names(self) -> list[str]:
         """The parameters, each once."""
         return [name for name, _ in self.model.named_parameters()]
+
+    def second(self) -> tuple[Inputs, Trace] | None:
+        """Inputs of another size and the trace of a run on them; None where the model takes no other size."""
+        if not self.sized:
+            self.sized = True
+            # where data decides how much there is, a run on other data shows nothing of sizes
+            if not any(each.name.split(".")[1] in COUNTING for each in self.trace.operations):
+                self.elsewhere = _second(self.model, self.inputs, self.trace)
+        return self.elsewhere
 
     def coupling(self) -> Coupling:
         """The groups, with all that is known to be impossible left out."""
@@ -71,7 +87,7 @@ class Plan:
                 mode = coupling.modes[path]
                 alike = {other for other in coupling.modes if kinds.get(other) is kinds.get(path)}
                 done = self.tried.setdefault(path, set()) | {mode}
-                following = next(each for each in MODES if each not in done)
+                following = next(each for each in MODES[self.heads] if each not in done)
                 for other in alike:
                     self.tried.setdefault(other, set()).add(mode)
                     if coupling.modes[other] == mode:
@@ -133,6 +149,24 @@ class Plan:
             for classes in coupling.classes(value.layers):
                 found |= set(np.unique(classes[removed[classes]]).tolist())
         return found
+
+
+def shapes_of(inputs: Inputs) -> str:
+    """The shapes of the tensors among inputs, as text."""
+    return ", ".join(str(tuple(each.shape)) for each in tensors(inputs))
+
+
+def _second(model: nn.Module, inputs: Inputs, first: Trace) -> tuple[Inputs, Trace] | None:
+    for other in other_inputs(inputs):
+        with preserved_globals(seed=0):
+            try:
+                found = trace(copy_model(model)[0], other)
+            except Exception:  # noqa: BLE001 - whatever a model raises on a size that it does not take
+                continue
+        same = [value.shape for value in found.weights.values()] == [value.shape for value in first.weights.values()]
+        if same and not found.training:
+            return other, found
+    return None
 
 
 def analyse(

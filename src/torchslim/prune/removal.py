@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,32 +12,32 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from torchslim.channels import oracle
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling, Mask
-from torchslim.channels.precision import widened
+from torchslim.channels.tags import FIXED
 from torchslim.channels.units import Group
 from torchslim.errors import PruneError
 from torchslim.isolation import trim
 from torchslim.prune.amount import Amount, Of, Scope, Scores, Selection, select, step_size
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion, needs
-from torchslim.prune.plan import Plan, analyse
+from torchslim.prune.plan import Plan, analyse, shapes_of
+from torchslim.prune.proof import ROLLBACKS, give_up, prove
 from torchslim.prune.record import attach
 from torchslim.prune.scores import Normalisation, Reduction, channel_scores, combine
-from torchslim.prune.shrink import Surgery, mend, perform
+from torchslim.prune.shrink import Surgery, perform
 from torchslim.select import Patterns
 from torchslim.statistics import Gathered, gather
 from torchslim.steps import Inputs, Workbench
 from torchslim.task import Batch
 
-WITHDRAWALS = 12
-"""How many changed attributes of the modules at work are tried with their old value where values differ."""
+SHOWN = 6
+"""How many reasons a refusal tells."""
 
-ROLLBACKS = 60
-"""How often a removal that could not be verified is made smaller before everything is given up."""
+ASKED = ("excluded", "not included")
+"""Reasons that the caller gave; they come last."""
 
-CLEAR = 1e-3
-"""A change of the outputs that float32, which takes half the time, cannot have brought about by rounding."""
+EVERYWHERE = ("reaches an output", "the kernel's extent stays", FIXED)
+"""How reasons begin that hold in every model: they are told where there are no others."""
 
 
 Choose = Callable[[Selection], list[int]]
@@ -94,107 +94,43 @@ def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selectio
                 f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
                 f"{amount.round_to} channels: ask for more, or give a smaller round_to"
             )
-        surgery, diverged = mend(plan.model, coupling, removed, plan.inputs)
-        if diverged is None:
-            surgery, verdict, change = _checked(plan, coupling, removed, surgery)
-            diverged = verdict.divergence
-        if diverged is None:
-            shrunk = perform(plan.model, surgery)  # the one that was tried has run, and may have changed its state
+        proof = prove(plan, coupling, removed)
+        if proof.right:
+            shrunk = perform(
+                plan.model, proof.surgery
+            )  # the one that was tried has run, and may have changed its state
             return Shrunk(
                 shrunk,
-                surgery,
+                proof.surgery,
                 coupling,
                 removed,
-                verdict.error,
-                change,
+                proof.error,
+                proof.change,
                 selection.left(kept),
                 tuple(rollbacks),
                 plan.imprecise,
             )
-        rollbacks.append(f"{diverged.path}: {diverged.what}")
+        rollbacks.append(proof.objection)
         if plan.narrowest == 1 and any(left == 1 < unit.width for unit, left in zip(coupling.units, kept, strict=True)):
             plan.narrowest = 2  # a value of size 1 often takes another path through views and products
-        elif not plan.retreat(diverged, coupling, removed):
+        elif not give_up(plan, proof, coupling, removed):
             break
-    reasons = "; ".join(dict.fromkeys(each.reason for each in plan.coupling().groups if each.reason))
-    raise Stuck(f"no channel of {type(plan.model).__name__} can go: {reasons or 'it has no groups'}")
+    raise Stuck(f"no channel of {type(plan.model).__name__} can go: {refusal(plan, rollbacks)}")
 
 
-def _checked(plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery) -> tuple[Surgery, oracle.Verdict, float]:
-    """Verify; where values differ, attributes that only looked like sizes get their old values back."""
-    check = _Check(plan, coupling, removed)
-    trim()
-    kinds = {path: type(module) for path, module in plan.model.named_modules()}
-    verdict = check.verify(surgery)
-    if verdict.divergence is not None and check.narrowed():
-        verdict = check.verify(surgery)
-    trials = WITHDRAWALS
-    while (diverged := verdict.divergence) is not None and trials:
-        near = [
-            each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module
-        ]
-        alike = {(kinds[each.module], each.name, each.place): None for each in reversed(near)}
-        for kind, name, place in list(alike)[:trials]:
-            trials -= 1
-            left = tuple(
-                each for each in surgery.patches if (kinds[each.module], each.name, each.place) != (kind, name, place)
-            )
-            later = check.verify(Surgery(surgery.cuts, left))
-            if later.divergence is None or later.divergence.index > diverged.index:
-                surgery, verdict = Surgery(surgery.cuts, left), later
-                break
-        else:
-            break
-    return surgery, verdict, 0.0 if verdict.divergence else check.change(verdict)
-
-
-class _Check:
-    """Runs the shrunk model and the masked original, in float64 or in the most precise type that the model takes."""
-
-    def __init__(self, plan: Plan, coupling: Coupling, removed: Mask) -> None:
-        self.plan, self.coupling, self.removed = plan, coupling, removed
-        self.width = oracle.width(plan.model)
-        self.narrow = oracle.vary(plan.inputs, self.width)
-        self.wide = oracle.vary(plan.inputs, plan.precision)
-
-    def shrunk(self, trial: Surgery) -> nn.Module:
-        narrowed = perform(oracle.prepare(self.plan.model, self.width), trial)
-        widening: nn.Module = narrowed._apply(lambda each: widened(each, self.plan.precision))
-        return widening
-
-    def whole(self) -> nn.Module:
-        prepared: nn.Module = oracle.prepare(self.plan.model, self.plan.precision)
-        return prepared
-
-    def verify(self, trial: Surgery) -> oracle.Verdict:
-        return oracle.verify(
-            lambda: self.shrunk(trial), self.whole, self.coupling, self.removed, self.wide, self.plan.precision
-        )
-
-    def narrowed(self) -> bool:
-        """Does the original itself fail in float64, so that the check goes on in float32?"""
-        plan = self.plan
-        if plan.precise or plan.precision == self.width:
-            return False
-        failed = oracle.runs(self.whole(), self.coupling, self.wide, plan.precision)
-        plan.precise = True
-        if failed is None:
-            return False
-        if oracle.runs(oracle.prepare(plan.model, self.width), self.coupling, self.narrow, self.width) is not None:
-            return False
-        plan.imprecise = (
-            f"checked in {str(self.width).removeprefix('torch.')}: in float64 the model itself fails, {failed.what}"
-        )
-        plan.precision, self.wide = self.width, self.narrow
-        return True
-
-    def change(self, verdict: oracle.Verdict) -> float:
-        """How much the outputs change against the unpruned model's."""
-        plan = self.plan
-        change = oracle.change(oracle.prepare(plan.model, self.width), self.narrow, verdict.outputs, self.width)
-        if not CLEAR < change < float("inf"):  # rounding may hide it, or may have taken the run another way
-            change = oracle.change(self.whole(), self.wide, verdict.outputs, plan.precision)
-        return change
+def refusal(plan: Plan, rollbacks: Sequence[str]) -> str:
+    """Why nothing can go, the reason that holds the most parameters first."""
+    coupling = plan.coupling()
+    held: dict[str, int] = {}
+    for group in coupling.groups:
+        stake = sum(int(np.prod(coupling.trace.weights[each.weight].shape)) for each in group.members)
+        held[group.reason] = max(held.get(group.reason, 0), stake)
+    held.pop("", None)
+    plain = {each: size for each, size in held.items() if not each.startswith(EVERYWHERE)} or held
+    unlisted = [each for each in dict.fromkeys(rollbacks) if not any(each.partition(": ")[2] in why for why in plain)]
+    reasons = [*unlisted, *sorted(plain, key=lambda each: (each in ASKED, -plain[each]))]
+    more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    return "; ".join(reasons[:SHOWN]) + more if reasons else "it has no groups"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +263,7 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
     about = {
         "verified": True,
         "precision": str(plan.precision).removeprefix("torch."),
+        "sizes": [shapes_of(plan.inputs), *([shapes_of(plan.elsewhere[0])] if plan.elsewhere else [])],
         "largest_error": done.error,
         "output_change": done.change,
         "criterion": criterion,
