@@ -7,6 +7,7 @@ Layout operations are applied to the layers themselves, so views, shuffles and w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,14 @@ def compressed(layer: Tensor) -> Tensor:
             if layer.stride(dim) == 0 or bool((layer == first).all()):
                 layer = first
     return layer
+
+
+def _repetition(core: Tensor) -> bytes:
+    """Which elements of a layer share an atom, whatever the atoms are."""
+    flat = core.numpy().reshape(-1)
+    _, first, inverse = np.unique(flat, return_index=True, return_inverse=True)
+    labels: bytes = first[inverse.reshape(-1)].tobytes()
+    return labels
 
 
 JointKey = tuple[tuple[int, ...], bytes]
@@ -178,7 +187,7 @@ class Tagger:
         ]
         found = [(index, varying(core), core) for index, (cores, _) in enumerate(aligned) for core in cores]
         left: list[tuple[int, frozenset[int], Tensor]] = []
-        for index, dims, core in found:
+        for index, dims, core in self._folded(found):
             twins = [twin for other, same, twin in left if same == dims and (other != index)]
             for twin in twins:
                 if twin is not core:
@@ -201,6 +210,34 @@ class Tagger:
                 if varying(core) & fixed:
                     self._meet(self.onto(core, varying(core) & fixed))
         return tuple(result)
+
+    def _folded(self, found: list[tuple[int, frozenset[int], Tensor]]) -> list[tuple[int, frozenset[int], Tensor]]:
+        """The layers to couple where an operand has several along the same dimensions.
+
+        Folding channels and something else into one dimension, as `weight.view(out, -1)` does, leaves one layer of
+        both. Each goes with its like in the other operands: the one that repeats in the same way. Where the others
+        have a like for one layer alone, they are of a fixed size along what the rest stands for.
+        """
+        slots = Counter((index, dims) for index, dims, _ in found)
+        folded = {dims for (_, dims), count in slots.items() if count > 1}
+        result = [each for each in found if each[1] not in folded]
+        for along in folded:
+            inside = [each for each in found if each[1] == along]
+            kinds: dict[bytes, list[tuple[int, frozenset[int], Tensor]]] = {}
+            for each in inside:
+                kinds.setdefault(_repetition(each[2]), []).append(each)
+            paired = {kind for kind, same in kinds.items() if len({index for index, _, _ in same}) > 1}
+            if not paired:
+                result += inside
+                continue
+            for kind, (first, *others) in kinds.items():
+                for _, _, core in others:
+                    self.atoms.union(first[2].numpy(), core.numpy())
+                if kind in paired:
+                    result.append((-1, along, first[2]))
+                else:
+                    self._meet(first[2])
+        return result
 
     def reduce(self, layers: Layers, dims: Iterable[int]) -> Layers:
         """Sum over `dims`, which stay as dimensions of size 1."""

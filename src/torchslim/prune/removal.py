@@ -96,9 +96,8 @@ def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selectio
             )
         proof = prove(plan, coupling, removed)
         if proof.right:
-            shrunk = perform(
-                plan.model, proof.surgery
-            )  # the one that was tried has run, and may have changed its state
+            # the module that was tried has run, and may have changed its state
+            shrunk = perform(plan.model, proof.surgery)
             return Shrunk(
                 shrunk,
                 proof.surgery,
