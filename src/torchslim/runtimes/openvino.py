@@ -28,6 +28,7 @@ from torchslim.products import ATTENTION, open_products
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.kernels import Kernel, decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
+from torchslim.runtimes.openvino_passes import guard_extremes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +81,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
             f"OpenVINO cannot read the model: {_brief(error)}; use runtime 'onnxruntime', or 'eager'"
         ) from error
     model = _restore(model, onnx, openvino)
+    guard_extremes(model)
     # by default OpenVINO rounds what weights of 8 and 4 bits are multiplied with, asked for or not
     model.set_rt_info(str(_group(captured.program)), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     with tempfile.TemporaryDirectory() as folder:
