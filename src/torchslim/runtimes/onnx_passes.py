@@ -49,14 +49,16 @@ def translations(graph: torch.fx.Graph) -> dict[Callable[..., Any], Callable[...
 
 
 def finish(proto: Any) -> None:
-    """All passes, and no constant left that nothing reads."""
+    """All passes; no constant left that nothing reads, and no shape of an inner value."""
     graph = Graph(proto.graph)
     integer_biases(graph)
+    float_activations(graph)
     float_weights(graph)
     four_bit_weights(graph)
     weights_of_their_own(graph)
     if graph.changed:
         graph.write()
+    del proto.graph.value_info[:]
     kept = [each for each in proto.opset_import if each.domain != "torchslim"]
     del proto.opset_import[:]
     proto.opset_import.extend(kept)
@@ -69,11 +71,17 @@ class Graph:
     proto: Any
     nodes: list[Any] = field(init=False)
     constants: dict[str, Any] = field(init=False)
+    ranks: dict[str, int] = field(init=False)  # of the values whose shapes the model tells
+    fixed: bool = field(init=False)  # have all inputs fixed sizes?
     changed: bool = False
 
     def __post_init__(self) -> None:
         self.nodes = list(self.proto.node)
         self.constants = {each.name: each for each in self.proto.initializer}
+        told = (*self.proto.value_info, *self.proto.output)
+        self.ranks = {each.name: len(each.type.tensor_type.shape.dim) for each in told}
+        sizes = (size for each in self.proto.input for size in each.type.tensor_type.shape.dim)
+        self.fixed = all(size.HasField("dim_value") for size in sizes)
 
     def makers(self) -> Mapping[str, Any]:
         """The node that makes each value."""
@@ -124,12 +132,13 @@ def integer_biases(graph: Graph) -> None:
     from onnx import helper
 
     dequantized = {node.output[0]: node for node in graph.nodes if node.op_type == "DequantizeLinear"}
-    fixed = all(each.HasField("dim_value") for value in graph.proto.input for each in value.type.tensor_type.shape.dim)
     makers, readers = graph.makers(), _readers(graph)
     for node in list(graph.nodes):
         if node.op_type in ("Gemm", "Conv") and len(node.input) == 3:
             owner, place, left, right = node, 2, node.input[0], node.input[1]
-        elif fixed and node.op_type == "MatMul" and (found := _sum_of(node, graph, readers)) is not None:
+        elif node.op_type == "MatMul" and (found := _sum_of(node, graph, readers)) is not None:
+            if not _becomes_gemm(node, graph):
+                continue
             (owner, place), left = found, node.input[0]
             moved = makers.get(node.input[1])
             right = moved.input[0] if moved is not None and moved.op_type == "Transpose" else node.input[1]
@@ -159,6 +168,56 @@ def _sum_of(product: Any, graph: Graph, readers: Mapping[str, list[Any]]) -> tup
     place = 1 if users[0].input[0] == product.output[0] else 0
     stored = graph.constants.get(users[0].input[place])
     return (users[0], place) if stored is not None and len(stored.dims) == 1 else None
+
+
+def float_activations(graph: Graph) -> None:
+    """Write a ReLU or clip between a quantized Gemm and what reads it in float as Max and Min.
+
+    ONNX Runtime looks for a rounding behind a clip. Where none follows, it leaves the Gemm in float, with weights that
+    are dequantized at every call; it knows no other activation as a clip.
+    """
+    makers, readers = graph.makers(), _readers(graph)
+    for node in list(graph.nodes):
+        users = readers.get(node.output[0], [])
+        if node.op_type not in ("Relu", "Clip") or (users and all(each.op_type == "QuantizeLinear" for each in users)):
+            continue
+        layer = makers.get(node.input[0])
+        if layer is not None and layer.op_type == "Add":
+            products = [makers[each] for each in layer.input if each in makers]
+            layer = next((each for each in products if each.op_type == "MatMul" and _becomes_gemm(each, graph)), None)
+        elif layer is not None and layer.op_type != "Gemm":
+            layer = None
+        if layer is None or len(readers[node.input[0]]) > 1 or not _quantized_inputs(layer, makers, graph):
+            continue
+        if node.op_type == "Relu":
+            dtype = graph.array(makers[layer.input[0]].input[1]).dtype  # of the scale
+            bounds = [("Max", graph.store(np.zeros((), dtype), f"{node.name}_zero"))]
+        else:
+            bounds = [(kind, each) for kind, each in zip(("Max", "Min"), node.input[1:], strict=False) if each]
+        if bounds:
+            graph.replace(node, *_bounded(node, bounds))
+
+
+def _bounded(node: Any, bounds: list[tuple[str, str]]) -> list[Any]:
+    """Nodes of the same layer that bound what a node reads, one after another."""
+    from onnx import helper
+
+    made, value = [], node.input[0]
+    path, slash, _ = node.name.rpartition("/")
+    for index, (kind, bound) in enumerate(bounds, 1):
+        output = node.output[0] if index == len(bounds) else f"{node.output[0]}_{kind}"
+        name = f"{path}/{kind}" if slash else f"{node.name}_{kind}"
+        made.append(helper.make_node(kind, [value, bound], [output], name=name))
+        value = output
+    return made
+
+
+def _becomes_gemm(product: Any, graph: Graph) -> bool:
+    """Will ONNX Runtime make a Gemm of a product and the addition of a vector?
+
+    It does so for matrices, and where all sizes are fixed.
+    """
+    return graph.fixed or graph.ranks.get(product.output[0]) == 2
 
 
 def float_weights(graph: Graph) -> None:

@@ -71,7 +71,7 @@ def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
 
 
 def _strip(proto: Any) -> None:
-    """Drop what no runtime reads (stack traces of the exporting machine, shapes of inner values).
+    """Drop what no runtime reads, as stack traces of the exporting machine.
 
     Before, nodes are named by the layers that they come from, `layer1.0.conv1/Conv`, so that the profiles and reports
     of every runtime that reads the model show them.
@@ -80,7 +80,7 @@ def _strip(proto: Any) -> None:
     owners = {each.name: each.name.rpartition(".")[0] for each in graph.initializer}
     for node, name in zip(graph.node, unique([_layer_name(node, owners) for node in graph.node]), strict=True):
         node.name = name
-    del proto.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
+    del proto.metadata_props[:], graph.metadata_props[:]
     proto.doc_string = graph.doc_string = ""
     for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
         part.doc_string = ""
