@@ -29,6 +29,8 @@ from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.kernels import Kernel, decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
 from torchslim.runtimes.openvino_passes import guard_extremes
+from torchslim.runtimes.openvino_trial import survive
+from torchslim.structure import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,6 +76,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
     # of ONNX Runtime's operations only the one for 4-bit weights is needed; in 8 bits it stores more scales
     packed = any(node.target is torch.ops.aten.bitwise_right_shift.Tensor_Scalar for node in program.graph.nodes)
     onnx = to_onnx(replace(captured, program=program), lowered=packed)
+    survive(onnx, flatten(captured.inputs, captured.example))
     try:
         model = openvino.Core().read_model(onnx)
     except RuntimeError as error:
