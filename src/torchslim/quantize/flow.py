@@ -242,6 +242,7 @@ def convert(prepared: nn.Module) -> QuantizedModule:
 
         from torchslim.quantize.folding import fold_batch_norms, hide_batch_norms, settle, show_batch_norms
         from torchslim.quantize.quantizer import ANNOTATION
+        from torchslim.quantize.sharing import keep_own_grids
         from torchslim.quantize.storing import fit_biases, gather_first, store_groups
     copied = copy_model(prepared)[0].cpu()
     program = copied.program
@@ -252,6 +253,8 @@ def convert(prepared: nn.Module) -> QuantizedModule:
         if prepared.qat:
             settle(program)
             fold_batch_norms(program)
+        else:  # a network that was trained with shared grids keeps them
+            keep_own_grids(program)
         fit_biases(program)
         store_groups(program)
         hide_batch_norms(program)

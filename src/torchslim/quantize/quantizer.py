@@ -54,6 +54,9 @@ from torchslim.quantize.schemes import AS_ASKED, SCHEMES, Scheme
 from torchslim.steps import LayerRecord
 
 ANNOTATION = "quantization_annotation"
+COMPUTES_ON_INTEGERS = "torchslim_integers"  # of a node: it reads static integers, which it does not only move
+# of a concatenation that is rounded to one grid, or of the clamp behind it: the places of the parts that are floats
+SHARED_GRID = "torchslim_shared_grid"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the quantize operations take
 WEIGHTS_ONLY = SCHEMES["int8-weights"]
 
@@ -257,15 +260,21 @@ class SlimQuantizer(Quantizer):
         return last, left if last is right else right
 
     def _concat(self, node: Node) -> None:
-        """Of integers, unless a norm reads it: that is the residual stream, where a class token lies among others.
+        """Of integers, where a layer that computes on integers reads it: the parts then share a grid.
 
-        Rounded on the grid of the patches, the class token of CoaT lost all but 2.5 dB.
+        Where only float operations read it, or it is an output, the parts keep grids of their own: beside boxes in
+        pixels, scores were all rounded to 0. Where both read it, `sharing.keep_own_grids` decides by the ranges.
+        A norm that reads it reads the residual stream: on the grid of the patches, the class token of CoaT lost all
+        but 2.5 dB.
         """
-        if self._feeds_norm(node):
+        last = _end_of_concat(node)
+        if not self.profile.concats or not self._reaches_integers(last) or self._feeds_norm(node):
             return
         parts = [each for each in _flat(node.args[0]) if isinstance(each.meta.get("val"), Tensor)]
-        if self.profile.concats and any(_quantized_output(each) for each in parts):
+        floats = [index for index, each in enumerate(parts) if not _quantized_output(each)]
+        if len(floats) < len(parts):
             self._mark(node, dict.fromkeys(parts, self.specs.static), self.specs.static)
+            last.meta[SHARED_GRID] = floats
 
     def _part(self, node: Node) -> None:
         """One of the tensors that another is split into: on the grid of what it is a part of."""
@@ -285,6 +294,21 @@ class SlimQuantizer(Quantizer):
     def _feeds_integers(self, node: Node) -> bool:
         """Do only layers that compute on integers read a value, as it is or moved?"""
         return bool(node.users) and all(self._takes_integers(user) for user in node.users)
+
+    def _reaches_integers(self, node: Node) -> bool:
+        """Does any layer that computes on integers read a value, as it is, moved, or as a part of others?"""
+        return any(self._takes_some_integers(user) for user in node.users)
+
+    def _takes_some_integers(self, node: Node) -> bool:
+        if node.target in (*MOVES, *SPLITS, *CONCATS, getitem):
+            return self._reaches_integers(_end_of_concat(node))
+        factors = [argument(node, index) for index in (0, 1)]
+        if node.target in GATED:
+            return self.profile.gates and any(each is not None and each.target in GATES for each in factors)
+        if node.target in ADDITIONS:
+            layers = [weighted(_layer_before(each)) for each in factors if each is not None]
+            return self.profile.additions == "both" and any(each and each.kind.startswith("conv") for each in layers)
+        return self._takes_integers(node)
 
     def _feeds_norm(self, node: Node) -> bool:
         """Does a norm of the channels read a value, as it is or moved?"""
@@ -332,6 +356,7 @@ class SlimQuantizer(Quantizer):
             output_qspec=output if last is node else None,
             _annotated=True,
         )
+        node.meta[COMPUTES_ON_INTEGERS] = any(spec is self.specs.static for spec in inputs.values())
         if last is not node:
             last.meta[ANNOTATION] = QuantizationAnnotation(output_qspec=output, _annotated=True)
 
@@ -358,6 +383,12 @@ def end_of_layer(node: Node) -> Node:
         if len(users) == 1 and users[0].target in fused:
             node = users[0]
     return node
+
+
+def _end_of_concat(node: Node) -> Node:
+    """The clamp that alone reads a concatenation, else the node itself: a batch norm behind it computes in float."""
+    end = end_of_layer(node) if node.target in CONCATS else node
+    return end if end.target in CLAMPS and argument(end, 0) is node else node
 
 
 def _layer_before(node: Node) -> Node:

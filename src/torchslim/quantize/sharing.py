@@ -1,0 +1,91 @@
+"""Concatenations of parts whose ranges differ: float operations read the parts before these share a grid."""
+
+from __future__ import annotations
+
+from operator import getitem
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from torchslim.quantize.operations import CLAMPS, CONCATS, MOVES, SPLITS, argument
+from torchslim.quantize.quantizer import COMPUTES_ON_INTEGERS, SHARED_GRID
+
+LARGEST_RATIO = 4.0  # of the parts' ranges: the narrowest loses two of its eight bits
+
+
+def keep_own_grids(model: GraphModule) -> None:
+    """Let float operations and outputs read concatenations before rounding, where the ranges of the parts differ.
+
+    A concatenation of parts with similar ranges stays as it is: one pair costs less than one for each part.
+
+    Args:
+        model: a prepared graph that has observed its calibration data; changed.
+    """
+    for node in reversed(list(model.graph.nodes)):
+        if SHARED_GRID not in node.meta:
+            continue
+        spans = _spans(model, node)
+        if max(spans) <= LARGEST_RATIO * min(spans):
+            continue
+        rounded = [user for user in node.users if _observer(model, user) is not None]
+        changed = [_read_around(model, each, node) for each in rounded]
+        if any(changed):
+            _unround(node)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def _concat(node: Node) -> Node:
+    """The concatenation that a node with a shared grid is, or is a clamp of."""
+    while node.target in CLAMPS and (before := argument(node, 0)) is not None:
+        node = before
+    assert node.target in CONCATS, f"{node} is no concatenation"
+    return node
+
+
+def _spans(model: GraphModule, node: Node) -> list[float]:
+    """The scales of all parts of a concatenation, those of concatenations among them taken apart."""
+    given: Any = _concat(node).args[0]
+    spans = []
+    for part in given:
+        scale: Any = None
+        while (observer := _observer(model, part)) is not None or part.target in MOVES:
+            if observer is not None:
+                scale, _ = observer.calculate_qparams()
+            before = argument(part, 0)
+            assert before is not None, "observers and moves have a source"
+            part = before
+        spans += _spans(model, part) if SHARED_GRID in part.meta else [] if scale is None else [float(scale)]
+    return spans or [1.0]
+
+
+def _observer(model: GraphModule, node: Node) -> Any:
+    module: nn.Module | None = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if hasattr(module, "calculate_qparams") else None
+
+
+def _read_around(model: GraphModule, rounded: Node, plain: Node) -> bool:
+    """Give the float readers of a rounded value the plain one, wherever it is moved to before. Were there any?"""
+    found = False
+    for user in list(rounded.users):
+        if _observer(model, user) is not None:
+            found |= _read_around(model, user, plain)
+        elif user.target in (*MOVES, *SPLITS, getitem):
+            with model.graph.inserting_after(user):
+                copied = model.graph.node_copy(user, lambda each: plain if each is rounded else each)
+            found |= _read_around(model, user, copied)
+        elif not user.meta.get(COMPUTES_ON_INTEGERS):
+            user.replace_input_with(rounded, plain)
+            found = True
+    return found
+
+
+def _unround(node: Node) -> None:
+    """Join the parts as floats: those that no layer gives as integers are not rounded for it."""
+    concat = _concat(node)
+    parts: Any = concat.args[0]
+    floats: set[int] = set(node.meta[SHARED_GRID])
+    concat.args = ([argument(part, 0) if index in floats else part for index, part in enumerate(parts)],
+                   *concat.args[1:])  # fmt: skip
+    concat.meta[COMPUTES_ON_INTEGERS] = False
