@@ -7,6 +7,8 @@ import io
 import json
 import os
 import secrets
+import shutil
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +57,44 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinity are refused."""
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def clean_temporaries(folder: Path, *, older_s: float = 0.0) -> None:
+    """Delete what killed writers left in a folder and below it.
+
+    Args:
+        folder: links in it are not followed.
+        older_s: spare files younger than that, where other processes may be writing: a write takes seconds.
+
+    Raises:
+        StorageError: a file cannot be deleted.
+    """
+    before = time.time() - older_s
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            try:
+                if name.startswith(TEMPORARY) and path.lstat().st_mtime <= before:
+                    path.unlink()
+            except FileNotFoundError:
+                pass  # its writer is alive, and has just renamed it
+            except OSError as error:
+                raise StorageError(f"cannot delete {path}: {error.strerror or error}; delete it by hand") from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a whole folder; nothing where there is nothing.
+
+    Raises:
+        StorageError: it cannot be deleted.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot delete {path}: {error.strerror or error}; delete it by hand") from error
 
 
 def sha256(path: Path) -> str:

@@ -214,3 +214,11 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def warn(message: str) -> None:
+    """Warn in the name of the first caller outside of this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torchslim":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchslim.errors import RecipeError, StorageError
+from torchslim.holding import is_dead, started
 from torchslim.search.space import Parameter
 
 Sampler = Literal["gp", "tpe", "random"]
@@ -97,27 +98,6 @@ class Worker:
     def to_json(self) -> dict[str, Any]:
         """With when it was started: numbers of processes are used again."""
         return {"host": self.host, "pid": self.pid, "started": started(self.pid)}
-
-
-def started(pid: int) -> str | None:
-    """When a process of this machine was started; None where it is gone or nobody can tell."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
-
-
-def is_dead(worker: Mapping[str, Any]) -> bool | None:
-    """Is a worker of this machine gone? None for those of others, which only their beats tell of."""
-    if worker["host"] != socket.gethostname():
-        return None
-    try:
-        os.kill(int(worker["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return worker["started"] is not None and started(int(worker["pid"])) != worker["started"]
 
 
 class Ledger:
