@@ -70,5 +70,5 @@ def test_runs_with_and_without_it_load(tmp_path):
 )
 def test_a_damaged_one_is_refused(tmp_path, changes):
     (tmp_path / "run.json").write_text(json.dumps(run_with(cut(**changes))))
-    with pytest.raises(ArtifactError, match=r"rows\[1\]\.evidence must be"):
+    with pytest.raises(ArtifactError, match=r"rows(\.1\.|\[1\]\.)evidence.*; run again"):
         load_run(tmp_path)

@@ -578,15 +578,18 @@ def test_load_takes_the_file_or_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ('{"format": NaN}', "NaN is no JSON number"),
+        ("{", "is damaged: Expecting property name"),
+        ("[" * 100_000, "is damaged: nested deeper than 64 levels"),
+        ('{"format": NaN}', "NaN is no number of JSON"),
         ("[1]", 'has no "format"'),
         ("{}", 'has no "format"'),
         ('{"format": true}', "must be a number from 1 to 1, got true"),
         ('{"format": 0}', "must be a number from 1 to 1, got 0"),
         ('{"format": 2}', "has format 2, and this torchslim reads up to 1; upgrade torchslim"),
-        ('{"format": 1}', "torchslim must be a version, got nothing"),
+        ('{"format": 1}', "is damaged: torchslim: Field required; run again"),
+        ('{"format": 1, "format": 1}', "the key 'format' is given twice"),
+        ('{"format": 1e999}', "a number is too large"),
+        (f'{{"format": {2**64}}}', "a whole number is beyond 64 bits"),
     ],
 )
 def test_load_refuses_what_is_no_run(tmp_path: Path, content: str, says: str) -> None:
@@ -600,18 +603,21 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="there is no file"):
         load_run(tmp_path / "none.json")
     (tmp_path / "run.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ArtifactError, match="is not JSON"):
+    with pytest.raises(ArtifactError, match="is damaged"):
         load_run(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot read"):
+    with pytest.raises(ArtifactError, match="there is no file"):
         load_run(tmp_path / "file" / "run.json")
+    (tmp_path / "deep" / "run.json").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="holds no run.json"):
+        load_run(tmp_path / "deep" / "run.json")
 
 
 @pytest.mark.parametrize("key", sorted(set(make_run()) - {"format"}))
 def test_load_names_a_missing_key(tmp_path: Path, key: str) -> None:
     run = make_run()
     del run[key]
-    with pytest.raises(ArtifactError, match=rf"is damaged: {key} must be .*, got nothing; run again"):
+    with pytest.raises(ArtifactError, match=rf"is damaged: {key}: Field required; run again"):
         load_run(written(tmp_path, run))
 
 
@@ -619,7 +625,25 @@ def test_load_names_a_missing_key(tmp_path: Path, key: str) -> None:
 def test_load_names_a_row_that_lacks_a_key(tmp_path: Path, key: str) -> None:
     run = make_run()
     run["rows"][2][key] = 7
-    with pytest.raises(ArtifactError, match=rf"rows\[2\]\.{key} must be .*, got 7; run again"):
+    with pytest.raises(ArtifactError, match=rf"is damaged: rows\.2\.{key}\S*: Input should be .*, got 7; run again"):
+        load_run(written(tmp_path, run))
+
+
+@pytest.mark.parametrize("place", [(), ("rows", 0), ("rows", 0, "parameters"), ("metric",), ("rows", 1, "speedup")])
+def test_load_takes_no_unknown_keys_and_no_absurd_numbers(place: tuple[Any, ...], tmp_path: Path) -> None:
+    run = make_run()
+    inside: Any = run
+    for key in place:
+        inside = inside[key]
+    inside["more"] = 1
+    with pytest.raises(ArtifactError, match=r"more: Extra inputs are not permitted"):
+        load_run(written(tmp_path, run))
+    run = make_run()
+    run["rows"][0]["parameters"]["value"] = 1e300
+    with pytest.raises(ArtifactError, match=r"rows\.0\.parameters\S*: Input should be less than"):
+        load_run(written(tmp_path, run))
+    run["rows"][0]["parameters"]["value"], run["rows"][0]["name"] = 1, "x" * 10**6
+    with pytest.raises(ArtifactError, match=r"rows\.0\.name: String should have at most"):
         load_run(written(tmp_path, run))
 
 

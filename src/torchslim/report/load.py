@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torchslim.errors import ArtifactError
+from torchslim.report.records import Run
+from torchslim.schema import Limits, Schema, parse_json, read_file
 
 RUN_FORMAT = 1
+LIMITS = Limits(size_bytes=64 * 2**20)  # hundreds of trials, thousands of layers
+# C0 but for tabs and ends of lines, DEL, C1, and what changes the direction of the text
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+RUN: Schema[dict[str, Any]] = Schema(Run, "run.json", ArtifactError, limits=LIMITS, mend="run again")
 
 Check = Callable[[Any], bool]
 
@@ -47,10 +54,12 @@ def kind_of(path: str | Path) -> str:
     if path.is_dir():
         return next((kind for kind in KINDS if (path / f"{kind}.json").is_file()), "run")
     try:
-        known = json.loads(path.read_bytes()).get("kind", "run")
-    except (OSError, ValueError, RecursionError, AttributeError):  # what is wrong is said when it is loaded
+        raw = read_file(path, ArtifactError, size_bytes=LIMITS.size_bytes)
+        data = parse_json(raw, str(path), ArtifactError, limits=LIMITS)
+    except ArtifactError:  # what is wrong is said when it is loaded
         return "run"
-    return known if known in KINDS else "run"
+    known = data.get("kind", "run") if isinstance(data, dict) else "run"
+    return known if isinstance(known, str) and known in KINDS else "run"
 
 
 def _load(path: Path, kind: str) -> dict[str, Any]:
@@ -59,25 +68,28 @@ def _load(path: Path, kind: str) -> dict[str, Any]:
         if not (path / file).is_file():
             raise ArtifactError(f"{path} holds no {file}; give a folder that {whose} wrote, or the file itself")
         path = path / file
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"there is no file {path}; give a {file}, or a folder that holds one") from error
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot read {path}: {error.strerror or error}; give a {file} that you may read"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); it is damaged or no {file}: run again") from error
+    if not path.exists():
+        raise ArtifactError(f"there is no file {path}; give a {file}, or a folder that holds one")
+    raw = read_file(path, ArtifactError, size_bytes=LIMITS.size_bytes, mend=f"give a {file} that you may read")
+    data = parse_json(raw, str(path), ArtifactError, limits=LIMITS, mend="run again")
     _check_format(data, path, kind)
+    if kind == "run":
+        RUN.check(data, str(path))
     for place, expected, got in faults(data):
         shown = "nothing" if got is _MISSING else _shortened(got)
         raise ArtifactError(f"{path} is damaged: {place} must be {expected}, got {shown}; run again")
-    return dict(data)
+    return dict(_visible(data))
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+def _visible(value: Any) -> Any:
+    """The value with control characters as escapes, in all of its texts: none may steer the terminal it is shown on."""
+    if isinstance(value, str):
+        return value if value.isprintable() else CONTROL.sub(lambda found: ascii(found[0])[1:-1], value)
+    if isinstance(value, list):
+        return [_visible(each) for each in value]
+    if isinstance(value, dict):
+        return {_visible(key): _visible(each) for key, each in value.items()}
+    return value
 
 
 def _check_format(data: Any, path: Path, kind: str) -> None:
@@ -99,7 +111,7 @@ _MISSING = object()
 
 
 def _shortened(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value)  # ASCII: nothing in it can steer a terminal
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -133,53 +145,6 @@ def _entries(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_entry, value.values()))
 
 
-def _speedups(value: Any) -> bool:
-    return (
-        _entries(value)
-        and {"over_baseline", "over_previous"} <= set(value)
-        and all("not_measured" in each or _text(each.get("verdict")) for each in value.values())
-    )
-
-
-def _history(value: Any) -> bool:
-    return isinstance(value, list) and all(_object(row) and all(map(_number, row.values())) for row in value)
-
-
-def _layers(value: Any) -> bool:
-    optional = ("sparsity", "weight_bits", "activation_bits", "sqnr_db")
-    return isinstance(value, list) and all(
-        _object(each)
-        and all(_text(each.get(key)) for key in ("layer", "action", "reason"))
-        and all(each.get(key) is None or _number(each[key]) for key in optional)
-        for each in value
-    )
-
-
-def _evidence(value: Any) -> bool:
-    """What steps found out besides; missing in a run of a torchslim that had none."""
-    if value is _MISSING:
-        return True
-    return _object(value) and isinstance(value.get("latency", []), list) and all(map(_cut, value.get("latency", [])))
-
-
-def _cut(value: Any) -> bool:
-    """One cut to a ceiling of latency, and the rounds that led there."""
-    return (
-        _object(value)
-        and _number(value.get("ceiling"))
-        and _number(value.get("programs"))
-        and _text(value.get("elsewhere"))
-        and isinstance(value.get("rounds"), list)
-        and value.get("best") in range(1, len(value["rounds"]) + 1)
-        and all(
-            _object(each)
-            and all(_number(each.get(key)) for key in ("target", "predicted"))
-            and (each.get("measured") is None or _number(each["measured"]))
-            for each in value["rounds"]
-        )
-    )
-
-
 def _machines(value: Any) -> bool:
     return _object(value) and all(
         _object(machine) and _object(machine.get("versions", {})) for machine in value.values()
@@ -188,58 +153,19 @@ def _machines(value: Any) -> bool:
 
 ENTRY = "a number with its unit and repeats, or the reason why it was not measured"
 ENTRIES = f"an object whose values are each {ENTRY}"
-TOP: Mapping[str, tuple[Check, str]] = {
-    "torchslim": (_text, "a version"),
-    "recipe": (_object, "an object"),
-    "metric": (
-        lambda it: _object(it) and _text(it.get("name")) and _text(it.get("unit")),
-        "a name and a unit",
-    ),
-    "target": (lambda it: _object(it) and _text(it.get("runtime")), "an object with a runtime"),
-    "selected_on": (_text, "a text"),
-    "reported_on": (_text, "a text"),
-    "batch": (lambda it: _text(it) or _number(it), "a number or a text"),
-    "machines": (_machines, "an object of machines with their versions"),
-    "rows": (
-        lambda it: isinstance(it, list) and bool(it) and all(map(_object, it)),
-        "a list of objects, not empty",
-    ),
-}
-ROW: Mapping[str, tuple[Check, str]] = {
-    "name": (_text, "a text"),
-    "kind": (_text, "a text"),
-    "metric": (_entries, ENTRIES),
-    "parameters": (_entry, ENTRY),
-    "nonzero": (_entry, ENTRY),
-    "macs": (_entry, ENTRY),
-    "size_bytes": (_entry, ENTRY),
-    "seconds": (_entry, ENTRY),
-    "latency_ms": (_entries, ENTRIES),
-    "speedup": (_speedups, "over_baseline and over_previous, each a number with a verdict or not measured"),
-    "shrink": (_entries, ENTRIES),
-    "layers": (_layers, "a list of layer records"),
-    "warnings": (_texts, "a list of texts"),
-    "history": (_history, "a list of objects of numbers"),
-    "evidence": (_evidence, "an object; its latency a list of cuts, each with a ceiling and rounds"),
-}
 
 
 def _faults(run: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Where the run departs from its schema: place, what it must be, what it is. Unknown keys are let be."""
-    for key, (good, expected) in TOP.items():
-        if not good(run.get(key, _MISSING)):
-            yield key, expected, run.get(key, _MISSING)
-            return
+    """What the types of a run cannot say: figures that belong together."""
     runtime = run["target"]["runtime"]
     split = run["reported_on"].partition(" ")[0]
     for index, row in enumerate(run["rows"]):
-        for key, (good, expected) in ROW.items():
-            if not good(row.get(key, _MISSING)):
-                yield f"rows[{index}].{key}", expected, row.get(key, _MISSING)
-                return
         for parent, key in (("metric", split), ("latency_ms", runtime)):
             if key not in row[parent]:
                 yield f"rows[{index}].{parent}.{key}", ENTRY, _MISSING
+        for number, cut in enumerate(row.get("evidence", {}).get("latency", [])):
+            if cut["best"] > len(cut["rounds"]):
+                yield f"rows[{index}].evidence.latency[{number}].best", "the number of a round", cut["best"]
 
 
 def _numbers(value: Any) -> bool:
