@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from torchslim.artifact import load, write_artifact
 from torchslim.budget import Budget
 from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.evidence import compare_rows, not_measured, number, size
-from torchslim.files import digest, write_json
+from torchslim.files import digest, remove, write_json
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, seeded_splits
 from torchslim.lowered import Lowered, lowered
@@ -28,8 +27,9 @@ from torchslim.measure import Timings, compare, nonzeros, parameters, sample_mac
 from torchslim.quantize import QuantizedModule
 from torchslim.report import RUN_FORMAT, render, table
 from torchslim.runtimes import Deployed, find_runtime
+from torchslim.seals import key_id
 from torchslim.sensitivity import Sensitivity
-from torchslim.stages import Stage, claim, read_text, restored, stage_key
+from torchslim.stages import Stage, alone, restored, stage_key, state_folder
 from torchslim.steps import (
     Context,
     Engine,
@@ -48,6 +48,7 @@ from torchslim.steps import (
 from torchslim.structure import describe
 from torchslim.task import Metric, Task, call, predictor, take_first, tensors, to_device
 from torchslim.workbench import Bench
+from torchslim.workfolder import working_in
 
 ROUNDS = 60
 SECONDS = 40.0
@@ -182,17 +183,17 @@ def compress(
         for step in steps:
             step.check(seen)
             seen = replace(seen, model=begun(step, seen.model, seed))
-        if processes.is_first():
-            claim(folder, recipe, overwrite)
-        processes.wait()
-        runner = _Runner(ctx, folder, origin(ctx, copied, first), steps, Path(stages) if stages else None)
-        taken = [runner.baseline(copied, masks)]
-        for index, step in enumerate(steps, 1):
-            taken.append(runner.take(index, step, taken[-1]))
-        if processes.is_first():
-            write_json(folder / "run.json", runner.report(taken, recipe))
-        processes.wait()
-        run = json.loads((folder / "run.json").read_text())
+        shared = Path(stages) if stages else None
+        with working_in(folder, recipe, overwrite, waiting=progress if shared else None):
+            runner = _Runner(ctx, folder, origin(ctx, copied, first), steps, shared)
+            taken = [runner.baseline(copied, masks)]
+            for index, step in enumerate(steps, 1):
+                taken.append(runner.take(index, step, taken[-1]))
+            run: dict[str, Any] = {}
+            if processes.is_first():
+                run = json.loads(json.dumps(runner.report(taken, recipe), allow_nan=False))
+                write_json(folder / "run.json", run)
+            run = processes.told(run)
     last = taken[-1]
     return Result(
         model=last.model,
@@ -232,21 +233,22 @@ class _Runner:
 
     def _place(self, name: str) -> Path:
         """Where a stage is kept: in this run's folder by its name, among those that runs share by its key."""
-        return self.folder / name if self.shared is None else self.shared / self.key[:24]
+        return self.folder / name if self.shared is None else self.shared / key_id(self.key)[:24]
 
     def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> Stage:
         """The model as it came."""
         self.key = digest(self.key, asdict(self.ctx.target))
         describe(call(predictor(model), self.ctx.example_inputs), [], self.classes)
-        folder = self._place("00-baseline")
-        if processes.is_first():
-            done = restored(folder, self.key, Form.MODULE, model, model, self.classes)
-            stage = done or self._finish("baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0)
-        processes.wait()
-        if not processes.is_first():
-            found = restored(folder, self.key, Form.MODULE, model, model, self.classes)
-            assert found is not None
-            stage = found
+        folder, runtime = self._place("00-baseline"), self.ctx.target.runtime
+        with alone(folder, self.ctx.progress if self.shared else None):
+            if processes.is_first():
+                done = restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime)
+                stage = done or self._finish("baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0)
+            processes.wait()
+            if not processes.is_first():
+                found = restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime)
+                assert found is not None
+                stage = found
         return stage
 
     def take(self, index: int, step: Step, before: Stage) -> Stage:
@@ -254,31 +256,32 @@ class _Runner:
         name = step_name(step)
         self.key = stage_key(self.key, step, self.steps, self.ctx.seed)
         folder = self._place(f"{index:02d}-{name}")
-        done = self._restored(folder, step, before)
-        if processes.agreed(done is not None) and done is not None:
-            self.ctx.progress(Event(step=name, phase="resumed"))
-            return done
-        state = folder.with_name(f"{folder.name}.state")
-        if processes.is_first():
-            if state.is_dir() and read_text(state / "key") != self.key:
-                shutil.rmtree(state)
-            state.mkdir(parents=True, exist_ok=True)
-            (state / "key").write_text(self.key)
-        processes.wait()
-        ctx = replace(self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state)
-        self.ctx.progress(Event(step=name, phase="start"))
-        start = time.perf_counter()
-        with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):
-            outcome = step(copy_model(before.model)[0], ctx)
-        if not isinstance(outcome, Outcome) or not isinstance(outcome.model, nn.Module):
-            raise RecipeError(
-                f"step {index} ({name!r}) must return an Outcome with a model, got {type(outcome).__name__}"
-            )
-        self._verify(outcome, name)
-        if processes.is_first():
-            stage = self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index)
-            shutil.rmtree(state)
-        processes.wait()
+        with alone(folder, self.ctx.progress if self.shared else None):
+            done = self._restored(folder, step, before)
+            if processes.agreed(done is not None) and done is not None:
+                if processes.is_first():
+                    remove(folder.with_name(f"{folder.name}.state"))  # of a run that was killed just after the step
+                self.ctx.progress(Event(step=name, phase="resumed"))
+                return done
+            return self._taken(index, step, before, folder)
+
+    def _taken(self, index: int, step: Step, before: Stage, folder: Path) -> Stage:
+        name = step_name(step)
+        with state_folder(folder, self.key) as state:
+            ctx = replace(
+                self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state, key=self.key
+            )  # fmt: skip
+            self.ctx.progress(Event(step=name, phase="start"))
+            start = time.perf_counter()
+            with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):
+                outcome = step(copy_model(before.model)[0], ctx)
+            if not isinstance(outcome, Outcome) or not isinstance(outcome.model, nn.Module):
+                raise RecipeError(
+                    f"step {index} ({name!r}) must return an Outcome with a model, got {type(outcome).__name__}"
+                )
+            self._verify(outcome, name)
+            if processes.is_first():
+                stage = self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index)
         if not processes.is_first():
             found = self._restored(folder, step, before)
             assert found is not None
@@ -287,7 +290,10 @@ class _Runner:
 
     def _restored(self, folder: Path, step: Step, before: Stage) -> Stage | None:
         module = begun(step, before.module, self.ctx.seed)
-        return restored(folder, self.key, step.produces, module or before.module, before.model, self.classes)
+        return restored(
+            folder, self.key, step.produces, module or before.module, before.model, self.classes,
+            self.ctx.target.runtime,
+        )  # fmt: skip
 
     def _verify(self, outcome: Outcome, name: str) -> None:
         """No step hands on a model that fails or answers nonsense."""

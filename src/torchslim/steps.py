@@ -141,6 +141,7 @@ class Context:
     progress: Callable[[Event], None] = ignore_progress
     name: str = "step"
     state: Path | None = None  # folder for checkpoints inside the step; None: nothing to resume from
+    key: str = ""  # of the run up to this step: what it keeps in `state` is sealed with it
     workbench: Workbench | None = None  # None outside of a run: then nothing can be measured on the target
     priors: Mapping[str, float] = field(default_factory=dict)  # by layer, how much its changes are known to hurt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from torchslim import processes
-from torchslim.artifact import open_artifact, write_artifact
 from torchslim.budget import Budget
 from torchslim.compress import begun, origin
 from torchslim.errors import TorchslimError
-from torchslim.files import digest, write_json
+from torchslim.files import digest
 from torchslim.finetune import Training
 from torchslim.isolation import copy_model, preserved_globals, trim
 from torchslim.latency_table import LatencyTable
@@ -26,8 +24,9 @@ from torchslim.prune import Prune
 from torchslim.quantize import Quantize
 from torchslim.recipe import Recipe
 from torchslim.runtimes import Deployed
+from torchslim.seals import key_id
 from torchslim.sensitivity import Sensitivity
-from torchslim.stages import COMMIT, read_text, stage_key
+from torchslim.stages import alone, keep, kept, stage_key, taken_again
 from torchslim.steps import Context, Event, Form, Inputs, Outcome, Step, Target, step_name
 from torchslim.task import Task, take_first
 from torchslim.workbench import Bench
@@ -186,30 +185,34 @@ class Lab:
             share = data_share(whole, effort) if trainings(step) else 1.0
             seen = asdict(recipe.target) if _looks_at_target(step) else None
             key = digest(stage_key(key, step, recipe.steps, self.seed), share, seen)
-            folder = self.folder / key[:24]
-            start = begun(step, model, self.seed) or model
-            found = _restored(folder, key, start) if step.produces is Form.MODULE else None
-            if not processes.agreed(found is not None) or found is None:
-                mine = replace(
-                    ctx,
-                    task=replace(self.task, train=part_of(self.task.train, share)),
-                    masks=masks,
-                    name=step_name(step),
-                    model=model,
-                    seed=self.seed + 1_000 * index,
-                )
-                step.check(mine)
-                with preserved_globals(mine.seed), seeded_splits(mine.task, mine.seed):
-                    outcome = step(copy_model(model)[0], mine)
-                model, masks = outcome.model, outcome.masks
-                if step.produces is Form.MODULE:
-                    if processes.is_first():
-                        _keep(folder, key, model, masks)
-                    processes.wait()
+            mine = replace(
+                ctx,
+                task=replace(self.task, train=part_of(self.task.train, share)),
+                masks=masks,
+                name=step_name(step),
+                model=model,
+                seed=self.seed + 1_000 * index,
+            )
+            if step.produces is Form.MODULE:
+                model, masks = self._known(step, model, mine, key)
             else:
-                model, masks = found
+                outcome = _outcome(step, model, mine)
+                model, masks = outcome.model, outcome.masks
         trim()
         return model
+
+    def _known(self, step: Step, model: nn.Module, ctx: Context, key: str) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """What a step gives: read from its folder, where a candidate has taken it before; else taken, and kept."""
+        folder = self.folder / key_id(key)[:24]
+        with alone(folder, self.progress):
+            found = _restored(folder, key, begun(step, model, self.seed) or model)
+            if processes.agreed(found is not None) and found is not None:
+                return found
+            outcome = _outcome(step, model, ctx)
+            if processes.is_first():
+                keep(folder, key, module=outcome.model, masks=outcome.masks)
+            processes.wait()
+            return outcome.model, outcome.masks
 
     def _figures(self, model: nn.Module, target: Target, effort: Effort) -> dict[str, float]:
         """Of a model on the target; one process measures, all know."""
@@ -274,19 +277,18 @@ def _looks_at_target(step: Any) -> bool:
     return not isinstance(step, Training) and not (isinstance(step, Prune) and step.of != "latency")
 
 
-def _keep(folder: Path, key: str, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    write_artifact(folder, module=model, masks=masks)
-    write_json(folder / COMMIT, {"key": key})
+def _outcome(step: Step, model: nn.Module, ctx: Context) -> Outcome:
+    step.check(ctx)
+    with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):
+        return step(copy_model(model)[0], ctx)
 
 
 def _restored(folder: Path, key: str, model: nn.Module) -> tuple[nn.Module, Mapping[str, Tensor]] | None:
-    text = read_text(folder / COMMIT)
-    if text is None or key not in text:
+    found = kept(folder, key)
+    if found is None:
         return None
     try:
-        opened = open_artifact(folder)
-        return opened.into(copy_model(model)[0]), opened.masks()
-    except TorchslimError:  # damaged, or another worker is just writing it: taken again
+        return found.opened.into(copy_model(model)[0]), found.opened.masks()
+    except TorchslimError as error:
+        taken_again(error)
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 from torchslim import __version__
 from torchslim.budget import UNITS, Budget
 from torchslim.compress import Result
+from torchslim.errors import ArtifactError
 from torchslim.evidence import not_measured, number
+from torchslim.isolation import warn
 from torchslim.machine import describe_machine
 from torchslim.memory import peak_memory
-from torchslim.report import search_table
+from torchslim.report import load_run, search_table
 from torchslim.search.front import Verdict, front_of, judge
 from torchslim.search.space import Space
 from torchslim.steps import Target
@@ -184,10 +185,13 @@ def data_of(
 
 def _original(run_folder: Path, target: Target) -> dict[str, Any]:
     """The original, as the run of a candidate on this target has measured it."""
-    path = run_folder / "run.json"
-    if not path.is_file():
+    if not (run_folder / "run.json").is_file():
         return {}  # it was made on another machine
-    run = json.loads(path.read_text())
+    try:
+        run = load_run(run_folder)
+    except ArtifactError as error:
+        warn(f"{error}; the original's size and metric on test are left out of the report")
+        return {}
     row = run["rows"][0]
     figures = {"macs": number(row["macs"]["value"], UNITS["macs"]),
                "params": number(row["parameters"]["value"], UNITS["params"])}  # fmt: skip

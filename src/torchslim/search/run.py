@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import TypedDict
 
 from torchslim import __version__, processes
 from torchslim.compress import Result, compress
-from torchslim.errors import RecipeError, TorchslimError
-from torchslim.files import digest, write_bytes, write_json
+from torchslim.errors import RecipeError, StorageError, TorchslimError
+from torchslim.files import clean_temporaries, digest, write_bytes, write_json
+from torchslim.holding import LOCK, holding
+from torchslim.isolation import warn
 from torchslim.report import render_search
+from torchslim.report.records import STRICT, Text
 from torchslim.runtimes import find_runtime
+from torchslim.schema import Schema
 from torchslim.search.front import WHOLE, hopeless, near, wanted
 from torchslim.search.lab import Lab, trainings
 from torchslim.search.outcome import SearchResult, data_of, entries_of
@@ -26,6 +31,7 @@ from torchslim.sensitivity import Sensitivity
 from torchslim.steps import Event, Inputs, Target, fingerprint, ignore_progress
 from torchslim.task import Task, take_first
 from torchslim.toml import dumps
+from torchslim.workfolder import SHARED_SECONDS, own
 
 WAIT_SECONDS = 1.0  # between looks at what other workers do
 REPEATS = 30  # trials in a row that were tried before: the space is exhausted
@@ -80,6 +86,8 @@ def search(
                    "" if teacher is None else fingerprint(teacher.state_dict()), *_priors(space))  # fmt: skip
     names = study or folder.resolve().name
     inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
+    if processes.is_first():
+        _own(folder)
     ledgers = _ledgers(space, names, whole, storage or folder / "study.journal", sampler, beat)
     if processes.is_first():
         _claim(folder, whole, space)
@@ -132,23 +140,46 @@ def _ledgers(
     return trials, Ledger(opened, f"{name}/finals", key, objectives=1, parameters=(), trials=10**9, beat=beat)
 
 
+class _Claim(TypedDict):
+    """A `space.json`: what is searched in a folder."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    key: Text
+    document: dict[Text, Any]
+
+
+CLAIM: Schema[_Claim] = Schema(_Claim, "space.json", StorageError)
+
+
+def _own(folder: Path) -> None:
+    """Mark the folder as one of a search, before anything else is written."""
+    own(folder, RecipeError, "search", (folder / CLAIM.what).is_file, ("study.journal",))
+    with holding(folder / LOCK, _nothing):
+        clean_temporaries(folder, older_s=SHARED_SECONDS)
+
+
+def _nothing(who: str) -> None:
+    """Other workers hold the folder for moments only."""
+
+
 def _claim(folder: Path, key: str, space: Space) -> None:
     """A folder belongs to one search."""
-    path = folder / "space.json"
-    if path.is_file():
-        try:
-            other = json.loads(path.read_text())["key"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecipeError(f"{path} is damaged; delete {folder}, or name another folder") from error
-        if other != key:
-            raise RecipeError(
-                f"{folder} holds the search of another recipe, budget, model or data; name another folder"
-            )
-    elif folder.is_dir() and any(each.name != "study.journal" and not each.name.startswith("study.journal")
-                                 for each in folder.iterdir()):  # fmt: skip
-        raise RecipeError(f"{folder} holds files that no search left there; name another folder")
-    document = json.loads(json.dumps(space.document, default=str))
-    write_json(path, {"key": key, "document": document})
+    path = folder / CLAIM.what
+    with holding(folder / LOCK, _nothing):
+        if path.exists() or path.is_symlink():
+            try:
+                other = CLAIM.read(path)["key"]
+            except StorageError as error:
+                warn(f"{error}; the study says what is searched here, and the file is written again")
+            else:
+                if other != key:
+                    raise RecipeError(
+                        f"{folder} holds the search of another recipe, budget, model or data; name another folder"
+                    )
+                return
+        document = json.loads(json.dumps(space.document, default=str))
+        write_json(path, {"key": key, "document": document})
 
 
 class _Search:
