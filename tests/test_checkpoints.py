@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torchslim as ts
 from tests import toy
 from torchslim.errors import TrainError
 from torchslim.optimizer import OptimizerSettings
+from torchslim.seals import read_sealed
 from torchslim.steps import fingerprint
 from torchslim.training import Hook, LabelLoss, Loop
 
@@ -87,6 +89,10 @@ def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
     return ts.fit(model, LabelLoss(task), task.train, **defaults | options)
 
 
+def opened(state: Path) -> Any:
+    return torch.load(io.BytesIO(read_sealed(state, "")), weights_only=True)
+
+
 class Killed(Exception):
     """Stands for whatever ends a process."""
 
@@ -120,7 +126,7 @@ def test_a_resumed_training_ends_with_the_same_weights(loader: str, optimizer: s
     report = train(whole, task(), **options)
     with pytest.raises(Killed):
         train(model(), task(), hooks=[StopAt(stop)], state=state, **options)
-    assert torch.load(state, weights_only=True)["epoch"] == stop
+    assert opened(state)["epoch"] == stop
     torch.manual_seed(1234)  # another process
     random.seed(99)
     np.random.seed(99)
@@ -195,7 +201,7 @@ def test_a_loss_that_is_not_finite_names_its_place_and_keeps_the_checkpoint(tmp_
         TrainError, match=r"the loss became nan in 'fit', epoch 2, batch 2; the last finite loss was \d"
     ):
         train(net, toy.task(), hooks=[Poison()], state=state)
-    saved = torch.load(state, weights_only=True)
+    saved = opened(state)
     assert saved["epoch"] == 1
     assert saved["history"][0]["loss_penalty"] == pytest.approx(0.5)
 
@@ -213,20 +219,34 @@ def test_weights_that_are_lost_in_an_epochs_last_step_are_neither_saved_nor_eval
     with pytest.raises(TrainError, match=r"head.bias became nan or infinite in 'fit', end of epoch 2"):
         train(net, task, hooks=[Lose()], state=state)
     assert len(evaluated) == 1
-    assert torch.load(state, weights_only=True)["epoch"] == 1
+    assert opened(state)["epoch"] == 1
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
 
 
 def truncated(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"junk", lambda data: b"", truncated])
-def test_a_damaged_checkpoint_is_an_error(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    state = tmp_path / "c.ckpt"
+@pytest.mark.parametrize("damage", [lambda data: b"junk", lambda data: b"", truncated, flipped])
+def test_a_damaged_checkpoint_is_warned_of_and_not_taken(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    state, whole, net = tmp_path / "c.ckpt", toy.model(), toy.model()
+    train(whole, toy.task(), epochs=2)
     train(toy.model(), toy.task(), epochs=1, state=state)
     state.write_bytes(damage(state.read_bytes()))
-    with pytest.raises(TrainError, match=r"c\.ckpt cannot be resumed from.*delete it to start over"):
-        train(toy.model(), toy.task(), state=state)
+    with pytest.warns(UserWarning, match=r"c\.ckpt was truncated or changed.*; the training starts over"):
+        train(net, toy.task(), epochs=2, state=state)
+    assert fingerprint(net.state_dict()) == fingerprint(whole.state_dict())
+    train(toy.model(), toy.task(), epochs=2, state=state)  # whole again
+
+
+def test_a_checkpoint_under_another_key_is_not_taken(tmp_path: Path) -> None:
+    train(toy.model(), toy.task(), epochs=1, state=tmp_path / "c.ckpt", key="one")
+    with pytest.warns(UserWarning, match="or belongs to another run; the training starts over"):
+        train(toy.model(), toy.task(), epochs=1, state=tmp_path / "c.ckpt", key="two")
 
 
 def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
@@ -260,6 +280,6 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_of_the_epoch_before(tmp_path:
     done = subprocess.run([sys.executable, "-c", FULL_DISK, state], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"StorageError cannot write {state}: File too large")
     assert [each.name for each in tmp_path.iterdir()] == ["c.ckpt"]
-    assert torch.load(state, weights_only=True)["epoch"] == 1
+    assert opened(state)["epoch"] == 1
     report = train(toy.model(), toy.task(), settings=None, evaluate=None, state=state)
     assert [row["epoch"] for row in report.history] == [1.0, 2.0, 3.0]

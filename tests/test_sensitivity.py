@@ -269,7 +269,7 @@ def test_a_killed_run_goes_on_and_what_is_known_is_not_measured(
         model.head.bias += 1
     ts.sensitivity(model, data, workdir=tmp_path / "cut", ratios=(), schemes=("int8",))
     assert len(measured) == len(expected.points) - 4 + 3  # other weights are another model
-    assert json.loads(file.read_text())["done"]
+    assert b'"done": ["' in file.read_bytes()
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_mistakes_are_named(options: dict[str, Any], message: str, tmp_path: Pat
 
 def test_what_cannot_be_read_or_measured_says_so(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"format": 1, "kind": "run"}')
-    with pytest.raises(SensitivityError, match=r"other\.json holds no sensitivity of format 1"):
+    with pytest.raises(SensitivityError, match=r"other\.json is no sensitivity but a \"run\""):
         Sensitivity.load(tmp_path / "other.json")
     with pytest.raises(SensitivityError, match="cannot be read"):
         Sensitivity.load(tmp_path / "missing.json")

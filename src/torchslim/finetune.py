@@ -95,6 +95,7 @@ class Training:
                 masks=ctx.masks if masks is None else masks,
                 companion=lesson.companion,
                 state=ctx.state / f"{phase}-{part}.ckpt" if ctx.state else None,
+                key=ctx.key,
                 engine=ctx.engine,
                 seed=ctx.seed + part,
                 progress=ctx.progress,

@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from torchslim import __version__, processes
-from torchslim.errors import SensitivityError
+from torchslim.errors import ArtifactError, SensitivityError, StorageError
 from torchslim.files import digest, write_json
 from torchslim.gauge import MEASURES, Measure
+from torchslim.isolation import warn
 from torchslim.machine import cache_folder, describe_machine, instruction_set
 from torchslim.prune.criteria import Criterion, Scorer
 from torchslim.quantize.schemes import find_scheme
+from torchslim.report.load import load_sensitivity
 from torchslim.runtimes import find_runtime
+from torchslim.seals import key_id, read_sealed, write_sealed
 from torchslim.select import Patterns, check_patterns
 from torchslim.steps import Event, Inputs, canonical, fingerprint, ignore_progress
 from torchslim.task import Task, take_first
@@ -161,8 +164,8 @@ class Sensitivity:
         path = Path(path)
         path = path / "sensitivity.json" if path.is_dir() else path
         try:
-            return cls.from_json(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
+            return cls.from_json(load_sensitivity(path))
+        except (ArtifactError, ValueError) as error:
             raise SensitivityError(
                 f"{path} cannot be read ({error}); write it with ts.sensitivity(...).save(path)"
             ) from error
@@ -284,7 +287,7 @@ def sensitivity(
             fingerprint(inputs), about, metric,
         )  # fmt: skip
         folder = Path(workdir) if workdir else cache_folder() / KIND
-        shelf = Shelf(folder / f"{key[:16]}.json", key)
+        shelf = Shelf(folder / f"{key_id(key)[:16]}.points", key)
         points: list[Point] = []
         if ratios:
             points += shelf.points("channels", [percent(each) for each in ratios], sensing.channels)
@@ -314,14 +317,14 @@ class Shelf:
         self.done: list[str] = []
         self.notes: list[str] = []
         self.scale: dict[str, Any] = {}  # unit, direction and reference of the measure
-        if path.is_file():
+        if path.exists() or path.is_symlink():
             try:
-                found = json.loads(path.read_text())
-                if found["key"] == key:
-                    self.parts, self.done = found["parts"], found["done"]
-                    self.notes, self.scale = found["notes"], found["scale"]
-            except (OSError, ValueError, KeyError, TypeError):
-                self.parts, self.done = {}, []  # measured again
+                found = json.loads(read_sealed(path, key))
+                self.parts, self.done = found["parts"], found["done"]
+                self.notes, self.scale = found["notes"], found["scale"]
+            except StorageError as error:
+                if processes.is_first():
+                    warn(f"{error}; all points are measured again")
 
     def points(
         self, kind: str, changes: Sequence[str], measure: Callable[[list[str], Known], Iterator[Point]]
@@ -353,8 +356,8 @@ class Shelf:
 
     def _write(self) -> None:
         if processes.is_first():
-            names = ("key", "parts", "done", "notes", "scale")
-            write_json(self.path, {name: getattr(self, name) for name in names})
+            found = {name: getattr(self, name) for name in ("parts", "done", "notes", "scale")}
+            write_sealed(self.path, json.dumps(found, allow_nan=False).encode(), self.key)
 
 
 def _point(row: Mapping[str, Any]) -> Point:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchslim.devices import Placement, fabric_for, placed
-from torchslim.errors import TrainError
-from torchslim.files import write_bytes
-from torchslim.isolation import preserved_globals, seed_everything
+from torchslim.errors import StorageError, TrainError
+from torchslim.isolation import preserved_globals, seed_everything, warn
 from torchslim.loaders import length, seeded, shared
 from torchslim.optimizer import MaskKeeper, OptimizerSettings
-from torchslim.processes import share
+from torchslim.processes import is_first, share
+from torchslim.seals import read_sealed, write_sealed
 from torchslim.sharding import collected, load_optimizer, load_spread
 from torchslim.steps import Engine, Event, LayerRecord
 from torchslim.task import Batch, Task, checked, device_of, predictor
@@ -129,6 +129,7 @@ def fit(
     masks: Mapping[str, Tensor] | None = None,
     companion: nn.Module | None = None,
     state: Path | None = None,
+    key: str = "",
     engine: Engine | None = None,
     seed: int = 0,
     progress: Callable[[Event], None] = lambda event: None,
@@ -138,9 +139,10 @@ def fit(
     """Train `model` in place for `epochs`; with `evaluate`, end with the best epoch's weights by its val metric.
 
     Each epoch runs under its own seed, so a run that resumes from `state` (written after every epoch) ends with
-    the same weights as an undisturbed one. Weights whose mask is False stay zero. The global random state is left
-    as it was; the model returns to its device and its train/eval modes. What else learns, such as the projections of a
-    loss, is the `companion`: in the optimizer and in the checkpoints, but no part of the model.
+    the same weights as an undisturbed one. The file is sealed with `key`: where it is damaged, or was written under
+    another key, a warning says so and the training starts over. Weights whose mask is False stay zero. The global
+    random state is left as it was; the model returns to its device and its train/eval modes. What else learns, such as
+    the projections of a loss, is the `companion`: in the optimizer and in the checkpoints, but no part of the model.
 
     Processes that torchrun has started train jointly, and all end with the same weights. With the strategy "fsdp" the
     model is spread over them until the end; an error on the way leaves it without weights.
@@ -165,8 +167,8 @@ def fit(
                 model, place.optimizer, epochs, dict(masks or {}), length(batches, fabric.world_size), whole=place.whole
             )
             keeper = MaskKeeper(dict(model.named_parameters()), place.optimizer, loop.masks)
-            if state is not None and state.exists():
-                history, best = _restore(state, loop, place.companion)
+            if state is not None and (kept := _unsealed(state, key)) is not None:
+                history, best = _restore(state, kept, loop, place.companion)
             for hook in hooks:
                 hook.on_start(loop)
             keeper.follow(loop.masks)
@@ -185,7 +187,7 @@ def fit(
                             best = _Best(loop.epoch, row["val"], place.weights(model), dict(loop.masks))
                     history.append(row)
                     if state is not None:
-                        _checkpoint(state, loop, place, history, best)
+                        _checkpoint(state, key, loop, place, history, best)
             finally:
                 for module, training in modes.items():
                     module.training = training
@@ -316,7 +318,9 @@ def check_epochs(epochs: int) -> None:
         raise TrainError(f"epochs must be a whole number of at least 1, got {epochs!r}")
 
 
-def _checkpoint(state: Path, loop: Loop, place: Placement, history: list[dict[str, float]], best: _Best) -> None:
+def _checkpoint(
+    state: Path, key: str, loop: Loop, place: Placement, history: list[dict[str, float]], best: _Best
+) -> None:
     """The same file whatever the strategy and the number of processes; one writes it."""
     saved = {"epoch": loop.epoch, "step": loop.step, "model": place.weights(loop.model), "masks": loop.masks,
              "companion": place.weights(place.companion), "history": history, "steps_per_epoch": loop.steps_per_epoch,
@@ -325,12 +329,24 @@ def _checkpoint(state: Path, loop: Loop, place: Placement, history: list[dict[st
     if place.fabric.is_global_zero:
         buffer = io.BytesIO()
         torch.save(saved, buffer)
-        write_bytes(state, buffer.getvalue())
+        write_sealed(state, buffer.getvalue(), key)
 
 
-def _restore(state: Path, loop: Loop, companion: nn.Module) -> tuple[list[dict[str, float]], _Best]:
+def _unsealed(state: Path | None, key: str) -> bytes | None:
+    """The checkpoint as it was written; None where there is none, or with a warning where it is damaged."""
+    if state is None or not (state.exists() or state.is_symlink()):
+        return None
     try:
-        saved = torch.load(state, map_location="cpu", weights_only=True)
+        return read_sealed(state, key)
+    except StorageError as error:
+        if is_first():
+            warn(f"{error}; the training starts over")
+        return None
+
+
+def _restore(state: Path, saved_bytes: bytes, loop: Loop, companion: nn.Module) -> tuple[list[dict[str, float]], _Best]:
+    try:
+        saved = torch.load(io.BytesIO(saved_bytes), map_location="cpu", weights_only=True)
         load_spread(loop.model, saved["model"])
         companion.load_state_dict(saved["companion"])
         load_optimizer(loop.optimizer, saved["optimizer"])

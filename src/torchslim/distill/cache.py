@@ -13,10 +13,13 @@ from torch import Tensor
 
 from torchslim import processes
 from torchslim.errors import DistillError
-from torchslim.files import write_bytes
+from torchslim.files import clean_temporaries, remove, write_bytes
+from torchslim.isolation import warn
+from torchslim.seals import key_id, seal
 from torchslim.task import batch_size, tensors
 
 SHARD_BYTES = 64 * 2**20
+STALE_SECONDS = 3600.0  # other processes may be writing: what is younger is left alone
 INDEX, CHECK = "index", "check"
 TOLERANCE = 1e-4  # of a sample's length; rounding changes its projection by far less, an augmentation by more
 
@@ -26,11 +29,11 @@ class TeacherCache:
 
     Args:
         folder: where they are.
-        key: of what the answers depend on; those of another key are left alone.
+        key: of what the answers depend on; those of another key are left alone. A file's name holds its seal.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = folder, key
+        self.folder, self.key, self.name = folder, key, key_id(key)[:16]
         self.shards: list[dict[str, Tensor]] = []
         self.files: set[str] = set()
         self.place = torch.full((0, 2), -1)  # of each sample: shard and row
@@ -39,9 +42,11 @@ class TeacherCache:
 
     def refresh(self) -> None:
         """Take up what has been written, by other processes too."""
-        for path in sorted(self.folder.glob(f"{self.key}-*.safetensors")):
+        for path in sorted(self.folder.glob(f"{self.name}-*.safetensors")):
             if path.name not in self.files:
                 self._read(path)
+        if processes.is_first():
+            clean_temporaries(self.folder, older_s=STALE_SECONDS)
 
     def find(self, index: Tensor, check: Tensor) -> dict[str, Tensor] | None:
         """The answers on these samples; None unless all are there.
@@ -84,20 +89,28 @@ class TeacherCache:
         for rows in groups.values():
             shard = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
             if len(shard[INDEX]):
-                number, total = int(shard[INDEX].min()), shard[INDEX].sum().item()
-                name = f"{self.key}-{number:09d}-{len(shard[INDEX])}-{total:x}.safetensors"
-                write_bytes(self.folder / name, save(shard))
-                self._read(self.folder / name)
+                data = save(shard)
+                path = self.folder / f"{self.name}-{int(shard[INDEX].min()):09d}-{self._seal(data)}.safetensors"
+                write_bytes(path, data)
+                self._read(path)
         self.rows.clear()
 
     def _read(self, path: Path) -> None:
         """Take up a file. Its tensors stay in it until they are looked at: the system may drop them from memory."""
-        try:
-            shard = load_file(path)
-            self._add({name: shard[name] for name in sorted(shard)})
-        except (SafetensorError, KeyError) as error:
-            raise DistillError(f"{path} is damaged ({error}); delete it, it is made again") from error
         self.files.add(path.name)
+        try:
+            if path.name != f"{path.name.rpartition('-')[0]}-{self._seal(path.read_bytes())}.safetensors":
+                raise ValueError("it was truncated or changed since it was written")
+            shard = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            if processes.is_first():
+                warn(f"{path} is damaged ({error}); it is deleted, and the teacher is asked again")
+                remove(path)
+            return
+        self._add({name: shard[name] for name in sorted(shard)})
+
+    def _seal(self, data: bytes) -> str:
+        return seal(self.key, data)[:32]
 
     def _add(self, shard: dict[str, Tensor]) -> None:
         index = shard.pop(INDEX)

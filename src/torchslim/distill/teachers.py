@@ -94,7 +94,7 @@ class Remembering:
         answers = {name: [list(each.shape), f"{float(each.double().norm()):.3g}", f"{float(each.double().mean()):.3g}"]
                    for name, each in told.named().items()}  # fmt: skip
         made = [f"{type(each).__module__}.{type(each).__qualname__} {each}" for each in inner.modules]
-        key = digest(said, made, [(tap.name, list(tap.shape)) for tap in inner.taps], reading, answers)[:16]
+        key = digest(said, made, [(tap.name, list(tap.shape)) for tap in inner.taps], reading, answers)
         self.inner, self.cache = inner, TeacherCache(folder, key)
 
     def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer:

@@ -17,9 +17,9 @@ from torchslim import processes
 from torchslim.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
-from torchslim.errors import PruneError
-from torchslim.files import write_bytes
+from torchslim.errors import PruneError, StorageError
 from torchslim.finetune import Training
+from torchslim.isolation import warn
 from torchslim.loaders import calibration_batches
 from torchslim.prune import schedule as schedules
 from torchslim.prune.amount import Amount, Scores
@@ -34,6 +34,7 @@ from torchslim.prune.removal import Ranking, Shrunk, Stuck, TooLittle, finish, n
 from torchslim.prune.scores import Normalisation, Reduction, check_combination
 from torchslim.prune.shrink import Surgery
 from torchslim.prune.sparsify import apply_masks
+from torchslim.seals import read_sealed, write_sealed
 from torchslim.select import check_patterns, parameter_paths
 from torchslim.steps import Context, Event, Inputs, LayerRecord, Outcome
 from torchslim.task import batch_size, device_of
@@ -346,16 +347,22 @@ def _store(now: Standing, ctx: Context) -> None:
     }
     buffer = io.BytesIO()
     torch.save(saved, buffer)
-    write_bytes(path, buffer.getvalue())
+    write_sealed(path, buffer.getvalue(), ctx.key)
 
 
 def _restored(model: nn.Module, ctx: Context) -> Standing | None:
     """The last stored cut, made again on the model that the step received."""
     path = _path(ctx)
-    if path is None or not path.exists():
+    if path is None or not (path.exists() or path.is_symlink()):
         return None
     try:
-        saved = torch.load(path, map_location=device_of(model), weights_only=True)
+        kept = read_sealed(path, ctx.key)
+    except StorageError as error:
+        if processes.is_first():
+            warn(f"{error}; the rounds of pruning start over")
+        return None
+    try:
+        saved = torch.load(io.BytesIO(kept), map_location=device_of(model), weights_only=True)
         about = json.loads(saved["about"])
         record = about.pop("surgery")
         shrunk = model if record is None else replay(model, record)

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from torchslim import processes
-from torchslim.errors import SelectError
-from torchslim.files import write_json
-from torchslim.isolation import preserved_globals
+from torchslim.errors import SelectError, StorageError
+from torchslim.isolation import preserved_globals, warn
 from torchslim.loaders import seeded_splits
 from torchslim.quantize.flow import Prepared, convert
 from torchslim.quantize.schemes import FLOAT, find_scheme
+from torchslim.seals import read_sealed, write_sealed
 from torchslim.select import check_patterns
 from torchslim.steps import Context, Event
 from torchslim.task import predictor
@@ -123,9 +123,13 @@ class Trials:
     rows: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.path = None if self.ctx.state is None else self.ctx.state / "mixed.json"
-        if self.path is not None and self.path.is_file():
-            self.rows = json.loads(self.path.read_text())
+        self.path = None if self.ctx.state is None else self.ctx.state / "mixed.rows"
+        if self.path is not None and (self.path.exists() or self.path.is_symlink()):
+            try:
+                self.rows = json.loads(read_sealed(self.path, self.ctx.key))
+            except StorageError as error:
+                if processes.is_first():
+                    warn(f"{error}; the choices of layers are measured again")
         self.base = self._known("base", lambda: self.metric(predictor(self.model)))
 
     @cached_property
@@ -206,4 +210,4 @@ class Trials:
     def _keep(self, rows: Mapping[str, float]) -> None:
         self.rows |= rows
         if self.path is not None and processes.is_first():
-            write_json(self.path, self.rows)
+            write_sealed(self.path, json.dumps(self.rows, allow_nan=False).encode(), self.ctx.key)
