@@ -12,7 +12,8 @@ from torch import nn
 
 from torchslim.artifact import bench_script
 from torchslim.errors import RecipeError
-from torchslim.files import sha256, write_bytes, write_json
+from torchslim.files import clean_temporaries, remove, sha256, write_bytes, write_json
+from torchslim.holding import LOCK, holding
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.prune import Prune
 from torchslim.prune.channel_step import ChannelPruning
@@ -22,6 +23,7 @@ from torchslim.runtimes.kernels import UNWANTED
 from torchslim.steps import Event, Inputs, Step, Target, ignore_progress, step_name
 from torchslim.task import Task, take_first
 from torchslim.workbench import Bench
+from torchslim.workfolder import own
 
 PACK = "pack.json"
 PACK_FORMAT = "torchslim-latency-pack"
@@ -63,9 +65,10 @@ def pack(
         raise RecipeError(
             f"runtime {target.runtime!r} has no file that another machine could time; name another runtime"
         )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PACK).is_file():
-        raise RecipeError(f"{folder} holds something that was not packed here; name an empty or a new folder")
-    with preserved_globals(0):
+    own(folder, RecipeError, "latency pack", (folder / PACK).is_file)
+    with holding(folder / LOCK), preserved_globals(0):
+        clean_temporaries(folder)
+        remove(folder / PACK)  # until the folder is whole again
         copied, _ = copy_model(model)
         inputs: Any = task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs
         bench = Bench(example_inputs=inputs, target=target, task=task, steps=steps, dynamic_shapes=dynamic_shapes)

@@ -6,13 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+from typing_extensions import TypedDict
 
 from torchslim.errors import ArtifactError
 from torchslim.files import digest, write_json
+from torchslim.holding import holding
+from torchslim.isolation import warn
 from torchslim.machine import cache_folder, describe_machine
 from torchslim.measure import compare
+from torchslim.report.records import STRICT
 from torchslim.runtimes import Deployed
+from torchslim.schema import Schema
 
 FORMAT = "torchslim-latency"
 ROUNDS = 40
@@ -29,6 +36,29 @@ class Timing:
     high: float  # p90
     ms: float  # median
     rounds: int
+
+
+class _Entry(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    ratio: Annotated[float, Gt(0), Le(1e12)]
+    low: Annotated[float, Gt(0), Le(1e12)]
+    high: Annotated[float, Gt(0), Le(1e12)]
+    ms: Annotated[float, Gt(0), Le(1e12)]
+    rounds: Annotated[int, Ge(1), Le(10**12)]
+
+
+class _Table(TypedDict):
+    """The file: by the reference's structure, and the program's."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    format: Literal["torchslim-latency"]
+    about: dict[str, Any]
+    entries: dict[str, dict[str, _Entry]]
+
+
+TABLE: Schema[_Table] = Schema(_Table, "a table of latencies", ArtifactError, mend="delete it, or name another")
 
 
 class LatencyTable:
@@ -52,13 +82,15 @@ class LatencyTable:
             "batch": batch,
             **{key: machine[key] for key in ("processor", "instruction_set", "cores", "versions")},
         }
+        self.given = path is not None  # a file that the user has named is not replaced where it is something else
         self.path = Path(path) if path else cache_folder() / "latency" / f"{runtime}-{digest(self.about)[:16]}.json"
 
     def known(self, reference: str) -> dict[str, Timing]:
         """Timings over a reference, by structure.
 
         Raises:
-            ArtifactError: the file is none of torchslim's.
+            ArtifactError: the file that was named as `path` is damaged, or no table of this machine and runtime. One in
+                `cache_folder()` is measured again instead, with a warning.
         """
         return {key: Timing(**each) for key, each in self._read().get(reference, {}).items()}
 
@@ -101,17 +133,22 @@ class LatencyTable:
 
     def add(self, reference: str, timings: Mapping[str, Timing]) -> None:
         """Keep timings; what other processes have added meanwhile stays."""
-        entries = self._read()
-        entries.setdefault(reference, {}).update({key: asdict(each) for key, each in timings.items()})
-        write_json(self.path, {"format": FORMAT, "about": self.about, "entries": entries})
+        with holding(self.path.with_name(f".{self.path.name}.lock"), lambda who: None):  # held for a moment only
+            entries = self._read()
+            entries.setdefault(reference, {}).update({key: asdict(each) for key, each in timings.items()})
+            write_json(self.path, {"format": FORMAT, "about": self.about, "entries": entries})
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        if not self.path.is_file():
+        if not (self.path.exists() or self.path.is_symlink()):
             return {}
         try:
-            found = json.loads(self.path.read_text())
-            if found["format"] != FORMAT:
-                raise KeyError("format")
-            return dict(found["entries"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{self.path} is no table of latencies: {error}; delete it, or name another") from error
+            found = TABLE.read(self.path)
+            if found["about"] != json.loads(json.dumps(self.about)):
+                raise ArtifactError(f"{self.path} is about another machine or runtime; delete it, or name another")
+        except ArtifactError as error:
+            if self.given:
+                raise
+            warn(f"{error}; it is measured again")
+            return {}
+        entries: dict[str, dict[str, Any]] = found["entries"]
+        return entries
