@@ -1,0 +1,139 @@
+"""What a kill leaves at any moment, found by counting the changes in the folder, is gone on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchslim as ts
+from tests import tiny
+from tests.kills import CHANGES, listing, states
+from torchslim.artifact import write_artifact
+from torchslim.files import TEMPORARY
+from torchslim.latency_pack import pack
+from torchslim.latency_table import LatencyTable, Timing
+from torchslim.steps import fingerprint
+
+LATENCY = ts.Prune(pattern="channel", sparsity=0.4, of="latency", criterion="l2", round_to=16, min_channels=16)
+
+
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["torchslim.compress"], "compare", tiny.compare)
+
+
+def test_a_run_that_was_killed_before_any_rename_goes_on(tmp_path: Path) -> None:
+    found: list[ts.Result] = []
+    left = states(lambda: found.append(tiny.run(tmp_path / "whole")), tmp_path / "whole", tmp_path / "album")
+    assert len(left) > 10 * tiny.STEPS
+    expected, files = tiny.outcome(found[0]), listing(tmp_path / "whole")
+    for state in left:
+        assert tiny.outcome(tiny.run(state)) == expected, state.name
+        # another run may be writing to the cache of the teacher's answers, so an hour passes before it is cleaned
+        assert {name for name in listing(state) if not name.startswith(f"cache/{TEMPORARY}")} == files, state.name
+        shutil.rmtree(state)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_save_that_was_killed_before_any_change_is_done_again(before: bool, tmp_path: Path) -> None:
+    new, x = tiny.model(), torch.ones(2, 4)
+    deployed = ts.deploy(new, (x,), runtime="eager")
+    old = ts.deploy(nn.Sequential(nn.Linear(4, 3), nn.Tanh()).eval(), (x,), runtime="eager")
+    folder, answers = tmp_path / "out", [old(x).tolist(), deployed(x).tolist()]
+
+    def save(target: Path) -> None:
+        write_artifact(target, deployed=deployed, module=new)
+
+    if before:
+        write_artifact(folder, deployed=old, extra={"notes.txt": b"of the old one"})
+    left = states(lambda: save(folder), folder, tmp_path / "album", events=CHANGES)
+    assert len(left) > 2 * len(listing(folder))
+    for state in left:
+        if (state / "artifact.json").is_file():  # then it is whole: the old one or the new one, never a mixture
+            assert ts.load(state)(x).tolist() in answers, state.name
+        save(state)
+        assert ts.load(state)(x).tolist() == answers[1]
+        assert fingerprint(ts.load_module(state, tiny.model).state_dict()) == fingerprint(new.state_dict())
+        assert not any(TEMPORARY in name or ".saving" in name for name in listing(state)), state.name
+
+
+def test_packing_that_was_killed_before_any_rename_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 4)).eval()
+    x = torch.ones(2, 3, 8, 8)
+    task = ts.Task(val=[(x, torch.tensor([0, 1]))], metric="accuracy")
+    one = ts.deploy(model, (x,), runtime="onnxruntime")
+    monkeypatch.setattr(
+        ts.Bench, "deploy", lambda bench, model: one
+    )  # what is written counts here, not how long it takes
+
+    def work(folder: Path) -> None:
+        pack(model, task, [LATENCY], folder, target=ts.Target(runtime="onnxruntime", threads=1))
+
+    folder = tmp_path / "board"
+    left = states(lambda: work(folder), folder, tmp_path / "album")
+    whole, files = json.loads((folder / "pack.json").read_text()), listing(folder)
+    assert len(left) == len(files) - 1  # the lock is not renamed
+    for state in left:
+        work(state)
+        assert json.loads((state / "pack.json").read_text()) == whole
+        assert listing(state) == files
+
+
+def test_a_table_that_was_killed_before_any_change_keeps_what_it_knew(tmp_path: Path) -> None:
+    timing = Timing(ratio=0.5, low=0.4, high=0.6, ms=1.0, rounds=3)
+
+    def add(folder: Path, name: str) -> LatencyTable:
+        table = LatencyTable("eager", 1, path=folder / "table.json")
+        table.add("first", {name: timing})
+        return table
+
+    folder = tmp_path / "cache"
+    add(folder, "a")
+    for state in states(lambda: add(folder, "b"), folder, tmp_path / "album", events=CHANGES):
+        assert set(LatencyTable("eager", 1, path=state / "table.json").known("first")) == {"a"}
+        assert set(add(state, "b").known("first")) == {"a", "b"}
+
+
+def search(folder: Path) -> Any:
+    recipe = {
+        "model": "tests.tiny:model", "task": "tests.tiny:task", "runtime": "eager", "threads": 1, "seed": 1,
+        "step": [
+            {"do": "prune", "sparsity": {"search": [0.1, 0.6]}},
+            {"do": "finetune", "epochs": 1},
+        ],
+        "budget": {"metric_drop": 100.0, "minimize": ["metric_drop", "params"], "trials": 2, "finalists": 1},
+    }  # fmt: skip
+    return ts.search(recipe, tiny.model(), tiny.task(), workdir=folder, study="s", sampler="random")
+
+
+def lasting(found: Any) -> Any:
+    trials = [{key: each[key] for key in each if key != "seconds"} for each in found.data["trials"]]
+    return trials, [(each.trial, each.values, each.figures["metric_drop"]) for each in found.front]
+
+
+def spared(path: str) -> bool:
+    """Optuna's own, which it tests itself."""
+    return "study.journal" in path
+
+
+def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
+    found: list[Any] = []
+    folder = tmp_path / "whole"
+    left = states(lambda: found.append(search(folder)), folder, tmp_path / "album", spared=spared)
+    runs, whole = [], lasting(found[0])
+    for state in left:
+        again = search(state)
+        assert [lasting(again)[0][place]["figures"] for place in range(2)] == [each["figures"] for each in whole[0]]
+        assert lasting(again)[1] == whole[1], state.name
+        runs.append(state)
+        shutil.rmtree(state)
+    assert len(runs) > 20
