@@ -35,7 +35,12 @@ class Camera:
         folder, self.folder = self.folder, None  # what is copied changes files, too
         try:
             if folder.exists():
-                shutil.copytree(folder, self.album / f"{self.count:03d}", symlinks=True)
+                # Optuna's lock is held for moments, by the thread that beats, too
+                shutil.copytree(
+                    folder, self.album / f"{self.count:03d}", symlinks=True, ignore=lambda place, names: [
+                        name for name in names if name.startswith("study.journal.")
+                    ],
+                )  # fmt: skip
             else:
                 (self.album / f"{self.count:03d}").mkdir()
             self.count += 1

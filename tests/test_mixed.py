@@ -19,6 +19,7 @@ from tests import toy
 from torchslim.errors import QuantizeError
 from torchslim.quantize.mixed import Trials, exceptions, fewest
 from torchslim.recipe import parse_recipe
+from torchslim.seals import read_sealed
 from torchslim.select import matches
 
 NAMES = "abcdefg"
@@ -147,12 +148,18 @@ def test_a_killed_choice_goes_on_from_what_it_has_measured(tmp_path: Path, monke
     step = ts.Quantize("int8", layers="auto", metric_drop=5.0)
     ctx = context(model, task, state=tmp_path)
     first = step(model, ctx)
-    known = json.loads((tmp_path / "mixed.json").read_text())
+    known = json.loads(read_sealed(tmp_path / "mixed.rows", ctx.key))
     assert "base" in known
     assert "[]" in known
     monkeypatch.setattr(Trials, "metric", lambda *_: pytest.fail("measured again"))
     again = step(model, ctx)
     assert again.layers == first.layers
+    (tmp_path / "mixed.rows").write_bytes(b"junk")
+    monkeypatch.undo()
+    with pytest.warns(
+        UserWarning, match="mixed.rows was truncated or changed.*; the choices of layers are measured again"
+    ):
+        assert step(model, ctx).layers == first.layers
 
 
 def test_a_budget_that_cannot_be_kept_gives_the_nearest_and_says_so() -> None:

@@ -7,7 +7,9 @@ import json
 import shutil
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,9 +23,12 @@ from torch import nn
 import torchslim as ts
 from tests import tiny
 from tests.kills import listing, states
+from tests.mutations import Kind
+from tests.mutations.folders import KINDS_OF_FOLDERS
 from torchslim.artifact import put_artifact
 from torchslim.errors import RecipeError, StorageError, TorchslimError
 from torchslim.files import TEMPORARY, digest, write_json
+from torchslim.report.records import Layer
 from torchslim.runtimes import Runtime, aoti, find_runtime
 from torchslim.seals import is_sealed, key_id, own_secret, read_sealed, seal, write_sealed
 
@@ -100,6 +105,11 @@ def test_a_damaged_folder_gives_the_same_result_or_a_clear_error(
             shutil.rmtree(folder / name)
         found = tiny.run(folder)
     assert tiny.outcome(found) == expected
+
+
+def test_the_row_of_a_layer_has_the_fields_of_its_record() -> None:
+    """A field that is added to the one and not to the other would make every stage unreadable."""
+    assert set(Layer.__annotations__) == {each.name for each in fields(ts.LayerRecord)} | {"version"}
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "01-prune") -> None:
@@ -284,6 +294,24 @@ def test_links_in_a_folder_are_not_followed(finished: tuple[Path, Any], tmp_path
     shutil.rmtree(folder / "work" / "02-distill")
     assert tiny.outcome(tiny.run(folder)) == finished[1]
     assert listing(thesis) == {"years.txt"}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FOLDERS, ids=lambda kind: kind.name)
+def test_mutated_files_are_refused_in_words(kind: Kind) -> None:
+    """As benchmarks/fuzz.py does for longer; an edited stage that is taken up is an AssertionError."""
+    outcomes = Counter[str]()
+
+    @settings(max_examples=25)
+    @given(kind.examples)
+    def attempt(example: bytes) -> None:
+        try:
+            kind.attempt(example)
+            outcomes["taken"] += 1
+        except TorchslimError:
+            outcomes["refused"] += 1
+
+    attempt()
+    assert outcomes["refused" if kind.name != "stage.json" else "taken"]  # a stage is taken again, with a warning
 
 
 # -------------------------------------------------------------------------------------------------- seals

@@ -137,7 +137,7 @@ def test_a_folder_or_study_of_another_search_is_refused_before_any_work(found: t
     with pytest.raises(RecipeError, match="holds the search of another recipe"):
         ts.search(document("0.6", "0.7"), model(), task(), workdir=found.folder, study="mine")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="holds files that no search left there"):
+    with pytest.raises(RecipeError, match="holds files that no search of torchslim left there"):
         ts.search(document(), model(), task(), workdir=tmp_path)
 
 
