@@ -21,6 +21,7 @@ from torchslim.channels.runs import Divergence
 from torchslim.channels.trace import named_weights
 from torchslim.errors import PruneError
 from torchslim.isolation import duplicate
+from torchslim.prune.literals import FORWARD, literals, write
 from torchslim.steps import Inputs
 
 TRIALS = 60
@@ -124,9 +125,14 @@ def perform(model: nn.Module, surgery: Surgery) -> nn.Module:
 def apply_patch(model: nn.Module, patch: Patch, *, back: bool = False) -> None:
     """Set one attribute, or set it back."""
     module = model.get_submodule(patch.module)
+    value = patch.old if back else patch.new
+    if patch.name == FORWARD:
+        if not any((number,) == patch.place for number, _ in literals(module)):
+            raise PruneError(f"the surgery changes the number {patch.place} in {patch.module}.forward, which lacks it")
+        write(module, patch.place[0], value)
+        return
     if patch.name not in vars(module):
         raise PruneError(f"the surgery sets {patch.module}.{patch.name}, which this model lacks")
-    value = patch.old if back else patch.new
     vars(module)[patch.name] = _replaced(vars(module)[patch.name], patch.place, value)
 
 
@@ -263,7 +269,19 @@ class Mender:
             for name, place, value in sizes_in(module):
                 for new in sorted(inside.get(value, set()) - {value}):
                     patches.append(Patch(each, name, place, value, new))
-        return [*patches, *self._in_proportion(divergence.path)]
+        return [*patches, *self._in_proportion(divergence.path), *self._in_code(paths)]
+
+    def _in_code(self, paths: Sequence[str]) -> list[Patch]:
+        """Sizes that changed around a divergence, among the numbers in the code of the modules at work."""
+        patches, inside = [], dict[int, set[int]]()
+        for each in paths:
+            for old, news in self._around(each).items():
+                inside.setdefault(old, set()).update(news)
+            for number, value in literals(self.modules[each]):
+                patches += [
+                    Patch(each, FORWARD, (number,), value, new) for new in sorted(inside.get(value, set()) - {value})
+                ]
+        return patches
 
     def _in_proportion(self, path: str) -> list[Patch]:
         """Multiples of a size that changed, in modules inside whose own weights were cut: they may run uncalled."""
