@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from torchslim.archives import read_arrays, read_masks
 from torchslim.artifact_write import MANIFEST, is_file, left_behind, replace_files
-from torchslim.errors import ArtifactError
+from torchslim.errors import ArtifactError, TorchslimError
 from torchslim.export import Captured
 from torchslim.files import bundle, sha256
 from torchslim.isolation import quiet
@@ -209,12 +209,22 @@ def load_opened(
     example = opened.example()
     payload: bytes | None = None
     with quiet():
-        if chosen.read is not None and stored:
-            files = {suffix: opened.read(f"model{suffix}") for suffix in chosen.suffixes}
-            payload = bundle(files) if chosen.beside else next(iter(files.values()))
-            session = chosen.read(payload, spec, threads)
-        else:
-            session, payload = chosen.make(_recaptured(opened, spec, example), spec, threads)
+        try:
+            if chosen.read is not None and stored:
+                files = {suffix: opened.read(f"model{suffix}") for suffix in chosen.suffixes}
+                if chosen.check is not None:
+                    chosen.check(files)
+                payload = bundle(files) if chosen.beside else next(iter(files.values()))
+                session = chosen.read(payload, spec, threads)
+            else:
+                session, payload = chosen.make(_recaptured(opened, spec, example), spec, threads)
+        except TorchslimError:
+            raise
+        except Exception as error:
+            raise ArtifactError(
+                f"{folder} cannot be loaded on runtime {chosen.name!r}: {type(error).__name__}: {str(error)[:300]}; "
+                "save the model again"
+            ) from error
     return Deployed(
         session, spec, runtime=chosen.name, threads=threads, payload=payload, example=example,
         program=lambda: opened.read(PROGRAM), quantized=manifest["quantized"], no_file=chosen.no_file,

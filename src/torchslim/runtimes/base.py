@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from torchslim.errors import DeployError, ExportError
+from torchslim.errors import DeployError, ExportError, TorchslimError
 from torchslim.export import Captured, capture, positional, signature_of
 from torchslim.files import unbundle, write_bytes
 from torchslim.isolation import quiet
@@ -20,7 +20,7 @@ from torchslim.machine import instruction_set
 from torchslim.runtimes.kernels import Kernel
 from torchslim.runtimes.pt2 import pack_program
 from torchslim.steps import Inputs
-from torchslim.structure import Structure, build, describe, flatten, leaf_names
+from torchslim.structure import Structure, build, describe, flatten, leaf_names, tensors_of
 
 
 class Session(Protocol):
@@ -210,11 +210,27 @@ class Deployed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = [leaf.detach().cpu() for leaf in self.spec.leaves(args, kwargs)]
-        return build(self.spec.outputs, self.run(leaves), self.classes)
+        found, count = self.run(leaves), tensors_of(self.spec.outputs)
+        if len(found) != count:
+            raise DeployError(f"the model gives {len(found)} tensors, its spec lists {count}; deploy it again")
+        return build(self.spec.outputs, found, self.classes)
 
     def run(self, leaves: list[Tensor]) -> list[Tensor]:
-        """Flat tensors in, flat tensors out, unchecked: what the benchmark times."""
-        return list(self.session(leaves))
+        """Flat tensors in, flat tensors out, unchecked: what the benchmark times.
+
+        Raises:
+            DeployError: the runtime cannot compute these inputs.
+        """
+        try:
+            return list(self.session(leaves))
+        except TorchslimError:
+            raise
+        except Exception as error:
+            raise DeployError(
+                f"runtime {self.runtime!r} cannot run the model on inputs of the sizes "
+                f"{', '.join(str(tuple(leaf.shape)) for leaf in leaves)}: {type(error).__name__}: {str(error)[:300]}; "
+                "deploy the model again, with example inputs like these"
+            ) from error
 
     @property
     def size_bytes(self) -> int | None:
@@ -256,7 +272,8 @@ class Runtime:
 
     `make` turns a captured program into a session and the bytes of its file (None where there is no format; a
     `bundle` where there are several files, `suffix` and those `beside`); `read` makes a session of such bytes.
-    A `native` file is machine code: it is loaded only where it is trusted. `kernels` tells what is executed.
+    A `native` file is machine code: it is loaded only where it is trusted. `check` looks at files that others may have
+    written, by their suffixes, before `read` does. `kernels` tells what is executed.
     """
 
     name: str
@@ -266,6 +283,7 @@ class Runtime:
     no_file: str = ""
     beside: tuple[str, ...] = ()
     native: bool = False
+    check: Callable[[Mapping[str, bytes]], None] | None = None
     kernels: Callable[[Deployed], list[Kernel]] | None = None
 
     @property

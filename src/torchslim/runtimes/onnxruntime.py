@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
 from torchslim.export import Captured, scope_path
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.kernels import UNWANTED, onnx_kernels, unique
+from torchslim.runtimes.onnx_check import check_onnx
 from torchslim.runtimes.onnx_kernels import lower
 from torchslim.runtimes.onnx_passes import finish, translations
 from torchslim.structure import leaf_names
@@ -166,7 +168,8 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
             "use float32, or runtime 'eager'"
         ) from error
     names = [each.name for each in session.get_inputs()]
-    assert len(names) == len(spec.dtypes), f"the ONNX model takes {names}, the program {len(spec.dtypes)} inputs"
+    if len(names) != len(spec.dtypes):
+        raise DeployError(f"the ONNX model takes {len(names)} inputs, its spec lists {len(spec.dtypes)}; save it again")
     if "bfloat16" in spec.dtypes:
         raise DeployError("ONNX Runtime takes no bfloat16 inputs here; convert the model with .float() first")
 
@@ -182,4 +185,8 @@ def _brief(error: BaseException) -> str:
     return next((line.strip() for line in str(cause).splitlines() if line.strip()), "")[:300]
 
 
-RUNTIME = Runtime(name="onnxruntime", suffix=".onnx", make=_make, read=_read, kernels=onnx_kernels)
+def _check(files: Mapping[str, bytes]) -> None:
+    check_onnx(files[".onnx"])
+
+
+RUNTIME = Runtime(name="onnxruntime", suffix=".onnx", make=_make, read=_read, check=_check, kernels=onnx_kernels)

@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from torchslim.products import ATTENTION, open_products
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.kernels import Kernel, decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
+from torchslim.runtimes.openvino_check import check_ir
 from torchslim.runtimes.openvino_passes import guard_extremes
 from torchslim.runtimes.openvino_trial import survive
 from torchslim.structure import flatten
@@ -204,7 +205,10 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
         raise DeployError(
             f"OpenVINO cannot run the model: {_brief(error)}; use runtime 'onnxruntime', or 'eager'"
         ) from error
-    assert len(compiled.inputs) == len(spec.dtypes), f"OpenVINO's model takes {compiled.inputs}"
+    if len(compiled.inputs) != len(spec.dtypes):
+        raise DeployError(
+            f"the OpenVINO model takes {len(compiled.inputs)} inputs, its spec lists {len(spec.dtypes)}; save it again"
+        )
     return _Compiled(compiled)
 
 
@@ -247,4 +251,8 @@ def _brief(error: BaseException) -> str:
     return (told or lines or [""])[0][:300]
 
 
-RUNTIME = Runtime(name="openvino", suffix=XML, beside=(BIN,), make=_make, read=_read, kernels=_kernels)
+def _check(files: Mapping[str, bytes]) -> None:
+    check_ir(files[XML], files[BIN])
+
+
+RUNTIME = Runtime(name="openvino", suffix=XML, beside=(BIN,), make=_make, read=_read, check=_check, kernels=_kernels)

@@ -1,0 +1,113 @@
+"""OpenVINO's `.xml` and `.bin`, checked before OpenVINO parses them: plain XML, known operations, data inside.
+
+Refused are document types and entities (a kilobyte of which expands to gigabytes), extensions, options that are not
+ours, and constants that lie outside of the `.bin` or are larger than what is stored.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+from torchslim.errors import ArtifactError
+from torchslim.schema import MIB, shorten
+
+SIZE = 64 * MIB
+PARTS = 1_000_000
+DEPTH = 60
+ELEMENTS = 2**28
+VERSIONS = re.compile(r"opset\d{1,2}|type_relaxed_opset")
+REFUSED = frozenset({"Loop", "ReadValue", "Assign", "Custom", "FrameworkNode"})
+GROWING = frozenset({"Broadcast", "Tile", "Range", "Pad", "OneHot", "Interpolate", "RandomUniform", "Eye"})
+OPTIONS = frozenset({"DYNAMIC_QUANTIZATION_GROUP_SIZE"})
+BITS = {
+    "f64": 64, "f32": 32, "f16": 16, "bf16": 16, "i64": 64, "u64": 64, "i32": 32, "u32": 32, "i16": 16, "u16": 16,
+    "i8": 8, "u8": 8, "boolean": 8, "i4": 4, "u4": 4, "nf4": 4, "u2": 2, "u1": 1, "f8e4m3": 8, "f8e5m2": 8,
+}  # fmt: skip
+
+
+def check_ir(xml: bytes, weights: bytes) -> None:
+    """Look at a model's files.
+
+    Raises:
+        ArtifactError: damaged, or with what no model of ours has; says what was found.
+    """
+    try:
+        text = xml.decode()
+        if len(xml) > SIZE or xml.count(b"<") > PARTS:
+            raise ValueError("it is larger than any model of ours")
+        if (
+            "<!" in text
+            or "\0" in text
+            or re.search(r"<\?xml(?![^>]*encoding)[^>]*\?>.*<\?|<\?(?!xml\b)", text, re.DOTALL)
+        ):
+            raise ValueError("it has a document type or instructions")
+        root = _parsed(text)
+        _options(root)
+        for layers, edges in ((net.find("layers"), net.find("edges")) for net in _nets(root)):
+            _layers(layers, edges, weights)
+    except (ValueError, KeyError, ElementTree.ParseError, OverflowError) as error:
+        raise ArtifactError(
+            f"the OpenVINO model is not loaded: {shorten(str(error), 200)[1:-1]}; save it again"
+        ) from error
+
+
+def _parsed(text: str) -> ElementTree.Element:
+    parser: Any = ElementTree.XMLPullParser(["start", "end"])
+    depth = 0
+    for place in range(0, len(text), 2**16):
+        parser.feed(text[place : place + 2**16])
+        for event, _ in parser.read_events():
+            depth += 1 if event == "start" else -1
+            if depth > DEPTH:
+                raise ValueError(f"it is nested deeper than {DEPTH} levels")
+    parser.close()
+    return ElementTree.fromstring(text)
+
+
+def _nets(root: ElementTree.Element) -> list[ElementTree.Element]:
+    return [root, *root.iter("body"), *root.iter("then_body"), *root.iter("else_body")]
+
+
+def _options(root: ElementTree.Element) -> None:
+    for options in root.iter("runtime_options"):
+        unknown = [each.tag for each in options if each.tag not in OPTIONS]
+        if unknown:
+            raise ValueError(f"it sets the option {unknown[0]}")
+
+
+def _layers(layers: Any, edges: Any, weights: bytes) -> None:
+    small: dict[str, list[int]] = {}
+    growing: dict[str, str] = {}
+    for layer in [] if layers is None else layers:
+        kind, version = layer.get("type", ""), layer.get("version", "")
+        if kind in REFUSED or not VERSIONS.fullmatch(version):
+            raise ValueError(f"it has the operation {kind} of {version}")
+        if kind == "Const":
+            small[layer.get("id", "")] = _constant(layer.find("data"), weights)
+        elif kind in GROWING:
+            growing[layer.get("id", "")] = kind
+    for edge in [] if edges is None else edges:
+        if edge.get("to-layer") in growing:
+            count = math.prod(abs(each) for each in small.get(edge.get("from-layer", ""), []) if each)
+            if count > ELEMENTS:
+                raise ValueError(f"it has {growing[edge.get('to-layer')]} of {count:,} elements")
+
+
+def _constant(data: Any, weights: bytes) -> list[int]:
+    """Where a constant lies and how large it is; its numbers if they are few and whole."""
+    if data is None:
+        raise ValueError("a constant has no data")
+    offset, size = int(data.get("offset", "x")), int(data.get("size", "x"))
+    shape = [int(each) for each in data.get("shape", "").split(",") if each.strip()]
+    width = BITS[data.get("element_type", "")]
+    if min([offset, size, *shape]) < 0 or offset + size > len(weights) or len(shape) > 64:
+        raise ValueError("a constant lies outside of the .bin file")
+    if math.prod(shape) * width > size * 8 + 64:
+        raise ValueError(f"a constant of the shape {shape[:8]} has {size:,} bytes")
+    if width == 64 and data.get("element_type") in ("i64", "u64") and size <= 512:
+        stored = weights[offset : offset + size]
+        return [int.from_bytes(stored[place : place + 8], "little", signed=True) for place in range(0, size, 8)]
+    return []
