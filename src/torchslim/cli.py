@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchslim.terminal import printable
+
 if TYPE_CHECKING:
     from torchslim.steps import Event
 
@@ -31,8 +33,9 @@ def cli(debug: bool) -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the result; default runs/NAME.")
 @click.option("--overwrite", is_flag=True, help="Take a folder that holds another recipe's run.")
+@click.option("--key", type=click.Path(path_type=Path), help="Sign the artifact with this private key (PEM, Ed25519).")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json instead of the table.")
-def run(recipe: Path, out: Path | None, overwrite: bool, as_json: bool) -> None:
+def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_json: bool) -> None:
     """Run a recipe; run again after a kill, it goes on where it stopped.
 
     On several devices: torchrun --nproc-per-node 2 -m torchslim run recipe.toml
@@ -64,11 +67,11 @@ def run(recipe: Path, out: Path | None, overwrite: bool, as_json: bool) -> None:
         )
         if not processes.is_first():
             return  # one writes and reports for all
-        result.save(out)
+        result.save(out, key=key)
     if as_json:
         click.echo(json.dumps(result.run, indent=1))
     else:
-        click.echo(str(result))
+        click.echo(printable(str(result), lines=True))
         click.echo(f"\nreport: {out / 'report.html'}")
 
 
@@ -99,7 +102,8 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
             progress=progress if processes.is_first() else ignore_progress,
         )  # fmt: skip
     if processes.is_first():
-        click.echo(json.dumps(found.data, indent=1) if as_json else f"{found}\n\nreport: {out / 'report.html'}")
+        report = printable(f"{found}\n\nreport: {out / 'report.html'}", lines=True)
+        click.echo(json.dumps(found.data, indent=1) if as_json else report)
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim suggest package.module:model package.module:task --latency-ms 3")
@@ -169,14 +173,16 @@ def check(recipe: Path, as_json: bool) -> None:
               help="What attention may lose: whole heads, or dimensions of every head.")  # fmt: skip
 @click.option("--all", "everything", is_flag=True, help="Kernel extents and position tables too, and every member.")
 @click.option("--trusted", is_flag=True, help="Load an artifact of machine code too (runtime aoti).")
+@click.option("--public-key", type=click.Path(path_type=Path),
+              help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).")  # fmt: skip
 @click.option("--sensitivity", is_flag=True, help="Of a RECIPE's model: what each group and each layer costs.")
 @click.option("--measure", type=click.Choice(["sqnr", "kl", "metric"]), default="sqnr", show_default=True,
               help="With --sensitivity: noise or divergence of the outputs, or the metric on val.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="With --sensitivity: folder; default runs/NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
 def inspect(
-    model: str, inputs: tuple[str, ...], heads: Any, everything: bool, trusted: bool, sensitivity: bool, measure: Any,
-    out: Path | None, as_json: bool,
+    model: str, inputs: tuple[str, ...], heads: Any, everything: bool, trusted: bool, public_key: Path | None,
+    sensitivity: bool, measure: Any, out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Of an ARTIFACT (a saved folder): which layers run on integers, by which kernel, and why others do not.
 
@@ -199,13 +205,13 @@ def inspect(
         from torchslim.artifact import load
         from torchslim.lowered import lowered
 
-        executed = lowered(load(model, trusted=trusted))
-        click.echo(json.dumps(executed.to_json(), indent=1) if as_json else executed.table())
+        executed = lowered(load(model, trusted=trusted, public_key=public_key))
+        click.echo(json.dumps(executed.to_json(), indent=1) if as_json else printable(executed.table(), lines=True))
         return
     _import_from_here()
     made, example_inputs = load_model(model, inputs)
     found = look(made, example_inputs, heads=heads)
-    click.echo(json.dumps(found.to_json(), indent=1) if as_json else found.table(all=everything))
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else printable(found.table(all=everything), lines=True))
 
 
 def _sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> None:
@@ -231,7 +237,7 @@ def _sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) ->
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=1))
     else:
-        click.echo(f"{found}\n\nreport: {path.with_suffix('.html')}")
+        click.echo(printable(f"{found}\n\nreport: {path.with_suffix('.html')}", lines=True))
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim latency recipe.toml --pack board/")
@@ -260,15 +266,18 @@ def latency(recipe: Path, folder: Path) -> None:
 @click.option("--threads", type=click.IntRange(min=1), help="Default: what each artifact was saved with.")
 @click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--trusted", is_flag=True, help="Load artifacts of machine code too (runtime aoti).")
+@click.option("--public-key", type=click.Path(path_type=Path),
+              help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True)
 def bench(
-    artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, trusted: bool, as_json: bool
-) -> None:
+    artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, trusted: bool,
+    public_key: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Time saved artifacts side by side, interleaved; ratios are over the first."""
     from torchslim.artifact import load, render_timings
     from torchslim.measure import compare
 
-    loaded = {str(path): load(path, threads=threads, trusted=trusted) for path in artifacts}
+    loaded = {str(path): load(path, threads=threads, trusted=trusted, public_key=public_key) for path in artifacts}
     rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]))
     if as_json:
         click.echo(json.dumps(rows, indent=1))
@@ -276,6 +285,7 @@ def bench(
     width = max(len(row["artifact"]) for row in rows)
     click.echo(f"{'artifact':<{width}}  {'latency ms [p10-p90]':>26}  {'speed-up [p10-p90]':>24}")
     for row in rows:
+        row["artifact"] = printable(row["artifact"])
         took, ratio = row["latency_ms"], row["speedup"]
         latency = f"{took['median']:.3f} [{took['p10']:.3f}-{took['p90']:.3f}]"
         speedup = f"{ratio['median']:.2f}x [{ratio['p10']:.2f}-{ratio['p90']:.2f}]"
@@ -294,7 +304,7 @@ def report(folder: Path, out: Path | None) -> None:
     found = load(folder)
     out = out or (folder if folder.is_dir() else folder.parent) / "report.html"
     write_bytes(out, render(found).encode())
-    click.echo(table(found))
+    click.echo(printable(table(found), lines=True))
     click.echo(f"\nreport: {out}")
 
 
@@ -349,6 +359,7 @@ def _progress() -> Iterator[Any]:
     """A bar on a terminal, a line for each phase elsewhere; on stderr, so that stdout stays the result."""
     from rich import progress as rich
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(stderr=True)
     started, last = time.monotonic(), [""]
@@ -358,8 +369,8 @@ def _progress() -> Iterator[Any]:
     with rich.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def show(event: Event) -> None:
-            name = f"{event.step}: {event.phase}"
-            note = "  ".join(f"{key} {value:.4g}" for key, value in event.values.items())
+            name = escape(printable(f"{event.step}: {event.phase}"))  # rich reads [...] as markup
+            note = escape(printable("  ".join(f"{key} {value:.4g}" for key, value in event.values.items())))
             if console.is_terminal:
                 if name not in bars:
                     for bar in bars.values():
@@ -401,10 +412,10 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         if isinstance(error, TorchslimError):
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {printable(str(error), lines=True)}", err=True)
             sys.exit(2)
         hint = "" if debug else "; run with --debug for the traceback"
-        click.echo(f"internal error: {type(error).__name__}: {error}{hint}", err=True)
+        click.echo(f"internal error: {type(error).__name__}: {printable(str(error), lines=True)}{hint}", err=True)
         sys.exit(1)
 
 

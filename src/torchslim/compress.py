@@ -70,13 +70,18 @@ class Result:
     folder: Path
     _keep: Any = field(repr=False, default=None)  # holds a temporary folder open as long as the result lives
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the artifact, the last trainable weights, `run.json` and `report.html` to a folder."""
+    def save(self, folder: str | Path, *, key: Any = None) -> Path:
+        """Write the artifact, the last trainable weights, `run.json` and `report.html` to a folder.
+
+        `key` signs it, as in `torchslim.save`.
+        """
         extra = {
             "run.json": (json.dumps(self.run, indent=1, allow_nan=False) + "\n").encode(),
             "report.html": render(self.run).encode(),
         }
-        return write_artifact(folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra)
+        return write_artifact(
+            folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra, key=key
+        )
 
     def __str__(self) -> str:
         return table(self.run)
