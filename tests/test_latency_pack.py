@@ -91,7 +91,7 @@ def test_a_recipe_takes_the_table(packed, tmp_path):
 
 def test_packed_again_in_its_place_but_not_in_that_of_others(packed, tmp_path):
     (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(RecipeError, match="holds something that was not packed here"):
+    with pytest.raises(RecipeError, match="holds files that no latency pack of torchslim left there"):
         pack(model(), task(), [step()], tmp_path)
 
 

@@ -24,13 +24,14 @@ import torchslim as ts
 from tests import tiny
 from tests.kills import listing, states
 from tests.mutations import Kind
-from tests.mutations.folders import KINDS_OF_FOLDERS
+from tests.mutations.folders import KINDS_OF_FOLDERS, stage_row
 from torchslim.artifact import put_artifact
 from torchslim.errors import RecipeError, StorageError, TorchslimError
 from torchslim.files import TEMPORARY, digest, write_json
 from torchslim.report.records import Layer
 from torchslim.runtimes import Runtime, aoti, find_runtime
 from torchslim.seals import is_sealed, key_id, own_secret, read_sealed, seal, write_sealed
+from torchslim.stages import keep, kept
 
 JUNK = st.sampled_from([b"", b"{}", b"null", b"[" * 5000, b"\xff\xfe\x00", b'{"format": 1e999}', b"PK\x03\x04"])
 
@@ -110,6 +111,16 @@ def test_a_damaged_folder_gives_the_same_result_or_a_clear_error(
 def test_the_row_of_a_layer_has_the_fields_of_its_record() -> None:
     """A field that is added to the one and not to the other would make every stage unreadable."""
     assert set(Layer.__annotations__) == {each.name for each in fields(ts.LayerRecord)} | {"version"}
+
+
+def test_evidence_with_numbers_for_keys_is_sealed_as_it_is_read_back(tmp_path: Path) -> None:
+    row = stage_row("prune") | {"evidence": {"widths": {8: 1.0, 16: (2.0, 3)}}}
+    keep(tmp_path / "stage", "key", module=nn.Linear(2, 2), masks={}, row=row)
+    found = kept(tmp_path / "stage", "key")
+    assert found is not None
+    assert found.row is not None
+    assert found.row["evidence"] == {"widths": {"8": 1.0, "16": [2.0, 3]}}
+    assert kept(tmp_path / "nothing", "key") is None
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "01-prune") -> None:

@@ -82,6 +82,11 @@ def clean_temporaries(folder: Path, *, older_s: float = 0.0) -> None:
                 raise StorageError(f"cannot delete {path}: {error.strerror or error}; delete it by hand") from error
 
 
+def present(path: Path) -> bool:
+    """Does anything stand at a path, be it a broken link? What may not be looked at counts as nothing."""
+    return os.path.lexists(path)
+
+
 def remove(path: Path) -> None:
     """Delete a file, a link (not what it points to) or a whole folder; nothing where there is nothing.
 

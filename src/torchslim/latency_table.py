@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le
 from typing_extensions import TypedDict
 
 from torchslim.errors import ArtifactError
-from torchslim.files import digest, write_json
+from torchslim.files import digest, present, write_json
 from torchslim.holding import holding
 from torchslim.isolation import warn
 from torchslim.machine import cache_folder, describe_machine
@@ -139,7 +139,7 @@ class LatencyTable:
             write_json(self.path, {"format": FORMAT, "about": self.about, "entries": entries})
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        if not (self.path.exists() or self.path.is_symlink()):
+        if not present(self.path):
             return {}
         try:
             found = TABLE.read(self.path)

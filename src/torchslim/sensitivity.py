@@ -14,7 +14,7 @@ from torch import nn
 
 from torchslim import __version__, processes
 from torchslim.errors import ArtifactError, SensitivityError, StorageError
-from torchslim.files import digest, write_json
+from torchslim.files import digest, present, write_json
 from torchslim.gauge import MEASURES, Measure
 from torchslim.isolation import warn
 from torchslim.machine import cache_folder, describe_machine, instruction_set
@@ -317,7 +317,7 @@ class Shelf:
         self.done: list[str] = []
         self.notes: list[str] = []
         self.scale: dict[str, Any] = {}  # unit, direction and reference of the measure
-        if path.exists() or path.is_symlink():
+        if present(path):
             try:
                 found = json.loads(read_sealed(path, key))
                 self.parts, self.done = found["parts"], found["done"]

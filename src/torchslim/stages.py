@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torchslim import processes
 from torchslim.artifact import Opened, load_opened, open_artifact, put_artifact
 from torchslim.errors import StorageError, TorchslimError
 from torchslim.export import signature_of
-from torchslim.files import TEMPORARY, clean_temporaries, digest, remove, write_bytes, write_json
+from torchslim.files import TEMPORARY, clean_temporaries, digest, present, remove, write_bytes, write_json
 from torchslim.holding import holding
 from torchslim.isolation import copy_model, warn
 from torchslim.machine import instruction_set
@@ -101,6 +102,7 @@ def keep(
         "format": "torchslim-stage", "version": 1, "key_id": key_id(key), "artifact": artifact,
         "row": None if row is None else dict(row), "own": _own(key, artifact),
     }  # fmt: skip
+    record = json.loads(json.dumps(record, allow_nan=False))  # as it is read back: keys of evidence may be numbers
     write_json(folder / COMMIT, record | {"seal": seal(key, record)})
 
 
@@ -124,7 +126,7 @@ def kept(folder: Path, key: str) -> Kept | None:
     The warning says so, too, where another run's stage stands in the place, one of other weights, data or steps.
     """
     path = folder / COMMIT
-    if not path.exists() and not path.is_symlink():
+    if not present(path):
         return None  # nothing, or what a killed run has begun to write
     try:
         record = RECORD.read(path)
@@ -182,7 +184,7 @@ def restored(
         else:
             made = module = opened.into(copy_model(module)[0])
         masks = opened.masks()
-    except (TorchslimError, KeyError, ValueError) as error:
+    except (TorchslimError, KeyError, ValueError, TypeError, RuntimeError) as error:
         # the files are those that were written: a step of the user's own changed the architecture, for example
         taken_again(StorageError(f"{folder} cannot be taken up: {error}"))
         return None

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from torchslim.devices import Placement, fabric_for, placed
 from torchslim.errors import StorageError, TrainError
+from torchslim.files import present
 from torchslim.isolation import preserved_globals, seed_everything, warn
 from torchslim.loaders import length, seeded, shared
 from torchslim.optimizer import MaskKeeper, OptimizerSettings
@@ -334,7 +335,7 @@ def _checkpoint(
 
 def _unsealed(state: Path | None, key: str) -> bytes | None:
     """The checkpoint as it was written; None where there is none, or with a warning where it is damaged."""
-    if state is None or not (state.exists() or state.is_symlink()):
+    if state is None or not present(state):
         return None
     try:
         return read_sealed(state, key)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchslim import processes
 from torchslim.errors import RecipeError, StorageError
-from torchslim.files import TEMPORARY, clean_temporaries, write_json
+from torchslim.files import TEMPORARY, clean_temporaries, present, write_json
 from torchslim.holding import LOCK, holding
 from torchslim.isolation import warn
 from torchslim.report.records import RecipeOf
@@ -77,7 +77,7 @@ def own(
 def claim(folder: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
     """Write down whose the folder is, unless it belongs to another recipe."""
     path, mine = folder / RECIPE, json.loads(json.dumps(recipe))
-    if path.exists() or path.is_symlink():
+    if present(path):
         other = _read(folder)
         if other is None:
             warn(f"{path} is damaged and written again; steps of this recipe that are whole are used")

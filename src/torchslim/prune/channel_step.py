@@ -18,6 +18,7 @@ from torchslim.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
 from torchslim.errors import PruneError, StorageError
+from torchslim.files import present
 from torchslim.finetune import Training
 from torchslim.isolation import warn
 from torchslim.loaders import calibration_batches
@@ -353,7 +354,7 @@ def _store(now: Standing, ctx: Context) -> None:
 def _restored(model: nn.Module, ctx: Context) -> Standing | None:
     """The last stored cut, made again on the model that the step received."""
     path = _path(ctx)
-    if path is None or not (path.exists() or path.is_symlink()):
+    if path is None or not present(path):
         return None
     try:
         kept = read_sealed(path, ctx.key)

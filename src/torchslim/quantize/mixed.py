@@ -13,6 +13,7 @@ from torch import nn
 
 from torchslim import processes
 from torchslim.errors import SelectError, StorageError
+from torchslim.files import present
 from torchslim.isolation import preserved_globals, warn
 from torchslim.loaders import seeded_splits
 from torchslim.quantize.flow import Prepared, convert
@@ -124,7 +125,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.path = None if self.ctx.state is None else self.ctx.state / "mixed.rows"
-        if self.path is not None and (self.path.exists() or self.path.is_symlink()):
+        if self.path is not None and present(self.path):
             try:
                 self.rows = json.loads(read_sealed(self.path, self.ctx.key))
             except StorageError as error:

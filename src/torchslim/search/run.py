@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from torchslim import __version__, processes
 from torchslim.compress import Result, compress
 from torchslim.errors import RecipeError, StorageError, TorchslimError
-from torchslim.files import clean_temporaries, digest, write_bytes, write_json
+from torchslim.files import clean_temporaries, digest, present, write_bytes, write_json
 from torchslim.holding import LOCK, holding
 from torchslim.isolation import warn
 from torchslim.report import render_search
@@ -167,7 +167,7 @@ def _claim(folder: Path, key: str, space: Space) -> None:
     """A folder belongs to one search."""
     path = folder / CLAIM.what
     with holding(folder / LOCK, _nothing):
-        if path.exists() or path.is_symlink():
+        if present(path):
             try:
                 other = CLAIM.read(path)["key"]
             except StorageError as error:
