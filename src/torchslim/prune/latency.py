@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from torchslim.prune.amount import Amount, Selection, rounded, select, step_size
 from torchslim.prune.cost import Cost, between, choose, fit
 from torchslim.prune.plan import Plan
 from torchslim.prune.shrink import mend, perform
+from torchslim.schema import LIMITS, parse_json, read_file
 from torchslim.steps import Workbench
 
 FORMAT = "torchslim-latency-rows"
@@ -285,22 +285,18 @@ def load_rows(path: str | Path, about: Mapping[str, Any]) -> tuple[Rows, str]:
     Raises:
         PruneError: it cannot be read, or is of another model, runtime or number of threads.
     """
+    mend = "give the latency.json that bench.py wrote"
+    raw = read_file(Path(path), PruneError, size_bytes=LIMITS.size_bytes, mend=mend)
+    found = parse_json(raw, f"latency_table {path}", PruneError, mend=mend)
     try:
-        found = json.loads(Path(path).read_text())
         if found["format"] != FORMAT:
             raise KeyError("format")
         own, machine = dict(found["about"]), str(found["machine"])
         rows = {key: {int(width): float(ratio) for width, ratio in row.items()} for key, row in found["rows"].items()}
         if not all(0 < ratio < float("inf") for row in rows.values() for ratio in row.values()):
             raise ValueError("a time that is none")
-    except OSError as error:
-        raise PruneError(
-            f"latency_table {path} cannot be read: {error.strerror or error}; name a latency.json"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PruneError(
-            f"latency_table {path} is no table of latencies ({error}); give the latency.json that bench.py wrote"
-        ) from error
+        raise PruneError(f"latency_table {path} is no table of latencies ({error}); {mend}") from error
     for key, what in (
         ("runtime", "runtime"),
         ("threads", "threads"),
