@@ -232,3 +232,37 @@ def test_a_table_that_is_kept_between_runs_is_made_once_and_stays_as_it_is() -> 
     assert done.model.b.weight.shape[0] < 16
     assert ramp(24).dtype == torch.float32
     assert done.model(torch.randn(4, 8)).dtype == torch.float32
+
+
+class Complex(nn.Module):
+    """Complex matrices between real layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(8, 12), nn.Linear(10, 16), nn.Linear(16, 3)
+        self.one = nn.Parameter(torch.randn(12, 14, dtype=torch.cfloat))
+        self.two = nn.Parameter(torch.randn(14, 10, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).to(torch.cfloat) @ self.one + torch.zeros(1, dtype=torch.cfloat)
+        return self.o(torch.tanh(self.b((h @ self.two).abs())))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_channels_of_complex_weights_are_counted_ranked_and_cut(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, inputs = Complex().eval(), (torch.randn(4, 8),)
+    with torch.no_grad():
+        model.one[:, 5] *= 1e-3
+        model.two[5] *= 1e-3
+    plan, done = remove(model, inputs, seed, 0.5)
+    assert plan.precision == torch.float64
+    assert done.rollbacks == ()
+    assert done.model.one.shape[1] == done.model.two.shape[0] < 14
+    assert done.model.one.dtype == torch.complex64
+    assert_runs(model, done.model, inputs)
+    for cut in done.surgery.cuts:
+        gone = min(set(range(cut.size)) - set(cut.kept))
+        assert noticed(plan, done, with_cut(done.surgery, cut, replace(cut, kept=(*cut.kept[:-1], gone)))), cut.weight
+    hidden = ts.prune.channels(model, inputs, 0.02, criterion="l1", round_to=1, min_channels=1)
+    assert torch.equal(hidden.one, torch.cat([model.one[:, :5], model.one[:, 6:]], 1))

@@ -146,7 +146,11 @@ class Ranking:
     def scores(self, model: nn.Module, plan: Plan) -> Scores:
         """A function of coupling and group, for `shrink`."""
         generator = torch.Generator().manual_seed(self.seed)
-        weights = {name: each for name, each in model.named_parameters() if each.is_floating_point()}
+        weights: dict[str, torch.Tensor] = {
+            name: each for name, each in model.named_parameters() if each.is_floating_point()
+        }
+        if not needs(self.criterion):  # complex weights by their magnitudes; what data gives is for real ones
+            weights |= {name: each.detach().abs() for name, each in model.named_parameters() if each.is_complex()}
         known: dict[tuple[str, int], torch.Tensor | None] = {}
 
         def member(name: str, dim: int) -> torch.Tensor | None:
