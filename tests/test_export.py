@@ -81,6 +81,19 @@ def test_the_batch_need_not_be_the_first_inputs_size() -> None:
     assert torch.equal(run(captured, Positions(), (positions, x)), x + positions)
 
 
+def test_positions_that_hardly_depend_on_each_other_are_no_batch() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:  # (time, batch, width): a step sees a little of those before
+            return self.linear(x + 0.05 * x.cumsum(0))
+
+    torch.manual_seed(0)
+    assert capture(Causal(), (torch.randn(6, 3, 4),)).batch_axis == 1
+
+
 def test_samples_that_depend_on_each_other_are_no_batch() -> None:
     class Normalised(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from torchslim.state import pack_masks, pack_state, pack_surgery, restore
 from torchslim.steps import Inputs
 from torchslim.structure import build
 from torchslim.terminal import printable
+from torchslim.usable import usable
 
 PROGRAM = "model.pt2"
 WEIGHTS, MASKS = "weights.safetensors", "masks.safetensors"
@@ -77,6 +78,7 @@ def save(
     """
     if isinstance(model, Deployed):
         return write_artifact(folder, deployed=model, masks=masks, key=key)
+    model = usable(model, ArtifactError)
     quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
     if example_inputs is None:
         if quantized:
@@ -404,5 +406,6 @@ def _recaptured(opened: Opened, spec: Spec, example: list[Tensor]) -> Captured:
         outputs=spec.outputs,
         classes={},
         example=build(spec.inputs, example),
+        given=build(spec.inputs, example),
         batch_axis=spec.batch_axis,
     )

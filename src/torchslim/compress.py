@@ -19,6 +19,7 @@ from torchslim.budget import Budget
 from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.evidence import compare_rows, not_measured, number, size
 from torchslim.files import digest, remove, write_json
+from torchslim.infinities import spoiled
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, seeded_splits
 from torchslim.lowered import Lowered, lowered
@@ -47,6 +48,7 @@ from torchslim.steps import (
 )
 from torchslim.structure import describe
 from torchslim.task import Metric, Task, call, predictor, take_first, tensors, to_device
+from torchslim.usable import usable
 from torchslim.workbench import Bench
 from torchslim.workfolder import working_in
 
@@ -134,6 +136,8 @@ def compress(
     Raises:
         TorchslimError: one of its kinds, with what is wrong, what was got, and how to mend it.
     """
+    model = usable(model)
+    teacher = None if teacher is None else usable(teacher, what="the teacher")
     if (steps is None) == (budget is None):
         raise RecipeError("give steps=[...] to take, or budget=Budget(...) to have them found, and not both")
     if budget is not None:
@@ -284,7 +288,7 @@ class _Runner:
                 raise RecipeError(
                     f"step {index} ({name!r}) must return an Outcome with a model, got {type(outcome).__name__}"
                 )
-            self._verify(outcome, name)
+            self._verify(outcome, step, before.model)
             if processes.is_first():
                 stage = self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index)
         if not processes.is_first():
@@ -300,11 +304,19 @@ class _Runner:
             self.ctx.target.runtime,
         )  # fmt: skip
 
-    def _verify(self, outcome: Outcome, name: str) -> None:
-        """No step hands on a model that fails or answers nonsense."""
-        answer = call(predictor(outcome.model), to_device(self.ctx.example_inputs, "cpu"))
-        if not all(bool(torch.isfinite(each).all()) for each in tensors(answer) if each.is_floating_point()):
-            raise TorchslimError(f"after step {name!r} the model's outputs on the example inputs are not finite")
+    def _verify(self, outcome: Outcome, step: Step, before: nn.Module) -> None:
+        """No step hands on a model that fails, or whose outputs are infinite or NaN where they were not before."""
+        inputs = to_device(self.ctx.example_inputs, "cpu")
+        answer = tensors(call(predictor(outcome.model), inputs))
+        if all(bool(torch.isfinite(each).all()) for each in answer if each.is_floating_point()):
+            return
+        origin = begun(step, before, self.ctx.seed)  # masked logits are -inf in a model as it comes, too
+        count = spoiled(tensors(call(predictor(origin or before), inputs)), answer)
+        if count:
+            raise TorchslimError(
+                f"after step {step_name(step)!r} {count} values of the model's outputs on the example inputs are not "
+                "finite, where they were before"
+            )
 
     def _finish(
         self, name: str, folder: Path, outcome: Outcome, module: nn.Module, seconds: float, index: int

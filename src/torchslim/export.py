@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,14 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
 from torchslim.errors import ExportError
-from torchslim.isolation import preserved_globals, quiet
+from torchslim.isolation import preserved_globals, quiet, unfused_attention
 from torchslim.steps import Inputs
 from torchslim.structure import Structure, build, describe
 from torchslim.task import device_of, to_device
 
 TORCH = Path(torch.__file__).parent
 OURS = Path(__file__).parent
+CERTAIN = 1e-3  # so near to one another samples are the same; else the next axis may be nearer
 WRAPPED = "model."  # what the names of a captured model's modules start with inside its program
 
 
@@ -39,6 +41,7 @@ class Captured:
 
     `names` are the parameters of the model's forward in order; `inputs` and `outputs` the structures of what goes in
     (a dict by those names) and comes out; `batch_axis` the dimension of the inputs that is free, None when fixed.
+    `example` are inputs of the sizes that the program was captured with, `given` those that the caller gave.
     """
 
     program: ExportedProgram
@@ -47,8 +50,16 @@ class Captured:
     outputs: Structure
     classes: Mapping[str, type]
     example: Mapping[str, Any]
+    given: Mapping[str, Any]
     batch_axis: int | None
     notes: tuple[str, ...] = ()
+
+    def inputs_of_program(self) -> list[Any]:
+        """The example values of the program's inputs, whose sizes are symbols where they are free."""
+        wanted = set(self.program.graph_signature.user_inputs)
+        return [
+            node.meta["val"] for node in self.program.graph.nodes if node.op == "placeholder" and node.name in wanted
+        ]
 
 
 @contextmanager
@@ -84,7 +95,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "batch") -> Captured:
+def capture(
+    model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "batch", *, outside: torch.dtype | None = None
+) -> Captured:
     """Export `model` in eval mode, for the CPU; the model is left as it was, and shares no memory with the program.
 
     Args:
@@ -93,24 +106,32 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
         dynamic_shapes: "batch" finds the batch dimension by running two batch sizes and leaves it free (where the
             model's own code fixes it, the program is captured with a fixed batch and says so in its notes); None
             fixes every size; anything else is read as `torch.export.export` reads it.
+        outside: the program takes and gives floating-point tensors of this type, and computes in the model's, float32.
 
     Raises:
         ExportError: naming the line of the model's code that cannot be captured.
     """
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "batch":
         raise ExportError(f"dynamic_shapes must be 'batch', None or a torch.export spec, got {dynamic_shapes!r}")
-    bound = to_device(bind(model, example_inputs), device_of(model))
+    return capture_bound(model, bind(model, example_inputs), dynamic_shapes, outside)
+
+
+def capture_bound(
+    model: nn.Module, named: Mapping[str, Any], dynamic_shapes: Any = "batch", outside: torch.dtype | None = None
+) -> Captured:
+    """`capture` with inputs by the names of the model's forward."""
+    bound = to_device(dict(named), device_of(model))
     classes: dict[str, type] = {}
     leaves: list[Tensor] = []
     inputs: Structure = {
         "dict": {name: describe(value, leaves, classes, f"input {name!r}") for name, value in bound.items()}
     }
     leaves = [leaf.detach().clone() for leaf in leaves]
-    flat = Flat(model, inputs, classes)
+    flat = Flat(model, inputs, classes, outside)
     axis: int | None = None
     notes: list[str] = []
     spec: list[Any] | None = None
-    with untouched(model):
+    with untouched(model), unfused_attention():
         whole = leaves
         if dynamic_shapes == "batch":
             axis, leaves, spec = find_batch_axis(flat, whole)
@@ -141,6 +162,7 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
         outputs=outputs,
         classes=classes,
         example=build(inputs, [leaf.cpu() for leaf in leaves], classes),
+        given=build(inputs, [leaf.cpu() for leaf in whole], classes),
         batch_axis=axis,
         notes=tuple(notes),
     )
@@ -149,19 +171,26 @@ def capture(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "bat
 class Flat(nn.Module):
     """A model as a function of flat tensors, giving flat tensors: what is exported."""
 
-    def __init__(self, model: nn.Module, inputs: Structure, classes: Mapping[str, type]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Structure, classes: Mapping[str, type], outside: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.training = False
         self.model = model
-        self.inputs, self.classes = inputs, classes
+        self.inputs, self.classes, self.outside = inputs, classes, outside
 
     def natural(self, leaves: Sequence[Tensor]) -> Any:
         """What the model itself returns."""
+        if self.outside is not None:
+            leaves = [leaf.float() if leaf.dtype == self.outside else leaf for leaf in leaves]
         args, kwargs = positional(self.model, build(self.inputs, leaves, self.classes))
         return self.model(*args, **kwargs)
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensors_of(self.natural(leaves)))
+        answers = tensors_of(self.natural(leaves))
+        if self.outside is not None:
+            answers = [each.to(self.outside) if each.dtype == torch.float32 else each for each in answers]
+        return tuple(answers)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -233,10 +262,12 @@ def find_batch_axis(
     """The axis along which samples are independent, two of the example's samples, and which sizes are free.
 
     For axis 0 and then 1, and each size that an input has there, the model runs on three samples and on two of them
-    in another order: where the outputs are the same samples in that order, the axis is the batch. Without one: None,
-    the example as it is, None.
+    in another order: where the outputs are the same samples in that order, the axis is the batch. Where they are only
+    nearly the same, as those of integers or of a causal sequence are, the nearest axis is it. Without one: None, the
+    example as it is, None.
     """
     order = torch.tensor([2, 0])
+    best: tuple[float, tuple[int, list[Tensor], list[dict[int, Any] | None]]] | None = None
     for axis in (0, 1):
         for size in dict.fromkeys(leaf.shape[axis] for leaf in leaves if leaf.dim() > axis):
             batched = [leaf.dim() > axis and leaf.shape[axis] == size for leaf in leaves]
@@ -246,13 +277,19 @@ def find_batch_axis(
                 full, part = flat(*three), flat(*two)
             except Exception:  # noqa: BLE001 - whatever is raised, this axis cannot vary
                 continue
-            follows = len(full) == len(part) and all(_follows(*each, order) for each in zip(full, part, strict=True))
-            if follows and any(a.shape != b.shape for a, b in zip(full, part, strict=True)):
+            if len(full) != len(part) or all(a.shape == b.shape for a, b in zip(full, part, strict=True)):
+                continue
+            apart = max(_apart(*each, order) for each in zip(full, part, strict=True))
+            if apart <= 1 and (best is None or apart < best[0]):
                 index = torch.arange(2) % max(size, 1)
                 example = [
                     _pick(leaf, axis, index) if each else leaf for leaf, each in zip(leaves, batched, strict=True)
                 ]
-                return axis, example, [{axis: Dim.DYNAMIC} if each else None for each in batched]
+                best = apart, (axis, example, [{axis: Dim.DYNAMIC} if each else None for each in batched])
+                if apart <= CERTAIN:
+                    return best[1]
+    if best is not None:
+        return best[1]
     return None, list(leaves), None
 
 
@@ -393,10 +430,14 @@ def _pick(leaf: Tensor, axis: int, order: Tensor) -> Tensor:
     return leaf.index_select(axis, order.to(leaf.device))
 
 
-def _follows(full: Tensor, part: Tensor, order: Tensor) -> bool:
-    """Is `part` the samples `order` of `full` along some axis (or does this output not vary at all)?"""
+def _apart(full: Tensor, part: Tensor, order: Tensor) -> float:
+    """How far `part` is from the samples `order` of `full` along some axis; above 1 it is not them.
+
+    0 where this output does not vary at all, infinite where the shapes tell.
+    """
     if full.shape == part.shape:
-        return True
+        return 0.0
+    found = math.inf
     for axis in range(full.dim()):
         expected = [*full.shape]
         expected[axis] = len(order)
@@ -407,6 +448,5 @@ def _follows(full: Tensor, part: Tensor, order: Tensor) -> bool:
             # what a sample's own data changes, not what a bias gives to all of them
             differences = (double - double.mean(axis, keepdim=True)).square().sum()
             # kernels differ with the batch size, and in a quantized model one rounding moves a whole step
-            if error <= 0.1 * differences + 1e-10 * picked.square().sum() + 1e-20:
-                return True
-    return False
+            found = min(found, float(error / (0.1 * differences + 1e-10 * picked.square().sum() + 1e-20)))
+    return found

@@ -23,6 +23,7 @@ MEASURES: Mapping[str, str] = {
     "kl": "KL(softmax of the float logits || those of the changed model) on calibration data, in nats",
     "metric": "the task's metric on val, in its own unit",
 }
+LARGEST_NATS = 1e4  # what an infinite divergence is reported as
 LARGEST_DB = 200.0  # what no change at all is reported as; float64 sums tell no more
 
 
@@ -80,9 +81,13 @@ class OutputGauge:
         total, count = 0.0, 0
         for batch, before, output in zip(self.batches, self.before, runs.outputs(change), strict=True):
             after = self._logs(batch, output)
-            total += float((before.exp() * (before - after)).nan_to_num(0.0).sum())  # 0 * -inf: a class ruled out
+            ruled_out = torch.isneginf(before)  # 0 * -inf: such a class counts nothing
+            terms = before.exp() * (before - after).masked_fill(ruled_out, 0.0)
+            total += float(terms.masked_fill(ruled_out, 0.0).sum())
             count += len(before)
-        return max(total / max(count, 1), 0.0)
+        nats = total / max(count, 1)
+        # a class that the change rules out, or NaN
+        return max(nats, 0.0) if math.isfinite(nats) else LARGEST_NATS
 
     def _logs(self, batch: Batch, outputs: Any) -> Tensor:
         """Log probabilities in float64, (positions, classes)."""
@@ -95,7 +100,9 @@ class OutputGauge:
         target = self.task.target(batch)
         tokens = logits.dim() == 3 and (target is None or target.shape == logits.shape[:2])
         rows = logits if tokens else logits.movedim(1, -1)
-        return functional.log_softmax(rows.reshape(-1, rows.shape[-1]).double(), -1)
+        rows = rows.reshape(-1, rows.shape[-1]).double()
+        empty = torch.isneginf(rows).all(-1, keepdim=True)  # a position that a mask rules out as a whole
+        return functional.log_softmax(rows.masked_fill(empty, 0.0), -1).masked_fill(empty, -torch.inf)
 
 
 class MetricGauge:

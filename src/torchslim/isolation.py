@@ -9,6 +9,7 @@ import io
 import logging
 import random
 import sys
+import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import transformer
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -200,6 +202,59 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+class _UnfusedAttention:
+    """PyTorch's process-wide switches of attention, counted: the last of several threads to leave sets them back."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.fast_path, self.detect = True, transformer._detect_is_causal_mask
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.fast_path, self.detect = (
+                    torch.backends.mha.get_fastpath_enabled(),
+                    transformer._detect_is_causal_mask,
+                )
+                torch.backends.mha.set_fastpath_enabled(False)
+                transformer._detect_is_causal_mask = self.causal
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                torch.backends.mha.set_fastpath_enabled(self.fast_path)
+                transformer._detect_is_causal_mask = self.detect
+
+    def causal(self, mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        """Whether a mask may be left out for a causal kernel: while capturing only where the caller says so.
+
+        PyTorch compares the mask's numbers, which a capture does not have. A mask that is kept is right whatever it
+        holds, in the capture and for masks that are given later.
+        """
+        if torch.compiler.is_compiling():
+            return is_causal is True
+        return self.detect(mask, is_causal, size)
+
+
+_UNFUSED = _UnfusedAttention()
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Inside, `nn.TransformerEncoder` and `nn.MultiheadAttention` call their submodules, and take any mask as data.
+
+    In eval mode PyTorch computes both in one kernel, which no runtime, hook or quantizer sees into. Other threads
+    compute the same meanwhile, without that kernel.
+    """
+    _UNFUSED.enter()
+    try:
+        yield
+    finally:
+        _UNFUSED.leave()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchslim.errors import TorchslimError
 from torchslim.export import untouched
-from torchslim.isolation import quiet
+from torchslim.isolation import quiet, unfused_attention
 from torchslim.runtimes.base import Deployed
 from torchslim.steps import Inputs
 from torchslim.task import call, device_of, to_device
@@ -180,15 +180,10 @@ def macs(model: nn.Module, inputs: Inputs) -> Macs:
 
     counter = FlopCounterMode(display=False)
     seen = _Operations()
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     inputs = to_device(inputs, device_of(model))
-    with quiet(), untouched(model):
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), counter, seen:
-                call(model, inputs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+    unfused = (unfused_attention(), torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH))
+    with quiet(), untouched(model), unfused[0], unfused[1], unfused[2], counter, seen:
+        call(model, inputs)
     uncounted = sorted(name for name, packet in seen.packets.items() if packet not in counter.flop_registry)
     return Macs(counter.get_total_flops() // 2, tuple(uncounted))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def open_products(model: GraphModule, wanted: Callable[[Node], bool], *, guard: 
             function, inputs = attention(*_sizes(node), **_options(node), guard=guard), node.args[:4]
         else:
             function, inputs = _sum(node), node.args[1]
-        _splice(model, node, function, [each for each in inputs if isinstance(each, Node)])
+        splice(model, node, function, [each for each in inputs if isinstance(each, Node)])
         opened = True
     for node in model.graph.nodes if opened else ():
         if node.target is aten.view.default:  # what is written as products may lie in memory in another order
@@ -104,8 +104,15 @@ def _sum(node: Node) -> Callable[..., Tensor]:
     return lambda *tensors: torch.einsum(equation, *tensors)
 
 
-def _splice(model: GraphModule, node: Node, function: Callable[..., Tensor], inputs: list[Node]) -> None:
-    """Let what `function` does to the inputs stand where the node was, as operations of the same layer."""
+def splice(
+    model: GraphModule,
+    node: Node,
+    function: Callable[..., Tensor],
+    inputs: Sequence[Node],
+    *,
+    owner: Node | None = None,
+) -> None:
+    """Let what `function` does to the inputs stand where the node was, as operations of its layer, or the owner's."""
     values = [each.meta["val"] for each in inputs]
     mode = next(each.fake_mode for each in values if hasattr(each, "fake_mode"))
 
@@ -113,10 +120,10 @@ def _splice(model: GraphModule, node: Node, function: Callable[..., Tensor], inp
         return function(*tensors)
 
     with mode:  # a sum of products is one operation unless it is traced down to the last
-        traced = make_fx(positional, pre_dispatch=node.target is ATTENTION)(*values)
+        traced = make_fx(positional, tracing_mode="symbolic", pre_dispatch=node.target is ATTENTION)(*values)
     for name, value in [*traced.named_buffers(), *traced.named_parameters()]:
-        raise AssertionError(f"{name} {tuple(value.shape)}: nothing is stored in a product")
-    result = graft(model.graph, traced.graph, inputs, node, node)
+        raise AssertionError(f"{name} {tuple(value.shape)}: nothing is stored in what is spliced in")
+    result = graft(model.graph, traced.graph, inputs, node, owner or node)
     assert isinstance(result, Node)
     node.replace_all_uses_with(result)
     model.graph.erase_node(node)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from torchslim import __version__, processes
@@ -26,6 +25,7 @@ from torchslim.seals import key_id, read_sealed, write_sealed
 from torchslim.select import Patterns, check_patterns
 from torchslim.steps import Event, Inputs, canonical, fingerprint, ignore_progress
 from torchslim.task import Task, take_first
+from torchslim.usable import usable
 
 if TYPE_CHECKING:
     from torchslim.sensing import Sensing
@@ -257,6 +257,7 @@ def sensitivity(
         SensitivityError: arguments out of their range, or nothing that could be measured.
         TorchslimError: the task or the model cannot be used.
     """
+    model = usable(model, SensitivityError)
     ratios, schemes = tuple(ratios), tuple(schemes)
     if measure not in MEASURES:
         raise SensitivityError(f"measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}")
@@ -367,12 +368,7 @@ def _point(row: Mapping[str, Any]) -> Point:
 @contextmanager
 def _steady(seed: int) -> Iterator[None]:
     """The random state is given back, and attention takes the way whose modules are all called."""
-    from torchslim.isolation import preserved_globals
+    from torchslim.isolation import preserved_globals, unfused_attention
 
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with preserved_globals(seed):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with preserved_globals(seed), unfused_attention():
+        yield

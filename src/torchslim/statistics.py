@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchslim.errors import TaskError
-from torchslim.isolation import preserved_globals
+from torchslim.isolation import preserved_globals, unfused_attention
 from torchslim.outlets import Outlets, batched, by_sample, facing, input_squares
 from torchslim.task import (
     Batch,
@@ -183,8 +183,8 @@ def _untouched(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]  # a module may count its calls, in eval mode too
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with preserved_globals(), torch.inference_mode(False), torch.enable_grad():
+    # the fused kernel calls no submodule, so no hook would see anything
+    with preserved_globals(), unfused_attention(), torch.inference_mode(False), torch.enable_grad():
         try:
             for module, _ in modes:
                 module.training = False
@@ -193,10 +193,8 @@ def _untouched(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
             }
             for each in parameters.values():
                 each.requires_grad_(True)
-            torch.backends.mha.set_fastpath_enabled(False)  # it calls no submodule, so no hook would see anything
             yield parameters
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
             for module, training in modes:
                 module.training = training
             for each, wanted in trainable:

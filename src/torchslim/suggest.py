@@ -28,6 +28,7 @@ from torchslim.runtimes import find_runtime
 from torchslim.steps import Inputs
 from torchslim.task import Task, call, device_of, take_first, to_device
 from torchslim.toml import dumps
+from torchslim.usable import usable
 
 Document = dict[str, Any]
 
@@ -132,6 +133,7 @@ def suggest(
     Raises:
         TorchslimError: the model cannot be captured, the task has no batches, or nothing here could help.
     """
+    model = usable(model)
     budget = budget or Budget()
     runtimes = installed(speed="latency" in budget.figures) if runtime is None else (runtime,)
     for each in runtimes:

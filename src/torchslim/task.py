@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from torchslim.errors import TaskError
+from torchslim.isolation import unfused_attention
 
 Batch = Any
 Outputs = Any
@@ -110,7 +111,7 @@ def default_loss(logits: Tensor, target: Tensor) -> Tensor:
             f"{int(counted.max())}; mark labels to leave out with -100"
         )
     if not counted.numel():
-        return logits.sum() * 0  # nothing to learn from: a mean over no label would be NaN
+        return logits.flatten()[:0].sum()  # nothing to learn from: a mean over no label would be NaN
     return functional.cross_entropy(logits, target)
 
 
@@ -323,6 +324,19 @@ def to_device(tree: Any, device: torch.device | str) -> Any:
     return changed(tree, lambda tensor: tensor.to(device))
 
 
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The floating-point type of the model's parameters; None where there are several, or none."""
+    found = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def to_dtype(tree: Any, dtype: torch.dtype | None) -> Any:
+    """The same tree with every floating-point tensor of that type; None changes nothing."""
+    if dtype is None:
+        return tree
+    return changed(tree, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
 def changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same containers with their tensors changed; other leaves stay."""
     if isinstance(tree, Tensor):
@@ -378,7 +392,8 @@ def predictor(model: nn.Module) -> Predict:
         for module, _ in modes:
             module.training = False
         try:
-            with torch.no_grad():
+            # in eval mode PyTorch's fused kernel for encoders gives 0 at padded positions, as no other way does
+            with torch.no_grad(), unfused_attention():
                 if away is None or away == home:
                     return model(*args, **kwargs)
                 args, kwargs = to_device((args, kwargs), home)

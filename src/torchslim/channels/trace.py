@@ -24,7 +24,7 @@ from torchslim.channels.leaves import leaves
 from torchslim.channels.noise import Noise
 from torchslim.channels.rules import Call, apply
 from torchslim.channels.tags import FIXED, Layers, Tagger
-from torchslim.isolation import quiet
+from torchslim.isolation import quiet, unfused_attention
 from torchslim.steps import Inputs
 from torchslim.task import tensors
 
@@ -132,7 +132,6 @@ class Stack:
 @contextmanager
 def elementary(model: nn.Module) -> Iterator[None]:
     """Fused attention and recurrent kernels are taken apart into operations that have rules."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack:
         stack.enter_context(quiet())
@@ -140,11 +139,8 @@ def elementary(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+        stack.enter_context(unfused_attention())
+        yield
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

@@ -35,6 +35,7 @@ from torchslim.distill.align import (
     wide,
 )
 from torchslim.distill.response import check_positive
+from torchslim.distill.ruled_out import comparable
 from torchslim.errors import DistillError
 
 Compare = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -137,7 +138,7 @@ def _alike(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tenso
             f"features (batch, channels, *positions) of the student {tuple(student.shape)} and of the teacher "
             f"{tuple(teacher.shape)} differ; build(...) of a feature loss brings them together"
         )
-    return masked(wide(student), mask), masked(wide(teacher.detach()), mask)
+    return comparable(masked(wide(student), mask), masked(wide(teacher.detach()), mask))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torchslim.distill.observe import answer_padding
 from torchslim.distill.padding import masks_of
 from torchslim.distill.relation import RelationLoss
 from torchslim.distill.response import KD, ResponseLoss, positions
+from torchslim.distill.ruled_out import comparable
 from torchslim.distill.taps import Tap, Watch, modules_by_path, watched
 from torchslim.distill.teachers import Answer, Teacher, answer
 from torchslim.errors import DistillError
@@ -183,6 +184,10 @@ class Everything:
         """Add the losses on features and on relations: 0 where a layer was dropped, or samples are too few."""
         students, teachers = self.watch.features(self.taps), said.features
         self._check_gradients(students)
+        pairs = [
+            (one, two) if one is None else comparable(one, two) for one, two in zip(students, teachers, strict=True)
+        ]
+        students, teachers = [one for one, _ in pairs], [two for _, two in pairs]
         ours, theirs = (
             [_over(tap, masks, each) for tap, each in zip(taps, features, strict=True)]
             for taps, features in ((self.taps, students), ([pair.teacher for pair in self.pairs], teachers))
@@ -190,6 +195,7 @@ class Everything:
         left, right = (students[-1], teachers[-1]) if self.pairs else (logits, said.logits[0])
         last = None
         if left is not None:
+            left, right = comparable(left, right)
             padding = (ours[-1], theirs[-1]) if self.pairs else (None, None)
             last = (masked(left, padding[0]), padding[0]), (masked(right, padding[1]), padding[1])
         for number, part in enumerate(self.parts):
@@ -199,7 +205,7 @@ class Everything:
                 value = self._relation(part.loss, learned, last, index, batch, model.training)
             elif part.kind == "feature":
                 value = _compared(part.loss, learned, students, teachers, list(zip(ours, theirs, strict=True)))
-            losses[free_name(part.name, losses)] = logits.sum() * 0 if value is None else value
+            losses[free_name(part.name, losses)] = logits.flatten()[:0].sum() if value is None else value
 
     def _relation(
         self, loss: Any, learned: nn.Module | None, last: _Last, index: Tensor, batch: Batch, training: bool

@@ -19,7 +19,7 @@ from torch.fx import Node
 from torchslim.distill.align import Shape
 from torchslim.distill.padding import Padding, fewer, find_padding, masks_of, shorter
 from torchslim.distill.taps import Tap, dry, first_feature, graph_of, modules_by_path, nodes_by_path, watched
-from torchslim.task import Batch, Task, batch_size, call, device_of, tensors, to_device
+from torchslim.task import Batch, Task, batch_size, call, device_of, dtype_of, tensors, to_device, to_dtype
 
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
 WIDTHS = ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim", "embed_dim", "nf")
@@ -136,7 +136,7 @@ def _run(model: nn.Module, task: Task, inputs: Any, *, watch: bool = True) -> _R
             run.widths.append(width)
 
     with watched(model, keep, owners), dry(model):
-        said = call(model, inputs)
+        said = call(model, to_dtype(inputs, dtype_of(model)))
         answer = first_feature(said)
         run.own = [answer is not None and output() is answer for output in outputs]
         run.answer = tuple(task.logits(said).shape)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchslim.distill.response import check_positive, check_weights
+from torchslim.distill.ruled_out import comparable
 from torchslim.errors import DistillError
 
 TINY = 1e-12
@@ -155,7 +156,7 @@ def _rows(student: Tensor, teacher: Tensor, least: int = 2) -> tuple[Tensor, Ten
             "the last, smaller batch of the loader"
         )
     wide = [each.to(torch.promote_types(each.dtype, torch.float32)).flatten(1) for each in (student, teacher.detach())]
-    return wide[0], wide[1]
+    return comparable(*wide)
 
 
 def _distances(rows: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchslim.distill.ruled_out import comparable, divergence_terms, log_probabilities, log_sum
 from torchslim.errors import DistillError
 from torchslim.task import default_loss
 
@@ -22,21 +23,21 @@ def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float = 1.0,
 
     The square keeps the gradient's size independent of the temperature. No gradient reaches the teacher. Dense
     outputs count each position as a sample; half precision is computed in float32. With kind "labels" each label is a
-    distribution over yes and no, and the divergence is their sum.
+    distribution over yes and no, and the divergence is their sum. A class that the teacher rules out with -inf counts
+    0; one that only the student rules out makes it infinite, which is a DistillError.
 
     Shapes: (batch, classes, ...), (batch, classes, ...) -> ().
     Source: Hinton, Vinyals & Dean 2015, arXiv:1503.02531, section 2.
     """
     student, teacher = _pair(student, teacher, 1 if kind == "labels" else 2)
     if kind == "labels":
-        yes_student, yes_teacher = student / temperature, teacher / temperature
-        chance = yes_teacher.sigmoid()
-        divergence = chance * (functional.logsigmoid(yes_teacher) - functional.logsigmoid(yes_student))
-        divergence += (1 - chance) * (functional.logsigmoid(-yes_teacher) - functional.logsigmoid(-yes_student))
+        yes, no = (
+            divergence_terms(*(functional.logsigmoid(sign * each / temperature) for each in (student, teacher)))
+            for sign in (1, -1)
+        )
+        divergence = yes + no
     else:
-        log_student = functional.log_softmax(student / temperature, dim=1)
-        log_teacher = functional.log_softmax(teacher / temperature, dim=1)
-        divergence = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True)
+        divergence = divergence_terms(*(log_probabilities(each / temperature) for each in (student, teacher)))
     return divergence.sum(1).mean() * temperature**2
 
 
@@ -50,20 +51,19 @@ def decoupled(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: 
     Source: Zhao et al. 2022, arXiv:2203.08679, section 3.
     """
     student, teacher = _pair(student, teacher, 2)
-    log_student = functional.log_softmax(student / temperature, dim=1)
-    log_teacher = functional.log_softmax(teacher / temperature, dim=1)
+    log_student, log_teacher = (log_probabilities(each / temperature) for each in (student, teacher))
     hit = functional.one_hot(target, student.shape[1]).bool()
 
     def binary(logs: Tensor) -> Tensor:
-        others = logs.masked_fill(hit, -torch.inf).logsumexp(1)
+        others = log_sum(logs.masked_fill(hit, -torch.inf))
         return torch.stack([logs[hit], others], 1)
 
     def others(logits: Tensor) -> Tensor:
         rest = logits[~hit].reshape(len(logits), -1)
-        return functional.log_softmax(rest / temperature, dim=1)
+        return log_probabilities(rest / temperature)
 
-    first = functional.kl_div(binary(log_student), binary(log_teacher), reduction="none", log_target=True)
-    second = functional.kl_div(others(student), others(teacher), reduction="none", log_target=True)
+    first = divergence_terms(binary(log_student), binary(log_teacher))
+    second = divergence_terms(others(student), others(teacher))
     scale = temperature**2
     return first.sum(1).mean() * scale, second.sum(1).mean() * scale
 
@@ -78,12 +78,18 @@ def pearson_distance(left: Tensor, right: Tensor) -> Tensor:
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """Logits with mean 0 and standard deviation 1 over the classes, in dimension 1.
+    """Logits with mean 0 and standard deviation 1 over the classes, in dimension 1, that are not -inf.
 
     Source: Sun et al. 2024, arXiv:2403.01427, section 4.
     """
-    centred = logits - logits.mean(1, keepdim=True)
-    return centred / (logits.std(1, keepdim=True, unbiased=False) + 1e-7)
+    ruled_out = torch.isneginf(logits)
+    count = (~ruled_out).sum(1, keepdim=True).clamp(min=1)
+    finite = logits.masked_fill(ruled_out, 0.0)
+    centred = (finite - finite.sum(1, keepdim=True) / count).masked_fill(ruled_out, 0.0)
+    variance = centred.square().sum(1, keepdim=True) / count
+    constant = variance == 0  # where the square root has no gradient
+    deviation = variance.masked_fill(constant, 1.0).sqrt().masked_fill(constant, 0.0)
+    return (centred / (deviation + 1e-7)).masked_fill(ruled_out, -torch.inf)
 
 
 def _pair(student: Tensor, teacher: Tensor, least: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +131,9 @@ class ResponseLoss:
         Losses without a temperature, or on standardised logits, get the mean of the (standardised) logits.
         """
         temperature, standardize = getattr(self, "temperature", None), getattr(self, "standardize", False)
-        rows = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in teachers]
+        heard = [(weight, each) for weight, each in zip(weights, teachers, strict=True) if weight > 0]
+        weights = [weight for weight, _ in heard]
+        rows = [each.to(torch.promote_types(each.dtype, torch.float32)) for _, each in heard]
         if any(each.shape != rows[0].shape for each in rows):
             raise DistillError(f"teachers answer in different shapes: {', '.join(str(tuple(t.shape)) for t in rows)}")
         if temperature is None or standardize:
@@ -136,7 +144,8 @@ class ResponseLoss:
         if getattr(self, "kind", "classes") == "labels":
             yes, no = (functional.logsigmoid(sign * scaled).add(logs).logsumexp(0) for sign in (1, -1))
             return torch.mul(yes - no, temperature)
-        return torch.mul(scaled.log_softmax(2).add(logs).logsumexp(0), temperature)
+        shares = torch.stack([log_probabilities(each) for each in scaled]).add(logs)
+        return torch.mul(shares.logsumexp(0), temperature)
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """With the labels' term where there are labels: (batch, classes, ...) or tokens (batch, time, classes)."""
@@ -230,6 +239,8 @@ class DKD(ResponseLoss):
 class DIST(ResponseLoss):
     """Distillation from a stronger teacher: the order of classes for each sample, and of samples for each class.
 
+    Classes that both rule out with -inf for the whole batch are left out.
+
     beta * (1 - correlation over classes) + gamma * (1 - correlation over the batch), of softened probabilities, times
     temperature squared. Where several processes train, the batch is that of each by itself; with `gather=True`, inside
     `Distill`, it is the joined one.
@@ -250,10 +261,12 @@ class DIST(ResponseLoss):
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Both distances, weighted. A batch of one has only the first."""
         student, teacher = _pair(*_scaled(student, teacher, self.standardize), 2)
-        student, teacher = ((each / self.temperature).softmax(1) for each in (student, teacher))
+        there = ~(torch.isneginf(student) & torch.isneginf(teacher)).all(0)
+        student, teacher = (log_probabilities(each / self.temperature).exp() for each in (student, teacher))
         loss = self.beta * pearson_distance(student, teacher).mean()
         if len(student) > 1:
-            loss = loss + self.gamma * pearson_distance(student.T, teacher.T).mean()
+            columns = pearson_distance(student.T[there], teacher.T[there])
+            loss = loss + self.gamma * columns.sum() / max(len(columns), 1)
         return loss * self.temperature**2
 
 
@@ -274,7 +287,7 @@ class MSE(ResponseLoss):
         """The weighted mean of squares."""
         if student.dim() == teacher.dim() == 1:
             student, teacher = student[:, None], teacher[:, None]
-        student, teacher = _pair(*_scaled(student, teacher, self.standardize), 1)
+        student, teacher = comparable(*_pair(*_scaled(student, teacher, self.standardize), 1))
         return self.weight * functional.mse_loss(student, teacher)
 
 

@@ -19,7 +19,7 @@ from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import seeded
 from torchslim.processes import whole
 from torchslim.steps import canonical, fingerprint, resolve
-from torchslim.task import Batch, Task, device_of, take_first, to_device
+from torchslim.task import Batch, Task, call, device_of, dtype_of, take_first, to_device, to_dtype
 from torchslim.training import Hook, Loop
 
 
@@ -51,7 +51,7 @@ class Teacher(Protocol):
 
 def answer(task: Task, model: nn.Module, batch: Batch) -> Any:
     """What a model says of a batch, wherever that lies."""
-    return task.forward(model, to_device(batch, device_of(model)))
+    return call(model, to_dtype(task.inputs(to_device(batch, device_of(model))), dtype_of(model)))
 
 
 class Teachers:
@@ -72,13 +72,19 @@ class Teachers:
         for module in self.modules:
             if device_of(module) != device:
                 module.to(device)
+            inputs = to_dtype(self.task.inputs(batch), dtype_of(module))  # in half precision, say, unlike the student
             with torch.no_grad():
-                logits.append(self.task.logits(self.task.forward(module, batch)))
-        features = self.watch.features(self.taps)
+                logits.append(_single(self.task.logits(call(module, inputs))))
+        features = [each if each is None else _single(each) for each in self.watch.features(self.taps)]
         missing = next((tap.name for tap, each in zip(self.taps, features, strict=True) if each is None), None)
         if missing is not None:
             raise DistillError(f"the teacher's {missing!r} was not run on a batch; tap a module that always is")
         return Answer(logits, [each for each in features if each is not None])
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """Half precision as float32: losses of the user's own may not take two types."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class Remembering:

@@ -11,10 +11,12 @@ from torch import nn
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
 from torchslim.channels.units import Group
+from torchslim.errors import PruneError
 from torchslim.prune.plan import analyse
 from torchslim.prune.proof import settle
 from torchslim.select import Patterns
 from torchslim.steps import Inputs
+from torchslim.usable import usable
 
 SHOWN = 4
 """How many members of a group a table shows."""
@@ -125,6 +127,7 @@ def inspect(
     Raises:
         PruneError: an argument is out of its range.
     """
+    model = usable(model, PruneError)
     plan = analyse(model, example_inputs, heads=heads, include=include, exclude=exclude)
     coupling = settle(plan)
     parameters = set(plan.names)

@@ -29,6 +29,7 @@ from torchslim.select import Patterns
 from torchslim.statistics import Gathered, gather
 from torchslim.steps import Inputs, Workbench
 from torchslim.task import Batch
+from torchslim.usable import usable
 
 SHOWN = 6
 """How many reasons a refusal tells."""
@@ -233,6 +234,7 @@ def channels(
         PruneError: nothing can go, or an argument is out of its range.
         SelectError: a pattern that matches no layer.
     """
+    model = usable(model, PruneError)
     amount = Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels)
     if (of == "latency") != (workbench is not None):
         raise PruneError(

@@ -30,6 +30,7 @@ from torchslim.statistics import Gathered, gather
 from torchslim.steps import Context, Form, LayerRecord, Outcome
 from torchslim.task import Batch, Outputs
 from torchslim.training import Hook, Loop
+from torchslim.usable import usable
 
 SCHEDULES = ("one-shot", "iterative", "gradual")
 AMOUNT = ("of", "scope", "round_to", "min_channels")
@@ -349,6 +350,7 @@ def weights(
         TaskError: batches that cannot be used.
         SelectError: a pattern that matches no layer.
     """
+    model = usable(model, PruneError)
     step = Prune(
         sparsity=sparsity,
         threshold=threshold,

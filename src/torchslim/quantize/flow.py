@@ -22,6 +22,7 @@ from torchslim.select import check_patterns, class_names, matches
 from torchslim.steps import Inputs, LayerRecord
 from torchslim.structure import Structure, build, flatten, leaf_names
 from torchslim.task import device_of
+from torchslim.usable import usable
 
 Layers = Mapping[str, str]
 
@@ -173,6 +174,7 @@ def prepare(
         SelectError: a pattern of `layers` that matches nothing.
         ExportError: the model cannot be captured; names the line of its code.
     """
+    model = usable(model, QuantizeError)
     if any(isinstance(module, _Called) for module in model.modules()):
         raise QuantizeError("the model is quantized already; quantize the float model instead")
     choose = chooser(model, scheme, layers or {})
@@ -183,10 +185,12 @@ def prepare(
         raise QuantizeError("smoothing looks at activations: give it batches of model inputs")
     copied, _ = copy_model(model)
     trainable = {name for name, each in copied.named_parameters() if each.requires_grad}
-    captured = capture(copied, example_inputs, dynamic_shapes)
+    outside = _computed_in_float32(copied)
+    captured = capture(copied, example_inputs, dynamic_shapes, outside=outside)
     with quiet():  # importing torchao logs about extensions that this machine may lack
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+        from torchslim.portable import open_bags
         from torchslim.products import open_products
         from torchslim.quantize.equalize import equalize, smooth
         from torchslim.quantize.folding import fold_batch_norms, hide_batch_norms, show_batch_norms, switch
@@ -199,6 +203,7 @@ def prepare(
         program = captured.program.module()
         assert isinstance(program, GraphModule)
         program.graph.set_codegen(CodeGen())  # tensors in, tensors out: no structures to take apart
+        open_bags(program)
         if PROFILES[runtime].products or PROFILES[runtime].gates:
             open_products(program, quantizer.takes_product)
         if not qat:
@@ -223,6 +228,18 @@ def prepare(
     )  # fmt: skip
     _look_at_weights(prepared)
     return prepared
+
+
+def _computed_in_float32(model: nn.Module) -> torch.dtype | None:
+    """Make a model of another precision one of float32, which integer kernels begin from; the type that it had."""
+    found = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    if found <= {torch.float32}:
+        return None
+    if len(found) > 1:
+        names = ", ".join(sorted(str(each).removeprefix("torch.") for each in found))
+        raise QuantizeError(f"the model's weights are of several types ({names}); quantize model.float()")
+    model.float()
+    return found.pop()
 
 
 def convert(prepared: nn.Module) -> QuantizedModule:
@@ -340,7 +357,8 @@ def _calibrate(prepared: Prepared, batches: list[Any]) -> None:
             named = bind(prepared, inputs)
             leaves = flatten(prepared.inputs, named, f"calibration batch {number}")
             for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-                check(leaf, f"in input {index} ({name!r})")
+                # -inf is what masks hold; where it reaches a layer, the layer is named
+                check(leaf.masked_fill(torch.isneginf(leaf), 0.0), f"in input {index} ({name!r})")
             try:
                 with torch.no_grad():
                     program(*(leaf.to(device) for leaf in leaves), *switches)

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from torchslim.export import layer_of, tensors_of
+from torchslim.infinities import difference, energy
 from torchslim.quantize.flow import Prepared
 from torchslim.quantize.operations import EMBEDDINGS, PRODUCTS, RECURRENT, along, is_constant, tensor_of, weighted
 from torchslim.structure import build
@@ -253,8 +254,8 @@ def noise_of(reference: Sequence[Any], outputs: Iterator[Any]) -> float:
     for before, after in zip(reference, outputs, strict=True):
         for one, two in zip(tensors_of(before), tensors_of(after), strict=True):
             if one.is_floating_point():
-                signal += float(one.double().square().sum())
-                noise += float((one.double() - two.double()).square().sum())
+                signal += energy(one)
+                noise += float(difference(one, two).square().sum())
     return noise / signal if signal else (0.0 if noise == 0 else float("inf"))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchslim.errors import QuantizeError
 from torchslim.export import WRAPPED, tensors_of
 from torchslim.finetune import Training
+from torchslim.infinities import difference, energy
 from torchslim.isolation import quiet
 from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, convert, prepare
 from torchslim.quantize.helpers import Accuracy, Helpers, Rounding, chosen_helpers
@@ -327,13 +328,18 @@ def weights(
 
 
 def sqnr(reference: Any, value: Any) -> float:
-    """Signal to quantization noise in dB over all floating-point outputs: 10 log10(|a|^2 / |a - b|^2)."""
+    """Signal to quantization noise in dB over all floating-point outputs: 10 log10(|a|^2 / |a - b|^2).
+
+    Infinities that both have in the same places count nothing; others make it -inf.
+    """
     signal = noise = 0.0
     for a, b in zip(_floats(reference), _floats(value), strict=True):
-        signal += float(a.double().square().sum())
-        noise += float((a.double() - b.double()).square().sum())
+        signal += energy(a)
+        noise += float(difference(a, b).square().sum())
     if noise == 0:
         return float("inf")
+    if not math.isfinite(noise):
+        return float("-inf")
     return 10 * math.log10(signal / noise) if signal else float("-inf")
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from torchslim.errors import RecipeError
+from torchslim.errors import DeployError, RecipeError
 from torchslim.runtimes.base import Deployed, Runtime, Spec
 from torchslim.runtimes.kernels import Kernel
 from torchslim.steps import Inputs
+from torchslim.usable import usable
 
 RUNTIMES: Mapping[str, str] = {
     "eager": "PyTorch, op by op; saves a .pt2",
@@ -51,7 +52,7 @@ def deploy(
         ExportError: the model cannot be captured; names the line of its code.
         RuntimeUnavailable: a package or compiler is missing; says what to install.
     """
-    return find_runtime(runtime).compile(model, example_inputs, dynamic_shapes, threads)
+    return find_runtime(runtime).compile(usable(model, DeployError), example_inputs, dynamic_shapes, threads)
 
 
 def kernels(deployed: Deployed) -> list[Kernel]:

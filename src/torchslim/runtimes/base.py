@@ -17,6 +17,7 @@ from torchslim.files import unbundle, write_bytes
 from torchslim.isolation import quiet
 from torchslim.layers import layers_of, structure_of
 from torchslim.machine import instruction_set
+from torchslim.runtimes.free_sizes import compiled
 from torchslim.runtimes.kernels import Kernel
 from torchslim.runtimes.pt2 import pack_program
 from torchslim.steps import Inputs
@@ -65,7 +66,7 @@ class Spec:
             return varying.get(parameters[name].kind, "keyword" if name in keywords else "positional")
 
         leaves = flatten(captured.inputs, captured.example)
-        sizes = [_free_sizes(value) for value in _placeholders(captured)]
+        sizes = [_free_sizes(value) for value in captured.inputs_of_program()]
         assert len(sizes) == len(leaves), "a program takes each input tensor, used or not"
         return cls(
             kinds={name: kind(name) for name in captured.names},
@@ -172,14 +173,6 @@ def _is_default(captured: Captured, name: str, default: Any) -> bool:
         return False
 
 
-def _placeholders(captured: Captured) -> list[Any]:
-    """The example values of the program's inputs."""
-    wanted = set(captured.program.graph_signature.user_inputs)
-    return [
-        node.meta["val"] for node in captured.program.graph.nodes if node.op == "placeholder" and node.name in wanted
-    ]
-
-
 def _free_sizes(value: Tensor) -> list[int | None]:
     return [int(size) if isinstance(size, int) or str(size).isdigit() else None for size in value.shape]
 
@@ -273,7 +266,8 @@ class Runtime:
     `make` turns a captured program into a session and the bytes of its file (None where there is no format; a
     `bundle` where there are several files, `suffix` and those `beside`); `read` makes a session of such bytes.
     A `native` file is machine code: it is loaded only where it is trusted. `check` looks at files that others may have
-    written, by their suffixes, before `read` does. `kernels` tells what is executed.
+    written, by their suffixes, before `read` does. `kernels` tells what is executed. What `converts` programs to
+    a format of its own may fix sizes in silence: a free batch is tried.
     """
 
     name: str
@@ -284,6 +278,7 @@ class Runtime:
     beside: tuple[str, ...] = ()
     native: bool = False
     check: Callable[[Mapping[str, bytes]], None] | None = None
+    converts: bool = False
     kernels: Callable[[Deployed], list[Kernel]] | None = None
 
     @property
@@ -306,9 +301,13 @@ class Runtime:
             captured, original = model, source
         else:
             captured, original = capture(model, example_inputs, dynamic_shapes), model
-        spec = Spec.of(captured, original)
-        with quiet(), torch.no_grad():
-            session, payload = self.make(captured, spec, threads)
+
+        def make(program: Captured) -> tuple[Spec, Session, bytes | None]:
+            described = Spec.of(program, original)
+            with quiet(), torch.no_grad():
+                return described, *self.make(program, described, threads)
+
+        captured, spec, session, payload = compiled(make, captured, original, trial=self.converts)
         return Deployed(
             session,
             spec,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
 from torchslim.export import Captured, scope_path
+from torchslim.portable import portable
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.kernels import UNWANTED, onnx_kernels, unique
 from torchslim.runtimes.onnx_check import check_onnx
@@ -47,7 +48,8 @@ def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
     except ImportError as error:
         raise RuntimeUnavailable(f"exporting to ONNX needs packages that are missing: {PIP}") from error
     try:
-        program = lower(captured.program) if lowered else captured.program
+        program = portable(captured.program)
+        program = lower(program) if lowered else program
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -189,4 +191,6 @@ def _check(files: Mapping[str, bytes]) -> None:
     check_onnx(files[".onnx"])
 
 
-RUNTIME = Runtime(name="onnxruntime", suffix=".onnx", make=_make, read=_read, check=_check, kernels=onnx_kernels)
+RUNTIME = Runtime(
+    name="onnxruntime", suffix=".onnx", make=_make, read=_read, check=_check, kernels=onnx_kernels, converts=True
+)

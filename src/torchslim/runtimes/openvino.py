@@ -255,4 +255,6 @@ def _check(files: Mapping[str, bytes]) -> None:
     check_ir(files[XML], files[BIN])
 
 
-RUNTIME = Runtime(name="openvino", suffix=XML, beside=(BIN,), make=_make, read=_read, check=_check, kernels=_kernels)
+RUNTIME = Runtime(
+    name="openvino", suffix=XML, beside=(BIN,), make=_make, read=_read, check=_check, kernels=_kernels, converts=True
+)

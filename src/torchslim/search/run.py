@@ -31,6 +31,7 @@ from torchslim.sensitivity import Sensitivity
 from torchslim.steps import Event, Inputs, Target, fingerprint, ignore_progress
 from torchslim.task import Task, take_first
 from torchslim.toml import dumps
+from torchslim.usable import usable
 from torchslim.workfolder import SHARED_SECONDS, own
 
 WAIT_SECONDS = 1.0  # between looks at what other workers do
@@ -77,6 +78,8 @@ def search(
         RecipeError: a range or budget that cannot be, or a folder or study that belongs to another search.
         StorageError: the storage cannot be reached.
     """
+    model = usable(model)
+    teacher = None if teacher is None else usable(teacher, what="the teacher")
     space = recipe if isinstance(recipe, Space) else make_space(recipe)
     folder = Path(workdir)
     _check(space)

@@ -1,0 +1,43 @@
+"""Outputs compared where some are infinite: what two models have in the same places is no difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def difference(reference: Tensor, value: Tensor) -> Tensor:
+    """`reference - value` in float64: 0 where both are the same infinity, or both NaN.
+
+    Shapes: any, the same -> the same.
+    """
+    left, right = reference.double(), value.double()
+    return (left - right).masked_fill(_same(left, right), 0.0)
+
+
+def energy(reference: Tensor) -> float:
+    """The sum of squares of the finite values."""
+    values = reference.double()
+    return float(values.masked_fill(~values.isfinite(), 0.0).square().sum())
+
+
+def spoiled(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+    """How many values are not finite where the reference has another value.
+
+    Where the shapes differ from the reference's, every value that is not finite counts.
+    """
+    count = 0
+    comparable = [each.shape for each in reference] == [each.shape for each in outputs]
+    for index, each in enumerate(outputs):
+        if each.is_floating_point():
+            wrong = ~each.isfinite()
+            if comparable and bool(wrong.any()):
+                wrong &= ~_same(reference[index].double().to(each.device), each.double())
+            count += int(wrong.sum())
+    return count
+
+
+def _same(left: Tensor, right: Tensor) -> Tensor:
+    return (left == right) | (torch.isnan(left) & torch.isnan(right))

@@ -1,0 +1,66 @@
+"""Models, teachers and students in half precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchslim as ts
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval()
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "runtime"),
+    [(torch.float16, "eager"), (torch.bfloat16, "eager"), (torch.float64, "eager"), (torch.float16, "onnxruntime")],
+)
+def test_a_model_of_another_precision_is_quantized(dtype: torch.dtype, runtime: str) -> None:
+    model = net().to(dtype)
+    batches = [(images().to(dtype),) for _ in range(2)]
+    deployed = ts.deploy(ts.quantize.static(model, batches, runtime=runtime), batches[0], runtime=runtime)
+    other = images(3).to(dtype)
+    found = deployed(other)
+    assert found.dtype == dtype
+    assert ts.quantize.sqnr(model(other), found) > 20
+    assert next(model.parameters()).dtype == dtype  # the caller's
+
+
+def test_onnx_runtime_says_what_to_do_with_bfloat16() -> None:
+    batch = (images().bfloat16(),)
+    quantized = ts.quantize.static(net().bfloat16(), [batch])
+    with pytest.raises(ts.TorchslimError, match=r"convert the model with \.float\(\)"):
+        ts.deploy(quantized, batch)
+
+
+def test_weights_of_several_types_are_refused() -> None:
+    model = net()
+    model[4].half()
+    with pytest.raises(ts.TorchslimError, match=r"several types \(float16, float32\); quantize model\.float\(\)"):
+        ts.quantize.prepare(model, (images(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"feature": ts.distill.Hint(), "response": None}], ids=["response", "feature"])
+def test_a_teacher_may_have_another_precision(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    data = [(images(8), torch.randint(5, (8,))) for _ in range(2)]
+    task = ts.Task(train=data, val=data, metric="accuracy")
+    result = ts.compress(net(), task, [ts.Distill(epochs=1, teacher=net().to(dtype), **options)], runtime="eager")
+    history = result.run["rows"][1]["history"]
+    assert all(0 <= value < 100 for value in history[0].values() if isinstance(value, float))
+
+
+def test_a_student_in_bfloat16_learns_from_a_float_teacher() -> None:
+    data = [(images(8).bfloat16(), torch.randint(5, (8,))) for _ in range(2)]
+    task = ts.Task(train=data, val=data, metric="accuracy")
+    result = ts.compress(net().bfloat16(), task, [ts.Distill(epochs=1, teacher=net())], runtime="eager")
+    assert next(result.module.parameters()).dtype == torch.bfloat16
