@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch import nn
 
 import torchslim as ts
+from tests.mutations import Kind
+from tests.mutations.artifacts import KINDS_OF_ARTIFACTS
 from torchslim.archives import read_arrays, unzip
 from torchslim.artifact import open_artifact
 from torchslim.artifact_write import STAGING
@@ -223,3 +228,23 @@ def test_archives_never_unpack_to_more_than_their_size() -> None:
         read_arrays(buffer.getvalue(), "example.npz")
     with pytest.raises(ArtifactError, match="damaged"):
         unzip(b"PK", "file")
+
+
+# --- mutated artifacts ---
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", KINDS_OF_ARTIFACTS, ids=lambda kind: kind.name)
+def test_a_mutated_artifact_is_accepted_or_refused_and_nothing_else(kind: Kind) -> None:
+    @seed(0)
+    @settings(
+        max_examples=8, database=None, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
+    )
+    @given(kind.examples)
+    def run(example: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # another instruction set
+            with suppress(ts.TorchslimError):
+                kind.attempt(example)
+
+    run()
