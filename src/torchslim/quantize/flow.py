@@ -357,12 +357,14 @@ def _calibrate(prepared: Prepared, batches: list[Any]) -> None:
             named = bind(prepared, inputs)
             leaves = flatten(prepared.inputs, named, f"calibration batch {number}")
             for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-                # -inf is what masks hold; where it reaches a layer, the layer is named
+                # -inf is what masks hold; it is an error where it reaches a layer
                 check(leaf.masked_fill(torch.isneginf(leaf), 0.0), f"in input {index} ({name!r})")
             try:
                 with torch.no_grad():
                     program(*(leaf.to(device) for leaf in leaves), *switches)
             except QuantizeError:
+                for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+                    check(leaf, f"in input {index} ({name!r})")
                 raise
             except Exception as error:
                 shapes = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True))
