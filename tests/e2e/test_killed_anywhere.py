@@ -19,6 +19,7 @@ from torchslim.artifact import write_artifact
 from torchslim.files import TEMPORARY
 from torchslim.latency_pack import pack
 from torchslim.latency_table import LatencyTable, Timing
+from torchslim.search.study import Worker
 from torchslim.steps import fingerprint
 
 LATENCY = ts.Prune(pattern="channel", sparsity=0.4, of="latency", criterion="l2", round_to=16, min_channels=16)
@@ -115,9 +116,9 @@ def search(folder: Path) -> Any:
     return ts.search(recipe, tiny.model(), tiny.task(), workdir=folder, study="s", sampler="random")
 
 
-def lasting(found: Any) -> Any:
-    trials = [{key: each[key] for key in each if key != "seconds"} for each in found.data["trials"]]
-    return trials, [(each.trial, each.values, each.figures["metric_drop"]) for each in found.front]
+def by_values(found: Any) -> dict[float, Any]:
+    """The figures of each trial; values of a lost trial are tried again after those that were waiting already."""
+    return {each["parameters"]["1-prune.sparsity"]: each["figures"] for each in found.data["trials"]}
 
 
 def spared(path: str) -> bool:
@@ -125,13 +126,19 @@ def spared(path: str) -> bool:
     return any(each in path for each in ("study.journal", "/runs/", "/stages/", ".saving"))
 
 
-def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
-    """At its first and last renames and some between: its runs, stages and saves are gone through by the tests above."""
+def test_a_search_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its first and last renames and one between: its runs, stages and saves are gone through by the tests above."""
     found: list[Any] = []
     folder = tmp_path / "whole"
-    left = states(lambda: found.append(search(folder)), folder, tmp_path / "album", spared=spared)
-    trials, front = lasting(found[0])
-    for state in (left[0], left[1], left[len(left) // 2], left[-1]):
-        again = lasting(search(state))
-        assert [each["figures"] for each in again[0]] == [each["figures"] for each in trials], state.name
-        assert again[1] == front, state.name
+    with monkeypatch.context() as patch:  # this process lives on, and the one that it stands for does not
+        patch.setattr(Worker, "to_json", lambda self: {"host": self.host, "pid": 2**22 + 1, "started": None})
+        left = states(lambda: found.append(search(folder)), folder, tmp_path / "album", spared=spared)
+    whole = by_values(found[0])
+    for state in (left[0], left[len(left) // 2], left[-1]):
+        again = search(state)
+        known, best = by_values(again), again.best
+        assert len(known) == len(whole) == 2, state.name
+        assert known.keys() & whole.keys(), state.name
+        assert all(known[each] == whole[each] for each in known.keys() & whole.keys()), state.name
+        assert best is not None
+        assert best.figures["metric_drop"] == min(each["metric_drop"] for each in known.values()), state.name
