@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.deployment_models import trained_conv
 from torchslim.cli import cli
 from torchslim.export import capture
 from torchslim.layers import layers_of, structure_of
-from torchslim.lowered import lowered
+from torchslim.lowered import executed, lowered
 from torchslim.measure import macs
 from torchslim.quantize import Quantize, convert, prepare
 from torchslim.steps import Context
@@ -115,6 +116,18 @@ def test_silent_float_is_told() -> None:
     found = lowered(deployed)
     assert found.integer_share < 1
     assert any("quantized but computed in float on onnxruntime" in each for each in found.warnings)
+
+
+def test_a_record_never_contradicts_the_kernels() -> None:
+    """A layer that is recorded with rounded activations and runs in float says why."""
+    x = torch.randn(4, 3, 8, 8)
+    prepared = prepare(trained_conv(), (x,), runtime="openvino")
+    prepared.calibrate([(x,)])
+    found = lowered(ts.deploy(convert(prepared), (x,), runtime="onnxruntime"), prepared.records)
+    merged = executed([asdict(record) for record in prepared.records], found)
+    assert {each["integer"] for each in merged} == {True, False}
+    for record in merged:
+        assert record["integer"] == (not record["reason"])
 
 
 def test_it_survives_saving(tmp_path: Any) -> None:

@@ -22,7 +22,7 @@ from torchslim.files import digest, remove, write_json
 from torchslim.infinities import spoiled
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import first_batch, seeded_splits
-from torchslim.lowered import Lowered, lowered
+from torchslim.lowered import executed, lowered
 from torchslim.machine import describe_machine
 from torchslim.measure import Timings, compare, nonzeros, parameters, sample_macs
 from torchslim.quantize import QuantizedModule
@@ -335,7 +335,7 @@ class _Runner:
         if deployed.quantized:
             found = lowered(deployed, outcome.layers)
             warnings += found.warnings
-            layers = _executed(layers, found)
+            layers = executed(layers, found)
         if counted.uncounted:
             warnings.append(f"operations whose MACs nobody counts: {', '.join(counted.uncounted)}")
         row: dict[str, Any] = {
@@ -410,14 +410,3 @@ class _Runner:
         if stage.deployed.runtime == runtime:
             return stage.deployed
         return load(stage.folder, runtime=runtime, threads=self.ctx.target.threads)
-
-
-def _executed(records: list[dict[str, Any]], found: Lowered) -> list[dict[str, Any]]:
-    """Records of layers with the kernels that compute them."""
-    kernels = {each.layer: each for each in found.layers}
-    return [
-        record | {"kernel": kernels[record["layer"]].kernel, "integer": kernels[record["layer"]].integer}
-        if record["layer"] in kernels
-        else record
-        for record in records
-    ]

@@ -80,6 +80,24 @@ def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
     return Lowered(runtime=deployed.runtime, layers=layers, integer_share=share, warnings=warnings)
 
 
+def executed(records: Iterable[Mapping[str, Any]], found: Lowered) -> list[dict[str, Any]]:
+    """Records of layers, as plain dicts, with the kernels that compute them.
+
+    A record of rounded activations gets a reason where the runtime computes the layer in float all the same. Of a
+    module with several operations, the one in float counts.
+    """
+    layers = {each.layer: each for each in sorted(found.layers, key=lambda each: not each.integer)}
+    merged = []
+    for record in records:
+        told, layer = dict(record), layers.get(record["layer"])
+        if layer is not None:
+            told |= {"kernel": layer.kernel, "integer": layer.integer}
+            if not layer.integer and told.get("activation_bits") is not None and not told.get("reason"):
+                told["reason"] = layer.why
+        merged.append(told)
+    return merged
+
+
 def _shared_out(layers: Sequence[Layer], executed: Iterable[Kernel]) -> list[Sequence[Kernel]]:
     """For each layer the kernels that may compute it: its own, where a module has as many as its layers take."""
     by_path: dict[str, list[Kernel]] = {}
