@@ -8,6 +8,7 @@ import numpy as np
 
 EXTREMES = ("ReduceMax", "ReduceMin")
 ROUNDING = "FakeQuantize"
+FLOATS: dict[str, Any] = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 
 
 def guard_extremes(model: Any) -> None:
@@ -24,8 +25,10 @@ def guard_extremes(model: Any) -> None:
     from openvino import opset13
 
     for operation in operations:
-        dtype = operation.get_output_element_type(0).to_dtype() if operation.get_output_size() else None
-        if operation.get_type_name() not in EXTREMES or dtype not in (np.float32, np.float16):
+        if operation.get_type_name() not in EXTREMES:
+            continue
+        dtype = FLOATS.get(operation.get_output_element_type(0).get_type_name())
+        if dtype is None:
             continue
         readers = [each for each in operation.output(0).get_target_inputs() if not _is_output(each)]
         guard = opset13.maximum(operation, opset13.constant(np.finfo(dtype).min, dtype=dtype))
