@@ -121,7 +121,7 @@ def test_every_field_survives_a_recipe() -> None:
         ({"scope": "block"}, "scope must be one of 'global', 'layer', got 'block'"),
         ({"round_to": 0}, "round_to must be a whole number of at least 1, got 0"),
         ({"min_channels": 0}, "min_channels must be"),
-        ({"heads": "half"}, "heads must be 'auto', 'whole' or 'dim', got 'half'"),
+        ({"heads": "half"}, "heads must be one of 'auto', 'whole', 'dim', got 'half'"),
         ({"reduction": "median"}, "reduction must be one of"),
         ({"normalisation": "l2"}, "normalisation must be one of"),
         ({"criterion": "l7"}, "criterion 'l7' is not known"),

@@ -147,7 +147,7 @@ def test_list_names_all_that_is_registered(call: Any) -> None:
 def test_usage_errors_are_the_users_and_bugs_are_ours(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("run").code == 2
     assert call("nonsense").code == 2
-    monkeypatch.setattr("torchslim.recipe.load_document", lambda path: 1 / 0)
+    monkeypatch.setattr("torchslim.document.load_document", lambda path: 1 / 0)
     broken = call("check", "x.toml")
     assert broken.code == 1
     assert "internal error: ZeroDivisionError" in broken.err

@@ -149,7 +149,7 @@ def test_a_gradient_that_is_not_finite_is_found_before_it_is_clipped() -> None:
         train(toy.model(), replace(toy.task(), loss=loss), settings=settings)
 
 
-@pytest.mark.parametrize("engine", [ts.Engine(accelerator="abacus"), ts.Engine(precision="7"), ts.Engine(devices=0)])
+@pytest.mark.parametrize("engine", [ts.Engine(accelerator="abacus"), ts.Engine(precision="7"), ts.Engine(strategy="x")])
 def test_an_engine_that_is_not_there_is_an_error(engine: ts.Engine) -> None:
     with pytest.raises(TrainError, match=r"Engine\(.*cannot be used here: "):
         train(toy.model(), toy.task(), engine=engine)

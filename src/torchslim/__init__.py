@@ -9,6 +9,11 @@ result.save("out/")
 
 __version__ = "0.1.0"
 
+from torchslim._path import current_folder_last, started_as_module
+
+if started_as_module():  # before anything else is imported
+    current_folder_last()
+
 from torchslim import distill, prune, quantize
 from torchslim.artifact import load, load_module, save
 from torchslim.budget import Budget

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.archives import read_arrays, read_masks
+from torchslim.arguments import checks_arguments
 from torchslim.artifact_write import MANIFEST, is_file, left_behind, replace_files
 from torchslim.errors import ArtifactError, TorchslimError
 from torchslim.export import Captured
@@ -51,6 +52,7 @@ MANIFEST_BYTES = LIMITS.size_bytes
 FILE_BYTES = 2**42
 
 
+@checks_arguments(ArtifactError)
 def save(
     model: nn.Module | Deployed,
     folder: str | Path,
@@ -149,6 +151,7 @@ def put_artifact(
     return str(manifest["digest"])
 
 
+@checks_arguments(ArtifactError)
 def load(
     folder: str | Path,
     *,
@@ -248,6 +251,7 @@ def _check_native(folder: str | Path, spec: Spec, trusted: bool) -> None:
         )
 
 
+@checks_arguments(ArtifactError)
 def load_module(folder: str | Path, factory: Callable[[], nn.Module], *, public_key: Key | None = None) -> nn.Module:
     """A module from `factory` with the saved weights, in their saved precision.
 

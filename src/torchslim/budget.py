@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
+from torchslim.checks import Range, check_fields
 from torchslim.errors import RecipeError
 
 Objective = Literal["metric_drop", "latency", "size", "peak_memory", "macs", "params"]
@@ -22,6 +23,11 @@ BOUNDS: Mapping[str, str] = {  # what each bound is a bound of
 UNITS: Mapping[str, str] = {
     "metric_drop": "", "latency": "ms", "size": "MB", "peak_memory": "MB", "macs": "MACs", "params": "parameters"
 }  # fmt: skip
+
+Count = Annotated[float, Range(-1e18, 1e18)]
+"""So many of what large models have many of."""
+
+MOST = 10**6  # trials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +56,16 @@ class Budget:
     latency_ms: float | None = None
     size_mb: float | None = None
     peak_memory_mb: float | None = None
-    macs: float | None = None
-    params: float | None = None
+    macs: Count | None = None
+    params: Count | None = None
     minimize: tuple[Objective, ...] = ()
-    trials: int = 40
-    finalists: int = 5
+    trials: Annotated[int, Range(-MOST, MOST)] = 40
+    finalists: Annotated[int, Range(-MOST, MOST)] = 5
     short: float = 0.25
     hours: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "budget: ")
         for name in BOUNDS:
             value = getattr(self, name)
             low = 0 if name == "metric_drop" else math.ulp(0.0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchslim._path import current_folder_last
 from torchslim.terminal import printable
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_js
     from torchslim.recipe import load_recipe
     from torchslim.steps import ignore_progress
 
-    _import_from_here()
+    current_folder_last()
     parsed = load_recipe(recipe)
     model, task, teacher = parsed.load()
     out = out or Path("runs") / _name(recipe)
@@ -87,12 +88,13 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
     Started several times, on any number of machines, with one --storage, all work on one search.
     """
     from torchslim import processes
-    from torchslim.recipe import load_document, made
+    from torchslim.document import load_document
+    from torchslim.recipe import made
     from torchslim.search import make_space
     from torchslim.search import search as look
     from torchslim.steps import ignore_progress
 
-    _import_from_here()
+    current_folder_last()
     space = make_space(load_document(recipe), str(recipe))
     model, task, teacher = made(space.document)
     out = out or Path("runs") / f"{_name(recipe)}-search"
@@ -124,7 +126,7 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
     from torchslim.recipe import made
     from torchslim.suggest import suggest as derive
 
-    _import_from_here()
+    current_folder_last()
     budget = Budget(**{name: value for name, value in bounds.items() if value is not None})  # type: ignore[arg-type]
     names = {"model": model, "task": task}
     own, given, _ = made(names)
@@ -142,18 +144,17 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
 def check(recipe: Path, as_json: bool) -> None:
     """Say whether a recipe would start: its keys, its order, and that what it names can be imported."""
-    from torchslim.recipe import load_document, parse_document
+    from torchslim.document import load_document
+    from torchslim.recipe import check_names, parse_document
     from torchslim.search import make_space
     from torchslim.search.space import has_ranges
-    from torchslim.steps import canonical, resolve, step_name
+    from torchslim.steps import canonical, step_name
 
-    _import_from_here()
+    current_folder_last()
     document = load_document(recipe)
     space = make_space(document, str(recipe)) if has_ranges(document) else None
     parsed = space.recipe(space.first) if space else parse_document(document, str(recipe))
-    for spec, what in ((parsed.model, "model"), (parsed.task, "task"), (parsed.teacher, "teacher")):
-        if spec is not None:
-            resolve(spec, what)
+    check_names(document)
     if as_json:
         click.echo(json.dumps([canonical(step) for step in parsed.steps], indent=1))
     else:
@@ -208,19 +209,20 @@ def inspect(
         executed = lowered(load(model, trusted=trusted, public_key=public_key))
         click.echo(json.dumps(executed.to_json(), indent=1) if as_json else printable(executed.table(), lines=True))
         return
-    _import_from_here()
+    current_folder_last()
     made, example_inputs = load_model(model, inputs)
     found = look(made, example_inputs, heads=heads)
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else printable(found.table(all=everything), lines=True))
 
 
 def _sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> None:
+    from torchslim.document import load_document
     from torchslim.files import write_bytes
-    from torchslim.recipe import load_document, made
+    from torchslim.recipe import made
     from torchslim.report.sensitivity_page import render_sensitivity
     from torchslim.sensitivity import sensitivity
 
-    _import_from_here()
+    current_folder_last()
     document = load_document(recipe)
     model, task, _ = made(document)
     runtime = document.get("runtime", "onnxruntime")
@@ -252,7 +254,7 @@ def latency(recipe: Path, folder: Path) -> None:
     from torchslim.latency_pack import pack
     from torchslim.recipe import load_recipe
 
-    _import_from_here()
+    current_folder_last()
     parsed = load_recipe(recipe)
     model, task, _ = parsed.load()
     with _progress() as progress:
@@ -345,13 +347,6 @@ def _name(recipe: Path) -> str:
 
 def _about(documented: Any) -> str:
     return (documented.__doc__ or "").strip().split("\n")[0]
-
-
-def _import_from_here() -> None:
-    """A recipe names modules of the user's folder; a console script does not look there by itself."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchslim import __version__, processes
+from torchslim.arguments import checks_arguments
 from torchslim.artifact import load, write_artifact
 from torchslim.budget import Budget
 from torchslim.errors import RecipeError, TaskError, TorchslimError
@@ -89,6 +90,7 @@ class Result:
         return table(self.run)
 
 
+@checks_arguments(RecipeError)
 def compress(
     model: nn.Module,
     task: Task,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchslim.checks import check_fields
 from torchslim.errors import TrainError
 from torchslim.loaders import first_batch
 from torchslim.optimizer import OptimizerSettings
@@ -41,6 +42,8 @@ class Lesson:
 class Training:
     """The fields that every training step shares; the optimizer's are those of `OptimizerSettings`."""
 
+    written: ClassVar[str] = "Finetune(...) or Distill(...)"
+
     epochs: int = 3
     optimizer: Literal["sgd", "adamw"] | str | Callable[[Iterable[Any]], Optimizer] = "adamw"
     lr: float = 5e-4
@@ -52,10 +55,9 @@ class Training:
     keep: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
+        check_fields(self, TrainError)
         self.settings()
         check_epochs(self.epochs)
-        if self.keep not in ("best", "last"):
-            raise TrainError(f"keep must be 'best' or 'last', got {self.keep!r}")
 
     def settings(self) -> OptimizerSettings:
         """The optimizer's part of the fields, checked."""

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from torchslim.checks import shown
 from torchslim.errors import RecipeError
 from torchslim.export import untouched
-from torchslim.steps import Inputs, resolve
+from torchslim.imports import foreign, resolve
+from torchslim.steps import Inputs
 from torchslim.task import call, device_of, to_device
 
+MOST = 2**30  # numbers of an input
 WRITTEN = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 
 
@@ -31,10 +34,8 @@ def load_model(spec: str, inputs: Sequence[str] = ()) -> tuple[nn.Module, Inputs
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise RecipeError(f"model {spec!r} must be an nn.Module or give one, got {type(found).__name__}")
-        try:
+        with foreign(f"model {spec!r} cannot be made", RecipeError):
             found = found()
-        except Exception as error:
-            raise RecipeError(f"model {spec!r} cannot be made: {type(error).__name__}: {error}") from error
     model, given = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(model, nn.Module):
         raise RecipeError(
@@ -49,12 +50,8 @@ def load_model(spec: str, inputs: Sequence[str] = ()) -> tuple[nn.Module, Inputs
             else f"the example inputs of {spec!r} must be a tuple or a dict, got {type(given).__name__}"
         )
     given = tuple(given) if isinstance(given, list) else given
-    try:
-        with untouched(model):
-            call(model, to_device(given, device_of(model)))
-    except Exception as error:
-        what = (str(error).strip() or "no message").splitlines()[0]
-        raise RecipeError(f"{spec!r} does not run on these inputs: {type(error).__name__}: {what}") from error
+    with foreign(f"{spec!r} does not run on these inputs", RecipeError), untouched(model):
+        call(model, to_device(given, device_of(model)))
     return model, given
 
 
@@ -73,20 +70,27 @@ def make_inputs(written: Sequence[str]) -> Inputs:
         match = WRITTEN.fullmatch(text)
         if match is None:
             raise RecipeError(
-                f"an input is written as its sizes, such as 1x3x224x224, 1x77:int64 or name=1x77, got {text!r}"
+                f"an input is written as its sizes, such as 1x3x224x224, 1x77:int64 or name=1x77, got {shown(text)}"
             )
         dtype = getattr(torch, match["dtype"] or "float32", None)
         if not isinstance(dtype, torch.dtype):
             raise RecipeError(f"input {text!r}: torch has no dtype {match['dtype']!r}; use float32, int64 or bool")
-        sizes = [int(size) for size in match["sizes"].split("x")]
+        sizes = [int(size[:20]) for size in match["sizes"].split("x")]
         if math.prod(sizes) < 1:
             raise RecipeError(f"input {text!r} is empty; every size must be at least 1")
-        if dtype == torch.bool:
-            value = torch.ones(sizes, dtype=dtype)
-        elif dtype.is_floating_point or dtype.is_complex:
-            value = torch.randn(sizes, generator=generator).to(dtype)
-        else:  # ids that every table has
-            value = torch.randint(2, sizes, generator=generator).to(dtype)
+        if len(sizes) > 16 or math.prod(sizes) > MOST:
+            raise RecipeError(f"input {shown(text)} is too large: at most 16 sizes and {MOST:,} numbers")
+        try:
+            if dtype == torch.bool:
+                value = torch.ones(sizes, dtype=dtype)
+            elif dtype.is_floating_point or dtype.is_complex:
+                value = torch.randn(sizes, generator=generator).to(dtype)
+            else:  # ids that every table has
+                value = torch.randint(2, sizes, generator=generator).to(dtype)
+        except RuntimeError as error:  # such as quantized dtypes
+            raise RecipeError(
+                f"input {text!r} cannot be made of {match['dtype']}; use float32, int64 or bool"
+            ) from error
         made.append((match["name"], value))
     names = [name for name, _ in made if name is not None]
     if not names:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from torchslim.checks import check_fields
 from torchslim.errors import TrainError
+from torchslim.imports import resolve
 from torchslim.processes import local, share, spread
-from torchslim.steps import resolve
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant")
@@ -88,6 +89,7 @@ class OptimizerSettings:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, TrainError)
         optimizer = self.optimizer
         for name, valid, rule in (
             ("optimizer", callable(optimizer) or optimizer in OPTIMIZERS or ":" in optimizer,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from torchslim import __version__, processes
+from torchslim.arguments import checks_arguments
 from torchslim.errors import ArtifactError, SensitivityError, StorageError
 from torchslim.files import digest, present, write_json
 from torchslim.gauge import MEASURES, Measure
@@ -212,6 +213,7 @@ def percent(ratio: float) -> str:
     return f"{100 * ratio:.4g} %"
 
 
+@checks_arguments(SensitivityError)
 def sensitivity(
     model: nn.Module,
     task: Task,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -13,7 +12,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from torchslim.errors import RecipeError, TorchslimError
+from torchslim.checks import Seed, Threads, check_fields
+from torchslim.errors import RecipeError
 from torchslim.files import digest
 from torchslim.task import Task
 
@@ -44,6 +44,11 @@ class LayerRecord:
     kernel: str = ""  # what the target runtime computes it with
     integer: bool | None = None  # does that kernel compute on integers?
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self, RecipeError, "LayerRecord: ", only=[each.name for each in fields(self) if each.name != "sqnr_db"]
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -60,17 +65,19 @@ class Outcome:
     history: Sequence[Mapping[str, float]] = ()
     evidence: Mapping[str, Any] = field(default_factory=dict)  # whatever else was found out, as JSON, for the report
 
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "Outcome: ", only=("model", "masks", "layers", "warnings"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """Where the model will run. `threads` None leaves the choice to the runtime."""
 
     runtime: str = "onnxruntime"
-    threads: int | None = None
+    threads: Threads | None = None
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"threads must be at least 1, got {self.threads}; leave it out for the default")
+        check_fields(self, RecipeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +93,11 @@ class Engine:
     strategy: str = "auto"
     precision: str | None = None  # None: full precision on CPU, bf16 mixed where the device has it
 
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError)
+        if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
+            raise RecipeError(f"devices must be at least 1, or -1 for all, got {self.devices}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
@@ -96,6 +108,9 @@ class Event:
     current: int = 0
     total: int | None = None
     values: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "Event: ", only=("step", "phase", "current", "total"))
 
 
 def ignore_progress(event: Event) -> None:
@@ -126,6 +141,9 @@ class Workbench(Protocol):
         ...
 
 
+CHECKED = ("task", "teacher", "example_inputs", "model", "target", "engine", "seed", "progress", "name", "state", "key")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """All that a step may look at besides the model."""
@@ -137,13 +155,16 @@ class Context:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     target: Target = field(default_factory=Target)
     engine: Engine = field(default_factory=Engine)
-    seed: int = 0
+    seed: Seed = 0
     progress: Callable[[Event], None] = ignore_progress
     name: str = "step"
     state: Path | None = None  # folder for checkpoints inside the step; None: nothing to resume from
     key: str = ""  # of the run up to this step: what it keeps in `state` is sealed with it
     workbench: Workbench | None = None  # None outside of a run: then nothing can be measured on the target
     priors: Mapping[str, float] = field(default_factory=dict)  # by layer, how much its changes are known to hurt
+
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "Context: ", only=CHECKED)
 
 
 @runtime_checkable
@@ -172,6 +193,8 @@ def check_order(steps: Sequence[Step]) -> None:
     """Raise RecipeError when a step gets a model in a form that it does not accept."""
     form, producer = Form.MODULE, None
     for index, step in enumerate(steps, 1):
+        if isinstance(step, type):
+            raise RecipeError(f"step {index} is the class {step.__name__}; make one: {step.__name__}(...)")
         for attribute in ("accepts", "produces", "check"):
             if not hasattr(step, attribute):
                 raise RecipeError(
@@ -189,22 +212,6 @@ def check_order(steps: Sequence[Step]) -> None:
             )
         if step.produces is not form:
             form, producer = step.produces, index
-
-
-def resolve(spec: str, what: str, error: type[TorchslimError] = RecipeError) -> Any:
-    """The object that "package.module:name" names."""
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise error(f"{what} must be written 'package.module:name', got {spec!r}")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as cause:
-        raise error(f"{what} {spec!r} cannot be imported: {type(cause).__name__}: {cause}") from cause
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise error(f"{what} {spec!r}: module {module_name!r} has no {attribute!r}")
-        found = getattr(found, part)
-    return found
 
 
 def canonical(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchslim.arguments import checks_arguments
 from torchslim.batch_norm import tracked
 from torchslim.budget import Budget
 from torchslim.errors import RecipeError, TaskError, TorchslimError
@@ -108,6 +109,7 @@ class Schooling:
     about: str
 
 
+@checks_arguments(RecipeError)
 def suggest(
     model: nn.Module,
     task: Task,

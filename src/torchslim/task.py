@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
+from torchslim.checks import check_fields, shown
 from torchslim.errors import TaskError
 from torchslim.isolation import unfused_attention
 
@@ -46,6 +47,9 @@ class Metric:
     name: str = "metric"
     higher_is_better: bool = True
     unit: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self, TaskError, "Metric: ")
 
     def better(self, value: float, than: float | None) -> bool:
         """Is `value` strictly better?"""
@@ -167,8 +171,10 @@ class Task:
     def __post_init__(self) -> None:
         if isinstance(self.metric, str) and self.metric not in METRICS:
             raise TaskError(f"metric {self.metric!r} is not known; one of {', '.join(METRICS)}, or a function")
-        if not isinstance(self.metric, (str, Metric, TorchMetric)) and not callable(self.metric):
-            raise TaskError(f"metric must be a name, a Metric or a function, got {type(self.metric).__name__}")
+        if isinstance(self.metric, type) or not (
+            isinstance(self.metric, (str, Metric, TorchMetric)) or callable(self.metric)
+        ):
+            raise TaskError(f"metric must be a name, a Metric or a function, got {shown(self.metric)}")
         for name in ("train", "val", "test", "calibration"):
             batches = getattr(self, name)
             if batches is None:
@@ -180,8 +186,11 @@ class Task:
                     f"{name} is an iterator and is used up after one pass; give something that can be iterated "
                     "again, such as a DataLoader or a list"
                 )
-            if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-                raise TaskError(f"{name} must be an iterable of batches, got {type(batches).__name__}")
+            if isinstance(batches, (type, str)) or not (
+                isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
+            ):
+                raise TaskError(f"{name} must be an iterable of batches, got {shown(batches)}")
+        check_fields(self, TaskError, only=("loss", "inputs", "logits", "target", "mask"))
 
     def forward(self, model: Callable[..., Outputs], batch: Batch) -> Outputs:
         """The model's outputs on a batch."""

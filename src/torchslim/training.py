@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchslim.arguments import checks_arguments
 from torchslim.devices import Placement, fabric_for, placed
 from torchslim.errors import StorageError, TrainError
 from torchslim.files import present
@@ -118,6 +119,7 @@ class LabelLoss:
         return {"label": loss}
 
 
+@checks_arguments(TrainError)
 def fit(
     model: nn.Module,
     objective: Objective,

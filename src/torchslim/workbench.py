@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from torchslim.checks import check_fields
+from torchslim.errors import RecipeError
 from torchslim.export import capture
 from torchslim.files import digest
 from torchslim.latency_table import LatencyTable
@@ -37,6 +39,9 @@ class Bench:
     task: Task | None = None
     steps: Sequence[Step] = ()
     dynamic_shapes: Any = "batch"
+
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "Bench: ")
 
     def deploy(self, model: nn.Module) -> Deployed:
         """The model on the target, as it is."""

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.mutations.base import Kind, absurd, garbled, mutated
 from torchslim.budget import Budget
-from torchslim.recipe import KEYS, KINDS, parse_document, parse_toml
+from torchslim.document import parse_toml
+from torchslim.recipe import KEYS, KINDS, parse_document
 from torchslim.search import make_space
 from torchslim.search.space import has_ranges
 
@@ -54,8 +55,12 @@ PLAIN = (
     do = "prune"
     sparsity = { "conv1" = 0.3, "head*" = 0.8 }
     include = "type:Conv2d"
+    [[step]]
+    do = "prune"
+    sparsity = 0.5
     schedule = "gradual"
     until = 0.5
+    train = { do = "finetune" }
     [[step]]
     do = "finetune"
     epochs = 1

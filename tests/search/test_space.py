@@ -113,7 +113,7 @@ def test_then_each_other_choice_is_tried_by_itself() -> None:
     [
         ("[0.2, 0.8]", "[0.8, 0.2]", "a range goes from low to high"),
         ("[0.2, 0.8]", "[0.2, 1.5]", r"1-prune.sparsity = 1.5 cannot be used.*\[0, 1\)"),
-        ("[0.2, 0.8]", "[0.2]", "takes \\[low, high\\] or several choices"),
+        ("[0.2, 0.8]", "[0.2]", "takes \\[low, high\\] or 2 to 100 choices"),
         ("[1, 8], log = true", "[0, 8]", "2-distill.epochs = 0 cannot be used"),
         ("[1, 8], log = true", "[0, 8], log = true", "needs a low end above 0"),
         ("[1, 8], log = true", "[1.5, 8.0]", "2-distill.epochs = 1.5 cannot be used"),

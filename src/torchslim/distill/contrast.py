@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchslim.checks import check_fields
 from torchslim.distill.align import Shape, wide
 from torchslim.distill.response import check_positive
 from torchslim.errors import DistillError
@@ -202,6 +203,7 @@ class CRD:
     momentum: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("weight", self.weight)
         check_positive("temperature", self.temperature)
         for name in ("size", "negatives"):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchslim.checks import check_fields
 from torchslim.distill.align import (
     Masks,
     Project,
@@ -249,9 +250,12 @@ class _Variational(nn.Module):
 class FeatureLoss:
     """What the feature losses share: they build a module for shapes; one that learns nothing can be called at once."""
 
+    written = "Hint(...)"  # how messages name it
+
     weight: float
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("weight", self.weight)
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
@@ -345,6 +349,7 @@ class AttentionTransfer(FeatureLoss):
     power: float = 2.0
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("weight", self.weight)
         if not 1 <= self.power < math.inf:  # below, the gradient at 0 is none
             raise DistillError(f"power must be a finite number of at least 1, got {self.power}")
@@ -400,6 +405,7 @@ class VID(FeatureLoss):
     variance: float = 5.0
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("weight", self.weight)
         check_positive("variance", self.variance)
 

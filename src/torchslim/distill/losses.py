@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchslim.checks import shown
 from torchslim.distill.contrast import CRD
 from torchslim.distill.feature import (
     FSP,
@@ -28,7 +29,7 @@ from torchslim.distill.relation import (
 from torchslim.distill.response import DIST, DKD, KD, MSE, ResponseLoss
 from torchslim.distill.review import ReviewKD
 from torchslim.errors import DistillError
-from torchslim.steps import resolve
+from torchslim.imports import foreign, resolve
 
 Response = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(student logits, teacher logits, labels or None) -> scalar."""
@@ -80,7 +81,8 @@ def find_loss(loss: Any, kind: str) -> Any:
             found = known[loss]()
         elif ":" in loss:
             found = resolve(loss, kind, DistillError)
-            found = found() if isinstance(found, type) else found
+            with foreign(f"{kind} {loss!r} cannot be made", DistillError):
+                found = found() if isinstance(found, type) else found
         else:
             other = next((name for name, each in KINDS.items() if loss in each), None)
             hint = f"; it is a {other} loss: give {other}={loss!r}" if other else ""
@@ -91,7 +93,7 @@ def find_loss(loss: Any, kind: str) -> Any:
     if type(found) in known.values():
         return found
     if isinstance(found, type) or not callable(found):
-        raise DistillError(f"{kind} must be {example}(...) or a function {TAKES[kind]}, got {found!r}")
+        raise DistillError(f"{kind} must be {example}(...) or a function {TAKES[kind]}, got {shown(found)}")
     other = next((name for name, each in KINDS.items() if name != kind and type(found) in each.values()), None)
     if other is not None:
         raise DistillError(f"{type(found).__name__} is a {other} loss; give {other}={type(found).__name__}(...)")

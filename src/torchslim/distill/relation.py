@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchslim.checks import check_fields
 from torchslim.distill.response import check_positive, check_weights
 from torchslim.distill.ruled_out import comparable
 from torchslim.errors import DistillError
@@ -197,6 +198,8 @@ def _off_diagonal(square: Tensor) -> Tensor:
 class RelationLoss:
     """What the relation losses share: they are called with features of a batch, and are weighted."""
 
+    written = "RKD(...)"  # how messages name it
+
     @property
     def least(self) -> int:
         """The samples that it needs."""
@@ -218,6 +221,7 @@ class RKD(RelationLoss):
     gather: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_weights(distance=self.distance, angle=self.angle)
 
     @property
@@ -239,6 +243,7 @@ class SimilarityPreserving(RelationLoss):
     gather: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("weight", self.weight)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -253,6 +258,7 @@ class PKT(RelationLoss):
     gather: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("weight", self.weight)
 
     @property
@@ -274,6 +280,7 @@ class CorrelationCongruence(RelationLoss):
     gather: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("weight", self.weight)
         check_positive("gamma", self.gamma)
         if not isinstance(self.order, int) or self.order < 1:
@@ -293,6 +300,7 @@ class ListwiseRanking(RelationLoss):
     gather: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         for name in ("weight", "alpha", "beta"):
             check_positive(name, getattr(self, name))
 

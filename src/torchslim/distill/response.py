@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchslim.arguments import checks_arguments
+from torchslim.checks import check_fields
 from torchslim.distill.ruled_out import comparable, divergence_terms, log_probabilities, log_sum
 from torchslim.errors import DistillError
 from torchslim.task import default_loss
@@ -18,6 +20,7 @@ Kind = Literal["classes", "labels"]
 """What logits mean: one of several classes (softmax), or several labels at once, each yes or no (sigmoid)."""
 
 
+@checks_arguments(DistillError)
 def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, kind: Kind = "classes") -> Tensor:
     """Mean over the batch of KL(teacher || student) of the softened outputs, times temperature squared.
 
@@ -114,6 +117,8 @@ def _pair(student: Tensor, teacher: Tensor, least: int) -> tuple[Tensor, Tensor]
 class ResponseLoss:
     """What the response losses share. `soft` is the teacher's term alone, weighted, of (n, classes) logits."""
 
+    written = "KD(...), DKD(...), DIST(...) or MSE(...)"  # how messages name it
+
     needs_labels = False
 
     @property
@@ -188,6 +193,7 @@ class KD(ResponseLoss):
     kind: Kind = "classes"
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("temperature", self.temperature)
         if not 0 <= self.alpha <= 1:
             raise DistillError(f"alpha must be in [0, 1], the weight of the teacher, got {self.alpha}")
@@ -222,6 +228,7 @@ class DKD(ResponseLoss):
     standardize: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("temperature", self.temperature)
         check_weights(alpha=self.alpha, beta=self.beta)
 
@@ -255,6 +262,7 @@ class DIST(ResponseLoss):
     gather: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("temperature", self.temperature)
         check_weights(beta=self.beta, gamma=self.gamma)
 
@@ -281,6 +289,7 @@ class MSE(ResponseLoss):
     standardize: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         check_positive("weight", self.weight)
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:

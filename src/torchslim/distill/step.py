@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from torchslim.checks import check_fields
 from torchslim.distill.contrast import CRD
 from torchslim.distill.losses import Feature, Relation, Response, find_loss, find_response
 from torchslim.distill.matching import Pair, match
@@ -79,6 +80,7 @@ class Distill(Training):
     cache: str | Path | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, DistillError)
         # zero-argument super() is at odds with a dataclass that is rebuilt for slots in a subclass
         Training.__post_init__(self)
         for name in ("feature", "relation", "teacher", "teacher_weights"):

@@ -11,14 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from torchslim.checks import shown
 from torchslim.distill.cache import TeacherCache, checks, write_all
 from torchslim.distill.taps import Tap, Watch, watched
 from torchslim.errors import DistillError
 from torchslim.files import digest
+from torchslim.imports import foreign, resolve
 from torchslim.isolation import copy_model, preserved_globals
 from torchslim.loaders import seeded
 from torchslim.processes import whole
-from torchslim.steps import canonical, fingerprint, resolve
+from torchslim.steps import canonical, fingerprint
 from torchslim.task import Batch, Task, call, device_of, dtype_of, take_first, to_device, to_dtype
 from torchslim.training import Hook, Loop
 
@@ -164,10 +166,8 @@ def find_module(spec: Any, what: str) -> nn.Module:
     found = resolve(spec, what, DistillError) if isinstance(spec, str) else spec
     if isinstance(found, nn.Module):
         return copy_model(found)[0]
-    try:
+    with foreign(f"{what} {shown(spec)} cannot be made", DistillError):
         found = found() if callable(found) else found
-    except Exception as error:
-        raise DistillError(f"{what} {spec!r} cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(found, nn.Module):
-        raise DistillError(f"{what} {spec!r} must be a module or give one, got {type(found).__name__}")
+        raise DistillError(f"{what} {shown(spec)} must be a module or give one, got {shown(found)}")
     return found

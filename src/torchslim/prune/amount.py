@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from torchslim.channels.groups import Coupling, Mask
 from torchslim.channels.units import Group, Unit
+from torchslim.checks import check_fields
 from torchslim.errors import PruneError
 from torchslim.prune.budget import check_sparsity
 
@@ -31,6 +32,7 @@ class Amount:
     min_channels: int = 8
 
     def __post_init__(self) -> None:
+        check_fields(self, PruneError)
         check_sparsity(self.sparsity)
         for name, value, known in (("of", self.of, ("params", "macs", "channels", "latency")),
                                    ("scope", self.scope, ("global", "layer"))):  # fmt: skip

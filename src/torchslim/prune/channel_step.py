@@ -17,6 +17,7 @@ from torchslim import processes
 from torchslim.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
+from torchslim.checks import check_fields
 from torchslim.errors import PruneError, StorageError
 from torchslim.files import present
 from torchslim.finetune import Training
@@ -27,7 +28,7 @@ from torchslim.prune.amount import Amount, Scores
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion
 from torchslim.prune.data import check_data, gather_for
 from torchslim.prune.latency import Rows, Table, load_rows
-from torchslim.prune.penalties import PENALTIES, Sparsify, make_penalty
+from torchslim.prune.penalties import Sparsify, make_penalty
 from torchslim.prune.plan import Plan, analyse
 from torchslim.prune.reach import Told, reach
 from torchslim.prune.record import replay, surgery
@@ -84,13 +85,10 @@ class ChannelPruning:
     latency_table: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, PruneError)
         if self.latency_table is not None and self.amount.of != "latency":
             raise PruneError(f"latency_table is for of='latency', got of={self.amount.of!r}; leave latency_table out")
-        if self.heads not in ("auto", "whole", "dim"):
-            raise PruneError(f"heads must be 'auto', 'whole' or 'dim', got {self.heads!r}")
         check_combination(self.reduction, self.normalisation)
-        if self.sparsify is not None and self.sparsify not in PENALTIES:
-            raise PruneError(f"sparsify must be one of {', '.join(map(repr, PENALTIES))}, got {self.sparsify!r}")
         if self.sparsify is not None and self.before_the_cut is None:
             raise PruneError(
                 f"sparsify={self.sparsify!r} needs a training to act in; give sparsify_train=Finetune(...), or train"

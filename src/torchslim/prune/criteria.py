@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from torchslim.errors import PruneError
+from torchslim.imports import resolve
 from torchslim.statistics import Statistic, Statistics
-from torchslim.steps import resolve
 
 Scorer = Callable[[Tensor, Statistics], Tensor]
 ChannelScorer = Callable[[Tensor, int, Statistics], Tensor | None]

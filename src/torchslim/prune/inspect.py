@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from torchslim.arguments import checks_arguments
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
 from torchslim.channels.units import Group
@@ -99,6 +100,7 @@ class Inspection:
         return self.table()
 
 
+@checks_arguments(PruneError)
 def inspect(
     model: nn.Module,
     example_inputs: Inputs,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from torchslim.arguments import checks_arguments
 from torchslim.errors import PruneError
 from torchslim.files import digest
 from torchslim.prune.shrink import Surgery, perform
@@ -43,6 +44,7 @@ def difference(own: Shapes, wanted: Shapes) -> str:
     )
 
 
+@checks_arguments(PruneError)
 def surgery(model: nn.Module) -> dict[str, Any] | None:
     """What channel pruning removed from this module, as plain JSON values; None where it never did.
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from torchslim.arguments import checks_arguments
 from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling, Mask
 from torchslim.channels.tags import FIXED
@@ -183,6 +184,7 @@ class Ranking:
         return next((self.priors[name] for name in names if name in self.priors), 1.0)
 
 
+@checks_arguments(PruneError)
 def channels(
     model: nn.Module,
     example_inputs: Inputs,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 
+from torchslim.arguments import checks_arguments
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model
 from torchslim.optimizer import MaskKeeper
@@ -181,6 +182,7 @@ class Sparsity:
         return "\n".join([*rows, f"{'total':<{width}}  {self.total:7.2%}"])
 
 
+@checks_arguments(PruneError)
 def sparsity(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Sparsity:
     """How many weights are exactly zero, over the layers that pruning touches.
 
@@ -220,6 +222,7 @@ class HeldZeros:
         self.remove()
 
 
+@checks_arguments(PruneError)
 def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None) -> HeldZeros:
     """Keep pruned weights at zero while your own loop trains: weight decay and momentum included.
 

@@ -6,11 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from torchslim.arguments import checks_arguments
 from torchslim.channels.choices import Heads
+from torchslim.checks import Range, check_fields
 from torchslim.errors import PruneError
 from torchslim.finetune import Training
 from torchslim.isolation import copy_model
@@ -75,7 +77,7 @@ class Prune:
     threshold: float | None = None
     criterion: str | Criterion | Scorer | None = None
     pattern: str = "unstructured"
-    n: float = 2.0
+    n: Annotated[float, Range(-math.inf, math.inf)] = 2.0
     dim: int = 0
     scope: Literal["global", "layer"] | None = None
     include: str | tuple[str, ...] | None = None
@@ -96,18 +98,9 @@ class Prune:
     latency_table: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("scope", self.scope, ("global", "layer", None)),
-            ("schedule", self.schedule, SCHEDULES),
-        ):
-            if value not in choices:
-                known = ", ".join(repr(each) for each in choices if each)
-                raise PruneError(f"{name} must be one of {known}, got {value!r}")
+        check_fields(self, PruneError)
         if not isinstance(self._criterion, str) or ":" not in self._criterion:
             self._check_criterion()
-        for name in ("train", "sparsify_train"):
-            if not isinstance(getattr(self, name), Training | None):
-                raise PruneError(f"{name} must be Finetune(...) or Distill(...), got {getattr(self, name)!r}")
         if self.pattern == CHANNEL:
             self._check_channels()
             return
@@ -315,6 +308,7 @@ class _Gradual(Hook):
         return loop.progress >= self.step.until
 
 
+@checks_arguments(PruneError)
 def weights(
     model: nn.Module,
     sparsity: float | Mapping[str, float] | None = None,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
+from torchslim.arguments import checks_arguments
 from torchslim.errors import QuantizeError
 from torchslim.export import WRAPPED, Captured, bind, bind_call, capture, signature_of
 from torchslim.isolation import copy_model, preserved_globals, quiet
@@ -138,6 +139,7 @@ class Prepared(_Called):
             self._observing = wanted
 
 
+@checks_arguments(QuantizeError)
 def prepare(
     model: nn.Module,
     example_inputs: Inputs,
@@ -242,6 +244,7 @@ def _computed_in_float32(model: nn.Module) -> torch.dtype | None:
     return found.pop()
 
 
+@checks_arguments(QuantizeError)
 def convert(prepared: nn.Module) -> QuantizedModule:
     """Integers for what a prepared model has observed. Its numbers are then fixed.
 

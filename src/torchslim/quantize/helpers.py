@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torchslim.checks import check_fields
 from torchslim.errors import QuantizeError
 
 Rounding = Literal["nearest", "gptq", "adaround"]
@@ -34,6 +35,7 @@ class Helpers:
     correct_biases: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, QuantizeError)
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise QuantizeError(f"smooth must be between 0 and 1, got {self.smooth}")
         if self.rounding not in ROUNDINGS:

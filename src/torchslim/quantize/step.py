@@ -9,9 +9,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from torchslim.arguments import checks_arguments
+from torchslim.checks import check_fields
 from torchslim.errors import QuantizeError
 from torchslim.export import WRAPPED, tensors_of
 from torchslim.finetune import Training
+from torchslim.imports import resolve
 from torchslim.infinities import difference, energy
 from torchslim.isolation import quiet
 from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, convert, prepare
@@ -19,7 +22,7 @@ from torchslim.quantize.helpers import Accuracy, Helpers, Rounding, chosen_helpe
 from torchslim.quantize.mixed import KEPT, WIDENINGS, Trials, fallback, fewest
 from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, SCHEMES, find_scheme
 from torchslim.select import class_names, matches
-from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome, resolve
+from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome
 from torchslim.task import call, predictor, take_first
 from torchslim.training import Hook, Loop
 
@@ -71,6 +74,7 @@ class Quantize:
     ranges_until: float = 0.7
 
     def __post_init__(self) -> None:
+        check_fields(self, QuantizeError)
         find_scheme(self.scheme)
         if isinstance(self.layers, str) and self.layers != "auto":
             raise QuantizeError(f"layers must be a mapping of patterns to schemes, or 'auto', got {self.layers!r}")
@@ -241,6 +245,7 @@ class Freeze(Hook):
         return loop.progress >= min(self.ranges_until, 1.0)
 
 
+@checks_arguments(QuantizeError)
 def static(
     model: nn.Module,
     batches: Iterable[Inputs],
@@ -277,6 +282,7 @@ def static(
     return convert(prepared)
 
 
+@checks_arguments(QuantizeError)
 def dynamic(
     model: nn.Module, example_inputs: Inputs, *, layers: Layers | None = None, runtime: str = "onnxruntime"
 ) -> nn.Module:
@@ -291,6 +297,7 @@ def dynamic(
     return convert(prepare(model, example_inputs, runtime=runtime, scheme="int8-dynamic", layers=layers))
 
 
+@checks_arguments(QuantizeError)
 def weights(
     model: nn.Module,
     example_inputs: Inputs,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torchslim.arguments import checks_arguments
 from torchslim.errors import DeployError, RecipeError
 from torchslim.runtimes.base import Deployed, Runtime, Spec
 from torchslim.runtimes.kernels import Kernel
@@ -31,6 +32,7 @@ def find_runtime(name: str) -> Runtime:
     return runtime
 
 
+@checks_arguments(DeployError)
 def deploy(
     model: nn.Module,
     example_inputs: Inputs,

@@ -123,7 +123,8 @@ def data_of(
         folder: of the search, whose runs know the original's other figures.
     """
     budget = space.budget
-    done = {each["trial"]: each for _, _, each in finals if each["state"] == "measured"}
+    known = {number for number, _, _ in rows}
+    done = {each["trial"]: each for _, _, each in finals if each["state"] == "measured" and each["trial"] in known}
     figures = {
         chosen: {name: entry["value"] for name, entry in each["figures"].items()} for chosen, each in done.items()
     }
@@ -166,7 +167,7 @@ def data_of(
         ],
         "failed": [
             {"trial": each["trial"], "reason": each["reason"]}
-            for _, _, each in finals if each["state"] == "failed"
+            for _, _, each in finals if each["state"] == "failed" and "trial" in each
         ],
         "front": [
             {

@@ -12,6 +12,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from torchslim import __version__, processes
+from torchslim.arguments import checks_arguments
 from torchslim.compress import Result, compress
 from torchslim.errors import RecipeError, StorageError, TorchslimError
 from torchslim.files import clean_temporaries, digest, present, write_bytes, write_json
@@ -25,8 +26,10 @@ from torchslim.search.front import WHOLE, hopeless, near, wanted
 from torchslim.search.lab import Lab, trainings
 from torchslim.search.outcome import SearchResult, data_of, entries_of
 from torchslim.search.priors import informed_start
+from torchslim.search.sampling import Sampler
+from torchslim.search.shared import SAME
 from torchslim.search.space import Space, make_space
-from torchslim.search.study import SAME, Ledger, Sampler, open_storage
+from torchslim.search.study import Ledger, open_storage
 from torchslim.sensitivity import Sensitivity
 from torchslim.steps import Event, Inputs, Target, fingerprint, ignore_progress
 from torchslim.task import Task, take_first
@@ -39,6 +42,7 @@ REPEATS = 30  # trials in a row that were tried before: the space is exhausted
 GIVE_UP = 3  # so many trials that all fail, and none succeeded: something is wrong with all
 
 
+@checks_arguments(RecipeError)
 def search(
     recipe: Mapping[str, Any] | Space,
     model: nn.Module,
@@ -138,9 +142,11 @@ def _ledgers(
     seed = space.document.get("seed", 0)
     trials = Ledger(
         opened, name, key, objectives=len(budget.objectives), parameters=space.parameters, trials=budget.trials,
-        sampler=sampler, seed=seed, bounds=len(budget.bounds), beat=beat,
+        sampler=sampler, seed=seed, bounds=len(budget.bounds), budget=budget, beat=beat,
     )  # fmt: skip
-    return trials, Ledger(opened, f"{name}/finals", key, objectives=1, parameters=(), trials=10**9, beat=beat)
+    return trials, Ledger(
+        opened, f"{name}/finals", key, objectives=1, parameters=(), trials=10**9, budget=budget, beat=beat
+    )
 
 
 class _Claim(TypedDict):
@@ -318,7 +324,9 @@ class _Search:
         while self.ledgers:
             trials, finals = self.ledgers
             found = {chosen: values for chosen, values, _ in trials.results()}
-            chosen = wanted({chosen: result for chosen, _, result in trials.results()}, finals.claims(), self.budget)
+            results = {chosen: result for chosen, _, result in trials.results()}
+            claims = {each: result for each, result in finals.claims().items() if "figures" in results.get(each, {})}
+            chosen = wanted(results, claims, self.budget)
             if chosen is not None:
                 trial = finals.claim({"trial": chosen})
                 if trial is not None:

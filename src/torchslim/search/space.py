@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchslim.budget import Budget
+from torchslim.checks import shown
+from torchslim.document import LARGEST, sound
 from torchslim.errors import RecipeError
 from torchslim.files import digest
-from torchslim.recipe import Recipe, parse_document, parse_table
+from torchslim.recipe import Recipe, check_keys, parse_document, parse_table
+from torchslim.search.feasible import check_values
 
 Path = tuple[str | int, ...]
-OPTIONS = ("search", "log", "step")
-TRIES = 200  # combinations that are looked at for one in which a value can be used
+PARAMETERS, CHOICES = 100, 100  # at most so many that vary, and so many choices of one
+STEPS = 10**6  # values of a range that has a step
+FIXED = ("model", "task", "teacher", "budget", "seed", "sensitivity", "engine", "step")  # the same in every trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +81,25 @@ class Space:
     parameters: tuple[Parameter, ...]
     budget: Budget
     where: str = "recipe"
-    _known: dict[str, Recipe] = field(default_factory=dict, repr=False)
+    _steps: dict[str, Any] = field(default_factory=dict, repr=False)  # that were made, by their tables
 
     def chosen(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The document of one recipe, without ranges, budget and steps that are skipped."""
-        document = copy.deepcopy(dict(self.document))
-        document.pop("budget", None)
+        document = {key: value for key, value in self.document.items() if key not in ("budget", "step")}
         for each in self.parameters:
-            place: Any = document
-            for part in each.path[:-1]:
-                place = place[part]
-            place[each.path[-1]] = copy.deepcopy(values[each.name])
-        steps = [dict(table) for table in document.get("step", [])]
+            if each.path[0] != "step":
+                document = _put(document, each.path, values[each.name])
+        steps = [self.chosen_step(number, values) for number in range(len(self.document["step"]))]
         document["step"] = [table for table in steps if not table.pop("skip", False)]
-        return document
+        return copy.deepcopy(document)
+
+    def chosen_step(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The table of one step, its number counted from 0, without ranges."""
+        table = dict(self.document["step"][number])
+        for each in self.parameters:
+            if each.path[:2] == ("step", number):
+                table = _put(table, each.path[2:], values[each.name])
+        return table
 
     def recipe(self, values: Mapping[str, Any]) -> Recipe:
         """One recipe of the space, validated.
@@ -99,11 +107,7 @@ class Space:
         Raises:
             RecipeError: these values do not go together.
         """
-        document = self.chosen(values)
-        key = json.dumps(document, sort_keys=True, default=str)
-        if key not in self._known:
-            self._known[key] = parse_document(document, self.where, may_be_empty=True)
-        return self._known[key]
+        return parse_document(self.chosen(values), self.where, may_be_empty=True, known=self._steps)
 
     @property
     def first(self) -> dict[str, Any]:
@@ -133,17 +137,20 @@ class Space:
             self.first, self.whole(0.5), self.whole(1.0), *(values for skips, values in alone if skips),
             self.whole(0.25), self.whole(0.75), *(values for skips, values in alone if not skips),
         ]  # fmt: skip
-        known: list[dict[str, Any]] = []
-        found = []
+        known: set[str] = set()
+        found: list[dict[str, Any]] = []
         for values in ordered:
+            if len(found) == max(3, self.budget.trials // 2):
+                break
             try:
                 self.recipe(values)
             except RecipeError:  # a choice needs another beside it
                 continue
-            if self.chosen(values) not in known:
-                known.append(self.chosen(values))
+            text = json.dumps(self.chosen(values), sort_keys=True)
+            if text not in known:
+                known.add(text)
                 found.append(values)
-        return found[: max(3, self.budget.trials // 2)]
+        return found
 
     @property
     def runtimes(self) -> tuple[str, ...]:
@@ -164,31 +171,42 @@ def make_space(document: Mapping[str, Any], where: str = "recipe") -> Space:
     Raises:
         RecipeError: nothing to search, a range that is none, or one that leaves the domain of its field.
     """
-    parameters = tuple(_found(document, (), document, where))
-    given = document.get("budget", {})
-    budget: Budget = parse_table(Budget, given, f"{where}: budget")
-    for index, table in enumerate(document.get("step", ()), 1):
-        skip = table.get("skip", False) if isinstance(table, Mapping) else False
-        if not isinstance(skip, bool | Mapping):
-            raise RecipeError(f"{where}: step {index}, key 'skip' must be true or false, got {skip!r}")
-    space = Space(document=document, parameters=parameters, budget=budget, where=where)
+    document = sound(document, where)
+    check_keys(document, where, ranges=True)
+    parameters = tuple(_found(document, where))
     if not parameters:
         raise RecipeError(
             f"{where} has nothing to search: write a range in place of a value, such as "
             "sparsity = { search = [0.2, 0.8] }, or take `torchslim run`"
         )
-    _check_values(space)
+    budget: Budget = parse_table(Budget, document.get("budget", {}), f"{where}: budget")
+    for index, table in enumerate(document["step"], 1):
+        skip = table.get("skip", False)
+        if not isinstance(skip, bool | Mapping):
+            raise RecipeError(f"{where}: step {index}, key 'skip' must be true or false, got {shown(skip)}")
+    space = Space(document=document, parameters=parameters, budget=budget, where=where)
+    check_values(space)
     return space
 
 
-def has_ranges(document: Mapping[str, Any]) -> bool:
+def _put(container: Any, path: Path, value: Any) -> Any:
+    """A copy with another value at a path; what is beside the path is shared."""
+    if not path:
+        return value
+    copied: Any = dict(container) if isinstance(container, Mapping) else list(container)
+    copied[path[0]] = _put(copied[path[0]], path[1:], value)
+    return copied
+
+
+def has_ranges(document: Any) -> bool:
     """Is it a recipe for a search?"""
+    document = sound(document)
     return "budget" in document or any(True for _ in _tables(document, ()))
 
 
 def _tables(value: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     if isinstance(value, Mapping):
-        if "search" in value:
+        if "search" in value and path:
             yield path, value
             return
         for key, each in value.items():
@@ -198,77 +216,57 @@ def _tables(value: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
             yield from _tables(each, (*path, index))
 
 
-def _found(value: Any, path: Path, document: Mapping[str, Any], where: str) -> Iterator[Parameter]:
-    for place, table in _tables(value, path):
-        name = _name(place, document)
-        if place[:1] in {("model",), ("task",), ("teacher",), ("budget",), ("seed",), ("sensitivity",)}:
+def _found(document: Mapping[str, Any], where: str) -> list[Parameter]:
+    found: dict[str, Parameter] = {}
+    for path, table in _tables(document, ()):
+        name = _name(path, document)
+        if path[0] in FIXED and len(path) <= (2 if path[0] == "step" else len(path)):
             raise RecipeError(f"{where}: {name} cannot be searched over; name one")
-        yield _parameter(name, place, table, where)
+        if name in found:
+            raise RecipeError(f"{where}: two ranges are called {name}; keys of tables must not look like paths")
+        found[name] = _parameter(name, path, table, where)
+        if found[name].skips and not all(isinstance(each, bool) for each in found[name].ends):
+            raise RecipeError(f"{where}: {name}: skip is true or false, got {shown(table['search'])}")
+    if len(found) > PARAMETERS:
+        raise RecipeError(f"{where} has {len(found):,} ranges; a search takes at most {PARAMETERS}")
+    return list(found.values())
 
 
 def _name(path: Path, document: Mapping[str, Any]) -> str:
     if path[:1] == ("step",) and len(path) > 1 and isinstance(path[1], int):
-        table = document["step"][path[1]]
-        return ".".join((f"{path[1] + 1}-{table.get('do', 'step')}", *map(str, path[2:])))
+        do = document["step"][path[1]].get("do")
+        return ".".join((f"{path[1] + 1}-{do if isinstance(do, str) else 'step'}", *map(str, path[2:])))
     return ".".join(map(str, path))
 
 
 def _parameter(name: str, path: Path, table: Mapping[str, Any], where: str) -> Parameter:
-    unknown = [key for key in table if key not in OPTIONS]
-    if unknown:
-        raise RecipeError(f"{where}: {name}: unknown key {unknown[0]!r} beside 'search'; known: {', '.join(OPTIONS)}")
     given, log, step = table["search"], table.get("log", False), table.get("step")
-    if not isinstance(given, list) or len(given) < 2:
-        raise RecipeError(f"{where}: {name}: search takes [low, high] or several choices, got {given!r}")
+    where = f"{where}: {name}"
+    if not isinstance(given, list) or not 2 <= len(given) <= CHOICES:
+        raise RecipeError(f"{where}: search takes [low, high] or 2 to {CHOICES} choices, got {shown(given)}")
     numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in given)
     if not numbers or len(given) > 2:
-        if log or step is not None:
-            raise RecipeError(f"{where}: {name}: log and step belong to a range [low, high], got {given!r}")
+        if log is not False or step is not None:
+            raise RecipeError(f"{where}: log and step belong to a range [low, high], got {shown(given)}")
         texts = [json.dumps(each, sort_keys=True) for each in given]
         if len(set(texts)) < len(texts):
-            raise RecipeError(f"{where}: {name}: search names a choice twice: {given!r}")
+            raise RecipeError(f"{where}: search names a choice twice: {shown(given)}")
         return Parameter(name=name, path=path, kind="choice", choices=tuple(given))
     low, high = given
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise RecipeError(f"{where}: {name}: a range goes from low to high, got {given!r}")
+    if not -LARGEST <= low < high <= LARGEST:
+        raise RecipeError(f"{where}: a range goes from low to high, both finite numbers, got {shown(given)}")
     if not isinstance(log, bool) or (log and (low <= 0 or step is not None)):
-        raise RecipeError(f"{where}: {name}: log = true needs a low end above 0 and no step, got {dict(table)!r}")
+        raise RecipeError(f"{where}: log = true needs a low end above 0 and no step, got {shown(dict(table))}")
     whole = all(isinstance(each, int) for each in given)
     if step is not None and (
-        isinstance(step, bool) or not isinstance(step, int if whole else (int, float)) or not 0 < step <= high - low
+        isinstance(step, bool)
+        or not isinstance(step, int if whole else (int, float))
+        or not (high - low) / STEPS <= step <= high - low
+        or step <= 0
     ):
         kind = "whole number" if whole else "number"
-        raise RecipeError(f"{where}: {name}: step must be a {kind} above 0 and at most {high - low}, got {step!r}")
+        raise RecipeError(
+            f"{where}: step must be a {kind} above 0, at most {high - low}, and at least a millionth of that, got "
+            f"{shown(step)}"
+        )
     return Parameter(name=name, path=path, kind="int" if whole else "float", low=low, high=high, log=log, step=step)
-
-
-def _check_values(space: Space) -> None:
-    """Every end of every range and every choice must make a valid recipe, whatever the others have to be for that."""
-    first = space.first
-    skips = {each.path: each.name for each in space.parameters if each.skips}
-    failed: list[tuple[bool, str, RecipeError]] = []
-    for parameter in space.parameters:
-        skip = skips.get((*parameter.path[:2], "skip"))
-        taken = {} if skip is None else {skip: False}  # a step that is left out says nothing of its values
-        for value in parameter.ends:
-            error: RecipeError | None = None
-            for others in _others(first, space.parameters):
-                try:
-                    space.recipe(others | taken | {parameter.name: value})
-                    break
-                except RecipeError as found:
-                    error = error or found
-            else:
-                assert error is not None
-                named = repr(parameter.path[-1]) in str(error)  # where one is wrong, all others fail with it
-                failed.append((not named, f"{parameter.name} = {value!r} cannot be used: {error}", error))
-    if failed:
-        _, message, error = min(failed, key=lambda each: each[0])
-        raise RecipeError(message) from error
-
-
-def _others(first: Mapping[str, Any], parameters: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
-    yield dict(first)
-    generator = random.Random(0)
-    for _ in range(TRIES):
-        yield {each.name: each.drawn(generator) for each in parameters}

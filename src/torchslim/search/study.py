@@ -12,18 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torchslim.errors import RecipeError, StorageError
+from torchslim.budget import Budget
+from torchslim.checks import shown
+from torchslim.errors import RecipeError, StorageError, TorchslimError
 from torchslim.holding import is_dead, started
+from torchslim.search.sampling import Sampler, distributions, draw
+from torchslim.search.shared import SAME, Row, Unusable, read_row
 from torchslim.search.space import Parameter
 
-Sampler = Literal["gp", "tpe", "random"]
 BEAT_SECONDS = 5.0
 GRACE_BEATS = 12  # so many beats that are missed, and a worker on another machine counts as dead
-SAME = "same_as"  # in the result of a trial whose recipe was tried before: it does not count
-GP_TRIALS, GP_OBJECTIVES = 150, 3  # beyond, Gaussian processes take too long
-STARTUP = 10  # trials at random before the sampler learns from them, or a third of all where that is less
+REFUSALS = 1_000  # trials in a row that others have asked for with values that do not fit: somebody floods the study
 
 
 @contextmanager
@@ -39,6 +40,22 @@ def hushed() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(level)
+
+
+@contextmanager
+def consulting(name: str) -> Iterator[None]:
+    """Around the use of a storage: what its own code raises, as over a damaged journal, is one clear error."""
+    with hushed():
+        try:
+            yield
+        except TorchslimError:
+            raise
+        except Exception as error:
+            what = " ".join(str(error).split())[:200] or "no message"
+            raise StorageError(
+                f"the study {name!r} cannot be read or written: {type(error).__name__}: {shown(what)[1:-1]}; check the "
+                "storage, or choose another with --storage or --study"
+            ) from error
 
 
 def open_storage(storage: str | Path) -> Any:
@@ -65,8 +82,9 @@ def open_storage(storage: str | Path) -> Any:
                 journal = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
                 journal.get_all_studies()  # reads what is there
                 return journal
-            except (OSError, ValueError, KeyError) as error:  # the last two: lines that are no journal
-                raise StorageError(f"the study {path} cannot be opened: {error}; name another storage") from error
+            except Exception as error:  # of lines that are no journal, each in its own way
+                what = shown(" ".join(str(error).split())[:200] or type(error).__name__)[1:-1]
+                raise StorageError(f"the study {path} cannot be opened: {what}; name another storage") from error
         try:
             return optuna.storages.RDBStorage(str(storage))
         except ImportError as error:
@@ -113,6 +131,7 @@ class Ledger:
         parameters: what varies.
         sampler, seed: of the values; equal seeds and results give equal trials.
         bounds: how many constraints there are.
+        budget: under which results are read.
         trials: how many to take.
         beat: seconds between signs of life.
     """
@@ -129,20 +148,27 @@ class Ledger:
         sampler: Sampler = "gp",
         seed: int = 0,
         bounds: int = 0,
+        budget: Budget | None = None,
         beat: float = BEAT_SECONDS,
     ) -> None:
         import optuna
 
         self.parameters, self.trials, self.seed = parameters, trials, seed
-        self.sampler, self.bounds, self.beat = sampler, bounds, beat
+        self.sampler, self.bounds, self.beat, self.name = sampler, bounds, beat, name
+        self.objectives, self.budget = objectives, budget
         self.storage, self.worker = storage, Worker().to_json()
         self.seen: dict[int, tuple[Any, float]] = {}
-        with hushed():
+        self.given: dict[int, dict[str, Any]] = {}  # the values of this worker's trials, as they are stored
+        self.ignored: dict[int, str] = {}  # trials that are of no use, and why
+        self.told: set[int] = set()
+        with consulting(name):
             self.study = optuna.create_study(
-                storage=storage, study_name=name, directions=["minimize"] * objectives, load_if_exists=True
-            )
+                storage=storage, study_name=name, directions=["minimize"] * objectives, load_if_exists=True,
+                sampler=optuna.samplers.RandomSampler(seed=0),
+            )  # fmt: skip
             other = self.study.user_attrs.get("key")
-            if other is not None and other != key:
+            minimized = [each == optuna.study.StudyDirection.MINIMIZE for each in self.study.directions]
+            if (other is not None and other != key) or minimized != [True] * objectives:
                 raise RecipeError(
                     f"the study {name!r} belongs to another recipe, budget, model or data; choose another with "
                     "--study, or another folder"
@@ -152,7 +178,7 @@ class Ledger:
 
     def enqueue(self, starts: Sequence[Mapping[str, Any]]) -> None:
         """Values to begin with, where nobody has begun."""
-        with hushed():
+        with self._consulting():
             if not self.study.get_trials(deepcopy=False):
                 for values in starts:
                     self.study.enqueue_trial(self._stored(values), skip_if_exists=True)
@@ -161,25 +187,33 @@ class Ledger:
         """The next trial; None where enough are taken."""
         import optuna
 
-        with hushed():
+        with self._consulting():
             self.take_back()
-            if self._taken() >= self.trials:
-                return None
-            self.study.sampler = self._make_sampler(sum("result" in each.user_attrs for each in self._all()))
-            trial = self.study.ask()
-            trial.set_user_attr("worker", self.worker)
-            with self.beating(trial):  # drawing takes its time, too
-                self._draw(trial)
-            if self._taken(before=trial.number) >= self.trials:  # several workers asked at once
-                self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-                return None
-        return trial
+            for _ in range(REFUSALS):
+                if self._taken() >= self.trials:
+                    return None
+                number = sum(each.result is not None for each in self._rows())
+                sampler = "random" if self.repeats() else self.sampler  # what repeats itself must look elsewhere
+                trial = self.study.ask()
+                trial.set_user_attr("worker", self.worker)
+                with self.beating(trial):  # drawing takes its time, too
+                    usable = self._set_values(trial, number, sampler)
+                if not usable or self._taken(before=trial.number) >= self.trials:  # several workers asked at once
+                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                if usable:
+                    return trial if self._taken(before=trial.number) < self.trials else None
+        raise StorageError(
+            f"the study {self.name!r} holds more than {REFUSALS:,} trials with values beyond the recipe's ranges; "
+            "choose another with --study"
+        )
 
     def values(self, trial: Any) -> dict[str, Any]:
-        """The values of a trial's parameters."""
-        found = dict(trial.params)
+        """The values of the parameters of a trial that this worker was given."""
+        return self._decoded(self.given[trial.number])
+
+    def _decoded(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            each.name: each.choices[found[each.name]] if each.kind == "choice" else found[each.name]
+            each.name: each.choices[stored[each.name]] if each.kind == "choice" else stored[each.name]
             for each in self.parameters
         }
 
@@ -209,9 +243,8 @@ class Ledger:
         """Keep a result; without values the trial has failed. Of a trial that another has taken over it is dropped."""
         import optuna
 
-        with hushed(), suppress(optuna.exceptions.UpdateFinishedTrialError):
+        with self._consulting(), suppress(optuna.exceptions.UpdateFinishedTrialError):
             trial.set_user_attr("result", json.dumps(result))
-            self.study.sampler = self._learner()  # keeps the constraints, whoever drew the trial
             if values is None:
                 self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             else:
@@ -219,152 +252,141 @@ class Ledger:
 
     def results(self) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
         """Number, values and result of each trial that has one of its own, in order."""
-        found = []
-        for trial in self._all():
-            if "result" in trial.user_attrs and trial.state.is_finished():
-                result = json.loads(trial.user_attrs["result"])
-                if SAME not in result:
-                    found.append((trial.number, self.values(trial), result))
-        return found
+        with self._consulting():
+            return [
+                (each.number, self._decoded(each.values), each.result) for each in self._rows()
+                if each.result is not None and each.values is not None and SAME not in each.result
+            ]  # fmt: skip
 
     def repeats(self) -> int:
         """How many of the latest trials were the same as an earlier one."""
         count = 0
-        for trial in reversed(self._all()):
-            if SAME not in json.loads(trial.user_attrs.get("result", "{}")):
+        for each in reversed(self._rows()):
+            if SAME not in (each.result or {}):
                 break
             count += 1
         return count
 
     def waiting(self) -> bool:
         """Is somebody still at work, who may yet be lost?"""
-        import optuna
-
-        with hushed():
+        with self._consulting():
             self.take_back()
-            return any(trial.state == optuna.trial.TrialState.RUNNING for trial in self._all())
+            return any(each.running for each in self._rows())
 
-    def claim(self, about: Mapping[str, Any]) -> Any:
+    def claim(self, about: Mapping[str, int]) -> Any:
         """A trial for something that is named, and not drawn; None where another worker has it."""
         import optuna
 
-        with hushed():
+        with self._consulting():
             self.take_back()
             trial = self.study.ask()
             trial.set_user_attr("about", dict(about))
             trial.set_user_attr("worker", self.worker)
-            for other in self._all():
-                mine = other.user_attrs.get("about") == about
-                alive = "result" in other.user_attrs or other.state == optuna.trial.TrialState.RUNNING
-                if mine and alive and other.number < trial.number:
+            for other in self._rows():
+                mine = other.about == about["trial"]
+                if mine and (other.result is not None or other.running) and other.number < trial.number:
                     self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                     return None
         return trial
 
     def claims(self) -> dict[int, dict[str, Any] | None]:
         """By the number that was claimed its result, None while somebody is at work on it."""
-        import optuna
-
         found: dict[int, dict[str, Any] | None] = {}
-        with hushed():
+        with self._consulting():
             self.take_back()
-            for trial in self._all():
-                about = trial.user_attrs.get("about")
-                if about is None:
+            for each in self._rows():
+                if each.about is None:
                     continue
-                if "result" in trial.user_attrs:
-                    found[about["trial"]] = json.loads(trial.user_attrs["result"])
-                elif trial.state == optuna.trial.TrialState.RUNNING:
-                    found.setdefault(about["trial"], None)
+                if each.result is not None:
+                    found[each.about] = each.result
+                elif each.running:
+                    found.setdefault(each.about, None)
         return found
 
     def take_back(self) -> None:
         """Trials of dead workers fail, and their values are asked for again."""
-        import optuna
-
         now = time.monotonic()
-        for trial in self._all():
-            if trial.state != optuna.trial.TrialState.RUNNING:
+        for each in self._rows():
+            if not each.running:
                 continue
-            worker = trial.user_attrs.get("worker")
-            dead = is_dead(worker) if worker else None
+            dead = is_dead(each.worker) if each.worker else None
             if dead is None:
-                beat = trial.user_attrs.get("beat")
-                if trial.number not in self.seen or self.seen[trial.number][0] != beat:
-                    self.seen[trial.number] = (beat, now)
-                dead = now - self.seen[trial.number][1] > GRACE_BEATS * self.beat
+                if each.number not in self.seen or self.seen[each.number][0] != each.beat:
+                    self.seen[each.number] = (each.beat, now)
+                dead = now - self.seen[each.number][1] > GRACE_BEATS * self.beat
             if dead:
-                self._lose(trial)
+                self._lose(each.number, each.values)
 
     def give_back(self, trial: Any) -> None:
         """Of this worker, which cannot go on."""
-        with hushed():
-            self._lose(next(each for each in self._all() if each.number == trial.number))
+        with self._consulting():
+            self._lose(trial.number, self.given.get(trial.number))
 
-    def _lose(self, trial: Any) -> None:
+    def _lose(self, number: int, values: Mapping[str, Any] | None) -> None:
         import optuna
 
         try:
-            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            self.study.tell(number, state=optuna.trial.TrialState.FAIL)
         except (ValueError, RuntimeError):  # another worker was faster, or it was alive and is done
             return
         if self.parameters:  # what is claimed by name is claimed again
-            self.study.enqueue_trial(dict(trial.params), user_attrs={"instead_of": trial.number})
+            self.study.enqueue_trial(dict(values or {}), user_attrs={"instead_of": number})
+
+    @contextmanager
+    def _consulting(self) -> Iterator[None]:
+        """Around the use of the storage; afterwards each trial that was found to be of no use is told once."""
+        with consulting(self.name):
+            yield
+        for number, reason in self.ignored.items():
+            if number not in self.told:
+                self.told.add(number)
+                warnings.warn(
+                    f"trial {number} of the study {self.name!r} is ignored: {reason}; another worker, or somebody "
+                    "else, has written it",
+                    stacklevel=4,
+                )
 
     def _all(self) -> list[Any]:
         trials: list[Any] = self.study.get_trials(deepcopy=False)
         return trials
 
+    def _rows(self) -> list[Row]:
+        """The trials that are of use; the others are left out, with a warning."""
+        found = []
+        for trial in self._all():
+            try:
+                found.append(read_row(trial, self.parameters, self.objectives, self.budget))
+            except Unusable as unusable:
+                self.ignored.setdefault(trial.number, str(unusable))
+        return found
+
     def _taken(self, before: int | None = None) -> int:
         """How many trials have a result of their own or are worked on."""
-        import optuna
-
         return sum(
-            SAME not in json.loads(trial.user_attrs["result"])
-            if "result" in trial.user_attrs
-            else trial.state == optuna.trial.TrialState.RUNNING
-            for trial in self._all()
-            if before is None or trial.number < before
+            each.running if each.result is None else SAME not in each.result
+            for each in self._rows()
+            if before is None or each.number < before
         )
 
-    def _make_sampler(self, number: int) -> Any:
-        """One for each trial, seeded by its place: a search that was killed goes on as an undisturbed one."""
-        import optuna
-
-        seed = (self.seed * 1_000_003 + number) % 2**32
-        if self.sampler == "random" or self.repeats():  # what has learned to repeat itself must look elsewhere
-            return optuna.samplers.RandomSampler(seed=seed)
-        return self._learner(seed, number)
-
-    def _learner(self, seed: int = 0, number: int = 0) -> Any:
-        import optuna
-
-        options: Any = {
-            "seed": seed,
-            "n_startup_trials": min(STARTUP, max(4, self.trials // 3)),
-            "constraints_func": _excess if self.bounds else None,
-        }
-        if self.sampler == "gp" and number < GP_TRIALS and len(self.study.directions) <= GP_OBJECTIVES:
-            return optuna.samplers.GPSampler(**options)
-        return optuna.samplers.TPESampler(**options, multivariate=True)
-
-    def _draw(self, trial: Any) -> None:
-        for each in self.parameters:
-            if each.kind == "choice":  # by their places, as choices may be tables
-                trial.suggest_categorical(each.name, list(range(len(each.choices))))
-            elif each.kind == "int":
-                trial.suggest_int(each.name, int(each.low), int(each.high), log=each.log, step=int(each.step or 1))
-            else:
-                trial.suggest_float(each.name, each.low, each.high, log=each.log, step=each.step)
+    def _set_values(self, trial: Any, number: int, sampler: Sampler) -> bool:
+        """Give a trial the values that it was asked for with, or draw them; False where those are beyond a range."""
+        rows = {each.number: each for each in self._rows()}
+        if trial.number not in rows:
+            return False
+        values = rows[trial.number].queued
+        if values is None:
+            others = [each for each in rows.values() if each.number != trial.number]
+            values = draw(
+                self.parameters, others, sampler, seed=(self.seed * 1_000_003 + number) % 2**32, number=number,
+                trials=self.trials, objectives=self.objectives, bounds=self.bounds,
+            )  # fmt: skip
+        for name, kind in distributions(self.parameters).items():
+            self.storage.set_trial_param(trial._trial_id, name, kind.to_internal_repr(values[name]), kind)
+        self.given[trial.number] = values
+        return True
 
     def _stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {
             each.name: each.choices.index(values[each.name]) if each.kind == "choice" else values[each.name]
             for each in self.parameters
         }
-
-
-def _excess(trial: Any) -> Sequence[float]:
-    """How bad a trial is for each bound; Optuna takes what is above 0 for a violation."""
-    result = json.loads(trial.user_attrs.get("result", "{}"))
-    return list(result.get("bad", {}).values())
