@@ -33,7 +33,7 @@ SCHEME, RUNTIME = "int8", "onnxruntime"
 STEPS = ("exports", "quantizes", "runs")
 EMPTY = {
     "exports": None, "quantizes": None, "runs": None, "sqnr_db": None, "integer_share": None, "silent": [],
-    "left": [], "kind": None, "counts": False, "reason": "",
+    "left": [], "kind": None, "counts": False, "reason": "", "worst_db": None, "worst": "", "rolled_back": [],
 }  # fmt: skip
 
 
@@ -104,6 +104,7 @@ def ours(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expected: 
     quantized = convert(prepared)
     row["quantizes"] = True
     deployed = ts.deploy(quantized, inputs, runtime=RUNTIME, threads=1)
+    row |= verified(deployed.made_from or quantized)
     answer = call(deployed, inputs)
     row["runs"] = True
     found = lowered(deployed, prepared.records)
@@ -111,6 +112,19 @@ def ours(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expected: 
     row["kind"] = kind(found.layers)
     row |= left_in_float(found.layers, prepared.records)
     compare(expected, answer, row)
+
+
+def verified(quantized: nn.Module) -> dict[str, Any]:
+    """The worst channel of any output, on samples that were calibrated on, and what verification left in float."""
+    evidence = quantized.evidence
+    if evidence is None:
+        return {}
+    worst = evidence.worst
+    return {
+        "worst_db": None if worst is None else round(min(worst.decibels, 200.0), 2),
+        "worst": "" if worst is None else worst.place.named(evidence.names),
+        "rolled_back": list(quantized.notes),
+    }
 
 
 def kind(layers: Sequence[LayerKernel]) -> str:

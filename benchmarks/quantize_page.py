@@ -17,9 +17,11 @@ GROUPS = ("torchvision classification", "torchvision segmentation", "torchvision
 # the share of models that must count, and of the multiply-accumulates that must run on integers
 BARS = {"torchvision classification": 1.0, "timm": 0.92, "transformers": 0.92}
 SHARES = {"convolutions": 0.95, "products": 0.90}
+ROLLED_BACK = 0.05  # of the models, at most, may have layers that verification left in float
 KINDS = {"convolutions": "networks of convolutions", "products": "networks of products (transformers, say)"}
 COLUMNS = (
-    "model", "counts", "exports", "quantizes", "runs", "SQNR", "MACs in int8", "seconds", "torchao", "nncf",
+    "model", "counts", "exports", "quantizes", "runs", "SQNR", "worst channel", "rolled back", "MACs in int8",
+    "seconds", "torchao", "nncf",
 )  # fmt: skip
 Rows = dict[tuple[str, str], Row]
 
@@ -59,9 +61,12 @@ def page(rows: Iterable[Row], machine: dict[str, Any], names: Sequence[str] | No
         f"{BAR_DB:.0f} dB (SQNR) from the float model: of all floating-point outputs together, caches and hidden",
         "states left out, on inputs that were not calibrated on. *MACs in int8*: of the multiply-accumulates, products",
         "of activations included, those in integer kernels of the graph that ONNX Runtime really executes. Seconds: of",
-        "all that, on a machine that other work shares. Beside it, on the same models and inputs: torchao's",
-        "`X86InductorQuantizer`, whose converted graph is run in PyTorch, and `nncf.quantize` on the model as OpenVINO",
-        "converts it, run there.",
+        "all that, on a machine that other work shares. *Worst channel*: of every index of every dimension of every",
+        "output but the batch's, on samples that were calibrated on, the signal being its variation around its mean;",
+        "random networks answer nearly the same to all inputs, so that it can be low where nothing is lost. *Rolled",
+        "back*: layers that verification left in float; the reasons are below. Beside all this, on the same models and",
+        "inputs: torchao's `X86InductorQuantizer`, whose converted graph is run in PyTorch, and `nncf.quantize` on the",
+        "model as OpenVINO converts it, run there.",
         "",
         "Versions: "
         + "; ".join(f"{label} {versions_of(have, side) or 'not run'}" for side, label in SIDES.items())
@@ -81,7 +86,7 @@ def page(rows: Iterable[Row], machine: dict[str, Any], names: Sequence[str] | No
         if inside:
             lines += ["", f"## {each}", "", *_table(inside, have)]
     lines += _settled(models, have)
-    lines += _below(models, have) + _silent(models, have) + _failures(models, have)
+    lines += _returned(models, have) + _below(models, have) + _silent(models, have) + _failures(models, have)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -123,10 +128,22 @@ def _bars(models: Sequence[str], have: Rows) -> list[str]:
             reached = f"median {100 * median(shares):.1f} %; {below} of {len(shares)} models are below"
             verdict = _verdict(median(shares) >= wanted) + (" in the median" if below else "")
             lines.append(f"| MACs in int8, {KINDS[kind]} | {100 * wanted:.0f} % | {reached} | {verdict} |")
+    checked = [row for row in _ours(models, have) if row.get("runs") and "rolled_back" in row]
+    if checked:
+        count = sum(bool(row["rolled_back"]) for row in checked)
+        met = _verdict(count <= ROLLED_BACK * len(checked))
+        lines.append(
+            f"| nothing rolled back | {100 * (1 - ROLLED_BACK):.0f} % | all but {_share(count, len(checked))} | {met} |"
+        )
     silent = sum(bool(row["silent"]) for row in _ours(models, have))
     reached = f"{silent} models with layers in float without a reason"
     lines.append(f"| no silent float | 0 models | {reached} | {_verdict(not silent)} |")
     return lines
+
+
+def _rolled_back(row: Row) -> str:
+    """How many layers verification left in float; rows from before it did say nothing."""
+    return str(len(row["rolled_back"])) if row.get("runs") and "rolled_back" in row else "-"
 
 
 def _verdict(met: bool) -> str:
@@ -137,8 +154,9 @@ def _table(models: Sequence[str], have: Rows) -> list[str]:
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for name in models:
         row = have.get((name, "ours"))
-        ours = ["not run", *"------"] if row is None else [
+        ours = ["not run", *"--------"] if row is None else [
             _yes(row["counts"]), *(_yes(row[step]) for step in STEPS), _decibels(row["sqnr_db"]),
+            _decibels(row.get("worst_db")), _rolled_back(row),
             "-" if row["integer_share"] is None else f"{100 * row['integer_share']:.1f} %",
             f"{row['seconds']:.0f}" if "seconds" in row else "-",
         ]  # fmt: skip
@@ -180,6 +198,17 @@ def _settled(models: Sequence[str], have: Rows) -> list[str]:
     return lines + [
         f"| {row['model']} | {_decibels(row['sqnr_db'])} | {_decibels(row.get('noisy_db'))} |" for row in rows
     ]
+
+
+def _returned(models: Sequence[str], have: Rows) -> list[str]:
+    """Models with layers that verification left in float, and why."""
+    rows = [row for row in _ours(models, have) if row.get("rolled_back")]
+    lines = [
+        f"- `{row['model']}`: {escape('; '.join(row['rolled_back'][:3]))}"
+        + (f"; and {len(row['rolled_back']) - 3} more" if len(row["rolled_back"]) > 3 else "")
+        for row in rows
+    ]
+    return ["", "## Rolled back", "", *lines] if lines else []
 
 
 def _below(models: Sequence[str], have: Rows) -> list[str]:

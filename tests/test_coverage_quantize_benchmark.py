@@ -126,6 +126,9 @@ def test_a_small_network_is_measured_by_our_side_and_a_failure_tells_how_far_it_
     found = measure(entry, "ours", 240)
     assert found["counts"], found["reason"]
     assert found["integer_share"] == 1.0
+    assert found["worst_db"] is not None
+    assert found["worst"]
+    assert found["rolled_back"] == []
     assert found["kind"] == "convolutions"
     assert found["silent"] == []
 
@@ -160,7 +163,15 @@ def test_the_page_judges_the_bars_of_all_models_and_lists_what_misses_them():
         row("torchvision/x"),
         row("timm/a", integer_share=0.5, left=[["matmul: a | b", 0.5]]),
         row("timm/a", "nncf", counts=False, runs=False, sqnr_db=None, reason="RuntimeError: <no>"),
-        row("timm/b", counts=False, sqnr_db=12.0, reason="only 12.0 dB from the float model", silent=["q (linear)"]),
+        row(
+            "timm/b",
+            counts=False,
+            sqnr_db=12.0,
+            worst_db=3.25,
+            rolled_back=["cat went back to float: with it | it is lost"],
+            reason="only 12.0 dB from the float model",
+            silent=["q (linear)"],
+        ),
     ]
     page = quantize_page.page(rows, MACHINE, ["torchvision/x", "timm/a", "timm/b", "timm/c"])
     lines = page.splitlines()
@@ -172,7 +183,10 @@ def test_the_page_judges_the_bars_of_all_models_and_lists_what_misses_them():
         in lines
     )
     assert "| no silent float | 0 models | 1 models with layers in float without a reason | **missed** |" in lines
-    assert "| a | yes | yes | yes | yes | 31.2 dB | 50.0 % | 3 | not run | no (runs) |" in lines
+    assert "| a | yes | yes | yes | yes | 31.2 dB | - | - | 50.0 % | 3 | not run | no (runs) |" in lines
+    assert "| b | **no** | yes | yes | yes | 12.0 dB | 3.2 dB | 1 | 99.0 % | 3 | not run | not run |" in lines
+    assert "| nothing rolled back | 95 % | all but 1 of 1 (100 %) | **missed** |" in lines
+    assert "- `timm/b`: cat went back to float: with it \\| it is lost" in lines
     assert "- `timm/a`: 50.0 %; in float: 50 % matmul: a \\| b" in lines
     assert "- `timm/b`: q (linear)" in lines
     assert "- `timm/b`: only 12.0 dB from the float model" in lines

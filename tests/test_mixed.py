@@ -109,7 +109,7 @@ def context(model: nn.Module, task: ts.Task, **options: Any) -> ts.Context:
 
 def test_the_layer_that_hurts_stays_and_its_record_says_why(tmp_path: Path) -> None:
     model, task = steep()
-    plain = ts.compress(model, task, [ts.Quantize("int8")], threads=1)
+    plain = ts.compress(model, task, [ts.Quantize("int8", checks=None)], threads=1)
     assert plain.run["rows"][1]["metric"]["val"]["value"] < 90
     result = ts.compress(model, task, [ts.Quantize("int8", layers="auto", metric_drop=5.0)], threads=1)
     row = result.run["rows"][-1]

@@ -23,13 +23,14 @@ from torchslim.errors import TorchslimError
 from torchslim.finetune import Finetune
 from torchslim.prune import Prune, surgery
 from torchslim.quantize import Quantize
-from torchslim.runtimes import Deployed, deploy
+from torchslim.runtimes import Deployed
 from torchslim.search import SearchResult, search
 from torchslim.sensitivity import Sensitivity, sensitivity
 from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
 from torchslim.suggest import Suggestion, suggest
 from torchslim.task import Metric, Task
 from torchslim.training import fit
+from torchslim.verify import deploy
 from torchslim.workbench import Bench
 
 __all__ = [

@@ -28,13 +28,13 @@ from torchslim.artifact_write import MANIFEST, is_file, left_behind, replace_fil
 from torchslim.errors import ArtifactError, TorchslimError
 from torchslim.export import Captured
 from torchslim.files import bundle, sha256
-from torchslim.isolation import quiet
+from torchslim.isolation import quiet, warn
 from torchslim.machine import describe_machine, instruction_set
 from torchslim.manifest import FORMAT, LIMITS, VERSION, checked_manifest, manifest_digest, parse_manifest
 from torchslim.manifest import SURGERY as SURGERY_SCHEMA
 from torchslim.measure import Timings
 from torchslim.quantize import QuantizedModule
-from torchslim.runtimes import RUNTIMES, Deployed, Spec, deploy, find_runtime
+from torchslim.runtimes import RUNTIMES, Deployed, Spec, find_runtime
 from torchslim.runtimes.pt2 import load_program, operators_of
 from torchslim.schema import read_file, shorten
 from torchslim.signing import Key, sign, verify
@@ -43,6 +43,7 @@ from torchslim.steps import Inputs
 from torchslim.structure import build
 from torchslim.terminal import printable
 from torchslim.usable import usable
+from torchslim.verify import alike, new_notes, verified
 
 PROGRAM = "model.pt2"
 WEIGHTS, MASKS = "weights.safetensors", "masks.safetensors"
@@ -79,7 +80,9 @@ def save(
         StorageError: the disk is full; what was there before is kept.
     """
     if isinstance(model, Deployed):
-        return write_artifact(folder, deployed=model, masks=masks, key=key)
+        written = write_artifact(folder, deployed=model, masks=masks, key=key)
+        confirm(written, model)
+        return written
     model = usable(model, ArtifactError)
     quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
     if example_inputs is None:
@@ -88,8 +91,26 @@ def save(
                 "a quantized model is saved as a program, no factory makes it again; give save(..., example_inputs=...)"
             )
         return write_artifact(folder, module=model, masks=masks, key=key)
-    deployed = deploy(model, example_inputs, runtime="eager")
+    deployed = verified(model, lambda each: find_runtime("eager").compile(each, example_inputs))
+    for note in new_notes(model, deployed):
+        warn(note)
     return write_artifact(folder, deployed=deployed, module=None if quantized else model, masks=masks, key=key)
+
+
+def confirm(folder: str | Path, deployed: Deployed) -> None:
+    """Load the quantized model that was just written, and ask both for the answers to the example.
+
+    Raises:
+        ArtifactError: they differ.
+    """
+    if not deployed.quantized or not deployed.suffixes:
+        return
+    loaded = load(folder, trusted=True)  # machine code, where it is such, was just written here
+    if not alike(deployed, loaded):
+        raise ArtifactError(
+            f"what was saved to {folder} answers otherwise than the model on {deployed.runtime!r} did; save it "
+            "for another runtime"
+        )
 
 
 def write_artifact(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchslim import __version__, processes
 from torchslim.arguments import checks_arguments
-from torchslim.artifact import load, write_artifact
+from torchslim.artifact import confirm, load, write_artifact
 from torchslim.budget import Budget
 from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.evidence import compare_rows, not_measured, number, size
@@ -31,6 +31,7 @@ from torchslim.report import RUN_FORMAT, render, table
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.seals import key_id
 from torchslim.sensitivity import Sensitivity
+from torchslim.shipped import as_saved, kept_right
 from torchslim.stages import Stage, alone, restored, stage_key, state_folder
 from torchslim.steps import (
     Context,
@@ -50,6 +51,7 @@ from torchslim.steps import (
 from torchslim.structure import describe
 from torchslim.task import Metric, Task, call, predictor, take_first, tensors, to_device
 from torchslim.usable import usable
+from torchslim.verify import merged, verified
 from torchslim.workbench import Bench
 from torchslim.workfolder import working_in
 
@@ -82,9 +84,11 @@ class Result:
             "run.json": (json.dumps(self.run, indent=1, allow_nan=False) + "\n").encode(),
             "report.html": render(self.run).encode(),
         }
-        return write_artifact(
+        written = write_artifact(
             folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra, key=key
         )
+        confirm(written, self.deployed)
+        return written
 
     def __str__(self) -> str:
         return table(self.run)
@@ -196,7 +200,7 @@ def compress(
             seen = replace(seen, model=begun(step, seen.model, seed))
         shared = Path(stages) if stages else None
         with working_in(folder, recipe, overwrite, waiting=progress if shared else None):
-            runner = _Runner(ctx, folder, origin(ctx, copied, first), steps, shared)
+            runner = _Runner(ctx, bench, folder, origin(ctx, copied, first), steps, shared)
             taken = [runner.baseline(copied, masks)]
             for index, step in enumerate(steps, 1):
                 taken.append(runner.take(index, step, taken[-1]))
@@ -235,8 +239,10 @@ def origin(ctx: Context, model: nn.Module, batch: Any) -> str:
 class _Runner:
     """Takes steps, keeps each finished stage in a folder, and picks up the ones that a killed run has finished."""
 
-    def __init__(self, ctx: Context, folder: Path, origin: str, steps: Sequence[Step], shared: Path | None) -> None:
-        self.ctx, self.folder, self.steps, self.shared = ctx, folder, steps, shared
+    def __init__(
+        self, ctx: Context, bench: Bench, folder: Path, origin: str, steps: Sequence[Step], shared: Path | None
+    ) -> None:
+        self.ctx, self.bench, self.folder, self.steps, self.shared = ctx, bench, folder, steps, shared
         self.key = origin
         self.metric: Metric = ctx.task.as_metric()
         self.machine = describe_machine(ctx.target.threads)
@@ -308,6 +314,8 @@ class _Runner:
 
     def _verify(self, outcome: Outcome, step: Step, before: nn.Module) -> None:
         """No step hands on a model that fails, or whose outputs are infinite or NaN where they were not before."""
+        if getattr(outcome.model, "evidence", None) is not None:
+            return  # it has been compared with float
         inputs = to_device(self.ctx.example_inputs, "cpu")
         answer = tensors(call(predictor(outcome.model), inputs))
         if all(bool(torch.isfinite(each).all()) for each in answer if each.is_floating_point()):
@@ -323,19 +331,35 @@ class _Runner:
     def _finish(
         self, name: str, folder: Path, outcome: Outcome, module: nn.Module, seconds: float, index: int
     ) -> Stage:
-        """Deploy, measure and keep a stage."""
-        model = outcome.model
-        module = model if not isinstance(model, QuantizedModule) else module
+        """Deploy, measure and keep a stage; where what was kept answers otherwise, do it again with layers in float."""
         self.ctx.progress(Event(step=name, phase="deploy"))
-        assert self.ctx.workbench is not None
-        deployed: Any = self.ctx.workbench.deploy(model)
+        stage = self._kept(name, folder, outcome, module, seconds, index, self.bench.deploy(outcome.model))
+        if kept_right(stage.model, stage.deployed, folder):
+            return stage
+        deployed = verified(stage.model, self.bench.compile, reload=as_saved(self.bench.compile))
+        return self._kept(name, folder, outcome, module, seconds, index, deployed)
+
+    def _kept(
+        self,
+        name: str,
+        folder: Path,
+        outcome: Outcome,
+        module: nn.Module,
+        seconds: float,
+        index: int,
+        deployed: Deployed,
+    ) -> Stage:
+        """Measure and keep a stage."""
+        model = deployed.made_from or outcome.model
+        module = model if not isinstance(model, QuantizedModule) else module
+        records = merged(outcome.layers, deployed)
         self.ctx.progress(Event(step=name, phase="evaluate"))
         values = self._evaluate(predictor(model))
         counted = sample_macs(model, deployed)
         warnings = [*outcome.warnings, *deployed.spec.notes]
-        layers = [{"version": record.version, **asdict(record)} for record in outcome.layers]
+        layers = [{"version": record.version, **asdict(record)} for record in records]
         if deployed.quantized:
-            found = lowered(deployed, outcome.layers)
+            found = lowered(deployed, records)
             warnings += found.warnings
             layers = executed(layers, found)
         if counted.uncounted:

@@ -65,18 +65,19 @@ def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
 
     Args:
         deployed: of any runtime.
-        records: of the quantization, whose reasons are told where a layer is in float.
+        records: of the quantization, whose reasons are told where a layer is in float; those that the deployed model
+            has come first.
     """
-    executed = kernels(deployed)
-    reasons = {record.layer: record.reason for record in records if record.reason}
+    working = kernels(deployed)
+    reasons = {record.layer: record.reason for record in (*records, *deployed.records) if record.reason}
     given = [Layer(**each) for each in deployed.spec.layers]
     layers = [
         _described(layer, candidates, reasons, deployed.runtime)
-        for layer, candidates in zip(given, _shared_out(given, executed), strict=True)
+        for layer, candidates in zip(given, _shared_out(given, working), strict=True)
     ]
     total = sum(each.macs for each in layers)
     share = sum(each.macs for each in layers if each.integer) / total if total else 0.0
-    warnings = _warnings(deployed, layers, executed, share, reasons) if deployed.quantized else []
+    warnings = _warnings(deployed, layers, working, share, reasons) if deployed.quantized else []
     return Lowered(runtime=deployed.runtime, layers=layers, integer_share=share, warnings=warnings)
 
 

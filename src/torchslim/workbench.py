@@ -18,6 +18,7 @@ from torchslim.quantize import Quantize, QuantizedModule, convert, prepare
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.steps import Inputs, Makers, Step, Target, canonical
 from torchslim.task import Task
+from torchslim.verify import verified
 
 ROUNDS = 100  # of each program of a table, at most: of what is slow, as many as its time allows
 VERDICT = 300  # of one that decides
@@ -44,6 +45,10 @@ class Bench:
         check_fields(self, RecipeError, "Bench: ")
 
     def deploy(self, model: nn.Module) -> Deployed:
+        """The model on the target, verified: where it is quantized, layers that the target gets wrong are in float."""
+        return verified(model, self.compile)
+
+    def compile(self, model: nn.Module) -> Deployed:
         """The model on the target, as it is."""
         captured = capture(model, self.example_inputs, self.dynamic_shapes)
         return find_runtime(self.target.runtime).compile(captured, threads=self.target.threads, source=model)
@@ -93,4 +98,4 @@ class Bench:
         if quick.calibrates():
             task = self.task
             prepared.calibrate([self.example_inputs] if task is None else task.calibration_batches(1)[:1])
-        return convert(prepared)
+        return convert(prepared, checks=None)

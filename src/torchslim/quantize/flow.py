@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,21 @@ from torch.fx.graph import CodeGen
 from torchslim.arguments import checks_arguments
 from torchslim.errors import QuantizeError
 from torchslim.export import WRAPPED, Captured, bind, bind_call, capture, signature_of
-from torchslim.isolation import copy_model, preserved_globals, quiet
+from torchslim.isolation import copy_model, preserved_globals, quiet, warn
 from torchslim.packed import strip_unused
+from torchslim.quantize.checks import Checks
 from torchslim.quantize.helpers import Helpers
 from torchslim.quantize.profiles import PROFILES
+from torchslim.quantize.samples import Samples, batch_axes
 from torchslim.quantize.schemes import FLOAT, SCHEMES, Scheme, find_scheme
 from torchslim.select import check_patterns, class_names, matches
 from torchslim.steps import Inputs, LayerRecord
-from torchslim.structure import Structure, build, flatten, leaf_names
+from torchslim.structure import Structure, build, flatten
 from torchslim.task import device_of
 from torchslim.usable import usable
+
+if TYPE_CHECKING:
+    from torchslim.quantize.rollback import Evidence
 
 Layers = Mapping[str, str]
 
@@ -45,16 +50,27 @@ class _Called(nn.Module):
         self.forward_signature = signature
         self.training = False
 
-    def run(self, args: Any, kwargs: Any, *switches: bool) -> Any:
-        named = bind_call(self.forward_signature, args, kwargs)
-        return build(self.outputs, self.program(*flatten(self.inputs, named, "inputs"), *switches), self.classes)
-
 
 class QuantizedModule(_Called):
-    """A converted graph, called like the model it was made from. Its numbers are fixed: it cannot be trained."""
+    """A converted graph, called like the model it was made from. Its numbers are fixed: it cannot be trained.
+
+    Attributes:
+        records: what was done to each layer, and which layers went back to float and why.
+        notes: a line for all that went back to float.
+        evidence: what the graph was checked on, and what it was made from; None where it was not checked.
+    """
+
+    records: list[LayerRecord]
+    notes: list[str]
+    evidence: Evidence | None
+
+    def __init__(self, *args: Any, records: Sequence[LayerRecord] = (), evidence: Evidence | None = None) -> None:
+        super().__init__(*args)
+        self.records, self.notes, self.evidence = list(records), [], evidence
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(args, kwargs)
+        named = bind_call(self.forward_signature, args, kwargs)
+        return build(self.outputs, self.program(*flatten(self.inputs, named, "inputs")), self.classes)
 
     def train(self, mode: bool = True) -> QuantizedModule:
         """Only `train(False)` is possible."""
@@ -73,18 +89,33 @@ class Prepared(_Called):
     records: list[LayerRecord]
     qat: bool
 
-    def __init__(self, *args: Any, records: list[LayerRecord], qat: bool, helpers: Helpers) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        records: list[LayerRecord],
+        qat: bool,
+        helpers: Helpers,
+        axes: tuple[Sequence[int | None], Sequence[int | None], int],
+        example: Sequence[Tensor],
+    ) -> None:
         super().__init__(*args)
         self.records, self.qat, self.helpers = records, qat, helpers
+        self.output_axes = tuple(axes[1])
+        self.samples, self.example = Samples(axes[0], axes[2]), [leaf.detach().cpu() for leaf in example]
+        self.reference: list[list[Tensor]] | None = None  # in float, from before weights were rounded by a helper
         self.training = qat
         self._observing: bool | None = None
         self.norms_frozen = self.ranges_frozen = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.qat:
-            return self.run(args, kwargs)
-        self._observe(self.training and not self.ranges_frozen)
-        return self.run(args, kwargs, self.training, self.training and not self.norms_frozen)
+        named = bind_call(self.forward_signature, args, kwargs)
+        leaves = flatten(self.inputs, named, "inputs")
+        self.samples.add(leaves)
+        switches: tuple[bool, ...] = ()
+        if self.qat:
+            self.observe(self.training and not self.ranges_frozen)
+            switches = (self.training, self.training and not self.norms_frozen)
+        return build(self.outputs, self.program(*leaves, *switches), self.classes)
 
     def train(self, mode: bool = True) -> Prepared:
         """Switch dropouts, batch norms and the observing of ranges."""
@@ -107,30 +138,41 @@ class Prepared(_Called):
         Raises:
             QuantizeError: none were given, one does not fit, or a value in it or inside the model is not finite.
         """
+        from torchslim.quantize.calibration import show_batches
         from torchslim.quantize.observing import rounding_modules
 
         rounding = [module for module in rounding_modules(self) if bool(module.fake_quant_enabled[0])]
         for module in rounding:
             module.disable_fake_quant()
-        self._observe(True)
+        self.observe(True)
         given = list(batches)
         try:
-            _calibrate(self, given)
+            show_batches(self, given)
         finally:
             for module in rounding:
                 module.enable_fake_quant()
             self._observing = None
+        self.show(given)
         if not self.qat and self.helpers.afterwards:
             from torchslim.quantize.accuracy import after_observing
+            from torchslim.quantize.samples import float_outputs
 
+            self.reference = float_outputs(self.program, self.samples.runs(Checks().samples))
             after_observing(self.program, [self.leaves(each) for each in given], self.helpers)
+
+    def show(self, batches: Iterable[Any]) -> None:
+        """Keep samples of model inputs that the result is checked on, unless there are some from a calibration."""
+        for each in batches:
+            self.samples.add(self.leaves(each))
+        self.samples.closed = bool(self.samples.batches)
 
     def leaves(self, inputs: Any) -> list[Tensor]:
         """Model inputs as the flat tensors that the program takes, where its weights are."""
         device = device_of(self.program)
         return [leaf.to(device) for leaf in flatten(self.inputs, bind(self, inputs), "inputs")]
 
-    def _observe(self, wanted: bool) -> None:
+    def observe(self, wanted: bool) -> None:
+        """Should modules that round look at what goes through them?"""
         from torchslim.quantize.observing import rounding_modules
 
         if wanted is not self._observing:
@@ -189,6 +231,7 @@ def prepare(
     trainable = {name for name, each in copied.named_parameters() if each.requires_grad}
     outside = _computed_in_float32(copied)
     captured = capture(copied, example_inputs, dynamic_shapes, outside=outside)
+    axes = batch_axes(captured.program, captured.batch_axis)
     with quiet():  # importing torchao logs about extensions that this machine may lack
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
@@ -226,7 +269,8 @@ def prepare(
         program.recompile()
     prepared = Prepared(
         program, signature_of(model), captured.inputs, captured.outputs, captured.classes,
-        records=quantizer.records, qat=qat, helpers=helpers,
+        records=quantizer.records, qat=qat, helpers=helpers, axes=axes,
+        example=_leaves(captured, model, example_inputs),
     )  # fmt: skip
     _look_at_weights(prepared)
     return prepared
@@ -245,11 +289,18 @@ def _computed_in_float32(model: nn.Module) -> torch.dtype | None:
 
 
 @checks_arguments(QuantizeError)
-def convert(prepared: nn.Module) -> QuantizedModule:
+def convert(prepared: nn.Module, *, checks: Checks | None = Checks()) -> QuantizedModule:  # noqa: B008 - frozen
     """Integers for what a prepared model has observed. Its numbers are then fixed.
 
+    The result is compared with float on a few of the samples that the model was calibrated on (of those that it was
+    prepared with, where no data were needed). What loses an output or a channel goes back to float, with a warning.
+
+    Args:
+        prepared: what `prepare` returned, calibrated or trained.
+        checks: what must hold; None: nothing is checked, here or when the result is deployed.
+
     Raises:
-        QuantizeError: it is not a prepared model, or has seen no data.
+        QuantizeError: it is not a prepared model, has seen no data, or cannot be quantized so that the checks hold.
     """
     while isinstance(inner := getattr(prepared, "module", None), nn.Module) and not isinstance(prepared, Prepared):
         prepared = inner  # DistributedDataParallel and Fabric wrap it
@@ -257,17 +308,37 @@ def convert(prepared: nn.Module) -> QuantizedModule:
         raise QuantizeError(
             f"convert takes what ts.quantize.prepare returned, got {type(prepared).__name__}; prepare the model first"
         )
+    if checks is None:
+        return integers(prepared)
+    from torchslim.quantize.rollback import verified
+
+    model = verified(prepared, checks)
+    for note in model.notes:
+        warn(note)
+    return model
+
+
+def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedModule:
+    """A prepared model converted, unchecked.
+
+    Args:
+        prepared: calibrated or trained.
+        released: keys of the units that go back to float, see `units.units_of`.
+    """
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         from torchslim.quantize.folding import fold_batch_norms, hide_batch_norms, settle, show_batch_norms
-        from torchslim.quantize.quantizer import ANNOTATION
+        from torchslim.quantize.operations import ANNOTATION
         from torchslim.quantize.sharing import keep_own_grids
         from torchslim.quantize.storing import fit_biases, gather_first, store_groups
+        from torchslim.quantize.units import release, units_of
     copied = copy_model(prepared)[0].cpu()
     program = copied.program
     assert isinstance(program, GraphModule)
     with quiet(), preserved_globals(), torch.no_grad():
+        if released:
+            release(program, units_of(program), released)
         for node in program.graph.nodes:
             node.meta.pop(ANNOTATION, None)  # it speaks of the nodes of the graph that this one was copied from
         if prepared.qat:
@@ -284,7 +355,10 @@ def convert(prepared: nn.Module) -> QuantizedModule:
         program.graph.eliminate_dead_code()
         program.recompile()
         strip_unused(program)
-    return QuantizedModule(program, prepared.forward_signature, prepared.inputs, prepared.outputs, prepared.classes)
+    return QuantizedModule(
+        program, prepared.forward_signature, prepared.inputs, prepared.outputs, prepared.classes,
+        records=prepared.records,
+    )  # fmt: skip
 
 
 def chooser(model: nn.Module, scheme: str, layers: Layers) -> Callable[[str, str], Scheme | None]:
@@ -327,61 +401,3 @@ def _look_at_weights(prepared: Prepared) -> None:
 
     with torch.no_grad(), preserved_globals():
         observe_weights(prepared.program)
-
-
-def _calibrate(prepared: Prepared, batches: list[Any]) -> None:
-    """Show the observers every batch; a value that is not finite is an error that names its layer and batch."""
-    from torchslim.quantize.storing import observed_layers
-
-    if not batches:
-        raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
-    program = prepared.program
-    switches = (False, False) if prepared.qat else ()
-    names = leaf_names(prepared.inputs)
-    device = device_of(program)
-    number = 0
-
-    def check(value: Tensor, where: str) -> None:
-        if not _finite(value):
-            raise QuantizeError(
-                f"calibration batch {number} has values that are not finite {where}; look for NaN in the data or "
-                "overflow in the model"
-            )
-
-    def guard(where: str) -> Any:
-        return lambda module, args: check(args[0], f"at {where}")
-
-    handles = [
-        program.get_submodule(name).register_forward_pre_hook(guard(where))
-        for name, where in observed_layers(program).items()
-    ]
-    try:
-        for number, inputs in enumerate(batches, 1):
-            named = bind(prepared, inputs)
-            leaves = flatten(prepared.inputs, named, f"calibration batch {number}")
-            for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-                # -inf is what masks hold; it is an error where it reaches a layer
-                check(leaf.masked_fill(torch.isneginf(leaf), 0.0), f"in input {index} ({name!r})")
-            try:
-                with torch.no_grad():
-                    program(*(leaf.to(device) for leaf in leaves), *switches)
-            except QuantizeError:
-                for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-                    check(leaf, f"in input {index} ({name!r})")
-                raise
-            except Exception as error:
-                shapes = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True))
-                raise QuantizeError(
-                    f"calibration batch {number} ({shapes}) does not fit the graph that batch 1 gave: "
-                    f"{next(iter(str(error).splitlines()), '')}; give batches of the same sizes"
-                ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _finite(value: Tensor) -> bool:
-    if not value.is_floating_point() or not value.numel():
-        return True
-    low, high = torch.aminmax(value.detach())  # one pass, no copy; NaN shows in both
-    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -169,7 +169,8 @@ class Trials:
         self.ctx.progress(Event(step=self.ctx.name, phase="choose layers", values={"left out": len(layers)}))
 
         def value() -> float:
-            quantized = convert(self.way.prepared(self.model, self.ctx, self.exceptions(layers)))
+            # the choice that is taken is checked, the metric judges those on the way
+            quantized = convert(self.way.prepared(self.model, self.ctx, self.exceptions(layers)), checks=None)
             return self.metric(self._ships(quantized))
 
         return self.lost(self._known(json.dumps(sorted(layers)), value))

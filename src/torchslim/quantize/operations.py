@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torchslim.export import WRAPPED
 
 aten = torch.ops.aten
+ANNOTATION = "quantization_annotation"  # where torchao looks for what a node reads and gives
 
 
 def batch_norm(*args: Any) -> Tensor:

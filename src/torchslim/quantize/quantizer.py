@@ -26,6 +26,7 @@ from torchslim.export import layer_of
 from torchslim.products import SILU
 from torchslim.quantize.operations import (
     ADDITIONS,
+    ANNOTATION,
     BATCH_NORMS,
     CLAMPS,
     CONCATS,
@@ -53,7 +54,6 @@ from torchslim.quantize.profiles import Profile
 from torchslim.quantize.schemes import AS_ASKED, SCHEMES, Scheme
 from torchslim.steps import LayerRecord
 
-ANNOTATION = "quantization_annotation"
 COMPUTES_ON_INTEGERS = "torchslim_integers"  # of a node: it reads static integers, which it does not only move
 # of a concatenation that is rounded to one grid, or of the clamp behind it: the places of the parts that are floats
 SHARED_GRID = "torchslim_shared_grid"

@@ -31,7 +31,7 @@ def keep_own_grids(model: GraphModule) -> None:
         rounded = [user for user in node.users if _observer(model, user) is not None]
         changed = [_read_around(model, each, node) for each in rounded]
         if any(changed):
-            _unround(node)
+            _unround(model, node)
     model.graph.eliminate_dead_code()
     model.recompile()
 
@@ -81,11 +81,12 @@ def _read_around(model: GraphModule, rounded: Node, plain: Node) -> bool:
     return found
 
 
-def _unround(node: Node) -> None:
+def _unround(model: GraphModule, node: Node) -> None:
     """Join the parts as floats: those that no layer gives as integers are not rounded for it."""
     concat = _concat(node)
     parts: Any = concat.args[0]
-    floats: set[int] = set(node.meta[SHARED_GRID])
+    # what verification left in float is not rounded already
+    floats = {index for index in node.meta[SHARED_GRID] if _observer(model, parts[index]) is not None}
     concat.args = ([argument(part, 0) if index in floats else part for index, part in enumerate(parts)],
                    *concat.args[1:])  # fmt: skip
     concat.meta[COMPUTES_ON_INTEGERS] = False

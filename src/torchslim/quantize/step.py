@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from torchslim.arguments import checks_arguments
 from torchslim.checks import check_fields
 from torchslim.errors import QuantizeError
-from torchslim.export import WRAPPED, tensors_of
+from torchslim.export import WRAPPED
 from torchslim.finetune import Training
 from torchslim.imports import resolve
-from torchslim.infinities import difference, energy
 from torchslim.isolation import quiet
-from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, convert, prepare
+from torchslim.quantize.checks import Checks
+from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, prepare
+from torchslim.quantize.functional import converted, sqnr
 from torchslim.quantize.helpers import Accuracy, Helpers, Rounding, chosen_helpers
 from torchslim.quantize.mixed import KEPT, WIDENINGS, Trials, fallback, fewest
-from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, SCHEMES, find_scheme
+from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, find_scheme
 from torchslim.select import class_names, matches
 from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome
-from torchslim.task import call, predictor, take_first
+from torchslim.task import take_first
 from torchslim.training import Hook, Loop
 
 LOUD_DB = 15.0  # below this the quantized output is worth a warning
@@ -53,6 +53,8 @@ class Quantize:
         learned_step: with "qat", the scales of weights are learned, too (LSQ).
         norms_until: the fraction of the training after which batch norms keep their statistics.
         ranges_until: the fraction of the training after which the grids stay as they are.
+        checks: what must hold of the result, here and deployed; layers that are in the way go back to float. Values
+            that differ from the defaults may be given as a mapping. None: nothing is checked.
     """
 
     accepts: ClassVar[Form] = Form.MODULE
@@ -72,9 +74,11 @@ class Quantize:
     learned_step: bool = False
     norms_until: float = 0.5
     ranges_until: float = 0.7
+    checks: Checks | Mapping[str, float] | None = field(default=Checks(), hash=False)
 
     def __post_init__(self) -> None:
         check_fields(self, QuantizeError)
+        object.__setattr__(self, "checks", Checks.of(self.checks))
         find_scheme(self.scheme)
         if isinstance(self.layers, str) and self.layers != "auto":
             raise QuantizeError(f"layers must be a mapping of patterns to schemes, or 'auto', got {self.layers!r}")
@@ -95,9 +99,8 @@ class Quantize:
             raise QuantizeError("rounding and correct_biases belong to mode='ptq': training does their work")
         if self.observer not in OBSERVERS:
             raise QuantizeError(f"observer {self.observer!r} is not known; one of {', '.join(OBSERVERS)}")
-        for name in ("norms_until", "ranges_until"):
-            if not 0 < getattr(self, name) <= 1:
-                raise QuantizeError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        if wrong := [name for name in ("norms_until", "ranges_until") if not 0 < getattr(self, name) <= 1]:
+            raise QuantizeError(f"{wrong[0]} must be in (0, 1], got {getattr(self, wrong[0])}")
 
     def check(self, ctx: Context) -> None:
         """There is something to calibrate on, what is asked for names layers, and training can start."""
@@ -147,14 +150,19 @@ class Quantize:
                 prepared, ctx, hooks=[freeze], masks={name: each for name, each in masks.items() if name in known}
             )
             history, taught = report.history, report.layers
-        quantized = convert(prepared)
+        checks = self.checks
+        assert not isinstance(checks, Mapping)
+        quantized = converted(prepared, checks)
         records = _measured(prepared, quantized, ctx.example_inputs)
-        decibels = sqnr(call(predictor(model), batches[0]), call(predictor(quantized), batches[0]))
-        warnings = [f"not quantized: {each.layer}: {each.reason}" for each in records if _surprising(each)]
+        told = [f"not quantized: {each.layer}: {each.reason}" for each in records if _surprising(each)]
+        found = quantized.evidence
+        decibels = math.inf if found is None else sqnr(found.reference, found.graph)
         if decibels < LOUD_DB and self.mode == "ptq":
-            warnings.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
-        layers = [*records, *taught]
-        return Outcome(model=quantized, masks=ctx.masks, layers=layers, warnings=warnings, history=history)
+            told.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
+        return Outcome(
+            model=quantized, masks=ctx.masks, layers=[*records, *taught], warnings=told, history=history,
+            evidence={} if found is None else {"worst_channel": _worst(found, records)},
+        )  # fmt: skip
 
     def prepared(self, model: nn.Module, ctx: Context, layers: Layers) -> Prepared:
         """A calibrated model with other layers than the step's, for post-training quantization."""
@@ -177,6 +185,7 @@ class Quantize:
         )
         if self.calibrates():
             prepared.calibrate(batches)
+        prepared.show(batches)
         return prepared
 
     def _mixed(self, model: nn.Module, ctx: Context) -> Outcome:
@@ -199,15 +208,15 @@ class Quantize:
                 taken.append((trials.lost_by(outcome.model), layers, outcome))
             drop, layers, outcome = min(taken, key=lambda each: each[0])
             held = drop <= self.metric_drop
-        warnings = list(outcome.warnings)
+        told = list(outcome.warnings)
         if not held:
             unit = ctx.task.as_metric().unit
             other = "float" if fallback(self.scheme) == FLOAT else "8 bits"
-            warnings.append(
+            told.append(
                 f"no choice of layers that was measured keeps the metric within {self.metric_drop:g} {unit}: the "
                 f"nearest loses {drop:.4g} {unit} with {len(layers)} of {len(trials.layers)} layers in {other}"
             )
-        return replace(outcome, warnings=warnings)
+        return replace(outcome, warnings=told)
 
     def _with(self, layers: dict[str, str], model: nn.Module, ctx: Context) -> Outcome:
         """The step with layers left out, and their records saying why."""
@@ -245,115 +254,6 @@ class Freeze(Hook):
         return loop.progress >= min(self.ranges_until, 1.0)
 
 
-@checks_arguments(QuantizeError)
-def static(
-    model: nn.Module,
-    batches: Iterable[Inputs],
-    *,
-    scheme: str = "int8",
-    layers: Layers | None = None,
-    runtime: str = "onnxruntime",
-    observer: str = "mse",
-    helpers: Helpers | None = None,
-) -> nn.Module:
-    """A quantized copy of `model`, calibrated on `batches`, called like the model.
-
-    Args:
-        model: a float module; it is left as it was.
-        batches: model inputs, each a tuple of positional or a dict of keyword arguments; 100 to 500 samples do.
-        scheme: a name of `SCHEMES`.
-        layers: schemes, or "float", by glob over layers or "type:NAME".
-        runtime: where it will run; elsewhere it is right, perhaps slower.
-        observer: of the activations, a name of `OBSERVERS`.
-        helpers: what is done for accuracy besides.
-
-    Raises:
-        QuantizeError: no batches, values that are not finite, or nothing to quantize.
-        ExportError: the model cannot be captured; names the line of its code.
-    """
-    given = list(batches)
-    if not given:
-        raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
-    prepared = prepare(
-        model, given[0], runtime=runtime, scheme=scheme, layers=layers, observer=observer, helpers=helpers,
-        batches=given,
-    )  # fmt: skip
-    prepared.calibrate(given)
-    return convert(prepared)
-
-
-@checks_arguments(QuantizeError)
-def dynamic(
-    model: nn.Module, example_inputs: Inputs, *, layers: Layers | None = None, runtime: str = "onnxruntime"
-) -> nn.Module:
-    """A copy of `model` whose linear, LSTM and GRU layers compute on integers with the range of each call.
-
-    Args:
-        model: a float module; it is left as it was.
-        example_inputs: a tuple of positional or a dict of keyword arguments.
-        layers: schemes, or "float", by glob over layers or "type:NAME".
-        runtime: where it will run.
-    """
-    return convert(prepare(model, example_inputs, runtime=runtime, scheme="int8-dynamic", layers=layers))
-
-
-@checks_arguments(QuantizeError)
-def weights(
-    model: nn.Module,
-    example_inputs: Inputs,
-    *,
-    bits: int = 8,
-    layers: Layers | None = None,
-    runtime: str = "onnxruntime",
-    helpers: Helpers | None = None,
-    batches: Iterable[Inputs] = (),
-) -> nn.Module:
-    """A copy of `model` that stores its weights as integers and computes in float.
-
-    Args:
-        model: a float module; it is left as it was.
-        example_inputs: a tuple of positional or a dict of keyword arguments.
-        bits: 8, a scale for each channel, or 4, a scale for each group of 32.
-        layers: schemes, or "float", by glob over layers or "type:NAME".
-        runtime: where it will run.
-        helpers: what is done for accuracy besides, such as `Helpers(rounding="gptq")`.
-        batches: model inputs that the helpers look at.
-    """
-    scheme = f"int{bits}-weights"
-    if scheme not in SCHEMES:
-        raise QuantizeError(f"bits must be 8 or 4, got {bits}")
-    given = list(batches)
-    helpers = helpers or Helpers()
-    if helpers.needs_data and not given:
-        raise QuantizeError("the helpers for accuracy look at data: give batches of model inputs")
-    prepared = prepare(
-        model, example_inputs, runtime=runtime, scheme=scheme, layers=layers, helpers=helpers, batches=given
-    )
-    if helpers.needs_data:
-        prepared.calibrate(given)
-    return convert(prepared)
-
-
-def sqnr(reference: Any, value: Any) -> float:
-    """Signal to quantization noise in dB over all floating-point outputs: 10 log10(|a|^2 / |a - b|^2).
-
-    Infinities that both have in the same places count nothing; others make it -inf.
-    """
-    signal = noise = 0.0
-    for a, b in zip(_floats(reference), _floats(value), strict=True):
-        signal += energy(a)
-        noise += float(difference(a, b).square().sum())
-    if noise == 0:
-        return float("inf")
-    if not math.isfinite(noise):
-        return float("-inf")
-    return 10 * math.log10(signal / noise) if signal else float("-inf")
-
-
-def _floats(value: Any) -> list[Tensor]:
-    return [leaf.detach().cpu() for leaf in tensors_of(value) if leaf.is_floating_point()]
-
-
 def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) -> list[LayerRecord]:
     """The records with the noise of each layer, the worst first, then those that stay in float."""
     with quiet():
@@ -362,9 +262,20 @@ def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) ->
     found = layer_sqnr(prepared, quantized, prepared.leaves(inputs))
     records = [
         replace(each, sqnr_db=round(found[each.layer], 2) if math.isfinite(found.get(each.layer, math.inf)) else None)
-        for each in prepared.records
+        for each in quantized.records
     ]
     return sorted(records, key=lambda each: (each.action != "quantized", each.sqnr_db is None, each.sqnr_db or 0.0))
+
+
+def _worst(evidence: Any, records: Sequence[LayerRecord]) -> dict[str, Any] | None:
+    """The channel that is least like float, and the layer whose output is."""
+    figure = evidence.worst
+    if figure is None:
+        return None
+    layer = next((each.layer for each in records if each.sqnr_db is not None), None)
+    return {
+        "where": figure.place.named(evidence.names), "sqnr_db": round(min(figure.decibels, 200.0), 2), "layer": layer,
+    }  # fmt: skip
 
 
 def _inside(name: str) -> str:

@@ -20,7 +20,7 @@ from torchslim.machine import instruction_set
 from torchslim.runtimes.free_sizes import compiled
 from torchslim.runtimes.kernels import Kernel
 from torchslim.runtimes.pt2 import pack_program
-from torchslim.steps import Inputs
+from torchslim.steps import Inputs, LayerRecord
 from torchslim.structure import Structure, build, describe, flatten, leaf_names, tensors_of
 
 
@@ -200,6 +200,8 @@ class Deployed:
         self.program, self.quantized = program, quantized  # the exported program as the bytes of a .pt2
         self.suffixes = tuple(suffixes)
         self._no_file = no_file
+        self.records: list[LayerRecord] = []  # of the quantization, where it is known
+        self.made_from: nn.Module | None = None  # the model in the place of the one that was given to be deployed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = [leaf.detach().cpu() for leaf in self.spec.leaves(args, kwargs)]

@@ -222,7 +222,7 @@ class Lab:
             deployed = self._bench(target, ()).deploy(model)
             value = self._metric(deployed, effort.data)
             higher = self.task.as_metric().higher_is_better
-            figures = self._sizes(deployed, model, target)
+            figures = self._sizes(deployed, deployed.made_from or model, target)
             figures |= {"metric": value, "metric_drop": base["metric"] - value if higher else value - base["metric"]}
         found: dict[str, float] = processes.told(figures)
         return found

@@ -1,0 +1,115 @@
+"""What of a prepared graph can go back to float by itself: a layer, or an operation between layers that has a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from torchslim.export import layer_of
+from torchslim.quantize.operations import (
+    ANNOTATION,
+    BATCH_NORMS,
+    CLAMPS,
+    DROPOUTS,
+    EMBEDDINGS,
+    PRODUCTS,
+    RECURRENT,
+    argument,
+    is_constant,
+    op_name,
+    weighted,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Roundings that belong together.
+
+    Attributes:
+        key: tells it from other units.
+        layer: the path that its record has.
+        operation: of an operation between layers, its name; empty for a layer.
+        edges: names of the observers and of the nodes that read them.
+    """
+
+    key: str
+    layer: str
+    operation: str
+    edges: tuple[tuple[str, str], ...]
+
+
+def units_of(program: GraphModule) -> list[Unit]:
+    """The units of a prepared graph in the order of execution.
+
+    A layer has what it reads, its weights included, and what reads its output in float. An operation between layers (an
+    addition, a concatenation, a gate, a pool) has the same. What a layer reads of an operation is the layer's: where
+    every unit behind a place is released, nothing behind it is rounded.
+    """
+    nodes = {node: place for place, node in enumerate(program.graph.nodes)}
+    edges: dict[str, list[tuple[str, str]]] = {}
+    owners: dict[str, Node] = {}
+    for reader in nodes:
+        for observed in reader.all_input_nodes:
+            source = argument(observed, 0)
+            if source is None or not observes(program, observed):
+                continue
+            owner = reader if _takes_grids(reader) else _made_by(source)
+            key = f"layer {layer_of(owner)}" if _is_layer(owner) else owner.name
+            owners.setdefault(key, owner)
+            edges.setdefault(key, []).append((observed.name, reader.name))
+    places = {node.name: place for node, place in nodes.items()}
+
+    def first(key: str) -> int:
+        return min(places[reader] for _, reader in edges[key])
+
+    return [
+        Unit(
+            key=key, layer=layer_of(owners[key]),
+            operation="" if _is_layer(owners[key]) else op_name(owners[key]).removeprefix("aten.").partition(".")[0],
+            edges=tuple(edges[key]),
+        )
+        for key in sorted(edges, key=first)
+    ]  # fmt: skip
+
+
+def release(program: GraphModule, units: Sequence[Unit], keys: Collection[str]) -> None:
+    """Let units read and give floats; observers that nobody reads any more are removed."""
+    named = {node.name: node for node in program.graph.nodes}
+    for unit in units:
+        if unit.key in keys:
+            for observed, reader in unit.edges:
+                source = argument(named[observed], 0)
+                assert source is not None
+                named[reader].replace_input_with(named[observed], source)
+    for node in reversed(list(program.graph.nodes)):
+        if not node.users and observes(program, node):
+            program.graph.erase_node(node)
+    program.recompile()
+
+
+def observes(program: GraphModule, node: Node) -> bool:
+    """Is a node an observer, which rounds once the graph is converted?"""
+    return node.op == "call_module" and hasattr(program.get_submodule(str(node.target)), "calculate_qparams")
+
+
+def _is_layer(node: Node) -> bool:
+    if weighted(node) is not None or node.target in RECURRENT or node.target in EMBEDDINGS:
+        return True
+    return node.op == "call_function" and node.target in PRODUCTS and not is_constant(node)
+
+
+def _takes_grids(node: Node) -> bool:
+    annotation = node.meta.get(ANNOTATION)
+    return _is_layer(node) or (annotation is not None and bool(annotation.input_qspec_map))
+
+
+def _made_by(node: Node) -> Node:
+    """The operation that a value comes from, without the norms and clamps behind it."""
+    while node.target in (*CLAMPS, *BATCH_NORMS, *DROPOUTS) and not _takes_grids(node):
+        before = argument(node, 0)
+        if before is None or before.op != "call_function":
+            break
+        node = before
+    return node
