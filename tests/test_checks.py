@@ -148,11 +148,24 @@ def test_chance_follows_the_f_distribution(elements, channels):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"channel_db": math.nan}, {"apart_db": 0}, {"apart_share": 1.0}, {"apart_share": -0.1}, {"samples": 1}]
+    "wrong",
+    [
+        {"channel_db": math.nan},
+        {"apart_db": 0},
+        {"apart_share": 1.0},
+        {"apart_share": -0.1},
+        {"samples": 1},
+        {"samples": 2.5},
+        {"channel_db": "10"},
+        {"apart_db": True},
+    ],
 )
 def test_thresholds_have_ranges(wrong):
     with pytest.raises(QuantizeError, match=next(iter(wrong))):
         Checks(**wrong)
     with pytest.raises(QuantizeError, match="chanel_db"):
         Checks.of({"chanel_db": 3})
+    with pytest.raises(QuantizeError, match="a mapping"):
+        Checks.of(3)
     assert Checks.of({"channel_db": 3.0}) == Checks(channel_db=3.0)
+    assert Checks.of(None) is None

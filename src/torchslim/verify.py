@@ -55,7 +55,7 @@ def deploy(
     def compile_(each: nn.Module) -> Deployed:
         return find_runtime(runtime).compile(each, example_inputs, dynamic_shapes, threads)
 
-    deployed = verified(model, compile_, checks=Checks.of(checks) if isinstance(checks, Mapping) else checks)
+    deployed = verified(model, compile_, checks=Checks.of(checks))
     for note in new_notes(model, deployed):
         warn(note)
     return deployed

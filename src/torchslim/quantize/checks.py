@@ -47,6 +47,9 @@ class Checks:
     samples: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("channel_db", "apart_db", "apart_share"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise QuantizeError(f"{name} must be a number, got {getattr(self, name)!r}")
         for name in ("channel_db", "apart_db"):
             if not math.isfinite(getattr(self, name)):
                 raise QuantizeError(f"{name} must be a finite number of decibels, got {getattr(self, name)}")
@@ -54,23 +57,24 @@ class Checks:
             raise QuantizeError(f"apart_db must be above 0, got {self.apart_db}")
         if not 0 <= self.apart_share < 1:
             raise QuantizeError(f"apart_share must be in [0, 1), got {self.apart_share}")
-        if self.samples < 2 or self.samples != int(self.samples):
-            raise QuantizeError(f"samples must be a whole number of at least 2, got {self.samples}")
+        if not isinstance(self.samples, int) or self.samples < 2:
+            raise QuantizeError(f"samples must be a whole number of at least 2, got {self.samples!r}")
 
     @classmethod
-    def of(cls, given: Mapping[str, float]) -> Checks:
-        """The defaults, but for what a mapping has.
+    def of(cls, given: Any) -> Checks | None:
+        """What a `checks` argument stands for: itself, None, or the defaults but for what a mapping has.
 
         Raises:
-            QuantizeError: it has other keys.
+            QuantizeError: it is something else, or a mapping with other keys.
         """
+        if given is None or isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise QuantizeError(f"checks must be Checks(...), a mapping of its fields, or None, got {given!r}")
         known = [each.name for each in fields(cls)]
         if wrong := [key for key in given if key not in known]:
             raise QuantizeError(f"checks has no {', '.join(map(repr, wrong))}; known: {', '.join(known)}")
-        values: dict[str, Any] = dict(given)
-        if float(values.get("samples", 2)).is_integer() and "samples" in values:
-            values["samples"] = int(values["samples"])
-        return cls(**values)
+        return cls(**given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -308,7 +308,7 @@ def convert(prepared: nn.Module, *, checks: Checks | None = Checks()) -> Quantiz
         raise QuantizeError(
             f"convert takes what ts.quantize.prepare returned, got {type(prepared).__name__}; prepare the model first"
         )
-    if checks is None:
+    if (checks := Checks.of(checks)) is None:
         return integers(prepared)
     from torchslim.quantize.rollback import verified
 

@@ -129,7 +129,7 @@ def weights(
 
 def converted(prepared: Prepared, checks: Checks | None) -> QuantizedModule:
     """As `convert`, without its warnings: they are the model's notes."""
-    if checks is None:
+    if (checks := Checks.of(checks)) is None:
         return integers(prepared)
     with quiet():
         from torchslim.quantize.rollback import verified
