@@ -65,11 +65,14 @@ def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
 
     Args:
         deployed: of any runtime.
-        records: of the quantization, whose reasons are told where a layer is in float; those that the deployed model
-            has come first.
+        records: of the quantization, whose reasons are told where a layer is in float; of the
+            layers that verification left in float, those of the deployed model come first.
     """
     working = kernels(deployed)
-    reasons = {record.layer: record.reason for record in (*records, *deployed.records) if record.reason}
+    returned = [
+        each for each in deployed.records if each.action == "refused" and each.reason.startswith("back in float")
+    ]
+    reasons = {record.layer: record.reason for record in (*records, *returned) if record.reason}
     given = [Layer(**each) for each in deployed.spec.layers]
     layers = [
         _described(layer, candidates, reasons, deployed.runtime)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchslim.arguments import checks_arguments
 from torchslim.errors import DeployError
 from torchslim.isolation import warn
 from torchslim.quantize import Checks, QuantizedModule
@@ -18,12 +19,14 @@ from torchslim.quantize.rollback import BROKEN, Evidence, Released, concluded, g
 from torchslim.quantize.samples import Run, float_outputs, outputs, part, samples_in
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.steps import Inputs, LayerRecord
+from torchslim.usable import usable
 
 NEAR = 1e-3  # of the largest value: what two runs of one program on one machine may differ by
 Compile = Callable[[nn.Module], Deployed]
 Outputs = Sequence[Sequence[Tensor]]
 
 
+@checks_arguments(DeployError)
 def deploy(
     model: nn.Module,
     example_inputs: Inputs,
@@ -51,6 +54,8 @@ def deploy(
         RuntimeUnavailable: a package or compiler is missing; says what to install.
         DeployError: the runtime computes something else than the model does, whichever layers are in float.
     """
+
+    model = usable(model, DeployError)
 
     def compile_(each: nn.Module) -> Deployed:
         return find_runtime(runtime).compile(each, example_inputs, dynamic_shapes, threads)
