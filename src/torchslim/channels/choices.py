@@ -162,10 +162,21 @@ class Resolver:
                 return self.modes[self.joints[key].where]
         if inner_shut:
             return "outer"
-        if any(len({each.axes for each in self.derived[key]}) == 1 for key in keys):  # attention: heads by dimensions
-            return "outer" if self.heads == "whole" else "inner"
         outer, inner = sides[0]
+        if any(len({each.axes for each in self.derived[key]}) == 1 for key in keys):  # attention: heads by dimensions
+            return "outer" if self.heads == "whole" or (outer >= inner and self._read(keys)) else "inner"
         return "outer" if outer > inner else "inner"
+
+    def _read(self, keys: list[JointKey]) -> bool:
+        """Does a weight read what is left of these layers after a sum or maximum, slice by slice?
+
+        Maxout's results are channels of the next layer; nothing of a head's scores is.
+        """
+        if self.heads == "dim":
+            return False
+        targets = np.concatenate([each.targets for key in keys for each in self.derived[key]])
+        weights = [core.numpy().reshape(-1) for value in self.trace.weights.values() for core in value.layers]
+        return bool(np.isin(self.atoms.find(targets), self.atoms.find(np.concatenate(weights))).any())
 
     def _freeze(self, atoms: Ids) -> None:
         self.atoms.freeze(atoms, "neither whole heads nor parts of each can go")

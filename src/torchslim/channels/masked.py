@@ -21,6 +21,7 @@ COMPACT = frozenset({
     "native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit",
     "cudnn_batch_norm", "_softmax", "_log_softmax", "_safe_softmax", "mean", "var", "std", "var_mean", "std_mean",
     "amax", "amin", "max", "min", "prod", "logsumexp", "argmax", "argmin", "all", "cumprod", "aminmax", "logcumsumexp",
+    "median", "nanmedian", "cummax", "cummin",
 })  # fmt: skip
 """Operations to which a zero is not as good as nothing: the masked run gives them only what is kept."""
 

@@ -23,6 +23,9 @@ PASSING = frozenset({
 })  # fmt: skip
 """Operations that come and go with memory layout and precision; the runs are not compared at them."""
 
+ASIDE = frozenset({"_embedding_bag", "_embedding_bag_forward_only"})
+"""Operations that give more than their result, in shapes that depend on the kernel that runs."""
+
 UNSET = frozenset({"empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 """Operations whose results hold whatever memory held."""
 
@@ -177,6 +180,7 @@ class Follower(Run):
             else self.execute(func, args, kwargs)
         )
         outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
+        outputs = outputs[:1] if opname(func) in ASIDE else outputs
         order = outputs[-1] if self.values and opname(func) in SORTING else None
         if operation is None or (self.loose and not self._concerns(self.at)):
             self.footprints.append(Footprint((), [], order, None, constant, opname(func)))

@@ -7,7 +7,7 @@ detectors' post-processing and data-dependent branches included, in the time of 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -181,6 +181,7 @@ class _Recorder(TorchDispatchMode):
         self._dependent = Dependent(())
         self._causes: Any = WeakIdKeyDictionary()  # tensors that lost all their layers, with the first reason
         self._stored: dict[Any, Layers] = {}
+        self._positions: Any = WeakIdKeyDictionary()  # tensors of positions along layers, with these and the reason
         self._used: set[int] = set()  # of tensors by identity; the weights stay alive, so none is taken for another
         self._weights = named_weights(model)
         for path, tensor in self._weights.items():
@@ -209,6 +210,7 @@ class _Recorder(TorchDispatchMode):
         dependent = self._dependent.note(given, outputs, random=drawn)
         causes = (self._causes.get(each, "") for each in given if not self.layers_of(each))
         self.tagger.cause = next(filter(None, causes), "")
+        self._read_positions(given)
         made = self._made(func, args, kwargs, outputs, given)
         self._used.update(map(id, given))
         for place, output in enumerate(outputs):
@@ -239,8 +241,22 @@ class _Recorder(TorchDispatchMode):
         telling = (each for each in reasons if not each.startswith(FIXED))
         return next(telling, self.tagger.cause or next(iter(reasons), ""))
 
+    def _note_positions(self, tensor: Tensor, layers: Sequence[Tensor], why: str) -> None:
+        if layers:
+            self._positions[tensor] = (tuple(layers), f"{why} ({self.tagger.where})")
+
+    def _read_positions(self, given: Iterable[Tensor]) -> None:
+        """Positions along a dimension that may lose elements would change: what reads them keeps the dimension whole.
+
+        Most models that take the largest of several values never look at its place.
+        """
+        for each in given:
+            layers, why = self._positions.get(each, ((), ""))
+            for core in layers:
+                self.tagger.atoms.freeze(core.numpy(), why)
+
     def _made(self, func: Any, args: Any, kwargs: Any, outputs: Any, given: list[Tensor]) -> Any:
-        call_ = Call(self.tagger, func, args, kwargs, outputs, self.layers_of)
+        call_ = Call(self.tagger, func, args, kwargs, outputs, self.layers_of, self._note_positions)
         try:
             made, known = apply(call_)
         except Exception as error:  # noqa: BLE001 - a rule that cannot cope freezes; the reason is reported
@@ -270,6 +286,7 @@ class _Recorder(TorchDispatchMode):
         with elementary(self._model), self.stack.watching(), self:
             outputs = call(self._model, inputs)
         self.tagger.where = ""
+        self._read_positions(tensors(outputs))
         for tensor in tensors(outputs):
             self.tagger.freeze(self.layers_of(tensor), "reaches an output")
 
@@ -305,15 +322,15 @@ def _roles(trace: Trace) -> tuple[dict[tuple[str, int], Role], frozenset[str]]:
 
     for operation in trace.operations:
         name = operation.name.split(".")[1]
-        if name == "convolution":
-            transposed = bool(next(each for each in operation.scalars if isinstance(each, bool)))
+        if name in ("convolution", "deform_conv2d"):
+            transposed = name == "convolution" and bool(next(each for each in operation.scalars if isinstance(each, bool)))
             note(operation.inputs[1].layers, {0: "in", 1: "out"} if transposed else {0: "out", 1: "in"})
         elif name in ("mm", "addmm", "bmm", "baddbmm"):
             left, right = operation.inputs[-2:]
             last = len(right.shape) - 1
             note(right.layers, {last - 1: "in", last: "out"})
             note(left.layers, {last - 1: "out", last: "in"})
-        elif name == "embedding":
+        elif name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only"):
             note(operation.inputs[0].layers, {1: "out"})
         elif "batch_norm" in name and len(operation.inputs) > 1:
             scales |= {

@@ -4,7 +4,7 @@ Operations are seen as the dispatcher sees them, below `linear`, `einsum` or `sc
 few dozen rules serve every model. Pointwise operations are known by their tag, views are applied to the layers.
 """
 
-from torchslim.channels.rules import elementwise, layout, products  # each registers its rules
+from torchslim.channels.rules import elementwise, layout, products, sequences, spectral  # each registers its rules
 from torchslim.channels.rules.registry import RULES, Call, apply, rule
 
-__all__ = ["RULES", "Call", "apply", "elementwise", "layout", "products", "rule"]
+__all__ = ["RULES", "Call", "apply", "elementwise", "layout", "products", "rule", "sequences", "spectral"]

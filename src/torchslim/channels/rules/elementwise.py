@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from torchslim.channels.rules.registry import Call, axes, rule
+from torchslim.channels.rules.registry import Call, axes, axis, rule
 from torchslim.channels.tags import Layers, varying
 
 
@@ -25,7 +25,7 @@ def pointwise(call: Call) -> Sequence[Layers]:
       "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "bernoulli", "uniform", "normal",
       "_softmax", "_log_softmax", "_safe_softmax", "softmax", "cumsum", "cumprod", "logcumsumexp", "random",
       "exponential", "resolve_conj", "resolve_neg", "_conj", "nan_to_num", "logit", "glu_jvp",
-      "view_as_real_copy", "positive")  # fmt: skip
+      "positive")  # fmt: skip
 def same(call: Call) -> Sequence[Layers]:
     """The tags of the first operand, unchanged; a softmax runs over what is kept."""
     layers, _ = call.operand(call.args[0])
@@ -55,10 +55,40 @@ def triangle(call: Call) -> Sequence[Layers]:
     return (layers,)
 
 
+@rule("cummax", "cummin")
+def running(call: Call) -> Sequence[Layers]:
+    """The largest so far, of what is kept; its places are positions."""
+    layers, shape = call.operand(call.args[0])
+    dim = axis(call.arg(1, "dim"), len(shape))
+    call.positions(call.outputs[1], [core for core in layers if dim in varying(core)], "the place of the largest")
+    return (layers, layers)
+
+
+@rule("glu")
+def gated(call: Call) -> Sequence[Layers]:
+    """One half of a dimension times the sigmoid of the other: channels go in pairs."""
+    layers, shape = call.operand(call.args[0])
+    dim = axis(call.arg(1, "dim", -1), len(shape))
+    half, size = shape[dim] // 2, tuple(call.outputs[0].shape)
+    halves = [
+        call.tagger.layout(layers, shape, lambda core, start=start: core.narrow(dim, start, half))
+        for start in (0, half)
+    ]
+    return (call.tagger.merge([(each, size) for each in halves], size),)
+
+
+@rule("bucketize")
+def bucketized(call: Call) -> Sequence[Layers]:
+    """The bucket of each element; the boundaries stay."""
+    layers, _ = call.operand(call.args[0])
+    call.tagger.freeze(call.layers_of(call.args[1]), "boundaries of buckets stay")
+    return (layers,)
+
+
 @rule("sum", "mean", "nansum", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "logsumexp",
-      "norm", "linalg_vector_norm", "all", "any", "aminmax", "argmax", "argmin")  # fmt: skip
+      "norm", "linalg_vector_norm", "median", "nanmedian", "all", "any", "aminmax", "argmax", "argmin")  # fmt: skip
 def reduction(call: Call) -> Sequence[Layers]:
-    """Over what is kept; positions of the largest element would shift, so argmax keeps its dimension whole."""
+    """Over what is kept; positions of the largest would shift, so what reads them keeps the dimension whole."""
     name = call.func._schema.name.partition("::")[2]
     layers, shape = call.operand(call.args[0])
     rank = len(shape)
@@ -66,10 +96,9 @@ def reduction(call: Call) -> Sequence[Layers]:
         return pointwise(call)
     at = 2 if name in ("norm", "linalg_vector_norm") else 1
     dims = axes(call.arg(at, "dim"), rank)
-    if name in ("argmax", "argmin"):
-        call.tagger.freeze([core for core in layers if varying(core) & set(dims)], "the place of the largest")
-    if name in ("max", "min") and len(call.outputs) > 1:
-        call.tagger.freeze([core for core in layers if varying(core) & set(dims)], "the place of the largest")
+    if name in ("argmax", "argmin") or len(call.outputs) > 1 and name in ("max", "min", "median", "nanmedian"):
+        fixed = [core for core in layers if varying(core) & set(dims)]
+        call.positions(call.outputs[-1], fixed, "the place of the largest")
     left = call.tagger.reduce(layers, dims)
     results = []
     for output in call.outputs:

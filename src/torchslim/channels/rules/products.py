@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from torchslim.channels.rules.registry import Call, axis, rule
@@ -46,7 +47,37 @@ def grouped_product(call: Call) -> Sequence[Layers]:
     return (call.tagger.contract([(rows, size, "nk"), (stack_, shape, "gkm")], "nm"),)
 
 
-@rule("topk", "sort", "argsort", "kthvalue", "median", "mode")
+@rule("_cdist_forward", "cdist", "_euclidean_dist")
+def distances(call: Call) -> Sequence[Layers]:
+    """Between rows of two matrices: what goes from both is no difference."""
+    (left, size), (right, shape) = call.operand(call.args[0]), call.operand(call.args[1])
+    rank = len(call.outputs[0].shape)
+    batch = "abcdefgh"[: rank - 2]
+    left, right = (
+        tuple(core.reshape((1,) * (rank - core.dim()) + tuple(core.shape)) for core in each) for each in (left, right)
+    )
+    size, shape = ((1,) * (rank - len(each)) + tuple(each) for each in (size, shape))
+    return (call.tagger.contract([(left, size, f"{batch}nk"), (right, shape, f"{batch}mk")], f"{batch}nm"),)
+
+
+@rule("_trilinear")
+def trilinear(call: Call) -> Sequence[Layers]:
+    """Three operands, each with dimensions of size 1 put in, multiplied and summed."""
+    operands = []
+    for each, added in zip(call.args[:3], call.args[3:6], strict=True):
+        layers, shape = call.operand(each)
+        size = list(shape)
+        for dim in sorted(added):
+            layers, size = tuple(core.unsqueeze(dim) for core in layers), [*size[:dim], 1, *size[dim:]]
+        operands.append((layers, size))
+    merged = call.tagger.merge(operands, np.broadcast_shapes(*(tuple(size) for _, size in operands)))
+    summed = set(call.args[6])
+    left = call.tagger.reduce(merged, summed)
+    kept = [dim for dim in range(len(operands[0][1])) if dim not in summed]
+    return (call.tagger.note(tuple(core.reshape([core.shape[dim] for dim in kept]) for core in left)),)
+
+
+@rule("topk", "sort", "argsort", "kthvalue", "mode")
 def ordered(call: Call) -> Sequence[Layers]:
     """Positions along the sorted dimension matter; the others pass."""
     layers, shape = call.operand(call.args[0])
@@ -66,14 +97,23 @@ def convolution(call: Call) -> Sequence[Layers]:
     """A product over channels, group by group; space is mixed and stays, but for kernels of one position."""
     value, weight, bias = call.args[:3]
     stride, padding = call.args[3:5]
-    transposed, groups = (call.args[6], call.args[8])
-    (layers, shape), (kernel, size) = call.operand(value), call.operand(weight)
+    (layers, shape), (_, size) = call.operand(value), call.operand(weight)
     alone = len(shape) == len(size) - 1  # one sample without a batch
     if alone:
         layers, shape = tuple(core.unsqueeze(0) for core in layers), (1, *shape)
+    spatial = any(each != 1 for each in (*size[2:], *stride)) or any(padding)
+    result = _convolved(call, (layers, shape), weight, bias, call.args[8], transposed=call.args[6], spatial=spatial)
+    return (tuple(core.squeeze(0) for core in result) if alone else result,)
+
+
+def _convolved(
+    call: Call, value: Operand, weight: Tensor, bias: Tensor | None, groups: int, *, transposed: bool, spatial: bool
+) -> Layers:
+    """The layers of a convolution of a batch, group by group; where it is `spatial`, neighbours in space are mixed."""
+    (layers, shape), (kernel, size) = value, call.operand(weight)
     space = range(2, len(size))
     extent = shape[2:]
-    if any(each != 1 for each in (*size[2:], *stride)) or any(padding):
+    if spatial:
         layers, extent = call.tagger.along(layers, space), (1,) * len(space)
     kernel = call.tagger.along(kernel, space, "the kernel's extent stays")
     kernel = tuple(core.flatten(1) for core in kernel)
@@ -98,7 +138,21 @@ def convolution(call: Call) -> Sequence[Layers]:
             ],
             out,
         )
-    return (tuple(core.squeeze(0) for core in result) if alone else result,)
+    return result
+
+
+@rule("deform_conv2d", "_deform_conv2d")
+def deformable(call: Call) -> Sequence[Layers]:
+    """A convolution that looks where offsets say; each group of offsets serves an equal share of the channels."""
+    value, weight, offset, mask, bias = call.args[:5]
+    groups, offset_groups = call.args[11:13]
+    for each in (offset, mask):
+        moved = call.tagger.along(call.layers_of(each), (2, 3))
+        call.tagger.freeze([core for core in moved if 1 in varying(core)], "offsets of a kernel stay")
+    layers, shape = call.operand(value)
+    if offset_groups > 1:
+        _equal_groups(call, call.tagger.along(layers, (2, 3)), offset_groups)
+    return (_convolved(call, (layers, shape), weight, bias, groups, transposed=False, spatial=True),)
 
 
 @rule("_weight_norm_interface")
@@ -144,12 +198,18 @@ def group_norm(call: Call) -> Sequence[Layers]:
     layers, shape = call.operand(value)
     layers = call.tagger.along(layers, range(2, len(shape)))
     layers = _affine(call, (layers, shape), call.args[1:3], [1])
-    for core in layers:
-        if varying(core) == {1} and groups > 1:
-            call.tagger.balance(core.reshape(groups, -1).unbind(0))
-        elif 1 in varying(core) and groups > 1:
-            call.tagger.freeze([core], "normalised by groups across another dimension")
+    if groups > 1:
+        _equal_groups(call, layers, groups)
     return (layers,)
+
+
+def _equal_groups(call: Call, layers: Layers, groups: int) -> None:
+    """Neighbouring channels in groups, which stay of equal size."""
+    for core in layers:
+        if varying(core) == {1}:
+            call.tagger.balance(core.reshape(groups, -1).unbind(0))
+        elif 1 in varying(core):
+            call.tagger.freeze([core], "grouped across another dimension")
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",

@@ -24,6 +24,8 @@ class Call:
     kwargs: dict[str, Any]
     outputs: tuple[Any, ...]
     layers_of: Callable[[Any], Layers]
+    positions: Callable[[Tensor, Sequence[Tensor], str], None]
+    """Note that an output holds positions along layers, which must stay if anything reads this output, and why."""
 
     def operand(self, value: Any) -> Operand:
         """A tensor's layers and shape; numbers have neither."""
