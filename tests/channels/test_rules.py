@@ -101,7 +101,7 @@ FIXED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 def test_channels_stay_where_their_positions_matter(name: str) -> None:
     between, why = FIXED[name]
     model, inputs = scramble(Between(between)), (torch.randn(2, 2, 6, 6),)
-    plan, done = remove(model, inputs, 0, 0.3)
+    _, done = remove(model, inputs, 0, 0.3)
     reasons = {group.name: group.reason for group in done.coupling.groups}
     assert why in reasons["first.weight[0]"]
     assert "first.weight" not in {cut.weight for cut in done.surgery.cuts}

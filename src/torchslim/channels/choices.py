@@ -91,7 +91,7 @@ class Resolver:
             (counts[key], max(size for other, size in enumerate(key[0]) if other != axis))
             for key, axis in outer_axes.items()
         ]
-        mode = self._mode(keys, sides, inner_shut)
+        mode = self._mode(keys, sides, inner_shut, outer_axes)
         self.chosen |= {self.joints[key].where: mode for key in keys}
         levels: dict[tuple[str, int], Ids] = {}
         for key in keys:
@@ -156,7 +156,13 @@ class Resolver:
                 outer[key], sizes[key] = 1 - axis, key[0][1 - axis]
         return outer, any(key in outer and axis != outer[key] for key, axis in shut), sizes
 
-    def _mode(self, keys: list[JointKey], sides: Sequence[tuple[int, int]], inner_shut: bool) -> str:
+    def _mode(
+        self,
+        keys: list[JointKey],
+        sides: Sequence[tuple[int, int]],
+        inner_shut: bool,
+        outer_axes: Mapping[JointKey, int],
+    ) -> str:
         for key in keys:
             if self.joints[key].where in self.modes:
                 return self.modes[self.joints[key].where]
@@ -164,19 +170,28 @@ class Resolver:
             return "outer"
         outer, inner = sides[0]
         if any(len({each.axes for each in self.derived[key]}) == 1 for key in keys):  # attention: heads by dimensions
-            return "outer" if self.heads == "whole" or (outer >= inner and self._read(keys)) else "inner"
+            return "outer" if self.heads == "whole" or (outer > inner and self._read(outer_axes)) else "inner"
         return "outer" if outer > inner else "inner"
 
-    def _read(self, keys: list[JointKey]) -> bool:
-        """Does a weight read what is left of these layers after a sum or maximum, slice by slice?
+    def _read(self, outer_axes: Mapping[JointKey, int]) -> bool:
+        """Are the outer slices channels of a weight, one to one?
 
-        Maxout's results are channels of the next layer; nothing of a head's scores is.
+        What maxout leaves of its pieces are channels of the next layer; what is left of heads are scores.
         """
         if self.heads == "dim":
             return False
-        targets = np.concatenate([each.targets for key in keys for each in self.derived[key]])
-        weights = [core.numpy().reshape(-1) for value in self.trace.weights.values() for core in value.layers]
-        return bool(np.isin(self.atoms.find(targets), self.atoms.find(np.concatenate(weights))).any())
+        for key, axis in outer_axes.items():
+            for each in self.derived[key]:
+                wanted = np.unique(self.atoms.find(each.targets))
+                if each.axes != (axis,) or len(wanted) != len(each.targets):
+                    continue
+                for value in self.trace.weights.values():
+                    for core in value.layers:
+                        if core.numel() == len(wanted) and np.array_equal(
+                            np.unique(self.atoms.find(core.numpy().reshape(-1))), wanted
+                        ):
+                            return True
+        return False
 
     def _freeze(self, atoms: Ids) -> None:
         self.atoms.freeze(atoms, "neither whole heads nor parts of each can go")
@@ -196,7 +211,7 @@ class Resolver:
         narrow = np.unique(narrow)  # a batch folded into the heads repeats them
         mine = set(np.unique(self.atoms.find(joint.atoms)).tolist())
         for operation in self.trace.operations:
-            if not f"{operation.path}.".startswith(f"{joint.where}."):
+            if not f"{operation.path}.".startswith(f"{joint.where}." if joint.where else ""):
                 continue
             for value in operation.inputs:
                 for core in value.layers:

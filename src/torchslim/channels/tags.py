@@ -97,6 +97,7 @@ class Tagger:
     balances: dict[bytes, Balance] = field(default_factory=dict)
     where: str = ""  # the module and operation at work, for the reasons
     cause: str = ""  # why what it is given is of a fixed size, where an earlier operation made it so
+    path: str = ""  # the module alone; empty for the model itself
 
     def __post_init__(self) -> None:
         self._derived: dict[tuple[JointKey, tuple[int, ...]], Tensor] = {}
@@ -130,7 +131,7 @@ class Tagger:
             if len(varying(core)) > 1:
                 array, key = joint_key(core)
                 if key not in self.joints:
-                    self.joints[key] = Joint(array, self.where.partition(":")[0])
+                    self.joints[key] = Joint(array, self.path)
         return layers
 
     def balance(self, parts: Sequence[Tensor], fixed: Tensor | None = None) -> None:

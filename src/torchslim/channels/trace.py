@@ -206,7 +206,8 @@ class _Recorder(TorchDispatchMode):
         outputs = tuple(leaf for leaf in leaves(result) if isinstance(leaf, Tensor))
         given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = str(func)
-        self.tagger.where = f"{self.stack.paths[-1] or 'model'}: {func._opname}"
+        self.tagger.path = self.stack.paths[-1]
+        self.tagger.where = f"{self.tagger.path or 'model'}: {func._opname}"
         dependent = self._dependent.note(given, outputs, random=drawn)
         causes = (self._causes.get(each, "") for each in given if not self.layers_of(each))
         self.tagger.cause = next(filter(None, causes), "")
@@ -323,7 +324,8 @@ def _roles(trace: Trace) -> tuple[dict[tuple[str, int], Role], frozenset[str]]:
     for operation in trace.operations:
         name = operation.name.split(".")[1]
         if name in ("convolution", "deform_conv2d"):
-            transposed = name == "convolution" and bool(next(each for each in operation.scalars if isinstance(each, bool)))
+            flags = [each for each in operation.scalars if isinstance(each, bool)]
+            transposed = name == "convolution" and flags[0]
             note(operation.inputs[1].layers, {0: "in", 1: "out"} if transposed else {0: "out", 1: "in"})
         elif name in ("mm", "addmm", "bmm", "baddbmm"):
             left, right = operation.inputs[-2:]

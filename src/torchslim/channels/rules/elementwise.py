@@ -96,7 +96,7 @@ def reduction(call: Call) -> Sequence[Layers]:
         return pointwise(call)
     at = 2 if name in ("norm", "linalg_vector_norm") else 1
     dims = axes(call.arg(at, "dim"), rank)
-    if name in ("argmax", "argmin") or len(call.outputs) > 1 and name in ("max", "min", "median", "nanmedian"):
+    if name in ("argmax", "argmin") or (len(call.outputs) > 1 and name in ("max", "min", "median", "nanmedian")):
         fixed = [core for core in layers if varying(core) & set(dims)]
         call.positions(call.outputs[-1], fixed, "the place of the largest")
     left = call.tagger.reduce(layers, dims)
