@@ -16,8 +16,10 @@ from torchslim.channels.runs import COUNTING, Divergence
 from torchslim.channels.sizes import other_inputs
 from torchslim.channels.tags import JointKey
 from torchslim.channels.trace import Trace, Value, trace
+from torchslim.channels.units import Unit
 from torchslim.errors import PruneError
 from torchslim.isolation import copy_model, is_plain, preserved_globals
+from torchslim.prune.shrink import mend
 from torchslim.select import Patterns, as_list, check_patterns, class_names, matches, parameter_paths
 from torchslim.steps import Inputs
 from torchslim.task import device_of, tensors, to_device
@@ -104,6 +106,7 @@ class Plan:
             suspects = self._losing(earlier.outputs, coupling, removed)
         if not suspects:
             return False
+        suspects = self._culprits(suspects, divergence, coupling, removed) or suspects
         if self._turn(suspects, coupling, kinds) or self._place(suspects, coupling):
             return True
         why = f"could not be verified: {divergence.what} ({divergence.path})"
@@ -142,6 +145,35 @@ class Plan:
             if operation.path == path or operation.path.startswith(f"{path}." if path else ""):
                 found |= self._losing(operation.outputs, coupling, removed)
         return found
+
+    def _culprits(self, suspects: set[int], divergence: Divergence, coupling: Coupling, removed: Mask) -> set[int]:
+        """Those of the suspects whose units bring the divergence about by themselves, by halving; none if none does."""
+
+        def diverges(units: list[Unit]) -> bool:
+            only = np.zeros_like(removed)
+            for unit in units:
+                for cell in unit.cells:
+                    only[cell.classes] = removed[cell.classes]
+            only.setflags(write=False)
+            found = mend(self.model, coupling, only, self.inputs)[1]
+            return found is not None and found.index <= divergence.index
+
+        def guilty(units: list[Unit]) -> list[Unit]:
+            if not units or not diverges(units):
+                return []
+            if len(units) == 1:
+                return units
+            half = len(units) // 2  # those that only diverge together are not looked for
+            return guilty(units[:half]) + guilty(units[half:])
+
+        removing = [
+            unit
+            for unit in coupling.units
+            if suspects & set(np.concatenate([cell.classes for cell in unit.cells]).tolist())
+        ]
+        found = guilty(removing) if len(removing) > 1 else []
+        classes = {root for unit in found for cell in unit.cells for root in cell.classes.tolist()}
+        return suspects & classes
 
     def _losing(self, values: Iterable[Value], coupling: Coupling, removed: Mask) -> set[int]:
         found: set[int] = set()

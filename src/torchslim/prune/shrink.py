@@ -6,6 +6,7 @@ that is not certain, values are tried one at a time against the predicted shape 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -266,9 +267,13 @@ class Mender:
         for each in paths:
             module = self.modules[each]
             inside = {key: new for inner in paths if inner.startswith(each) for key, new in self._around(inner).items()}
+            below: dict[int, list[int]] | None = None
             for name, place, value in sizes_in(module):
-                for new in sorted(inside.get(value, set()) - {value}):
-                    patches.append(Patch(each, name, place, value, new))
+                found = sorted(inside.get(value, set()) - {value})
+                if module._modules:  # the sizes of the layers that it holds may be checked before any of them runs
+                    below = self._below(each) if below is None else below
+                    found += [new for new in below.get(value, ()) if new not in found]
+                patches += [Patch(each, name, place, value, new) for new in found]
         return [*patches, *self._in_proportion(divergence.path), *self._in_code(paths)]
 
     def _in_code(self, paths: Sequence[str]) -> list[Patch]:
@@ -282,6 +287,17 @@ class Mender:
                     Patch(each, FORWARD, (number,), value, new) for new in sorted(inside.get(value, set()) - {value})
                 ]
         return patches
+
+    def _below(self, path: str) -> dict[int, list[int]]:
+        """Old size -> new sizes of the weights inside of a module, the most frequent first."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for inner, sizes in self.own.items():
+            if not path or f"{inner}.".startswith(f"{path}."):
+                counts.update((old, new) for old, news in sizes.items() for new in news if new != old)
+        found: dict[int, list[int]] = {}
+        for (old, new), _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+            found.setdefault(old, []).append(new)
+        return found
 
     def _in_proportion(self, path: str) -> list[Patch]:
         """Multiples of a size that changed, in modules inside whose own weights were cut: they may run uncalled."""
