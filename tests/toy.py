@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,10 @@ def model() -> nn.Module:
         return Net()
 
 
-def task() -> ts.Task:
-    """A shuffling loader for training, lists for the rest."""
+def task(**fields: Any) -> ts.Task:
+    """A shuffling loader for training, lists for the rest; further fields of a task."""
     train = DataLoader(TensorDataset(*images(128, 1)), batch_size=16, shuffle=True)
-    return ts.Task(train=train, val=[images(64, 2)], test=[images(64, 3)], metric="accuracy")
+    return ts.Task(train=train, val=[images(64, 2)], test=[images(64, 3)], metric="accuracy", **fields)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ def pack(
         copied, _ = copy_model(model)
         inputs: Any = task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs
         bench = Bench(example_inputs=inputs, target=target, task=task, steps=steps, dynamic_shapes=dynamic_shapes)
-        plan = pruning.analysed(copied, inputs)
+        plan = pruning.analysed(copied, inputs, task.examples)
         selection, rows = programs(plan, pruning.amount)
         wanted = variants(plan, selection, rows)
         whole = bench.deploy(bench.ended(plan.model))

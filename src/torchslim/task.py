@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
@@ -154,7 +154,8 @@ class Task:
 
     The defaults understand `(x, y)` tuples, dicts and Hugging Face batches and outputs. `metric` is a name of
     `METRICS`, a `Metric`, a `torchmetrics.Metric`, or a plain function `metric(predict, batches) -> float`, which
-    counts as higher-is-better.
+    counts as higher-is-better. `examples` are further calls of the model, of branches and methods that a batch does not
+    reach, such as `[(x, 1), {"method": "embed", "args": (x,)}]`: channel pruning looks at all of them.
     """
 
     val: Iterable[Batch]
@@ -167,6 +168,7 @@ class Task:
     logits: Callable[[Outputs], Tensor] = output_logits
     target: Callable[[Batch], Tensor | None] = batch_target
     mask: Callable[[Batch], Tensor | None] = batch_mask
+    examples: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.metric, str) and self.metric not in METRICS:

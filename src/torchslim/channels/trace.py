@@ -7,7 +7,7 @@ detectors' post-processing and data-dependent branches included, in the time of 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torchslim.channels.examples import Examples, calls_of
 from torchslim.channels.leaves import leaves
 from torchslim.channels.noise import Noise
 from torchslim.channels.rules import Call, apply
 from torchslim.channels.tags import FIXED, Layers, Tagger
+from torchslim.channels.unseen import Boundaries, Unseen, Watch, shared_channels
 from torchslim.isolation import quiet, unfused_attention
 from torchslim.steps import Inputs
 from torchslim.task import tensors
@@ -85,6 +87,7 @@ class Trace:
     roles: dict[tuple[str, int], Role] = field(default_factory=dict)  # what dimensions of weights mean to operations
     norm_scales: frozenset[str] = frozenset()  # weights that scale a batch norm
     training: str = ""  # why the training mode was not analysed, where that was needed
+    unseen: Unseen = field(default_factory=Unseen)  # code that no call reached
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -104,16 +107,21 @@ def scalars_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
 class Stack:
     """Which module is at work, by path."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, at_boundary: Callable[[str, Any], None] | None = None) -> None:
         self._paths = {id(module): path for path, module in model.named_modules()}
+        self._at_boundary = at_boundary  # called with a module's path and what enters or leaves the module
         self.paths = [""]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._paths:
             self.paths.append(self._paths[id(module)])
+            if self._at_boundary is not None:
+                self._at_boundary(self.paths[-1], args)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if id(module) in self._paths and len(self.paths) > 1:
+            if self._at_boundary is not None:
+                self._at_boundary(self._paths[id(module)], output)
             self.paths.pop()
 
     @contextmanager
@@ -144,7 +152,9 @@ def elementary(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """The model on its example inputs."""
+    """The model on its example inputs; what several calls give, in a list."""
+    if isinstance(inputs, Examples):
+        return [each(model) for each in inputs.calls]
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
@@ -173,7 +183,9 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
-        self.stack = Stack(model)
+        self._boundaries, self._watch, self._called = Boundaries(), Watch(model), {""}
+        self.stack = Stack(model, self._at_boundary)
+        self._counts = True  # whether multiply-accumulates are those of the call on the example inputs
         self.noise = Noise()
         self.tagger = Tagger()
         self.trace = Trace(self.tagger)
@@ -214,12 +226,15 @@ class _Recorder(TorchDispatchMode):
         self._read_positions(given)
         made = self._made(func, args, kwargs, outputs, given)
         self._used.update(map(id, given))
+        for each in given:
+            self._boundaries.note(self.tagger.path, tuple(each.shape), self.layers_of(each))
         for place, output in enumerate(outputs):
             layers = made[place] if place < len(made) else ()
             # what is known to stay is of a fixed size, as if it had no atoms
             self._layers[output] = tuple(core for core in layers if not self.tagger.atoms.stuck(core.numpy()))
             if not self._layers[output]:
                 self._causes[output] = self._cause(layers, given)
+            self._boundaries.note(self.tagger.path, tuple(output.shape), self._layers[output])
         cost, factors = self._cost(func, args, kwargs, result)
         self.trace.operations.append(
             Operation(
@@ -270,7 +285,7 @@ class _Recorder(TorchDispatchMode):
 
     def _cost(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, tuple[tuple[Layers, int], ...]]:
         formula = flop_registry.get(func._overloadpacket)
-        if formula is None:
+        if formula is None or not self._counts:
             return 0, ()
         flops = int(formula(*args, **kwargs, out_val=result))
         if "convolution" in func._opname:
@@ -280,12 +295,20 @@ class _Recorder(TorchDispatchMode):
         first, second = self.layers_of(left), self.layers_of(right)
         return flops // 2, (*((first, dim) for dim in range(left.dim())), (second, right.dim() - 1))
 
+    def _at_boundary(self, path: str, values: Any) -> None:
+        self._called.add(path)
+        for tensor in tensors(values):
+            self._boundaries.note(path, tuple(tensor.shape), self.layers_of(tensor))
+
     def run(self, inputs: Inputs) -> None:
-        """One forward pass. What reaches an output stays."""
+        """One forward pass, and the further calls of `Examples`. What reaches an output stays."""
         self.noise = Noise()
         self._dependent = Dependent([*self._weights.values(), *tensors(inputs)])
-        with elementary(self._model), self.stack.watching(), self:
-            outputs = call(self._model, inputs)
+        with elementary(self._model), self.stack.watching(), self._watch.watching(), self:
+            outputs = []
+            for place, each in enumerate(calls_of(inputs)):
+                self._counts = place == 0
+                outputs.append(each(self._model))
         self.tagger.where = ""
         self._read_positions(tensors(outputs))
         for tensor in tensors(outputs):
@@ -297,6 +320,21 @@ class _Recorder(TorchDispatchMode):
 
     def finish(self) -> Trace:
         """What the run never touched stays."""
+        unused = {id(each) for each in self.unused()}
+        learnt = {path for path, _ in self._model.named_parameters()}
+        weights = {
+            path: each
+            for path, each in self._weights.items()
+            if id(each) in unused
+            and each.is_floating_point()
+            # layers that ran keep tables that they use in other cases alone
+            and (path in learnt or path.rpartition(".")[0] not in self._called)
+        }
+        self.trace.unseen = Unseen(
+            tuple(weights),
+            self._watch.unreached(),
+            shared_channels(self._model, weights, self._boundaries, self._called, self.tagger.atoms),
+        )
         for tensor in self.unused():
             self.tagger.freeze(self.layers_of(tensor), "not used in this run")
         self.trace.parameters = frozenset(name for name, _ in self._model.named_parameters())

@@ -29,7 +29,7 @@ from torchslim.prune.criteria import Criterion, Scorer, find_criterion
 from torchslim.prune.data import check_data, gather_for
 from torchslim.prune.latency import Rows, Table, load_rows
 from torchslim.prune.penalties import Sparsify, make_penalty
-from torchslim.prune.plan import Plan, analyse
+from torchslim.prune.plan import Plan, UnseenCode, analyse
 from torchslim.prune.reach import Told, reach
 from torchslim.prune.record import replay, surgery
 from torchslim.prune.removal import Ranking, Shrunk, Stuck, TooLittle, finish, notes, shrink, tolerance, vacuous
@@ -83,6 +83,7 @@ class ChannelPruning:
     strength: float = 1e-4
     sparsify_train: Training | None = None
     latency_table: str | None = None
+    unseen: UnseenCode = "keep"
 
     def __post_init__(self) -> None:
         check_fields(self, PruneError)
@@ -155,17 +156,28 @@ class ChannelPruning:
             evidence=now.evidence,
         )
 
-    def analysed(self, model: nn.Module, inputs: Inputs) -> Plan:
-        """The groups of a model, as the fields choose them."""
-        return analyse(model, inputs, heads=self.heads, include=self.include, exclude=self.exclude)
+    def analysed(self, model: nn.Module, inputs: Inputs, examples: Sequence[Any] = ()) -> Plan:
+        """The groups of a model, as the fields choose them; `examples` are further calls of the model."""
+        return analyse(
+            model,
+            inputs,
+            heads=self.heads,
+            include=self.include,
+            exclude=self.exclude,
+            examples=examples,
+            unseen=self.unseen,
+        )
+
+    def _plan(self, model: nn.Module, ctx: Context) -> Plan:
+        return self.analysed(model, ctx.example_inputs, ctx.task.examples)
 
     def _penalty(self, model: nn.Module, ctx: Context) -> list[Hook]:
         assert self.sparsify is not None
-        return [make_penalty(self.sparsify, self.analysed(model, ctx.example_inputs).coupling(), self.strength)]
+        return [make_penalty(self.sparsify, self._plan(model, ctx).coupling(), self.strength)]
 
     def _cut(self, now: Standing, target: float, ctx: Context, *, last: bool) -> None:
         """Shrink to a target that is a fraction of the model that the step received."""
-        plan = self.analysed(now.model, ctx.example_inputs)
+        plan = self._plan(now.model, ctx)
         share = self._share(now, target, plan)
         try:
             if share > 0:  # widths are whole steps: an earlier round may have gone as far
@@ -195,8 +207,8 @@ class ChannelPruning:
         """Shrink to a target that is a fraction of the time that the model takes that the step received."""
         if now.total and now.kept <= 1 - target:  # an earlier round went as far
             return
-        plan = self.analysed(now.model, ctx.example_inputs)
-        whole = plan if now.model is received else self.analysed(received, ctx.example_inputs)
+        plan = self._plan(now.model, ctx)
+        whole = plan if now.model is received else self._plan(received, ctx)
         table = self._table(now, whole, ctx)
         criterion, scores = self._scores(now, plan, ctx)
         amount = replace(self.amount, sparsity=target)
@@ -256,7 +268,7 @@ def _take(now: Standing, plan: Plan, done: Shrunk, amount: Amount, criterion: Cr
     now.warnings += [
         f"no rule for {name} ({count} times): channels that reach it stay" for name, count in plan.trace.unruled.items()
     ]
-    now.warnings += [*vacuous(done), *_recalibrate(now.model, ctx)]
+    now.warnings += [*plan.notes(), *vacuous(done), *_recalibrate(now.model, ctx)]
 
 
 def _size(plan: Plan, coupling: Coupling, of: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchslim.channels.choices import Heads
 from torchslim.channels.groups import Coupling
 from torchslim.channels.units import Group
 from torchslim.errors import PruneError
-from torchslim.prune.plan import analyse
+from torchslim.prune.plan import UnseenCode, analyse
 from torchslim.prune.proof import settle
 from torchslim.select import Patterns
 from torchslim.steps import Inputs
@@ -61,6 +62,7 @@ class Inspection:
     macs: int
     unruled: dict[str, int]  # operations whose channels nobody knows, and how often they ran; what meets them stays
     training: str = ""  # why the training mode was not looked at, where that was needed
+    unreached: tuple[str, ...] = ()  # weights and methods that no example reached
 
     def to_json(self) -> dict[str, Any]:
         """As plain lists, numbers and text."""
@@ -92,6 +94,8 @@ class Inspection:
             lines += ["", f"not shown: {hidden} kernel extents and position tables"]
         if self.unruled:
             lines += ["", f"operations that nobody knows the channels of: {', '.join(sorted(self.unruled))}"]
+        if self.unreached:
+            lines += ["", f"no example reached: {', '.join(self.unreached)}"]
         if self.training:
             lines += ["", self.training]
         return "\n".join(lines)
@@ -108,6 +112,8 @@ def inspect(
     heads: Heads = "auto",
     include: Patterns = None,
     exclude: Patterns = None,
+    examples: Sequence[Any] = (),
+    unseen: UnseenCode = "keep",
 ) -> Inspection:
     """Which channels of a model go together, which `channels` may remove, and why others must stay.
 
@@ -125,12 +131,16 @@ def inspect(
         heads: as for `channels`.
         include: as for `channels`.
         exclude: as for `channels`.
+        examples: as for `channels`.
+        unseen: as for `channels`.
 
     Raises:
         PruneError: an argument is out of its range.
     """
     model = usable(model, PruneError)
-    plan = analyse(model, example_inputs, heads=heads, include=include, exclude=exclude)
+    plan = analyse(
+        model, example_inputs, heads=heads, include=include, exclude=exclude, examples=examples, unseen=unseen
+    )
     coupling = settle(plan)
     parameters = set(plan.names)
     nothing = np.zeros(coupling.atoms.count, dtype=bool)
@@ -158,6 +168,7 @@ def inspect(
         macs=macs,
         unruled=dict(plan.trace.unruled),
         training=plan.trace.training,
+        unreached=(*plan.trace.unseen.weights, *plan.trace.unseen.methods),
     )
 
 

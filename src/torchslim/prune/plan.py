@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from torchslim.channels.choices import Heads
+from torchslim.channels.examples import together
 from torchslim.channels.groups import Coupling, Mask, couple
 from torchslim.channels.runs import COUNTING, Divergence
 from torchslim.channels.sizes import other_inputs
@@ -30,6 +32,13 @@ MODES = {
     "dim": ("inner", "even", "tied", "none"),
 }
 """What attention may lose, in the order in which it is tried: see `couple`."""
+
+
+UnseenCode = Literal["keep", "prune"]
+"""What happens to channels that code may share which no example reached."""
+
+SHOWN = 6
+"""How many names a warning lists."""
 
 
 @dataclass
@@ -52,6 +61,7 @@ class Plan:
     imprecise: str = ""  # why it does not
     elsewhere: tuple[Inputs, Trace] | None = None  # inputs of a second size that the model takes, and their trace
     sized: bool = False  # has one been looked for?
+    unseen: UnseenCode = "keep"
 
     @property
     def names(self) -> list[str]:
@@ -78,6 +88,25 @@ class Plan:
             shut=self.shut,
             placed=self.placed,
         )
+
+    def notes(self) -> list[str]:
+        """What a user must know of code that no example reached."""
+        found = self.trace.unseen
+        if not found.weights and not found.methods:
+            return []
+        names = [f"{kind} {_listed(each)}" for kind, each in (("weights", found.weights), ("methods", found.methods))
+                 if each]  # fmt: skip
+        kept = [group.name for group in self.coupling().groups if "which no example reached" in group.reason]
+        if found.weights and self.unseen == "prune":
+            consequence = "with unseen='prune' they may not fit the pruned model any more"
+        elif kept:
+            consequence = f"channels that they may share stay ({_listed(kept)})"
+        else:
+            consequence = "whether they still run was not checked"
+        return [
+            f"no example reached {' and '.join(names)}: {consequence}; give the calls that reach them, as "
+            "examples=[(x, 1), {'method': 'embed', 'args': (x,)}]"
+        ]
 
     def retreat(self, divergence: Divergence, coupling: Coupling, removed: Mask) -> bool:
         """Give up what a divergence shows to be impossible: another way for the attention, or the groups at work."""
@@ -201,6 +230,11 @@ def _second(model: nn.Module, inputs: Inputs, first: Trace) -> tuple[Inputs, Tra
     return None
 
 
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def analyse(
     model: nn.Module,
     inputs: Inputs,
@@ -208,8 +242,14 @@ def analyse(
     heads: Heads = "auto",
     include: Patterns = None,
     exclude: Patterns = None,
+    examples: Sequence[Any] = (),
+    unseen: UnseenCode = "keep",
 ) -> Plan:
     """Trace a copy of the model, and find which weights the user wants left alone.
+
+    Args:
+        examples: further calls, see `together`.
+        unseen: "keep" lets what may share channels with weights that no call reaches stay; "prune" lets it go.
 
     Raises:
         PruneError: arguments that cannot be used.
@@ -221,10 +261,12 @@ def analyse(
         raise PruneError(
             f"example_inputs must be a tuple of positional or a dict of keyword arguments, got {type(inputs).__name__}"
         )
+    if unseen not in ("keep", "prune"):
+        raise PruneError(f"unseen must be 'keep' or 'prune', got {unseen!r}")
     check_patterns(model, include, exclude)
     if not is_plain(model):
         model, _ = copy_model(model)  # masks of torch.nn.utils.prune become zeros
-    inputs = to_device(inputs, device_of(model))
+    inputs = to_device(together(model, inputs, examples), device_of(model))
     with preserved_globals(seed=0):
         found = trace(copy_model(model)[0], inputs)
     types, aliases = class_names(model), parameter_paths(model)
@@ -236,7 +278,9 @@ def analyse(
             if any(matches(each, path, types) for each in as_list(patterns) for path in aliases.get(name, [name]))
         }
 
-    plan = Plan(model, inputs, found, sorted(covered(exclude)), heads)
+    plan = Plan(model, inputs, found, sorted(covered(exclude)), heads, unseen=unseen)
+    if unseen == "keep":
+        plan.stays += found.unseen.shared
     if include is not None:
         wanted = covered(include)
         for group in plan.coupling().groups:

@@ -21,7 +21,7 @@ from torchslim.errors import PruneError
 from torchslim.isolation import trim
 from torchslim.prune.amount import Amount, Of, Scope, Scores, Selection, select, step_size
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion, needs
-from torchslim.prune.plan import Plan, analyse, shapes_of
+from torchslim.prune.plan import Plan, UnseenCode, analyse, shapes_of
 from torchslim.prune.proof import ROLLBACKS, give_up, prove
 from torchslim.prune.record import attach
 from torchslim.prune.scores import Normalisation, Reduction, channel_scores, combine
@@ -131,6 +131,8 @@ def refusal(plan: Plan, rollbacks: Sequence[str]) -> str:
     unlisted = [each for each in dict.fromkeys(rollbacks) if not any(each.partition(": ")[2] in why for why in plain)]
     reasons = [*unlisted, *sorted(plain, key=lambda each: (each in ASKED, -plain[each]))]
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    if plan.unseen == "keep" and any("no example reached" in each for each in reasons):
+        more += "".join(f"; {note}, or unseen='prune'" for note in plan.notes())
     return "; ".join(reasons[:SHOWN]) + more if reasons else "it has no groups"
 
 
@@ -204,6 +206,8 @@ def channels(
     loss: Any = None,
     seed: int = 0,
     workbench: Workbench | None = None,
+    examples: Sequence[Any] = (),
+    unseen: UnseenCode = "keep",
 ) -> nn.Module:
     """A smaller copy of the model: the least important channels, neurons and heads are physically gone.
 
@@ -231,6 +235,10 @@ def channels(
         loss: for criteria that need gradients: loss(outputs, batch); default cross-entropy.
         seed: of the "random" criterion.
         workbench: measures for of="latency": `ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime=...))`.
+        examples: further calls that reach other branches and methods: tuples of positional arguments, dicts of keyword
+            arguments, or {"method": "embed", "args": (...), "kwargs": {...}}. All are traced and verified together.
+        unseen: channels that may be shared with weights which no call reaches stay ("keep"), or may go ("prune"),
+            after which those weights may not fit any more. Either way a warning names the weights, and the methods.
 
     Raises:
         PruneError: nothing can go, or an argument is out of its range.
@@ -244,7 +252,9 @@ def channels(
             "give workbench=ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime='onnxruntime')) with it"
         )
     found = find_criterion(criterion)
-    plan = analyse(model, example_inputs, heads=heads, include=include, exclude=exclude)
+    plan = analyse(
+        model, example_inputs, heads=heads, include=include, exclude=exclude, examples=examples, unseen=unseen
+    )
     gathered = Gathered()
     if needs(found) and batches is not None:
         gathered = gather(plan.model, needs(found), batches, loss=loss)
@@ -258,7 +268,7 @@ def channels(
 
         done, told = reach_here(plan, amount, scores, workbench)
     finish(plan, done, amount, found.name)
-    for note in (*vacuous(done), *told):
+    for note in (*plan.notes(), *vacuous(done), *told):
         warnings.warn(note, stacklevel=2)
     return done.model
 
@@ -280,6 +290,7 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
         "macs": [coupling.macs(each) for each in (nothing, done.removed)],
         "rolled_back": list(done.rollbacks),
         "unruled": dict(plan.trace.unruled),
+        "unreached": [*plan.trace.unseen.weights, *plan.trace.unseen.methods],
         "stayed": {group.name: group.reason for group in coupling.groups if group.reason},
     }
     attach(done.model, plan.model, done.surgery, about)

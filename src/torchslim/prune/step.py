@@ -25,6 +25,7 @@ from torchslim.prune.criteria import Criterion, Scorer, find_criterion
 from torchslim.prune.data import check_data, gather_for
 from torchslim.prune.patterns import CHANNEL, Slice, find_pattern
 from torchslim.prune.penalties import Sparsify
+from torchslim.prune.plan import UnseenCode
 from torchslim.prune.scores import Normalisation, Reduction, check_ranks_weights
 from torchslim.prune.sparsify import NO_DATA, Masks, apply_masks, notes, plan, pruned_record
 from torchslim.select import Patterns, by_pattern, select_weights
@@ -37,7 +38,7 @@ from torchslim.usable import usable
 SCHEDULES = ("one-shot", "iterative", "gradual")
 AMOUNT = ("of", "scope", "round_to", "min_channels")
 COMMON = ("include", "exclude", "train")
-CHANNELS = ("heads", "reduction", "normalisation", "sparsify", "strength", "sparsify_train", "latency_table")
+CHANNELS = ("heads", "reduction", "normalisation", "sparsify", "strength", "sparsify_train", "latency_table", "unseen")
 UPDATES = 100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
 
 
@@ -66,6 +67,7 @@ class Prune:
             of="latency" is measured on the run's target, in the numbers that the recipe ends with.
         sparsify: of channels: "group-lasso" or "bn-l1" is added, times `strength` (1e-4), to the loss of a training
             before the cut, `sparsify_train` or else `train`, and of the trainings between rounds.
+        unseen: of channels, as for `ts.prune.channels`; further calls of the model are the task's `examples`.
         latency_table: with of="latency", the `latency.json` of a machine that the times were taken on, in place of
             measuring here.
     """
@@ -96,6 +98,7 @@ class Prune:
     strength: float | None = None
     sparsify_train: Training | None = None
     latency_table: str | None = None
+    unseen: UnseenCode | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, PruneError)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from torchslim.channels.rules.registry import Call, axes, axis, rule
@@ -71,7 +73,7 @@ def gated(call: Call) -> Sequence[Layers]:
     dim = axis(call.arg(1, "dim", -1), len(shape))
     half, size = shape[dim] // 2, tuple(call.outputs[0].shape)
     halves = [
-        call.tagger.layout(layers, shape, lambda core, start=start: core.narrow(dim, start, half))
+        call.tagger.layout(layers, shape, partial(torch.narrow, dim=dim, start=start, length=half))
         for start in (0, half)
     ]
     return (call.tagger.merge([(each, size) for each in halves], size),)
