@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import gcd
+from dataclasses import dataclass, field
+from math import gcd, lcm
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,10 @@ from torchslim.prune.budget import check_sparsity
 Of = Literal["params", "macs", "channels", "latency"]
 Scope = Literal["global", "layer"]
 Scores = Callable[[Coupling, Group], NDArray[np.float64]]
+
+
+NEAR = 0.02
+"""How far from its target a removal is near enough."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,23 +51,53 @@ class Amount:
                 raise PruneError(f"{name} must be a whole number of at least 1, got {count!r}")
 
 
-def step_size(unit: Unit, coupling: Coupling, round_to: int) -> int:
-    """Steps of a unit that keep its widths multiples of `round_to`; 1 where it is narrower than that."""
-    largest = 1
-    for number in unit.groups:
+def losses(unit: Unit, coupling: Coupling) -> dict[int, int]:
+    """How many channels each group of a unit loses at a step: one for each part that must stay equal to the others."""
+    found = dict.fromkeys(unit.groups, 0)
+    for cell in unit.cells:
+        number = next(each for each in unit.groups if cell.classes[0] in coupling.groups[each].classes)
+        found[number] += cell.stride
+    return found
+
+
+def is_bound(unit: Unit) -> bool:
+    """Do parts of a unit shrink in step, so that its groups lose several channels at once?"""
+    return len(unit.cells) > 1 or unit.cells[0].stride > 1
+
+
+def least_steps(unit: Unit, coupling: Coupling, min_channels: int) -> int:
+    """How many steps of a unit stay: its narrowest group keeps `min_channels`; 1 where that has fewer."""
+    pace = min(losses(unit, coupling).values())
+    return -(-min_channels // pace) if unit.width * pace >= min_channels else 1
+
+
+def step_size(unit: Unit, coupling: Coupling, amount: Amount, *, ease: int = 1, narrowest: int = 1) -> int:
+    """Steps of a unit that keep its widths multiples of `round_to`; 1 where it is narrower than that.
+
+    Where parts must stay equal, and no narrower width is such a multiple, it is one of a smaller divisor.
+
+    Args:
+        ease: what `round_to` is divided by, for units whose parts must stay equal.
+        narrowest: no width is below it.
+    """
+    paces = []
+    for number, pace in losses(unit, coupling).items():
         group = coupling.groups[number]
-        for member in group.members:
-            largest = max(largest, len(member.indices) // max(len(group.classes), 1))
-    step = round_to // gcd(round_to, largest)
-    return step if unit.width >= step else 1
+        paces.append(pace * max(len(each.indices) // max(len(group.classes), 1) for each in group.members))
+    round_to = max(amount.round_to // ease, 1) if is_bound(unit) else amount.round_to
+    low = max(least_steps(unit, coupling, amount.min_channels), narrowest)
+    while True:
+        step = lcm(*(round_to // gcd(round_to, pace) for pace in paces))
+        if not is_bound(unit):
+            return step if unit.width >= step else 1
+        if -(-low // step) * step < unit.width or round_to == 1:
+            return step
+        round_to = max(each for each in range(1, round_to) if round_to % each == 0)
 
 
 def rounded(unit: Unit, kept: float, step: int, least: int, narrowest: int = 1) -> int:
-    """The nearest allowed width: a multiple of `step`, at least `least` and `narrowest`, at most what there is.
-
-    Units narrower than `least` ignore it.
-    """
-    low = -(-max(least if unit.width >= least else 1, narrowest) // step) * step  # a whole number of steps
+    """The nearest allowed width: a multiple of `step`, at least `least` and `narrowest`, at most what there is."""
+    low = -(-max(least, narrowest) // step) * step  # a whole number of steps
     nearest = round(kept / step) * step if step > 1 else round(kept)
     return max(min(nearest, unit.width), min(low, unit.width), 1)
 
@@ -78,6 +112,8 @@ class Selection:
     order: list[list[NDArray[np.int64]]]  # per unit and cell: classes, the least important first
     ranks: list[NDArray[np.float64]]  # per unit: the score of each of its steps, rising
     narrowest: int = 1
+    ease: int = 1  # what `round_to` is divided by where parts must stay equal
+    _known: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def removed(self, kept: Sequence[int]) -> Mask:
         """The atoms' mask when each unit keeps so many steps."""
@@ -101,14 +137,39 @@ class Selection:
 
     def widths(self, wanted: Sequence[float]) -> list[int]:
         """Allowed widths near the wanted ones."""
-        amount = self.amount
         return [
-            rounded(unit, each, step_size(unit, self.coupling, amount.round_to), amount.min_channels, self.narrowest)
-            for unit, each in zip(self.coupling.units, wanted, strict=True)
+            rounded(unit, each, step, least, self.narrowest)
+            for unit, each, (step, least) in zip(self.coupling.units, wanted, self._steps(), strict=True)
         ]
 
+    def _steps(self) -> list[tuple[int, int]]:
+        """Per unit its step and its least width."""
+        if self.ease not in self._known:
+            self._known[self.ease] = [
+                (
+                    step_size(unit, self.coupling, self.amount, ease=self.ease, narrowest=self.narrowest),
+                    least_steps(unit, self.coupling, self.amount.min_channels),
+                )
+                for unit in self.coupling.units
+            ]
+        return self._known[self.ease]
+
     def choose(self) -> list[int]:
-        """Per unit how many steps stay, so that what is left is as near the target as can be."""
+        """Per unit how many steps stay, so that what is left is as near the target as can be.
+
+        Where the target cannot be reached, rounding gives way for the units whose parts must stay equal.
+        """
+        target = 1 - self.amount.sparsity
+        best = kept = self._nearest()
+        while abs(self.left(best) - target) > NEAR and 2 * self.ease <= self.amount.round_to:
+            if not any(map(is_bound, self.coupling.units)):
+                break
+            self.ease *= 2
+            kept = self._nearest()
+            best = min((best, kept), key=lambda each: abs(self.left(each) - target))
+        return best
+
+    def _nearest(self) -> list[int]:
         units, target = self.coupling.units, 1 - self.amount.sparsity
         if self.amount.scope == "layer":
             if self.amount.of == "channels":

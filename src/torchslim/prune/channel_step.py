@@ -32,7 +32,18 @@ from torchslim.prune.penalties import Sparsify, make_penalty
 from torchslim.prune.plan import Plan, UnseenCode, analyse
 from torchslim.prune.reach import Told, reach
 from torchslim.prune.record import replay, surgery
-from torchslim.prune.removal import Ranking, Shrunk, Stuck, TooLittle, finish, notes, shrink, tolerance, vacuous
+from torchslim.prune.removal import (
+    Ranking,
+    Shrunk,
+    Stuck,
+    TooLittle,
+    finish,
+    gave_way,
+    notes,
+    shrink,
+    tolerance,
+    vacuous,
+)
 from torchslim.prune.scores import Normalisation, Reduction, check_combination
 from torchslim.prune.shrink import Surgery
 from torchslim.prune.sparsify import apply_masks
@@ -199,7 +210,7 @@ class ChannelPruning:
         size = _size(plan, done.coupling, self.amount.of)
         stuck = max(now.kept - size, 0.0) if now.total else 0.0
         now.total = now.total or size
-        now.tolerance = now.tolerance or tolerance(done.coupling, self.amount)
+        now.tolerance = now.tolerance or tolerance(plan, done.coupling, self.amount)
         now.kept = stuck + done.left * size
         _take(now, plan, done, amount, criterion, ctx)
 
@@ -268,7 +279,7 @@ def _take(now: Standing, plan: Plan, done: Shrunk, amount: Amount, criterion: Cr
     now.warnings += [
         f"no rule for {name} ({count} times): channels that reach it stay" for name, count in plan.trace.unruled.items()
     ]
-    now.warnings += [*plan.notes(), *vacuous(done), *_recalibrate(now.model, ctx)]
+    now.warnings += [*plan.notes(), *vacuous(done), *gave_way(done, amount), *_recalibrate(now.model, ctx)]
 
 
 def _size(plan: Plan, coupling: Coupling, of: str) -> float:

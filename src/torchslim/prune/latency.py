@@ -16,7 +16,7 @@ from torchslim.channels.groups import Coupling
 from torchslim.channels.units import Group, Unit
 from torchslim.errors import PruneError
 from torchslim.files import digest
-from torchslim.prune.amount import Amount, Selection, rounded, select, step_size
+from torchslim.prune.amount import Amount, Selection, least_steps, rounded, select, step_size
 from torchslim.prune.cost import Cost, between, choose, fit
 from torchslim.prune.plan import Plan
 from torchslim.prune.shrink import mend, perform
@@ -96,17 +96,18 @@ def _key(selection: Selection, number: int) -> str:
             changes.append(repr((operation.name, operation.scalars, before, after)))
     unit = coupling.units[number]
     # the same operations at the same width, with the same steps
-    return digest(unit.width, step_size(unit, coupling, selection.amount.round_to), sorted(changes))[:16]
+    return digest(unit.width, step_size(unit, coupling, selection.amount), sorted(changes))[:16]
 
 
 def _widths(unit: Unit, selection: Selection, count: int) -> tuple[int, ...]:
     """About `count` widths in even steps, multiples of as large a power of two as that allows: kernels like them."""
     amount = selection.amount
-    step = step_size(unit, selection.coupling, amount.round_to)
+    step = step_size(unit, selection.coupling, amount)
     while unit.width // (2 * step) > count:
         step *= 2
     wanted = [unit.width * place / (count + 1) for place in range(count, 0, -1)]
-    found = [rounded(unit, each, step, amount.min_channels, selection.narrowest) for each in wanted]
+    least = least_steps(unit, selection.coupling, amount.min_channels)
+    found = [rounded(unit, each, step, least, selection.narrowest) for each in wanted]
     return tuple(dict.fromkeys(each for each in found if each < unit.width))
 
 

@@ -19,7 +19,7 @@ from torchslim.channels.tags import FIXED
 from torchslim.channels.units import Group
 from torchslim.errors import PruneError
 from torchslim.isolation import trim
-from torchslim.prune.amount import Amount, Of, Scope, Scores, Selection, select, step_size
+from torchslim.prune.amount import NEAR, Amount, Of, Scope, Scores, Selection, is_bound, select, step_size
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion, needs
 from torchslim.prune.plan import Plan, UnseenCode, analyse, shapes_of
 from torchslim.prune.proof import ROLLBACKS, give_up, prove
@@ -262,13 +262,13 @@ def channels(
     scores = ranking.scores(plan.model, plan)
     if workbench is None:
         done = shrink(plan, amount, scores)
-        told: Iterable[str] = notes(done.left, amount, tolerance(done.coupling, amount))
+        told: Iterable[str] = notes(done.left, amount, tolerance(plan, done.coupling, amount))
     else:
         from torchslim.prune.reach import reach_here  # it shrinks by what stands here
 
         done, told = reach_here(plan, amount, scores, workbench)
     finish(plan, done, amount, found.name)
-    for note in (*plan.notes(), *vacuous(done), *told):
+    for note in (*plan.notes(), *vacuous(done), *gave_way(done, amount), *told):
         warnings.warn(note, stacklevel=2)
     return done.model
 
@@ -286,6 +286,7 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
         "criterion": criterion,
         **asdict(amount),
         "left": done.left,
+        "uneven": uneven(done, amount),
         "parameters": [coupling.parameters(each, plan.names) for each in (nothing, done.removed)],
         "macs": [coupling.macs(each) for each in (nothing, done.removed)],
         "rolled_back": list(done.rollbacks),
@@ -296,11 +297,47 @@ def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
     attach(done.model, plan.model, done.surgery, about)
 
 
-def tolerance(coupling: Coupling, amount: Amount) -> float:
-    """How far from its target a removal may end for no other reason than that widths are whole steps."""
-    widest = max(coupling.units, key=lambda unit: unit.width, default=None)
-    step = step_size(widest, coupling, amount.round_to) / widest.width if widest else 0.0
-    return max(0.02, step)
+def tolerance(plan: Plan, coupling: Coupling, amount: Amount) -> float:
+    """How far from its target a removal may end for no other reason than that widths are whole steps.
+
+    It is what one step of one unit takes from the model; of all units where each loses the same fraction.
+    """
+    selection = Selection(coupling, amount, plan.names, _any_order(coupling), [])
+    whole = [unit.width for unit in coupling.units]
+    less = [unit.width - step_size(unit, coupling, amount) for unit in coupling.units]
+    if amount.scope == "layer":
+        return max(NEAR, 1 - selection.left([max(each, 1) for each in less]))
+    steps = [1 - selection.left([*whole[:place], max(each, 1), *whole[place + 1 :]]) for place, each in enumerate(less)]
+    return max([NEAR, *steps])
+
+
+def _any_order(coupling: Coupling) -> list[list[NDArray[np.int64]]]:
+    return [[cell.classes for cell in unit.cells] for unit in coupling.units]
+
+
+def uneven(done: Shrunk, amount: Amount) -> dict[str, list[int]]:
+    """Groups whose width is no multiple of `round_to`, as their parts must stay equal: width before and after."""
+    found = {}
+    for unit in done.coupling.units:
+        for number in unit.groups if is_bound(unit) else ():
+            group = done.coupling.groups[number]
+            left = int((~done.removed[group.classes]).sum())
+            if left < len(group.classes) and len(group.classes) >= amount.round_to and left % amount.round_to:
+                found[group.name] = [len(group.classes), left]
+    return found
+
+
+def gave_way(done: Shrunk, amount: Amount) -> list[str]:
+    """What a user must know of widths that are no multiples of `round_to`."""
+    found = uneven(done, amount)
+    if not found:
+        return []
+    few = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in list(found.items())[:4])
+    rest = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    return [
+        f"round_to={amount.round_to} gave way in {len(found)} groups whose parts must stay equal, as those of a group "
+        f"norm: {few}{rest}"
+    ]
 
 
 def vacuous(done: Shrunk) -> list[str]:
@@ -317,7 +354,7 @@ def vacuous(done: Shrunk) -> list[str]:
 
 def notes(left: float, amount: Amount, tolerated: float) -> list[str]:
     """What a user must know: a target that could not be reached."""
-    if abs(left - 1 + amount.sparsity) <= tolerated:
+    if abs(left - 1 + amount.sparsity) <= tolerated + 1e-9:
         return []
     return [
         f"a sparsity of {amount.sparsity:.2f} of {amount.of} cannot be reached with round_to={amount.round_to} and "
