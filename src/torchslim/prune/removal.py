@@ -269,7 +269,7 @@ def channels(
         done, told = reach_here(plan, amount, scores, workbench)
     finish(plan, done, amount, found.name)
     for note in (*plan.notes(), *vacuous(done), *gave_way(done, amount), *told):
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)  # past the check of the arguments
     return done.model
 
 
