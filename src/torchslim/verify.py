@@ -160,16 +160,7 @@ class _Given:
 
     def off(self, graph: Outputs, deployed: Deployed) -> list[Fault]:
         """What a deployed model computes otherwise than its graph."""
-        try:
-            answers = [deployed.run(list(run)) for run in self.runs]
-        except DeployError:
-            raise
-        except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise DeployError(
-                f"the model deployed on {deployed.runtime!r} fails on samples that it was quantized with: "
-                f"{type(error).__name__}: {(lines or [''])[0][:200]}; use another runtime"
-            ) from error
+        answers = [deployed.run(list(run)) for run in self.runs]
         axes, checks = self.evidence.prepared.output_axes, self.evidence.checks
         already = {(each.kind, each.place) for each in faults(self.reference, graph, axes, checks)}
         broken = [
