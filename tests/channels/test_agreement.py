@@ -114,7 +114,7 @@ def test_a_settled_plan_says_of_all_that_failed_why() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.o = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+            self.a, self.o = nn.Linear(4, 8), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
             h = torch.tanh(self.a(x))
