@@ -220,7 +220,7 @@ def test_a_criterion_of_the_users_own(criterion: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 1}, r"sparsity must be in \[0, 1\).*got 1; to drop a whole layer"),
+        ({"sparsity": 1}, r"sparsity must be in \[0, 1\).*got 1.0; to drop a whole layer"),
         ({"sparsity": 1.5}, "got 1.5"),
         ({"sparsity": -0.1}, "got -0.1"),
         ({"sparsity": float("nan")}, "got nan"),

@@ -317,8 +317,8 @@ def test_held_zeros_need_masks_that_fit_and_can_be_let_go_twice() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sparsity": True}, r"sparsity must be in [0, 1)"),
-        ({"sparsity": "0.5"}, "sparsity must be a number in [0, 1), got '0.5'"),
+        ({"sparsity": True}, "sparsity must be a number or a table of numbers, got True"),
+        ({"sparsity": "0.5"}, "sparsity must be a number or a table of numbers, got '0.5'"),
         ({"sparsity": {"conv1": 0.5, "head": 1.0}}, "sparsity of 'head' must be in [0, 1)"),
         ({"threshold": -1.0}, "threshold must be a finite number of at least 0, got -1.0"),
         ({"threshold": float("nan")}, "threshold must be a finite number of at least 0, got nan"),

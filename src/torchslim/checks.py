@@ -36,6 +36,9 @@ class Range:
     high: float
 
 
+Real = Annotated[float, Range(-math.inf, math.inf)]
+"""Any float, NaN and infinity among them: whoever takes the number checks it."""
+
 Seed = Annotated[int, Range(0, 10**12)]
 """What random generators are seeded with; later steps and trainings count on from it."""
 
@@ -169,12 +172,14 @@ def _real(value: Any, limits: Range | None) -> float:
         value = float(value)
     except OverflowError as error:  # a whole number beyond all floats
         raise Misfit(f"must be a number of at most {high:.12g}") from error
+    if limits is not None and low == -math.inf and high == math.inf:
+        return value  # type: ignore[no-any-return]
     if not low <= value <= high:  # NaN neither
         finite = "a finite number" if high < math.inf else "a number"
         if limits is not None:
             raise Misfit(f"must be {finite} from {low:.12g} to {high:.12g}")
         raise Misfit(f"must be {finite}{f' of at most {high:.12g}' if math.isfinite(value) else ''}")
-    if value and abs(value) < LEAST:
+    if limits is None and value and abs(value) < LEAST:
         raise Misfit(f"must be 0, or at least {LEAST:g} in size")
     return value  # type: ignore[no-any-return]
 

@@ -6,13 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from torchslim.arguments import checks_arguments
 from torchslim.channels.choices import Heads
-from torchslim.checks import Range, check_fields
+from torchslim.checks import Real, check_fields
 from torchslim.errors import PruneError
 from torchslim.finetune import Training
 from torchslim.isolation import copy_model
@@ -75,18 +75,18 @@ class Prune:
     accepts: ClassVar[Form] = Form.MODULE
     produces: ClassVar[Form] = Form.MODULE
 
-    sparsity: float | Mapping[str, float] | None = None
-    threshold: float | None = None
+    sparsity: Real | Mapping[str, Real] | None = None
+    threshold: Real | None = None
     criterion: str | Criterion | Scorer | None = None
     pattern: str = "unstructured"
-    n: Annotated[float, Range(-math.inf, math.inf)] = 2.0
+    n: Real = 2.0
     dim: int = 0
     scope: Literal["global", "layer"] | None = None
     include: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] | None = None
     schedule: Literal["one-shot", "iterative", "gradual"] = "one-shot"
     rounds: int = 3
-    until: float = 0.75
+    until: Real = 0.75
     train: Training | None = None
     of: Of | None = None
     round_to: int | None = None
@@ -314,13 +314,13 @@ class _Gradual(Hook):
 @checks_arguments(PruneError)
 def weights(
     model: nn.Module,
-    sparsity: float | Mapping[str, float] | None = None,
+    sparsity: Real | Mapping[str, Real] | None = None,
     *,
-    threshold: float | None = None,
+    threshold: Real | None = None,
     criterion: str | Criterion | Scorer = "l1",
     scope: Literal["global", "layer"] | None = None,
     pattern: str = "unstructured",
-    n: float = 2.0,
+    n: Real = 2.0,
     dim: int = 0,
     include: Patterns = None,
     exclude: Patterns = None,
