@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -68,14 +69,16 @@ class Watch:
             for module, name in wrapped:
                 module.__dict__.pop(name, None)
 
-    def _noting(self, module: nn.Module, name: str) -> Callable[..., Any]:
-        method = getattr(module, name)
+    def _noting(self, module: nn.Module, name: str) -> MethodType:
+        """The method as it was for whoever inspects it: a bound method with the same signature."""
+        function: Callable[..., Any] = getattr(type(module), name)
 
+        @functools.wraps(function)
         def noting(*args: Any, **kwargs: Any) -> Any:
             self._ran.add((type(module), name))
-            return method(*args, **kwargs)
+            return function(*args, **kwargs)
 
-        return noting
+        return MethodType(noting, module)
 
     def unreached(self) -> tuple[str, ...]:
         """Public methods that compute with layers or weights of their module, and have not run in any of its class."""

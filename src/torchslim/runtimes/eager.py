@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchslim.errors import ExportError
 from torchslim.export import WRAPPED, Captured
 from torchslim.isolation import quiet, torch_threads
 from torchslim.layers import multiplies
@@ -28,7 +29,11 @@ def session_of(module: Any, threads: int | None) -> Session:
 
 
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
-    return session_of(lower(captured.program.module()), threads), pack_program(captured.program)
+    session = session_of(lower(captured.program.module()), threads)
+    try:
+        return session, pack_program(captured.program)
+    except ExportError:  # operators of the user's own run here, but no file may call them
+        return session, None
 
 
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
@@ -45,4 +50,7 @@ def _kernels(deployed: Deployed) -> list[Kernel]:
     return eager_kernels(lower(module))
 
 
-RUNTIME = Runtime(name="eager", suffix=".pt2", make=_make, read=_read, kernels=_kernels)
+RUNTIME = Runtime(
+    name="eager", suffix=".pt2", make=_make, read=_read, kernels=_kernels,
+    no_file="the program cannot be saved as a .pt2, as one that calls an operator of the user's own",
+)  # fmt: skip
