@@ -389,7 +389,7 @@ def test_a_group_that_no_copy_without_it_runs_is_refused_with_the_reason(tmp_pat
             self.first, self.last = nn.Linear(8, 6), nn.Linear(6, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.first(x) + torch.ones(1, 6))
+            return self.last(self.first(x) + torch.ones(1, len("is six")))  # a size that no number stands for
 
     model = made(Fixed)
     coupling = sensing.settled(analyse(model, (torch.randn(2, 8),)))

@@ -86,7 +86,7 @@ def test_a_task_that_cannot_work_says_so() -> None:
         ts.Task(val=[1], metric=3)
     with pytest.raises(TaskError, match="val is None"):
         ts.Task(val=None, metric="accuracy")
-    with pytest.raises(TaskError, match="train must be an iterable of batches, got int"):
+    with pytest.raises(TaskError, match="train must be an iterable of batches, got 3"):
         ts.Task(val=[1], train=3, metric="accuracy")
     with pytest.raises(TaskError, match="got str"):
         ts.Task(val=[1], metric=lambda predict, batches: "good").evaluate(len)

@@ -271,6 +271,8 @@ def described(kind: Any) -> str:
     if written := getattr(origin, "written", ""):
         return str(written)
     name = origin.__name__
+    if (origin.__module__, name) == ("torch.nn.modules.module", "Module"):
+        return "an nn.Module"
     return (
         f"{name}(...)" if hasattr(origin, "__dataclass_fields__") else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     )
