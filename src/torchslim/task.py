@@ -192,6 +192,8 @@ class Task:
                 isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
             ):
                 raise TaskError(f"{name} must be an iterable of batches, got {shown(batches)}")
+        if isinstance(self.examples, (str, Mapping)) or not isinstance(self.examples, Sequence):
+            raise TaskError(f"examples must be a list of calls, got {shown(self.examples)}; give examples=[(x,), ...]")
         check_fields(self, TaskError, only=("loss", "inputs", "logits", "target", "mask"))
 
     def forward(self, model: Callable[..., Outputs], batch: Batch) -> Outputs:

@@ -67,10 +67,10 @@ def load_program(file: BinaryIO) -> ExportedProgram:
     Raises:
         ArtifactError: the file is damaged, or holds what `pack_program` never writes; says what was found.
     """
-    data = _repacked(file, LIMITS)
     with quiet():
         import torchao.quantization.pt2e  # noqa: F401 - registers the operations of quantized programs
-
+    data = _repacked(file, LIMITS)
+    with quiet():
         try:
             program = torch.export.load(io.BytesIO(data))
             try_program(program)
