@@ -293,7 +293,10 @@ def test_pruning_and_quantization_train_on_all_parts_and_say_what_taught_them() 
         ({"teacher": "ema", "cache": "x"}, "teacher='ema' changes at every step"),
         ({"teacher": ("ema", "ema")}, "teaches alone"),
         ({"teacher_weights": (1.0, 2.0)}, "one for each of the 0 teachers"),
-        ({"teacher": ("a:b", "c:d"), "teacher_weights": (1.0, math.nan)}, "teacher_weights must be finite"),
+        (
+            {"teacher": ("a:b", "c:d"), "teacher_weights": (1.0, math.nan)},
+            "teacher_weights entry 2, nan, must be a finite number",
+        ),
         ({"teacher": ("a:b", "c:d"), "teacher_weights": (1.0, -1.0)}, "none negative"),
         ({"response": None, "label_weight": 0.0}, "nothing to learn from"),
         ({"taps": {"0": "0"}}, "taps name features, but no loss compares any"),
@@ -318,9 +321,9 @@ def vectors() -> nn.Module:
     [
         ({"feature": Hint(), "taps": {"layer3": "0"}}, "tap 'layer3' matches no output of the student"),
         ({"feature": Hint(), "taps": {"0": "layer3"}}, "tap 'layer3' matches no output of the teacher"),
-        ({"teacher": "tests.test_distill_parts:nothing"}, "teacher .* must be a module or give one, got int"),
+        ({"teacher": "tests.test_distill_parts:nothing"}, "teacher .* must be a module or give one, got 3"),
         ({"teacher": "tests.test_distill_parts:nobody"}, "has no 'nobody'"),
-        ({"student": "tests.test_distill_parts:nothing"}, "student .* must be a module or give one, got int"),
+        ({"student": "tests.test_distill_parts:nothing"}, "student .* must be a module or give one, got 3"),
         ({"feature": "tests.test_distill_parts:nobody"}, "has no 'nobody'"),
         ({"feature": AttentionTransfer(), "student": vectors(), "taps": {"3": "0"}}, "AttentionTransfer"),
     ],

@@ -208,7 +208,7 @@ def test_a_recipe_may_ask_for_it() -> None:
         ({"metric_drop": 0.5}, "metric_drop belongs to layers='auto'"),
         ({"layers": "some", "metric_drop": 0.5}, "or 'auto', got 'some'"),
         ({"layers": "auto", "metric_drop": -1.0}, "at least 0, got -1"),
-        ({"layers": "auto", "metric_drop": float("nan")}, "at least 0, got nan"),
+        ({"layers": "auto", "metric_drop": float("nan")}, "must be a finite number, got nan"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:

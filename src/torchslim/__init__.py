@@ -9,10 +9,10 @@ result.save("out/")
 
 __version__ = "0.1.0"
 
-from torchslim._path import current_folder_last, started_as_module
+from torchslim import _path
 
-if started_as_module():  # before anything else is imported
-    current_folder_last()
+if _path.started_as_module():  # before anything else is imported
+    _path.current_folder_last()
 
 from torchslim import distill, prune, quantize
 from torchslim.artifact import load, load_module, save
