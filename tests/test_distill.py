@@ -36,7 +36,7 @@ def numpy_kd(student: Any, teacher: Any, target: Any, temperature: float, alpha:
     return float((1 - alpha) * hard + alpha * soft)
 
 
-@given(LOGITS, st.floats(0.5, 10), st.just(0.0) | st.floats(1e-30, 1))
+@given(LOGITS, st.floats(0.5, 10), st.floats(0, 1))
 def test_kd_is_the_papers_formula(logits: Tensor, temperature: float, alpha: float) -> None:
     student, teacher = logits
     target = torch.tensor([0, 6, 3, 3, 1])
@@ -132,7 +132,7 @@ def test_half_precision_is_computed_as_float32_would(seed: int, dtype: torch.dty
     )
 
 
-@given(st.floats(0.5, 10), st.just(0.0) | st.floats(1e-30, 1))
+@given(st.floats(0.5, 10), st.floats(0, 1))
 def test_kd_over_tokens_and_pixels_is_kd_over_their_positions(temperature: float, alpha: float) -> None:
     kd = ts.KD(temperature=temperature, alpha=alpha)
     tokens, labels = torch.randn(2, 3, 4, 5), torch.randint(5, (3, 4))  # (batch, time, classes)

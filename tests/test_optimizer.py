@@ -18,7 +18,7 @@ from torchslim.errors import TrainError
 from torchslim.optimizer import OptimizerSettings
 from torchslim.training import Hook, LabelLoss, Loop
 
-WARMUPS = st.just(0.0) | st.floats(1e-30, 0.9)  # numbers nearer to 0 are refused
+WARMUPS = st.floats(0, 0.9)
 
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:

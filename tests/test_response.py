@@ -38,7 +38,7 @@ def kl(p: Any, q: Any) -> Any:
     return (p * np.log(p / q)).sum(-1)
 
 
-@given(SEEDS, st.floats(0.5, 8), st.just(0.0) | st.floats(1e-30, 2), st.floats(0.1, 8))
+@given(SEEDS, st.floats(0.5, 8), st.floats(0, 2), st.floats(0.1, 8))
 def test_dkd_is_the_papers_formula(seed: int, temperature: float, alpha: float, beta: float) -> None:
     student, teacher, target = logits(seed)
     expected = 0.0
@@ -61,7 +61,7 @@ def test_both_parts_of_dkd_make_up_kd(seed: int, temperature: float) -> None:
     assert (first + rest * second).item() == pytest.approx(expected.item(), rel=1e-8, abs=1e-12)
 
 
-@given(SEEDS, st.floats(0.5, 8), st.just(0.0) | st.floats(1e-30, 3), st.floats(0.1, 3))
+@given(SEEDS, st.floats(0.5, 8), st.floats(0, 3), st.floats(0.1, 3))
 def test_dist_is_the_papers_formula(seed: int, temperature: float, beta: float, gamma: float) -> None:
     student, teacher, _ = logits(seed)
     s, t = (softmax(each.numpy() / temperature) for each in (student, teacher))

@@ -22,7 +22,6 @@ from torchslim.errors import TorchslimError
 from torchslim.terminal import printable
 
 WHOLE, REAL = 10**9, 1e9  # the largest number that a field takes by default, of either sign
-LEAST = 1e-30  # the smallest that is not 0: quotients of such numbers are finite, even squared
 TEXT, VALUES, DEPTH = 10_000, 10_000, 32  # characters of a text, entries of a list or a table, levels of them
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,14 +29,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The least and the largest number that a field takes, in place of the default limits."""
+    """The lowest and the highest number that a field takes, in place of the default limits.
+
+    `least` is the smallest size of a number other than 0.
+    """
 
     low: float
     high: float
+    least: float = 0.0
 
 
-Real = Annotated[float, Range(-math.inf, math.inf)]
-"""Any float, NaN and infinity among them: whoever takes the number checks it."""
+Divisor = Annotated[float, Range(-REAL, REAL, least=1e-30)]
+"""A number that others are divided by: quotients are finite in float32, even squared."""
 
 Seed = Annotated[int, Range(0, 10**12)]
 """What random generators are seeded with; later steps and trainings count on from it."""
@@ -172,15 +175,13 @@ def _real(value: Any, limits: Range | None) -> float:
         value = float(value)
     except OverflowError as error:  # a whole number beyond all floats
         raise Misfit(f"must be a number of at most {high:.12g}") from error
-    if limits is not None and low == -math.inf and high == math.inf:
-        return value  # type: ignore[no-any-return]
     if not low <= value <= high:  # NaN neither
         finite = "a finite number" if high < math.inf else "a number"
-        if limits is not None:
+        if limits is not None and not limits.least:
             raise Misfit(f"must be {finite} from {low:.12g} to {high:.12g}")
         raise Misfit(f"must be {finite}{f' of at most {high:.12g}' if math.isfinite(value) else ''}")
-    if limits is None and value and abs(value) < LEAST:
-        raise Misfit(f"must be 0, or at least {LEAST:g} in size")
+    if limits is not None and 0 < abs(value) < limits.least:
+        raise Misfit(f"must be 0, or at least {limits.least:g} in size")
     return value  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchslim.checks import Real, check_fields
+from torchslim.checks import check_fields
 from torchslim.errors import TrainError
 from torchslim.loaders import first_batch
 from torchslim.optimizer import OptimizerSettings
@@ -46,7 +46,7 @@ class Training:
 
     epochs: int = 3
     optimizer: Literal["sgd", "adamw"] | str | Callable[[Iterable[Any]], Optimizer] = "adamw"
-    lr: Real = 5e-4
+    lr: float = 5e-4
     momentum: float = 0.9
     weight_decay: float = 1e-2
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from torchslim.checks import Real, check_fields
+from torchslim.checks import check_fields
 from torchslim.errors import TrainError
 from torchslim.imports import resolve
 from torchslim.processes import local, share, spread
@@ -81,7 +81,7 @@ class OptimizerSettings:
     """
 
     optimizer: Literal["sgd", "adamw"] | str | Callable[[Iterable[Any]], Optimizer] = "adamw"
-    lr: Real = 5e-4
+    lr: float = 5e-4
     momentum: float = 0.9
     weight_decay: float = 1e-2
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchslim.checks import check_fields
+from torchslim.checks import Divisor, check_fields
 from torchslim.distill.align import Shape, wide
 from torchslim.distill.response import check_positive
 from torchslim.errors import DistillError
@@ -197,7 +197,7 @@ class CRD:
     """
 
     weight: float = 0.8
-    temperature: float = 0.07
+    temperature: Divisor = 0.07
     size: int = 128
     negatives: int = 4096
     momentum: float = 0.5

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchslim.checks import check_fields
+from torchslim.checks import Divisor, check_fields
 from torchslim.distill.align import (
     Masks,
     Project,
@@ -402,7 +402,7 @@ class VID(FeatureLoss):
     """
 
     weight: float = 1.0
-    variance: float = 5.0
+    variance: Divisor = 5.0
 
     def __post_init__(self) -> None:
         check_fields(self, DistillError)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchslim.arguments import checks_arguments
-from torchslim.checks import check_fields
+from torchslim.checks import Divisor, check_fields
 from torchslim.distill.ruled_out import comparable, divergence_terms, log_probabilities, log_sum
 from torchslim.errors import DistillError
 from torchslim.task import default_loss
@@ -187,7 +187,7 @@ class KD(ResponseLoss):
     0.0
     """
 
-    temperature: float = 4.0
+    temperature: Divisor = 4.0
     alpha: float = 0.9
     standardize: bool = False
     kind: Kind = "classes"
@@ -222,7 +222,7 @@ class DKD(ResponseLoss):
 
     needs_labels = True
 
-    temperature: float = 4.0
+    temperature: Divisor = 4.0
     alpha: float = 1.0
     beta: float = 2.0
     standardize: bool = False
@@ -255,7 +255,7 @@ class DIST(ResponseLoss):
     Source: Huang et al. 2022, arXiv:2205.10536, section 4.
     """
 
-    temperature: float = 1.0
+    temperature: Divisor = 1.0
     beta: float = 1.0
     gamma: float = 1.0
     standardize: bool = False

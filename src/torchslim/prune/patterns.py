@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from torchslim.checks import Range, check_fields
 from torchslim.errors import PruneError
 
 
@@ -86,17 +87,20 @@ class NM:
         return keep.reshape(moved).movedim(-1, input_dim)
 
 
+Order = Annotated[float, Range(-math.inf, math.inf, least=1e-30)]
+"""Of a norm: its inverse is an exponent."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """Whole slices along `dim`, ranked by the L_n norm of their scores (what `ln_structured` masks)."""
 
-    n: float = 2.0
+    n: Order = 2.0
     dim: int = 0
     fixed_sparsity: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if math.isnan(self.n):
-            raise PruneError("n must be the order of a norm, such as 1, 2 or inf, got nan")
+        check_fields(self, PruneError)
 
     def refusal(self, shape: torch.Size, input_dim: int) -> str:
         """The weight must have the dimension, and another one beside it."""

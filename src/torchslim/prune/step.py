@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchslim.arguments import checks_arguments
 from torchslim.channels.choices import Heads
-from torchslim.checks import Real, check_fields
+from torchslim.checks import check_fields
 from torchslim.errors import PruneError
 from torchslim.finetune import Training
 from torchslim.isolation import copy_model
@@ -23,7 +23,7 @@ from torchslim.prune.budget import check_sparsity
 from torchslim.prune.channel_step import ChannelPruning
 from torchslim.prune.criteria import Criterion, Scorer, find_criterion
 from torchslim.prune.data import check_data, gather_for
-from torchslim.prune.patterns import CHANNEL, Slice, find_pattern
+from torchslim.prune.patterns import CHANNEL, Order, Slice, find_pattern
 from torchslim.prune.penalties import Sparsify
 from torchslim.prune.plan import UnseenCode
 from torchslim.prune.scores import Normalisation, Reduction, check_ranks_weights
@@ -75,18 +75,18 @@ class Prune:
     accepts: ClassVar[Form] = Form.MODULE
     produces: ClassVar[Form] = Form.MODULE
 
-    sparsity: Real | Mapping[str, Real] | None = None
-    threshold: Real | None = None
+    sparsity: float | Mapping[str, float] | None = None
+    threshold: float | None = None
     criterion: str | Criterion | Scorer | None = None
     pattern: str = "unstructured"
-    n: Real = 2.0
+    n: Order = 2.0
     dim: int = 0
     scope: Literal["global", "layer"] | None = None
     include: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] | None = None
     schedule: Literal["one-shot", "iterative", "gradual"] = "one-shot"
     rounds: int = 3
-    until: Real = 0.75
+    until: float = 0.75
     train: Training | None = None
     of: Of | None = None
     round_to: int | None = None
@@ -314,13 +314,13 @@ class _Gradual(Hook):
 @checks_arguments(PruneError)
 def weights(
     model: nn.Module,
-    sparsity: Real | Mapping[str, Real] | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     *,
-    threshold: Real | None = None,
+    threshold: float | None = None,
     criterion: str | Criterion | Scorer = "l1",
     scope: Literal["global", "layer"] | None = None,
     pattern: str = "unstructured",
-    n: Real = 2.0,
+    n: Order = 2.0,
     dim: int = 0,
     include: Patterns = None,
     exclude: Patterns = None,
