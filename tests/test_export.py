@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.deployment_models import (
     Recurrent,
@@ -273,6 +274,21 @@ def test_what_resists_is_named_by_file_and_line(model: nn.Module, mark: str, wor
     with pytest.raises(ExportError, match=words) as caught:
         capture(nn.Sequential(nn.ReLU(), model), (torch.ones(3, 4),))
     assert f"test_export.py:{line_of(mark)} in forward" in str(caught.value)
+
+
+class Packs(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = kind(4, 6, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.layer(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[0].data  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_packed_sequences_are_named_with_what_to_write_instead(kind: type[nn.RNNBase]) -> None:
+    with pytest.raises(ExportError, match=r"in forward: .*packed sequences have sizes.*padded batch"):
+        capture(Packs(kind), (torch.zeros(3, 5, 4), torch.tensor([5, 2, 3])))
 
 
 @pytest.mark.parametrize(

@@ -333,8 +333,22 @@ def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tup
             with quiet(), contextlib.nullcontext() if strict else _layers_remembered(flat):
                 return torch.export.export(flat, tuple(leaves), dynamic_shapes=shapes, strict=strict), ""
         except Exception as error:  # noqa: BLE001 - torch.export raises many kinds; all become one message
-            failure = failure or f"{user_line(error)}: {_first(error)}"
+            failure = failure or f"{user_line(error)}: {_advice(error) or _first(error)}"
     return None, failure
+
+
+def _advice(error: BaseException) -> str:
+    """What to write in place of packed sequences, where the error is about them."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        path = Path(frame.f_code.co_filename)
+        packs = path == TORCH / "nn" / "utils" / "rnn.py"
+        if packs or (path == TORCH / "nn" / "modules" / "rnn.py" and frame.f_locals.get("batch_sizes") is not None):
+            return (
+                "packed sequences have sizes that depend on the data; call the layer on the padded batch and take each "
+                "sequence's last step, outputs[torch.arange(len(outputs)), lengths - 1] (batch first; for the backward "
+                "direction, reverse each sequence within its length first)"
+            )
+    return ""
 
 
 @contextmanager
