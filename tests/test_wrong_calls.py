@@ -22,7 +22,7 @@ from torch import nn
 import torchslim as ts
 from tests import toy
 from torchslim.checks import types_of
-from torchslim.errors import TorchslimError
+from torchslim.errors import DistillError, TorchslimError
 from torchslim.runtimes import Deployed
 
 INPUTS = (torch.zeros(2, 1, 8, 8),)
@@ -50,6 +50,10 @@ CALLS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "quantize.weights": (ts.quantize.weights, {"model": MODEL, "example_inputs": INPUTS}),
     "quantize.prepare": (ts.quantize.prepare, {"model": MODEL, "example_inputs": INPUTS}),
     "quantize.convert": (ts.quantize.convert, {"prepared": MODEL}),
+    "quantize.sqnr": (ts.quantize.sqnr, {"reference": torch.ones(2, 3), "value": torch.ones(2, 3)}),
+    "quantize.Checks": (ts.quantize.Checks, {}),
+    "quantize.Helpers": (ts.quantize.Helpers, {}),
+    "prune.Criterion": (ts.prune.Criterion, {"name": "own", "weights": len}),
     "distill.kl_divergence": (ts.distill.kl_divergence, {"student": torch.zeros(2, 3), "teacher": torch.zeros(2, 3)}),
     "Prune": (ts.Prune, {"sparsity": 0.5}),
     "Finetune": (ts.Finetune, {}),
@@ -68,7 +72,9 @@ CALLS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     **{kind.__name__: (kind, {}) for kind in ts.distill.LOSSES.values()},
 }
 NAMELESS = {"TorchslimError", "Form", "Step", "Deployed", "Result", "SearchResult", "Suggestion", "Sensitivity",
-            "distill", "prune", "quantize"}  # not made by users, or without arguments to check  # fmt: skip
+            "distill", "prune", "quantize", "quantize.Prepared", "quantize.QuantizedModule", "prune.ChannelGroup",
+            "prune.HeldZeros", "prune.Inspection", "prune.Sparsity", "prune.Statistic",
+            "prune.Statistics"}  # not made by users, or without arguments to check  # fmt: skip
 
 
 FREE = {("Outcome", "history"), ("Outcome", "evidence"), ("LayerRecord", "sqnr_db"), ("Event", "values"),
@@ -172,7 +178,13 @@ WRONG_CALLS = [
 
 
 def test_every_public_name_is_called_wrongly() -> None:
-    assert set(ts.__all__) - NAMELESS <= set(CALLS)
+    called = [function for function, _ in CALLS.values()]
+    for room in (ts, ts.distill, ts.prune, ts.quantize):
+        for name in room.__all__:
+            path = name if room is ts else f"{room.__name__.removeprefix('torchslim.')}.{name}"
+            if {path, name} & NAMELESS or not callable(getattr(room, name)):
+                continue
+            assert getattr(room, name) in called, f"{path} is not in the table"
     assert len(WRONG_CALLS) > 1_000
 
 
@@ -200,6 +212,75 @@ def test_weights_that_are_nan_are_refused(call: str) -> None:
     function, good = CALLS[call]
     with pytest.raises(TorchslimError, match=r"the weight 'conv2.weight' holds NaN; give a model whose weights are"):
         function(**{**good, "model": broken()})
+
+
+UNFIT: Mapping[str, tuple[Callable[[], Any], str]] = {
+    "a class": (lambda: toy.Net, r"make an instance: Net\(\.\.\.\)|entry 2, the class Net, must be an nn.Module"),
+    "TorchScript": (lambda: torch.jit.trace(toy.model().eval(), INPUTS), "TorchScript module .* give the original"),
+    "TorchScript inside": (lambda: nn.Sequential(torch.jit.trace(toy.model().eval(), INPUTS)), "module '0' .* give the"),
+    "on meta": (lambda: toy.model().to("meta"), "'conv1.weight' of .* is on the meta device .* real weights"),
+    "lazy": (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), "'1.weight' of .* has no shape yet; call the model"),
+    "NaN": (broken, "the weight 'conv2.weight' holds NaN; give a model whose"),
+    "exported": (lambda: torch.export.export(toy.model().eval(), INPUTS), "the module ExportedProgram|exported from"),
+    "weights alone": (lambda: toy.model().state_dict(), "must be an nn.Module"),
+}  # fmt: skip
+
+
+def squares(model: nn.Module, batch: Any) -> dict[str, Any]:
+    return {"loss": model(batch[0]).square().mean()}
+
+
+TAKERS: Mapping[str, Callable[[Any], Any]] = {
+    "Distill, teacher": lambda model: ts.Distill(teacher=model, epochs=1).check(CTX),
+    "Distill, teachers": lambda model: ts.Distill(teacher=[MODEL, model], epochs=1).check(CTX),
+    "Distill, student": lambda model: ts.Distill(student=model, epochs=1).check(CTX),
+    "compress, teacher": lambda model: ts.compress(MODEL, TASK, [ts.Distill(epochs=1)], teacher=model),
+    "fit": lambda model: ts.fit(model, squares, TASK.train or (), epochs=1),
+    "fit, companion": lambda model: ts.fit(toy.model(), squares, TASK.train or (), epochs=1, companion=model),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_models_that_cannot_teach_or_learn_are_refused(unfit: str, taker: str) -> None:
+    made, says = UNFIT[unfit]
+    with pytest.raises(TorchslimError, match=says):
+        TAKERS[taker](made())
+
+
+@pytest.mark.parametrize("wrapped", [nn.DataParallel, torch.compile])
+def test_a_wrapped_model_is_trained_without_its_wrapper(wrapped: Callable[[nn.Module], nn.Module]) -> None:
+    plain, other = toy.model(), toy.model()
+    batches = [toy.images(16, 1)]
+    ts.fit(plain, squares, batches, epochs=1)
+    ts.fit(wrapped(other), squares, batches, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+    assert not torch.equal(next(plain.parameters()), next(toy.model().parameters()))
+
+
+LOGITS, LABELS = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
+NO_OUTPUTS: Mapping[str, Any] = {
+    "nothing": None, "a model": MODEL, "a class": toy.Net, "text": "logits", "whole numbers": LOGITS.long(),
+    "no values": LOGITS.to("meta"), "no samples": LOGITS[:0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", NO_OUTPUTS)
+@pytest.mark.parametrize("loss", [name for name, kind in ts.distill.LOSSES.items() if callable(kind())])
+def test_losses_say_which_of_their_tensors_is_none(loss: str, wrong: str) -> None:
+    made = ts.distill.LOSSES[loss]()
+    rest = (LABELS,) if loss in ("kd", "dkd", "dist", "mse") else ()
+    for name, given in (("student", (NO_OUTPUTS[wrong], LOGITS)), ("teacher", (LOGITS, NO_OUTPUTS[wrong]))):
+        with pytest.raises(DistillError, match=f"^{name} (must be|is)"):
+            made(*given, *rest)
+
+
+@pytest.mark.parametrize("wrong", [LABELS[:2], LABELS.to("meta"), torch.tensor(1), "cat", torch.tensor([0, 1, 9])])
+@pytest.mark.parametrize("loss", [ts.KD(), ts.DKD(), ts.DIST(), ts.distill.MSE()])
+def test_losses_refuse_labels_that_do_not_fit(loss: Any, wrong: Any) -> None:
+    with pytest.raises(TorchslimError, match=r"^target (must|is)|^labels must be in \[0, 4\)"):
+        loss(LOGITS, LOGITS + 1, wrong)
 
 
 @pytest.mark.parametrize("threads", [-1, 0, 1.5, True, "2", 10**9, math.nan, [1]])
@@ -238,6 +319,25 @@ MORE: Sequence[tuple[str, Callable[[], Any], str]] = (
     ("a pattern that is none", lambda: ts.prune.weights(MODEL, 0.5, include="nothing"), "nothing"),
     ("what was not prepared", lambda: ts.quantize.convert(MODEL), "prepare"),
     ("inputs that are none", lambda: ts.deploy(MODEL, (None,), runtime="eager"), ""),
+    ("outputs of other shapes", lambda: ts.quantize.sqnr(LOGITS, LOGITS[:2]), "the same shapes, got [(3, 4)] and"),
+    ("outputs of another number", lambda: ts.quantize.sqnr((LOGITS, LOGITS), (LOGITS,)), "the same shapes"),
+    ("outputs of other names", lambda: ts.quantize.sqnr({"a": LOGITS}, {"b": LOGITS}), "the same keys"),
+    ("a model as outputs", lambda: ts.quantize.sqnr(MODEL, LOGITS), "reference must hold tensors, got the module Net"),
+    ("classes as outputs", lambda: ts.quantize.sqnr(LOGITS, LABELS), "value must hold a tensor of floating point"),
+    ("outputs without values", lambda: ts.quantize.sqnr(LOGITS.to("meta"), LOGITS), "reference is on the meta device"),
+    ("outputs without samples", lambda: ts.quantize.sqnr(LOGITS[:0], LOGITS[:0]), "reference is empty"),
+    ("no objective", lambda: ts.fit(MODEL, None, TASK.train, epochs=1), "a function (model, batch)"),
+    ("a class as objective", lambda: ts.fit(MODEL, ts.KD, TASK.train, epochs=1), "a function (model, batch)"),
+    ("a task as objective", lambda: ts.fit(MODEL, TASK, TASK.train, epochs=1), "a function (model, batch)"),
+    ("a criterion as objective", lambda: ts.fit(toy.model(), nn.CrossEntropyLoss(), TASK.train, epochs=1),
+     "called with the model and a batch, and returns a dict of named losses"),
+    ("a scalar of an objective", lambda: ts.fit(toy.model(), lambda m, b: m(b[0]).mean(), TASK.train, epochs=1),
+     "returns a dict of named losses"),
+    ("an objective of one argument", lambda: ts.fit(toy.model(), lambda m: {}, TASK.train, epochs=1), "objective"),
+    ("batches that the objective cannot take", lambda: ts.fit(toy.model(), squares, [1, 2], epochs=1), "batch 1"),
+    ("a mask without values", lambda: ts.fit(toy.model(), squares, TASK.train, epochs=1, masks={
+        "conv2.bias": torch.ones(8, dtype=torch.bool, device="meta")}), "'conv2.bias' is on the meta device"),
+    ("a task that is a class", lambda: ts.fit(MODEL, squares, TASK.train, epochs=1, evaluate=ts.Task), "evaluate"),
 )  # fmt: skip
 
 

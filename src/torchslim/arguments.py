@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from torchslim.checks import Misfit, Seed, Threads, fitting, shown, types_of
+from torchslim.checks import Misfit, Seed, Threads, fitting, got, shown, types_of
 from torchslim.errors import TorchslimError
 
 P = ParamSpec("P")
@@ -48,21 +49,19 @@ def _check(value: Any, kind: Any, name: str, error: type[TorchslimError]) -> Non
     if name in TREES:
         _check_inputs(value, name, error)
         return
-    if isinstance(value, type) and kind is nn.Module:
-        raise error(f"{name} must be an instance, got the class {value.__name__}; make one: {value.__name__}(...)")
     if kind is nn.Module and type(value).__module__.startswith("torch.") and callable(value):
         return  # a compiled or exported program: the function itself says what to give in its place
     try:
         fitting(value, kind)
     except Misfit as misfit:
-        hint = "; give the trained module" if kind is nn.Module else ""
-        raise error(f"{name} {misfit}, got {shown(value)}{hint}") from misfit
+        hint = "; give the trained module" if kind is nn.Module and not isinstance(value, type) else ""
+        raise error(f"{name} {misfit}, {got(value)}{hint}") from misfit
 
 
 def check_weights(model: nn.Module, error: type[TorchslimError], name: str = "model") -> None:
     """Raise for a weight that is not a number: nothing that is computed from it is."""
     for path, weight in model.named_parameters():
-        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+        if is_lazy(weight) or weight.is_meta or not weight.is_floating_point() or not weight.numel():
             continue
         if bool(weight.detach().isnan().any()):
             raise error(
@@ -74,9 +73,7 @@ def check_weights(model: nn.Module, error: type[TorchslimError], name: str = "mo
 def _check_inputs(value: Any, name: str, error: type[TorchslimError]) -> None:
     if not isinstance(value, (tuple, list, Mapping)):
         hint = "(x,)" if isinstance(value, Tensor) else "a tuple of positional or a dict of keyword arguments"
-        raise error(
-            f"{name} must be a tuple or a dict of what the model is called with, got {shown(value)}; give {hint}"
-        )
+        raise error(f"{name} must be a tuple or a dict of what the model is called with, {got(value)}; give {hint}")
     for place, each in _leaves(value):
         if isinstance(each, Tensor) and each.is_meta:
             raise error(f"{name}{place} is on the meta device and has no values; give a tensor with values")

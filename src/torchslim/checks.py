@@ -68,13 +68,27 @@ def shown(value: Any) -> str:
         return "a generator"
     if callable(value) and hasattr(value, "__name__"):
         return f"the function {value.__name__}"
-    brief = reprlib.Repr()
+    brief = _Brief()
     brief.maxlevel, brief.maxstring, brief.maxother = 3, 60, 80
     try:
         text = brief.repr(value)
     except Exception:  # noqa: BLE001 - the value's own repr is broken; its type says enough
         text = f"a {type(value).__name__}"
     return printable(text)[:300]
+
+
+def got(value: Any) -> str:
+    """The end of a message: what was passed, and where it is a class of modules, what to pass in its place."""
+    if isinstance(value, type) and hasattr(value, "named_parameters"):
+        return f"got {shown(value)}; make an instance: {value.__name__}(...)"
+    return f"got {shown(value)}"
+
+
+class _Brief(reprlib.Repr):
+    """Modules in a list by the name of their class: their own text has a line for every layer."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return f"{type(x).__name__}(...)" if hasattr(x, "named_parameters") else super().repr_instance(x, level)
 
 
 def fitting(value: Any, kind: Any) -> Any:
@@ -114,6 +128,8 @@ def _check_member(value: Any, kind: Any, origin: Any, choices: Sequence[Any]) ->
         fits = value is None
     elif origin is typing.get_origin(Callable[..., Any]):
         fits = callable(value)
+    elif _is_call(origin):
+        fits = callable(value) and not isinstance(value, type)
     elif isinstance(origin, type) and kind is not object:
         try:
             fits = isinstance(value, origin)
@@ -123,6 +139,17 @@ def _check_member(value: Any, kind: Any, origin: Any, choices: Sequence[Any]) ->
         return
     if not fits:
         raise Misfit(f"must be {described(kind)}")
+
+
+def _is_call(kind: Any) -> bool:
+    """Is it a protocol that declares a call and nothing else?"""
+    if not getattr(kind, "_is_protocol", False) or kind is typing.Protocol:
+        return False
+    return "__call__" in vars(kind) and all(each.startswith("_") for each in {*vars(kind), *_annotated(kind)})
+
+
+def _annotated(kind: type) -> Mapping[str, Any]:
+    return getattr(kind, "__annotations__", {})
 
 
 def _one_of(value: Any, kind: Any, members: Sequence[Any], limits: Range | None, depth: int) -> Any:
@@ -264,6 +291,8 @@ def described(kind: Any) -> str:
         return "of another type"
     if origin is typing.get_origin(Callable[..., Any]):
         return "a function"
+    if _is_call(origin):
+        return f"a function ({', '.join([*inspect.signature(origin.__call__).parameters][1:])})"
     if issubclass(origin, Mapping):
         return "a table" if not arguments else f"a table of {_several(described(arguments[1]))}"
     if origin in (tuple, list, Sequence):
@@ -307,6 +336,6 @@ def check_fields(config: Any, error: type[TorchslimError], what: str = "", *, on
         try:
             found = fitting(value, hints[each.name])
         except Misfit as misfit:
-            raise error(f"{what}{each.name} {misfit}, got {shown(value)}") from misfit
+            raise error(f"{what}{each.name} {misfit}, {got(value)}") from misfit
         if found is not value:
             object.__setattr__(config, each.name, found)

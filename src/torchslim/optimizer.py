@@ -64,6 +64,8 @@ def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -
     if unknown:
         raise TrainError(f"masks name parameters that the model does not have: {', '.join(unknown)}")
     for name, mask in masks.items():
+        if mask.is_meta:
+            raise TrainError(f"the mask of {name!r} is on the meta device and has no values; give a mask with values")
         if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
             raise TrainError(
                 f"the mask of {name!r} must be boolean (True where kept) and of shape "

@@ -120,7 +120,8 @@ def default_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _classes_second(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    if logits.dim() == target.dim() + 1 and logits.shape[2:] == target.shape[1:]:
+    alike = logits.shape[:1] == target.shape[:1] and logits.shape[2:] == target.shape[1:]
+    if logits.dim() == target.dim() + 1 and alike:
         return logits, target
     if logits.dim() == target.dim() + 1 and logits.shape[:-1] == target.shape:  # tokens: (batch, time, vocab)
         return logits.movedim(-1, 1), target

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchslim.arguments import checks_arguments
+from torchslim.checks import shown
 from torchslim.devices import Placement, fabric_for, placed
 from torchslim.errors import StorageError, TrainError
 from torchslim.files import present
@@ -26,6 +27,9 @@ from torchslim.seals import read_sealed, write_sealed
 from torchslim.sharding import collected, load_optimizer, load_spread
 from torchslim.steps import Engine, Event, LayerRecord
 from torchslim.task import Batch, Task, checked, device_of, predictor
+from torchslim.usable import usable
+
+MISTAKES = (TypeError, AttributeError, LookupError, ValueError)  # of an objective that takes or gives something else
 
 Losses = Mapping[str, Tensor]
 """Named scalars; their sum is trained on, each is logged by itself."""
@@ -146,17 +150,20 @@ def fit(
     another key, a warning says so and the training starts over. Weights whose mask is False stay zero. The global
     random state is left as it was; the model returns to its device and its train/eval modes. What else learns, such as
     the projections of a loss, is the `companion`: in the optimizer and in the checkpoints, but no part of the model.
+    A model that `torch.compile` or `DataParallel` has wrapped is trained without the wrapper; both share the weights.
 
     Processes that torchrun has started train jointly, and all end with the same weights. With the strategy "fsdp" the
     model is spread over them until the end; an error on the way leaves it without weights.
 
     Raises:
         TaskError: no batches.
-        TrainError: nothing to train, devices that cannot train this model, or a loss or weights that are not finite
-            (the last checkpoint is kept).
+        TrainError: nothing to train, a model or an objective that cannot be trained, devices that cannot train this
+            model, or a loss or weights that are not finite (the last checkpoint is kept).
         StorageError: the checkpoint cannot be written (the one before is kept).
     """
     check_epochs(epochs)
+    model = usable(model, TrainError)
+    companion = None if companion is None else usable(companion, TrainError, "the companion")
     settings, engine = settings or OptimizerSettings(), engine or Engine()
     modes = {module: module.training for module in model.modules()}
     home, metric = device_of(model), evaluate.as_metric() if evaluate else None
@@ -259,16 +266,15 @@ class _Trainee:
 
     def step(self, batch: Batch, loop: Loop, keeper: MaskKeeper, number: int) -> dict[str, float]:
         """One optimizer step: the value of each part of the loss."""
-        place = self.place
+        place, where = self.place, f"epoch {loop.epoch + 1}, batch {number}"
         with place.computing():
-            parts = dict(self.objective(place.wrapped, place.fabric.to_device(batch)))
+            parts = self.losses(batch, where)
         penalties: dict[str, Tensor] = {}
         for index, hook in enumerate(self.hooks):
             penalty = hook.penalty(loop)
             if penalty is not None:
                 penalties[f"penalty_{index}" if index else "penalty"] = penalty
         loss = self.total({**parts, **penalties})
-        where = f"epoch {loop.epoch + 1}, batch {number}"
         value = loss.item()
         if not math.isfinite(value):
             raise self.diverged(f"the loss became {value}", where)
@@ -288,6 +294,18 @@ class _Trainee:
         keeper.follow(loop.masks)
         keeper.after_step()
         return {name: part.item() for name, part in {**parts, **penalties}.items()}
+
+    def losses(self, batch: Batch, where: str) -> dict[str, Tensor]:
+        """What the objective gives for a batch."""
+        takes = "it is called with the model and a batch, and returns a dict of named losses"
+        try:
+            found: Any = self.objective(self.place.wrapped, self.place.fabric.to_device(batch))
+        except MISTAKES as cause:
+            said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+            raise TrainError(f"the objective failed in {self.step_name!r}, {where}: {said}; {takes}") from cause
+        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+            raise TrainError(f"the objective gave {shown(found)}; {takes}")
+        return dict(found)
 
     def total(self, parts: Losses) -> Tensor:
         """The sum that is trained on."""

@@ -35,6 +35,7 @@ from torchslim.distill.align import (
     pooled,
     wide,
 )
+from torchslim.distill.given import check_features
 from torchslim.distill.response import check_positive
 from torchslim.distill.ruled_out import comparable
 from torchslim.errors import DistillError
@@ -271,6 +272,7 @@ class FeatureLoss:
 
     def __call__(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
         """Of a feature each, or of as many: (batch, channels, *positions), (batch, others, *elsewhere) -> ()."""
+        check_features(student=student, teacher=teacher)
         students, teachers = ([each] if isinstance(each, Tensor) else list(each) for each in (student, teacher))
         if len(students) != len(teachers):
             raise DistillError(f"{len(students)} features of the student, {len(teachers)} of the teacher; give pairs")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchslim.checks import check_fields
+from torchslim.distill.given import check_tensors
 from torchslim.distill.response import check_positive, check_weights
 from torchslim.distill.ruled_out import comparable
 from torchslim.errors import DistillError
@@ -147,6 +148,9 @@ def listwise_ranking(student: Tensor, teacher: Tensor, *, alpha: float = 3.0, be
 
 def _rows(student: Tensor, teacher: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
     """Both as matrices in at least float32, the teacher without gradient."""
+    check_tensors(student=student, teacher=teacher)
+    if not student.dim() or not teacher.dim():
+        raise DistillError("features of a relation must be of the shape (batch, ...), got a single number")
     if len(student) != len(teacher):
         raise DistillError(
             f"student and teacher features are of {len(student)} and {len(teacher)} samples; relations need the same"

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from torchslim.arguments import checks_arguments
 from torchslim.checks import Divisor, check_fields
+from torchslim.distill.given import check_labels, check_tensors
 from torchslim.distill.ruled_out import comparable, divergence_terms, log_probabilities, log_sum
 from torchslim.errors import DistillError
 from torchslim.task import default_loss
@@ -55,6 +56,11 @@ def decoupled(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: 
     """
     student, teacher = _pair(student, teacher, 2)
     log_student, log_teacher = (log_probabilities(each / temperature) for each in (student, teacher))
+    if target.min() < 0 or target.max() >= student.shape[1]:
+        raise DistillError(
+            f"labels must be in [0, {student.shape[1]}) for {student.shape[1]} outputs, got {int(target.min())} to "
+            f"{int(target.max())}"
+        )
     hit = functional.one_hot(target, student.shape[1]).bool()
 
     def binary(logs: Tensor) -> Tensor:
@@ -97,6 +103,7 @@ def standardized(logits: Tensor) -> Tensor:
 
 def _pair(student: Tensor, teacher: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """Both in at least float32, the teacher without gradient; DistillError where they cannot be compared."""
+    check_tensors(student=student, teacher=teacher)
     if student.shape != teacher.shape:
         raise DistillError(
             f"student and teacher logits differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}; response "
@@ -154,6 +161,8 @@ class ResponseLoss:
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """With the labels' term where there are labels: (batch, classes, ...) or tokens (batch, time, classes)."""
+        check_tensors(student=student, teacher=teacher)
+        check_labels(target, len(student) if student.dim() else 1)
         if self.label_weight > 0 and target is None:
             raise DistillError(
                 f"{type(self).__name__} leaves weight to the labels ({self.label_weight:g}), but there are none; "

@@ -26,6 +26,7 @@ from torchslim.loaders import first_batch, indexed, sample_count, why_not_number
 from torchslim.steps import Context, Form, LayerRecord, Outcome
 from torchslim.task import Task, batch_size, device_of, to_device
 from torchslim.training import Hook
+from torchslim.usable import usable
 
 EMA = "ema"
 
@@ -115,6 +116,9 @@ class Distill(Training):
 
     def _check_teachers(self) -> None:
         teachers, weights = self._several("teacher"), self._several("teacher_weights")
+        for name, each in (*(("the teacher", each) for each in teachers), ("the student", self.student)):
+            if isinstance(each, nn.Module):
+                usable(each, DistillError, name)
         if weights and (len(weights) != len(teachers) or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
             raise DistillError(
                 f"teacher_weights must be finite, none negative, and one for each of the {len(teachers)} teachers, got "

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from torchslim.arguments import check_weights
 from torchslim.checks import shown
 from torchslim.distill.cache import TeacherCache, checks, write_all
 from torchslim.distill.taps import Tap, Watch, watched
@@ -23,6 +24,7 @@ from torchslim.processes import whole
 from torchslim.steps import canonical, fingerprint
 from torchslim.task import Batch, Task, call, device_of, dtype_of, take_first, to_device, to_dtype
 from torchslim.training import Hook, Loop
+from torchslim.usable import usable
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +163,16 @@ def find_module(spec: Any, what: str) -> nn.Module:
     """A copy of a module, or what "package.module:callable" gives.
 
     Raises:
-        DistillError: it cannot be imported, or gives no module.
+        DistillError: it cannot be imported, gives no module, or one that cannot answer: TorchScript, parameters without
+            values, or NaN among them.
     """
     found = resolve(spec, what, DistillError) if isinstance(spec, str) else spec
-    if isinstance(found, nn.Module):
-        return copy_model(found)[0]
-    with foreign(f"{what} {shown(spec)} cannot be made", DistillError):
-        found = found() if callable(found) else found
-    if not isinstance(found, nn.Module):
-        raise DistillError(f"{what} {shown(spec)} must be a module or give one, got {shown(found)}")
-    return found
+    given = isinstance(found, nn.Module)
+    if not given:
+        with foreign(f"{what} {shown(spec)} cannot be made", DistillError):
+            found = found() if callable(found) else found
+        if not isinstance(found, nn.Module):
+            raise DistillError(f"{what} {shown(spec)} must be a module or give one, got {shown(found)}")
+    usable(found, DistillError, f"the {what}")  # what is compiled stays so
+    check_weights(found, DistillError, what)
+    return copy_model(found)[0] if given else found

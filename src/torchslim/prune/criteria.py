@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchslim.checks import check_fields
 from torchslim.errors import PruneError
 from torchslim.imports import resolve
 from torchslim.statistics import Statistic, Statistics
@@ -39,6 +40,7 @@ class Criterion:
     needs: frozenset[Statistic] = frozenset()
 
     def __post_init__(self) -> None:
+        check_fields(self, PruneError)
         if self.weights is None and self.channels is None:
             raise PruneError(f"criterion {self.name!r} scores nothing; give weights=... or channels=...")
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchslim.checks import check_fields
 from torchslim.errors import QuantizeError
 
 Outputs = Sequence[Sequence[Tensor]]
@@ -47,18 +48,13 @@ class Checks:
     samples: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("channel_db", "apart_db", "apart_share"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
-                raise QuantizeError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("channel_db", "apart_db"):
-            if not math.isfinite(getattr(self, name)):
-                raise QuantizeError(f"{name} must be a finite number of decibels, got {getattr(self, name)}")
+        check_fields(self, QuantizeError)
         if self.apart_db <= 0:
             raise QuantizeError(f"apart_db must be above 0, got {self.apart_db}")
         if not 0 <= self.apart_share < 1:
             raise QuantizeError(f"apart_share must be in [0, 1), got {self.apart_share}")
-        if not isinstance(self.samples, int) or self.samples < 2:
-            raise QuantizeError(f"samples must be a whole number of at least 2, got {self.samples!r}")
+        if self.samples < 2:
+            raise QuantizeError(f"samples must be a whole number of at least 2, got {self.samples}")
 
     @classmethod
     def of(cls, given: Any) -> Checks | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchslim.arguments import checks_arguments
-from torchslim.errors import QuantizeError
+from torchslim.checks import got, shown
+from torchslim.errors import ExportError, QuantizeError
 from torchslim.export import tensors_of
 from torchslim.infinities import difference, energy
 from torchslim.isolation import quiet, warn
@@ -139,10 +141,38 @@ def converted(prepared: Prepared, checks: Checks | None) -> QuantizedModule:
 def sqnr(reference: Any, value: Any) -> float:
     """Signal to quantization noise in dB over all floating-point outputs: 10 log10(|a|^2 / |a - b|^2).
 
-    Infinities that both have in the same places count nothing; others make it -inf.
+    Infinities that both have in the same places count nothing; others, and NaN, make it -inf.
+
+    Args:
+        reference: outputs of the float model: a tensor, or tensors in tuples, lists, dicts or dataclasses.
+        value: outputs of the quantized model, of the same shapes.
+
+    Raises:
+        QuantizeError: no floating-point tensors, or others in number or shape.
     """
+    if isinstance(reference, Mapping) and isinstance(value, Mapping):
+        if set(reference) != set(value):
+            raise QuantizeError(
+                f"reference and value must have the same keys, got {shown(list(reference))} and {shown(list(value))}"
+            )
+        value = {name: value[name] for name in reference}
+    expected, found = _floats(reference, "reference"), _floats(value, "value")
+    shapes = [[tuple(each.shape) for each in several] for several in (expected, found)]
+    if shapes[0] != shapes[1]:
+        raise QuantizeError(
+            f"reference and value must have the same shapes, got {shown(shapes[0])} and {shown(shapes[1])}; give the "
+            "outputs of both models on the same inputs"
+        )
+    return decibels(expected, found)
+
+
+def decibels(reference: Iterable[Tensor], value: Iterable[Tensor]) -> float:
+    """As `sqnr`, of tensors of any type: those of floating point count."""
     signal = noise = 0.0
-    for a, b in zip(_floats(reference), _floats(value), strict=True):
+    for a, b in zip(reference, value, strict=True):
+        if not a.is_floating_point():
+            continue
+        a, b = a.detach().cpu(), b.detach().cpu()
         signal += energy(a)
         noise += float(difference(a, b).square().sum())
     if noise == 0:
@@ -152,8 +182,24 @@ def sqnr(reference: Any, value: Any) -> float:
     return 10 * math.log10(signal / noise) if signal else float("-inf")
 
 
-def _floats(value: Any) -> list[Tensor]:
-    return [leaf.detach().cpu() for leaf in tensors_of(value) if leaf.is_floating_point()]
+def _floats(value: Any, name: str) -> list[Tensor]:
+    """The floating-point tensors of outputs; a complex one as its real and imaginary parts."""
+    try:
+        leaves = tensors_of(value)
+    except ExportError as error:
+        raise QuantizeError(f"{name} must hold tensors, {got(value)}; give what the model returned") from error
+    found = [torch.view_as_real(each.resolve_conj()) if each.is_complex() else each for each in leaves]
+    found = [each for each in found if each.is_floating_point()]
+    if not found:
+        raise QuantizeError(
+            f"{name} must hold a tensor of floating point, {got(value)}; give what the model returned, before argmax "
+            "or rounding"
+        )
+    if any(each.is_meta for each in found):
+        raise QuantizeError(f"{name} is on the meta device and has no values; give tensors with values")
+    if not any(each.numel() for each in found):
+        raise QuantizeError(f"{name} is empty, {got(value)}; give the outputs of at least one sample")
+    return found
 
 
 def _warn(model: QuantizedModule) -> None:

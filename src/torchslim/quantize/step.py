@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -17,7 +18,7 @@ from torchslim.imports import resolve
 from torchslim.isolation import quiet
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, prepare
-from torchslim.quantize.functional import converted, sqnr
+from torchslim.quantize.functional import converted, decibels
 from torchslim.quantize.helpers import Accuracy, Helpers, Rounding, chosen_helpers
 from torchslim.quantize.mixed import KEPT, WIDENINGS, Trials, fallback, fewest
 from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, find_scheme
@@ -156,9 +157,10 @@ class Quantize:
         records = _measured(prepared, quantized, ctx.example_inputs)
         told = [f"not quantized: {each.layer}: {each.reason}" for each in records if _surprising(each)]
         found = quantized.evidence
-        decibels = math.inf if found is None else sqnr(found.reference, found.graph)
-        if decibels < LOUD_DB and self.mode == "ptq":
-            told.append(f"the quantized output is only {decibels:.1f} dB from the float one; expect a loss")
+        both = ((), ()) if found is None else (chain(*found.reference), chain(*found.graph))
+        ratio = decibels(*both)
+        if ratio < LOUD_DB and self.mode == "ptq":
+            told.append(f"the quantized output is only {ratio:.1f} dB from the float one; expect a loss")
         return Outcome(
             model=quantized, masks=ctx.masks, layers=[*records, *taught], warnings=told, history=history,
             evidence={} if found is None else {"worst_channel": _worst(found, records)},
