@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from torch import nn
 import torchslim as ts
 from tests.mutations import Kind
 from tests.mutations.artifacts import KINDS_OF_ARTIFACTS
+from torchslim import artifact, holding
 from torchslim.archives import read_arrays, unzip
 from torchslim.artifact import open_artifact
 from torchslim.artifact_write import STAGING
-from torchslim.errors import ArtifactError, RuntimeUnavailable
+from torchslim.errors import ArtifactError, RuntimeUnavailable, StorageError
 from torchslim.files import sha256
 from torchslim.manifest import manifest_digest
 
@@ -112,6 +114,80 @@ def test_processes_that_save_at_once_leave_a_whole_artifact(tmp_path: Path) -> N
     assert [each.exitcode for each in processes] == [0] * 4
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["artifact.json", "weights.safetensors"]
     open_artifact(tmp_path / "a")
+
+
+def _save_often(folder: Path, level: float) -> None:
+    deployed = constant(level)
+    for _ in range(8):
+        ts.save(deployed, folder)
+
+
+def constant(level: float) -> ts.Deployed:
+    """Answers with one number everywhere, and has weights of a size of its own."""
+    model = nn.Sequential(nn.Linear(2, 8 + int(level)), nn.Linear(8 + int(level), 3))
+    for each in model.parameters():
+        nn.init.zeros_(each)
+    nn.init.constant_(model[1].bias, level)  # type: ignore[arg-type]
+    return ts.deploy(model, (torch.ones(1, 2),), runtime="eager", threads=1)
+
+
+def test_who_reads_while_others_save_finds_a_whole_artifact(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    ts.save(constant(1), folder)
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_save_often, args=(folder, float(level))) for level in (1, 2)]
+    for each in writers:
+        each.start()
+    read = []
+    while any(each.is_alive() for each in writers) or not read:
+        read.append(ts.load(folder)(torch.ones(1, 2)))
+    for each in writers:
+        each.join()
+    assert [each.exitcode for each in writers] == [0, 0]
+    assert all(
+        torch.equal(each, torch.full((1, 3), float(each[0, 0]))) and float(each[0, 0]) in (1, 2) for each in read
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "artifact.json", "bench.py", "example.npz", "model.pt2"]  # fmt: skip
+
+
+def test_threads_that_save_at_once_leave_a_whole_artifact(tmp_path: Path) -> None:
+    deployed = [constant(level) for level in (1.0, 2.0, 3.0)]
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(ts.save, each, tmp_path / "a") for each in deployed]:
+            done.result()
+    assert float(ts.load(tmp_path / "a")(torch.ones(1, 2))[0, 0]) in (1, 2, 3)
+
+
+def test_a_model_that_another_process_replaces_is_loaded_as_it_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ts.save(constant(1), tmp_path / "a")
+    load, other = artifact.load_opened, constant(2)
+
+    def replaced_before(opened: Any, **settings: Any) -> Any:
+        ts.save(other, tmp_path / "a")
+        return load(opened, **settings)
+
+    monkeypatch.setattr(artifact, "load_opened", replaced_before)
+    assert float(ts.load(tmp_path / "a")(torch.ones(1, 2))[0, 0]) == 1
+
+
+def test_a_save_waits_for_who_holds_the_folder_and_says_so_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ts.save(linear(), tmp_path / "a")
+    monkeypatch.setattr(holding, "FOLDER_SECONDS", 0.01)
+    with holding.reading(tmp_path / "a"):
+        ts.load_module(tmp_path / "a", linear)  # readers do not wait for each other
+        with pytest.raises(StorageError, match="writing to, or reading, .*a for over .* s; wait until it ends"):
+            ts.save(linear(), tmp_path / "a")
+    with (
+        holding.writing(tmp_path / "a"),
+        pytest.raises(StorageError, match="another process is writing to .*a for over"),
+    ):
+        ts.load_module(tmp_path / "a", linear)
+    ts.save(linear(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("replace", ["artifact.json", "weights.safetensors"])

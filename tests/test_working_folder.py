@@ -25,7 +25,7 @@ from tests import tiny
 from tests.kills import listing, states
 from tests.mutations import Kind
 from tests.mutations.folders import KINDS_OF_FOLDERS, stage_row
-from torchslim.artifact import put_artifact
+from torchslim.artifact import write_artifact
 from torchslim.errors import RecipeError, StorageError, TorchslimError
 from torchslim.files import TEMPORARY, digest, write_json
 from torchslim.report.records import Layer
@@ -160,7 +160,7 @@ def test_other_weights_in_a_stage_are_noticed(finished: tuple[Path, Any], tmp_pa
     record = (stage / "stage.json").read_bytes()
     module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
     shutil.rmtree(stage)
-    put_artifact(stage, deployed=ts.deploy(module, (torch.ones(2, 4),), runtime="eager", threads=1), module=module)
+    write_artifact(stage, deployed=ts.deploy(module, (torch.ones(2, 4),), runtime="eager", threads=1), module=module)
     (stage / "stage.json").write_bytes(record)
     with pytest.warns(UserWarning, match="are not those that were written with stage.json; the step is taken again"):
         assert tiny.outcome(tiny.run(folder)) == finished[1]

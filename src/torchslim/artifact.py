@@ -14,7 +14,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from torchslim.archives import read_arrays, read_masks
 from torchslim.arguments import checks_arguments
-from torchslim.artifact_write import MANIFEST, is_file, left_behind, replace_files
+from torchslim.artifact_write import MANIFEST, is_file, replace_files
 from torchslim.errors import ArtifactError, TorchslimError
 from torchslim.export import Captured
 from torchslim.files import bundle, sha256
+from torchslim.holding import reading
 from torchslim.isolation import quiet, warn
 from torchslim.machine import describe_machine, instruction_set
 from torchslim.manifest import FORMAT, LIMITS, VERSION, checked_manifest, manifest_digest, parse_manifest
@@ -80,9 +81,8 @@ def save(
         StorageError: the disk is full; what was there before is kept.
     """
     if isinstance(model, Deployed):
-        written = write_artifact(folder, deployed=model, masks=masks, key=key)
-        confirm(written, model)
-        return written
+        confirm(folder, model, write_artifact(folder, deployed=model, masks=masks, key=key))
+        return Path(folder)
     model = usable(model, ArtifactError)
     quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
     if example_inputs is None:
@@ -90,22 +90,32 @@ def save(
             raise ArtifactError(
                 "a quantized model is saved as a program, no factory makes it again; give save(..., example_inputs=...)"
             )
-        return write_artifact(folder, module=model, masks=masks, key=key)
+        write_artifact(folder, module=model, masks=masks, key=key)
+        return Path(folder)
     deployed = verified(model, lambda each: find_runtime("eager").compile(each, example_inputs))
     for note in new_notes(model, deployed):
         warn(note)
-    return write_artifact(folder, deployed=deployed, module=None if quantized else model, masks=masks, key=key)
+    write_artifact(folder, deployed=deployed, module=None if quantized else model, masks=masks, key=key)
+    return Path(folder)
 
 
-def confirm(folder: str | Path, deployed: Deployed) -> None:
+def confirm(folder: str | Path, deployed: Deployed, digest: str) -> None:
     """Load the quantized model that was just written, and ask both for the answers to the example.
+
+    Args:
+        folder: where it was written.
+        deployed: what was written.
+        digest: of its manifest. Where another process has saved there since, it is its artifact, and its to confirm.
 
     Raises:
         ArtifactError: they differ.
     """
     if not deployed.quantized or not deployed.suffixes:
         return
-    loaded = load(folder, trusted=True)  # machine code, where it is such, was just written here
+    opened = _opened(folder, None, None)
+    if opened.manifest["digest"] != digest:
+        return
+    loaded = load_opened(opened, trusted=True)  # machine code, where it is such, was just written here
     if not alike(deployed, loaded):
         raise ArtifactError(
             f"what was saved to {folder} answers otherwise than the model on {deployed.runtime!r} did; save it "
@@ -121,31 +131,18 @@ def write_artifact(
     masks: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, bytes] | None = None,
     key: Key | None = None,
-) -> Path:
+) -> str:
     """Write an artifact folder, in the place of the artifact that is there; other files in it stay.
 
     Everything is written beside first and then renamed, the manifest last: on a full disk the old artifact is kept,
     and a folder that has a manifest is whole.
+
+    Returns:
+        The digest of the manifest, and so of all files, as they were meant to be.
     """
-    put_artifact(folder, deployed=deployed, module=module, masks=masks, extra=extra, key=key)
-    return Path(folder)
-
-
-def put_artifact(
-    folder: str | Path,
-    *,
-    deployed: Deployed | None = None,
-    module: nn.Module | None = None,
-    masks: Mapping[str, Tensor] | None = None,
-    extra: Mapping[str, bytes] | None = None,
-    key: Key | None = None,
-) -> str:
-    """As `write_artifact`; returns the digest of the manifest, and so of all files, as they were meant to be."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; name a folder to save to")
-    if folder.is_dir() and any(folder.iterdir()) and not _ours(folder):
-        raise ArtifactError(f"{folder} holds something that torchslim did not save; name an empty or a new folder")
     files: dict[str, bytes] = dict(extra or {})
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "machine": describe_machine()}
     if deployed is not None:
@@ -199,8 +196,19 @@ def load(
             not trusted, or one that is not signed by the key.
         RuntimeUnavailable: the artifact's runtime is not installed.
     """
-    opened = open_artifact(folder, public_key=public_key)
+    opened = _opened(folder, public_key, runtime)
     return load_opened(opened, runtime=runtime, threads=threads, trusted=trusted)
+
+
+def _opened(folder: str | Path, public_key: Key | None, runtime: str | None) -> Opened:
+    """A checked artifact, with all in memory that is needed to load it: another may be saved in its place meanwhile."""
+    with reading(Path(folder)):
+        opened = open_artifact(folder, public_key=public_key)
+        own = opened.manifest.get("runtime")
+        stored = own is not None and own in RUNTIMES and runtime in (None, own)
+        kept = [f"model{suffix}" for suffix in find_runtime(str(own)).suffixes] if stored else []
+        opened.read_ahead("example.npz", *(kept or [PROGRAM]))
+    return opened
 
 
 def load_opened(
@@ -285,24 +293,34 @@ def load_module(folder: str | Path, factory: Callable[[], nn.Module], *, public_
     Raises:
         ArtifactError: when the factory's model has other parameters than the saved one; names them.
     """
-    return open_artifact(folder, public_key=public_key).into(factory())
+    with reading(Path(folder)):
+        opened = open_artifact(folder, public_key=public_key)
+        opened.read_ahead(WEIGHTS, SURGERY)
+    return opened.into(factory())
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checked artifact."""
+    """A checked artifact. What was read `ahead` is given out once from memory, and then read from the folder."""
 
     folder: Path
     manifest: dict[str, Any]
+    ahead: dict[str, bytes] = field(default_factory=dict)
 
     def read(self, name: str) -> bytes:
         """A file's bytes, checked again: what is used is what was hashed."""
         if name not in self.manifest["files"]:
             raise ArtifactError(f"{self.folder} lists no {name}; it was saved without it")
+        if name in self.ahead:
+            return self.ahead.pop(name)
         data = read_file(self.folder / name, ArtifactError, size_bytes=FILE_BYTES, links=False)
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
             raise ArtifactError(f"{self.folder / name} was changed since the artifact was opened; load it again")
         return data
+
+    def read_ahead(self, *names: str) -> None:
+        """Have files in memory, as far as the artifact has them."""
+        self.ahead.update({name: self.read(name) for name in names if name in self.manifest["files"]})
 
     def into(self, module: nn.Module) -> nn.Module:
         """The saved module, made from one of its kind; see `load_module`."""
@@ -382,15 +400,6 @@ def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _ours(folder: Path) -> bool:
-    return (
-        (folder / MANIFEST).is_file()
-        or left_behind(folder)
-        or (folder / "run.json").is_file()
-        or (folder / "work").is_dir()
-    )
 
 
 def _deployed_files(deployed: Deployed) -> dict[str, bytes]:

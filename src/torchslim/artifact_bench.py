@@ -357,6 +357,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it: another process never reads a half of it."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".torchslim-tmp-") as folder:
+        written = Path(folder, path.name)
+        written.write_text(text)  # a plain file in there gets the rights that the umask gives
+        written.replace(path)
+
+
 def main() -> None:
     """Check the outputs against those recorded when the model was saved, then time it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -371,7 +379,7 @@ def main() -> None:
         pack = json.loads((HERE / "pack.json").read_text())
         folder = Folder(pack["files"], arguments.trusted)
         found = time_pack(pack, folder, arguments.threads, arguments.rounds, arguments.batch)
-        (HERE / "latency.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_whole(HERE / "latency.json", json.dumps(found, indent=1) + "\n")
         print(HERE / "latency.json")
         return
     manifest = json.loads((HERE / "artifact.json").read_text())

@@ -7,25 +7,19 @@ manifest says of other files, or of places outside of its folder, is not believe
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torchslim.errors import ArtifactError, StorageError
 from torchslim.files import TEMPORARY, sha256, write_bytes, write_json
+from torchslim.holding import writing
 from torchslim.manifest import LIMITS, parse_manifest
 from torchslim.schema import read_file
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "artifact.json"
 STAGING = ".saving"
@@ -34,18 +28,24 @@ OURS = re.compile(
     rf"bench\.py|run\.json|report\.html|{re.escape(TEMPORARY)}.*"
 )
 """Names that a save that was killed leaves in its staging folder."""
-WAIT_SECONDS = 60.0
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
     """Put `files` and their manifest into a folder.
 
+    Others that save there, or read, wait until it is done.
+
     Raises:
+        ArtifactError: the folder holds something else.
         StorageError: the disk is full, or another process is saving there; what was there before is kept.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with writing(folder):
+            # not before: what another process is just saving would look like somebody else's files
+            if any(folder.iterdir()) and not _ours(folder):
+                raise ArtifactError(
+                    f"{folder} holds something that torchslim did not save; name an empty or a new folder"
+                )
             _clear_staging(folder)
             staging = Path(tempfile.mkdtemp(dir=folder, prefix=f"{STAGING}-"))
             try:
@@ -74,9 +74,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def left_behind(folder: Path) -> bool:
-    """Is there what a save that was killed left?"""
-    return any(each.is_dir() and not each.is_symlink() for each in folder.glob(f"{STAGING}*"))
+def _ours(folder: Path) -> bool:
+    """Did a save, be it one that was killed, or a run leave what is in the folder?"""
+    return (
+        (folder / MANIFEST).is_file()
+        or any(each.is_dir() and not each.is_symlink() for each in folder.glob(f"{STAGING}*"))
+        or (folder / "run.json").is_file()
+        or (folder / "work").is_dir()
+    )
 
 
 def _listed(folder: Path) -> dict[str, str]:
@@ -102,31 +107,3 @@ def _clear(staging: Path) -> None:
             each.unlink(missing_ok=True)
     with suppress(OSError):  # it holds something else, which is not ours to delete
         staging.rmdir()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes that save to it, where the system can lock folders."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        end = time.monotonic() + WAIT_SECONDS
-        while not _locked(handle):
-            if time.monotonic() > end:
-                raise StorageError(f"another process is saving to {folder}; wait until it ends, or name another folder")
-            time.sleep(0.05)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True

@@ -84,11 +84,11 @@ class Result:
             "run.json": (json.dumps(self.run, indent=1, allow_nan=False) + "\n").encode(),
             "report.html": render(self.run).encode(),
         }
-        written = write_artifact(
+        digest = write_artifact(
             folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra, key=key
         )
-        confirm(written, self.deployed)
-        return written
+        confirm(folder, self.deployed, digest)
+        return Path(folder)
 
     def __str__(self) -> str:
         return table(self.run)

@@ -1,8 +1,11 @@
 """One process at a time: a lock on a folder, which the system releases when its holder ends, however it ends.
 
-The lock is `flock` on the file `.torchslim.lock`. That file is written first and never deleted, so it also marks the
-folder as one of torchslim's: a run that is killed before it wrote anything else can go on. NFS since Linux 2.6.12 keeps
-`flock` between machines. On a file system that has no locks a warning says so, and the work goes on.
+A run holds its working folder; a save, or a load, holds the folder of an artifact for as long as it touches files.
+
+The lock of a run is `flock` on the file `.torchslim.lock`. That file is written first and never deleted, so it also
+marks the folder as one of torchslim's: a run that is killed before it wrote anything else can go on. NFS since Linux
+2.6.12 keeps `flock` between machines. On a file system that has no locks a warning says so, and the work goes on. An
+artifact is locked by its folder, beside whose files no lock file may stand.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ except ImportError:  # Windows
 
 LOCK = ".torchslim.lock"
 LOOK_SECONDS = 0.2  # between two tries of one that waits
+FOLDER_SECONDS = 60.0  # a folder is locked for one write or read, which takes seconds
 ORPHAN_SECONDS = 15.0  # loader workers of a killed process hold its lock until they notice that it is gone
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 TAKEN = (errno.EAGAIN, errno.EACCES)
@@ -143,3 +147,73 @@ def is_dead(process: Mapping[str, Any]) -> bool | None:
     except PermissionError:
         return False
     return process["started"] is not None and started(int(process["pid"])) != process["started"]
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make a folder, and be the only one who writes there while the block runs, with nobody `reading`.
+
+    On a file system without locks the block runs at once.
+
+    Raises:
+        StorageError: it cannot be made, or another process is writing there, or reading, for long.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+    with _locked(folder, "writing to, or reading,", shared=False):
+        yield
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Wait until nobody is `writing` to a folder, and have others wait to write there while the block runs.
+
+    Where the folder is missing, or may not be opened, the block runs at once.
+
+    Raises:
+        StorageError: another process is writing there, for long.
+    """
+    with _locked(folder, "writing to", shared=True):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, others: str, *, shared: bool) -> Iterator[None]:
+    handle = _folder(folder)
+    if handle is None:
+        yield
+        return
+    try:
+        end = time.monotonic() + FOLDER_SECONDS
+        while not _taken(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+            if time.monotonic() > end:
+                raise StorageError(
+                    f"another process is {others} {folder} for over {FOLDER_SECONDS:.0f} s; wait until it ends, or "
+                    "name another folder"
+                )
+            time.sleep(FOLDER_SECONDS / 1200)
+        try:
+            yield
+        finally:
+            _taken(handle, fcntl.LOCK_UN)  # of forked children too, which share it
+    finally:
+        os.close(handle)
+
+
+def _folder(folder: Path) -> int | None:
+    if fcntl is None:
+        return None
+    try:
+        return os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except OSError:  # whoever reads or writes there says more
+        return None
+
+
+def _taken(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in TAKEN  # else a file system without locks
+    return True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from torchslim import processes
-from torchslim.artifact import Opened, load_opened, open_artifact, put_artifact
+from torchslim.artifact import Opened, load_opened, open_artifact, write_artifact
 from torchslim.errors import StorageError, TorchslimError
 from torchslim.export import signature_of
 from torchslim.files import TEMPORARY, clean_temporaries, digest, present, remove, write_bytes, write_json
@@ -97,7 +97,7 @@ def keep(
 ) -> None:
     """Write a model to a stage's folder, in the place of what stands there."""
     remove(folder)
-    artifact = put_artifact(folder, deployed=deployed, module=module, masks=masks)
+    artifact = write_artifact(folder, deployed=deployed, module=module, masks=masks)
     record: dict[str, Any] = {
         "format": "torchslim-stage", "version": 1, "key_id": key_id(key), "artifact": artifact,
         "row": None if row is None else dict(row), "own": _own(key, artifact),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchslim.errors import DeployError, ExportError, TorchslimError
 from torchslim.export import Captured, capture, positional, signature_of
 from torchslim.files import unbundle, write_bytes
+from torchslim.holding import writing
 from torchslim.isolation import quiet
 from torchslim.layers import layers_of, structure_of
 from torchslim.machine import instruction_set
@@ -251,9 +252,10 @@ class Deployed:
         if len(self.suffixes) > 1 and path.suffix != self.suffixes[0]:
             raise DeployError(f"runtime {self.runtime!r} writes {' and '.join(self.suffixes)}; name the first of them")
         first, *beside = self.files.items()
-        write_bytes(path, first[1])
-        for suffix, data in beside:
-            write_bytes(path.with_suffix(suffix), data)
+        with writing(path.parent):  # files of two writers never stand side by side
+            for suffix, data in beside:
+                write_bytes(path.with_suffix(suffix), data)
+            write_bytes(path, first[1])
         return path
 
     def __repr__(self) -> str:
