@@ -62,6 +62,24 @@ def test_a_healthy_output_is_never_called_off(seed, shape, samples, decibels, of
     assert apart([[value]], [[answer]], [[answer]], [0], CHECKS) == []
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), samples=st.integers(1, 12), channels=st.integers(8, 200), positions=st.integers(1, 4)
+)
+def test_channels_that_are_dead_or_nearly_so_are_never_called_off(seed, samples, channels, positions):
+    """After a ReLU some channels are zero, or differ from it once: two roundings to one grid differ there, too."""
+    torch.manual_seed(seed)
+    value = (torch.randn(samples, channels, positions) - 3 * torch.rand(channels, 1)).relu()
+    value[:, 0], value[0, 1] = 0, 1
+    step = float(value.max()) / 255
+    graph, deployed = ((value + torch.randn_like(value) * step / 12).relu().div(step).round() * step for _ in range(2))
+    graph[:, 0] = 0
+    deployed[0, 0, 0] = step
+    assert apart([[value]], [[graph]], [[deployed]], [0], CHECKS) == []
+    deployed[:, 0] = 100 * step
+    assert apart([[value]], [[graph]], [[deployed]], [0], CHECKS) != []
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), channels=st.integers(2, 30), samples=st.integers(24, 64), data=st.data())
 def test_one_lost_channel_is_named(seed, channels, samples, data):

@@ -23,6 +23,7 @@ Outputs = Sequence[Sequence[Tensor]]
 
 CHANCE = 1e-3  # probability that a healthy output is called off because few samples were seen
 GRID = 255  # steps of an 8-bit grid
+LOOKED_AT = 2**16  # values of an output that tell whether it lies on a grid
 VISIBLE = 8  # steps of its own 8-bit grid that a channel must move over to count as one that varies
 SPREAD = 6  # times the noise's root mean square: differences between two roundings of one network stay below
 ALIKE_DB = 10.0  # above the threshold, what one channel of an output must reach for another to count as lost
@@ -173,7 +174,8 @@ def apart(
 ) -> list[Fault]:
     """What of a deployed model's outputs is off against the graph that it was made from.
 
-    Noise below that of an 8-bit grid over the channel's own values is none.
+    Noise below that of an 8-bit grid over the channel's own values is none; a channel that is constant in float
+    may be a step away, of the grid over the whole output.
     """
     found: list[Fault] = []
     for part in _parts([reference, graph, deployed], axes):
@@ -251,11 +253,16 @@ def _further(part: _Part, dim: int | None, checks: Checks) -> Iterator[Fault]:
     expected, graph, deployed = part.rows(dim)
     if not expected.numel():
         return
-    unit = expected.abs().amax(1) / GRID
+    unit = (expected.abs().amax(1) / GRID).clamp(min=_grid(graph))
+    still = ~_varies(expected, _signal(expected))
+    unit = torch.where(still, unit.max(), unit)  # a dead channel has no values to take a grid from
+    least = unit.square() / torch.where(still, 1, 12)  # it may be a whole step away
     made = _noise(expected, graph)
-    noise = torch.maximum(made, unit.square() / 12)
     more = _noise(expected, deployed)
     elements = _independent(part, expected)
+    few = elements < POSITIONS // 4  # the noise of one channel is not known from so few
+    rounded = made[made > 0]  # zeros behind a ReLU have no error, which says nothing of the grid
+    noise = torch.maximum(torch.maximum(made, rounded.median()) if few and len(rounded) else made, least)
     ratio = more / noise.clamp(min=1e-300)
     channel = int(ratio.argmax())
     if float(ratio[channel]) > 10 ** (checks.apart_db / 10) * slack(elements, len(ratio)):
@@ -266,9 +273,9 @@ def _further(part: _Part, dim: int | None, checks: Checks) -> Iterator[Fault]:
             words=f"is {after:.1f} dB from float deployed and {before:.1f} dB in the graph it was made from",
             short=before - after - checks.apart_db,
         )  # fmt: skip
-    if elements < POSITIONS // 4:  # the noise of one channel is not known from so few
-        made = torch.maximum(made, made.mean())
-    step = torch.maximum(unit, SPREAD * made.sqrt())
+    step = torch.maximum(1.01 * unit, SPREAD * made.sqrt())
+    if few:  # an error of rounding is at most half a step, and less than that in most of few elements
+        step = step.clamp(min=4 * float((expected - graph).abs().max()))
     over = int(((deployed - graph).abs() > step.unsqueeze(1)).sum())
     share = over / deployed.numel()
     if over > 1 and share > checks.apart_share:
@@ -276,6 +283,16 @@ def _further(part: _Part, dim: int | None, checks: Checks) -> Iterator[Fault]:
             kind="steps", place=Place(output=part.output), decibels=None,
             words=f"differs by more than a step from the graph it was made from on {100 * share:.2g} % of its elements",
         )  # fmt: skip
+
+
+def _grid(values: Tensor) -> float:
+    """The step of the grid that values lie on; 0 where they lie on none that can be told."""
+    distinct = values.flatten()[:LOOKED_AT].unique()
+    if not 8 <= len(distinct) <= GRID + 1:
+        return 0.0
+    gaps = distinct.diff()
+    steps = gaps / gaps.min()
+    return float(gaps.min()) if bool((steps - steps.round()).abs().max() < 0.01) else 0.0
 
 
 def _parts(several: Sequence[Outputs], axes: Sequence[int | None]) -> Iterator[_Part]:
