@@ -188,6 +188,7 @@ def load(
         runtime: None takes the one that it was saved for.
         threads: None takes those that it was saved with.
         trusted: load a file of machine code too (runtime "aoti"): whoever made the artifact can do here what you can.
+            A model of OpenVINO is then not tried in a child process first.
         public_key: refuse an artifact that was not saved with the private key of this one: the path or the bytes of a
             PEM file, or a key object of `cryptography`. None takes unsigned artifacts too, and checks no signature.
 
@@ -248,6 +249,8 @@ def load_opened(
                 files = {suffix: opened.read(f"model{suffix}") for suffix in chosen.suffixes}
                 if chosen.check is not None:
                     chosen.check(files)
+                if chosen.trial is not None and not (trusted or opened.signed):
+                    chosen.trial(files, example)
                 payload = bundle(files) if chosen.beside else next(iter(files.values()))
                 session = chosen.read(payload, spec, threads)
             else:
@@ -301,11 +304,15 @@ def load_module(folder: str | Path, factory: Callable[[], nn.Module], *, public_
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checked artifact. What was read `ahead` is given out once from memory, and then read from the folder."""
+    """A checked artifact; `signed`: by the key that was asked for.
+
+    What was read `ahead` is given out once from memory, and then read from the folder.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     ahead: dict[str, bytes] = field(default_factory=dict)
+    signed: bool = False
 
     def read(self, name: str) -> bytes:
         """A file's bytes, checked again: what is used is what was hashed."""
@@ -374,7 +381,7 @@ def open_artifact(folder: str | Path, *, public_key: Key | None = None) -> Opene
             raise ArtifactError(f"{folder} is incomplete: {name} is missing; copy it again")
         if sha256(inside) != expected:
             raise ArtifactError(f"{folder / name} was truncated or changed since it was saved; copy it again")
-    return Opened(folder, dict(manifest))
+    return Opened(folder, dict(manifest), signed=public_key is not None)
 
 
 def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ example inputs, and gives back its module.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import json
@@ -47,9 +46,18 @@ class Net(nn.Module):
         return {"logits": self.head(x), "pooled": x.reshape(x.shape[0] * 2, 4)}
 
 
-@functools.cache
-def good(runtime: str) -> Files:
-    """The files of an artifact, pruned, with its weights and masks where it is eager."""
+GOOD: dict[str, Files] = {}
+KINDS_OF_GOOD = ("eager", "onnxruntime", "openvino", "openvino int8")
+
+
+def good(kind: str) -> Files:
+    """The files of an artifact, pruned, with its weights and masks where it is eager; made once."""
+    if kind not in GOOD:
+        GOOD[kind] = _made(*kind.split())
+    return GOOD[kind]
+
+
+def _made(runtime: str, precision: str = "") -> Files:
     torch.manual_seed(0)
     example = (torch.randn(3, 3, 8, 8),)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,6 +66,8 @@ def good(runtime: str) -> Files:
             masks = {"head.weight": torch.ones_like(model.head.weight, dtype=torch.bool)}  # type: ignore[union-attr,arg-type]
             ts.save(model, folder, example_inputs=example, masks=masks)
         else:
+            if precision:
+                model = ts.quantize.static(model, [example], runtime=runtime)
             ts.save(ts.deploy(model, example, runtime=runtime, threads=1), folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
@@ -167,12 +177,12 @@ def payloads(draw: st.DrawFn, runtime: str, names: tuple[str, ...]) -> Files:
 
 def shown(files: Files) -> str:
     """What differs from the good artifact."""
-    same = next((good(each) for each in ("eager", "onnxruntime") if set(good(each)) == set(files)), {})
+    same = next((good(each) for each in KINDS_OF_GOOD if set(good(each)) == set(files)), {})
     return ", ".join(f"{name}: {data[:200]!r}" for name, data in files.items() if same.get(name) != data)
 
 
 def _kind(name: str, examples: Any) -> Kind:
-    return Kind(name=name, examples=examples, attempt=attempt, shown=shown)
+    return Kind(name=name, group="artifacts", examples=examples, attempt=attempt, shown=shown)
 
 
 KINDS_OF_ARTIFACTS = (

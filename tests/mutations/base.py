@@ -23,6 +23,7 @@ class Kind:
     """One kind of input that is mutated.
 
     Attributes:
+        group: the kinds that are counted together.
         examples: a strategy of mutated inputs.
         attempt: uses an input. It returns where the input is accepted and raises a `TorchslimError` where it is
             refused; any other exception is a fault.
@@ -30,6 +31,7 @@ class Kind:
     """
 
     name: str
+    group: str
     examples: st.SearchStrategy[Any]
     attempt: Callable[[Any], object]
     shown: Callable[[Any], str] = repr

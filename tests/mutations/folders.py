@@ -135,7 +135,7 @@ def texts(document: Callable[[], Any]) -> st.SearchStrategy[bytes]:
 
 
 KINDS_OF_FOLDERS = (
-    Kind(name="run.json", examples=texts(lambda: RUN), attempt=read_run),
-    Kind(name="stage.json", examples=texts(lambda: json.loads(stage()[1])), attempt=take_up_stage),
-    Kind(name="recipe.json", examples=texts(lambda: RECIPE_OF_RUN), attempt=claim_folder),
+    Kind(name="run.json", group="folders", examples=texts(lambda: RUN), attempt=read_run),
+    Kind(name="stage.json", group="folders", examples=texts(lambda: json.loads(stage()[1])), attempt=take_up_stage),
+    Kind(name="recipe.json", group="folders", examples=texts(lambda: RECIPE_OF_RUN), attempt=claim_folder),
 )

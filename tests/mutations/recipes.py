@@ -170,8 +170,8 @@ RECIPES = mutated(documents(PLAIN), keys=FIELDS, values=VALUES)
 SEARCHES = mutated(documents(RANGES), keys=FIELDS, values=VALUES)
 
 KINDS_OF_RECIPES = (
-    Kind(name="recipe", examples=RECIPES, attempt=check),
-    Kind(name="search recipe", examples=SEARCHES, attempt=check),
-    Kind(name="recipe text", examples=garbled(st.sampled_from([TOYS + each for each in (*PLAIN, *RANGES)])),
+    Kind(name="recipe", group="recipes", examples=RECIPES, attempt=check),
+    Kind(name="search recipe", group="recipes", examples=SEARCHES, attempt=check),
+    Kind(name="recipe text", group="recipes", examples=garbled(st.sampled_from([TOYS + each for each in (*PLAIN, *RANGES)])),
          attempt=check_text),
 )  # fmt: skip

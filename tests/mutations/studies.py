@@ -115,6 +115,6 @@ def opened(journal: str) -> object:
 
 
 KINDS_OF_STUDIES = (
-    Kind(name="trial of another worker", examples=trials(), attempt=read),
-    Kind(name="journal of a study", examples=journals(), attempt=opened),
+    Kind(name="trial of another worker", group="studies", examples=trials(), attempt=read),
+    Kind(name="journal of a study", group="studies", examples=journals(), attempt=opened),
 )

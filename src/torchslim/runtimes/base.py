@@ -270,8 +270,9 @@ class Runtime:
     `make` turns a captured program into a session and the bytes of its file (None where there is no format; a
     `bundle` where there are several files, `suffix` and those `beside`); `read` makes a session of such bytes.
     A `native` file is machine code: it is loaded only where it is trusted. `check` looks at files that others may have
-    written, by their suffixes, before `read` does. `kernels` tells what is executed. What `converts` programs to
-    a format of its own may fix sizes in silence: a free batch is tried.
+    written, by their suffixes, before `read` does; `trial` then runs them on example inputs in a child process, where
+    the runtime may end the process. `kernels` tells what is executed. What `converts` programs to a format of its own
+    may fix sizes in silence: a free batch is tried.
     """
 
     name: str
@@ -282,6 +283,7 @@ class Runtime:
     beside: tuple[str, ...] = ()
     native: bool = False
     check: Callable[[Mapping[str, bytes]], None] | None = None
+    trial: Callable[[Mapping[str, bytes], Sequence[Tensor]], None] | None = None
     converts: bool = False
     kernels: Callable[[Deployed], list[Kernel]] | None = None
 

@@ -30,7 +30,7 @@ from torchslim.runtimes.kernels import Kernel, decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
 from torchslim.runtimes.openvino_check import check_ir
 from torchslim.runtimes.openvino_passes import guard_extremes
-from torchslim.runtimes.openvino_trial import survive
+from torchslim.runtimes.openvino_trial import survive, survive_files
 from torchslim.structure import flatten
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
         model = openvino.Core().read_model(onnx)
     except RuntimeError as error:
         raise DeployError(
-            f"OpenVINO cannot read the model: {_brief(error)}; use runtime 'onnxruntime', or 'eager'"
+            f"OpenVINO cannot read the model: {_brief(str(error))}; use runtime 'onnxruntime', or 'eager'"
         ) from error
     model = _restore(model, onnx, openvino)
     guard_extremes(model)
@@ -202,9 +202,7 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
         model = core.read_model(files[XML], files[BIN])
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise DeployError(
-            f"OpenVINO cannot run the model: {_brief(error)}; use runtime 'onnxruntime', or 'eager'"
-        ) from error
+        raise _unfit(str(error)) from error
     if len(compiled.inputs) != len(spec.dtypes):
         raise DeployError(
             f"the OpenVINO model takes {len(compiled.inputs)} inputs, its spec lists {len(spec.dtypes)}; save it again"
@@ -245,8 +243,12 @@ def _plain(name: str) -> str:
     return re.sub(r"/(WithoutBiases|Dequantization|transpose_[ab]).*", "", name)
 
 
-def _brief(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _unfit(message: str) -> DeployError:
+    return DeployError(f"OpenVINO cannot run the model: {_brief(message)}; use runtime 'onnxruntime', or 'eager'")
+
+
+def _brief(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
     return (told or lines or [""])[0][:300]
 
@@ -255,6 +257,15 @@ def _check(files: Mapping[str, bytes]) -> None:
     check_ir(files[XML], files[BIN])
 
 
+def _try(files: Mapping[str, bytes], example: Sequence[Tensor]) -> None:
+    _import()
+    if any(each.dtype is torch.bfloat16 for each in example):
+        return  # `_read` refuses the model before OpenVINO sees it
+    if message := survive_files({suffix: files[suffix] for suffix in (XML, BIN)}, example):
+        raise _unfit(message)
+
+
 RUNTIME = Runtime(
-    name="openvino", suffix=XML, beside=(BIN,), make=_make, read=_read, check=_check, kernels=_kernels, converts=True
-)
+    name="openvino", suffix=XML, beside=(BIN,), make=_make, read=_read, check=_check, trial=_try, kernels=_kernels,
+    converts=True,
+)  # fmt: skip

@@ -1,28 +1,42 @@
 """Compile and run a model in a child process first, where OpenVINO may end the process instead of raising an error.
 
 OpenVINO 2026.4.1 ends with a segmentation fault when it reads an ONNX `STFT`. No error can be caught then: a child
-process reads, compiles and runs such a model once, and its exit status tells. Models of ordinary operations, those in
-`ORDINARY`, are not tried: they cost nothing more.
+process reads, compiles and runs such a model once, and its exit status tells. Models that were made here of ordinary
+operations, those in `ORDINARY`, are not tried: they cost nothing more.
+
+The files of an artifact may have been written by anyone. They are tried whatever their operations are, once: files that
+ran are remembered in the cache folder under a seal of this user's secret, so that no other user can vouch for them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from torchslim.errors import DeployError
+from torchslim.errors import ArtifactError, DeployError
+from torchslim.machine import cache_folder, instruction_set
+from torchslim.schema import shorten
+from torchslim.seals import own_secret, seal
 
 LIMIT_S = 900.0  # to read, compile and run a model once
-RAISED = (0, 1)  # the exit status of a child that ends by itself; an error raised there is raised here again
+RAN, UNREADY, RAISED, NO_MEMORY = 0, 1, 3, 4  # the exit status of a child that ends by itself
+GROWTH = 2**30
+RELATIVE = 64
+"""Bytes that the files of an artifact may take to read, compile and run: `GROWTH`, and so many times their own size and
+that of their inputs; on Linux."""
+STACK = 2**23  # bytes of a thread, of which OpenVINO has one for each processor core
+REMEMBERED = "openvino"  # in the cache folder: empty files whose names are seals
 # operations of ONNX that ordinary networks consist of; none of them was seen to end the process
 _NAMES = """
     Abs Add And ArgMax ArgMin AveragePool BatchNormalization BitShift BitwiseAnd Cast Ceil Clip Concat Constant
@@ -44,14 +58,26 @@ try:
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 except ImportError:
-    pass
+    resource = None
 sys.modules["openvino_telemetry"] = None
 import numpy, openvino
-names = json.loads(sys.argv[3])
+growth = int(sys.argv[5])
+if growth and resource is not None and sys.platform == "linux":
+    about = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    before, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [int(about["VmData"].split()[0]) * 1024 + growth, before, most]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(each for each in limits if each >= 0), most))
+names, file = json.loads(sys.argv[3]), sys.argv[4]
 named = {name: numpy.load(f"{folder}/{index}.npy", allow_pickle=False) for index, name in enumerate(names)}
-model = openvino.Core().read_model(folder + "/model.onnx")
-taken = {name: value for name, value in named.items() if any(name in each.names for each in model.inputs)}
-openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(taken)
+try:
+    model = openvino.Core().read_model(f"{folder}/{file}")
+    known = {name for each in model.inputs for name in each.names} | set(range(len(model.inputs)))
+    taken = {name: value for name, value in named.items() if name in known}
+    openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(taken)
+except Exception as error:
+    memory = isinstance(error, MemoryError) or "bad_alloc" in str(error)
+    sys.stdout.buffer.write(str(error).encode("utf-8", "replace")[:100_000])
+    sys.exit(4 if memory else 3)
 """
 
 
@@ -62,6 +88,8 @@ def unusual(operations: Iterable[Any]) -> list[str]:
 
 def survive(model: bytes, inputs: Sequence[Tensor], *, child: str = CHILD, limit_s: float = LIMIT_S) -> None:
     """Read, compile and run an ONNX model once in a child process, where it has unusual operations.
+
+    An error that OpenVINO raises there is left to be raised here.
 
     Args:
         model: the bytes of a `.onnx`.
@@ -78,24 +106,107 @@ def survive(model: bytes, inputs: Sequence[Tensor], *, child: str = CHILD, limit
     suspects = unusual(graph.node)
     if not suspects:
         return
-    names = [each.name for each in graph.input]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "model.onnx").write_bytes(model)
-        for index, each in enumerate(inputs):
-            np.save(Path(folder) / f"{index}.npy", each.detach().cpu().numpy())
-        command = [sys.executable, "-W", "ignore", "-c", child, folder, json.dumps(sys.path), json.dumps(names)]
-        try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise DeployError(
-                f"OpenVINO did not compile and run the model within {limit_s:g} s in a child process "
-                f"(operations: {', '.join(suspects)}); use runtime 'onnxruntime', or 'eager'"
-            ) from error
-    if done.returncode not in RAISED:
+    try:
+        done = _run({"model.onnx": model}, inputs, [each.name for each in graph.input], child, limit_s, growth=0)
+    except subprocess.TimeoutExpired as error:
+        raise DeployError(
+            f"OpenVINO did not compile and run the model within {limit_s:g} s in a child process "
+            f"(operations: {', '.join(suspects)}); use runtime 'onnxruntime', or 'eager'"
+        ) from error
+    if done.returncode not in (RAN, UNREADY, RAISED, NO_MEMORY):
         raise DeployError(
             f"OpenVINO crashes on the model: a child process that ran it ended {_ending(done.returncode)}. "
             f"The cause is probably one of the operations {', '.join(suspects)}; use runtime 'onnxruntime', or 'eager'"
         )
+
+
+def survive_files(
+    files: Mapping[str, bytes], inputs: Sequence[Tensor], *, child: str = CHILD, limit_s: float = LIMIT_S
+) -> str:
+    """Read, compile and run a model of an artifact once in a child process, unless this user has run it before.
+
+    Args:
+        files: `.xml` and `.bin`.
+        inputs: tensors in the order of the model's inputs.
+        child: the program that the child runs.
+        limit_s: the time that it may take, in seconds.
+
+    Returns:
+        What OpenVINO says against the model; empty where it runs.
+
+    Raises:
+        ArtifactError: the child was ended by a signal, could not begin, did not end in time, or ran out of memory.
+    """
+    mark = _mark(files)
+    if mark is not None and mark.exists():
+        return ""
+    instead = "the file is damaged, or made to do this; load it with runtime='eager', which reads its program instead"
+    size = sum(map(len, files.values())) + sum(each.numel() * each.element_size() for each in inputs)
+    growth = GROWTH + RELATIVE * size
+    named = {f"model{suffix}": data for suffix, data in files.items()}
+    try:
+        done = _run(named, inputs, range(len(inputs)), child, limit_s, growth=growth)
+    except subprocess.TimeoutExpired as error:
+        raise ArtifactError(
+            f"OpenVINO did not compile and run the model within {limit_s:g} s in a child process; {instead}"
+        ) from error
+    if done.returncode == RAISED:
+        return done.stdout.decode(errors="replace") or "an error without a message"
+    if done.returncode == NO_MEMORY:
+        raise ArtifactError(f"the OpenVINO model takes more than {growth:,} bytes to compile and run; {instead}")
+    if done.returncode == UNREADY:
+        raise ArtifactError(
+            "a child process to try the OpenVINO model in could not begin: "
+            f"{shorten(done.stderr.decode(errors='replace')[-300:], 300)}; load it with trusted=True if you trust it"
+        )
+    if done.returncode != RAN:
+        raise ArtifactError(
+            f"OpenVINO crashes on the model: a child process that ran it ended {_ending(done.returncode)}; {instead}"
+        )
+    if mark is not None:
+        _remember(mark)
+    return ""
+
+
+def _run(
+    files: Mapping[str, bytes],
+    inputs: Sequence[Tensor],
+    names: Sequence[str | int],
+    child: str,
+    limit_s: float,
+    *,
+    growth: int,
+) -> subprocess.CompletedProcess[bytes]:
+    """The ended child that was given files, the first of them to be read, and inputs by their names or places.
+
+    It may take `growth` bytes on top of what it begins with; 0 is no limit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        for index, each in enumerate(inputs):
+            np.save(Path(folder) / f"{index}.npy", each.detach().cpu().numpy())
+        limit = growth and growth + STACK * (os.cpu_count() or 1)
+        about = [folder, json.dumps(sys.path), json.dumps(list(names)), next(iter(files)), str(limit)]
+        command = [sys.executable, "-W", "ignore", "-c", child, *about]
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False)
+
+
+def _mark(files: Mapping[str, bytes]) -> Path | None:
+    """Where it is remembered that these files ran, with this OpenVINO on such a processor; None without a secret."""
+    secret = own_secret()
+    if secret is None:
+        return None
+    content = [part for suffix in sorted(files) for part in (suffix, files[suffix])]
+    return cache_folder() / REMEMBERED / seal(secret, "openvino", version("openvino"), instruction_set(), *content)
+
+
+def _remember(mark: Path) -> None:
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError:
+        return  # a cache that cannot be written: the files are tried again next time
 
 
 def _ending(status: int) -> str:
