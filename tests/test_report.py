@@ -629,6 +629,14 @@ def test_load_names_a_row_that_lacks_a_key(tmp_path: Path, key: str) -> None:
         load_run(written(tmp_path, run))
 
 
+@pytest.mark.parametrize("end", ["low", "high"])
+def test_load_takes_no_spread_with_one_end(end: str, tmp_path: Path) -> None:
+    run = make_run()
+    del run["rows"][1]["speedup"]["over_baseline"][end]
+    with pytest.raises(ArtifactError, match=r"damaged: rows\[1\]\.speedup\.over_baseline must be .* low and high or"):
+        load_run(written(tmp_path, run))
+
+
 @pytest.mark.parametrize("place", [(), ("rows", 0), ("rows", 0, "parameters"), ("metric",), ("rows", 1, "speedup")])
 def test_load_takes_no_unknown_keys_and_no_absurd_numbers(place: tuple[Any, ...], tmp_path: Path) -> None:
     run = make_run()

@@ -160,12 +160,24 @@ def _faults(run: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     runtime = run["target"]["runtime"]
     split = run["reported_on"].partition(" ")[0]
     for index, row in enumerate(run["rows"]):
+        for place, value in _figures(row):
+            if not _entry(value):
+                yield f"rows[{index}].{place}", f"{ENTRY}, with both low and high or neither", value
         for parent, key in (("metric", split), ("latency_ms", runtime)):
             if key not in row[parent]:
                 yield f"rows[{index}].{parent}.{key}", ENTRY, _MISSING
         for number, cut in enumerate(row.get("evidence", {}).get("latency", [])):
             if cut["best"] > len(cut["rounds"]):
                 yield f"rows[{index}].evidence.latency[{number}].best", "the number of a round", cut["best"]
+
+
+def _figures(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A row's numbers, alone and in tables, with their places."""
+    for name in ("parameters", "nonzero", "macs", "size_bytes", "seconds"):
+        yield name, row[name]
+    for parent in ("metric", "latency_ms", "speedup", "shrink"):
+        for name, value in row[parent].items():
+            yield f"{parent}.{name}", value
 
 
 def _numbers(value: Any) -> bool:
