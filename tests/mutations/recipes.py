@@ -9,13 +9,13 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.mutations.base import Kind, absurd, garbled, mutated
+from tests.searches import NAMES, SPACE
 from torchslim.budget import Budget
 from torchslim.document import parse_toml
 from torchslim.recipe import KEYS, KINDS, parse_document
 from torchslim.search import make_space
 from torchslim.search.space import has_ranges
 
-TOYS = 'model = "tests.toy:model"\ntask = "tests.toy:task"\n'
 PLAIN = (
     """
     runtime = "onnxruntime"
@@ -95,31 +95,14 @@ PLAIN = (
     """,
 )
 RANGES = (
-    """
-    runtime = { search = ["onnxruntime", "eager"] }
-    threads = 1
-    [budget]
-    metric_drop = 1.0
-    latency_ms = 3.0
-    minimize = ["latency", "size"]
-    trials = 10
-    finalists = 2
-    hours = 1.5
-    [[step]]
-    do = "prune"
-    skip = { search = [true, false] }
-    pattern = "channel"
-    sparsity = { search = [0.2, 0.8], step = 0.1 }
-    [[step]]
-    do = "distill"
-    epochs = { search = [1, 8], log = true }
-    lr = { search = [1e-4, 1e-2], log = true }
-    response = { search = [{ do = "kd", alpha = 0.9 }, { do = "dkd" }, { do = "kd", temperature = 2.0 }] }
-    [[step]]
-    do = "quantize"
-    scheme = { search = ["int8", "int8-weights"] }
-    layers = { head = { search = ["int8", "float"] } }
-    """,
+    SPACE.removeprefix(NAMES)
+    .replace("[budget]", "threads = 1\n[budget]")
+    .replace(
+        "= 1.0", '= 1.0\nlatency_ms = 3.0\nminimize = ["latency", "size"]\ntrials = 10\nfinalists = 2\nhours = 1.5', 1
+    )
+    .replace(
+        "sparsity = { search = [0.2, 0.8] }", 'pattern = "channel"\nsparsity = { search = [0.2, 0.8], step = 0.1 }'
+    ),
     """
     [budget]
     size_mb = 1.0
@@ -138,7 +121,7 @@ RANGES = (
 
 def documents(texts: tuple[str, ...]) -> list[Any]:
     """Good recipes."""
-    return [tomllib.loads(TOYS + text) for text in texts]
+    return [tomllib.loads(NAMES + text) for text in texts]
 
 
 FIELDS = sorted(
@@ -172,6 +155,6 @@ SEARCHES = mutated(documents(RANGES), keys=FIELDS, values=VALUES)
 KINDS_OF_RECIPES = (
     Kind(name="recipe", group="recipes", examples=RECIPES, attempt=check),
     Kind(name="search recipe", group="recipes", examples=SEARCHES, attempt=check),
-    Kind(name="recipe text", group="recipes", examples=garbled(st.sampled_from([TOYS + each for each in (*PLAIN, *RANGES)])),
+    Kind(name="recipe text", group="recipes", examples=garbled(st.sampled_from([NAMES + each for each in (*PLAIN, *RANGES)])),
          attempt=check_text),
 )  # fmt: skip

@@ -14,42 +14,19 @@ from typing import Any
 import pytest
 
 import torchslim as ts
+from tests.searches import QUICK
 from tests.toy import model, task
 from torchslim.errors import RecipeError
 from torchslim.search import make_space
 from torchslim.search.lab import Effort, Lab, cut_short, data_share
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
-model = "tests.toy:model"
-task = "tests.toy:task"
-threads = 1
-seed = 1
-[[step]]
-do = "prune"
-skip = { search = [true, false] }
-pattern = "channel"
-sparsity = { search = [0.1, 0.6] }
-round_to = 2
-min_channels = 2
-[[step]]
-do = "distill"
-epochs = 2
-[[step]]
-do = "quantize"
-scheme = { search = ["int8", "int8-weights"] }
-[budget]
-metric_drop = 90.0
-minimize = ["metric_drop", "size"]
-trials = 4
-finalists = 1
-"""
 
 
 def document(change: str = "", by: str = "") -> dict[str, Any]:
-    """The recipe above, with one change."""
-    assert change in RECIPE
-    return tomllib.loads(RECIPE.replace(change, by))
+    """The recipe, with one change."""
+    assert change in QUICK
+    return tomllib.loads(QUICK.replace(change, by))
 
 
 def lasting(data: dict[str, Any]) -> Any:
@@ -106,7 +83,7 @@ def test_the_same_seed_gives_the_same_front(found: ts.SearchResult, tmp_path: Pa
 
 def test_killed_in_a_trial_it_goes_on_as_undisturbed(found: ts.SearchResult, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE)
+    recipe.write_text(QUICK)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "torchslim", "search", str(recipe), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -255,7 +232,7 @@ def test_trials_that_all_fail_end_the_search(tmp_path: Path) -> None:
 
 def test_processes_of_one_training_are_one_worker(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    text = RECIPE.replace("skip = { search = [true, false] }", "").replace("{ search = [0.1, 0.6] }", "0.3")
+    text = QUICK.replace("skip = { search = [true, false] }", "").replace("{ search = [0.1, 0.6] }", "0.3")
     recipe.write_text(text)  # two recipes in all, so that the other trials are repeats, of which all must know
     command = [
         sys.executable,

@@ -11,37 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.searches import SPACE
 from torchslim.errors import RecipeError
 from torchslim.recipe import parse_document
 from torchslim.search import make_space
 from torchslim.search.space import has_ranges
 
-RECIPE = """
-model = "tests.toy:model"
-task = "tests.toy:task"
-runtime = { search = ["onnxruntime", "eager"] }
-[budget]
-metric_drop = 1.0
-[[step]]
-do = "prune"
-skip = { search = [true, false] }
-sparsity = { search = [0.2, 0.8] }
-[[step]]
-do = "distill"
-epochs = { search = [1, 8], log = true }
-lr = { search = [1e-4, 1e-2], log = true }
-response = { search = [{ do = "kd", alpha = 0.9 }, { do = "dkd" }, { do = "kd", temperature = 2.0 }] }
-[[step]]
-do = "quantize"
-scheme = { search = ["int8", "int8-weights"] }
-layers = { head = { search = ["int8", "float"] } }
-"""
-
 
 def space(change: str = "", by: str = "") -> Any:
-    """The space of the recipe above, with one change."""
-    assert change in RECIPE
-    return make_space(tomllib.loads(RECIPE.replace(change, by)))
+    """The space of the recipe, with one change."""
+    assert change in SPACE
+    return make_space(tomllib.loads(SPACE.replace(change, by)))
 
 
 def test_names_say_where_a_parameter_stands() -> None:
@@ -66,10 +46,10 @@ def test_any_values_make_a_recipe_without_ranges(seed: int) -> None:
 
 
 def test_the_document_stays_as_it_was() -> None:
-    document = tomllib.loads(RECIPE)
+    document = tomllib.loads(SPACE)
     found = make_space(document)
     found.chosen(found.starts[1])["step"][0]["sparsity"] = 0.99
-    assert document == tomllib.loads(RECIPE)
+    assert document == tomllib.loads(SPACE)
 
 
 def test_a_search_begins_with_the_first_and_along_the_whole_recipe() -> None:
