@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import torchslim as ts
+from tests.compiled import deploy
 from tests.deployment_models import fresh_python
 from tests.quantized import Tagger, quantized
 from torchslim.errors import ArtifactError, DeployError
 from torchslim.quantize import QuantizedModule, sqnr, static
-from torchslim.runtimes import Deployed, deploy, find_runtime, kernels
+from torchslim.runtimes import Deployed, find_runtime, kernels
 
 CODE_BYTES = 600_000  # what the machine code of such a network takes
 

@@ -15,12 +15,13 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from tests.compiled import deploy
 from tests.processors import SATURATING, detected
 from tests.quantized_graphs import int4_graph, int8_graph, stored_bits
 from torchslim.export import capture
 from torchslim.lowered import lowered as executed
 from torchslim.quantize import convert, prepare, sqnr
-from torchslim.runtimes import deploy, find_runtime, integer_kernels
+from torchslim.runtimes import find_runtime, integer_kernels
 from torchslim.runtimes.integer_kernels import DynamicLinear, DynamicRecurrent
 from torchslim.runtimes.pt2 import load_program, pack_program
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.compiled import deploy
 from tests.deployment_models import Recurrent, TwoInputs, trained_conv
 from torchslim import measure
 from torchslim.errors import TorchslimError
@@ -29,7 +30,6 @@ from torchslim.measure import (
     resized,
 )
 from torchslim.quantize import static
-from torchslim.runtimes import deploy
 
 finite = st.floats(1e-3, 1e3)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.compiled import deploy
 from torchslim.lowered import lowered
 from torchslim.quantize import convert, prepare
-from torchslim.runtimes import deploy, kernels
+from torchslim.runtimes import kernels
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,

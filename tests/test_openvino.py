@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.compiled import deploy
 from tests.deployment_models import TwoInputs, fresh_python, trained_conv
 from tests.quantized import Block, quantized
 from tests.quantized_graphs import int4_graph, stored_bits
 from torchslim.quantize import convert, prepare, sqnr, static
-from torchslim.runtimes import Deployed, deploy, find_runtime, kernels
+from torchslim.runtimes import Deployed, find_runtime, kernels
 
 RUNTIME = find_runtime("openvino")
 
@@ -59,7 +60,7 @@ def test_the_files_tell_nothing_of_this_machine_and_are_the_same_again(deployed:
 
 QUIET = """
 import sys, pathlib, torch
-from torchslim.runtimes import deploy
+from torchslim import deploy
 deploy(torch.nn.Linear(4, 2), (torch.ones(3, 4),), runtime="openvino")
 assert "openvino_telemetry" not in sys.modules
 print(sorted(str(each) for each in pathlib.Path.home().rglob("*") if each.is_file()))

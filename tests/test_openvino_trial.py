@@ -17,11 +17,12 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import torchslim as ts
+from tests.compiled import deploy
 from torchslim.errors import ArtifactError, DeployError
 from torchslim.machine import cache_folder
 from torchslim.manifest import manifest_digest
 from torchslim.quantize import sqnr
-from torchslim.runtimes import deploy, openvino, openvino_trial
+from torchslim.runtimes import openvino, openvino_trial
 from torchslim.runtimes.openvino_check import check_ir
 from torchslim.runtimes.openvino_trial import survive, survive_files
 from torchslim.seals import SECRET

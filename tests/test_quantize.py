@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from tests.compiled import deploy
 from tests.deployment_models import Prediction, Recurrent, TokenClassifier, trained_conv
 from tests.processors import SATURATING
 from torchslim.errors import DeployError, QuantizeError
@@ -23,7 +24,7 @@ from torchslim.quantize import Quantize, QuantizedModule, sqnr, static
 from torchslim.quantize.flow import convert, prepare
 from torchslim.quantize.profiles import PROFILES
 from torchslim.quantize.schemes import weight_range
-from torchslim.runtimes import Deployed, deploy
+from torchslim.runtimes import Deployed
 from torchslim.steps import fingerprint
 
 LOW, HIGH = weight_range("onnxruntime")

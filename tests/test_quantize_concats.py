@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.compiled import deploy
 from torchslim.quantize import sqnr, static
-from torchslim.runtimes import deploy, kernels
+from torchslim.runtimes import kernels
 
 LEAST_DB = 25.0  # of eight bits, over a range that values fill
 

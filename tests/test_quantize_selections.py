@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.compiled import deploy
 from torchslim.quantize import static
-from torchslim.runtimes import deploy
 
 SHARE = 0.001  # of the elements may be off by more than a step
 STEPS = 127  # over an output's range: a step of what the last layer reads can move it by more than 1 / 255

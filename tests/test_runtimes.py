@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.compiled import deploy
 from tests.deployment_models import (
     Prediction,
     Recurrent,
@@ -25,7 +26,7 @@ from tests.deployment_models import (
 )
 from torchslim.errors import DeployError, ExportError, RecipeError, RuntimeUnavailable
 from torchslim.quantize import sqnr, static
-from torchslim.runtimes import RUNTIMES, Deployed, deploy, find_runtime
+from torchslim.runtimes import RUNTIMES, Deployed, find_runtime
 from torchslim.steps import fingerprint
 from torchslim.task import call, predictor
 
@@ -236,16 +237,14 @@ def test_a_dataclass_comes_back_as_itself(deployed: Any) -> None:
         assert answer.values is None
 
 
-def test_half_precision_runs_where_the_runtime_has_it() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).bfloat16()
-    x = torch.randn(3, 4).bfloat16()
-    assert torch.allclose(deploy(model, (x,), runtime="eager")(x), model(x), atol=1e-2)
-    half = nn.Linear(4, 3).half()
-    for runtime in ("onnxruntime", "openvino"):
-        with pytest.raises(DeployError, match="use float32, or runtime 'eager'|convert the model with .float"):
-            deploy(model, (x,), runtime=runtime)
-        found = deploy(half, (x.half(),), runtime=runtime)
-        assert torch.allclose(found(x.half()), half(x.half()), atol=1e-2)
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_on_every_runtime(dtype: torch.dtype, runtime: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).to(dtype)
+    x = torch.randn(3, 4).to(dtype)
+    found = deploy(model, (x,), runtime=runtime)(x)
+    assert found.dtype == dtype
+    assert torch.allclose(found, model(x), atol=1e-2)
 
 
 @torch.library.custom_op("torchslim_tests::twice", mutates_args=())

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.compiled import deploy
 from tests.deployment_models import trained_conv
 from tests.quantized import Block, Tagger, quantized
 from torchslim.quantize import sqnr, static
-from torchslim.runtimes import RUNTIMES, Kernel, deploy, find_runtime, kernels
+from torchslim.runtimes import RUNTIMES, Kernel, find_runtime, kernels
 
 COMPILED = ("inductor", "onnxruntime", "openvino")
 LAYERS = {"stem", "depthwise", "pointwise", "hidden", "head"}
