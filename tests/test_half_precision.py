@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +22,12 @@ def images(count: int = 4) -> Tensor:
     return torch.randn(count, 3, 8, 8)
 
 
+RUNTIMES = ["eager", "onnxruntime", "openvino"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "runtime"),
-    [(torch.float16, "eager"), (torch.bfloat16, "eager"), (torch.float64, "eager"), (torch.float16, "onnxruntime")],
+    [*itertools.product((torch.float16, torch.bfloat16), RUNTIMES), (torch.float64, "eager")],
 )
 def test_a_model_of_another_precision_is_quantized(dtype: torch.dtype, runtime: str) -> None:
     model = net().to(dtype)
@@ -35,11 +40,31 @@ def test_a_model_of_another_precision_is_quantized(dtype: torch.dtype, runtime: 
     assert next(model.parameters()).dtype == dtype  # the caller's
 
 
-def test_onnx_runtime_says_what_to_do_with_bfloat16() -> None:
-    batch = (images().bfloat16(),)
-    quantized = ts.quantize.static(net().bfloat16(), [batch])
-    with pytest.raises(ts.TorchslimError, match=r"convert the model with \.float\(\)"):
-        ts.deploy(quantized, batch)
+class Mixed(nn.Module):
+    """Whole numbers in, a bfloat16 and a float32 output, a bfloat16 constant, and a cast of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(10, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        y = self.linear(self.embedding(tokens).mean(1)) * torch.full((4,), 0.5, dtype=torch.bfloat16)
+        return {"scores": (y.float() * 3).softmax(-1), "raw": (y.float() + 1).to(torch.bfloat16) * scale}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_model_in_bfloat16_is_deployed_and_saved(runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Mixed().bfloat16().eval()
+    inputs = (torch.randint(10, (3, 5)), torch.rand(3, 1).bfloat16())
+    deployed = ts.deploy(model, inputs, runtime=runtime)
+    expected, found = model(*inputs), deployed(*inputs)
+    assert {name: each.dtype for name, each in found.items()} == {name: each.dtype for name, each in expected.items()}
+    assert found["raw"].dtype == torch.bfloat16
+    assert ts.quantize.sqnr(expected, found) > 35
+    loaded = ts.load(ts.save(deployed, tmp_path / "a"))(*inputs)
+    assert all(torch.equal(loaded[name], found[name]) and loaded[name].dtype == found[name].dtype for name in found)
+    assert ts.load(tmp_path / "a", runtime="onnxruntime")(*inputs)["raw"].dtype == torch.bfloat16
 
 
 def test_weights_of_several_types_are_refused() -> None:

@@ -36,6 +36,7 @@ from torchslim.manifest import SURGERY as SURGERY_SCHEMA
 from torchslim.measure import Timings
 from torchslim.quantize import QuantizedModule
 from torchslim.runtimes import RUNTIMES, Deployed, Spec, find_runtime
+from torchslim.runtimes.base import as_array
 from torchslim.runtimes.pt2 import load_program, operators_of
 from torchslim.schema import read_file, shorten
 from torchslim.signing import Key, sign, verify
@@ -412,9 +413,9 @@ def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
 def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
     files = {PROGRAM: deployed.program()}
     files |= {f"model{suffix}": data for suffix, data in deployed.files.items()}
-    arrays = {f"in{index:03d}": _array(leaf) for index, leaf in enumerate(deployed.example)}
+    arrays = {f"in{index:03d}": as_array(leaf) for index, leaf in enumerate(deployed.example)}
     outputs = deployed.run(deployed.example)
-    arrays |= {f"out{index:03d}": _array(leaf) for index, leaf in enumerate(outputs)}
+    arrays |= {f"out{index:03d}": as_array(leaf) for index, leaf in enumerate(outputs)}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return files | {"example.npz": buffer.getvalue(), "bench.py": bench_script([files[PROGRAM]])}
@@ -428,14 +429,6 @@ def bench_script(programs: Iterable[bytes]) -> bytes:
     assert text.count(empty) == 1, "bench.py has one place for the operators"
     lines = "".join(f"    {name!r},\n" for name in known)
     return text.replace(empty, f"OPERATORS: tuple[str, ...] = (\n{lines})" if known else empty).encode()
-
-
-def _array(tensor: Tensor) -> Any:
-    tensor = tensor.detach().cpu().contiguous()
-    try:
-        return tensor.numpy()
-    except TypeError:  # bfloat16 and smaller floats, which numpy has not; float32 holds them exactly
-        return tensor.float().numpy()
 
 
 def _recaptured(opened: Opened, spec: Spec, example: list[Tensor]) -> Captured:

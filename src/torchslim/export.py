@@ -61,6 +61,12 @@ class Captured:
             node.meta["val"] for node in self.program.graph.nodes if node.op == "placeholder" and node.name in wanted
         ]
 
+    def outputs_of_program(self) -> list[Tensor]:
+        """The example values of the program's outputs that are tensors."""
+        values = {node.name: node.meta.get("val") for node in self.program.graph.nodes}
+        found = [values.get(each) for each in self.program.graph_signature.user_outputs if isinstance(each, str)]
+        return [each for each in found if isinstance(each, Tensor)]
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:

@@ -19,6 +19,7 @@ from torchslim.prune import Prune
 from torchslim.prune.channel_step import ChannelPruning
 from torchslim.prune.latency import FORMAT, programs, variants
 from torchslim.runtimes import find_runtime
+from torchslim.runtimes.base import as_array
 from torchslim.runtimes.kernels import UNWANTED
 from torchslim.steps import Event, Inputs, Step, Target, ignore_progress, step_name
 from torchslim.task import Task, take_first
@@ -86,7 +87,7 @@ def pack(
                 written.append({"row": each.row.key, "width": each.width, "file": f"{each.name}{suffix}"})
             progress(Event(step="latency", phase="pack", current=done, total=len(wanted)))
         buffer = io.BytesIO()
-        arrays: dict[str, Any] = {f"in{index:03d}": leaf.numpy() for index, leaf in enumerate(whole.example)}
+        arrays: dict[str, Any] = {f"in{index:03d}": as_array(leaf) for index, leaf in enumerate(whole.example)}
         np.savez(buffer, **arrays)
         write_bytes(folder / "example.npz", buffer.getvalue())
         names = [f"whole{suffix}", *(str(each["file"]) for each in written)]

@@ -65,6 +65,7 @@ class SpecJson(TypedDict):
     notes: NotRequired[list[Text]]
     layers: NotRequired[list[LayerJson]]
     structure: NotRequired[Name]
+    bfloat16: NotRequired[list[Annotated[int, Field(ge=0, le=10_000)]]]
 
 
 class ManifestJson(TypedDict):

@@ -25,6 +25,15 @@ from torchslim.steps import Inputs, LayerRecord
 from torchslim.structure import Structure, build, describe, flatten, leaf_names, tensors_of
 
 
+def as_array(tensor: Tensor) -> Any:
+    """A tensor as NumPy has it: bfloat16 and smaller floats, which it has not, as float32, which holds them exactly."""
+    tensor = tensor.detach().cpu().contiguous()
+    try:
+        return tensor.numpy()
+    except TypeError:
+        return tensor.float().numpy()
+
+
 class Session(Protocol):
     """A compiled model: flat tensors in, flat tensors out."""
 
@@ -37,8 +46,8 @@ class Spec:
 
     `kinds` maps the names of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `optional` are
     those that were captured with their default; `sizes` and `dtypes` are those of the flat input tensors, a size None
-    where it is free; `layers` are the operations that multiply, as `torchslim.layers.Layer` has them; `structure` is
-    the digest of the program without its numbers.
+    where it is free; `bfloat16` are the numbers of the output tensors of that type; `layers` are the operations that
+    multiply, as `torchslim.layers.Layer` has them; `structure` is the digest of the program without its numbers.
     """
 
     kinds: dict[str, str]
@@ -52,6 +61,7 @@ class Spec:
     notes: list[str] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     structure: str = ""
+    bfloat16: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module) -> Spec:
@@ -85,6 +95,7 @@ class Spec:
             notes=list(captured.notes),
             layers=[layer.to_json() for layer in layers_of(captured.program, captured.batch_axis)],
             structure=structure_of(captured.program),
+            bfloat16=[n for n, each in enumerate(captured.outputs_of_program()) if each.dtype == torch.bfloat16],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -119,6 +130,10 @@ class Spec:
             got = ", ".join(f"{size} in {name!r}" for size, name in free.items())
             raise DeployError(f"the inputs must have one batch size, got {got}; give every input the same samples")
         return leaves
+
+    def narrowed(self, outputs: list[Tensor]) -> list[Tensor]:
+        """The outputs of a runtime without bfloat16, in the types that the model gives."""
+        return [each.bfloat16() if n in self.bfloat16 else each for n, each in enumerate(outputs)]
 
     def call_arguments(self, leaves: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Flat tensors as the arguments that the model itself takes."""

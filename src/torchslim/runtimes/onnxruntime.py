@@ -12,8 +12,9 @@ from torch import Tensor
 from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
 from torchslim.export import Captured, scope_path
 from torchslim.portable import portable
-from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.runtimes.base import Runtime, Session, Spec, as_array
 from torchslim.runtimes.kernels import UNWANTED, onnx_kernels, unique
+from torchslim.runtimes.onnx_bfloat16 import widen
 from torchslim.runtimes.onnx_check import check_onnx
 from torchslim.runtimes.onnx_kernels import lower
 from torchslim.runtimes.onnx_passes import finish, translations
@@ -65,6 +66,7 @@ def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
             f"the model cannot be exported to ONNX: {type(error).__name__}: {_brief(error)}; runtimes 'eager' and "
             "'inductor' need no ONNX"
         ) from error
+    widen(proto)
     _strip(proto)
     _name(proto, captured)
     finish(proto)
@@ -172,12 +174,10 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     names = [each.name for each in session.get_inputs()]
     if len(names) != len(spec.dtypes):
         raise DeployError(f"the ONNX model takes {len(names)} inputs, its spec lists {len(spec.dtypes)}; save it again")
-    if "bfloat16" in spec.dtypes:
-        raise DeployError("ONNX Runtime takes no bfloat16 inputs here; convert the model with .float() first")
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
-        feeds = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-        return [torch.from_numpy(value) for value in session.run(None, feeds)]
+        feeds = {name: as_array(tensor) for name, tensor in zip(names, tensors, strict=True)}
+        return spec.narrowed([torch.from_numpy(value) for value in session.run(None, feeds)])
 
     return run
 

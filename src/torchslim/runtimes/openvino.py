@@ -25,7 +25,7 @@ from torchslim.export import Captured
 from torchslim.files import bundle, unbundle
 from torchslim.isolation import quiet
 from torchslim.products import ATTENTION, open_products
-from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.runtimes.base import Runtime, Session, Spec, as_array
 from torchslim.runtimes.kernels import Kernel, decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
 from torchslim.runtimes.openvino_check import check_ir
@@ -172,21 +172,19 @@ def _restore(model: Any, payload: bytes, openvino: Any) -> Any:
 class _Compiled:
     """A compiled model and the one request that runs it; calls from several threads take turns."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, spec: Spec) -> None:
+        self.model, self.spec = model, spec
         self.request = model.create_infer_request()
         self.lock = threading.Lock()
 
     def __call__(self, leaves: list[Tensor], /) -> Sequence[Tensor]:
         with self.lock:
-            found = self.request.infer([leaf.contiguous().numpy() for leaf in leaves], share_inputs=True)
-            return [torch.from_numpy(found[index]) for index in range(len(self.model.outputs))]
+            found = self.request.infer([as_array(leaf) for leaf in leaves], share_inputs=True)
+            return self.spec.narrowed([torch.from_numpy(found[index]) for index in range(len(self.model.outputs))])
 
 
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     openvino = _import()
-    if "bfloat16" in spec.dtypes:
-        raise DeployError("OpenVINO takes no bfloat16 inputs here; convert the model with .float() first")
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         # else floats are computed in bfloat16 on processors that have it
@@ -207,7 +205,7 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
         raise DeployError(
             f"the OpenVINO model takes {len(compiled.inputs)} inputs, its spec lists {len(spec.dtypes)}; save it again"
         )
-    return _Compiled(compiled)
+    return _Compiled(compiled, spec)
 
 
 def _kernels(deployed: Deployed) -> list[Kernel]:

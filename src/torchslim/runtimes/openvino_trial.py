@@ -26,6 +26,7 @@ from torch import Tensor
 
 from torchslim.errors import ArtifactError, DeployError
 from torchslim.machine import cache_folder, instruction_set
+from torchslim.runtimes.base import as_array
 from torchslim.schema import shorten
 from torchslim.seals import own_secret, seal
 
@@ -185,7 +186,7 @@ def _run(
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
         for index, each in enumerate(inputs):
-            np.save(Path(folder) / f"{index}.npy", each.detach().cpu().numpy())
+            np.save(Path(folder) / f"{index}.npy", as_array(each))
         limit = growth and growth + STACK * (os.cpu_count() or 1)
         about = [folder, json.dumps(sys.path), json.dumps(list(names)), next(iter(files)), str(limit)]
         command = [sys.executable, "-W", "ignore", "-c", child, *about]

@@ -1,0 +1,60 @@
+"""bfloat16 in ONNX models as float32, which holds every one of its values: CPU runtimes have no kernels for it.
+
+The caller still passes and gets bfloat16: sessions convert at the boundary, as NumPy has no such type either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def widen(proto: Any) -> None:
+    """Make every bfloat16 of a model a float32: inputs, outputs, weights, and what nodes convert to."""
+    import onnx
+
+    for graph in _graphs(proto.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            _widen_type(value.type)
+        for tensor in graph.initializer:
+            _widen_tensor(tensor)
+    for node in _nodes(proto):
+        for each in node.attribute:
+            if each.type == onnx.AttributeProto.INT and each.name in ("to", "dtype", "output_dtype"):
+                each.i = onnx.TensorProto.FLOAT if each.i == onnx.TensorProto.BFLOAT16 else each.i
+            elif each.type == onnx.AttributeProto.TENSOR:
+                _widen_tensor(each.t)
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """A graph, and those inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for each in node.attribute:
+            for inner in (*([each.g] if each.HasField("g") else ()), *each.graphs):
+                yield from _graphs(inner)
+
+
+def _nodes(proto: Any) -> Iterator[Any]:
+    for graph in _graphs(proto.graph):
+        yield from graph.node
+    for function in proto.functions:
+        yield from function.node
+
+
+def _widen_type(kind: Any) -> None:
+    import onnx
+
+    if kind.HasField("sequence_type"):
+        _widen_type(kind.sequence_type.elem_type)
+    elif kind.HasField("tensor_type") and kind.tensor_type.elem_type == onnx.TensorProto.BFLOAT16:
+        kind.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def _widen_tensor(tensor: Any) -> None:
+    import numpy as np
+    import onnx
+
+    if tensor.data_type == onnx.TensorProto.BFLOAT16:
+        values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
