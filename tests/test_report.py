@@ -629,6 +629,15 @@ def test_load_names_a_row_that_lacks_a_key(tmp_path: Path, key: str) -> None:
         load_run(written(tmp_path, run))
 
 
+@pytest.mark.parametrize("key", ["over_baseline", "over_previous"])
+@pytest.mark.parametrize("of", ["speedup", "shrink"])
+def test_load_names_a_ratio_that_is_missing(of: str, key: str, tmp_path: Path) -> None:
+    run = make_run()
+    del run["rows"][1][of][key]
+    with pytest.raises(ArtifactError, match=rf"rows\.1\.{of}\.{key}: Field required"):
+        load_run(written(tmp_path, run))
+
+
 @pytest.mark.parametrize("end", ["low", "high"])
 def test_load_takes_no_spread_with_one_end(end: str, tmp_path: Path) -> None:
     run = make_run()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
-from tests.mutations.studies import BUDGET, ENTRY, FIGURES
-from tests.search.worker import answer, ledger, work
+from tests.mutations.studies import BUDGET, ENTRY, FIGURES, TRIALS
+from tests.search.worker import PARAMETERS, answer, ledger, work
 from torchslim.errors import RecipeError, StorageError
+from torchslim.search.shared import Unusable, read_row
 from torchslim.search.study import Ledger, hushed, open_storage
 
 
@@ -136,6 +139,14 @@ def test_what_follows_from_figures_is_computed_and_not_believed(tmp_path: Path) 
     ((_, _, found),) = book.results()
     assert found["within"] is False
     assert "\x1b" not in found["reason"]
+
+
+@pytest.mark.parametrize("judged", [0.1, 2, "ab", {"a": 1, "b": 2}, [0.1]])
+def test_a_trial_that_is_not_judged_by_numbers_is_unusable(judged: Any) -> None:
+    given = TRIALS[0] | {"state": TrialState.COMPLETE, "values": judged}
+    given["user_attrs"] = given["user_attrs"] | {"result": json.dumps(given["user_attrs"]["result"])}
+    with pytest.raises(Unusable, match="not judged by 2 numbers"):
+        read_row(SimpleNamespace(**given), PARAMETERS, 2, BUDGET)
 
 
 def test_a_study_with_other_objectives_is_refused(tmp_path: Path) -> None:

@@ -128,6 +128,15 @@ class Speedup(TypedDict):
     over_previous: Ratio
 
 
+class Shrink(TypedDict):
+    """Times smaller than the baseline, and than the row before."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    over_baseline: Entry
+    over_previous: Entry
+
+
 class Row(StageRow):
     """A stage, or the artifact, beside the others: in `run.json`."""
 
@@ -135,7 +144,7 @@ class Row(StageRow):
 
     latency_ms: dict[Text, Entry]
     speedup: Speedup
-    shrink: dict[Text, Entry]
+    shrink: Shrink
 
 
 class MetricOf(TypedDict):

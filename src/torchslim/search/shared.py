@@ -84,8 +84,8 @@ def read_row(trial: Any, parameters: Sequence[Parameter], objectives: int, budge
         raise Unusable("its parameters are not those of the recipe")
     queued = system.get("fixed_params")
     judged = trial.values if finished and result is not None else None
-    if judged is not None and len(judged) != objectives:
-        raise Unusable(f"it is judged by {len(judged)} numbers, and not by {objectives}")
+    if judged is not None and (not isinstance(judged, (list, tuple)) or len(judged) != objectives):
+        raise Unusable(f"it is not judged by {objectives} numbers")
     return Row(
         number=_whole(trial.number, "number"),
         running=trial.state == optuna.trial.TrialState.RUNNING,
