@@ -22,8 +22,8 @@ from benchmarks.accuracy_data import PACKAGES, DataMissing, find
 from benchmarks.accuracy_models import SUBJECTS, Loaded, embed
 from benchmarks.accuracy_page import page
 from benchmarks.rows import Row, append, load, version
-from torchslim.isolation import copy_model
-from torchslim.machine import describe_machine
+from torchslim.core.hardware import describe_machine
+from torchslim.core.isolation import copy_model
 from torchslim.quantize import sqnr
 
 ROWS = Path(__file__).with_suffix(".jsonl")

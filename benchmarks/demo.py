@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torchslim as ts
-from torchslim.machine import describe_machine
-from torchslim.measure import Timings, compare
+from torchslim.artifact.latency import Timings, compare
+from torchslim.core.hardware import describe_machine
 from torchslim.report import load_run, table
 
 HERE = Path(__file__).parent

@@ -15,11 +15,11 @@ import torch
 import torchslim as ts
 from benchmarks.distill_models import COUPLES
 from benchmarks.rows import Row
+from torchslim.artifact.latency import interleave
+from torchslim.core.isolation import copy_model
+from torchslim.core.task import batch_size, predictor
 from torchslim.distill import RKD, AttentionTransfer, Hint
-from torchslim.isolation import copy_model
-from torchslim.loaders import indexed
-from torchslim.measure import interleave
-from torchslim.task import batch_size, predictor
+from torchslim.training.loaders import indexed
 
 ROUNDS, SECONDS = 60, 60.0
 BARS = {"kd": 1.10, "dkd": 1.10, "dist": 1.10, "hint": 1.25, "attention": 1.25, "rkd": 1.25, "cached kd": 1.10}
@@ -116,7 +116,7 @@ def _kibibytes(name: str) -> int:
 
 
 if __name__ == "__main__":
-    from torchslim.distill.relation import rkd_angle
+    from torchslim.distill.losses.relation import rkd_angle
 
     torch.set_num_threads(1)
     rkd_angle(torch.randn(8, 16, requires_grad=True), torch.randn(8, 32)).backward()

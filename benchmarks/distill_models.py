@@ -16,7 +16,7 @@ from benchmarks.accuracy_models import Rows
 from examples.fashion_mnist import resnet, task
 from examples.fashion_mnist.data import Batches, locate
 from torchslim.distill import LOSSES
-from torchslim.distill.losses import FEATURES, RELATIONS
+from torchslim.distill.losses.registry import FEATURES, RELATIONS
 
 IMAGES, IMAGE_EPOCHS = 20_000, 4  # of the training set, augmented as for the demo
 TEACHER_EPOCHS, SERIES_EPOCHS = 60, 200

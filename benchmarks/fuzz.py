@@ -32,8 +32,8 @@ import torchslim
 from benchmarks.rows import Row, append, load, version
 from tests.mutations import KINDS, Kind
 from tests.mutations.artifacts import GOOD, KINDS_OF_GOOD, good
+from torchslim.core.hardware import describe_machine
 from torchslim.errors import TorchslimError
-from torchslim.machine import describe_machine
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "fuzz.jsonl", HERE / "fuzz.md"

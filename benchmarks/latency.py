@@ -17,8 +17,8 @@ import torch
 import torchslim as ts
 from benchmarks.rows import Row, append, load
 from examples.fashion_mnist.model import ResNet
-from torchslim.machine import describe_machine
-from torchslim.prune.reach import BAND, ROUNDS
+from torchslim.core.hardware import describe_machine
+from torchslim.prune.latency.solve import BAND, ROUNDS
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "latency.jsonl", HERE / "latency.md"

@@ -17,9 +17,9 @@ import torchslim as ts
 from benchmarks.rows import Row, load, version
 from examples.fashion_mnist import resnet, task
 from examples.fashion_mnist.data import Batches
-from torchslim.batch_norm import recalibrate_batch_norm
-from torchslim.measure import macs, parameters
-from torchslim.task import Task, default_loss, predictor
+from torchslim.artifact.latency import macs, parameters
+from torchslim.core.task import Task, default_loss, predictor
+from torchslim.training.batch_norm import recalibrate_batch_norm
 
 INPUTS = (torch.zeros(1, 1, 28, 28),)
 ROUND_TO = 8

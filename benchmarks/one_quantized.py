@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from benchmarks.outputs import settle_norms
-from torchslim.isolation import quiet
-from torchslim.lowered import lowered
-from torchslim.measure import interleave
+from torchslim.artifact.integer_coverage import lowered
+from torchslim.artifact.latency import interleave
+from torchslim.core.isolation import quiet
 from torchslim.quantize import convert, prepare, sqnr
 from torchslim.runtimes.openvino import no_telemetry
 

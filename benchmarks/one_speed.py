@@ -19,7 +19,7 @@ import torchslim as ts
 from benchmarks.one_model import OURS, TimeLimit, _limit, _peak, _reset_peak, words
 from benchmarks.peer import output_layers, prepare_peer, ways
 from benchmarks.zoo import Entry, Inputs
-from torchslim.prune.plan import analyse
+from torchslim.prune.structured.plan import analyse
 
 THREADS = 2
 PEER_LIMIT = 60.0

@@ -17,13 +17,13 @@ import torchslim as ts
 from benchmarks.one_model import timed
 from benchmarks.outputs import main_outputs, settle_norms
 from benchmarks.zoo import VOCABULARY, Entry, Inputs
+from torchslim.artifact.integer_coverage import LayerKernel, lowered
+from torchslim.core.isolation import quiet
+from torchslim.core.step import LayerRecord
+from torchslim.core.task import call
 from torchslim.errors import ExportError, TorchslimError
-from torchslim.isolation import quiet
-from torchslim.lowered import LayerKernel, lowered
 from torchslim.quantize import convert, prepare, sqnr
 from torchslim.runtimes.openvino import no_telemetry
-from torchslim.steps import LayerRecord
-from torchslim.task import call
 
 SAMPLES = 8  # to calibrate on
 BAR_DB = 20.0

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchslim.batch_norm import recalibrate_batch_norm
-from torchslim.task import call
+from torchslim.core.task import call
+from torchslim.training.batch_norm import recalibrate_batch_norm
 
 # widths in the middle of a model, which pruning may change
 INNER = ("hidden", "past", "cache", "model_output", "attentions")

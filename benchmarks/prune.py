@@ -21,7 +21,7 @@ from benchmarks.prune_page import page
 from benchmarks.prune_plan import EPOCHS, Found, missing, stages
 from benchmarks.rows import append, load
 from examples.fashion_mnist.data import locate
-from torchslim.machine import describe_machine
+from torchslim.core.hardware import describe_machine
 
 ROWS = Path(__file__).parent / "prune.jsonl"
 

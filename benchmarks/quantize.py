@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.one_quantized import CANDIDATES, RUNTIMES, THREADS, measure
 from benchmarks.rows import append, load, version
-from torchslim.machine import describe_machine
+from torchslim.core.hardware import describe_machine
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 COMMAND = "python -m benchmarks.quantize"

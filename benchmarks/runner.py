@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Row, append, load, version
-from torchslim.imports import resolve
-from torchslim.machine import describe_machine
+from torchslim.core.hardware import describe_machine
+from torchslim.core.imports import resolve
 
 HERE = Path(__file__).parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}

@@ -21,12 +21,12 @@ from examples.fashion_mnist import resnet
 from examples.fashion_mnist import task as demo_task
 from examples.fashion_mnist.data import Batches, splits
 from examples.fashion_mnist.model import DEPTHS, Block, ResNet
-from torchslim.files import write_bytes
-from torchslim.latency_table import LatencyTable
-from torchslim.recipe import load_document
-from torchslim.search import make_space
-from torchslim.search.lab import trainings
-from torchslim.steps import Step
+from torchslim.artifact.latency_cache import LatencyTable
+from torchslim.core.files import write_bytes
+from torchslim.core.step import Step
+from torchslim.pipeline.recipe import load_document
+from torchslim.tuning import make_space
+from torchslim.tuning.trial import trainings
 
 HERE = Path(__file__).parent
 RECIPE = Path("examples/fashion_mnist/search.toml")

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchslim.machine import describe_machine
-from torchslim.search.front import front_of, volume
+from torchslim.core.hardware import describe_machine
+from torchslim.tuning.pareto import front_of, volume
 
 SLACK = 0.25  # points: about one standard error of a difference on 4,000 images
 LEVEL = 2.0  # points of accuracy: what is farther from the baseline counts nothing

@@ -22,7 +22,7 @@ from benchmarks.one_speed import PEER_LIMIT, THREADS, memory, pairs
 from benchmarks.peer import RATIO
 from benchmarks.rows import append, load, version
 from benchmarks.zoo import find
-from torchslim.machine import describe_machine
+from torchslim.core.hardware import describe_machine
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "speed.jsonl", HERE / "speed.md"

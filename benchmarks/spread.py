@@ -24,8 +24,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import torchslim as ts
-from torchslim import processes
-from torchslim.training import Hook, LabelLoss, Loop
+from torchslim.core import distributed
+from torchslim.training.loop import Hook, LabelLoss, Loop
 
 MAPPED = "MALLOC_MMAP_THRESHOLD_"
 WIDTH, DEPTH, CLASSES, STEPS = 512, 12, 10, 8
@@ -54,11 +54,11 @@ class Watch(Hook):
         """Look on as each block computes."""
         self.ends: list[float] = []
         self.inside = 0
-        own = [each for each in loop.model.parameters() if processes.is_spread(each)]
+        own = [each for each in loop.model.parameters() if distributed.is_spread(each)]
         model: Any = loop.model
 
         def look(*_: Any) -> None:
-            gathered = [each for each in model.parameters() if not processes.is_spread(each)]
+            gathered = [each for each in model.parameters() if not distributed.is_spread(each)]
             self.inside = max(self.inside, held(own) + held(gathered))
 
         for block in model.blocks:
@@ -75,7 +75,7 @@ class Watch(Hook):
 
 def held(tensors: Iterable[Any]) -> int:
     """Bytes of these in this process."""
-    return sum(each.numel() * each.element_size() for each in map(processes.local, tensors) if each is not None)
+    return sum(each.numel() * each.element_size() for each in map(distributed.local, tensors) if each is not None)
 
 
 def measure(rank: int, port: int, strategy: str, folder: str) -> None:
@@ -85,7 +85,7 @@ def measure(rank: int, port: int, strategy: str, folder: str) -> None:
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "spread",
     }  # fmt: skip
     torch.set_num_threads(1)
-    processes.connect()
+    distributed.connect()
     torch.manual_seed(0)
     x, y = torch.randn(4, 8, WIDTH), torch.arange(4) % CLASSES
     task = ts.Task(train=[(x, y)] * 2 * STEPS, val=[(x, y)], metric="accuracy")
@@ -97,7 +97,7 @@ def measure(rank: int, port: int, strategy: str, folder: str) -> None:
     found = {"between": watch.between, "inside": watch.inside, "peak": watch.peak - started,
              "step": statistics.median(steps), "weights": held(model.parameters())}  # fmt: skip
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
-    processes.wait()
+    distributed.wait()
     torch.distributed.destroy_process_group()
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from torchslim.core.step import Inputs
 from torchslim.runtimes import Deployed, find_runtime
-from torchslim.steps import Inputs
 
 
 def deploy(

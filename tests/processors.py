@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchslim.machine import instruction_set
+from torchslim.core.hardware import instruction_set
 
 # what torch.cpu.get_capabilities tells of each, by the name that `instruction_set` gives it
 PROCESSORS: Mapping[str, Mapping[str, Any]] = {

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tests.quantized_graphs import int8_graph
-from torchslim.export import Captured, capture
+from torchslim.graph.export import Captured, capture
 from torchslim.quantize import static
 
 Mode = Literal["static", "dynamic", "weights"]

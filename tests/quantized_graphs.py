@@ -11,11 +11,11 @@ from torchao.quantization.pt2e import PerChannelMinMaxObserver, PlaceholderObser
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from torchslim.export import Captured, capture
-from torchslim.packed import strip_unused
+from torchslim.graph.export import Captured, capture
+from torchslim.graph.integer_patterns import strip_unused
+from torchslim.graph.io_structure import flatten
 from torchslim.quantize.schemes import weight_range
 from torchslim.quantize.weight_only import emit, quantize_groups
-from torchslim.structure import flatten
 
 aten = torch.ops.aten
 ACTIVATION = QuantizationSpec(

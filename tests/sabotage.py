@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from torchslim.export import layer_of
+from torchslim.graph.export import layer_of
 from torchslim.quantize import QuantizedModule
-from torchslim.quantize.flow import integers
-from torchslim.quantize.operations import weighted
+from torchslim.quantize.aten_ops import weighted
+from torchslim.quantize.prepare import integers
 
 WAYS = ("dead", "shifted", "nan", "dead channel")
 

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from torchslim.core.step import Context
+from torchslim.core.task import Task
 from torchslim.errors import QuantizeError, RecipeError
-from torchslim.export import capture
+from torchslim.graph.export import capture
+from torchslim.pipeline.recipe import parse_recipe
 from torchslim.quantize import Helpers, Quantize, convert, prepare, sqnr, static, weights
+from torchslim.quantize.accuracy_options import BEST as BEST_OPTIONS
+from torchslim.quantize.aten_ops import weighted
 from torchslim.quantize.equalize import equalize, smooth
-from torchslim.quantize.helpers import BEST as BEST_OPTIONS
-from torchslim.quantize.operations import weighted
-from torchslim.quantize.rounding import adaround, columns, gptq
-from torchslim.recipe import parse_recipe
-from torchslim.steps import Context
-from torchslim.task import Task
+from torchslim.quantize.weight_rounding import adaround, columns, gptq
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

@@ -32,9 +32,13 @@ from tests.deployment_models import (
     fresh_python,
     trained_conv,
 )
-from torchslim import artifact, artifact_write
-from torchslim.archives import read_masks
-from torchslim.artifact import open_artifact, write_artifact
+from torchslim.artifact import storage, writing
+from torchslim.artifact.latency import Timings
+from torchslim.artifact.state import pack_masks
+from torchslim.artifact.storage import open_artifact, write_artifact
+from torchslim.core.archives import read_masks
+from torchslim.core.files import digest
+from torchslim.core.isolation import quiet
 from torchslim.errors import (
     ArtifactError,
     DeployError,
@@ -43,13 +47,9 @@ from torchslim.errors import (
     RuntimeUnavailable,
     StorageError,
 )
-from torchslim.export import capture
-from torchslim.files import digest
-from torchslim.isolation import quiet
-from torchslim.measure import Timings
+from torchslim.graph.export import capture
 from torchslim.quantize import static
 from torchslim.runtimes.pt2 import load_program, pack_program
-from torchslim.state import pack_masks
 
 KINDS = (
     "eager-float", "eager-int8", "onnxruntime-float", "onnxruntime-int8", "openvino-float", "openvino-int8",
@@ -298,7 +298,7 @@ def test_truncated_and_missing_files_are_noticed(float_copy: Path) -> None:
         with pytest.raises(ArtifactError, match="truncated or changed|damaged"):
             ts.load(float_copy)
         path.unlink()
-        with pytest.raises(ArtifactError, match="is missing|has no artifact.json"):
+        with pytest.raises(ArtifactError, match="is missing|has no storage.json"):
             ts.load(float_copy)
         path.write_bytes(original)
 
@@ -319,7 +319,7 @@ def test_other_manifests_are_refused(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["nowhere", "."])
 def test_folders_without_an_artifact_are_refused(where: str, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is not a torchslim artifact: it has no artifact.json"):
+    with pytest.raises(ArtifactError, match="is not a torchslim artifact: it has no storage.json"):
         ts.load(tmp_path / where)
 
 
@@ -342,7 +342,7 @@ def test_files_outside_the_folder_are_not_read(name: str, float_copy: Path) -> N
     outside.write_bytes(b"secret")
     (float_copy / "link").symlink_to(outside)
     known = json.loads((float_copy / "artifact.json").read_text())["files"]
-    rewritten(float_copy, files={**known, name: artifact.sha256(outside)})
+    rewritten(float_copy, files={**known, name: storage.sha256(outside)})
     with pytest.raises(ArtifactError, match="names a file outside its folder"):
         ts.load(float_copy)
 
@@ -516,7 +516,7 @@ def test_an_artifact_with_such_a_program_is_refused(honest: bytes, float_copy: P
     marker = tmp_path / "it ran"
     (float_copy / "model.pt2").write_bytes(evil_programs(honest, marker)["sample inputs"])
     known = json.loads((float_copy / "artifact.json").read_text())["files"]
-    rewritten(float_copy, files={**known, "model.pt2": artifact.sha256(float_copy / "model.pt2")})
+    rewritten(float_copy, files={**known, "model.pt2": storage.sha256(float_copy / "model.pt2")})
     with pytest.raises(ArtifactError, match="pickled sample inputs; it is not loaded"):
         ts.load(float_copy)
     assert not marker.exists()
@@ -527,7 +527,7 @@ def test_example_arrays_are_not_unpickled(float_copy: Path, tmp_path: Path) -> N
     with (float_copy / "example.npz").open("wb") as file:
         np.savez(file, in000=np.array([Evil(marker)], dtype=object))
     known = json.loads((float_copy / "artifact.json").read_text())["files"]
-    rewritten(float_copy, files={**known, "example.npz": artifact.sha256(float_copy / "example.npz")})
+    rewritten(float_copy, files={**known, "example.npz": storage.sha256(float_copy / "example.npz")})
     with pytest.raises(ArtifactError, match=r"example.npz cannot be read"):
         ts.load(float_copy)
     assert not marker.exists()
@@ -580,8 +580,8 @@ def test_saving_over_an_artifact_leaves_nothing_of_it(saved: Path, tmp_path: Pat
 
 
 def test_what_a_killed_save_left_behind_is_cleared(tmp_path: Path) -> None:
-    (tmp_path / "a" / artifact_write.STAGING).mkdir(parents=True)
-    (tmp_path / "a" / artifact_write.STAGING / "model.pt2").write_bytes(b"half")
+    (tmp_path / "a" / writing.STAGING).mkdir(parents=True)
+    (tmp_path / "a" / writing.STAGING / "model.pt2").write_bytes(b"half")
     ts.save(nn.Linear(2, 2), tmp_path / "a")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "artifact.json",
@@ -634,7 +634,7 @@ def test_more_files_are_hashed_too(tmp_path: Path) -> None:
 
 
 def test_another_instruction_set_is_warned_of(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact, "instruction_set", lambda: "elsewhere")
+    monkeypatch.setattr(storage, "instruction_set", lambda: "elsewhere")
     with pytest.warns(UserWarning, match="this machine has elsewhere: int8 may be slower here"):
         ts.load(saved / "eager-int8")
     with warnings.catch_warnings():
@@ -651,7 +651,7 @@ def test_a_missing_runtime_says_what_to_install(name: str, saved: Path, monkeypa
 
 def test_timings_become_rows() -> None:
     timings = Timings({"a": [2.0, 2.0, 2.0], "b": [1.0, 1.0, 1.0]})
-    first, second = artifact.render_timings(timings, "a")
+    first, second = storage.render_timings(timings, "a")
     assert first["speedup"]["verdict"] == "no difference"
     assert second["latency_ms"] == {"median": 1.0, "p10": 1.0, "p90": 1.0, "rounds": 3}
     assert (second["speedup"]["median"], second["speedup"]["verdict"]) == (2.0, "faster")

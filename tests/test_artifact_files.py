@@ -20,13 +20,14 @@ from torch import nn
 import torchslim as ts
 from tests.mutations import Kind
 from tests.mutations.artifacts import KINDS_OF_ARTIFACTS
-from torchslim import artifact, holding
-from torchslim.archives import read_arrays, unzip
-from torchslim.artifact import open_artifact
-from torchslim.artifact_write import STAGING
+from torchslim.artifact import storage
+from torchslim.artifact.manifest import manifest_digest
+from torchslim.artifact.storage import open_artifact
+from torchslim.artifact.writing import STAGING
+from torchslim.core import folder_lock
+from torchslim.core.archives import read_arrays, unzip
+from torchslim.core.files import sha256
 from torchslim.errors import ArtifactError, RuntimeUnavailable, StorageError
-from torchslim.files import sha256
-from torchslim.manifest import manifest_digest
 
 
 def rewritten(folder: Path, **changes: Any) -> None:
@@ -163,13 +164,13 @@ def test_a_model_that_another_process_replaces_is_loaded_as_it_was_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ts.save(constant(1), tmp_path / "a")
-    load, other = artifact.load_opened, constant(2)
+    load, other = storage.load_opened, constant(2)
 
     def replaced_before(opened: Any, **settings: Any) -> Any:
         ts.save(other, tmp_path / "a")
         return load(opened, **settings)
 
-    monkeypatch.setattr(artifact, "load_opened", replaced_before)
+    monkeypatch.setattr(storage, "load_opened", replaced_before)
     assert float(ts.load(tmp_path / "a")(torch.ones(1, 2))[0, 0]) == 1
 
 
@@ -177,13 +178,13 @@ def test_a_save_waits_for_who_holds_the_folder_and_says_so_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ts.save(linear(), tmp_path / "a")
-    monkeypatch.setattr(holding, "FOLDER_SECONDS", 0.01)
-    with holding.reading(tmp_path / "a"):
+    monkeypatch.setattr(folder_lock, "FOLDER_SECONDS", 0.01)
+    with folder_lock.reading(tmp_path / "a"):
         ts.load_module(tmp_path / "a", linear)  # readers do not wait for each other
         with pytest.raises(StorageError, match="writing to, or reading, .*a for over .* s; wait until it ends"):
             ts.save(linear(), tmp_path / "a")
     with (
-        holding.writing(tmp_path / "a"),
+        folder_lock.writing(tmp_path / "a"),
         pytest.raises(StorageError, match="another process is writing to .*a for over"),
     ):
         ts.load_module(tmp_path / "a", linear)

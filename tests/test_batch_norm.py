@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tests import toy
 from tests.contracts.test_steps import model_state
-from torchslim.batch_norm import recalibrate_batch_norm
+from torchslim.core.step import fingerprint
 from torchslim.errors import TaskError
-from torchslim.steps import fingerprint
+from torchslim.training.batch_norm import recalibrate_batch_norm
 
 
 class Nested(nn.Module):

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import torchslim as ts
 from tests import toy
+from torchslim.core.step import fingerprint
 from torchslim.distill import RKD, Hint
-from torchslim.distill.cache import TeacherCache, checks
+from torchslim.distill.teacher_cache import TeacherCache, checks
 from torchslim.errors import DistillError
-from torchslim.loaders import Indexed, indexed, sample_count, why_not_repeatable
-from torchslim.steps import fingerprint
+from torchslim.training.loaders import Indexed, indexed, sample_count, why_not_repeatable
 
 
 class Counting(nn.Module):
@@ -48,17 +48,17 @@ def loader(**fields: Any) -> DataLoader[Any]:
 
 def forwards(step: ts.Distill, ctx: ts.Context, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many samples the teacher sees, epoch by epoch."""
-    from torchslim.distill import teachers
+    from torchslim.distill import teacher
 
     seen: list[int] = []
-    original = teachers.Teachers.__call__
+    original = teacher.Teachers.__call__
 
     def counted(self: Any, batch: Any, index: Any, device: Any) -> Any:
         if index is not None:  # else it is only asked who it is
             seen.append(len(ctx.task.inputs(batch)[0]))
         return original(self, batch, index, device)
 
-    monkeypatch.setattr(teachers.Teachers, "__call__", counted)
+    monkeypatch.setattr(teacher.Teachers, "__call__", counted)
     step(copy.deepcopy(ctx.model) if ctx.model is not None else toy.model(), ctx)
     return seen
 

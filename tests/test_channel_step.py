@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests import toy
+from torchslim.artifact.latency import macs, parameters
+from torchslim.core.step import canonical, check_order, fingerprint
 from torchslim.errors import PruneError, SelectError
-from torchslim.measure import macs, parameters
-from torchslim.prune.criteria import CRITERIA
-from torchslim.recipe import parse_recipe
-from torchslim.steps import canonical, check_order, fingerprint
+from torchslim.pipeline.recipe import parse_recipe
+from torchslim.prune.criteria.registry import CRITERIA
 
 TRAIN = ts.Finetune(epochs=2, optimizer="sgd", lr=0.02)
 
@@ -306,16 +306,16 @@ def test_every_criterion_ranks_channels(criterion: str) -> None:
 
 
 def test_statistics_are_gathered_again_for_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchslim.prune import data
+    from torchslim.prune.criteria import gathering
 
     seen: list[list[int]] = []
-    gather = data.gather
+    gather = gathering.gather
 
     def spy(model: nn.Module, *args: Any, **fields: Any) -> Any:
         seen.append(widths(model))
         return gather(model, *args, **fields)
 
-    monkeypatch.setattr(data, "gather", spy)
+    monkeypatch.setattr(gathering, "gather", spy)
     step(criterion="taylor", schedule="iterative", rounds=2, train=TRAIN)(wide(), context())
     assert len(seen) == 2
     assert sum(seen[1]) < sum(seen[0])
@@ -340,7 +340,7 @@ def test_masks_of_weights_that_were_pruned_before_are_cut_with_them() -> None:
 
 def test_masks_of_shared_weights_are_found_by_any_name() -> None:
     from torchslim.prune.channel_step import cut_masks
-    from torchslim.prune.shrink import Cut, Surgery
+    from torchslim.prune.structured.surgery import Cut, Surgery
 
     model = nn.Module()
     model.one, model.two = nn.Linear(4, 4), nn.Linear(4, 4)

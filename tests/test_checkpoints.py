@@ -19,11 +19,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 import torchslim as ts
 from tests import toy
+from torchslim.core.seals import read_sealed
+from torchslim.core.step import fingerprint
 from torchslim.errors import TrainError
-from torchslim.optimizer import OptimizerSettings
-from torchslim.seals import read_sealed
-from torchslim.steps import fingerprint
-from torchslim.training import Hook, LabelLoss, Loop
+from torchslim.training.loop import Hook, LabelLoss, Loop
+from torchslim.training.optimizer import OptimizerSettings
 
 
 class Dropping(nn.Module):
@@ -260,7 +260,7 @@ import resource, sys
 from pathlib import Path
 from tests import toy
 import torchslim as ts
-from torchslim.training import Hook, LabelLoss
+from torchslim.training.loop import Hook, LabelLoss
 
 class Fill(Hook):
     def on_epoch(self, loop):

@@ -13,7 +13,7 @@ import pytest
 import torchslim as ts
 from tests import toy
 from torchslim.cli import main
-from torchslim.recipe import STEPS
+from torchslim.pipeline.recipe import STEPS
 
 RECIPE = """
 model = "tests.toy:model"
@@ -98,7 +98,7 @@ def test_check_accepts_and_refuses_without_running(call: Any, tmp_path: Path) ->
     recipe.write_text(RECIPE)
     assert "prune -> finetune -> eager: ok" in call("check", recipe).out
     assert [step["do"] for step in json.loads(call("check", recipe, "--json").out)] == [
-        "torchslim.prune.step:Prune", "torchslim.finetune:Finetune",
+        "torchslim.prune.step:Prune", "torchslim.training.finetune:Finetune",
     ]  # fmt: skip
     recipe.write_text(RECIPE.replace("sparsity", "sparsty"))
     refused = call("check", recipe)
@@ -147,7 +147,7 @@ def test_list_names_all_that_is_registered(call: Any) -> None:
 def test_usage_errors_are_the_users_and_bugs_are_ours(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("run").code == 2
     assert call("nonsense").code == 2
-    monkeypatch.setattr("torchslim.document.load_document", lambda path: 1 / 0)
+    monkeypatch.setattr("torchslim.pipeline.document.load_document", lambda path: 1 / 0)
     broken = call("check", "x.toml")
     assert broken.code == 1
     assert "internal error: ZeroDivisionError" in broken.err

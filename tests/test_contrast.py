@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchslim.distill.contrast import CRD, contrast
+from torchslim.distill.losses.crd import CRD, contrast
 from torchslim.errors import DistillError
 
 SEEDS = st.integers(0, 2**31 - 1)

@@ -9,8 +9,8 @@ from torch import nn
 from benchmarks import one_zoo_quantized, quantize_page, runner, zoo
 from benchmarks.one_zoo_quantized import another, compare, counts, kind, left_in_float, measure
 from benchmarks.outputs import settle_norms, stacked
-from torchslim.lowered import LayerKernel
-from torchslim.steps import LayerRecord
+from torchslim.artifact.integer_coverage import LayerKernel
+from torchslim.core.step import LayerRecord
 
 MACHINE = {"processor": "a processor", "threads": 2, "versions": {"torch": "2.0"}}
 

@@ -17,9 +17,9 @@ import torchslim as ts
 from tests import toy
 from torchslim.errors import PruneError, TaskError
 from torchslim.prune import CRITERIA, Criterion, Statistic, Statistics
-from torchslim.prune.criteria import find_criterion, needs
-from torchslim.prune.scores import channel_scores, combine, score
-from torchslim.statistics import gather
+from torchslim.prune.criteria.registry import find_criterion, needs
+from torchslim.prune.criteria.scoring import channel_scores, combine, score
+from torchslim.prune.criteria.statistics import gather
 
 EVERYTHING = frozenset(Statistic)
 # few distinct values: ties and zeros are the rule
@@ -354,7 +354,7 @@ def test_labels_are_asked_for_before_any_work() -> None:
 @pytest.mark.parametrize("schedule", ["iterative", "gradual"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_schedules_gather_again_from_the_model_as_it_is(schedule: Any, workers: int, monkeypatch: Any) -> None:
-    from torchslim.prune import data as module
+    from torchslim.prune.criteria import gathering as module
 
     seen: list[Tensor] = []
 

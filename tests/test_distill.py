@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests import models, toy
+from torchslim.core.step import fingerprint
+from torchslim.core.task import predictor
 from torchslim.distill import kl_divergence
 from torchslim.errors import DistillError
-from torchslim.steps import fingerprint
-from torchslim.task import predictor
 
 LOGITS = st.integers(0, 2**31 - 1).map(
     lambda seed: torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.test_taps import conv_net, hooks
+from torchslim.core.step import fingerprint
+from torchslim.core.task import predictor
 from torchslim.distill import RKD, VID, AttentionTransfer, Hint
 from torchslim.errors import DistillError
-from torchslim.steps import fingerprint
-from torchslim.task import predictor
 
 
 def seeded(make: Any, *args: Any) -> nn.Module:

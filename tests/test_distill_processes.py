@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
-from torchslim import distill, processes
-from torchslim.loaders import shared
+from torchslim import distill
+from torchslim.core import distributed
+from torchslim.training.loaders import shared
 
 PARTS: dict[str, dict[str, Any]] = {
     "kd": {"response": ts.KD()},
@@ -55,9 +56,9 @@ def gradients(name: str, mine: slice) -> dict[str, Tensor]:
     with ts.Distill(**PARTS[name]).lesson(student, ctx) as lesson:
         assert lesson.companion is not None
         lesson.companion.double()
-        model: nn.Module = nn.parallel.DistributedDataParallel(student) if processes.count() > 1 else student
+        model: nn.Module = nn.parallel.DistributedDataParallel(student) if distributed.count() > 1 else student
         torch.stack(list(lesson.objective(model, (x[mine], y[mine])).values())).sum().backward()
-        processes.average_gradients(lesson.companion.parameters())
+        distributed.average_gradients(lesson.companion.parameters())
         trained = [*student.named_parameters(), *lesson.companion.named_parameters()]
     return {each: parameter.grad for each, parameter in trained if parameter.grad is not None}
 
@@ -68,7 +69,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     found = {name: gradients(name, slice(rank * 4, rank * 4 + 4)) for name in PARTS}
     uneven = torch.arange(3.0 + rank).requires_grad_()
-    joined = processes.gathered(uneven)
+    joined = distributed.gathered(uneven)
     (joined * torch.arange(7)).sum().backward()
     if rank == 0:
         torch.save({**found, "joined": joined.detach(), "uneven": uneven.grad}, f"{folder}/found.pt")

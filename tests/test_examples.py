@@ -15,9 +15,9 @@ import torch
 from examples import fashion_mnist
 from examples.fashion_mnist import data
 from examples.fashion_mnist.model import ResNet
+from torchslim.core.task import predictor
 from torchslim.distill import Distill
-from torchslim.recipe import load_recipe
-from torchslim.task import predictor
+from torchslim.pipeline.recipe import load_recipe
 
 
 @pytest.fixture(autouse=True)

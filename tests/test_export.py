@@ -22,11 +22,11 @@ from tests.deployment_models import (
     same_structure,
     trained_conv,
 )
+from torchslim.core.step import fingerprint
+from torchslim.core.task import call, predictor, tensors
 from torchslim.errors import ExportError
-from torchslim.export import Captured, bind, capture, evaluating, untouched
-from torchslim.steps import fingerprint
-from torchslim.structure import build, flatten
-from torchslim.task import call, predictor, tensors
+from torchslim.graph.export import Captured, bind, capture, evaluating, untouched
+from torchslim.graph.io_structure import build, flatten
 
 ARCHITECTURES = architectures()
 

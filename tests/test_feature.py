@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from torchslim.distill.align import Project, Shape, align, bridge, check_alignable, pooled
-from torchslim.distill.feature import (
+from torchslim.distill.features.align import Project, Shape, align, bridge, check_alignable, pooled
+from torchslim.distill.losses.feature import (
     FSP,
     VID,
     AttentionTransfer,
@@ -30,7 +30,7 @@ from torchslim.distill.feature import (
     hint,
     variational_information,
 )
-from torchslim.distill.review import ReviewKD, hierarchical_context
+from torchslim.distill.losses.review_kd import ReviewKD, hierarchical_context
 from torchslim.errors import DistillError
 
 SEEDS = st.integers(0, 2**31 - 1)

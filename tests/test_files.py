@@ -12,14 +12,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from torchslim.core.files import digest, replacing, sha256, write_bytes, write_json
 from torchslim.errors import StorageError
-from torchslim.files import digest, replacing, sha256, write_bytes, write_json
 
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from torchslim.errors import StorageError
-from torchslim.files import write_bytes
+from torchslim.core.files import write_bytes
 path = Path(sys.argv[1])
 write_bytes(path, b"old")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from torchslim.errors import DeployError
-from torchslim.export import Captured
+from torchslim.graph.export import Captured
 from torchslim.runtimes import find_runtime
 from torchslim.runtimes.base import Runtime, Session, Spec
 

@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.test_distill_processes import free_port
-from torchslim import distill, processes
+from torchslim import distill
+from torchslim.core import distributed
 from torchslim.errors import TrainError
-from torchslim.optimizer import OptimizerSettings
-from torchslim.prune.penalties import GroupLasso
-from torchslim.sharding import blocks, check_shardable, explained
-from torchslim.training import Hook, LabelLoss, Loop
+from torchslim.prune.structured.penalties import GroupLasso
+from torchslim.training.fsdp import blocks, check_shardable, explained
+from torchslim.training.loop import Hook, LabelLoss, Loop
+from torchslim.training.optimizer import OptimizerSettings
 
 CLASSES = 3
 
@@ -104,7 +105,7 @@ class Measure(Hook):
     def on_step(self, loop: Loop) -> None:
         state = [each for values in loop.optimizer.state.values() for each in values.values()]
         tensors = [*loop.model.parameters(), *state]
-        self.held = sum(each.numel() * each.element_size() for each in map(processes.local, tensors))
+        self.held = sum(each.numel() * each.element_size() for each in map(distributed.local, tensors))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -125,7 +126,7 @@ def train(
         net.blocks[1].requires_grad_(False)  # type: ignore[union-attr,index]
     own = list(hooks)
     if case.get("penalty"):
-        from torchslim.prune.plan import analyse
+        from torchslim.prune.structured.plan import analyse
 
         own.append(GroupLasso(analyse(net, data.inputs(next(iter(data.val)))).coupling(), 1e-2))
     held = masks(net) if case.get("masks") else {}
@@ -174,7 +175,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
     torch.set_num_threads(1)
-    processes.connect()
+    distributed.connect()
     found: dict[str, Any] = {}
     for strategy in ("ddp", "fsdp"):
         for name, case in CASES.items():
@@ -189,7 +190,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     state = Path(folder) / "state.ckpt"
     with pytest.raises(Killed):
         train(CASES["masks"], "fsdp", (Kill(),), state)
-    processes.wait()
+    distributed.wait()
     found["resumed"] = train(CASES["masks"], "fsdp", (), state)
     with pytest.raises(TrainError, match="became"):  # in both, or one would wait for the other
         train({"settings": {"optimizer": "sgd", "lr": 1e30}}, "fsdp")
@@ -197,7 +198,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     with pytest.raises(TrainError, match="without calling the block"):
         ts.fit(Past(), LabelLoss(data), data.train, epochs=1, engine=ts.Engine(accelerator="cpu", strategy="fsdp"))
     torch.save({"found": found, "bytes": bytes_held}, f"{folder}/{rank}.pt")
-    processes.wait()
+    distributed.wait()
     torch.distributed.destroy_process_group()
 
 

@@ -15,14 +15,14 @@ import pytest
 
 import torchslim as ts
 from tests import toy
-from torchslim import holding as module
+from torchslim.core import folder_lock as module
+from torchslim.core.folder_lock import LOCK, holding
 from torchslim.errors import StorageError
-from torchslim.holding import LOCK, holding
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from torchslim.holding import holding
+from torchslim.core.folder_lock import holding
 with holding(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))

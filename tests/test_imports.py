@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from torchslim.core.imports import foreign, resolve
 from torchslim.errors import RecipeError, TaskError
-from torchslim.imports import foreign, resolve
-from torchslim.recipe import check_names, made, parse_document
+from torchslim.pipeline.recipe import check_names, made, parse_document
 
 ROOT = Path(__file__).parents[1]
 SHADOWS = ("json", "torch", "numpy", "click", "tomllib", "rich", "pydantic", "optuna", "onnx", "logging")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests import models, toy
 from tests.deployment_models import trained_conv
+from torchslim.artifact.latency import macs
 from torchslim.errors import PruneError, RecipeError, SelectError, TorchslimError
-from torchslim.measure import macs
-from torchslim.named import load_model, make_inputs
+from torchslim.pipeline.model_spec import load_model, make_inputs
 from torchslim.prune import ChannelGroup, Inspection
 
 IMAGES = (torch.randn(2, 3, 6, 6),)

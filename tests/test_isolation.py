@@ -23,10 +23,10 @@ from torch.nn.utils import prune as torch_prune
 
 import torchslim as ts
 from tests import models, toy
+from torchslim.core.isolation import copy_model, preserved_globals, quiet, seed_everything, torch_threads
+from torchslim.core.step import fingerprint
+from torchslim.core.task import predictor
 from torchslim.errors import ModelError
-from torchslim.isolation import copy_model, preserved_globals, quiet, seed_everything, torch_threads
-from torchslim.steps import fingerprint
-from torchslim.task import predictor
 
 IMAGES = (torch.randn(2, 1, 8, 8),)
 STEPS = (torch.randn(2, 4, 5),)

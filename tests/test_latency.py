@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests import toy
-from torchslim import latency_table
+from torchslim.artifact import latency_cache
+from torchslim.artifact.latency import Timings
+from torchslim.core.step import Makers
 from torchslim.errors import PruneError
-from torchslim.measure import Timings
-from torchslim.prune.amount import Amount, select
-from torchslim.prune.latency import ALL, Table, load_rows, rows_of
-from torchslim.prune.plan import analyse
-from torchslim.prune.reach import AIM, BAND, ROUNDS, reach
-from torchslim.steps import Makers
+from torchslim.prune.latency.solve import AIM, BAND, ROUNDS, reach
+from torchslim.prune.latency.table import ALL, Table, load_rows, rows_of
+from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.selection import Amount, select
 
 Bill = Callable[[nn.Module], float]
 
@@ -342,7 +342,7 @@ def count_macs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         timed.append(list(deployed))
         return Timings({name: [float(sum(each["macs"] for each in one.spec.layers))] for name, one in deployed.items()})
 
-    monkeypatch.setattr(latency_table, "compare", compare)
+    monkeypatch.setattr(latency_cache, "compare", compare)
     return timed
 
 
@@ -390,10 +390,10 @@ def test_a_reference_that_was_timed_on_a_busy_machine_is_mended(monkeypatch, tmp
     """Of milliseconds; the ratios to it came from paired rounds, and stay."""
     busy = [1.0]
     monkeypatch.setattr(
-        latency_table, "compare", lambda deployed, **_: Timings({name: [2.0 * busy[0]] for name in deployed})
+        latency_cache, "compare", lambda deployed, **_: Timings({name: [2.0 * busy[0]] for name in deployed})
     )
     reference, other = (ts.deploy(each, INPUTS, runtime="eager") for each in (chain(), cut(0.3, Clock())))
-    table = latency_table.LatencyTable("eager", path=tmp_path / "table.json")
+    table = latency_cache.LatencyTable("eager", path=tmp_path / "table.json")
     first = table.measure({"other": other}, reference)["other"]
     busy[0] = later
     assert table.settle(reference).ms == pytest.approx(2.0 * known)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchslim.prune.cost import Cost, choose, fit, smoothed
+from torchslim.prune.latency.cost_model import Cost, choose, fit, smoothed
 
 UNIT = st.fixed_dictionaries({width: st.floats(0.05, 1.0) for width in (8, 16, 24)}, optional={}).map(
     lambda curve: {32: 1.0, **{width: curve[width] for width in curve}}

@@ -15,8 +15,8 @@ from torch import nn
 import torchslim as ts
 from torchslim import cli
 from torchslim.errors import PruneError, RecipeError
-from torchslim.latency_pack import pack
-from torchslim.recipe import parse_recipe
+from torchslim.pipeline.latency_pack import pack
+from torchslim.pipeline.recipe import parse_recipe
 
 INPUTS = (torch.ones(2, 3, 8, 8),)
 TARGET = ts.Target(runtime="onnxruntime", threads=1)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.test_report import make_run
 from torchslim.errors import ArtifactError
-from torchslim.report import load_run, render, story, table
+from torchslim.report import findings, load_run, render, table
 
 
 def cut(**changes: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_what_was_not_measured_says_so():
 
 
 def test_several_cuts_are_told_apart():
-    found = story.ceilings(run_with(cut(ceiling=0.7), cut()))
+    found = findings.ceilings(run_with(cut(ceiling=0.7), cut()))
     assert [(each.label, each.round, each.chosen) for each in found] == [
         ("prune, cut 1", 1, False), ("prune, cut 1", 2, True), ("prune, cut 2", 1, False), ("prune, cut 2", 2, True),
     ]  # fmt: skip

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Tens
 
 import torchslim as ts
 from tests import toy
-from torchslim.optimizer import OptimizerSettings
-from torchslim.training import Hook, LabelLoss, Loop
+from torchslim.training.loop import Hook, LabelLoss, Loop
+from torchslim.training.optimizer import OptimizerSettings
 
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests.deployment_models import trained_conv
+from torchslim.artifact.integer_coverage import executed, lowered
+from torchslim.artifact.latency import macs
 from torchslim.cli import cli
-from torchslim.export import capture
-from torchslim.layers import layers_of, structure_of
-from torchslim.lowered import executed, lowered
-from torchslim.measure import macs
+from torchslim.core.step import Context
+from torchslim.graph.export import capture
+from torchslim.graph.layers import layers_of, structure_of
 from torchslim.quantize import Quantize, convert, prepare
-from torchslim.steps import Context
 
 
 class Everything(nn.Module):

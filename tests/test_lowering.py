@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from tests.compiled import deploy
 from tests.processors import SATURATING, detected
 from tests.quantized_graphs import int4_graph, int8_graph, stored_bits
-from torchslim.export import capture
-from torchslim.lowered import lowered as executed
+from torchslim.artifact.integer_coverage import lowered as executed
+from torchslim.graph.export import capture
 from torchslim.quantize import convert, prepare, sqnr
-from torchslim.runtimes import find_runtime, integer_kernels
-from torchslim.runtimes.integer_kernels import DynamicLinear, DynamicRecurrent
+from torchslim.runtimes import find_runtime, torch_integer_kernels
 from torchslim.runtimes.pt2 import load_program, pack_program
+from torchslim.runtimes.torch_integer_kernels import DynamicLinear, DynamicRecurrent
 
 RUNTIMES = ("onnxruntime", "eager")
 
@@ -232,14 +232,14 @@ def test_a_dynamic_lstm_is_one_node_for_each_layer() -> None:
 
 
 def lowered(graph: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-    return integer_kernels.lower(capture(graph, inputs).program.module())  # type: ignore[arg-type]
+    return torch_integer_kernels.lower(capture(graph, inputs).program.module())  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(torch.backends.quantized.engine not in integer_kernels.ENGINES, reason="another engine")
+@pytest.mark.skipif(torch.backends.quantized.engine not in torch_integer_kernels.ENGINES, reason="another engine")
 def test_the_deprecated_kernels_are_still_there_and_right() -> None:
     """When this fails, PyTorch has dropped or changed the kernels that torch.ao.quantization was for: eager sessions
     still work, on the graph itself, but recurrent networks are slower. Look for a successor, or delete the file."""
-    assert not integer_kernels.missing(), f"gone from this PyTorch: {', '.join(integer_kernels.missing())}"
+    assert not torch_integer_kernels.missing(), f"gone from this PyTorch: {', '.join(torch_integer_kernels.missing())}"
     x = torch.randn(4, 5, 24)
     for model, kernel in (
         (nn.Linear(24, 31), DynamicLinear),
@@ -262,8 +262,8 @@ def test_without_the_kernels_the_graph_runs_as_it_is(kind: str, monkeypatch: pyt
     model = nn.Linear(24, 8) if kind == "linear" else Sequence(kind, layers=1, bi=False, first=True, states=False)
     x = torch.randn(3, 5, 24)
     graph = int8_graph(model, (x,), dynamic=True)
-    monkeypatch.setattr(integer_kernels, "ENGINES", ())
-    assert "engine" in integer_kernels.missing()[0]
+    monkeypatch.setattr(torch_integer_kernels, "ENGINES", ())
+    assert "engine" in torch_integer_kernels.missing()[0]
     module = lowered(graph, (x,))
     assert not any(isinstance(each, (DynamicLinear, DynamicRecurrent)) for each in module.modules())
     with torch.no_grad():
@@ -319,7 +319,7 @@ def test_pt2_files_hold_the_integers_and_run_as_they_were(kind: str) -> None:
     with torch.no_grad():
         expected = copy.deepcopy(captured.program.module())(*x)
         assert torch.equal(program.module()(*x)[0], expected[0])
-        assert sqnr(expected[0], integer_kernels.lower(program.module())(*x)[0]) >= 35
+        assert sqnr(expected[0], torch_integer_kernels.lower(program.module())(*x)[0]) >= 35
 
 
 class Turned(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import transformer
 
 import torchslim as ts
-from torchslim.isolation import unfused_attention
+from torchslim.core.isolation import unfused_attention
 
 WIDTH, LENGTH = 8, 5
 

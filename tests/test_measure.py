@@ -15,10 +15,8 @@ from torch.nn import functional
 
 from tests.compiled import deploy
 from tests.deployment_models import Recurrent, TwoInputs, trained_conv
-from torchslim import measure
-from torchslim.errors import TorchslimError
-from torchslim.machine import describe_machine, instruction_set, saturates
-from torchslim.measure import (
+from torchslim.artifact import latency
+from torchslim.artifact.latency import (
     Ratio,
     Timings,
     compare,
@@ -29,6 +27,8 @@ from torchslim.measure import (
     percentiles,
     resized,
 )
+from torchslim.core.hardware import describe_machine, instruction_set, saturates
+from torchslim.errors import TorchslimError
 from torchslim.quantize import static
 
 finite = st.floats(1e-3, 1e3)
@@ -42,7 +42,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.calls: list[str] = []
-        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(latency.time, "perf_counter", lambda: self.now)
 
     def candidate(self, name: str, *milliseconds: float) -> Any:
         """A function that takes these times in turn, the last one for ever."""

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import torchslim as ts
+from torchslim.artifact.peak_memory import peak_memory
 from torchslim.errors import DeployError
-from torchslim.memory import peak_memory
 
 
 def test_a_larger_model_takes_more_and_at_least_its_weights() -> None:
@@ -22,6 +22,6 @@ def test_a_larger_model_takes_more_and_at_least_its_weights() -> None:
 
 
 def test_a_process_that_fails_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchslim.memory.PROGRAM", "raise SystemExit('no such thing')")
+    monkeypatch.setattr("torchslim.artifact.peak_memory.PROGRAM", "raise SystemExit('no such thing')")
     with pytest.raises(DeployError, match="ended with no such thing"):
         peak_memory(ts.deploy(nn.Linear(2, 2), (torch.ones(1, 2),), threads=1))

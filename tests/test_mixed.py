@@ -16,11 +16,11 @@ from torch import nn
 
 import torchslim as ts
 from tests import toy
+from torchslim.core.layer_patterns import matches
+from torchslim.core.seals import read_sealed
 from torchslim.errors import QuantizeError
-from torchslim.quantize.mixed import Trials, exceptions, fewest
-from torchslim.recipe import parse_recipe
-from torchslim.seals import read_sealed
-from torchslim.select import matches
+from torchslim.pipeline.recipe import parse_recipe
+from torchslim.quantize.mixed_precision import Trials, exceptions, fewest
 
 NAMES = "abcdefg"
 
@@ -137,7 +137,7 @@ def test_what_is_known_beforehand_decides_the_order_and_nothing_is_measured_for_
     trials = Trials(model, context(model, task), step)
     assert trials.most == 2
     assert (trials.layers[0], sorted(trials.layers)) == ("head", ["first", "head", "second"])
-    monkeypatch.setattr("torchslim.quantize.single.damages", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("torchslim.quantize.layerwise.damages", lambda *_: pytest.fail("measured"))
     priors = {"first": 2.0, "second": 0.5, "head": 0.1}
     informed = Trials(model, context(model, task, priors=priors), step)
     assert (informed.most, informed.layers) == (2, ("first", "second", "head"))

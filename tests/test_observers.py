@@ -17,13 +17,13 @@ from torchao.quantization.pt2e import FakeQuantize, MinMaxObserver, PerChannelMi
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
+from torchslim.core.isolation import quiet
 from torchslim.errors import QuantizeError
-from torchslim.isolation import quiet
+from torchslim.quantize.backend_profiles import PROFILES
+from torchslim.quantize.lowering import fit_biases
 from torchslim.quantize.observers import OBSERVERS, Histogram, Observer, observer
-from torchslim.quantize.profiles import PROFILES
 from torchslim.quantize.quantizer import SlimQuantizer, Specs
 from torchslim.quantize.schemes import find_scheme
-from torchslim.quantize.storing import fit_biases
 
 EPS = 1e-20
 AFFINE = {"dtype": torch.uint8, "quant_min": 0, "quant_max": 255}

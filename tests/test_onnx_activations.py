@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.compiled import deploy
-from torchslim.lowered import lowered
+from torchslim.artifact.integer_coverage import lowered
 from torchslim.quantize import convert, prepare
 from torchslim.runtimes import kernels
 

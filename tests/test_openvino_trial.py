@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests.compiled import deploy
+from torchslim.artifact.manifest import manifest_digest
+from torchslim.core.hardware import cache_folder
+from torchslim.core.seals import SECRET
 from torchslim.errors import ArtifactError, DeployError
-from torchslim.machine import cache_folder
-from torchslim.manifest import manifest_digest
 from torchslim.quantize import sqnr
 from torchslim.runtimes import openvino, openvino_trial
 from torchslim.runtimes.openvino_check import check_ir
 from torchslim.runtimes.openvino_trial import survive, survive_files
-from torchslim.seals import SECRET
 
 ABORT = "import os; os.abort()"
 

@@ -15,8 +15,8 @@ from torch import nn
 import torchslim as ts
 from tests import toy
 from torchslim.errors import TrainError
-from torchslim.optimizer import OptimizerSettings
-from torchslim.training import Hook, LabelLoss, Loop
+from torchslim.training.loop import Hook, LabelLoss, Loop
+from torchslim.training.optimizer import OptimizerSettings
 
 WARMUPS = st.floats(0, 0.9)
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests.test_distill_parts import seeded
-from torchslim.distill.losses import FEATURES, RELATIONS
-from torchslim.distill.observe import answer_padding, observe
-from torchslim.distill.padding import DECODER_MASK, masks_of, resized_mask
-from torchslim.distill.taps import Tap, dry
+from torchslim.distill.features.padding import DECODER_MASK, masks_of, resized_mask
+from torchslim.distill.features.probe import answer_padding, observe
+from torchslim.distill.features.taps import Tap, dry
+from torchslim.distill.losses.registry import FEATURES, RELATIONS
 
 LENGTH, WORDS, CLASSES = 12, 30, 5
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests import toy
 from torchslim.errors import PruneError
-from torchslim.prune.penalties import make_penalty
-from torchslim.prune.plan import analyse
-from torchslim.training import Loop
+from torchslim.prune.structured.penalties import make_penalty
+from torchslim.prune.structured.plan import analyse
+from torchslim.training.loop import Loop
 
 
 class Split(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchslim as ts
-from torchslim.export import capture
-from torchslim.portable import BAGS, convolution_of_groups, portable
+from torchslim.graph.export import capture
+from torchslim.graph.portable_ops import BAGS, convolution_of_groups, portable
 
 MODES = ("sum", "mean", "max")
 

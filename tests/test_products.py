@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchslim as ts
-from torchslim.layers import Layer
-from torchslim.lowered import Lowered, _shared_out, lowered
-from torchslim.products import attention
+from torchslim.artifact.integer_coverage import Lowered, _shared_out, lowered
+from torchslim.graph.decompose import attention
+from torchslim.graph.layers import Layer
 from torchslim.quantize import convert, prepare, sqnr
-from torchslim.quantize.compare import layer_sqnr
+from torchslim.quantize.layer_sqnr import layer_sqnr
 from torchslim.runtimes import Kernel
 
 

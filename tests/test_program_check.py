@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from torchslim.core.isolation import quiet
 from torchslim.errors import ArtifactError
-from torchslim.export import capture
-from torchslim.isolation import quiet
+from torchslim.graph.export import capture
 from torchslim.runtimes.program_operators import resolve
 from torchslim.runtimes.program_sizes import Unfit, check_expression
 from torchslim.runtimes.pt2 import load_program, pack_program

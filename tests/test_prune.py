@@ -11,13 +11,13 @@ from torch.nn.utils import prune as reference
 
 import torchslim as ts
 from tests import toy
+from torchslim.core.isolation import copy_model
+from torchslim.core.layer_patterns import select_weights
+from torchslim.core.step import fingerprint
 from torchslim.errors import PruneError, SelectError
-from torchslim.isolation import copy_model
-from torchslim.prune.budget import keep_globally, keep_per_row
-from torchslim.prune.patterns import NM
+from torchslim.prune.masking.patterns import NM
+from torchslim.prune.masking.selection import keep_globally, keep_per_row
 from torchslim.prune.schedule import cubic, rounds
-from torchslim.select import select_weights
-from torchslim.steps import fingerprint
 
 # few distinct values: ties and zeros are the rule
 VALUES = st.lists(st.sampled_from([0.0, 0.0, 0.5, 1.0, -1.0, 2.0]), min_size=1, max_size=60)

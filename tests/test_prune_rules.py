@@ -18,10 +18,10 @@ from torch.nn.utils import prune as reference
 
 import torchslim as ts
 from tests import models, toy
+from torchslim.core.layer_patterns import select_weights
+from torchslim.core.step import fingerprint
 from torchslim.errors import PruneError, TrainError
 from torchslim.prune import Statistics
-from torchslim.select import select_weights
-from torchslim.steps import fingerprint
 
 VALUES = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0]), st.booleans()), min_size=1, max_size=60)
 

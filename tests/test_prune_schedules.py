@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests import toy
+from torchslim.core.layer_patterns import select_weights
+from torchslim.core.step import fingerprint
 from torchslim.prune.schedule import cubic, rounds
-from torchslim.select import select_weights
-from torchslim.steps import fingerprint
 
 
 def kept(model: nn.Module) -> int:

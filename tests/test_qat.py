@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests import toy
 from tests.deployment_models import trained_conv
+from torchslim.core.step import Context, Engine
 from torchslim.errors import QuantizeError, SelectError
-from torchslim.finetune import Finetune
 from torchslim.quantize import Prepared, Quantize, convert, prepare, sqnr
-from torchslim.quantize.observing import GroupWeights, LearnedGroups, LearnedStep
-from torchslim.steps import Context, Engine
+from torchslim.quantize.fake_quantize import GroupWeights, LearnedGroups, LearnedStep
+from torchslim.training.finetune import Finetune
 
 
 def images(count: int, seed: int = 0) -> Tensor:

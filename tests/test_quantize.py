@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from tests.compiled import deploy
 from tests.deployment_models import Prediction, Recurrent, TokenClassifier, trained_conv
 from tests.processors import SATURATING
+from torchslim.core.step import fingerprint
 from torchslim.errors import DeployError, QuantizeError
 from torchslim.quantize import Quantize, QuantizedModule, sqnr, static
-from torchslim.quantize.flow import convert, prepare
-from torchslim.quantize.profiles import PROFILES
+from torchslim.quantize.backend_profiles import PROFILES
+from torchslim.quantize.prepare import convert, prepare
 from torchslim.quantize.schemes import weight_range
 from torchslim.runtimes import Deployed
-from torchslim.steps import fingerprint
 
 LOW, HIGH = weight_range("onnxruntime")
 QUANTIZED = torch.ops.quantized_decomposed

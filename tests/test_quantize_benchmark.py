@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.quantize import ALLOWED, bound, missing, page
-from torchslim.machine import describe_machine
+from torchslim.core.hardware import describe_machine
 
 
 def row(model: str, ours: float, peer: float | None, floating: float = 10.0) -> dict[str, object]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchslim.export import capture
+from torchslim.graph.export import capture
 from torchslim.quantize import convert, prepare, sqnr, static
-from torchslim.quantize.profiles import PROFILES
+from torchslim.quantize.backend_profiles import PROFILES
 from torchslim.quantize.schemes import SCHEMES
 
 QUANTIZED = torch.ops.quantized_decomposed

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import torchslim as ts
 from tests.channels.test_random_networks import conv_networks, token_networks
+from torchslim.core.task import call
 from torchslim.quantize import convert, prepare, sqnr
-from torchslim.task import call
 
 TWIN_DB = 60.0  # but for float rounding that turns a half the other way, it is the same computation
 RUNTIME_DB = 40.0

@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 
 import torchslim as ts
+from torchslim.core.step import canonical
 from torchslim.errors import RecipeError
-from torchslim.recipe import load_recipe, parse_recipe
-from torchslim.steps import canonical
+from torchslim.pipeline.recipe import load_recipe, parse_recipe
 
 HEAD = 'model = "tests.toy:model"\ntask = "tests.toy:task"\n'
 

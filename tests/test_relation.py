@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchslim.distill import PKT, RKD, CorrelationCongruence, ListwiseRanking, SimilarityPreserving
-from torchslim.distill.relation import rkd_angle, rkd_distance
+from torchslim.distill.losses.relation import rkd_angle, rkd_distance
 from torchslim.errors import DistillError
 
 SEEDS = st.integers(0, 2**31 - 1)

@@ -24,7 +24,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.programs import chromium
 from torchslim.errors import ArtifactError
-from torchslim.report import load_run, numbers, render, story, table
+from torchslim.report import findings, load_run, numbers, render, table
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -284,7 +284,7 @@ def test_a_speedup_below_one_is_a_slowdown() -> None:
 
 
 def test_summary_tells_the_three_results() -> None:
-    told = story.summary(make_run())
+    told = findings.summary(make_run())
     assert "accuracy on test goes from 92.44 % to 91.88 % (0.56 points worse)" in told
     assert "what ships is 3.84 times smaller" in told
     assert "it runs 2.54 times faster on onnxruntime" in told
@@ -293,18 +293,18 @@ def test_summary_tells_the_three_results() -> None:
 def test_summary_claims_no_speed_within_the_spread() -> None:
     run = make_run()
     run["rows"][-1]["speedup"]["over_baseline"] = number(1.08, "x", spread=0.2, verdict="no difference")
-    assert "shows no difference" in story.summary(run)
-    assert "faster" not in story.summary(run)
+    assert "shows no difference" in findings.summary(run)
+    assert "faster" not in findings.summary(run)
 
 
 def test_a_metric_where_lower_is_better_is_judged_so() -> None:
     run = make_run(metric="perplexity", unit="")
     run["metric"]["higher_is_better"] = False
-    assert "(0.5625 better)" in story.summary(run)
+    assert "(0.5625 better)" in findings.summary(run)
 
 
 def test_a_step_that_gained_nothing_says_none() -> None:
-    prune, distill, quantize = story.gains(make_run())
+    prune, distill, quantize = findings.gains(make_run())
     assert prune.size == "none"
     assert prune.latency.startswith("none (1.03x [0.93-")
     assert distill.size == "under 0.01 % larger (+74 bytes)"
@@ -315,27 +315,27 @@ def test_a_step_that_gained_nothing_says_none() -> None:
 def test_a_slower_step_says_so_with_its_spread_in_order() -> None:
     run = make_run()
     run["rows"][3]["speedup"]["over_previous"] = number(0.5, "x", spread=0.2, verdict="slower")
-    assert story.gains(run)[2].latency == "2.00 times slower [1.67-2.50]"
+    assert findings.gains(run)[2].latency == "2.00 times slower [1.67-2.50]"
 
 
 def test_the_artifact_is_no_step_and_gains_nothing_alone() -> None:
-    assert [gain.label for gain in story.gains(make_run())] == ["prune", "distill", "quantize"]
+    assert [gain.label for gain in findings.gains(make_run())] == ["prune", "distill", "quantize"]
 
 
 def test_a_step_taken_twice_is_numbered() -> None:
     run = make_run()
     run["rows"][2]["name"] = "prune"
-    assert story.labels(run["rows"]) == ["baseline", "prune #1", "prune #2", "quantize", "artifact"]
+    assert findings.labels(run["rows"]) == ["baseline", "prune #1", "prune #2", "quantize", "artifact"]
 
 
 def test_each_warning_stands_once_with_its_steps() -> None:
-    found = dict(story.warnings(make_run()))
+    found = dict(findings.warnings(make_run()))
     assert found["operations whose MACs nobody counts: aten.lstm"] == ["quantize", "artifact"]
     assert len(found) == 2
 
 
 def test_a_layer_has_one_line_for_all_steps() -> None:
-    found = {each.name: each for each in story.layers(make_run())}
+    found = {each.name: each for each in findings.layers(make_run())}
     assert list(found)[:2] == ["conv1", "layer1.conv"]
     assert (found["layer2.conv"].sparsity, found["layer2.conv"].weight_bits) == (0.25, 8)
     assert found["conv1"].refused
@@ -459,7 +459,7 @@ def test_page_holds_any_number_exactly_and_any_name_as_text(run: dict[str, Any])
     labels = [row[0]["text"] for row in page.rows["steps"][1:]]
     # a browser reads CR LF as LF and NUL as nothing that can be shown; neither can start a tag
     tidy = str.maketrans({"\r": "\n", "\0": "\ufffd"})
-    assert [each.translate(tidy) for each in labels] == [each.translate(tidy) for each in story.labels(run["rows"])]
+    assert [each.translate(tidy) for each in labels] == [each.translate(tidy) for each in findings.labels(run["rows"])]
 
 
 def test_page_shows_layers_with_bits_sparsity_and_reasons() -> None:
@@ -697,7 +697,7 @@ def test_what_loads_can_be_shown_and_what_cannot_is_an_artifact_error(data: st.D
         except ArtifactError:
             return
     table(loaded)
-    story.summary(loaded)
+    findings.summary(loaded)
     render(loaded)
 
 
@@ -785,7 +785,7 @@ def test_browser_draws_a_point_for_each_row(browser: webdriver.Chrome, tmp_path:
     for plot in ("plot-size", "plot-latency"):
         assert points(browser, plot) == len(run["rows"])
         shown = [each.text for each in browser.find_elements(By.CSS_SELECTOR, f"#{plot} .annotation-text")]
-        assert shown == story.labels(run["rows"])
+        assert shown == findings.labels(run["rows"])
     assert len(browser.find_elements(By.CSS_SELECTOR, "#plot-latency .errorbar path.xerror")) == len(run["rows"])
     epochs = len(run["rows"][2]["history"])
     assert points(browser, "history-2-loss") == 2 * epochs
@@ -842,7 +842,7 @@ def test_browser_runs_no_script_of_a_name(browser: webdriver.Chrome, tmp_path: P
     assert [url for url in requests(browser) if url not in (address, "data:,")] == []
     for plot in ("plot-size", "plot-latency"):
         shown = [each.text for each in browser.find_elements(By.CSS_SELECTOR, f"#{plot} .annotation-text")]
-        assert shown == story.labels(run["rows"]), "plots show names as they are"
+        assert shown == findings.labels(run["rows"]), "plots show names as they are"
 
 
 def test_browser_follows_the_colour_scheme(browser: webdriver.Chrome, tmp_path: Path) -> None:

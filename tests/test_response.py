@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests import toy
 from torchslim.distill import LOSSES, MSE, kl_divergence
-from torchslim.distill.response import ResponseLoss, decoupled, positions, standardized
+from torchslim.distill.losses.response import ResponseLoss, decoupled, positions, standardized
 from torchslim.errors import DistillError
 
 SEEDS = st.integers(0, 2**31 - 1)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
+from torchslim.analysis.measures import LARGEST_NATS, OutputGauge
+from torchslim.core.infinities import difference, spoiled
 from torchslim.distill.ruled_out import comparable, divergence_terms
 from torchslim.errors import DistillError
-from torchslim.gauge import LARGEST_NATS, OutputGauge
-from torchslim.infinities import difference, spoiled
 
 CLASSES = 6
 LOSSES: dict[str, Any] = {

@@ -19,10 +19,10 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import torchslim as ts
+from torchslim.core.terminal import printable
 from torchslim.errors import ArtifactError
 from torchslim.runtimes.onnx_check import check_onnx
 from torchslim.runtimes.openvino_check import check_ir
-from torchslim.terminal import printable
 
 
 def model(*nodes: Any, tensors: tuple[Any, ...] = (), functions: tuple[Any, ...] = ()) -> Any:

@@ -24,11 +24,11 @@ from tests.deployment_models import (
     same_structure,
     trained_conv,
 )
+from torchslim.core.step import fingerprint
+from torchslim.core.task import call, predictor
 from torchslim.errors import DeployError, ExportError, RecipeError, RuntimeUnavailable
 from torchslim.quantize import sqnr, static
 from torchslim.runtimes import RUNTIMES, Deployed, find_runtime
-from torchslim.steps import fingerprint
-from torchslim.task import call, predictor
 
 ARCHITECTURES = architectures()
 WITH_FILES = ("eager", "onnxruntime", "openvino")  # and aoti, which compiles for long: test_aoti.py

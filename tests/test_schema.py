@@ -13,8 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
+from torchslim.core.schema import Limits, Schema, parse_json, read_file, shorten
 from torchslim.errors import ArtifactError
-from torchslim.schema import Limits, Schema, parse_json, read_file, shorten
 
 JSON = st.recursive(
     st.none()

@@ -9,8 +9,8 @@ import pytest
 from benchmarks.search import Counted, cost, drawn, singles
 from benchmarks.search_page import area, page, told
 from examples.fashion_mnist.data import Batches
-from torchslim.recipe import load_document
-from torchslim.search import make_space
+from torchslim.pipeline.recipe import load_document
+from torchslim.tuning import make_space
 
 
 def point(technique: str, drop: float, ratio: float) -> dict[str, object]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from tests import models, toy
+from torchslim.core.layer_patterns import by_pattern, matches, select_weights
 from torchslim.errors import SelectError
-from torchslim.select import by_pattern, matches, select_weights
 
 
 class Table(nn.Embedding):

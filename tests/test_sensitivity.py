@@ -16,14 +16,14 @@ from torch.nn import functional
 
 import torchslim as ts
 from tests import models, toy
-from torchslim import sensing
+from torchslim.analysis import probe
+from torchslim.analysis.activation_cache import Changed, Replays, story_of
+from torchslim.analysis.measures import LARGEST_DB, decibels
+from torchslim.analysis.sensitivity import Point, Sensitivity
 from torchslim.errors import SensitivityError, TaskError
-from torchslim.gauge import LARGEST_DB, decibels
-from torchslim.prune.plan import analyse
+from torchslim.prune.structured.plan import analyse
 from torchslim.quantize import convert, prepare, sqnr
-from torchslim.quantize.single import Passes, damages, noise_of, singles
-from torchslim.replay import Changed, Replays, story_of
-from torchslim.sensitivity import Point, Sensitivity
+from torchslim.quantize.layerwise import Passes, damages, noise_of, singles
 
 LAYERS = 6
 
@@ -246,7 +246,7 @@ def test_a_killed_run_goes_on_and_what_is_known_is_not_measured(
     model, data = made(toy.Net), task([toy.images(8, 1)])
     expected = ts.sensitivity(model, data, workdir=tmp_path / "whole")
     (file,) = (tmp_path / "whole").iterdir()
-    real, left = sensing.OutputGauge.value, [4]
+    real, left = probe.OutputGauge.value, [4]
 
     def dying(self: Any, runs: Any, change: Any) -> float:
         left[0] -= 1
@@ -254,12 +254,12 @@ def test_a_killed_run_goes_on_and_what_is_known_is_not_measured(
             raise KeyboardInterrupt
         return real(self, runs, change)
 
-    monkeypatch.setattr(sensing.OutputGauge, "value", dying)
+    monkeypatch.setattr(probe.OutputGauge, "value", dying)
     with pytest.raises(KeyboardInterrupt):
         ts.sensitivity(model, data, workdir=tmp_path / "cut")
     measured = []
     monkeypatch.setattr(
-        sensing.OutputGauge, "value", lambda self, runs, change: measured.append(1) or real(self, runs, change)
+        probe.OutputGauge, "value", lambda self, runs, change: measured.append(1) or real(self, runs, change)
     )
     assert ts.sensitivity(model, data, workdir=tmp_path / "cut").points == expected.points
     assert len(measured) == len(expected.points) - 4
@@ -392,7 +392,7 @@ def test_a_group_that_no_copy_without_it_runs_is_refused_with_the_reason(tmp_pat
             return self.last(self.first(x) + torch.ones(1, len("is six")))  # a size that no number stands for
 
     model = made(Fixed)
-    coupling = sensing.settled(analyse(model, (torch.randn(2, 8),)))
+    coupling = probe.settled(analyse(model, (torch.randn(2, 8),)))
     found = ts.sensitivity(model, task(rows(1)), ratios=(0.5,), schemes=("int8-weights",), workdir=tmp_path)
     refused = [each for each in found.points if each.kind == "channels"]
     assert all(each.refused and each.value is None for each in refused)

@@ -19,9 +19,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tests import models, toy
+from torchslim.core.step import fingerprint
 from torchslim.errors import TaskError
-from torchslim.statistics import Gathered, Statistic, Statistics, gather
-from torchslim.steps import fingerprint
+from torchslim.prune.criteria.statistics import Gathered, Statistic, Statistics, gather
 
 EVERYTHING = frozenset(Statistic)
 LABELLED = frozenset(each for each in Statistic if each.needs_loss)

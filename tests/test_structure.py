@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchslim.errors import DeployError, ExportError
-from torchslim.structure import Record, build, describe, flatten, leaf_names
+from torchslim.graph.io_structure import Record, build, describe, flatten, leaf_names
 
 
 class Point(NamedTuple):

@@ -16,11 +16,11 @@ import torchslim as ts
 from tests import toy
 from tests.processors import SATURATING, detected
 from tests.test_cli import call  # noqa: F401 - a fixture
+from torchslim.core.step import Context, Target
 from torchslim.errors import ExportError, RecipeError, TaskError
-from torchslim.search import make_space
-from torchslim.steps import Context, Target
+from torchslim.tuning import make_space
 
-suggesting = sys.modules["torchslim.suggest"]  # the package has the function by that name
+suggesting = sys.modules["torchslim.tuning.suggest"]  # the package has the function by that name
 
 FAST = ts.Budget(latency_ms=3.0, metric_drop=0.5)
 SMALL = ts.Budget(size_mb=2.0)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests import models, toy
 from tests.deployment_models import Conv, fresh_python, trained_conv
+from torchslim.core.files import digest, sha256
+from torchslim.core.isolation import copy_model
+from torchslim.core.step import Inputs
 from torchslim.errors import ArtifactError, PruneError
-from torchslim.files import digest, sha256
-from torchslim.isolation import copy_model
-from torchslim.prune.record import replay
-from torchslim.steps import Inputs
+from torchslim.prune.structured.record import replay
 
 FINE: dict[str, Any] = {"round_to": 1, "min_channels": 1}
 

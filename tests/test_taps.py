@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
-from torchslim.distill.matching import Pair, match
-from torchslim.distill.observe import observe
-from torchslim.distill.taps import Tap, Watch, graph_of, watched
+from torchslim.core.task import tensors
+from torchslim.distill.features.matching import Pair, match
+from torchslim.distill.features.probe import observe
+from torchslim.distill.features.taps import Tap, Watch, graph_of, watched
 from torchslim.errors import DistillError
 from torchslim.quantize import convert, prepare
-from torchslim.task import tensors
 
 
 def conv_net(width: int, stages: int = 3) -> nn.Sequential:

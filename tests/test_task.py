@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests import toy
+from torchslim.core.task import checked, default_loss, predictor, take_first, tensors, to_device
 from torchslim.errors import TaskError
-from torchslim.task import checked, default_loss, predictor, take_first, tensors, to_device
 
 
 @dataclass

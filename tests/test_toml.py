@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchslim.core.toml_writer import dumps
 from torchslim.errors import RecipeError
-from torchslim.toml import dumps
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 LEAVES = (

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests import models, toy
+from torchslim.core.step import fingerprint
+from torchslim.core.task import predictor
 from torchslim.errors import TaskError, TrainError
-from torchslim.optimizer import OptimizerSettings
-from torchslim.steps import fingerprint
-from torchslim.task import predictor
-from torchslim.training import Hook, LabelLoss, Loop
+from torchslim.training.loop import Hook, LabelLoss, Loop
+from torchslim.training.optimizer import OptimizerSettings
 
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import torchslim as ts
-from torchslim.usable import usable
+from torchslim.core.usable import usable
 
 X = (torch.zeros(2, 3),)
 

@@ -14,12 +14,12 @@ from torch import nn
 
 import torchslim as ts
 from tests.sabotage import WAYS, Heads, Mixed, harm, harmful, images, small
-from torchslim import artifact, shipped, verify
+from torchslim.artifact import deployment, shipped, storage
+from torchslim.artifact.integer_coverage import lowered
 from torchslim.errors import DeployError, QuantizeError
-from torchslim.lowered import lowered
 from torchslim.quantize import Checks, QuantizedModule, convert, prepare, sqnr
 from torchslim.quantize import rollback as rollback_module
-from torchslim.quantize.flow import integers
+from torchslim.quantize.prepare import integers
 from torchslim.quantize.rollback import search
 from torchslim.quantize.samples import float_outputs, outputs
 from torchslim.quantize.units import units_of
@@ -193,9 +193,9 @@ def test_a_layer_that_a_runtime_gets_wrong_goes_back_to_float(runtime, how):
     )
     quantized = ts.quantize.static(model, batches, runtime=runtime)
     layer = "2"
-    deployed = verify.verified(quantized, harmed(runtime, layer, how, batches[0]))
+    deployed = deployment.verified(quantized, harmed(runtime, layer, how, batches[0]))
     assert deployed.made_from is not None
-    assert verify.off(deployed.made_from, deployed) == []
+    assert deployment.off(deployed.made_from, deployed) == []
     assert [each.layer for each in deployed.records if each.action == "refused"] == [layer]
     assert sqnr(model(*batches[0]), deployed(*batches[0])) > 20
     assert any(layer in note and runtime in note for note in deployed.spec.notes)
@@ -215,7 +215,7 @@ def test_a_deployed_model_that_is_wrong_in_float_too_is_an_error(net):
         return deployed
 
     with pytest.raises(DeployError, match="with all layers in float.*output is .* dB from float deployed"):
-        verify.verified(quantized, compile_)
+        deployment.verified(quantized, compile_)
 
 
 def test_a_deployed_model_that_fails_on_its_own_samples_is_an_error(net):
@@ -227,7 +227,7 @@ def test_a_deployed_model_that_fails_on_its_own_samples_is_an_error(net):
         return deployed
 
     with pytest.raises(DeployError, match="RuntimeError: no memory"):
-        verify.verified(convert(prepared), compile_)
+        deployment.verified(convert(prepared), compile_)
 
 
 def test_the_check_costs_one_pass_of_each(net):
@@ -256,7 +256,7 @@ def test_the_check_costs_one_pass_of_each(net):
 
     for shapes, extra in (("batch", 1), (None, 2)):  # a fixed batch takes fewer samples: two calls
         ran.clear()
-        with mock.patch.object(Deployed, "run", deployed_run), mock.patch.object(verify, "outputs", counted):
+        with mock.patch.object(Deployed, "run", deployed_run), mock.patch.object(deployment, "outputs", counted):
             deployed = ts.deploy(quantized, batches[0], runtime="eager", dynamic_shapes=shapes)
         assert ran == ["deployed"] * extra
         assert deployed.made_from is None
@@ -269,7 +269,7 @@ def test_other_sizes_than_those_calibrated_on_are_checked_on_the_example():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     quantized = ts.quantize.static(model, images(2, 4, 12), runtime="eager")
     other = (torch.randn(2, 3, 12, 12),)
-    with mock.patch.object(verify, "_fits", return_value=False):
+    with mock.patch.object(deployment, "_fits", return_value=False):
         deployed = ts.deploy(quantized, other, runtime="eager")
     assert deployed.made_from is None
 
@@ -360,7 +360,7 @@ def test_a_run_checks_what_it_deploys_and_what_it_keeps(tmp_path):
         harmed_model = harm(model, "7", "dead") if isinstance(model, QuantizedModule) else model
         return compiled(harmed_model, self.example_inputs)
 
-    with mock.patch("torchslim.workbench.Bench.compile", bench):
+    with mock.patch("torchslim.pipeline.target_bench.Bench.compile", bench):
         result = ts.compress(model, task, [ts.Quantize("int8")], workdir=tmp_path / "run")
     row = result.run["rows"][1]
     record = next(each for each in row["layers"] if each["layer"] == "7")
@@ -399,7 +399,7 @@ def test_a_saved_model_is_loaded_and_asked_again(net, tmp_path):
     _, batches, prepared = net
     deployed = ts.deploy(convert(prepared), batches[0], runtime="eager")
     ts.save(deployed, tmp_path / "right")
-    real = artifact.load
+    real = storage.load
 
     def load(folder, **options):
         loaded = real(folder, **options)
@@ -407,5 +407,5 @@ def test_a_saved_model_is_loaded_and_asked_again(net, tmp_path):
         loaded.session = lambda leaves: [1.1 * value for value in session(leaves)]
         return loaded
 
-    with mock.patch.object(artifact, "load", load), pytest.raises(artifact.ArtifactError, match="answers otherwise"):
+    with mock.patch.object(storage, "load", load), pytest.raises(storage.ArtifactError, match="answers otherwise"):
         ts.save(deployed, tmp_path / "wrong")

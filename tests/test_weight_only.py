@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tests.quantized_graphs import int4_graph
 from torchslim.errors import QuantizeError
-from torchslim.export import capture
-from torchslim.packed import find_int4
+from torchslim.graph.export import capture
+from torchslim.graph.integer_patterns import find_int4
 from torchslim.quantize.weight_only import dequantize_groups, pack_int4, quantize_groups, unpack_int4
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 70))

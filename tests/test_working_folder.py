@@ -25,13 +25,13 @@ from tests import tiny
 from tests.kills import listing, states
 from tests.mutations import Kind
 from tests.mutations.folders import KINDS_OF_FOLDERS, stage_row
-from torchslim.artifact import write_artifact
+from torchslim.artifact.storage import write_artifact
+from torchslim.core.files import TEMPORARY, digest, write_json
+from torchslim.core.seals import is_sealed, key_id, own_secret, read_sealed, seal, write_sealed
 from torchslim.errors import RecipeError, StorageError, TorchslimError
-from torchslim.files import TEMPORARY, digest, write_json
+from torchslim.pipeline.stages import keep, kept
 from torchslim.report.records import Layer
 from torchslim.runtimes import Runtime, aoti, find_runtime
-from torchslim.seals import is_sealed, key_id, own_secret, read_sealed, seal, write_sealed
-from torchslim.stages import keep, kept
 
 JUNK = st.sampled_from([b"", b"{}", b"null", b"[" * 5000, b"\xff\xfe\x00", b'{"format": 1e999}', b"PK\x03\x04"])
 
@@ -39,7 +39,7 @@ JUNK = st.sampled_from([b"", b"{}", b"null", b"[" * 5000, b"\xff\xfe\x00", b'{"f
 @pytest.fixture(scope="module", autouse=True)
 def untimed() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["torchslim.compress"], "compare", tiny.compare)
+        patch.setattr(sys.modules["torchslim.pipeline.runner"], "compare", tiny.compare)
         yield
 
 
@@ -169,7 +169,7 @@ def test_other_weights_in_a_stage_are_noticed(finished: tuple[Path, Any], tmp_pa
 def test_the_key_is_nowhere_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys: set[str] = set()
     monkeypatch.setattr(
-        sys.modules["torchslim.stages"], "seal", lambda key, *content: (keys.add(key), seal(key, *content))[1]
+        sys.modules["torchslim.pipeline.stages"], "seal", lambda key, *content: (keys.add(key), seal(key, *content))[1]
     )
     tiny.run(tmp_path)
     assert len(keys) >= 1 + tiny.STEPS

@@ -21,7 +21,7 @@ from torch import nn
 
 import torchslim as ts
 from tests import toy
-from torchslim.checks import types_of
+from torchslim.core.checks import types_of
 from torchslim.errors import DistillError, TorchslimError
 from torchslim.runtimes import Deployed
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import torchslim as ts
-from torchslim.measure import Timings
-from torchslim.steps import fingerprint
+from torchslim.artifact.latency import Timings
+from torchslim.core.step import fingerprint
 
 STEPS = 2
 
@@ -44,7 +44,7 @@ def run(folder: Path, **options: Any) -> ts.Result:
 
 
 def compare(candidates: Any, **options: Any) -> Timings:
-    """In place of `torchslim.compress.compare`: nothing here depends on time."""
+    """In place of `torchslim.pipeline.runner.compare`: nothing here depends on time."""
     return Timings({name: [1.0, 1.0] for name in candidates})
 
 

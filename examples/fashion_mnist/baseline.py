@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from examples.fashion_mnist import WEIGHTS, task
 from examples.fashion_mnist.model import ResNet
-from torchslim.finetune import Finetune
-from torchslim.steps import Context, Event
-from torchslim.task import predictor
+from torchslim.core.step import Context, Event
+from torchslim.core.task import predictor
+from torchslim.training.finetune import Finetune
 
 
 def main() -> None:

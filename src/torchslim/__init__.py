@@ -9,29 +9,29 @@ result.save("out/")
 
 __version__ = "0.1.0"
 
-from torchslim import _path
+from torchslim.core import search_path
 
-if _path.started_as_module():  # before anything else is imported
-    _path.current_folder_last()
+if search_path.started_as_module():  # before anything else is imported
+    search_path.current_folder_last()
 
 from torchslim import distill, prune, quantize
-from torchslim.artifact import load, load_module, save
-from torchslim.budget import Budget
-from torchslim.compress import Result, compress
+from torchslim.analysis.sensitivity import Sensitivity, sensitivity
+from torchslim.artifact.deployment import deploy
+from torchslim.artifact.storage import load, load_module, save
+from torchslim.core.budget import Budget
+from torchslim.core.step import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
+from torchslim.core.task import Metric, Task
 from torchslim.distill import DIST, DKD, KD, Distill
 from torchslim.errors import TorchslimError
-from torchslim.finetune import Finetune
+from torchslim.pipeline.runner import Result, compress
+from torchslim.pipeline.target_bench import Bench
 from torchslim.prune import Prune, surgery
 from torchslim.quantize import Quantize
 from torchslim.runtimes import Deployed
-from torchslim.search import SearchResult, search
-from torchslim.sensitivity import Sensitivity, sensitivity
-from torchslim.steps import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
-from torchslim.suggest import Suggestion, suggest
-from torchslim.task import Metric, Task
-from torchslim.training import fit
-from torchslim.verify import deploy
-from torchslim.workbench import Bench
+from torchslim.training.finetune import Finetune
+from torchslim.training.loop import fit
+from torchslim.tuning import SearchResult, search
+from torchslim.tuning.suggest import Suggestion, suggest
 
 __all__ = [
     "DIST",

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchslim._path import current_folder_last
-from torchslim.terminal import printable
+from torchslim.core.search_path import current_folder_last
+from torchslim.core.terminal import printable
 
 if TYPE_CHECKING:
-    from torchslim.steps import Event
+    from torchslim.core.step import Event
 
 EXAMPLE = "\b\nExample:\n  "
 
@@ -41,10 +41,10 @@ def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_js
 
     On several devices: torchrun --nproc-per-node 2 -m torchslim run recipe.toml
     """
-    from torchslim import processes
-    from torchslim.compress import compress
-    from torchslim.recipe import load_recipe
-    from torchslim.steps import ignore_progress
+    from torchslim.core import distributed
+    from torchslim.core.step import ignore_progress
+    from torchslim.pipeline.recipe import load_recipe
+    from torchslim.pipeline.runner import compress
 
     current_folder_last()
     parsed = load_recipe(recipe)
@@ -64,9 +64,9 @@ def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_js
             overwrite=overwrite,
             names={"model": parsed.model, "task": parsed.task},
             sensitivity=parsed.sensitivity,
-            progress=progress if processes.is_first() else ignore_progress,
+            progress=progress if distributed.is_first() else ignore_progress,
         )
-        if not processes.is_first():
+        if not distributed.is_first():
             return  # one writes and reports for all
         result.save(out, key=key)
     if as_json:
@@ -87,12 +87,12 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
 
     Started several times, on any number of machines, with one --storage, all work on one search.
     """
-    from torchslim import processes
-    from torchslim.document import load_document
-    from torchslim.recipe import made
-    from torchslim.search import make_space
-    from torchslim.search import search as look
-    from torchslim.steps import ignore_progress
+    from torchslim.core import distributed
+    from torchslim.core.step import ignore_progress
+    from torchslim.pipeline.document import load_document
+    from torchslim.pipeline.recipe import made
+    from torchslim.tuning import make_space
+    from torchslim.tuning import search as look
 
     current_folder_last()
     space = make_space(load_document(recipe), str(recipe))
@@ -101,9 +101,9 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
     with _progress() as progress:
         found = look(
             space, model, task, workdir=out, teacher=teacher, storage=storage, study=study,
-            progress=progress if processes.is_first() else ignore_progress,
+            progress=progress if distributed.is_first() else ignore_progress,
         )  # fmt: skip
-    if processes.is_first():
+    if distributed.is_first():
         report = printable(f"{found}\n\nreport: {out / 'report.html'}", lines=True)
         click.echo(json.dumps(found.data, indent=1) if as_json else report)
 
@@ -121,10 +121,10 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
 
     torchslim search takes it as it is.
     """
-    from torchslim.budget import Budget
-    from torchslim.files import write_bytes
-    from torchslim.recipe import made
-    from torchslim.suggest import suggest as derive
+    from torchslim.core.budget import Budget
+    from torchslim.core.files import write_bytes
+    from torchslim.pipeline.recipe import made
+    from torchslim.tuning.suggest import suggest as derive
 
     current_folder_last()
     budget = Budget(**{name: value for name, value in bounds.items() if value is not None})  # type: ignore[arg-type]
@@ -144,11 +144,11 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
 def check(recipe: Path, as_json: bool) -> None:
     """Say whether a recipe would start: its keys, its order, and that what it names can be imported."""
-    from torchslim.document import load_document
-    from torchslim.recipe import check_names, parse_document
-    from torchslim.search import make_space
-    from torchslim.search.space import has_ranges
-    from torchslim.steps import canonical, step_name
+    from torchslim.core.step import canonical, step_name
+    from torchslim.pipeline.document import load_document
+    from torchslim.pipeline.recipe import check_names, parse_document
+    from torchslim.tuning import make_space
+    from torchslim.tuning.space import has_ranges
 
     current_folder_last()
     document = load_document(recipe)
@@ -199,12 +199,12 @@ def inspect(
     if sensitivity:
         _sensitivity(Path(model), measure, out, as_json)
         return
-    from torchslim.named import load_model
+    from torchslim.pipeline.model_spec import load_model
     from torchslim.prune import inspect as look
 
     if (Path(model) / "artifact.json").is_file():
-        from torchslim.artifact import load
-        from torchslim.lowered import lowered
+        from torchslim.artifact.integer_coverage import lowered
+        from torchslim.artifact.storage import load
 
         executed = lowered(load(model, trusted=trusted, public_key=public_key))
         click.echo(json.dumps(executed.to_json(), indent=1) if as_json else printable(executed.table(), lines=True))
@@ -216,11 +216,11 @@ def inspect(
 
 
 def _sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> None:
-    from torchslim.document import load_document
-    from torchslim.files import write_bytes
-    from torchslim.recipe import made
+    from torchslim.analysis.sensitivity import sensitivity
+    from torchslim.core.files import write_bytes
+    from torchslim.pipeline.document import load_document
+    from torchslim.pipeline.recipe import made
     from torchslim.report.sensitivity_page import render_sensitivity
-    from torchslim.sensitivity import sensitivity
 
     current_folder_last()
     document = load_document(recipe)
@@ -251,8 +251,8 @@ def latency(recipe: Path, folder: Path) -> None:
     Copy the folder, run `python bench.py` in it (it needs numpy and the runtime alone), and name the latency.json that
     it writes in the recipe: latency_table = "board/latency.json".
     """
-    from torchslim.latency_pack import pack
-    from torchslim.recipe import load_recipe
+    from torchslim.pipeline.latency_pack import pack
+    from torchslim.pipeline.recipe import load_recipe
 
     current_folder_last()
     parsed = load_recipe(recipe)
@@ -276,8 +276,8 @@ def bench(
     public_key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Time saved artifacts side by side, interleaved; ratios are over the first."""
-    from torchslim.artifact import load, render_timings
-    from torchslim.measure import compare
+    from torchslim.artifact.latency import compare
+    from torchslim.artifact.storage import load, render_timings
 
     loaded = {str(path): load(path, threads=threads, trusted=trusted, public_key=public_key) for path in artifacts}
     rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]))
@@ -299,7 +299,7 @@ def bench(
 @click.option("--out", type=click.Path(path_type=Path), help="Default: report.html beside it.")
 def report(folder: Path, out: Path | None) -> None:
     """Make the report page again from run.json, search.json or sensitivity.json, and print the table."""
-    from torchslim.files import write_bytes
+    from torchslim.core.files import write_bytes
     from torchslim.report import REPORTS, kind_of
 
     load, render, table = REPORTS[kind_of(folder)]
@@ -314,12 +314,12 @@ def report(folder: Path, out: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def list_(as_json: bool) -> None:
     """List steps, criteria, patterns, losses, schemes, metrics and runtimes."""
+    from torchslim.core.task import METRICS
     from torchslim.distill import LOSSES
+    from torchslim.pipeline.recipe import STEPS
     from torchslim.prune import CRITERIA, PATTERNS
     from torchslim.quantize import SCHEMES
-    from torchslim.recipe import STEPS
     from torchslim.runtimes import RUNTIMES
-    from torchslim.task import METRICS
 
     known = {
         "steps": {name: _about(kind) for name, kind in STEPS.items()},
@@ -390,8 +390,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         cli.main(args=arguments, prog_name="torchslim", standalone_mode=False)
-        if processes := sys.modules.get("torchslim.processes"):
-            processes.leave()
+        if distributed := sys.modules.get("torchslim.core.distributed"):
+            distributed.leave()
     except click.ClickException as error:
         error.show()
         sys.exit(2)

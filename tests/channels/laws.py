@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torchslim.channels.groups import Coupling
-from torchslim.channels.trace import named_weights
-from torchslim.channels.units import Group
-from torchslim.prune.amount import Amount
-from torchslim.prune.plan import Plan, analyse
-from torchslim.prune.removal import Shrunk, shrink
-from torchslim.prune.shrink import Surgery
+from torchslim.prune.dependency.coupling import Coupling
+from torchslim.prune.dependency.groups import Group
+from torchslim.prune.dependency.trace import named_weights
+from torchslim.prune.structured.plan import Plan, analyse
+from torchslim.prune.structured.removal import Shrunk, shrink
+from torchslim.prune.structured.selection import Amount
+from torchslim.prune.structured.surgery import Surgery
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 

@@ -16,10 +16,10 @@ from tests.channels.laws import scramble
 from tests.channels.test_random_networks import conv_networks, token_networks
 from torchslim.errors import PruneError
 from torchslim.prune import ChannelGroup
-from torchslim.prune.amount import Amount
-from torchslim.prune.plan import Plan, analyse
-from torchslim.prune.proof import settle
-from torchslim.prune.removal import Stuck, shrink
+from torchslim.prune.structured.plan import Plan, analyse
+from torchslim.prune.structured.proof import settle
+from torchslim.prune.structured.removal import Stuck, shrink
+from torchslim.prune.structured.selection import Amount
 
 NETWORKS = st.one_of(conv_networks(), token_networks())
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import torchslim as ts
-from torchslim.channels import oracle
-from torchslim.channels.leaves import filled, leaves
-from torchslim.isolation import copy_model, is_plain
-from torchslim.prune.plan import analyse
+from torchslim.core.isolation import copy_model, is_plain
+from torchslim.prune.dependency import verification
+from torchslim.prune.dependency.leaves import filled, leaves
+from torchslim.prune.structured.plan import analyse
 
 Pair = namedtuple("Pair", "left right")
 
@@ -82,14 +82,17 @@ def test_copies_have_tables_of_hooks_of_their_own():
 def test_models_for_the_check_are_the_same_in_every_precision():
     model = chain(nn.BatchNorm2d, 1)
     narrow, wide, again = (
-        oracle.prepare(model, dtype).state_dict() for dtype in (torch.float32, torch.float64, torch.float64)
+        verification.prepare(model, dtype).state_dict() for dtype in (torch.float32, torch.float64, torch.float64)
     )
     for one, two, three in zip(narrow.values(), wide.values(), again.values(), strict=True):
         assert one.dtype == two.dtype == torch.int64 or (one.dtype, two.dtype) == (torch.float32, torch.float64)
         assert torch.equal(one.to(two.dtype), two)
         assert torch.equal(two, three)
-    assert [oracle.width(model.to(each)) for each in (torch.float16, torch.float64)] == [torch.float32, torch.float64]
-    (one,), (two,) = (oracle.vary((torch.ones(1, 3, 8, 8),), dtype) for dtype in (torch.float32, torch.float64))
+    assert [verification.width(model.to(each)) for each in (torch.float16, torch.float64)] == [
+        torch.float32,
+        torch.float64,
+    ]
+    (one,), (two,) = (verification.vary((torch.ones(1, 3, 8, 8),), dtype) for dtype in (torch.float32, torch.float64))
     assert torch.equal(one.double(), two)
     assert len(two.unique()) == two.numel()
 
@@ -97,7 +100,7 @@ def test_models_for_the_check_are_the_same_in_every_precision():
 def test_tied_weights_stay_tied_in_a_model_for_the_check():
     model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
     model["head"].weight = model["embed"].weight
-    copied = oracle.prepare(model, torch.float64)
+    copied = verification.prepare(model, torch.float64)
     assert copied["head"].weight is copied["embed"].weight
     assert copied["head"].weight is not model["head"].weight
 

@@ -14,9 +14,9 @@ import torchslim as ts
 from tests import toy
 from tests.channels.laws import assert_equals_masked, random_scores, scramble
 from torchslim.errors import PruneError
-from torchslim.prune.amount import Amount
-from torchslim.prune.plan import analyse
-from torchslim.prune.removal import shrink
+from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.removal import shrink
+from torchslim.prune.structured.selection import Amount
 
 FIELDS: dict[str, Any] = {"sparsity": 0.5, "of": "channels", "scope": "layer", "round_to": 1, "min_channels": 1}
 X = torch.randn(2, 3, 8, 8)

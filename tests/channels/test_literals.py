@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import torchslim as ts
 from tests.channels.laws import assert_equals_masked, assert_runs, remove
 from torchslim.errors import PruneError
-from torchslim.prune.literals import literals, write
+from torchslim.prune.structured.literals import literals, write
 
 
 class States(nn.Module):
@@ -79,7 +79,7 @@ def test_a_record_that_names_another_number_is_refused() -> None:
     for patch in record["rounds"][0]["patches"]:
         if patch["name"] == "forward":
             patch["place"] = [999]
-    from torchslim.prune.record import replay
+    from torchslim.prune.structured.record import replay
 
     with pytest.raises(PruneError, match="which lacks it"):
         replay(Folded(), record)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests.channels import networks as net
 from tests.channels.laws import remove, run, scramble
-from torchslim.channels import oracle
-from torchslim.prune.plan import Plan
-from torchslim.prune.removal import Shrunk
-from torchslim.prune.shrink import Cut, Patch, Surgery, mend, perform
+from torchslim.prune.dependency import verification
+from torchslim.prune.structured.plan import Plan
+from torchslim.prune.structured.removal import Shrunk
+from torchslim.prune.structured.surgery import Cut, Patch, Surgery, mend, perform
 
 ACT = {"norm": "batch", "act": "silu"}  # no channel of which is ever dead
 
@@ -77,13 +77,13 @@ def removal(name: str, seed: int) -> tuple[Plan, Shrunk]:
 
 def noticed(plan: Plan, done: Shrunk, surgery: Surgery) -> bool:
     """Does the check object to this surgery in place of the right one?"""
-    base = oracle.prepare(plan.model, torch.float64)
+    base = verification.prepare(plan.model, torch.float64)
     try:
         shrunk = perform(base, surgery)
     except IndexError:
         return True
-    wide = oracle.vary(plan.inputs, torch.float64)
-    diverged = oracle.verify(lambda: shrunk, lambda: base, done.coupling, done.removed, wide).divergence
+    wide = verification.vary(plan.inputs, torch.float64)
+    diverged = verification.verify(lambda: shrunk, lambda: base, done.coupling, done.removed, wide).divergence
     return diverged is not None
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import torchslim as ts
 from tests.channels import networks as net
 from tests.channels.laws import as_double, masked, remove, run, scramble
-from torchslim.channels.sizes import other_inputs
+from torchslim.prune.dependency.sizes import other_inputs
 
 
 class Mixing(nn.Module):

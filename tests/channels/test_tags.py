@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchslim.channels.atoms import KEPT, Atoms
-from torchslim.channels.groups import Coupling, couple
-from torchslim.channels.tags import Tagger, varying
-from torchslim.channels.trace import Trace, trace
-from torchslim.prune.amount import Amount, select
-from torchslim.prune.shrink import cuts_of
+from torchslim.prune.dependency.coupling import Coupling, couple
+from torchslim.prune.dependency.propagation import Tagger, varying
+from torchslim.prune.dependency.trace import Trace, trace
+from torchslim.prune.dependency.union_find import KEPT, Atoms
+from torchslim.prune.structured.selection import Amount, select
+from torchslim.prune.structured.surgery import cuts_of
 
 # -- union-find ---------------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from tests import toy
 from tests.contracts.test_steps import model_state
 from torchslim.errors import PruneError
 from torchslim.prune import CRITERIA, Statistic
-from torchslim.prune.scores import channel_scores, score
-from torchslim.statistics import Gathered, gather
+from torchslim.prune.criteria.scoring import channel_scores, score
+from torchslim.prune.criteria.statistics import Gathered, gather
 
 NAMES = list(CRITERIA)
 ELEMENTWISE = [name for name, each in CRITERIA.items() if each.weights is not None]

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.test_taps import Lstm, Transformer, conv_net, hooks
+from torchslim.core.step import fingerprint
 from torchslim.distill import LOSSES
-from torchslim.distill.losses import FEATURES, KINDS
+from torchslim.distill.losses.registry import FEATURES, KINDS
 from torchslim.errors import DistillError
-from torchslim.recipe import parse_recipe
-from torchslim.steps import fingerprint
+from torchslim.pipeline.recipe import parse_recipe
 
 PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: conv_net(4), lambda: conv_net(6, 4), (3, 32, 32)),

@@ -14,8 +14,8 @@ from torch.nn.utils import prune as torch_prune
 
 import torchslim as ts
 from tests import toy
-from torchslim.recipe import STEPS
-from torchslim.steps import check_order, fingerprint
+from torchslim.core.step import check_order, fingerprint
+from torchslim.pipeline.recipe import STEPS
 
 INSTANCES: dict[str, Callable[[], Any]] = {
     "prune": lambda: ts.Prune(sparsity=0.5),

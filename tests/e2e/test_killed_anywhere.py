@@ -15,19 +15,19 @@ from torch import nn
 import torchslim as ts
 from tests import tiny
 from tests.kills import CHANGES, listing, states
-from torchslim.artifact import write_artifact
-from torchslim.files import TEMPORARY
-from torchslim.latency_pack import pack
-from torchslim.latency_table import LatencyTable, Timing
-from torchslim.search.study import Worker
-from torchslim.steps import fingerprint
+from torchslim.artifact.latency_cache import LatencyTable, Timing
+from torchslim.artifact.storage import write_artifact
+from torchslim.core.files import TEMPORARY
+from torchslim.core.step import fingerprint
+from torchslim.pipeline.latency_pack import pack
+from torchslim.tuning.study import Worker
 
 LATENCY = ts.Prune(pattern="channel", sparsity=0.4, of="latency", criterion="l2", round_to=16, min_channels=16)
 
 
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["torchslim.compress"], "compare", tiny.compare)
+    monkeypatch.setattr(sys.modules["torchslim.pipeline.runner"], "compare", tiny.compare)
 
 
 def test_a_run_that_was_killed_before_any_rename_goes_on(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import torchslim as ts
 from tests import toy
 from tests.e2e.killed import MOMENTS, run
-from torchslim.steps import fingerprint
+from torchslim.core.step import fingerprint
 
 
 @pytest.fixture(scope="module", autouse=True)

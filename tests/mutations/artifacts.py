@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests.mutations.base import CONTAINERS, NUMBERS, TEXTS, Kind, garbled, mutated
-from torchslim.artifact import open_artifact
-from torchslim.manifest import manifest_digest
+from torchslim.artifact.manifest import manifest_digest
+from torchslim.artifact.storage import open_artifact
 
 Files = dict[str, bytes]
 DEEP = list(CONTAINERS[:-2])

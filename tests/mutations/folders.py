@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.mutations.base import Kind, garbled, mutated
+from torchslim.pipeline.stages import COMMIT, keep, kept
+from torchslim.pipeline.work_folder import RECIPE, claim
 from torchslim.report import load_run, render, table
-from torchslim.report.story import summary
-from torchslim.stages import COMMIT, keep, kept
-from torchslim.workfolder import RECIPE, claim
+from torchslim.report.findings import summary
 
 KEY = "the key of a run"
 

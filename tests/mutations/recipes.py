@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from tests.mutations.base import Kind, absurd, garbled, mutated
 from tests.searches import NAMES, SPACE
-from torchslim.budget import Budget
-from torchslim.document import parse_toml
-from torchslim.recipe import KEYS, KINDS, parse_document
-from torchslim.search import make_space
-from torchslim.search.space import has_ranges
+from torchslim.core.budget import Budget
+from torchslim.pipeline.document import parse_toml
+from torchslim.pipeline.recipe import KEYS, KINDS, parse_document
+from torchslim.tuning import make_space
+from torchslim.tuning.space import has_ranges
 
 PLAIN = (
     """

@@ -14,9 +14,9 @@ from optuna.trial import TrialState
 
 from tests.mutations.base import Kind, absurd, mutated
 from tests.search.worker import PARAMETERS, ledger
-from torchslim.budget import Budget
-from torchslim.search.shared import Unusable, read_row
-from torchslim.search.study import open_storage
+from torchslim.core.budget import Budget
+from torchslim.tuning.shared import Unusable, read_row
+from torchslim.tuning.study import open_storage
 
 BUDGET = Budget(latency_ms=3.0)
 FIGURES = {"metric": 90.0, "metric_drop": 0.5, "latency": 2.5}

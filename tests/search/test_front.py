@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchslim.budget import Budget
-from torchslim.search.front import WHOLE, dominates, finalists, front_of, hopeless, judge, near, volume, wanted
+from torchslim.core.budget import Budget
+from torchslim.tuning.pareto import WHOLE, dominates, finalists, front_of, hopeless, judge, near, volume, wanted
 
 NAMES = ("metric_drop", "latency")
 FIGURES = st.dictionaries(

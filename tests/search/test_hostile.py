@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 from tests.mutations.studies import BUDGET, ENTRY, FIGURES, TRIALS
 from tests.search.worker import PARAMETERS, answer, ledger, work
 from torchslim.errors import RecipeError, StorageError
-from torchslim.search.shared import Unusable, read_row
-from torchslim.search.study import Ledger, hushed, open_storage
+from torchslim.tuning.shared import Unusable, read_row
+from torchslim.tuning.study import Ledger, hushed, open_storage
 
 
 @pytest.fixture(params=["journal", "sqlite"])
@@ -84,7 +84,7 @@ def test_values_that_another_asks_for_are_taken_within_their_ranges_alone(storag
 
 
 def test_a_flood_of_values_that_do_not_fit_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["torchslim.search.study"], "REFUSALS", 5)
+    monkeypatch.setattr(sys.modules["torchslim.tuning.study"], "REFUSALS", 5)
     storage = open_storage(tmp_path / "study")
     book = ledger(storage, 2)
     with hushed():

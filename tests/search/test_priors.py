@@ -6,9 +6,9 @@ import tomllib
 
 import pytest
 
-from torchslim.search import make_space
-from torchslim.search.priors import informed_start, total_damage
-from torchslim.sensitivity import Point, Sensitivity
+from torchslim.analysis.sensitivity import Point, Sensitivity
+from torchslim.tuning import make_space
+from torchslim.tuning.warm_start import informed_start, total_damage
 
 RECIPE = """
 model = "a:b"

@@ -17,8 +17,8 @@ import torchslim as ts
 from tests.searches import QUICK
 from tests.toy import model, task
 from torchslim.errors import RecipeError
-from torchslim.search import make_space
-from torchslim.search.lab import Effort, Lab, cut_short, data_share
+from torchslim.tuning import make_space
+from torchslim.tuning.trial import Effort, Lab, cut_short, data_share
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.searches import SPACE
 from torchslim.errors import RecipeError
-from torchslim.recipe import parse_document
-from torchslim.search import make_space
-from torchslim.search.space import has_ranges
+from torchslim.pipeline.recipe import parse_document
+from torchslim.tuning import make_space
+from torchslim.tuning.space import has_ranges
 
 
 def space(change: str = "", by: str = "") -> Any:

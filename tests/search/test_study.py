@@ -15,7 +15,7 @@ import pytest
 from tests.postgres import database
 from tests.search.worker import answer, ledger, work
 from torchslim.errors import RecipeError, StorageError
-from torchslim.search.study import Ledger, open_storage
+from torchslim.tuning.study import Ledger, open_storage
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +70,7 @@ def test_a_killed_workers_trial_is_taken_over_with_its_values(storage: str) -> N
 def test_a_worker_of_another_machine_is_dead_when_its_beats_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["torchslim.search.study"], "GRACE_BEATS", 2)
+    monkeypatch.setattr(sys.modules["torchslim.tuning.study"], "GRACE_BEATS", 2)
     storage = open_storage(tmp_path / "study")
     far = ledger(storage, 2)
     far.worker = {**far.worker, "host": "elsewhere"}

@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
-from torchslim.search.space import Parameter
-from torchslim.search.study import Ledger, open_storage
+from torchslim.tuning.space import Parameter
+from torchslim.tuning.study import Ledger, open_storage
 
 PARAMETERS = (
     Parameter(name="x", path=("x",), kind="float", low=0.0, high=1.0),

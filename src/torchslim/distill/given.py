@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchslim.checks import got
+from torchslim.core.checks import got
 from torchslim.errors import DistillError
 
 NOT_OUTPUTS = "give what the models returned, or their features, not the models"

@@ -11,23 +11,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchslim.distill.align import Masks, averaged, masked
-from torchslim.distill.contrast import CRD
-from torchslim.distill.feature import FeatureLoss
-from torchslim.distill.losses import Response, loss_name
-from torchslim.distill.matching import Pair
-from torchslim.distill.observe import answer_padding
-from torchslim.distill.padding import masks_of
-from torchslim.distill.relation import RelationLoss
-from torchslim.distill.response import KD, ResponseLoss, positions
+from torchslim.core.distributed import gathered
+from torchslim.core.task import Batch, Task, batch_size
+from torchslim.distill.features.align import Masks, averaged, masked
+from torchslim.distill.features.matching import Pair
+from torchslim.distill.features.padding import masks_of
+from torchslim.distill.features.probe import answer_padding
+from torchslim.distill.features.taps import Tap, Watch, modules_by_path, watched
+from torchslim.distill.losses.crd import CRD
+from torchslim.distill.losses.feature import FeatureLoss
+from torchslim.distill.losses.registry import Response, loss_name
+from torchslim.distill.losses.relation import RelationLoss
+from torchslim.distill.losses.response import KD, ResponseLoss, positions
 from torchslim.distill.ruled_out import comparable
-from torchslim.distill.taps import Tap, Watch, modules_by_path, watched
-from torchslim.distill.teachers import Answer, Teacher, answer
+from torchslim.distill.teacher import Answer, Teacher, answer
 from torchslim.errors import DistillError
-from torchslim.loaders import Indexed
-from torchslim.processes import gathered
-from torchslim.task import Batch, Task, batch_size
-from torchslim.training import Losses
+from torchslim.training.loaders import Indexed
+from torchslim.training.loop import Losses
 
 RESERVED = ("label", "penalty", "response")
 

@@ -10,23 +10,23 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from torchslim.checks import check_fields
-from torchslim.distill.contrast import CRD
-from torchslim.distill.losses import Feature, Relation, Response, find_loss, find_response
-from torchslim.distill.matching import Pair, match
+from torchslim.core.checks import check_fields
+from torchslim.core.isolation import copy_model, preserved_globals
+from torchslim.core.step import Context, Form, LayerRecord, Outcome
+from torchslim.core.task import Task, batch_size, device_of, to_device
+from torchslim.core.usable import usable
+from torchslim.distill.features.matching import Pair, match
+from torchslim.distill.features.probe import observe
+from torchslim.distill.features.taps import dry
+from torchslim.distill.losses.crd import CRD
+from torchslim.distill.losses.registry import Feature, Relation, Response, find_loss, find_response
+from torchslim.distill.losses.response import KD, ResponseLoss
 from torchslim.distill.objective import Companion, Everything, Part
-from torchslim.distill.observe import observe
-from torchslim.distill.response import KD, ResponseLoss
-from torchslim.distill.taps import dry
-from torchslim.distill.teachers import Average, Remembering, Teacher, Teachers, WriteCache, find_module
+from torchslim.distill.teacher import Average, Remembering, Teacher, Teachers, WriteCache, find_module
 from torchslim.errors import DistillError
-from torchslim.finetune import Lesson, Training, trained
-from torchslim.isolation import copy_model, preserved_globals
-from torchslim.loaders import first_batch, indexed, sample_count, why_not_numbered, why_not_repeatable
-from torchslim.steps import Context, Form, LayerRecord, Outcome
-from torchslim.task import Task, batch_size, device_of, to_device
-from torchslim.training import Hook
-from torchslim.usable import usable
+from torchslim.training.finetune import Lesson, Training, trained
+from torchslim.training.loaders import first_batch, indexed, sample_count, why_not_numbered, why_not_repeatable
+from torchslim.training.loop import Hook
 
 EMA = "ema"
 

@@ -1,13 +1,13 @@
 """Pruning: what a weight is worth (criteria), what goes together (patterns), how much (budget), when (schedule)."""
 
-from torchslim.prune.criteria import CRITERIA, Criterion
-from torchslim.prune.inspect import ChannelGroup, Inspection, inspect
-from torchslim.prune.patterns import PATTERNS
-from torchslim.prune.record import surgery
-from torchslim.prune.removal import channels
-from torchslim.prune.sparsify import HeldZeros, Sparsity, hold_zeros, sparsity
+from torchslim.prune.criteria.registry import CRITERIA, Criterion
+from torchslim.prune.criteria.statistics import Statistic, Statistics
+from torchslim.prune.masking.masks import HeldZeros, Sparsity, hold_zeros, sparsity
+from torchslim.prune.masking.patterns import PATTERNS
 from torchslim.prune.step import Prune, weights
-from torchslim.statistics import Statistic, Statistics
+from torchslim.prune.structured.inspection import ChannelGroup, Inspection, inspect
+from torchslim.prune.structured.record import surgery
+from torchslim.prune.structured.removal import channels
 
 __all__ = [
     "CRITERIA",

@@ -13,26 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchslim import processes
-from torchslim.batch_norm import recalibrate_batch_norm, tracked
-from torchslim.channels.choices import Heads
-from torchslim.channels.groups import Coupling
-from torchslim.checks import check_fields
+from torchslim.core import distributed
+from torchslim.core.checks import check_fields
+from torchslim.core.files import present
+from torchslim.core.isolation import warn
+from torchslim.core.layer_patterns import check_patterns, parameter_paths
+from torchslim.core.seals import read_sealed, write_sealed
+from torchslim.core.step import Context, Event, Inputs, LayerRecord, Outcome
+from torchslim.core.task import batch_size, device_of
 from torchslim.errors import PruneError, StorageError
-from torchslim.files import present
-from torchslim.finetune import Training
-from torchslim.isolation import warn
-from torchslim.loaders import calibration_batches
 from torchslim.prune import schedule as schedules
-from torchslim.prune.amount import Amount, Scores
-from torchslim.prune.criteria import Criterion, Scorer, find_criterion
-from torchslim.prune.data import check_data, gather_for
-from torchslim.prune.latency import Rows, Table, load_rows
-from torchslim.prune.penalties import Sparsify, make_penalty
-from torchslim.prune.plan import Plan, UnseenCode, analyse
-from torchslim.prune.reach import Told, reach
-from torchslim.prune.record import replay, surgery
-from torchslim.prune.removal import (
+from torchslim.prune.criteria.gathering import check_data, gather_for
+from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
+from torchslim.prune.criteria.scoring import Normalisation, Reduction, check_combination
+from torchslim.prune.dependency.coupling import Coupling
+from torchslim.prune.dependency.resolve import Heads
+from torchslim.prune.latency.solve import Told, reach
+from torchslim.prune.latency.table import Rows, Table, load_rows
+from torchslim.prune.masking.masks import apply_masks
+from torchslim.prune.structured.penalties import Sparsify, make_penalty
+from torchslim.prune.structured.plan import Plan, UnseenCode, analyse
+from torchslim.prune.structured.record import replay, surgery
+from torchslim.prune.structured.removal import (
     Ranking,
     Shrunk,
     Stuck,
@@ -44,14 +46,12 @@ from torchslim.prune.removal import (
     tolerance,
     vacuous,
 )
-from torchslim.prune.scores import Normalisation, Reduction, check_combination
-from torchslim.prune.shrink import Surgery
-from torchslim.prune.sparsify import apply_masks
-from torchslim.seals import read_sealed, write_sealed
-from torchslim.select import check_patterns, parameter_paths
-from torchslim.steps import Context, Event, Inputs, LayerRecord, Outcome
-from torchslim.task import batch_size, device_of
-from torchslim.training import FitReport, Hook
+from torchslim.prune.structured.selection import Amount, Scores
+from torchslim.prune.structured.surgery import Surgery
+from torchslim.training.batch_norm import recalibrate_batch_norm, tracked
+from torchslim.training.finetune import Training
+from torchslim.training.loaders import calibration_batches
+from torchslim.training.loop import FitReport, Hook
 
 CALIBRATION_SAMPLES = 8
 """A batch of fewer says too little of a variance."""
@@ -359,7 +359,7 @@ def _path(ctx: Context) -> Path | None:
 def _store(now: Standing, ctx: Context) -> None:
     """Keep a cut: the surgery that leads to it, and the weights after it."""
     path = _path(ctx)
-    if path is None or not processes.is_first():
+    if path is None or not distributed.is_first():
         return
     kept: dict[str, Any] = {key: value for key, value in vars(now).items() if key not in ("model", "masks")}
     saved = {
@@ -380,7 +380,7 @@ def _restored(model: nn.Module, ctx: Context) -> Standing | None:
     try:
         kept = read_sealed(path, ctx.key)
     except StorageError as error:
-        if processes.is_first():
+        if distributed.is_first():
             warn(f"{error}; the rounds of pruning start over")
         return None
     try:

@@ -10,30 +10,30 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from torchslim.arguments import checks_arguments
-from torchslim.channels.choices import Heads
-from torchslim.checks import check_fields
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.checks import check_fields
+from torchslim.core.isolation import copy_model
+from torchslim.core.layer_patterns import Patterns, by_pattern, select_weights
+from torchslim.core.step import Context, Form, LayerRecord, Outcome
+from torchslim.core.task import Batch, Outputs
+from torchslim.core.usable import usable
 from torchslim.errors import PruneError
-from torchslim.finetune import Training
-from torchslim.isolation import copy_model
-from torchslim.loaders import calibration_batches
 from torchslim.prune import schedule as schedules
-from torchslim.prune.amount import Amount, Of
-from torchslim.prune.budget import check_sparsity
 from torchslim.prune.channel_step import ChannelPruning
-from torchslim.prune.criteria import Criterion, Scorer, find_criterion
-from torchslim.prune.data import check_data, gather_for
-from torchslim.prune.patterns import CHANNEL, Order, Slice, find_pattern
-from torchslim.prune.penalties import Sparsify
-from torchslim.prune.plan import UnseenCode
-from torchslim.prune.scores import Normalisation, Reduction, check_ranks_weights
-from torchslim.prune.sparsify import NO_DATA, Masks, apply_masks, notes, plan, pruned_record
-from torchslim.select import Patterns, by_pattern, select_weights
-from torchslim.statistics import Gathered, gather
-from torchslim.steps import Context, Form, LayerRecord, Outcome
-from torchslim.task import Batch, Outputs
-from torchslim.training import Hook, Loop
-from torchslim.usable import usable
+from torchslim.prune.criteria.gathering import check_data, gather_for
+from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
+from torchslim.prune.criteria.scoring import Normalisation, Reduction, check_ranks_weights
+from torchslim.prune.criteria.statistics import Gathered, gather
+from torchslim.prune.dependency.resolve import Heads
+from torchslim.prune.masking.masks import NO_DATA, Masks, apply_masks, notes, plan, pruned_record
+from torchslim.prune.masking.patterns import CHANNEL, Order, Slice, find_pattern
+from torchslim.prune.masking.selection import check_sparsity
+from torchslim.prune.structured.penalties import Sparsify
+from torchslim.prune.structured.plan import UnseenCode
+from torchslim.prune.structured.selection import Amount, Of
+from torchslim.training.finetune import Training
+from torchslim.training.loaders import calibration_batches
+from torchslim.training.loop import Hook, Loop
 
 SCHEDULES = ("one-shot", "iterative", "gradual")
 AMOUNT = ("of", "scope", "round_to", "min_channels")

@@ -1,9 +1,9 @@
 """Quantization: which numbers (schemes), where (quantizer, profiles), how they are found (observers), the step."""
 
+from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
-from torchslim.quantize.flow import Prepared, QuantizedModule, convert, prepare
 from torchslim.quantize.functional import dynamic, sqnr, static, weights
-from torchslim.quantize.helpers import Helpers
+from torchslim.quantize.prepare import Prepared, QuantizedModule, convert, prepare
 from torchslim.quantize.schemes import SCHEMES
 from torchslim.quantize.step import Quantize
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchslim.core.task import device_of
 from torchslim.errors import QuantizeError
-from torchslim.export import bind
-from torchslim.quantize.storing import observed_layers
-from torchslim.structure import flatten, leaf_names
-from torchslim.task import device_of
+from torchslim.graph.export import bind
+from torchslim.graph.io_structure import flatten, leaf_names
+from torchslim.quantize.lowering import observed_layers
 
 if TYPE_CHECKING:
-    from torchslim.quantize.flow import Prepared
+    from torchslim.quantize.prepare import Prepared
 
 
 def show_batches(prepared: Prepared, batches: list[Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchslim.checks import check_fields
+from torchslim.core.checks import check_fields
 from torchslim.errors import QuantizeError
 
 Outputs = Sequence[Sequence[Tensor]]

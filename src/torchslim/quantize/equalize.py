@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from torchslim.export import layer_of
-from torchslim.quantize.operations import (
+from torchslim.graph.export import layer_of
+from torchslim.quantize.aten_ops import (
     DROPOUTS,
     Weighted,
     add_tensor,

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchslim.arguments import checks_arguments
-from torchslim.checks import got, shown
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.checks import got, shown
+from torchslim.core.infinities import difference, energy
+from torchslim.core.isolation import quiet, warn
+from torchslim.core.step import Inputs
 from torchslim.errors import ExportError, QuantizeError
-from torchslim.export import tensors_of
-from torchslim.infinities import difference, energy
-from torchslim.isolation import quiet, warn
+from torchslim.graph.export import tensors_of
+from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
-from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, integers, prepare
-from torchslim.quantize.helpers import Helpers
+from torchslim.quantize.prepare import Layers, Prepared, QuantizedModule, integers, prepare
 from torchslim.quantize.schemes import SCHEMES
-from torchslim.steps import Inputs
 
 
 @checks_arguments(QuantizeError)

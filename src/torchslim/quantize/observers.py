@@ -23,7 +23,7 @@ from torch import Tensor
 from torchao.quantization.pt2e import UniformQuantizationObserverBase
 
 from torchslim.errors import QuantizeError
-from torchslim.quantize.clips import entropy_clip, mse_clip, percentile_clip
+from torchslim.quantize.clipping import entropy_clip, mse_clip, percentile_clip
 
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)

@@ -22,9 +22,10 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
-from torchslim.export import layer_of
-from torchslim.products import SILU
-from torchslim.quantize.operations import (
+from torchslim.core.step import LayerRecord
+from torchslim.graph.decompose import SILU
+from torchslim.graph.export import layer_of
+from torchslim.quantize.aten_ops import (
     ADDITIONS,
     ANNOTATION,
     BATCH_NORMS,
@@ -50,9 +51,8 @@ from torchslim.quantize.operations import (
     weighted,
     weights_of,
 )
-from torchslim.quantize.profiles import Profile
+from torchslim.quantize.backend_profiles import Profile
 from torchslim.quantize.schemes import AS_ASKED, SCHEMES, Scheme
-from torchslim.steps import LayerRecord
 
 COMPUTES_ON_INTEGERS = "torchslim_integers"  # of a node: it reads static integers, which it does not only move
 # of a concatenation that is rounded to one grid, or of the clamp behind it: the places of the parts that are floats

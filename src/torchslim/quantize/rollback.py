@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule
 
+from torchslim.core.isolation import copy_model
+from torchslim.core.step import LayerRecord
+from torchslim.core.task import device_of
 from torchslim.errors import QuantizeError
-from torchslim.isolation import copy_model
+from torchslim.graph.io_structure import leaf_names
 from torchslim.quantize.checks import Checks, Fault, Figure, faults, worst
-from torchslim.quantize.flow import Prepared, QuantizedModule, integers
+from torchslim.quantize.prepare import Prepared, QuantizedModule, integers
 from torchslim.quantize.samples import Run, float_outputs, outputs
 from torchslim.quantize.units import Unit, observes, units_of
-from torchslim.steps import LayerRecord
-from torchslim.structure import leaf_names
-from torchslim.task import device_of
 
 ROUNDS = 12  # culprits that are looked for, one after the other
 PROGRESS = 0.8  # of what is off may be left once a culprit is in float; else it is none

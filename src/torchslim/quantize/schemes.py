@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
+from torchslim.core.hardware import saturates
 from torchslim.errors import QuantizeError
-from torchslim.machine import saturates
 
 OBSERVERS = ("min-max", "moving-average", "percentile", "mse", "entropy")  # their code is loaded when one is used
 AS_ASKED = "left in float, as asked"  # the reason of a layer whose scheme is FLOAT

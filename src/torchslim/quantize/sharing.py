@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from torchslim.quantize.operations import CLAMPS, CONCATS, MOVES, SPLITS, argument
+from torchslim.quantize.aten_ops import CLAMPS, CONCATS, MOVES, SPLITS, argument
 from torchslim.quantize.quantizer import COMPUTES_ON_INTEGERS, SHARED_GRID
 
 LARGEST_RATIO = 4.0  # of the parts' ranges: the narrowest loses two of its eight bits

@@ -10,22 +10,22 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from torchslim.checks import check_fields
+from torchslim.core.checks import check_fields
+from torchslim.core.imports import resolve
+from torchslim.core.isolation import quiet
+from torchslim.core.layer_patterns import class_names, matches
+from torchslim.core.step import Context, Form, Inputs, LayerRecord, Outcome
+from torchslim.core.task import take_first
 from torchslim.errors import QuantizeError
-from torchslim.export import WRAPPED
-from torchslim.finetune import Training
-from torchslim.imports import resolve
-from torchslim.isolation import quiet
+from torchslim.graph.export import WRAPPED
+from torchslim.quantize.accuracy_options import Accuracy, Helpers, Rounding, chosen_helpers
 from torchslim.quantize.checks import Checks
-from torchslim.quantize.flow import Layers, Prepared, QuantizedModule, chooser, prepare
 from torchslim.quantize.functional import converted, decibels
-from torchslim.quantize.helpers import Accuracy, Helpers, Rounding, chosen_helpers
-from torchslim.quantize.mixed import KEPT, WIDENINGS, Trials, fallback, fewest
+from torchslim.quantize.mixed_precision import KEPT, WIDENINGS, Trials, fallback, fewest
+from torchslim.quantize.prepare import Layers, Prepared, QuantizedModule, chooser, prepare
 from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, find_scheme
-from torchslim.select import class_names, matches
-from torchslim.steps import Context, Form, Inputs, LayerRecord, Outcome
-from torchslim.task import take_first
-from torchslim.training import Hook, Loop
+from torchslim.training.finetune import Training
+from torchslim.training.loop import Hook, Loop
 
 LOUD_DB = 15.0  # below this the quantized output is worth a warning
 
@@ -259,7 +259,7 @@ class Freeze(Hook):
 def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) -> list[LayerRecord]:
     """The records with the noise of each layer, the worst first, then those that stay in float."""
     with quiet():
-        from torchslim.quantize.compare import layer_sqnr
+        from torchslim.quantize.layer_sqnr import layer_sqnr
 
     found = layer_sqnr(prepared, quantized, prepared.leaves(inputs))
     records = [

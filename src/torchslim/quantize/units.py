@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from torchslim.export import layer_of
-from torchslim.quantize.operations import (
+from torchslim.graph.export import layer_of
+from torchslim.quantize.aten_ops import (
     ANNOTATION,
     BATCH_NORMS,
     CLAMPS,

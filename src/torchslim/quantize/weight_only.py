@@ -1,7 +1,7 @@
 """Weights of 4 bits in groups that share a scale, and the operations that read them.
 
 The graph stays one that any PyTorch runs: bytes are taken apart with ATen operations, and every runtime that has a
-kernel for such weights finds them with `torchslim.packed.find_int4`.
+kernel for such weights finds them with `torchslim.graph.integer_patterns.find_int4`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from torchslim.errors import QuantizeError
-from torchslim.packed import Int4Weight, find_int4
+from torchslim.graph.integer_patterns import Int4Weight, find_int4
 
 aten = torch.ops.aten
 OFFSET = 8  # what is added to a value so that it fits half an unsigned byte

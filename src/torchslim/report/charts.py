@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchslim.report.findings import Row, Run, labels, latency_entry, metric_entry, reported_split
 from torchslim.report.numbers import (
     TO,
     byte_unit,
@@ -14,7 +15,6 @@ from torchslim.report.numbers import (
     value_of,
     with_unit,
 )
-from torchslim.report.story import Row, Run, labels, latency_entry, metric_entry, reported_split
 
 
 def common_unit(run: Run) -> tuple[str, int]:

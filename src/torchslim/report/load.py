@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torchslim.core.schema import Limits, Schema, parse_json, read_file
 from torchslim.errors import ArtifactError
 from torchslim.report.records import Run
-from torchslim.schema import Limits, Schema, parse_json, read_file
 
 RUN_FORMAT = 1
 LIMITS = Limits(size_bytes=64 * 2**20)  # hundreds of trials, thousands of layers

@@ -8,25 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchslim.report import charts
-from torchslim.report.html import fill, machine_facts
-from torchslim.report.numbers import (
-    TIMES,
-    TO,
-    Entry,
-    counted,
-    exact,
-    faster,
-    in_unit,
-    metric_text,
-    ratio_text,
-    significant,
-    sized,
-    smaller,
-    spread,
-    value_of,
-    with_unit,
-)
-from torchslim.report.story import (
+from torchslim.report.findings import (
     Ceiling,
     Layer,
     Row,
@@ -44,6 +26,24 @@ from torchslim.report.story import (
     reported_split,
     summary,
     warnings,
+)
+from torchslim.report.html import fill, machine_facts
+from torchslim.report.numbers import (
+    TIMES,
+    TO,
+    Entry,
+    counted,
+    exact,
+    faster,
+    in_unit,
+    metric_text,
+    ratio_text,
+    significant,
+    sized,
+    smaller,
+    spread,
+    value_of,
+    with_unit,
 )
 
 Write = Callable[[float], str]

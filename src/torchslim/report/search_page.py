@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from torchslim.budget import BOUNDS, UNITS
+from torchslim.core.budget import BOUNDS, UNITS
 from torchslim.report.html import fill, machine_facts
 from torchslim.report.numbers import TO, Entry, counted, metric_text, significant, spread, value_of, with_unit
 from torchslim.report.page import Cell, Column
-from torchslim.report.text import ABSENT, aligned, plain
+from torchslim.report.table import ABSENT, aligned, plain
 
 Search = dict[str, Any]
 Member = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torchslim.report.html import fill, machine_facts
 from torchslim.report.numbers import exact, metric_text, significant, with_unit
-from torchslim.report.text import ABSENT, aligned, plain
+from torchslim.report.table import ABSENT, aligned, plain
 
 Sensitivity = dict[str, Any]
 Point = dict[str, Any]

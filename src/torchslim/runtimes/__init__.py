@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torchslim.errors import RecipeError
 from torchslim.runtimes.base import Deployed, Runtime, Spec
-from torchslim.runtimes.kernels import Kernel
+from torchslim.runtimes.kernel_listing import Kernel
 
 RUNTIMES: Mapping[str, str] = {
     "eager": "PyTorch, op by op; saves a .pt2",

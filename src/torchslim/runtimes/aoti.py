@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from torchslim.core.isolation import quiet, torch_threads
 from torchslim.errors import DeployError, ExportError
-from torchslim.export import Captured
-from torchslim.isolation import quiet, torch_threads
+from torchslim.graph.export import Captured
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.inductor import (
     DEQUANTIZE,
@@ -31,7 +31,7 @@ from torchslim.runtimes.inductor import (
     need_compiler,
     rows_gathered,
 )
-from torchslim.runtimes.kernels import Kernel, decomposed
+from torchslim.runtimes.kernel_listing import Kernel, decomposed
 
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed

@@ -11,18 +11,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from torchslim.core.files import unbundle, write_bytes
+from torchslim.core.folder_lock import writing
+from torchslim.core.hardware import instruction_set
+from torchslim.core.isolation import quiet
+from torchslim.core.step import Inputs, LayerRecord
 from torchslim.errors import DeployError, ExportError, TorchslimError
-from torchslim.export import Captured, capture, positional, signature_of
-from torchslim.files import unbundle, write_bytes
-from torchslim.holding import writing
-from torchslim.isolation import quiet
-from torchslim.layers import layers_of, structure_of
-from torchslim.machine import instruction_set
+from torchslim.graph.export import Captured, capture, positional, signature_of
+from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names, tensors_of
+from torchslim.graph.layers import layers_of, structure_of
 from torchslim.runtimes.free_sizes import compiled
-from torchslim.runtimes.kernels import Kernel
+from torchslim.runtimes.kernel_listing import Kernel
 from torchslim.runtimes.pt2 import pack_program
-from torchslim.steps import Inputs, LayerRecord
-from torchslim.structure import Structure, build, describe, flatten, leaf_names, tensors_of
 
 
 def as_array(tensor: Tensor) -> Any:
@@ -47,7 +47,7 @@ class Spec:
     `kinds` maps the names of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `optional` are
     those that were captured with their default; `sizes` and `dtypes` are those of the flat input tensors, a size None
     where it is free; `bfloat16` are the numbers of the output tensors of that type; `layers` are the operations that
-    multiply, as `torchslim.layers.Layer` has them; `structure` is the digest of the program without its numbers.
+    multiply, as `torchslim.graph.layers.Layer` has them; `structure` is the digest of the program without its numbers.
     """
 
     kinds: dict[str, str]

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchslim.core.isolation import quiet, torch_threads
 from torchslim.errors import ExportError
-from torchslim.export import WRAPPED, Captured
-from torchslim.isolation import quiet, torch_threads
-from torchslim.layers import multiplies
+from torchslim.graph.export import WRAPPED, Captured
+from torchslim.graph.layers import multiplies
 from torchslim.runtimes.base import Deployed, Runtime, Session, Spec
-from torchslim.runtimes.integer_kernels import lower
-from torchslim.runtimes.kernels import Kernel, eager_kernels
+from torchslim.runtimes.kernel_listing import Kernel, eager_kernels
 from torchslim.runtimes.pt2 import load_program, pack_program
+from torchslim.runtimes.torch_integer_kernels import lower
 
 
 def session_of(module: Any, threads: int | None) -> Session:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.errors import DeployError, RuntimeUnavailable, TorchslimError
-from torchslim.export import Captured, capture_bound
-from torchslim.structure import flatten
+from torchslim.graph.export import Captured, capture_bound
+from torchslim.graph.io_structure import flatten
 
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Session, Spec

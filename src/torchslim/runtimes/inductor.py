@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from torchslim.core.isolation import quiet
 from torchslim.errors import RuntimeUnavailable
-from torchslim.export import Captured, layer_of
-from torchslim.isolation import quiet
+from torchslim.graph.export import Captured, layer_of
+from torchslim.graph.io_structure import flatten
 from torchslim.runtimes.base import Runtime, Session, Spec
 from torchslim.runtimes.eager import session_of
-from torchslim.runtimes.kernels import Kernel, decomposed
-from torchslim.structure import flatten
+from torchslim.runtimes.kernel_listing import Kernel, decomposed
 
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed

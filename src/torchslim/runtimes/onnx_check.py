@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchslim.core.schema import shorten
 from torchslim.errors import ArtifactError
-from torchslim.schema import shorten
 
 PARTS = 1_000_000
 DEPTH = 24

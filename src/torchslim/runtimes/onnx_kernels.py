@@ -1,6 +1,7 @@
 """The integer kernels of ONNX Runtime that QDQ patterns do not reach: dynamic linear and LSTM, weights of 8 and 4 bits.
 
-A program is rewritten before its export, where the forms that `torchslim.packed` knows can be told apart for certain.
+A program is rewritten before its export, where the forms of `torchslim.graph.integer_patterns` are found.
+
 Weights are reordered as integers, so that the file holds them as integers.
 """
 
@@ -18,8 +19,16 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchslim.layers import stored_tensors
-from torchslim.packed import Int4Weight, Linear, Recurrent, find_linear, find_recurrent, graft, int4_weights
+from torchslim.graph.integer_patterns import (
+    Int4Weight,
+    Linear,
+    Recurrent,
+    find_linear,
+    find_recurrent,
+    graft,
+    int4_weights,
+)
+from torchslim.graph.layers import stored_tensors
 
 MICROSOFT = "com.microsoft::"
 PACKED = "Int4Weight"  # our own marker: the passes over the ONNX model replace it

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from torchslim.errors import ExportError
-from torchslim.packed import is_dynamic
+from torchslim.graph.integer_patterns import is_dynamic
 from torchslim.runtimes.onnx_kernels import PACKED
 
 MOVES = ("Transpose", "Reshape", "Unsqueeze", "Slice", "Concat", "Squeeze", "Split")  # keep values as they are

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
-from torchslim.export import Captured, scope_path
-from torchslim.portable import portable
+from torchslim.graph.export import Captured, scope_path
+from torchslim.graph.io_structure import leaf_names
+from torchslim.graph.portable_ops import portable
 from torchslim.runtimes.base import Runtime, Session, Spec, as_array
-from torchslim.runtimes.kernels import UNWANTED, onnx_kernels, unique
+from torchslim.runtimes.kernel_listing import UNWANTED, onnx_kernels, unique
 from torchslim.runtimes.onnx_bfloat16 import widen
 from torchslim.runtimes.onnx_check import check_onnx
 from torchslim.runtimes.onnx_kernels import lower
 from torchslim.runtimes.onnx_passes import finish, translations
-from torchslim.structure import leaf_names
 
 PIP = "pip install 'torchslim[onnxruntime]'"
 

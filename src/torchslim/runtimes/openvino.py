@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchslim.core.files import bundle, unbundle
+from torchslim.core.isolation import quiet
 from torchslim.errors import DeployError, RuntimeUnavailable
-from torchslim.export import Captured
-from torchslim.files import bundle, unbundle
-from torchslim.isolation import quiet
-from torchslim.products import ATTENTION, open_products
+from torchslim.graph.decompose import ATTENTION, open_products
+from torchslim.graph.export import Captured
+from torchslim.graph.io_structure import flatten
 from torchslim.runtimes.base import Runtime, Session, Spec, as_array
-from torchslim.runtimes.kernels import Kernel, decomposed
+from torchslim.runtimes.kernel_listing import Kernel, decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
 from torchslim.runtimes.openvino_check import check_ir
 from torchslim.runtimes.openvino_passes import guard_extremes
 from torchslim.runtimes.openvino_trial import survive, survive_files
-from torchslim.structure import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,8 @@ import re
 from typing import Any
 from xml.etree import ElementTree
 
+from torchslim.core.schema import MIB, shorten
 from torchslim.errors import ArtifactError
-from torchslim.schema import MIB, shorten
 
 SIZE = 64 * MIB
 PARTS = 1_000_000

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from torchslim.core.hardware import cache_folder, instruction_set
+from torchslim.core.schema import shorten
+from torchslim.core.seals import own_secret, seal
 from torchslim.errors import ArtifactError, DeployError
-from torchslim.machine import cache_folder, instruction_set
 from torchslim.runtimes.base import as_array
-from torchslim.schema import shorten
-from torchslim.seals import own_secret, seal
 
 LIMIT_S = 900.0  # to read, compile and run a model once
 RAN, UNREADY, RAISED, NO_MEMORY = 0, 1, 3, 4  # the exit status of a child that ends by itself

@@ -18,10 +18,10 @@ from typing import Any
 from torch._export.serde import schema
 from torch._export.serde.union import _Union
 
+from torchslim.core.schema import parse_json, shorten
 from torchslim.errors import ArtifactError
 from torchslim.runtimes.program_operators import HIGHER_ORDER, MESSAGES, SYMBOLIC, resolve, text_allowed
 from torchslim.runtimes.program_sizes import BITS, Unfit, check_expression
-from torchslim.schema import parse_json, shorten
 
 PARTS = 1_000_000
 """Fields, elements and arguments of a program; one of torch's objects takes up to two kilobytes."""

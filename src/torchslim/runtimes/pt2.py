@@ -19,13 +19,13 @@ import torch
 from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 from torch.export import ExportedProgram
 
-from torchslim.archives import unzip
+from torchslim.core.archives import unzip
+from torchslim.core.isolation import quiet
+from torchslim.core.schema import MIB, Limits, parse_json
 from torchslim.errors import ArtifactError, ExportError
-from torchslim.isolation import quiet
 from torchslim.runtimes.program_check import check_payloads, check_program
 from torchslim.runtimes.program_sizes import Unfit
 from torchslim.runtimes.program_trial import try_program
-from torchslim.schema import MIB, Limits, parse_json
 
 PROGRAM = "models/model.json"
 WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"

@@ -1,0 +1,171 @@
+"""What a change of a model does to its outputs or to its metric, whoever runs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchslim.core.isolation import preserved_globals
+from torchslim.core.task import Batch, Task, predictor, tensors
+from torchslim.errors import TaskError
+from torchslim.graph.export import bind_call, signature_of
+from torchslim.quantize.layerwise import LIMIT, noise_of
+from torchslim.training.loaders import seeded_splits
+
+Measure = Literal["sqnr", "kl", "metric"]
+MEASURES: Mapping[str, str] = {
+    "sqnr": "signal to quantization noise of all floating-point outputs on calibration data, in dB",
+    "kl": "KL(softmax of the float logits || those of the changed model) on calibration data, in nats",
+    "metric": "the task's metric on val, in its own unit",
+}
+LARGEST_NATS = 1e4  # what an infinite divergence is reported as
+LARGEST_DB = 200.0  # what no change at all is reported as; float64 sums tell no more
+
+
+class Runs(Protocol):
+    """Runs of a model with one change at a time: `quantize.single.Passes`, `replay.Replays`."""
+
+    def outputs(self, change: Any = None) -> Iterator[Any]:
+        """The outputs on each of the inputs that it was made with."""
+        ...
+
+    def answer(self, change: Any, inputs: Any) -> Any:
+        """The outputs on other inputs."""
+        ...
+
+
+class Gauge(Protocol):
+    """Measures changes against a reference."""
+
+    unit: str
+    higher_is_better: bool
+    reference: float | None
+    inputs: Sequence[Any]  # what runs are to be made with
+
+    def start(self, runs: Runs) -> None:
+        """Look at the model without a change."""
+        ...
+
+    def value(self, runs: Runs, change: Any) -> float:
+        """The measure with a change."""
+        ...
+
+
+class OutputGauge:
+    """Compares outputs on calibration batches: "sqnr" or "kl"."""
+
+    reference: float | None
+
+    def __init__(self, measure: Measure, task: Task, batches: Sequence[Batch]) -> None:
+        self.measure, self.task, self.batches = measure, task, batches
+        self.inputs: Sequence[Any] = [task.inputs(batch) for batch in batches]
+        self.unit, self.higher_is_better = ("dB", True) if measure == "sqnr" else ("nats", False)
+        self.reference = None if measure == "sqnr" else 0.0
+        self.before: list[Any] = []
+
+    def start(self, runs: Runs) -> None:
+        """Keep the outputs."""
+        self.before = list(runs.outputs())
+        if self.measure == "kl":
+            self.before = [self._logs(batch, each) for batch, each in zip(self.batches, self.before, strict=True)]
+
+    def value(self, runs: Runs, change: Any) -> float:
+        """dB, or nats a position."""
+        if self.measure == "sqnr":
+            return decibels(noise_of(self.before, runs.outputs(change)))
+        total, count = 0.0, 0
+        for batch, before, output in zip(self.batches, self.before, runs.outputs(change), strict=True):
+            after = self._logs(batch, output)
+            ruled_out = torch.isneginf(before)  # 0 * -inf: such a class counts nothing
+            terms = before.exp() * (before - after).masked_fill(ruled_out, 0.0)
+            total += float(terms.masked_fill(ruled_out, 0.0).sum())
+            count += len(before)
+        nats = total / max(count, 1)
+        # a class that the change rules out, or NaN
+        return max(nats, 0.0) if math.isfinite(nats) else LARGEST_NATS
+
+    def _logs(self, batch: Batch, outputs: Any) -> Tensor:
+        """Log probabilities in float64, (positions, classes)."""
+        logits = self.task.logits(outputs)
+        if logits.dim() < 2 or not logits.is_floating_point():
+            raise TaskError(
+                f"measure 'kl' compares logits of (batch, classes, ...), got shape {tuple(logits.shape)}; give "
+                "Task(logits=...), or take measure='sqnr'"
+            )
+        target = self.task.target(batch)
+        tokens = logits.dim() == 3 and (target is None or target.shape == logits.shape[:2])
+        rows = logits if tokens else logits.movedim(1, -1)
+        rows = rows.reshape(-1, rows.shape[-1]).double()
+        empty = torch.isneginf(rows).all(-1, keepdim=True)  # a position that a mask rules out as a whole
+        return functional.log_softmax(rows.masked_fill(empty, 0.0), -1).masked_fill(empty, -torch.inf)
+
+
+class MetricGauge:
+    """Evaluates the task's metric on val.
+
+    One evaluation writes down what the metric calls the model with; later ones get outputs that were computed batch by
+    batch, as long as it calls with the same.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, seed: int, limit: int = LIMIT) -> None:
+        self.task, self.seed = task, seed
+        metric = task.as_metric()
+        self.unit, self.higher_is_better = metric.unit, metric.higher_is_better
+        calls: list[Any] = []
+        held = 0
+        run = predictor(model)
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            nonlocal held
+            given: Any = bind_call(signature_of(model), args, kwargs) if args and kwargs else (kwargs or args)
+            held += sum(each.numel() * each.element_size() for each in tensors(given))
+            if held <= limit:
+                calls.append(given)
+            return run(*args, **kwargs)
+
+        self.reference: float | None = self._evaluate(predict)
+        self.inputs: Sequence[Any] = calls if held <= limit else []
+
+    def start(self, runs: Runs) -> None:
+        """Nothing to keep."""
+
+    def value(self, runs: Runs, change: Any) -> float:
+        """The metric."""
+        known, answers = iter(self.inputs), runs.outputs(change) if self.inputs else iter(())
+        astray = False
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            nonlocal astray
+            given = kwargs or args
+            wanted = next(known, None)
+            astray = astray or wanted is None or not _equal(wanted, (args, kwargs))
+            if not astray:
+                return next(answers)
+            return runs.answer(change, given)
+
+        return self._evaluate(predict)
+
+    def _evaluate(self, predict: Any) -> float:
+        with preserved_globals(self.seed), seeded_splits(self.task, self.seed):
+            return self.task.evaluate(predict, "val")
+
+
+def decibels(noise: float) -> float:
+    """10 log10 of signal over noise, within +-`LARGEST_DB`."""
+    if noise <= 0:
+        return LARGEST_DB
+    if not math.isfinite(noise):
+        return -LARGEST_DB
+    return min(max(-10 * math.log10(noise), -LARGEST_DB), LARGEST_DB)
+
+
+def _equal(one: Any, two: Any) -> bool:
+    pairs = tensors(one), tensors(two)
+    return [each.shape for each in pairs[0]] == [each.shape for each in pairs[1]] and all(
+        torch.equal(left, right) for left, right in zip(*pairs, strict=True)
+    )

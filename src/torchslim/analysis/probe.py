@@ -1,0 +1,258 @@
+"""The work behind `sensitivity`: one group pruned, or one layer quantized, at a time, and the rest as it was."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from torchslim.analysis.activation_cache import Changed, Replays
+from torchslim.analysis.measures import Gauge, Measure, MetricGauge, OutputGauge
+from torchslim.analysis.sensitivity import Known, Point
+from torchslim.core.isolation import copy_model, preserved_globals
+from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
+from torchslim.core.step import Event, Inputs, ignore_progress
+from torchslim.core.task import Batch, Task, device_of, to_device
+from torchslim.errors import ExportError, PruneError, QuantizeError, TorchslimError
+from torchslim.graph.export import Flat, bind, find_batch_axis, untouched
+from torchslim.graph.io_structure import Structure, build, describe
+from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion, needs
+from torchslim.prune.criteria.statistics import Gathered, gather
+from torchslim.prune.dependency.coupling import Coupling, Mask
+from torchslim.prune.dependency.groups import Unit
+from torchslim.prune.structured.plan import Plan, analyse
+from torchslim.prune.structured.removal import Ranking
+from torchslim.prune.structured.selection import Amount, Selection, select
+from torchslim.prune.structured.surgery import cuts_of, mend, perform
+from torchslim.quantize import prepare
+from torchslim.quantize.layerwise import Passes, singles
+from torchslim.quantize.schemes import AS_ASKED, find_scheme
+from torchslim.training.loaders import seeded
+
+RETREATS = 60
+"""How often a removal that does not run is made in another way."""
+
+
+@dataclass(kw_only=True)
+class Sensing:
+    """Measures points; the arguments are those of `sensitivity`."""
+
+    model: nn.Module
+    task: Task
+    example_inputs: Inputs
+    measure: Measure = "sqnr"
+    runtime: str = "onnxruntime"
+    include: Patterns = None
+    exclude: Patterns = None
+    samples: int = 512
+    criterion: str | Criterion | Scorer = "lamp"
+    seed: int = 0
+    progress: Callable[[Event], None] = ignore_progress
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model = copy_model(self.model)[0].eval()
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Calibration data, labels and all."""
+        split = getattr(self.task, self.task.calibration_split)
+        with preserved_globals(self.seed), seeded(split, 0, self.seed):
+            return list(self.task.first_batches(self.samples))
+
+    @cached_property
+    def gauge(self) -> Gauge:
+        """What measures the points."""
+        if self.measure == "metric":
+            return MetricGauge(self.task, self.model, self.seed)
+        return OutputGauge(self.measure, self.task, self.batches)
+
+    # channel groups ---------------------------------------------------------------------------------------------------
+
+    def channels(self, changes: Sequence[str], known: Known) -> Iterator[Point]:
+        """A point for each unit of groups and each ratio, written as `percent` does."""
+        few = small(self.model, self.example_inputs)
+        try:
+            plan = analyse(self.model, few, include=self.include, exclude=self.exclude)
+        except PruneError as error:
+            self.notes.append(f"no channel group was looked at: {error}")
+            return
+        coupling = settled(plan)
+        yield from _unverified(coupling, changes, known)
+        selection = self._selection(plan, coupling)
+        runs = Replays(self.model, self.gauge.inputs, plan.inputs)
+        rows = []
+        for place, (name, unit) in enumerate(_named(coupling)):
+            for change in changes:
+                if (name, change) not in known:
+                    kept, removed = self._removal(plan, coupling, selection, place, float(change.rstrip(" %")) / 100)
+                    begins = runs.story.begins({each.weight for each in cuts_of(coupling, removed)}, ())
+                    rows.append((begins, place, name, unit, change, kept, removed))
+        rows.sort(key=lambda row: row[:2])
+        if rows:
+            self.gauge.start(runs)
+        for number, (_, _, name, unit, change, gone, removed) in enumerate(rows):
+            self.progress(Event(step="sensitivity", phase="channels", current=number, total=len(rows)))
+            groups = tuple(coupling.groups[each].name for each in unit.groups)
+            value, refused = None, ""
+            if not gone:
+                refused = f"too narrow: {unit.width} channels"
+            else:
+                value, refused = self._pruned(plan, coupling, removed, runs)
+            yield Point(
+                name=name, kind="channels", change=change, amount=gone / unit.width if gone else None, value=value,
+                refused=refused, groups=groups,
+            )  # fmt: skip
+
+    def _selection(self, plan: Plan, coupling: Coupling) -> Selection:
+        criterion = find_criterion(self.criterion)
+        gathered = Gathered()
+        if needs(criterion):
+            gathered = gather(
+                plan.model, needs(criterion), self.batches, forward=self.task.forward, loss=self.task.compute_loss
+            )
+        ranking = Ranking(criterion=criterion, gathered=gathered, seed=self.seed)
+        amount = Amount(of="channels", round_to=1, min_channels=1)
+        return select(coupling, amount, plan.names, ranking.scores(plan.model, plan), narrowest=plan.narrowest)
+
+    def _removal(
+        self, plan: Plan, coupling: Coupling, selection: Selection, place: int, ratio: float
+    ) -> tuple[int, Mask]:
+        """How many channels of one unit go, and what that removes."""
+        kept = [unit.width for unit in coupling.units]
+        gone = min(max(round(ratio * kept[place]), 1), kept[place] - plan.narrowest)
+        kept[place] -= max(gone, 0)
+        return max(gone, 0), selection.removed(kept)
+
+    def _pruned(self, plan: Plan, coupling: Coupling, removed: Mask, runs: Replays) -> tuple[float | None, str]:
+        """The measure without these channels, or why they cannot go."""
+        surgery, diverged = mend(plan.model, coupling, removed, plan.inputs)
+        if diverged is not None:
+            return None, f"{diverged.path}: {diverged.what}"
+        weights = {each.weight for each in surgery.cuts}
+        begins = runs.story.begins(weights, {each.module for each in surgery.patches})
+        change = Changed(model=perform(plan.model, surgery).eval(), begins=begins)
+        try:
+            return self.gauge.value(runs, change), ""
+        except TorchslimError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the user's code raises on other shapes is the finding
+            return None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+    # layers -----------------------------------------------------------------------------------------------------------
+
+    def layers(self, schemes: Sequence[str], known: Known) -> Iterator[Point]:
+        """A point for each layer and each scheme."""
+        for scheme in schemes:
+            yield from self._scheme(scheme, known)
+
+    def _scheme(self, scheme: str, known: Known) -> Iterator[Point]:
+        inputs = [self.task.inputs(batch) for batch in self.batches]
+        try:
+            prepared = prepare(self.model, self.example_inputs, runtime=self.runtime, scheme=scheme)
+            if find_scheme(scheme).activations == "static":
+                prepared.calibrate(inputs)
+        except (QuantizeError, ExportError) as error:
+            self.notes.append(f"{scheme}: no layer was looked at: {error}")
+            return
+        for record in prepared.records:
+            if record.action == "refused" and record.reason != AS_ASKED and (record.layer, scheme) not in known:
+                yield Point(name=record.layer, kind="layer", change=scheme, refused=record.reason)
+        wanted = self._wanted()
+        changes = [each for each in singles(prepared) if wanted(each.layer) and (each.layer, scheme) not in known]
+        if not changes:
+            return
+        runs = Passes(prepared, self.gauge.inputs)
+        self.gauge.start(runs)
+        for number, change in enumerate(changes):
+            self.progress(Event(step="sensitivity", phase=scheme, current=number, total=len(changes)))
+            yield Point(name=change.layer, kind="layer", change=scheme, value=self.gauge.value(runs, change))
+
+    def _wanted(self) -> Callable[[str], bool]:
+        types = class_names(self.model)
+        included, excluded = as_list(self.include), as_list(self.exclude)
+
+        def wanted(layer: str) -> bool:
+            def covered(patterns: Sequence[str]) -> bool:
+                return any(matches(each, layer, types) for each in patterns)
+
+            return (self.include is None or covered(included)) and not covered(excluded)
+
+        return wanted
+
+
+def settled(plan: Plan) -> Coupling:
+    """The groups of a plan, each such that half of its channels alone can be removed.
+
+    What pruning gives up only when everything shrinks in step, a single group may have to give up before.
+    """
+    fine: set[tuple[str, int]] = set()
+    for _ in range(RETREATS):
+        coupling = plan.coupling()
+        order = [[cell.classes for cell in unit.cells] for unit in coupling.units]
+        ranks = [np.zeros(unit.width) for unit in coupling.units]
+        selection = Selection(coupling, Amount(), plan.names, order, ranks)
+        for place, (name, unit) in enumerate(_named(coupling)):
+            if (name, unit.width) in fine:
+                continue
+            kept = [each.width for each in coupling.units]
+            kept[place] = min(max(unit.width // 2, plan.narrowest), unit.width)
+            removed = selection.removed(kept)
+            diverged = mend(plan.model, coupling, removed, plan.inputs)[1] if removed.any() else None
+            if diverged is None:
+                fine.add((name, unit.width))
+                continue
+            if plan.narrowest == 1 and kept[place] == 1:
+                plan.narrowest = 2
+            elif not plan.retreat(diverged, coupling, removed):
+                fine.add((name, unit.width))  # its points will say what is wrong
+                continue
+            break
+        else:
+            return coupling
+    return plan.coupling()
+
+
+def small(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Two samples of the inputs, where the batch can be found."""
+    bound = to_device(bind(model, inputs), device_of(model))
+    classes: dict[str, type] = {}
+    leaves: list[Any] = []
+    structure: Structure = {
+        "dict": {name: describe(value, leaves, classes, f"input {name!r}") for name, value in bound.items()}
+    }
+    with untouched(model):
+        axis, few, _ = find_batch_axis(Flat(model, structure, classes), [leaf.detach().clone() for leaf in leaves])
+    kinds = {each.kind for each in inspect.signature(model.forward).parameters.values()}
+    plain = not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    if axis is None or not (plain and inspect.Parameter.POSITIONAL_ONLY not in kinds):
+        return inputs
+    named: dict[str, Any] = build(structure, few, classes)
+    return named
+
+
+def _named(coupling: Coupling) -> list[tuple[str, Unit]]:
+    """Units by the name of their first group; units that share it are numbered."""
+    found: list[tuple[str, Unit]] = []
+    seen: dict[str, int] = {}
+    for unit in coupling.units:
+        name = coupling.groups[unit.groups[0]].name
+        seen[name] = seen.get(name, 0) + 1
+        found.append((name if seen[name] == 1 else f"{name} ({seen[name]})", unit))
+    return found
+
+
+def _unverified(coupling: Coupling, changes: Sequence[str], known: Known) -> Iterator[Point]:
+    """Groups that would have to be cut in a way that does not run."""
+    reasons: Mapping[str, str] = {
+        group.name: group.reason for group in coupling.groups if "could not be verified" in group.reason
+    }
+    for name, why in reasons.items():
+        for change in changes:
+            if (name, change) not in known:
+                yield Point(name=name, kind="channels", change=change, refused=why)

@@ -1,0 +1,236 @@
+"""A deployed model is compared with the graph that it was made from; layers that a runtime gets wrong go to float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.isolation import warn
+from torchslim.core.step import Inputs, LayerRecord
+from torchslim.core.usable import usable
+from torchslim.errors import DeployError
+from torchslim.quantize import Checks, QuantizedModule
+from torchslim.quantize.checks import Fault, apart, faults
+from torchslim.quantize.prepare import integers
+from torchslim.quantize.rollback import BROKEN, Evidence, Released, concluded, graph_of, search
+from torchslim.quantize.samples import Run, float_outputs, outputs, part, samples_in
+from torchslim.runtimes import Deployed, find_runtime
+
+NEAR = 1e-3  # of the largest value: what two runs of one program on one machine may differ by
+Compile = Callable[[nn.Module], Deployed]
+Outputs = Sequence[Sequence[Tensor]]
+
+
+@checks_arguments(DeployError)
+def deploy(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    runtime: str = "onnxruntime",
+    threads: int | None = None,
+    dynamic_shapes: Any = "batch",
+    checks: Checks | Mapping[str, float] | None = None,
+) -> Deployed:
+    """Compile `model` for a runtime; the result is called like the model and returns like the model.
+
+    A model that `ts.quantize` made is compared with its graph on the samples that it was checked on itself. Layers
+    that the runtime computes otherwise go back to float, with a warning; `deployed.records` says which, and why.
+
+    Args:
+        model: a module, quantized or not; it is left as it was.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        runtime: one of `ts.runtimes.RUNTIMES`.
+        threads: a setting of this deployment alone; None leaves it to the runtime.
+        dynamic_shapes: "batch" leaves the batch dimension free, None fixes all sizes, or a torch.export spec.
+        checks: what must hold; None: what the model was quantized with.
+
+    Raises:
+        ExportError: the model cannot be captured; names the line of its code.
+        RuntimeUnavailable: a package or compiler is missing; says what to install.
+        DeployError: the runtime computes something else than the model does, whichever layers are in float.
+    """
+
+    model = usable(model, DeployError)
+
+    def compile_(each: nn.Module) -> Deployed:
+        return find_runtime(runtime).compile(each, example_inputs, dynamic_shapes, threads)
+
+    deployed = verified(model, compile_, checks=Checks.of(checks))
+    for note in new_notes(model, deployed):
+        warn(note)
+    return deployed
+
+
+def verified(
+    model: nn.Module, compile_: Compile, *, checks: Checks | None = None, reload: Compile | None = None
+) -> Deployed:
+    """A model deployed, with as many layers in float as it takes to compute what its graph computes.
+
+    Args:
+        model: one that carries its evidence is checked.
+        compile_: deploys a model.
+        checks: what must hold; None: what the model was quantized with.
+        reload: deploys a model, saves it, and reads it back; what it gives is checked in the place of the deployed one.
+
+    Raises:
+        DeployError: nothing that was tried holds.
+    """
+    deployed = compile_(model)
+    if not isinstance(model, QuantizedModule):
+        return deployed
+    deployed.records = list(model.records)
+    if model.evidence is None:
+        return deployed
+    evidence = model.evidence if checks is None else replace(model.evidence, checks=checks)
+    given = _Given.of(evidence, model, deployed)
+    found = given.off(given.graph, deployed if reload is None else reload(model))
+    return deployed if not found else _repaired(model, given, compile_, reload or compile_, found, deployed.runtime)
+
+
+def off(model: nn.Module, deployed: Deployed) -> list[Fault]:
+    """What a deployed model computes otherwise than the quantized model that it was made from."""
+    if not isinstance(model, QuantizedModule) or model.evidence is None:
+        return []
+    given = _Given.of(model.evidence, model, deployed)
+    return given.off(given.graph, deployed)
+
+
+def alike(deployed: Deployed, loaded: Deployed) -> bool:
+    """Do two deployed models answer the same to the example of the first?"""
+    pairs = zip(deployed.run(list(deployed.example)), loaded.run(list(deployed.example)), strict=True)
+    return all(
+        one.shape == other.shape
+        and torch.allclose(
+            one.double(), other.double(), rtol=0, equal_nan=True,
+            atol=NEAR * float(one.double().nan_to_num(0, 0, 0).abs().max() if one.numel() else 0),
+        )
+        for one, other in pairs
+    )  # fmt: skip
+
+
+def new_notes(model: nn.Module, deployed: Deployed) -> list[str]:
+    """A line for all that went back to float when a model was deployed."""
+    made = deployed.made_from
+    if not isinstance(made, QuantizedModule) or not isinstance(model, QuantizedModule):
+        return []
+    return [note for note in made.notes if note not in model.notes]
+
+
+def merged(layers: Sequence[LayerRecord], deployed: Deployed) -> list[LayerRecord]:
+    """Records of a step, with what went back to float when its model was deployed."""
+    if deployed.made_from is None:
+        return list(layers)
+    latest = {each.layer: each for each in deployed.records if each.action == "refused"}
+    found = [latest.get(each.layer, each) if each.action == "quantized" else each for each in layers]
+    known = {each.layer for each in layers}
+    return found + [each for name, each in latest.items() if name not in known]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    """What a deployed model is compared on: the runs of the evidence, as far as its sizes allow, and the answers."""
+
+    evidence: Evidence
+    runs: Sequence[Run]
+    reference: Outputs
+    trained: Outputs
+    graph: Outputs
+
+    @classmethod
+    def of(cls, evidence: Evidence, model: QuantizedModule, deployed: Deployed) -> _Given:
+        """The runs that fit a deployed model; its example where none does."""
+        if all(_fits(deployed, run) for run in evidence.runs):
+            return cls(
+                evidence=evidence, runs=evidence.runs, reference=evidence.reference, trained=evidence.trained,
+                graph=evidence.graph,
+            )  # fmt: skip
+        if sliced := _sliced(evidence, deployed):
+            return sliced
+        runs = [list(deployed.example)]
+        reference = float_outputs(evidence.program, runs)
+        trained = outputs(evidence.program, runs, False, False) if evidence.prepared.qat else reference
+        return cls(
+            evidence=evidence, runs=runs, reference=reference, trained=trained, graph=outputs(graph_of(model), runs)
+        )
+
+    def off(self, graph: Outputs, deployed: Deployed) -> list[Fault]:
+        """What a deployed model computes otherwise than its graph."""
+        answers = [deployed.run(list(run)) for run in self.runs]
+        axes, checks = self.evidence.prepared.output_axes, self.evidence.checks
+        already = {(each.kind, each.place) for each in faults(self.reference, graph, axes, checks)}
+        broken = [
+            each
+            for each in faults(self.reference, answers, axes, checks)
+            if each.kind in BROKEN and (each.kind, each.place) not in already
+        ]
+        return broken + apart(self.trained, graph, answers, axes, checks)
+
+
+def _sliced(evidence: Evidence, deployed: Deployed) -> _Given | None:
+    """As many samples as a fixed batch takes, twice, of different batches; None where sizes do not fit."""
+    inputs, given = evidence.prepared.samples.axes, evidence.prepared.output_axes
+    pairs = zip(deployed.spec.sizes, inputs, strict=True)
+    counts = {sizes[axis] for sizes, axis in pairs if axis is not None and len(sizes) > axis}
+    count = counts.pop() if len(counts) == 1 else None
+    if count is None or None in given:
+        return None
+    runs = evidence.runs
+    starts = [(0, 0), (1, 0)] if len(runs) > 1 else [(0, 0), (0, samples_in(runs[0], inputs) // 2)]
+
+    def cut(several: Outputs, axes: Sequence[int | None]) -> list[list[Tensor]]:
+        return [part(list(several[run]), axes, start, count) for run, start in starts]
+
+    chosen = cut(runs, inputs)
+    if not all(_fits(deployed, run) for run in chosen):
+        return None
+    return _Given(
+        evidence=evidence, runs=chosen, reference=cut(evidence.reference, given),
+        trained=cut(evidence.trained, given), graph=cut(evidence.graph, given),
+    )  # fmt: skip
+
+
+def _fits(deployed: Deployed, run: Run) -> bool:
+    spec = deployed.spec
+    return all(
+        str(leaf.dtype) == f"torch.{dtype}"
+        and leaf.dim() == len(sizes)
+        and all(size is None or size == got for size, got in zip(sizes, leaf.shape, strict=True))
+        for leaf, sizes, dtype in zip(run, spec.sizes, spec.dtypes, strict=True)
+    )
+
+
+def _repaired(
+    model: QuantizedModule, given: _Given, compile_: Compile, check: Compile, found: Sequence[Fault], runtime: str
+) -> Deployed:
+    """The model deployed with layers in float."""
+    evidence = given.evidence
+
+    def look(released: Released) -> Sequence[Fault]:
+        made = integers(evidence.prepared, released)
+        graph = outputs(graph_of(made), given.runs)
+        axes, checks = evidence.prepared.output_axes, evidence.checks
+        lost = [each for each in faults(given.reference, graph, axes, checks) if each.kind in BROKEN]
+        return lost or given.off(graph, check(made))
+
+    if everything := look(frozenset(unit.key for unit in evidence.units)):
+        raise DeployError(
+            f"runtime {runtime!r} computes something else than the model, with all layers in float: "
+            f"{everything[0].told(evidence.names)}; use another runtime"
+        )
+    reasons = search(evidence.units, look, found, evidence.names, known=evidence.released, where=f" on {runtime}")
+    if reasons is None:
+        raise DeployError(
+            f"the model deployed on {runtime!r} cannot be verified: {found[0].told(evidence.names)}, whichever layers "
+            "stay in float; use another runtime, or pass checks with other thresholds"
+        )
+    made = integers(evidence.prepared, frozenset(reasons))
+    concluded(made, evidence, outputs(graph_of(made), evidence.runs), reasons)
+    deployed = compile_(made)
+    deployed.made_from, deployed.records = made, list(made.records)
+    deployed.spec.notes.extend(new_notes(model, deployed))
+    return deployed

@@ -1,0 +1,199 @@
+"""What `artifact.json` and `surgery.json` may say: one strict schema each, parsed here and nowhere else.
+
+Everything in them is data: names, numbers and shapes. Unknown keys, other types, and numbers that no model has are
+refused, so that what reads the parsed values need not look at them again.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from torchslim.core.files import digest
+from torchslim.core.schema import MIB, Limits, Schema, parse_json, shorten
+from torchslim.errors import ArtifactError
+from torchslim.graph.io_structure import sound, tensors_of
+
+FORMAT = "torchslim-artifact"
+VERSION = 1
+LIMITS = Limits(size_bytes=16 * MIB, values=1_000_000, depth=48)
+
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+Text = Annotated[str, Field(max_length=10_000)]
+Name = Annotated[str, Field(max_length=2_000)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0, le=2**40)]
+Shape = Annotated[list[Size], Field(max_length=64)]
+Threads = Annotated[int, Field(ge=1, le=65_536)]
+Axis = Annotated[int, Field(ge=0, le=63)]
+Dtype = Literal[
+    "float16", "float32", "float64", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
+    "uint64", "bool", "complex32", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
+    "float8_e5m2fnuz", "float8_e8m0fnu",
+]  # fmt: skip
+STRICT = ConfigDict(extra="forbid", strict=True, regex_engine="python-re")
+
+
+class LayerJson(TypedDict):
+    """An operation that multiplies; see `torchslim.graph.layers.Layer`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    layer: Name
+    operation: Name
+    macs: Annotated[int, Field(ge=0)]
+    weight_bits: Annotated[int, Field(ge=1, le=128)] | None
+    activations: Literal["static", "dynamic", "float"]
+
+
+class SpecJson(TypedDict):
+    """How a model is called; see `torchslim.runtimes.Spec`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    kinds: dict[Name, Literal["positional", "keyword", "varargs", "varkwargs"]]
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    sizes: Annotated[list[Annotated[list[Size | None], Field(max_length=64)]], Field(max_length=10_000)]
+    dtypes: list[Dtype]
+    batch_axis: Axis | None
+    instruction_set: Name
+    optional: NotRequired[list[Name]]
+    notes: NotRequired[list[Text]]
+    layers: NotRequired[list[LayerJson]]
+    structure: NotRequired[Name]
+    bfloat16: NotRequired[list[Annotated[int, Field(ge=0, le=10_000)]]]
+
+
+class ManifestJson(TypedDict):
+    """An artifact's manifest."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    format: Literal["torchslim-artifact"]
+    version: Literal[1]
+    machine: dict[Name, Any]
+    files: Annotated[dict[str, Hash], Field(max_length=10_000)]
+    digest: Hash
+    signature: NotRequired[Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]]
+    # of a program
+    runtime: NotRequired[Name]
+    threads: NotRequired[Threads | None]
+    spec: NotRequired[SpecJson]
+    quantized: NotRequired[bool]
+    # of weights
+    aliases: NotRequired[dict[Name, Name]]
+    channels_last: NotRequired[list[Name]]
+    mask_shapes: NotRequired[dict[Name, Shape]]
+
+
+class CutJson(TypedDict):
+    """Which indices of one dimension of a weight stay."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    weight: Name
+    dim: Axis
+    size: Size
+    kept: list[Size]
+
+
+class PatchJson(TypedDict):
+    """One attribute of a module that carries a size."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    module: Name
+    name: Annotated[str, Field(pattern=r"^[^\W\d_]\w{0,199}$")]
+    place: Annotated[list[Size], Field(max_length=16)]
+    old: Annotated[int, Field(ge=-(2**40), le=2**40)]
+    new: Annotated[int, Field(ge=-(2**40), le=2**40)]
+
+
+class RoundJson(TypedDict):
+    """What one pruning removed."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    cuts: list[CutJson]
+    patches: list[PatchJson]
+    about: dict[str, Any]
+
+
+BaseJson = TypedDict("BaseJson", {"class": Name, "shapes": Hash})
+BaseJson.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
+
+
+class SurgeryJson(TypedDict):
+    """What channel pruning removed from a module; see `torchslim.surgery`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    version: Annotated[int, Field(ge=1)]  # a newer one is named where the record is used
+    base: BaseJson
+    rounds: Annotated[list[RoundJson], Field(max_length=10_000)]
+
+
+def _wrong_manifest(manifest: ManifestJson) -> str | None:
+    outside = next((name for name in manifest["files"] if not FILE.fullmatch(name) or RESERVED.fullmatch(name)), None)
+    if outside is not None:
+        return f"it names a file outside its folder: {shorten(outside)}"
+    program = [key for key in ("runtime", "threads", "spec", "quantized") if key in manifest]
+    if program and len(program) < 4:
+        return f"it has {', '.join(program)}, but not all that a program needs"
+    weights = [key for key in ("aliases", "channels_last") if key in manifest]
+    if len(weights) != (2 if "weights.safetensors" in manifest["files"] else 0):
+        return "its weights are not described"
+    if ("mask_shapes" in manifest) != ("masks.safetensors" in manifest["files"]):
+        return "its masks are not described"
+    return _wrong_spec(manifest["spec"]) if "spec" in manifest else None
+
+
+def _wrong_spec(spec: SpecJson) -> str | None:
+    for key in ("inputs", "outputs"):
+        message = sound(spec[key])
+        if message is not None:
+            return f"spec.{key}: {message}"
+    named = spec["inputs"].get("dict")
+    if not isinstance(named, dict) or set(named) != set(spec["kinds"]):
+        return "spec.kinds names other inputs than spec.inputs"
+    if not set(spec.get("optional", [])) <= set(named):
+        return "spec.optional names unknown inputs"
+    forms = {"varargs": "tuple", "varkwargs": "dict"}
+    odd = [name for name, kind in spec["kinds"].items() if kind in forms and forms[kind] not in named[name]]
+    if odd or list(spec["kinds"].values()).count("varargs") > 1 or list(spec["kinds"].values()).count("varkwargs") > 1:
+        return "spec.kinds does not fit spec.inputs"
+    if any(tensors_of(named[name]) for name in spec.get("optional", [])):
+        return "spec.optional names inputs that are tensors"
+    if not len(spec["sizes"]) == len(spec["dtypes"]) == tensors_of(spec["inputs"]):
+        return "spec.sizes, spec.dtypes and spec.inputs are of different numbers of tensors"
+    return None
+
+
+MANIFEST = Schema[ManifestJson](ManifestJson, "artifact.json", ArtifactError, limits=LIMITS, also=_wrong_manifest)
+SURGERY = Schema[SurgeryJson](SurgeryJson, "surgery.json", ArtifactError, limits=LIMITS)
+
+
+def parse_manifest(data: bytes, what: str) -> ManifestJson:
+    """The manifest of an artifact, checked against its own digest.
+
+    Raises:
+        ArtifactError: damaged, not torchslim's, of a newer format, or changed since it was saved.
+    """
+    raw = parse_json(data, what, ArtifactError, limits=LIMITS)
+    version = raw.get("version") if isinstance(raw, dict) and raw.get("format") == FORMAT else None
+    if type(version) is not int:
+        raise ArtifactError(f"{what} is damaged or not torchslim's: it has no format and version; copy it again")
+    if version > VERSION:
+        raise ArtifactError(f"{what} has format version {version}, this torchslim reads up to {VERSION}; upgrade it")
+    if raw.get("digest") != manifest_digest(raw):
+        raise ArtifactError(f"{what} was truncated or changed since it was saved; copy the artifact again")
+    return MANIFEST.parse(data, what)
+
+
+def manifest_digest(manifest: Any) -> str:
+    """The digest of all that a manifest says, without the digest itself and its signature."""
+    return digest({key: value for key, value in manifest.items() if key not in ("digest", "signature")})
+
+
+def checked_manifest(manifest: Any) -> ManifestJson:
+    """The same for a manifest that is about to be written."""
+    return MANIFEST.check(manifest)

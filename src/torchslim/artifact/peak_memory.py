@@ -1,0 +1,60 @@
+"""How much memory a deployed model takes where it ships: measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+
+from torchslim.artifact.storage import write_artifact
+from torchslim.errors import DeployError
+from torchslim.runtimes import Deployed
+
+RUNS = 3
+
+PROGRAM = """
+import json, resource, sys
+
+def peak():
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return largest if sys.platform == "darwin" else largest * 1024
+
+import torchslim as ts
+from torchslim.artifact.storage import open_artifact
+from torchslim.artifact.latency import resized
+
+folder, threads, runtime, runs = json.loads(sys.argv[1])
+warm = ts.deploy(__import__("torch").nn.Linear(1, 1), (__import__("torch").ones(1, 1),), runtime=runtime)
+warm.run(list(warm.example))  # the runtime's own code and arenas are there before
+before = peak()
+deployed = ts.load(folder, threads=threads, trusted=True)
+leaves = resized(deployed)
+for _ in range(runs):
+    deployed.run(leaves)
+print(json.dumps(peak() - before))
+"""
+
+
+def peak_memory(deployed: Deployed) -> int:
+    """Bytes by which loading a deployed model and running it, a sample a call, raises the peak of a fresh process.
+
+    The runtime itself is loaded before, with a model of one weight.
+
+    Raises:
+        DeployError: the process failed; says how.
+    """
+    with tempfile.TemporaryDirectory(prefix="torchslim-") as folder:
+        write_artifact(folder, deployed=deployed)
+        given = json.dumps([folder, deployed.threads, deployed.runtime, RUNS])
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, given], capture_output=True, text=True, check=False
+        )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise DeployError(f"the memory of the model could not be measured: its process ended with {last}")
+    return int(json.loads(done.stdout.strip().splitlines()[-1]))

@@ -1,0 +1,107 @@
+"""A module's weights, masks and surgery as bytes, and back into a module: safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from torchslim.core.archives import read_tensors
+from torchslim.core.isolation import copy_model, is_plain
+from torchslim.errors import ArtifactError, PruneError
+from torchslim.prune.structured.record import difference, rebuild, shapes, surgery
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def pack_state(module: nn.Module) -> tuple[bytes, dict[str, str], list[str]]:
+    """Contiguous tensors, each storage once; the other names of tied ones; and which were channels-last."""
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    channels_last: list[str] = []
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ArtifactError(f"the model's state {name!r} is a {type(value).__name__}, only tensors can be saved")
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), tuple(value.stride()))
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        layout = CHANNELS_LAST.get(value.dim())
+        if layout and not value.is_contiguous() and value.is_contiguous(memory_format=layout):
+            channels_last.append(name)
+        state[name] = value.detach().cpu().contiguous().clone()
+    return save_tensors(state), aliases, channels_last
+
+
+def restore(
+    module: nn.Module, weights: bytes, manifest: Mapping[str, Any], record: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A saved state in a module of the same architecture, or of that from before its surgery.
+
+    Raises:
+        ArtifactError: the module is another one; names the difference.
+    """
+    state = read_tensors(weights, "weights.safetensors")
+    tied: Mapping[str, str] = manifest["aliases"]
+    unknown = [first for first in tied.values() if first not in state] + [name for name in tied if name in state]
+    if unknown:
+        raise ArtifactError(f"the manifest ties {unknown[0]!r}, which is not in the weights so; save the model again")
+    state |= {name: state[first] for name, first in tied.items()}
+    odd = [name for name in manifest["channels_last"] if name not in state or state[name].dim() not in CHANNELS_LAST]
+    if odd:
+        raise ArtifactError(f"the manifest calls {odd[0]!r} channels-last, which it cannot be; save the model again")
+    wanted = {name: list(value.shape) for name, value in state.items()}
+    if difference(shapes(module), wanted) and not is_plain(module):
+        module, _ = copy_model(module)  # what was saved had its masks of torch.nn.utils.prune as zeros
+    if record is not None:
+        try:
+            module = rebuild(module, record, wanted, tied)
+        # a record that does not fit the module: names of parts, dimensions and sizes that it lacks
+        except (PruneError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise ArtifactError(f"the saved surgery cannot be done: {error}") from error
+    misfit = difference(shapes(module), wanted)
+    if misfit:
+        raise ArtifactError(f"the factory's model does not fit the saved weights; {misfit}")
+    try:
+        _fill(module, state, manifest["channels_last"])
+    except (RuntimeError, TypeError) as error:  # numbers of a type that the module's tensors cannot have
+        raise ArtifactError(f"the saved weights cannot be put into the factory's model: {error}") from error
+    return module
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], channels_last: Sequence[str]) -> None:
+    own = module.state_dict(keep_vars=True)
+    holders: dict[int, str] = {}
+    for name, tensor in own.items():
+        first = holders.setdefault(id(tensor), name)
+        if first != name and not torch.equal(state[first], state[name]):
+            raise ArtifactError(
+                f"the factory's model ties {first!r} and {name!r}, which differ in the saved weights; untie them"
+            )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
+            if name in channels_last:
+                tensor.data = tensor.data.contiguous(memory_format=CHANNELS_LAST[tensor.dim()])
+    module.load_state_dict(state)
+
+
+def pack_surgery(module: nn.Module) -> bytes | None:
+    """What channel pruning removed from a module, as JSON; None where it never did."""
+    found = surgery(module)
+    return None if found is None else (json.dumps(found, indent=1, allow_nan=False) + "\n").encode()
+
+
+def pack_masks(masks: Mapping[str, Tensor]) -> tuple[bytes, dict[str, list[int]]]:
+    """Masks as packed bits, eight weights a byte, and their shapes."""
+    packed = {
+        name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool))) for name, mask in masks.items()
+    }
+    return save_tensors(packed), {name: list(mask.shape) for name, mask in masks.items()}

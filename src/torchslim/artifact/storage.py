@@ -1,0 +1,445 @@
+"""What is saved can be loaded: weights as safetensors, programs beside them, the rest JSON, every file hashed.
+
+artifact.json         format version, runtime, how the model is called, SHA-256 of every other file
+model.onnx, .xml ...  the runtime's file or files, and the exported program, model.pt2
+weights.safetensors   the module's state, for `load_module`; masks.safetensors: packed bits
+surgery.json          which channels were removed from the module that the factory makes
+example.npz           example inputs and the outputs they gave
+bench.py              times the model where torchslim is not installed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchslim.artifact.deployment import alike, new_notes, verified
+from torchslim.artifact.latency import Timings
+from torchslim.artifact.manifest import FORMAT, LIMITS, VERSION, checked_manifest, manifest_digest, parse_manifest
+from torchslim.artifact.manifest import SURGERY as SURGERY_SCHEMA
+from torchslim.artifact.signing import Key, sign, verify
+from torchslim.artifact.state import pack_masks, pack_state, pack_surgery, restore
+from torchslim.artifact.writing import MANIFEST, is_file, replace_files
+from torchslim.core.archives import read_arrays, read_masks
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.files import bundle, sha256
+from torchslim.core.folder_lock import reading
+from torchslim.core.hardware import describe_machine, instruction_set
+from torchslim.core.isolation import quiet, warn
+from torchslim.core.schema import read_file, shorten
+from torchslim.core.step import Inputs
+from torchslim.core.terminal import printable
+from torchslim.core.usable import usable
+from torchslim.errors import ArtifactError, TorchslimError
+from torchslim.graph.export import Captured
+from torchslim.graph.io_structure import build
+from torchslim.quantize import QuantizedModule
+from torchslim.runtimes import RUNTIMES, Deployed, Spec, find_runtime
+from torchslim.runtimes.base import as_array
+from torchslim.runtimes.pt2 import load_program, operators_of
+
+PROGRAM = "model.pt2"
+WEIGHTS, MASKS = "weights.safetensors", "masks.safetensors"
+SURGERY = "surgery.json"
+BENCH = Path(__file__).parent / "bench_script.py"
+MANIFEST_BYTES = LIMITS.size_bytes
+FILE_BYTES = 2**42
+
+
+@checks_arguments(ArtifactError)
+def save(
+    model: nn.Module | Deployed,
+    folder: str | Path,
+    *,
+    example_inputs: Inputs | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    key: Key | None = None,
+) -> Path:
+    """Save a module or a deployed model.
+
+    A module's weights are saved for `load_module`; with `example_inputs` its program is saved too, for `load`. A
+    deployed model is saved with its runtime's file, and loads with `load`.
+
+    Args:
+        model: what to save.
+        folder: a new or an empty one, or one that holds an artifact, which is replaced.
+        example_inputs: of the module, to save its program.
+        masks: weights that stay zero, by parameter name.
+        key: a private key of Ed25519 that signs the manifest, and so all files: the path or the bytes of a PEM file, or
+            a key object of `cryptography`.
+
+    Raises:
+        ArtifactError: the folder holds something else, or `key` is no private key.
+        StorageError: the disk is full; what was there before is kept.
+    """
+    if isinstance(model, Deployed):
+        confirm(folder, model, write_artifact(folder, deployed=model, masks=masks, key=key))
+        return Path(folder)
+    model = usable(model, ArtifactError)
+    quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
+    if example_inputs is None:
+        if quantized:
+            raise ArtifactError(
+                "a quantized model is saved as a program, no factory makes it again; give save(..., example_inputs=...)"
+            )
+        write_artifact(folder, module=model, masks=masks, key=key)
+        return Path(folder)
+    deployed = verified(model, lambda each: find_runtime("eager").compile(each, example_inputs))
+    for note in new_notes(model, deployed):
+        warn(note)
+    write_artifact(folder, deployed=deployed, module=None if quantized else model, masks=masks, key=key)
+    return Path(folder)
+
+
+def confirm(folder: str | Path, deployed: Deployed, digest: str) -> None:
+    """Load the quantized model that was just written, and ask both for the answers to the example.
+
+    Args:
+        folder: where it was written.
+        deployed: what was written.
+        digest: of its manifest. Where another process has saved there since, it is its artifact, and its to confirm.
+
+    Raises:
+        ArtifactError: they differ.
+    """
+    if not deployed.quantized or not deployed.suffixes:
+        return
+    opened = _opened(folder, None, None)
+    if opened.manifest["digest"] != digest:
+        return
+    loaded = load_opened(opened, trusted=True)  # machine code, where it is such, was just written here
+    if not alike(deployed, loaded):
+        raise ArtifactError(
+            f"what was saved to {folder} answers otherwise than the model on {deployed.runtime!r} did; save it "
+            "for another runtime"
+        )
+
+
+def write_artifact(
+    folder: str | Path,
+    *,
+    deployed: Deployed | None = None,
+    module: nn.Module | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, bytes] | None = None,
+    key: Key | None = None,
+) -> str:
+    """Write an artifact folder, in the place of the artifact that is there; other files in it stay.
+
+    Everything is written beside first and then renamed, the manifest last: on a full disk the old artifact is kept,
+    and a folder that has a manifest is whole.
+
+    Returns:
+        The digest of the manifest, and so of all files, as they were meant to be.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; name a folder to save to")
+    files: dict[str, bytes] = dict(extra or {})
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "machine": describe_machine()}
+    if deployed is not None:
+        files |= _deployed_files(deployed)
+        manifest |= {
+            "runtime": deployed.runtime,
+            "threads": deployed.threads,
+            "spec": deployed.spec.to_json(),
+            "quantized": deployed.quantized,
+        }
+    if module is not None:
+        files[WEIGHTS], manifest["aliases"], manifest["channels_last"] = pack_state(module)
+        record = pack_surgery(module)
+        if record is not None:
+            files[SURGERY] = record
+    if masks:
+        files[MASKS], manifest["mask_shapes"] = pack_masks(masks)
+    manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    manifest["digest"] = manifest_digest(manifest)
+    if key is not None:
+        manifest["signature"] = sign(manifest["digest"], key)
+    checked_manifest(manifest)  # what could not be read is not written
+    replace_files(folder, files, manifest)
+    return str(manifest["digest"])
+
+
+@checks_arguments(ArtifactError)
+def load(
+    folder: str | Path,
+    *,
+    runtime: str | None = None,
+    threads: int | None = None,
+    trusted: bool = False,
+    public_key: Key | None = None,
+) -> Deployed:
+    """Load a saved model for use; outputs are bitwise those of the model that was saved.
+
+    Nothing is unpickled, and every file is checked against its SHA-256. With `runtime`, the saved program is
+    compiled for another runtime than the one it was saved for.
+
+    Args:
+        folder: what `save` wrote.
+        runtime: None takes the one that it was saved for.
+        threads: None takes those that it was saved with.
+        trusted: load a file of machine code too (runtime "aoti"): whoever made the artifact can do here what you can.
+            A model of OpenVINO is then not tried in a child process first.
+        public_key: refuse an artifact that was not saved with the private key of this one: the path or the bytes of a
+            PEM file, or a key object of `cryptography`. None takes unsigned artifacts too, and checks no signature.
+
+    Raises:
+        ArtifactError: no artifact, a newer format, a changed or missing file, nothing that runs, machine code that is
+            not trusted, or one that is not signed by the key.
+        RuntimeUnavailable: the artifact's runtime is not installed.
+    """
+    opened = _opened(folder, public_key, runtime)
+    return load_opened(opened, runtime=runtime, threads=threads, trusted=trusted)
+
+
+def _opened(folder: str | Path, public_key: Key | None, runtime: str | None) -> Opened:
+    """A checked artifact, with all in memory that is needed to load it: another may be saved in its place meanwhile."""
+    with reading(Path(folder)):
+        opened = open_artifact(folder, public_key=public_key)
+        own = opened.manifest.get("runtime")
+        stored = own is not None and own in RUNTIMES and runtime in (None, own)
+        kept = [f"model{suffix}" for suffix in find_runtime(str(own)).suffixes] if stored else []
+        opened.read_ahead("example.npz", *(kept or [PROGRAM]))
+    return opened
+
+
+def load_opened(
+    opened: Opened,
+    *,
+    runtime: str | None = None,
+    threads: int | None = None,
+    trusted: bool = False,
+    compiled_again: bool = False,
+) -> Deployed:
+    """As `load`, of an artifact that was checked already; `compiled_again`: from its program, not from the file."""
+    folder, manifest = opened.folder, opened.manifest
+    if "spec" not in manifest:
+        raise ArtifactError(f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)")
+    spec = Spec(**manifest["spec"])
+    if runtime is None and manifest["runtime"] not in RUNTIMES:
+        raise ArtifactError(
+            f"{folder} was saved for the runtime {shorten(manifest['runtime'])}, which this torchslim does not have; "
+            "name another: ts.load(..., runtime=...)"
+        )
+    chosen = find_runtime(runtime or manifest["runtime"])
+    stored = chosen.read is not None and chosen.name == manifest["runtime"] and not compiled_again
+    if stored and chosen.native:
+        _check_native(folder, spec, trusted)
+    if manifest["quantized"] and spec.instruction_set != instruction_set():
+        warnings.warn(
+            f"{folder} was quantized for {printable(spec.instruction_set)}, this machine has {instruction_set()}: int8 "
+            "may be slower here, and without VNNI less accurate; quantize again on such a machine",
+            stacklevel=3,
+        )
+    threads = threads or manifest["threads"]
+    example = opened.example()
+    payload: bytes | None = None
+    with quiet():
+        try:
+            if chosen.read is not None and stored:
+                files = {suffix: opened.read(f"model{suffix}") for suffix in chosen.suffixes}
+                if chosen.check is not None:
+                    chosen.check(files)
+                if chosen.trial is not None and not (trusted or opened.signed):
+                    chosen.trial(files, example)
+                payload = bundle(files) if chosen.beside else next(iter(files.values()))
+                session = chosen.read(payload, spec, threads)
+            else:
+                session, payload = chosen.make(_recaptured(opened, spec, example), spec, threads)
+        except TorchslimError:
+            raise
+        except Exception as error:
+            raise ArtifactError(
+                f"{folder} cannot be loaded on runtime {chosen.name!r}: {type(error).__name__}: {str(error)[:300]}; "
+                "save the model again"
+            ) from error
+    return Deployed(
+        session, spec, runtime=chosen.name, threads=threads, payload=payload, example=example,
+        program=lambda: opened.read(PROGRAM), quantized=manifest["quantized"], no_file=chosen.no_file,
+        suffixes=chosen.suffixes,
+    )  # fmt: skip
+
+
+def _check_native(folder: str | Path, spec: Spec, trusted: bool) -> None:
+    """Machine code: it must be trusted, and for such a processor."""
+    if not trusted:
+        raise ArtifactError(
+            f"{folder} holds machine code, which can do anything when it is loaded; if you trust who made it, load it "
+            "with trusted=True, else with runtime='inductor', which compiles its program here"
+        )
+    if spec.instruction_set != instruction_set():
+        raise ArtifactError(
+            f"{folder} holds machine code for {spec.instruction_set}, this machine has {instruction_set()}; load it "
+            "with runtime='inductor', which compiles its program here"
+        )
+
+
+@checks_arguments(ArtifactError)
+def load_module(folder: str | Path, factory: Callable[[], nn.Module], *, public_key: Key | None = None) -> nn.Module:
+    """A module from `factory` with the saved weights, in their saved precision.
+
+    Args:
+        folder: what `save` wrote.
+        factory: makes the model as it was before channels were pruned, the removal is done again on it; or one of the
+            pruned architecture. Its weights do not matter. What it returns is taken over.
+        public_key: as of `load`.
+
+    Raises:
+        ArtifactError: when the factory's model has other parameters than the saved one; names them.
+    """
+    with reading(Path(folder)):
+        opened = open_artifact(folder, public_key=public_key)
+        opened.read_ahead(WEIGHTS, SURGERY)
+    return opened.into(factory())
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checked artifact; `signed`: by the key that was asked for.
+
+    What was read `ahead` is given out once from memory, and then read from the folder.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    ahead: dict[str, bytes] = field(default_factory=dict)
+    signed: bool = False
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes, checked again: what is used is what was hashed."""
+        if name not in self.manifest["files"]:
+            raise ArtifactError(f"{self.folder} lists no {name}; it was saved without it")
+        if name in self.ahead:
+            return self.ahead.pop(name)
+        data = read_file(self.folder / name, ArtifactError, size_bytes=FILE_BYTES, links=False)
+        if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
+            raise ArtifactError(f"{self.folder / name} was changed since the artifact was opened; load it again")
+        return data
+
+    def read_ahead(self, *names: str) -> None:
+        """Have files in memory, as far as the artifact has them."""
+        self.ahead.update({name: self.read(name) for name in names if name in self.manifest["files"]})
+
+    def into(self, module: nn.Module) -> nn.Module:
+        """The saved module, made from one of its kind; see `load_module`."""
+        if WEIGHTS not in self.manifest["files"]:
+            raise ArtifactError(f"{self.folder} holds no weights, only a program; use ts.load(folder)")
+        record = None
+        if SURGERY in self.manifest["files"]:
+            record = SURGERY_SCHEMA.parse(self.read(SURGERY), str(self.folder / SURGERY))
+        return restore(module, self.read(WEIGHTS), self.manifest, record)
+
+    def example(self) -> list[Tensor]:
+        """The example inputs, of the types and sizes that the spec has."""
+        what, spec = f"{self.folder}/example.npz", self.manifest["spec"]
+        arrays = read_arrays(self.read("example.npz"), what)
+        found = []
+        for index, (dtype, sizes) in enumerate(zip(spec["dtypes"], spec["sizes"], strict=True)):
+            array = arrays.get(f"in{index:03d}")
+            if (
+                array is None
+                or len(array.shape) != len(sizes)
+                or any(size not in (None, own) for size, own in zip(sizes, array.shape, strict=True))
+            ):
+                raise ArtifactError(f"{what} cannot be read: it does not fit the sizes of the model's inputs")
+            try:
+                found.append(torch.from_numpy(array).to(getattr(torch, dtype)))
+            except (TypeError, RuntimeError, AttributeError) as error:
+                raise ArtifactError(f"{what} cannot be read: {error}; save it again") from error
+        return found
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks, by parameter name."""
+        if MASKS not in self.manifest["files"]:
+            return {}
+        return read_masks(self.read(MASKS), self.manifest["mask_shapes"], f"{self.folder}/{MASKS}")
+
+
+def open_artifact(folder: str | Path, *, public_key: Key | None = None) -> Opened:
+    """Check a folder's manifest, its signature where a key is given, and every file it lists."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not a torchslim artifact: it has no {MANIFEST}")
+    manifest = parse_manifest(read_file(path, ArtifactError, size_bytes=MANIFEST_BYTES, links=False), str(path))
+    if public_key is not None:
+        verify(manifest["digest"], manifest.get("signature"), public_key, str(folder))
+    for name, expected in manifest["files"].items():
+        inside = folder / name
+        if inside.is_symlink():
+            raise ArtifactError(f"{path} names a file outside its folder: {name!r} is a link; copy what it points to")
+        if not is_file(inside):
+            raise ArtifactError(f"{folder} is incomplete: {name} is missing; copy it again")
+        if sha256(inside) != expected:
+            raise ArtifactError(f"{folder / name} was truncated or changed since it was saved; copy it again")
+    return Opened(folder, dict(manifest), signed=public_key is not None)
+
+
+def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
+    """Rows for `torchslim bench`: latency and speed-up over the first artifact."""
+    rows = []
+    for name in timings.rounds:
+        latency, ratio = timings.latency(name), timings.speedup(name, first)
+        rows.append(
+            {
+                "artifact": name,
+                "latency_ms": {
+                    "median": latency.median,
+                    "p10": latency.p10,
+                    "p90": latency.p90,
+                    "rounds": latency.rounds,
+                },
+                "speedup": {
+                    "median": ratio.median,
+                    "p10": ratio.p10,
+                    "p90": ratio.p90,
+                    "verdict": ratio.verdict,
+                },
+            }
+        )
+    return rows
+
+
+def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
+    files = {PROGRAM: deployed.program()}
+    files |= {f"model{suffix}": data for suffix, data in deployed.files.items()}
+    arrays = {f"in{index:03d}": as_array(leaf) for index, leaf in enumerate(deployed.example)}
+    outputs = deployed.run(deployed.example)
+    arrays |= {f"out{index:03d}": as_array(leaf) for index, leaf in enumerate(outputs)}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return files | {"example.npz": buffer.getvalue(), "bench.py": bench_script([files[PROGRAM]])}
+
+
+def bench_script(programs: Iterable[bytes]) -> bytes:
+    """The script that times the models of a folder; of these programs it calls the operators that they have now."""
+    known = sorted({name for program in programs for name in operators_of(program)})
+    text = BENCH.read_text()
+    empty = "OPERATORS: tuple[str, ...] = ()"
+    assert text.count(empty) == 1, "bench.py has one place for the operators"
+    lines = "".join(f"    {name!r},\n" for name in known)
+    return text.replace(empty, f"OPERATORS: tuple[str, ...] = (\n{lines})" if known else empty).encode()
+
+
+def _recaptured(opened: Opened, spec: Spec, example: list[Tensor]) -> Captured:
+    """What a runtime without files compiles from: the saved program."""
+    return Captured(
+        program=load_program(io.BytesIO(opened.read(PROGRAM))),
+        names=tuple(spec.kinds),
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        classes={},
+        example=build(spec.inputs, example),
+        given=build(spec.inputs, example),
+        batch_axis=spec.batch_axis,
+    )

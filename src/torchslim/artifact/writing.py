@@ -1,0 +1,109 @@
+"""Writing an artifact's files in the place of those of the artifact that is there, and of no others.
+
+Everything is written beside first and then renamed, the manifest last: on a full disk the old artifact is kept, and a
+folder that has a manifest is whole. What goes away are files whose names and hashes the old manifest has; what a
+manifest says of other files, or of places outside of its folder, is not believed.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torchslim.artifact.manifest import LIMITS, parse_manifest
+from torchslim.core.files import TEMPORARY, sha256, write_bytes, write_json
+from torchslim.core.folder_lock import writing
+from torchslim.core.schema import read_file
+from torchslim.errors import ArtifactError, StorageError
+
+MANIFEST = "artifact.json"
+STAGING = ".saving"
+OURS = re.compile(
+    r"artifact\.json|model(\.aoti)?\.(pt2|onnx|xml|bin|pte)|(weights|masks)\.safetensors|surgery\.json|example\.npz|"
+    rf"bench\.py|run\.json|report\.html|{re.escape(TEMPORARY)}.*"
+)
+"""Names that a save that was killed leaves in its staging folder."""
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+    """Put `files` and their manifest into a folder.
+
+    Others that save there, or read, wait until it is done.
+
+    Raises:
+        ArtifactError: the folder holds something else.
+        StorageError: the disk is full, or another process is saving there; what was there before is kept.
+    """
+    try:
+        with writing(folder):
+            # not before: what another process is just saving would look like somebody else's files
+            if any(folder.iterdir()) and not _ours(folder):
+                raise ArtifactError(
+                    f"{folder} holds something that torchslim did not save; name an empty or a new folder"
+                )
+            _clear_staging(folder)
+            staging = Path(tempfile.mkdtemp(dir=folder, prefix=f"{STAGING}-"))
+            try:
+                for name, data in files.items():
+                    write_bytes(staging / name, data)
+                write_json(staging / MANIFEST, manifest)
+                old = {name: value for name, value in _listed(folder).items() if name not in files}
+                # from here on nothing is written, only renamed
+                (folder / MANIFEST).unlink(missing_ok=True)
+                for name in (*files, MANIFEST):
+                    (staging / name).replace(folder / name)
+                for name, value in old.items():  # a stale model.onnx would be taken for this model
+                    if is_file(folder / name) and sha256(folder / name) == value:
+                        (folder / name).unlink(missing_ok=True)
+            finally:
+                _clear(staging)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+
+
+def is_file(path: Path) -> bool:
+    """Is there an ordinary file, and no link to one?"""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _ours(folder: Path) -> bool:
+    """Did a save, be it one that was killed, or a run leave what is in the folder?"""
+    return (
+        (folder / MANIFEST).is_file()
+        or any(each.is_dir() and not each.is_symlink() for each in folder.glob(f"{STAGING}*"))
+        or (folder / "run.json").is_file()
+        or (folder / "work").is_dir()
+    )
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Hashes of the files of the artifact that is in a folder; none where its manifest is damaged."""
+    try:
+        data = read_file(folder / MANIFEST, ArtifactError, size_bytes=LIMITS.size_bytes)
+        return dict(parse_manifest(data, MANIFEST)["files"])
+    except ArtifactError:
+        return {}
+
+
+def _clear_staging(folder: Path) -> None:
+    for each in folder.glob(f"{STAGING}*"):
+        _clear(each)
+
+
+def _clear(staging: Path) -> None:
+    """Delete a staging folder with the files that a save writes; one with other files stays."""
+    if staging.is_symlink() or not staging.is_dir():
+        return
+    for each in staging.iterdir():
+        if OURS.fullmatch(each.name) and is_file(each):
+            each.unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something else, which is not ours to delete
+        staging.rmdir()

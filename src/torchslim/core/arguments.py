@@ -1,0 +1,92 @@
+"""The arguments of public functions against what they declare: a wrong call says what to pass."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torchslim.core.checks import Misfit, Seed, Threads, fitting, got, shown, types_of
+from torchslim.errors import TorchslimError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NAMED: Mapping[str, Any] = {"threads": Threads | None, "seed": Seed}  # what these are called everywhere
+TREES = ("example_inputs",)  # arguments that hold tensors, of which none may be empty or without values
+
+
+def checks_arguments(error: type[TorchslimError]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: every argument must be of its declared type, models without NaN, and inputs not empty.
+
+    The values themselves reach the function as they are. What is wrong raises `error`, by the argument's name.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            hints = types_of(function)
+            given = signature.bind(*args, **kwargs).arguments  # a missing or unknown argument is a TypeError, as ever
+            for name, value in given.items():
+                if value is not signature.parameters[name].default:
+                    _check(value, NAMED.get(name, hints.get(name, Any)), name, error)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _check(value: Any, kind: Any, name: str, error: type[TorchslimError]) -> None:
+    if isinstance(value, nn.Module):
+        check_weights(value, error, name)
+    if name in TREES:
+        _check_inputs(value, name, error)
+        return
+    if kind is nn.Module and type(value).__module__.startswith("torch.") and callable(value):
+        return  # a compiled or exported program: the function itself says what to give in its place
+    try:
+        fitting(value, kind)
+    except Misfit as misfit:
+        hint = "; give the trained module" if kind is nn.Module and not isinstance(value, type) else ""
+        raise error(f"{name} {misfit}, {got(value)}{hint}") from misfit
+
+
+def check_weights(model: nn.Module, error: type[TorchslimError], name: str = "model") -> None:
+    """Raise for a weight that is not a number: nothing that is computed from it is."""
+    for path, weight in model.named_parameters():
+        if is_lazy(weight) or weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            continue
+        if bool(weight.detach().isnan().any()):
+            raise error(
+                f"{name}: the weight {path!r} holds NaN; give a model whose weights are numbers, such as an earlier "
+                "checkpoint"
+            )
+
+
+def _check_inputs(value: Any, name: str, error: type[TorchslimError]) -> None:
+    if not isinstance(value, (tuple, list, Mapping)):
+        hint = "(x,)" if isinstance(value, Tensor) else "a tuple of positional or a dict of keyword arguments"
+        raise error(f"{name} must be a tuple or a dict of what the model is called with, {got(value)}; give {hint}")
+    for place, each in _leaves(value):
+        if isinstance(each, Tensor) and each.is_meta:
+            raise error(f"{name}{place} is on the meta device and has no values; give a tensor with values")
+        if isinstance(each, Tensor) and each.dim() and not each.numel():
+            raise error(f"{name}{place} is empty, got {shown(each)}; give at least one sample")
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _leaves(each, f"{place}[{shown(key)}]")
+    elif isinstance(value, (tuple, list)):
+        for number, each in enumerate(value):
+            yield from _leaves(each, f"{place}[{number}]")
+    else:
+        yield place, value

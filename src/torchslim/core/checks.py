@@ -1,0 +1,341 @@
+"""Values against the types that functions and dataclasses declare, in Python calls and in recipes alike.
+
+Numbers are checked beyond their type: a boolean is no number, NaN and infinity are refused, and so is what is larger
+than any sensible setting, by default `WHOLE` and `REAL`. `Annotated[float, Range(low, high)]` sets a field's limits.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+from torchslim.core.terminal import printable
+from torchslim.errors import TorchslimError
+
+WHOLE, REAL = 10**9, 1e9  # the largest number that a field takes by default, of either sign
+TEXT, VALUES, DEPTH = 10_000, 10_000, 32  # characters of a text, entries of a list or a table, levels of them
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The lowest and the highest number that a field takes, in place of the default limits.
+
+    `least` is the smallest size of a number other than 0.
+    """
+
+    low: float
+    high: float
+    least: float = 0.0
+
+
+Divisor = Annotated[float, Range(-REAL, REAL, least=1e-30)]
+"""A number that others are divided by: quotients are finite in float32, even squared."""
+
+Seed = Annotated[int, Range(0, 10**12)]
+"""What random generators are seeded with; later steps and trainings count on from it."""
+
+Threads = Annotated[int, Range(1, 1024)]
+"""Of a deployment; more than any processor that this runs on has."""
+
+
+class Misfit(Exception):
+    """A value is not of a type; the message says what belongs there."""
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, on one line, without control characters."""
+    if not isinstance(value, type):  # torch is not imported for a message
+        if hasattr(value, "named_parameters"):
+            return f"the module {type(value).__name__}"
+        if hasattr(value, "is_meta") and hasattr(value, "shape"):
+            return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return f"a whole number of about {int(value.bit_length() * math.log10(2))} digits"
+    if inspect.isgenerator(value):
+        return "a generator"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    brief = _Brief()
+    brief.maxlevel, brief.maxstring, brief.maxother = 3, 60, 80
+    try:
+        text = brief.repr(value)
+    except Exception:  # noqa: BLE001 - the value's own repr is broken; its type says enough
+        text = f"a {type(value).__name__}"
+    return printable(text)[:300]
+
+
+def got(value: Any) -> str:
+    """The end of a message: what was passed, and where it is a class of modules, what to pass in its place."""
+    if isinstance(value, type) and hasattr(value, "named_parameters"):
+        return f"got {shown(value)}; make an instance: {value.__name__}(...)"
+    return f"got {shown(value)}"
+
+
+class _Brief(reprlib.Repr):
+    """Modules in a list by the name of their class: their own text has a line for every layer."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return f"{type(x).__name__}(...)" if hasattr(x, "named_parameters") else super().repr_instance(x, level)
+
+
+def fitting(value: Any, kind: Any) -> Any:
+    """The value as a declared type has it: whole numbers become floats, and lists tuples, where those are declared.
+
+    Raises:
+        Misfit: it is of another type, or beyond the limits.
+    """
+    return _fitting(value, kind, None, DEPTH)
+
+
+def _fitting(value: Any, kind: Any, limits: Range | None, depth: int) -> Any:
+    if depth < 0:
+        raise Misfit(f"must be nested at most {DEPTH} levels deep")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        own = next((each for each in kind.__metadata__ if isinstance(each, Range)), limits)
+        return _fitting(value, arguments[0], own, depth)
+    if origin in (Union, types.UnionType):
+        return _one_of(value, kind, arguments, limits, depth)
+    if kind in _PLAIN:
+        return _PLAIN[kind](value, limits)
+    if origin is tuple or origin in (list, Sequence):
+        items = _items(value, arguments if origin is tuple else (*(arguments or (Any,)), ...), limits, depth)
+        return items if origin is tuple else list(items)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return _table(value, arguments, limits, depth)
+    _check_member(value, kind, origin or kind, arguments)
+    return value
+
+
+def _check_member(value: Any, kind: Any, origin: Any, choices: Sequence[Any]) -> None:
+    """Of types whose values stay as they are: choices, functions and classes; whatever else is declared fits."""
+    if origin is Literal:
+        fits = any(type(value) is type(each) and value == each for each in choices)
+    elif kind is None or kind is type(None):
+        fits = value is None
+    elif origin is typing.get_origin(Callable[..., Any]):
+        fits = callable(value)
+    elif _is_call(origin):
+        fits = callable(value) and not isinstance(value, type)
+    elif isinstance(origin, type) and kind is not object:
+        try:
+            fits = isinstance(value, origin)
+        except TypeError:  # a protocol that cannot be checked at runtime
+            return
+    else:
+        return
+    if not fits:
+        raise Misfit(f"must be {described(kind)}")
+
+
+def _is_call(kind: Any) -> bool:
+    """Is it a protocol that declares a call and nothing else?"""
+    if not getattr(kind, "_is_protocol", False) or kind is typing.Protocol:
+        return False
+    return "__call__" in vars(kind) and all(each.startswith("_") for each in {*vars(kind), *_annotated(kind)})
+
+
+def _annotated(kind: type) -> Mapping[str, Any]:
+    return getattr(kind, "__annotations__", {})
+
+
+def _one_of(value: Any, kind: Any, members: Sequence[Any], limits: Range | None, depth: int) -> Any:
+    """By the first member that the value fits; of numbers, one that takes it as it is."""
+    if type(value) is int and int in members:
+        members = [each for each in members if each is not float]
+    reasons = []
+    for each in members:
+        try:
+            return _fitting(value, each, limits, depth)
+        except Misfit as misfit:
+            if _close(value, each):  # it is what was meant, and its own finding says more than the union's
+                reasons.append(str(misfit))
+    raise Misfit(reasons[0] if reasons else f"must be {described(kind)}")
+
+
+def _close(value: Any, kind: Any) -> bool:
+    origin = typing.get_origin(kind) or kind
+    if origin is typing.Annotated:
+        return _close(value, typing.get_args(kind)[0])
+    if kind in (int, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
+    return origin in (tuple, list, Sequence) and isinstance(value, (tuple, list))
+
+
+def _boolean(value: Any, limits: Range | None) -> bool:
+    if not isinstance(value, bool):
+        raise Misfit("must be true or false")
+    return value
+
+
+def _whole(value: Any, limits: Range | None) -> int:
+    low, high = (-WHOLE, WHOLE) if limits is None else (limits.low, limits.high)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise Misfit("must be a whole number")
+    if not low <= int(value) <= high:
+        raise Misfit(f"must be a whole number from {low:.12g} to {high:.12g}")
+    return int(value)
+
+
+def _real(value: Any, limits: Range | None) -> float:
+    low, high = (-REAL, REAL) if limits is None else (limits.low, limits.high)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise Misfit("must be a number")
+    try:
+        value = float(value)
+    except OverflowError as error:  # a whole number beyond all floats
+        raise Misfit(f"must be a number of at most {high:.12g}") from error
+    if not low <= value <= high:  # NaN neither
+        finite = "a finite number" if high < math.inf else "a number"
+        if limits is not None and not limits.least:
+            raise Misfit(f"must be {finite} from {low:.12g} to {high:.12g}")
+        raise Misfit(f"must be {finite}{f' of at most {high:.12g}' if math.isfinite(value) else ''}")
+    if limits is not None and 0 < abs(value) < limits.least:
+        raise Misfit(f"must be 0, or at least {limits.least:g} in size")
+    return value  # type: ignore[no-any-return]
+
+
+def _text(value: Any, limits: Range | None) -> str:
+    if not isinstance(value, str):
+        raise Misfit("must be text")
+    if len(value) > TEXT:
+        raise Misfit(f"must be text of at most {TEXT:,} characters")
+    if "\0" in value or not (value.isascii() or value.encode(errors="ignore").decode() == value):
+        raise Misfit("must be text of valid Unicode, without NUL")
+    return str(value)
+
+
+def _path(value: Any, limits: Range | None) -> Any:
+    if not isinstance(value, Path):
+        raise Misfit("must be a path")
+    _text(str(value), None)
+    return value
+
+
+_PLAIN: Mapping[Any, Callable[[Any, Range | None], Any]] = {
+    bool: _boolean, int: _whole, float: _real, str: _text, Path: _path,
+}  # fmt: skip
+
+
+def _items(value: Any, arguments: Sequence[Any], limits: Range | None, depth: int) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise Misfit("must be a list")
+    if len(value) > VALUES:
+        raise Misfit(f"must be a list of at most {VALUES:,} entries")
+    if arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise Misfit(f"must be a list of {len(arguments)}")
+        kinds = list(arguments)
+    else:
+        kinds = [arguments[0]] * len(value)
+    found = []
+    for number, (each, kind) in enumerate(zip(value, kinds, strict=True), 1):
+        try:
+            found.append(_fitting(each, kind, limits, depth - 1))
+        except Misfit as misfit:
+            raise Misfit(f"entry {number}, {shown(each)}, {misfit}") from misfit
+    return tuple(found)
+
+
+def _table(value: Any, arguments: Sequence[Any], limits: Range | None, depth: int) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise Misfit("must be a table of keys and values")
+    if len(value) > VALUES:
+        raise Misfit(f"must be a table of at most {VALUES:,} keys")
+    found = {}
+    for key, each in value.items():
+        try:
+            key = _fitting(key, arguments[0], None, depth - 1)
+        except Misfit as misfit:
+            raise Misfit(f"the key {shown(key)} {misfit}") from misfit
+        try:
+            found[key] = _fitting(each, arguments[1], limits, depth - 1)
+        except Misfit as misfit:
+            raise Misfit(f"entry {shown(key)}, {shown(each)}, {misfit}") from misfit
+    return found
+
+
+def described(kind: Any) -> str:
+    """A type in words: "a number, a list of text, or left out"."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return described(arguments[0])
+    if origin in (Union, types.UnionType):
+        return _or(list(dict.fromkeys(described(each) for each in arguments if each is not type(None))))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}" if len(arguments) > 1 else repr(arguments[0])
+    if kind is None or kind is type(None):
+        return "left out"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    if kind in words:
+        return words[kind]
+    origin = origin or kind
+    if not isinstance(origin, type):
+        return "of another type"
+    if origin is typing.get_origin(Callable[..., Any]):
+        return "a function"
+    if _is_call(origin):
+        return f"a function ({', '.join([*inspect.signature(origin.__call__).parameters][1:])})"
+    if issubclass(origin, Mapping):
+        return "a table" if not arguments else f"a table of {_several(described(arguments[1]))}"
+    if origin in (tuple, list, Sequence):
+        inner = [each for each in arguments if each is not Ellipsis]
+        return f"a list of {_several(described(inner[0]))}" if inner else "a list"
+    if written := getattr(origin, "written", ""):
+        return str(written)
+    name = origin.__name__
+    if (origin.__module__, name) == ("torch.nn.modules.module", "Module"):
+        return "an nn.Module"
+    return (
+        f"{name}(...)" if hasattr(origin, "__dataclass_fields__") else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+    )
+
+
+def _several(words: str) -> str:
+    return {"a number": "numbers", "a whole number": "whole numbers", "text": "texts"}.get(words, words)
+
+
+def _or(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+@functools.lru_cache(maxsize=512)
+def types_of(kind: type | Callable[..., Any]) -> Mapping[str, Any]:
+    """The declared types of a class's fields, or of a function's parameters, by name."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def check_fields(config: Any, error: type[TorchslimError], what: str = "", *, only: Sequence[str] = ()) -> None:
+    """Bring every field of a dataclass, or `only` some, to its declared type; messages begin with `what`.
+
+    Raises:
+        TorchslimError: of the type `error`, for a field of another type or beyond the limits.
+    """
+    hints = types_of(type(config))  # type: ignore[arg-type]  # a class is hashable
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if value is each.default or (only and each.name not in only):
+            continue
+        try:
+            found = fitting(value, hints[each.name])
+        except Misfit as misfit:
+            raise error(f"{what}{each.name} {misfit}, {got(value)}") from misfit
+        if found is not value:
+            object.__setattr__(config, each.name, found)

@@ -1,0 +1,286 @@
+"""The one abstraction: a step takes a model and returns a model, with the evidence of what it did."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from torchslim.core.checks import Seed, Threads, check_fields
+from torchslim.core.files import digest
+from torchslim.core.task import Task
+from torchslim.errors import RecipeError
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+"""Example inputs: a tuple of positional arguments or a dict of keyword arguments."""
+
+
+class Form(Enum):
+    """What can still be done with a model."""
+
+    MODULE = "module"  # an ordinary nn.Module: editable, trainable
+    QUANTIZED = "quantized"  # numbers fixed; only deploy, save and measure remain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord:
+    """What one step did to one layer, or why it left the layer alone."""
+
+    version: ClassVar[int] = 1
+
+    layer: str
+    action: Literal["pruned", "quantized", "trained", "refused"]
+    reason: str = ""
+    sparsity: float | None = None  # fraction of this layer's weights that are gone, or held at zero
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    sqnr_db: float | None = None  # of its output against float, errors of the layers before it included
+    kernel: str = ""  # what the target runtime computes it with
+    integer: bool | None = None  # does that kernel compute on integers?
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, RecipeError, "LayerRecord: ", only=[each.name for each in fields(self) if each.name != "sqnr_db"]
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A step's model and its evidence.
+
+    `masks` maps parameter names to boolean tensors of the parameter's shape, True where the weight is kept.
+    `history` holds one row per trained epoch.
+    """
+
+    model: nn.Module
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    layers: Sequence[LayerRecord] = ()
+    warnings: Sequence[str] = ()
+    history: Sequence[Mapping[str, float]] = ()
+    evidence: Mapping[str, Any] = field(default_factory=dict)  # whatever else was found out, as JSON, for the report
+
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "Outcome: ", only=("model", "masks", "layers", "warnings"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where the model will run. `threads` None leaves the choice to the runtime."""
+
+    runtime: str = "onnxruntime"
+    threads: Threads | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """On which devices training runs; the names are Lightning Fabric's.
+
+    Where several processes train (torchrun), `strategy` "ddp" gives each a copy of the model, and "fsdp" spreads
+    weights, gradients and the optimizer's state over them.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str = 1
+    strategy: str = "auto"
+    precision: str | None = None  # None: full precision on CPU, bf16 mixed where the device has it
+
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError)
+        if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
+            raise RecipeError(f"devices must be at least 1, or -1 for all, got {self.devices}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Progress: `phase` of the step runs at `current` of `total` (None: unknown)."""
+
+    step: str
+    phase: str
+    current: int = 0
+    total: int | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "Event: ", only=("step", "phase", "current", "total"))
+
+
+def ignore_progress(event: Event) -> None:
+    """The default progress callback: the library prints nothing."""
+
+
+Makers = Mapping[str, Callable[[], nn.Module | None]]
+"""What makes models, by their names; None: it cannot be made."""
+
+
+class Workbench(Protocol):
+    """What a runner lends to its steps: models on the target, as they will ship."""
+
+    def deploy(self, model: nn.Module) -> Callable[..., Any]:
+        """The model on the target runtime, called like the model."""
+        ...
+
+    def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:
+        """Time of each model over the reference's, both ended as the recipe ends, from paired rounds.
+
+        What a name stands for is made only when it is timed; where that gives None, it is left out. What was timed
+        before on this machine, under this name and for a reference of this structure, is not timed `again` unasked.
+        """
+        ...
+
+    def about(self, reference: nn.Module) -> Mapping[str, Any]:
+        """What times over a reference are times of, wherever they are taken: runtime, threads, and structure."""
+        ...
+
+
+CHECKED = ("task", "teacher", "example_inputs", "model", "target", "engine", "seed", "progress", "name", "state", "key")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """All that a step may look at besides the model."""
+
+    task: Task
+    teacher: nn.Module
+    example_inputs: Inputs
+    model: nn.Module | None = None  # what the run starts from, for `check`; None: the teacher has its architecture
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    target: Target = field(default_factory=Target)
+    engine: Engine = field(default_factory=Engine)
+    seed: Seed = 0
+    progress: Callable[[Event], None] = ignore_progress
+    name: str = "step"
+    state: Path | None = None  # folder for checkpoints inside the step; None: nothing to resume from
+    key: str = ""  # of the run up to this step: what it keeps in `state` is sealed with it
+    workbench: Workbench | None = None  # None outside of a run: then nothing can be measured on the target
+    priors: Mapping[str, float] = field(default_factory=dict)  # by layer, how much its changes are known to hurt
+
+    def __post_init__(self) -> None:
+        check_fields(self, RecipeError, "Context: ", only=CHECKED)
+
+
+@runtime_checkable
+class Step(Protocol):
+    """Implemented by frozen dataclasses, at once config, recipe schema and code.
+
+    A step may change the model that it is handed: the runner owns a copy.
+    """
+
+    accepts: ClassVar[Form]
+    produces: ClassVar[Form]
+
+    def check(self, ctx: Context) -> None:
+        """Raise for all that can be known before any work."""
+        ...
+
+    def __call__(self, model: nn.Module, ctx: Context) -> Outcome: ...
+
+
+def step_name(step: object) -> str:
+    """The name of a step in reports and messages: its class, in lower case."""
+    return type(step).__name__.lower()
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Raise RecipeError when a step gets a model in a form that it does not accept."""
+    form, producer = Form.MODULE, None
+    for index, step in enumerate(steps, 1):
+        if isinstance(step, type):
+            raise RecipeError(f"step {index} is the class {step.__name__}; make one: {step.__name__}(...)")
+        for attribute in ("accepts", "produces", "check"):
+            if not hasattr(step, attribute):
+                raise RecipeError(
+                    f"step {index} ({step_name(step)!r}) has no {attribute!r}; a step is a dataclass with "
+                    "accepts, produces, check(ctx) and __call__(model, ctx)"
+                )
+        if step.accepts is not form:
+            raise RecipeError(
+                f"step {index} ({step_name(step)!r}) needs a model in the form {step.accepts.value!r}, but step "
+                f"{producer} ({step_name(steps[producer - 1])!r}) leaves it {form.value!r}; move step {index} "
+                f"before step {producer}"
+                if producer
+                else f"step 1 ({step_name(step)!r}) accepts only a {step.accepts.value!r} model, but a run starts "
+                f"from a {form.value!r} one; put the step that makes it before"
+            )
+        if step.produces is not form:
+            form, producer = step.produces, index
+
+
+def canonical(value: Any) -> Any:
+    """A value as JSON that stays the same while its meaning does: what two runs are compared by.
+
+    Dataclasses become {"do": class, fields}, functions their name and a digest of their code, modules a digest of
+    their weights.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        name = f"{type(value).__module__}:{type(value).__qualname__}"
+        return {"do": name, **{each.name: canonical(getattr(value, each.name)) for each in fields(value)}}
+    if isinstance(value, Mapping):
+        return {str(key): canonical(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [canonical(each) for each in value]
+    if isinstance(value, nn.Module):
+        return {"module": type(value).__qualname__, "weights": fingerprint(value.state_dict())}
+    name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, functools.partial):
+        return {
+            "partial": canonical(value.func),
+            "args": canonical(value.args),
+            "keywords": canonical(value.keywords),
+        }
+    if isinstance(value, Tensor):
+        return {"tensor": fingerprint(value)}
+    code = getattr(value, "__code__", None)
+    if code is not None:
+        # what a closure has captured and its defaults decide what it does as much as its code
+        captured = [_cell(cell) for cell in value.__closure__ or ()]
+        return {
+            "function": name,
+            "code": _code(code),
+            "captured": captured,
+            "defaults": canonical(value.__defaults__),
+        }
+    state = getattr(value, "__dict__", None)
+    if state is None or isinstance(value, type):
+        return name
+    return {
+        "object": name,
+        "state": canonical({key: each for key, each in state.items() if each is not value}),
+    }
+
+
+def _code(code: Any) -> str:
+    constants = [_code(each) if hasattr(each, "co_code") else repr(each) for each in code.co_consts]
+    return digest(code.co_code, constants, list(code.co_names))
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return canonical(cell.cell_contents)
+    except (ValueError, RecursionError):  # an empty cell, or a function that captures itself
+        return None
+
+
+def fingerprint(tree: Any) -> str:
+    """A digest of all tensors in nested containers, and of the other leaves' text."""
+    leaves, structure = torch.utils._pytree.tree_flatten(tree)
+    parts: list[Any] = [str(structure)]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            data = leaf.detach().cpu().contiguous()
+            parts += [str(data.dtype), list(data.shape), data.flatten().view(torch.uint8).numpy().tobytes()]
+        else:
+            parts.append(str(leaf))
+    return digest(*parts)

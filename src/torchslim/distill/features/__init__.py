@@ -1,0 +1,1 @@
+"""Features of student and teacher: tapped, matched, aligned."""

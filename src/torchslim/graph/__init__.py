@@ -1,0 +1,1 @@
+"""A model as a graph: export, its inputs and outputs, its layers, rewriting."""

@@ -1,0 +1,1 @@
+"""One run of a recipe: its steps, stages, files and measurements."""

@@ -1,0 +1,342 @@
+"""recipe.toml: the steps of a run, validated before any data is loaded.
+
+model = "examples.fashion_mnist:resnet"     # package.module:callable, imported only because it is named here
+task = "examples.fashion_mnist:task"
+runtime = "onnxruntime"
+
+[[step]]
+do = "prune"                                # list order is run order; keys are the fields of the step
+sparsity = 0.5
+
+[[step]]
+do = "distill"
+epochs = 3
+response = { do = "kd", temperature = 4.0 }
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from torchslim.core.checks import Misfit, Seed, fitting, shown, types_of
+from torchslim.core.imports import foreign, resolve
+from torchslim.core.step import Engine, Step, Target, check_order
+from torchslim.core.task import Task
+from torchslim.distill import LOSSES, Distill
+from torchslim.distill.losses.registry import KINDS as LOSS_KINDS
+from torchslim.errors import RecipeError, TorchslimError
+from torchslim.pipeline.document import load_document, parse_toml, sound
+from torchslim.prune import Prune
+from torchslim.quantize import Quantize
+from torchslim.runtimes import find_runtime
+from torchslim.training.finetune import Finetune
+
+STEPS: Mapping[str, type] = {"prune": Prune, "finetune": Finetune, "distill": Distill, "quantize": Quantize}
+KINDS: Mapping[str, type] = {**STEPS, **LOSSES}  # whatever a table with `do` may be
+KEYS = ("model", "task", "teacher", "runtime", "threads", "seed", "engine", "sensitivity", "step")
+NAMED = ("model", "task", "teacher", "seed", "sensitivity")
+MADE: Mapping[str, type] = {"model": nn.Module, "task": Task, "teacher": nn.Module}
+RANGE = ("search", "log", "step")  # the keys of a range
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A parsed recipe; `model`, `task` and `teacher` are still names."""
+
+    model: str
+    task: str
+    steps: tuple[Step, ...]
+    teacher: str | None = None
+    target: Target = field(default_factory=Target)
+    seed: Seed = 0
+    engine: Engine = field(default_factory=Engine)
+    sensitivity: str | None = None  # the file of a `ts.sensitivity`
+
+    def load(self) -> tuple[nn.Module, Task, nn.Module | None]:
+        """Call what the recipe names: the model, the task and the teacher.
+
+        Raises:
+            RecipeError: a name that cannot be imported, or gives something else.
+        """
+        return made({"model": self.model, "task": self.task, "teacher": self.teacher})
+
+
+def made(document: Mapping[str, Any]) -> tuple[nn.Module, Task, nn.Module | None]:
+    """The model, the task and the teacher that a document names: what it names is imported, and called.
+
+    Raises:
+        RecipeError: a name that is missing, cannot be imported, fails, or gives something else.
+    """
+    made: Any = tuple(None if found is None else _called(found, spec, key) for key, spec, found in _named(document))
+    return made  # type: ignore[no-any-return]  # in the order of MADE
+
+
+def check_names(document: Mapping[str, Any]) -> None:
+    """Import what a document names as its model, task and teacher; nothing is called.
+
+    Raises:
+        RecipeError: a name that is missing, cannot be imported, or is neither such an object nor callable.
+    """
+    for _ in _named(document):
+        pass
+
+
+def _named(document: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The key, the name and what it names; None where there is no teacher."""
+    for key, kind in MADE.items():
+        spec = document.get(key)
+        if spec is None and key == "teacher":
+            yield key, spec, None
+            continue
+        if not isinstance(spec, str):
+            raise RecipeError(f"the recipe must name its {key} as 'package.module:name', got {shown(spec)}")
+        found = resolve(spec, key)
+        if not isinstance(found, kind) and not callable(found):
+            raise RecipeError(f"{key} {spec!r} must be a {kind.__name__} or give one, got {type(found).__name__}")
+        yield key, spec, found
+
+
+def _called(found: Any, spec: str, key: str) -> Any:
+    kind = MADE[key]
+    if not isinstance(found, kind):
+        with foreign(f"{key} {spec!r} cannot be made", RecipeError):
+            found = found()
+    if not isinstance(found, kind):
+        raise RecipeError(f"{key} {spec!r} must give a {kind.__name__}, got {type(found).__name__}")
+    return found
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe file.
+
+    Raises:
+        RecipeError: naming the file, the step, the key, and the nearest valid key.
+    """
+    return parse_document(load_document(path), str(path))
+
+
+def parse_recipe(text: str, name: str = "recipe") -> Recipe:
+    """A recipe from TOML; `name` stands for the file in messages."""
+    return parse_document(parse_toml(text, name), name)
+
+
+def parse_document(
+    document: Mapping[str, Any],
+    name: str = "recipe",
+    *,
+    may_be_empty: bool = False,
+    known: dict[str, Any] | None = None,
+) -> Recipe:
+    """A recipe from a document as `tomllib` gives it.
+
+    Args:
+        document: tables, lists, texts, numbers and booleans.
+        name: stands for the file in messages.
+        may_be_empty: of steps, where a search skips them all.
+        known: steps that were made before, by their tables; new ones are added.
+    """
+    if known is None:  # a search has looked at its document before
+        document = sound(document, name)
+        if "budget" in document:
+            raise RecipeError(f"{name} has a [budget]: it is for `torchslim search`; `torchslim run` takes one recipe")
+        check_keys(document, name)
+        known = {}
+    tables = document["step"]
+    if not (tables or may_be_empty):
+        raise RecipeError(f"{name}: steps are written as [[step]] tables, at least one")
+    steps = tuple(parse_step(table, f"{name}: step {number}", known) for number, table in enumerate(tables, 1))
+    try:
+        check_order(steps)
+        target = Target(**_checked(Target, _only(document, "runtime", "threads"), name))
+        find_runtime(target.runtime)
+        engine = Engine(**_checked(Engine, document.get("engine", {}), f"{name}: engine"))
+        rest = _checked(Recipe, _only(document, *NAMED), name)
+    except RecipeError as error:
+        raise error if str(error).startswith(name) else RecipeError(f"{name}: {error}") from error
+    return Recipe(steps=steps, target=target, engine=engine, **rest)
+
+
+def parse_step(table: Mapping[str, Any], where: str, known: dict[str, Any]) -> Step:
+    """A step from its table; `known` holds those that were made before."""
+    key = json.dumps(table, sort_keys=True)
+    if key not in known:
+        made = _make(table, where)
+        if type(made) in LOSSES.values():
+            raise RecipeError(f"{where} is a loss, not a step; use do = {_or(STEPS)}")
+        if len(known) >= 10_000:
+            known.clear()
+        known[key] = made
+    found: Step = known[key]
+    return found
+
+
+def check_keys(document: Mapping[str, Any], name: str, *, ranges: bool = False) -> None:
+    """Every table's keys, before any value: a misspelled key is the first thing to say.
+
+    Args:
+        document: a sound one.
+        name: stands for the file in messages.
+        ranges: it is searched: it has a budget, and `{ search = [...] }` in place of values.
+
+    Raises:
+        RecipeError: naming the key, and the nearest that is known.
+    """
+    known = (*KEYS, "budget") if ranges else KEYS
+    _known(document, known, name)
+    for key in ("model", "task", "step"):
+        if key not in document:
+            raise RecipeError(f"{name}: the key {key!r} is missing; a recipe has a model, a task and [[step]] tables")
+    if not isinstance(document["step"], list):
+        raise RecipeError(f"{name}: steps are written as [[step]] tables, at least one")
+    engine = document.get("engine", {})
+    if isinstance(engine, Mapping) and not (ranges and "search" in engine):
+        _known(engine, names_of(Engine), f"{name}: engine")
+    for number, table in enumerate(document["step"], 1):
+        where = f"{name}: step {number}"
+        if not isinstance(table, Mapping) or "do" not in table:
+            raise RecipeError(
+                f"{where} needs a key 'do' with the name of a step: {_or(STEPS)}, or 'package.module:name'"
+            )
+        _check_keys(table, where, STEPS, ranges=ranges, top=True)
+
+
+def _check_keys(value: Any, where: str, among: Mapping[str, type], *, ranges: bool, top: bool = False) -> None:
+    """The keys of a table with `do`, and of those inside; of a range its choices."""
+    if isinstance(value, list):
+        for each in value:
+            _check_keys(each, where, among, ranges=ranges)
+    if not isinstance(value, Mapping):
+        return
+    if "search" in value:
+        if not ranges:
+            raise RecipeError(f"{where} is a range to search over: take `torchslim search`, or write one value")
+        _known(value, RANGE, where, beside="'search'")
+        _check_keys(value["search"], where, among, ranges=False if top else ranges)
+        return
+    if isinstance(do := value.get("do"), str):
+        kind = find_kind(do, where, among, top=top)
+        where = f"{where} ({do!r})"
+        _known(value, ["do", *(["skip"] if ranges and top else []), *names_of(kind)], where)
+    for key, each in value.items():
+        if key == "do" and isinstance(each, str):
+            continue
+        inner = f"{where}, key {key!r}"
+        if key == "do" and not (ranges and isinstance(each, Mapping) and "search" in each):
+            raise RecipeError(f"{where} needs a key 'do' with a name, got {shown(each)}")
+        _check_keys(each, inner, LOSS_KINDS.get(key, STEPS), ranges=ranges)
+
+
+def find_kind(do: str, where: str, among: Mapping[str, type] = STEPS, *, top: bool = False) -> type:
+    """The class that `do` names: one of ours, or a frozen dataclass of the user's own, which is imported.
+
+    Functions and other classes are not called for a recipe: only dataclasses have fields that can be checked.
+
+    Args:
+        do: the value of the key.
+        where: the place in messages.
+        among: what may be meant by a misspelled name.
+        top: it stands for a step of the recipe, and must have what a step has.
+    """
+    kind = KINDS.get(do)
+    if kind is not None:
+        return kind
+    if ":" not in do:
+        raise RecipeError(
+            f"{where} ({shown(do)}) is not known{_near(do, among)}; known: {', '.join(among)}, or 'package.module:name'"
+        )
+    found: Any = resolve(do, f"{where}: do =")
+    frozen = isinstance(found, type) and getattr(getattr(found, "__dataclass_params__", None), "frozen", False)
+    missing = [each for each in ("accepts", "produces", "check") if top and not hasattr(found, each)]
+    if not frozen or missing:
+        lacks = f", which has no {missing[0]!r}" if frozen else ""
+        raise RecipeError(
+            f"{where}: do = {do!r} names {shown(found)}{lacks}; a step is a frozen dataclass with accepts, produces, "
+            "check(ctx) and __call__(model, ctx), a loss is a frozen dataclass"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def parse_table(kind: type[T], given: Any, where: str) -> T:
+    """A dataclass from its table."""
+    try:
+        return kind(**_checked(kind, given, where))
+    except RecipeError as error:
+        raise error if str(error).startswith(where) else RecipeError(f"{where}: {error}") from error
+
+
+def _make(table: Any, where: str, among: Mapping[str, type] = STEPS) -> Any:
+    """A step or a loss from its table, nested ones first."""
+    if not isinstance(table, Mapping) or not isinstance(table.get("do"), str):
+        raise RecipeError(f"{where} needs a key 'do' with the name of a step: {_or(among)}, or 'package.module:name'")
+    do = table["do"]
+    kind = find_kind(do, where, among)
+    where = f"{where} ({do!r})"
+    given = {key: value for key, value in table.items() if key != "do"}
+    try:
+        with foreign(f"{where} cannot be made", RecipeError):
+            return kind(**_checked(kind, given, where))
+    except TorchslimError as error:
+        raise error if str(error).startswith(where) else RecipeError(f"{where}: {error}") from error
+
+
+def _checked(kind: type, given: Any, where: str) -> dict[str, Any]:
+    """The given fields of a dataclass, nested tables made, each of the type that the dataclass declares."""
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{where} must be a table of keys and values, got {shown(given)}")
+    _known(given, names_of(kind), where)
+    hints = types_of(kind)
+    return {key: checked_value(value, hints[key], f"{where}, key {key!r}", key) for key, value in given.items()}
+
+
+def checked_value(value: Any, hint: Any, where: str, key: str) -> Any:
+    """A value of a recipe as a field takes it."""
+    value = _converted(value, where, LOSS_KINDS.get(key, STEPS))
+    try:
+        return fitting(value, hint)
+    except Misfit as misfit:
+        raise RecipeError(f"{where}: got {shown(value)}: it {misfit}") from misfit
+
+
+def _converted(value: Any, where: str, among: Mapping[str, type]) -> Any:
+    if isinstance(value, Mapping):
+        if "search" in value:
+            raise RecipeError(f"{where} is a range to search over: take `torchslim search`, or write one value")
+        if "do" in value:
+            return _make(value, where, among)
+        return {key: _converted(each, where, among) for key, each in value.items()}
+    return tuple(_converted(each, where, among) for each in value) if isinstance(value, list) else value
+
+
+def names_of(kind: type) -> list[str]:
+    """The fields that a table may set."""
+    return [each.name for each in dataclasses.fields(kind) if each.init]
+
+
+def _known(given: Iterable[str], known: Iterable[str], where: str, *, beside: str = "") -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            said = f" beside {beside}" if beside else ""
+            raise RecipeError(f"{where}: unknown key {shown(key)}{said}{_near(key, known)}; known: {', '.join(known)}")
+
+
+def _near(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key[:100], list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _only(document: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: document[key] for key in keys if key in document}
+
+
+def _or(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,439 @@
+"""The run: copy the model, measure, take each step, measure again, keep the evidence, resume where it was killed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchslim import __version__
+from torchslim.analysis.sensitivity import Sensitivity
+from torchslim.artifact.deployment import merged, verified
+from torchslim.artifact.integer_coverage import executed, lowered
+from torchslim.artifact.latency import Timings, compare, nonzeros, parameters, sample_macs
+from torchslim.artifact.shipped import as_saved, kept_right
+from torchslim.artifact.storage import confirm, load, write_artifact
+from torchslim.core import distributed
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.budget import Budget
+from torchslim.core.files import digest, remove, write_json
+from torchslim.core.hardware import describe_machine
+from torchslim.core.infinities import spoiled
+from torchslim.core.isolation import copy_model, preserved_globals
+from torchslim.core.seals import key_id
+from torchslim.core.step import (
+    Context,
+    Engine,
+    Event,
+    Form,
+    Inputs,
+    Outcome,
+    Step,
+    Target,
+    canonical,
+    check_order,
+    fingerprint,
+    ignore_progress,
+    step_name,
+)
+from torchslim.core.task import Metric, Task, call, predictor, take_first, tensors, to_device
+from torchslim.core.usable import usable
+from torchslim.errors import RecipeError, TaskError, TorchslimError
+from torchslim.graph.io_structure import describe
+from torchslim.pipeline.run_record import compare_rows, not_measured, number, size
+from torchslim.pipeline.stages import Stage, alone, restored, stage_key, state_folder
+from torchslim.pipeline.target_bench import Bench
+from torchslim.pipeline.work_folder import working_in
+from torchslim.quantize import QuantizedModule
+from torchslim.report import RUN_FORMAT, render, table
+from torchslim.runtimes import Deployed, find_runtime
+from torchslim.training.loaders import first_batch, seeded_splits
+
+ROUNDS = 60
+SECONDS = 40.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run returns. `print(result)` shows the table; `run` is what `run.json` holds.
+
+    `model` is the final model (a `QuantizedModule` after quantization), `module` the last trainable one, `deployed`
+    the artifact that ships.
+    """
+
+    model: nn.Module
+    module: nn.Module
+    masks: Mapping[str, Tensor]
+    deployed: Deployed
+    run: dict[str, Any]
+    folder: Path
+    _keep: Any = field(repr=False, default=None)  # holds a temporary folder open as long as the result lives
+
+    def save(self, folder: str | Path, *, key: Any = None) -> Path:
+        """Write the artifact, the last trainable weights, `run.json` and `report.html` to a folder.
+
+        `key` signs it, as in `torchslim.save`.
+        """
+        extra = {
+            "run.json": (json.dumps(self.run, indent=1, allow_nan=False) + "\n").encode(),
+            "report.html": render(self.run).encode(),
+        }
+        digest = write_artifact(
+            folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra, key=key
+        )
+        confirm(folder, self.deployed, digest)
+        return Path(folder)
+
+    def __str__(self) -> str:
+        return table(self.run)
+
+
+@checks_arguments(RecipeError)
+def compress(
+    model: nn.Module,
+    task: Task,
+    steps: Sequence[Step] | None = None,
+    *,
+    budget: Budget | None = None,
+    runtime: str = "onnxruntime",
+    threads: int | None = None,
+    example_inputs: Inputs | None = None,
+    dynamic_shapes: Any = "batch",
+    teacher: nn.Module | None = None,
+    engine: Engine | None = None,
+    seed: int = 0,
+    workdir: str | Path | None = None,
+    overwrite: bool = False,
+    stages: str | Path | None = None,
+    names: Mapping[str, str] | None = None,
+    sensitivity: Sensitivity | str | Path | None = None,
+    progress: Callable[[Event], None] = ignore_progress,
+) -> Result:
+    """Take the steps on a copy of the model, and measure the model after each and the artifact that ships.
+
+    Args:
+        model: a trained module; it, its modes, the random state and torch's global settings are left as they were.
+        task: data and metric.
+        steps: run in this order, which is checked before any data is loaded.
+        budget: in place of steps: they are derived from the model, the machine and the task (`ts.suggest`), searched
+            for what keeps the bounds, and the best is returned; where nothing keeps them, the nearest, which says so.
+        runtime: where the result will run; the baseline is measured there too.
+        threads: of the deployment; None leaves it to the runtime.
+        example_inputs: what is exported; by default the inputs of the first validation batch.
+        dynamic_shapes: "batch", None, or a torch.export spec.
+        teacher: what distillation learns from; by default the original model.
+        engine: devices and precision of training.
+        seed: of everything random.
+        workdir: where finished steps and checkpoints are kept. Run again with the same folder, a killed run goes on,
+            and ends as an undisturbed one does. Without it nothing can be resumed.
+        overwrite: take a folder that holds another recipe's run; its steps are used where they are the same.
+        stages: a folder in which several runs share their finished steps; by default each keeps its own in `workdir`.
+        names: what the model and the task are called, for the report and to tell recipes apart.
+        sensitivity: what `ts.sensitivity` found, or the file it was saved to: how much changes of a layer are known to
+            hurt, which pruning under a latency and the choice of layers to quantize look at.
+        progress: called with an `Event` as things go on.
+
+    Raises:
+        TorchslimError: one of its kinds, with what is wrong, what was got, and how to mend it.
+    """
+    model = usable(model)
+    teacher = None if teacher is None else usable(teacher, what="the teacher")
+    if (steps is None) == (budget is None):
+        raise RecipeError("give steps=[...] to take, or budget=Budget(...) to have them found, and not both")
+    if budget is not None:
+        from torchslim.tuning.budgeted import compress_within
+
+        if engine is not None or stages is not None or sensitivity is not None:
+            raise RecipeError(
+                "engine, stages and sensitivity go with steps, not with budget; ts.search takes a recipe with all"
+            )
+        return compress_within(
+            model, task, budget, runtime=runtime, threads=threads, example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes, teacher=teacher, seed=seed, workdir=workdir, names=names, progress=progress,
+        )  # fmt: skip
+    steps = list(steps or ())
+    check_order(steps)
+    target = Target(runtime=runtime, threads=threads)
+    find_runtime(runtime)
+    if isinstance(sensitivity, (str, Path)):
+        sensitivity = Sensitivity.load(sensitivity)
+    if not any(True for _ in model.parameters()):
+        raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
+    keep = None if workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
+    folder = Path(workdir or keep.name)  # type: ignore[union-attr]
+    recipe = {
+        **dict(names or {}), "steps": [canonical(step) for step in steps], "target": asdict(target), "seed": seed
+    }  # fmt: skip
+    distributed.connect()
+    if distributed.count() > 1 and workdir is None:
+        raise RecipeError("several processes train one model: give them a workdir that they all see")
+    with preserved_globals(seed), seeded_splits(task, seed):
+        copied, masks = copy_model(model)
+        if teacher is None:
+            teacher = copied
+        first = take_first(task.val, "val")
+        inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
+        ctx = Context(
+            task=task,
+            model=copied,
+            teacher=copy_model(teacher)[0].eval(),
+            example_inputs=inputs,
+            masks=masks,
+            target=target,
+            engine=engine or Engine(),
+            seed=seed,
+            progress=progress,
+            priors={} if sensitivity is None else sensitivity.priors(),
+        )
+        bench = Bench(
+            task=task, example_inputs=inputs, target=target, steps=steps, dynamic_shapes=dynamic_shapes
+        )  # fmt: skip
+        ctx = seen = replace(ctx, workbench=bench)
+        for step in steps:
+            step.check(seen)
+            seen = replace(seen, model=begun(step, seen.model, seed))
+        shared = Path(stages) if stages else None
+        with working_in(folder, recipe, overwrite, waiting=progress if shared else None):
+            runner = _Runner(ctx, bench, folder, origin(ctx, copied, first), steps, shared)
+            taken = [runner.baseline(copied, masks)]
+            for index, step in enumerate(steps, 1):
+                taken.append(runner.take(index, step, taken[-1]))
+            run: dict[str, Any] = {}
+            if distributed.is_first():
+                run = json.loads(json.dumps(runner.report(taken, recipe), allow_nan=False))
+                write_json(folder / "run.json", run)
+            run = distributed.told(run)
+    last = taken[-1]
+    return Result(
+        model=last.model,
+        module=last.module,
+        masks=last.masks,
+        deployed=last.deployed,
+        run=run,
+        folder=folder,
+        _keep=keep,
+    )
+
+
+def begun(step: Step, model: nn.Module | None, seed: int) -> nn.Module | None:
+    """What the step's result is made from: the model that it is handed, or a network of its own."""
+    begin = getattr(step, "begin", None)
+    return model if begin is None or model is None else begin(model, seed)
+
+
+def origin(ctx: Context, model: nn.Module, batch: Any) -> str:
+    """A digest of what the run starts from: both models' weights, the first batches, the engine, and this package."""
+    train = first_batch(ctx.task) if ctx.task.train is not None else None
+    teacher = fingerprint(ctx.teacher.state_dict())
+    start = fingerprint(model.state_dict())
+    known = [dict(ctx.priors)] if ctx.priors else []
+    return digest(__version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train), *known)
+
+
+class _Runner:
+    """Takes steps, keeps each finished stage in a folder, and picks up the ones that a killed run has finished."""
+
+    def __init__(
+        self, ctx: Context, bench: Bench, folder: Path, origin: str, steps: Sequence[Step], shared: Path | None
+    ) -> None:
+        self.ctx, self.bench, self.folder, self.steps, self.shared = ctx, bench, folder, steps, shared
+        self.key = origin
+        self.metric: Metric = ctx.task.as_metric()
+        self.machine = describe_machine(ctx.target.threads)
+        self.classes: dict[str, type] = {}  # of the model's outputs, which files only know by name
+
+    def _place(self, name: str) -> Path:
+        """Where a stage is kept: in this run's folder by its name, among those that runs share by its key."""
+        return self.folder / name if self.shared is None else self.shared / key_id(self.key)[:24]
+
+    def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> Stage:
+        """The model as it came."""
+        self.key = digest(self.key, asdict(self.ctx.target))
+        describe(call(predictor(model), self.ctx.example_inputs), [], self.classes)
+        folder, runtime = self._place("00-baseline"), self.ctx.target.runtime
+        with alone(folder, self.ctx.progress if self.shared else None):
+            if distributed.is_first():
+                done = restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime)
+                stage = done or self._finish("baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0)
+            distributed.wait()
+            if not distributed.is_first():
+                found = restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime)
+                assert found is not None
+                stage = found
+        return stage
+
+    def take(self, index: int, step: Step, before: Stage) -> Stage:
+        """One step on a copy of the stage before."""
+        name = step_name(step)
+        self.key = stage_key(self.key, step, self.steps, self.ctx.seed)
+        folder = self._place(f"{index:02d}-{name}")
+        with alone(folder, self.ctx.progress if self.shared else None):
+            done = self._restored(folder, step, before)
+            if distributed.agreed(done is not None) and done is not None:
+                if distributed.is_first():
+                    remove(folder.with_name(f"{folder.name}.state"))  # of a run that was killed just after the step
+                self.ctx.progress(Event(step=name, phase="resumed"))
+                return done
+            return self._taken(index, step, before, folder)
+
+    def _taken(self, index: int, step: Step, before: Stage, folder: Path) -> Stage:
+        name = step_name(step)
+        with state_folder(folder, self.key) as state:
+            ctx = replace(
+                self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state, key=self.key
+            )  # fmt: skip
+            self.ctx.progress(Event(step=name, phase="start"))
+            start = time.perf_counter()
+            with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):
+                outcome = step(copy_model(before.model)[0], ctx)
+            if not isinstance(outcome, Outcome) or not isinstance(outcome.model, nn.Module):
+                raise RecipeError(
+                    f"step {index} ({name!r}) must return an Outcome with a model, got {type(outcome).__name__}"
+                )
+            self._verify(outcome, step, before.model)
+            if distributed.is_first():
+                stage = self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index)
+        if not distributed.is_first():
+            found = self._restored(folder, step, before)
+            assert found is not None
+            stage = found
+        return stage
+
+    def _restored(self, folder: Path, step: Step, before: Stage) -> Stage | None:
+        module = begun(step, before.module, self.ctx.seed)
+        return restored(
+            folder, self.key, step.produces, module or before.module, before.model, self.classes,
+            self.ctx.target.runtime,
+        )  # fmt: skip
+
+    def _verify(self, outcome: Outcome, step: Step, before: nn.Module) -> None:
+        """No step hands on a model that fails, or whose outputs are infinite or NaN where they were not before."""
+        if getattr(outcome.model, "evidence", None) is not None:
+            return  # it has been compared with float
+        inputs = to_device(self.ctx.example_inputs, "cpu")
+        answer = tensors(call(predictor(outcome.model), inputs))
+        if all(bool(torch.isfinite(each).all()) for each in answer if each.is_floating_point()):
+            return
+        origin = begun(step, before, self.ctx.seed)  # masked logits are -inf in a model as it comes, too
+        count = spoiled(tensors(call(predictor(origin or before), inputs)), answer)
+        if count:
+            raise TorchslimError(
+                f"after step {step_name(step)!r} {count} values of the model's outputs on the example inputs are not "
+                "finite, where they were before"
+            )
+
+    def _finish(
+        self, name: str, folder: Path, outcome: Outcome, module: nn.Module, seconds: float, index: int
+    ) -> Stage:
+        """Deploy, measure and keep a stage; where what was kept answers otherwise, do it again with layers in float."""
+        self.ctx.progress(Event(step=name, phase="deploy"))
+        stage = self._kept(name, folder, outcome, module, seconds, index, self.bench.deploy(outcome.model))
+        if kept_right(stage.model, stage.deployed, folder):
+            return stage
+        deployed = verified(stage.model, self.bench.compile, reload=as_saved(self.bench.compile))
+        return self._kept(name, folder, outcome, module, seconds, index, deployed)
+
+    def _kept(
+        self,
+        name: str,
+        folder: Path,
+        outcome: Outcome,
+        module: nn.Module,
+        seconds: float,
+        index: int,
+        deployed: Deployed,
+    ) -> Stage:
+        """Measure and keep a stage."""
+        model = deployed.made_from or outcome.model
+        module = model if not isinstance(model, QuantizedModule) else module
+        records = merged(outcome.layers, deployed)
+        self.ctx.progress(Event(step=name, phase="evaluate"))
+        values = self._evaluate(predictor(model))
+        counted = sample_macs(model, deployed)
+        warnings = [*outcome.warnings, *deployed.spec.notes]
+        layers = [{"version": record.version, **asdict(record)} for record in records]
+        if deployed.quantized:
+            found = lowered(deployed, records)
+            warnings += found.warnings
+            layers = executed(layers, found)
+        if counted.uncounted:
+            warnings.append(f"operations whose MACs nobody counts: {', '.join(counted.uncounted)}")
+        row: dict[str, Any] = {
+            "name": name,
+            "kind": "step" if index else "baseline",
+            "metric": values,
+            "parameters": number(parameters(model), "count"),
+            "nonzero": number(nonzeros(model), "count"),
+            "macs": number(counted.total, "MACs per sample"),
+            "size_bytes": size(deployed),
+            "seconds": number(seconds, "s", machine="this") if index else not_measured("no work was done"),
+            "layers": layers,
+            "warnings": warnings,
+            "history": [dict(each) for each in outcome.history],
+            "evidence": dict(outcome.evidence),
+        }
+        stage = Stage(
+            name=name, folder=folder, model=model, module=module, masks=outcome.masks, deployed=deployed, row=row
+        )
+        stage.keep(self.key)
+        return stage
+
+    def _evaluate(self, predict: Callable[..., Any]) -> dict[str, Any]:
+        task, seed = self.ctx.task, self.ctx.seed
+        values = {}
+        for split, batches in (("val", task.val), ("test", task.test)):
+            if batches is None:
+                values[split] = not_measured(f"the task has no {split} batches")
+                continue
+            # every evaluation sees the same batches in the same order, whatever ran before
+            with preserved_globals(seed), seeded_splits(task, seed):
+                values[split] = number(task.evaluate(predict, split), self.metric.unit or "1")
+        return values
+
+    def report(self, stages: list[Stage], recipe: dict[str, Any]) -> dict[str, Any]:
+        """Latency of all stages side by side, and everything as `run.json`."""
+        last = stages[-1]
+        self.ctx.progress(Event(step="artifact", phase="evaluate"))
+        artifact_metric = self._evaluate(last.deployed)
+        runtime = self.ctx.target.runtime
+        self.ctx.progress(Event(step="artifact", phase="measure latency"))
+        # each runtime by itself: the threads of one spin on for a while and would steal time from the other's
+        rounds: dict[str, Sequence[float]] = {}
+        for kind in dict.fromkeys((runtime, "eager")):
+            candidates = {f"{i}/{kind}": self._on(stage, kind) for i, stage in enumerate(stages)}
+            rounds |= compare(candidates, rounds=ROUNDS, seconds=SECONDS).rounds
+        timings = Timings(rounds)
+        rows = [dict(stage.row) for stage in stages]
+        rows.append({**rows[-1], "name": "artifact", "kind": "artifact", "metric": artifact_metric, "layers": [],
+                     "history": [], "evidence": {}, "warnings": [],
+                     "seconds": not_measured("no work was done")})  # fmt: skip
+        compare_rows(rows, timings, runtime)
+        return {
+            "format": RUN_FORMAT,
+            "torchslim": __version__,
+            "recipe": recipe,
+            "metric": {
+                "name": self.metric.name,
+                "unit": self.metric.unit,
+                "higher_is_better": self.metric.higher_is_better,
+            },
+            "target": asdict(self.ctx.target),
+            "selected_on": "val",
+            "reported_on": "test" if self.ctx.task.test is not None else "val (selected on val)",
+            "batch": 1 if last.deployed.spec.batch_axis is not None else "as captured",
+            "machines": {"this": self.machine},
+            "rows": rows,
+        }
+
+    def _on(self, stage: Stage, runtime: str) -> Deployed:
+        """A stage on its own runtime, or on another one."""
+        if stage.deployed.runtime == runtime:
+            return stage.deployed
+        return load(stage.folder, runtime=runtime, threads=self.ctx.target.threads)

@@ -1,0 +1,118 @@
+"""The working folder of a run: it belongs to one recipe, and one process works in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torchslim.core import distributed
+from torchslim.core.files import TEMPORARY, clean_temporaries, present, write_json
+from torchslim.core.folder_lock import LOCK, holding
+from torchslim.core.isolation import warn
+from torchslim.core.schema import Schema
+from torchslim.core.step import Event
+from torchslim.errors import RecipeError, StorageError
+from torchslim.report.records import RecipeOf
+
+RECIPE = "recipe.json"
+SHARED_SECONDS = 3600.0  # no write takes that long: a temporary file that is older was left by a killed process
+
+KNOWN: Schema[dict[str, Any]] = Schema(RecipeOf, RECIPE, StorageError)
+
+
+@contextmanager
+def working_in(
+    folder: Path, recipe: Mapping[str, Any], overwrite: bool, waiting: Callable[[Event], None] | None = None
+) -> Iterator[None]:
+    """Hold a run's folder while the block runs: one lock for all processes of one training.
+
+    Args:
+        folder: empty, new, or one that a run left.
+        recipe: what the run was asked for; the folder of another recipe is refused.
+        overwrite: take the folder of another recipe.
+        waiting: where another process works in the folder, wait, and say so; None: an error.
+
+    Raises:
+        RecipeError: the folder holds another recipe's run, or files of somebody else.
+        StorageError: another process works in it, or it cannot be written.
+    """
+    if not distributed.is_first():
+        distributed.wait()
+        yield
+        return
+    own(folder, RecipeError, "run", lambda: _read(folder) is not None)
+    with holding(folder / LOCK, None if waiting is None else lambda who: waiting(Event(step="folder", phase=who))):
+        clean_temporaries(folder)
+        claim(folder, recipe, overwrite)
+        distributed.wait()
+        yield
+
+
+def own(
+    folder: Path, error: type[RecipeError], whose: str, known: Callable[[], bool], spared: tuple[str, ...] = ()
+) -> None:
+    """Refuse a folder that holds files, and was never marked as torchslim's.
+
+    Args:
+        error: the kind of what is raised.
+        whose: what leaves such folders, in words.
+        known: is there something else by which the folder is known? A copy may have lost the mark, a hidden file.
+        spared: names, or beginnings of names, of files that may be there.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise error(f"{folder} is a file; name a folder")
+        if (folder / LOCK).is_file() or not folder.is_dir():
+            return
+        foreign = [each.name for each in folder.iterdir() if not each.name.startswith((TEMPORARY, *spared))]
+    except OSError as failure:
+        raise StorageError(f"{folder} cannot be read: {failure.strerror or failure}; name another folder") from failure
+    if foreign and not known():
+        raise error(f"{folder} holds files that no {whose} of torchslim left there; choose another folder")
+
+
+def claim(folder: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
+    """Write down whose the folder is, unless it belongs to another recipe."""
+    path, mine = folder / RECIPE, json.loads(json.dumps(recipe))
+    if present(path):
+        other = _read(folder)
+        if other is None:
+            warn(f"{path} is damaged and written again; steps of this recipe that are whole are used")
+        elif other != mine and not overwrite:
+            raise RecipeError(
+                f"{folder} holds the run of another recipe ({_what_differs(other, mine)}); choose another folder, or "
+                "run with overwrite to replace it"
+            )
+        if other == mine:
+            return
+    write_json(path, recipe)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    try:
+        return KNOWN.read(folder / RECIPE)
+    except StorageError:
+        return None
+
+
+def _what_differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    if len(old["steps"]) != len(new["steps"]):
+        return f"{len(old['steps'])} steps there, {len(new['steps'])} here"
+    for index, (a, b) in enumerate(zip(old["steps"], new["steps"], strict=True), 1):
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            if a != b:
+                return f"step {index}"
+            continue
+        for key in {**a, **b}:
+            if a.get(key) != b.get(key):
+                return f"step {index}, {key}: {_short(a.get(key))} there, {_short(b.get(key))} here"
+    keys = [key for key in ("model", "task", "target", "seed") if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} here" for key in keys)
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

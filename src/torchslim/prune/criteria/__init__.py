@@ -1,0 +1,1 @@
+"""Importance scores, and the statistics that they need."""

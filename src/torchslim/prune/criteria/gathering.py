@@ -1,0 +1,37 @@
+"""What a criterion needs of the task's data: asked for before the run, and gathered in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from torchslim.core.step import Context
+from torchslim.core.task import Batch, take_first
+from torchslim.errors import PruneError
+from torchslim.prune.criteria.registry import CRITERIA, Criterion
+from torchslim.prune.criteria.statistics import Gathered, gather
+from torchslim.training.loaders import calibration_batches
+
+
+def check_data(criterion: Criterion, ctx: Context) -> None:
+    """Raise where the task has no batches, or no labels, that the criterion needs."""
+    if not criterion.needs:
+        return
+    first = take_first(getattr(ctx.task, ctx.task.calibration_split), ctx.task.calibration_split)
+    if criterion.needs_loss and ctx.task.loss is None and ctx.task.target(first) is None:
+        able = ", ".join(name for name, each in CRITERIA.items() if not each.needs_loss)
+        raise PruneError(
+            f"criterion {criterion.name!r} needs labels, but Task.target gives None; give Task(loss=...), or "
+            f"choose one of {able}"
+        )
+
+
+def gather_for(
+    criterion: Criterion, model: nn.Module, ctx: Context, batches: Iterable[Batch] | None = None
+) -> Gathered:
+    """What the criterion needs, of the model as it is now; nothing where it needs none."""
+    if not criterion.needs:
+        return Gathered()
+    batches = calibration_batches(ctx.task, ctx.seed) if batches is None else batches
+    return gather(model, criterion.needs, batches, forward=ctx.task.forward, loss=ctx.task.compute_loss)

@@ -1,0 +1,164 @@
+"""From a criterion's functions to scores that can be compared: checked, and combined over channels that go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torchslim.errors import PruneError
+from torchslim.prune.criteria.registry import CRITERIA, Criterion, Scorer, find_criterion, slices
+from torchslim.prune.criteria.statistics import Statistics
+
+Reduction = Literal["mean", "sum", "max", "first"]
+Normalisation = Literal["none", "mean", "max", "gaussian"]
+
+
+def check_ranks_weights(criterion: Criterion) -> None:
+    """Raise PruneError for a criterion that ranks channels only."""
+    if criterion.weights is None:
+        able = ", ".join(name for name, each in CRITERIA.items() if each.weights is not None)
+        raise PruneError(
+            f"criterion {criterion.name!r} ranks whole channels, not single weights; those that can: {able}"
+        )
+
+
+def silence(criterion: Criterion, statistics: Statistics) -> str:
+    """Why the criterion can say nothing of this weight; empty where it can.
+
+    Raises:
+        PruneError: it needs data, and none was given.
+    """
+    if criterion.needs - statistics.gathered:
+        labels = " with labels" if criterion.needs_loss else ""
+        without = ", ".join(name for name, each in CRITERIA.items() if not each.needs)
+        raise PruneError(
+            f"criterion {criterion.name!r} needs data; give batches=...{labels}, or a task that has some. Criteria "
+            f"that need none: {without}"
+        )
+    missing = sorted(each.value for each in criterion.needs if getattr(statistics, each.value) is None)
+    return f"the data shows no {' and '.join(missing)} of it; it is unused, or not called as a layer" if missing else ""
+
+
+@torch.no_grad()
+def score(criterion: Criterion, weight: Tensor, statistics: Statistics) -> Tensor:
+    """Scores of single weights, checked; at least float32, so that halves are not ranked by rounded norms.
+
+    Raises:
+        PruneError: the criterion ranks channels only, has no data, or gave scores that cannot be used.
+    """
+    check_ranks_weights(criterion)
+    assert criterion.weights is not None
+    if why := silence(criterion, statistics):
+        raise PruneError(f"criterion {criterion.name!r} cannot score {statistics.name!r}: {why}")
+    scores = criterion.weights(weight.detach().clone(), statistics)  # the criterion may work in place
+    return _checked(scores, weight.shape, criterion, statistics)
+
+
+@torch.no_grad()
+def channel_scores(
+    criterion: str | Scorer | Criterion, weight: Tensor, dim: int, statistics: Statistics
+) -> Tensor | None:
+    """Scores of the slices of `weight` along `dim`: (weight.shape[dim],), at least float32.
+
+    None where the criterion says nothing of them: `bn_scale` of a convolution, `activation` of inputs, and whatever
+    data has not reached.
+
+    Raises:
+        PruneError: the criterion needs data and there is none, or it gave scores that cannot be used.
+    """
+    criterion, dim = find_criterion(criterion), dim % weight.dim()
+    if silence(criterion, statistics):
+        return None
+    if criterion.channels is None:
+        return slices(score(criterion, weight, statistics), dim).sum(1)
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    scores = criterion.channels(wide, dim, statistics)
+    return None if scores is None else _checked(scores, weight.shape[dim : dim + 1], criterion, statistics)
+
+
+def check_combination(reduction: Any, normalisation: Any) -> None:
+    """Raise PruneError for what `combine` does not know."""
+    for what, value, known in (
+        ("reduction", reduction, ("mean", "sum", "max", "first")),
+        ("normalisation", normalisation, ("none", "mean", "max", "gaussian")),
+    ):
+        if value not in known:
+            raise PruneError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def combine(
+    members: Sequence[tuple[Tensor, Tensor]],
+    size: int,
+    *,
+    reduction: Reduction = "mean",
+    normalisation: Normalisation = "mean",
+) -> Tensor:
+    """One score for each class of channels that go together, from the scores of a group's members.
+
+    Within a member, slices of one class are summed. Members that say nothing of a class do not count for it; a class
+    of which no member says anything is worth what the others are on average, before the normalisation.
+
+    Args:
+        members: each a pair of class indices (n,), -1 outside the group, and scores (n,).
+        size: how many classes the group has.
+        reduction: over the members; "first" takes the first that says something.
+        normalisation: of the group's scores: divided by their mean or by their maximum (of magnitudes), or "gaussian",
+            minus their mean and over their standard deviation. A group whose scores are all zero stays so; one whose
+            scores are all equal becomes zero under "gaussian".
+
+    Returns:
+        (size,), float64, on the CPU, as the members may live on several devices.
+    """
+    check_combination(reduction, normalisation)
+    if not members:
+        raise PruneError("no member of the group has scores; choose a criterion that says something of its layers")
+    values = torch.zeros(len(members), size, dtype=torch.float64)
+    counts = torch.zeros(len(members), size, dtype=torch.bool)
+    for row, (classes, scores) in enumerate(members):
+        inside = (classes >= 0).cpu()
+        index = classes.cpu()[inside]
+        values[row].index_add_(0, index, scores.detach().cpu().double()[inside])
+        counts[row, index] = True
+    known_by = counts.sum(0)
+    if reduction == "max":
+        total = values.masked_fill(~counts, -torch.inf).amax(0)
+    elif reduction == "first":
+        total = values.gather(0, counts.int().argmax(0, keepdim=True)).squeeze(0)
+    else:
+        total = values.sum(0) / (known_by.clamp(min=1) if reduction == "mean" else 1)
+    if bool((known_by == 0).any()):
+        known_classes = total[known_by > 0]
+        total = total.masked_fill(known_by == 0, float(known_classes.mean()) if len(known_classes) else 0.0)
+    return _normalised(total, normalisation)
+
+
+def _normalised(scores: Tensor, normalisation: Normalisation) -> Tensor:
+    if normalisation == "none" or not scores.numel():
+        return scores
+    largest = scores.abs().max()
+    if largest == 0:
+        return scores
+    scores = scores / largest  # first, so that no sum or square leaves the range of floats
+    if normalisation == "max":
+        return scores
+    if normalisation == "mean":
+        return scores / scores.abs().mean()
+    centred = scores - scores.mean()
+    deviation = centred.square().mean().sqrt()
+    if deviation <= 1e-12:  # equal but for rounding, which must not be blown up to a ranking
+        return torch.zeros_like(scores)
+    return centred / deviation
+
+
+def _checked(scores: Any, shape: torch.Size, criterion: Criterion, statistics: Statistics) -> Tensor:
+    if not isinstance(scores, Tensor) or scores.shape != shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise PruneError(f"criterion {criterion.name!r} must return scores of shape {tuple(shape)}, got {got}")
+    if not torch.isfinite(scores).all():
+        raise PruneError(f"criterion {criterion.name!r} gave scores that are not finite for {statistics.name!r}")
+    if not scores.is_floating_point():
+        return scores.double()  # whole numbers: exact up to 2**53
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,0 +1,92 @@
+"""How rules are found and called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchslim.prune.dependency.leaves import leaves
+from torchslim.prune.dependency.propagation import Layers, Operand, Tagger
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation at work: its arguments, what came out, and the tags of the tensors among them."""
+
+    tagger: Tagger
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Any, ...]
+    layers_of: Callable[[Any], Layers]
+    positions: Callable[[Tensor, Sequence[Tensor], str], None]
+    """Note that an output holds positions along layers, which must stay if anything reads this output, and why."""
+
+    def operand(self, value: Any) -> Operand:
+        """A tensor's layers and shape; numbers have neither."""
+        return (self.layers_of(value), tuple(value.shape)) if isinstance(value, Tensor) else ((), ())
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """An argument by place or by name."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors among the arguments."""
+        return (leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor))
+
+
+Rule = Callable[[Call], Sequence[Layers]]
+"""Gives the layers of each output, in order; outputs that are left out have none."""
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operations by their names without overloads."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def apply(call: Call) -> tuple[Sequence[Layers], bool]:
+    """The outputs' layers, and whether the operation has a rule."""
+    namespace, _, name = call.func._schema.name.partition("::")
+    found = RULES.get(name) if namespace in ("aten", "torchvision", "prims") else None
+    if found is None and _is_pointwise(call.func):
+        found = RULES["where"]
+    if found is None and name.endswith("_") and name[:-1] in RULES:
+        found = RULES[name[:-1]]  # in place: the same tensor comes out
+    if found is not None:
+        return found(call), True
+    call.tagger.freeze(
+        (core for each in call.tensors() for core in call.layers_of(each)), f"operation {name!r} has no rule"
+    )
+    return (), False
+
+
+@functools.cache
+def _is_pointwise(func: Any) -> bool:
+    packet = getattr(torch.ops, func.namespace)
+    plain = getattr(packet, func._opname.removesuffix("_"), None)  # only the out-of-place form carries the tag
+    overloads = [func, *(getattr(plain, name) for name in plain.overloads())] if plain is not None else [func]
+    return any(torch.Tag.pointwise in each.tags for each in overloads)
+
+
+def axis(dim: int, rank: int) -> int:
+    """A dimension counted from the front."""
+    return dim % max(rank, 1)
+
+
+def axes(dims: Any, rank: int) -> list[int]:
+    """Dimensions counted from the front; None and () are all of them."""
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(rank))
+    return [axis(dim, rank) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]

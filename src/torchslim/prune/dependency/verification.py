@@ -1,0 +1,195 @@
+"""Is a shrunk model right? It must equal the original with the removed elements zeroed after every operation.
+
+Both models run operation by operation, in float64, or in float32 where the model's own code takes nothing else. The
+shrunk one runs first and leaves a few numbers of every value: its shape, its norm and its product with a fixed random
+vector. The original follows with what was removed set to zero; norms, softmax, means and the like see only what is
+kept. Each value, gathered, must leave the same numbers, so a swap of two channels or a wrong attribute is found at the
+operation where it first shows, though the outputs may hide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from torchslim.core.isolation import duplicate, preserved_globals, trim
+from torchslim.core.step import Inputs
+from torchslim.core.task import tensors
+from torchslim.graph.export import untouched
+from torchslim.prune.dependency.coupling import Coupling, Mask
+from torchslim.prune.dependency.masked import Masked
+from torchslim.prune.dependency.precision import Precise, widened
+from torchslim.prune.dependency.trace import call, elementary, named_weights
+from torchslim.prune.dependency.verify_runs import Divergence, Follower, Mismatch, Run
+from torchslim.prune.dependency.verify_values import digest, zeroed
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a check found."""
+
+    divergence: Divergence | None  # the first one
+    error: float = float("inf")  # the largest of any value, relative to its norm
+    outputs: tuple[Tensor, ...] = ()  # of the shrunk model
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """A copy of a model fit for the check: in eval mode, in one precision, no two weights alike.
+
+    A head that starts at zero or a scale of ones would hide what goes wrong before it. The new values are those of
+    float32 in every precision. Weights are never held in another precision than the model's and `dtype`.
+    """
+    weights: dict[int, Tensor] = {}
+    for each in (*model.parameters(), *model.buffers()):
+        wide = widened(each.detach(), dtype)
+        if wide.dtype != each.dtype:
+            weights[id(each)] = nn.Parameter(wide, each.requires_grad) if isinstance(each, nn.Parameter) else wide
+    copied = duplicate(model, weights).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in named_weights(copied).values():
+        numeric = tensor.is_floating_point() or tensor.is_complex()
+        if numeric and tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all()):
+            level = tensor.reshape(-1)[0].item()
+            tensor.copy_(((level if np.isfinite(level) else 0.0) + 0.1 + 0.5 * _random(tensor, generator)).float())
+    return copied
+
+
+def width(model: nn.Module) -> torch.dtype:
+    """The least precision in which a model is compared: float32, or float64 where it has some of that."""
+    wide = any(each.dtype in (torch.float64, torch.complex128) for each in named_weights(model).values())
+    return torch.float64 if wide else torch.float32
+
+
+@torch.no_grad()
+def vary(inputs: Inputs, dtype: torch.dtype, seed: int = 1) -> Inputs:
+    """Inputs for the check: each floating tensor near its own values, with no two elements alike."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def varied(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaf = leaf.double()
+            return (leaf + (0.1 + leaf.abs().mean()) * (_random(leaf, generator) - 0.5)).float().to(dtype)
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            leaf = leaf.to(torch.complex128)
+            moved = leaf + (0.1 + leaf.abs().mean()) * (_random(leaf, generator) - 0.5)
+            return widened(moved.to(torch.complex64), dtype)
+        return leaf
+
+    flat, spec = tree_flatten(inputs)
+    changed: Inputs = tree_unflatten([varied(leaf) for leaf in flat], spec)
+    return changed
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+
+
+@torch.no_grad()
+def mask_weights(model: nn.Module, coupling: Coupling, removed: Mask) -> None:
+    """Set the removed elements of every weight to zero, in place."""
+    own = named_weights(model)
+    for name, value in coupling.trace.weights.items():
+        zeroed(own[name].data, coupling.kept(value.layers, value.shape, removed))
+
+
+def shapes_agree(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> Divergence | None:
+    """Does the shrunk model run with the predicted shape of every value? One forward pass, in evaluation mode."""
+    run = Follower(model, coupling, removed)
+    with untouched(model):
+        return _outcome(run, model, inputs)
+
+
+def _outcome(run: Run, model: nn.Module, inputs: Inputs) -> Divergence | None:
+    try:
+        run.follow(model, inputs)
+    except Mismatch as mismatch:
+        return mismatch.divergence
+    except Exception as error:  # noqa: BLE001 - whatever the user's code raises on wrong shapes is the finding
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return Divergence(run.index, run.stack.paths[-1], what)  # the hooks that leave modules have not run
+    return None
+
+
+def verify(
+    shrunk: Callable[[], nn.Module],
+    original: Callable[[], nn.Module],
+    coupling: Coupling,
+    removed: Mask,
+    inputs: Inputs,
+    precision: torch.dtype = torch.float64,
+) -> Verdict:
+    """Does the shrunk model compute what the masked original computes? Two forward passes, of one model at a time.
+
+    Args:
+        shrunk: makes the model that was cut from the original's weights.
+        original: makes the whole one, as `prepare` does in `precision`; its weights are masked in place.
+        coupling: of the trace that both are held against.
+        removed: per atom what went.
+        inputs: of both, in `precision`.
+        precision: torch.float64, or torch.float32 where `runs` says that the model takes nothing else.
+    """
+    model = shrunk()
+    follower = Follower(model, coupling, removed, precision)
+    diverged = _outcome(follower, model, inputs)
+    if diverged is not None:
+        return Verdict(diverged)
+    del model  # its weights
+    trim()
+    whole = original()
+    mask_weights(whole, coupling, removed)
+    masked = Masked(whole, coupling, removed, follower)
+    diverged = _outcome(masked, whole, inputs)
+    if diverged is None and not _alike(follower.outputs, masked.outputs, masked.tolerance):
+        diverged = masked.fail("an output of the model changes its shape or its values").divergence
+    if diverged is not None:
+        return Verdict(diverged)
+    return Verdict(None, masked.largest, tuple(follower.outputs))
+
+
+def runs(original: nn.Module, coupling: Coupling, inputs: Inputs, precision: torch.dtype) -> Divergence | None:
+    """Where the unpruned model leaves its own trace in a precision: its code may ask for another one."""
+    nothing = np.zeros(coupling.atoms.count, dtype=bool)
+    nothing.setflags(write=False)
+    return _outcome(Follower(original, coupling, nothing, precision), original, inputs)
+
+
+def _alike(one: Sequence[Tensor], two: Sequence[Tensor], tolerance: float) -> bool:
+    """Do two runs give the same outputs, but for rounding?"""
+    if [each.shape for each in one] != [each.shape for each in two]:
+        return False
+    pairs = [(digest(left), digest(right)) for left, right in zip(one, two, strict=True)]
+    return all(
+        max(abs(a - b) for a, b in zip(left[1:], right[1:], strict=True)) <= tolerance * max(left[1], 1e-12)
+        for left, right in pairs
+    )
+
+
+def change(original: nn.Module, inputs: Inputs, after: Sequence[Tensor], precision: torch.dtype) -> float:
+    """How much outputs differ from the unpruned model's, relative to their norm: at 0 the check has shown nothing.
+
+    Infinite where they cannot be compared. One forward pass of a model that has not run yet, as it may fill caches.
+    """
+    before = outputs(original, inputs, precision)
+    if [each.shape for each in before] != [each.shape for each in after]:
+        return float("inf")
+    largest = 0.0
+    for one, two in zip(before, after, strict=True):
+        old, new = (
+            (torch.view_as_real(each) if each.is_complex() else each).double().nan_to_num(0.0, 0.0, 0.0)
+            for each in (one.resolve_conj(), two.resolve_conj())
+        )
+        largest = max(largest, float((old - new).norm() / old.norm().clamp(min=1e-300)))
+    return largest
+
+
+def outputs(model: nn.Module, inputs: Inputs, precision: torch.dtype) -> list[Tensor]:
+    """The output tensors of a plain run."""
+    with elementary(model), preserved_globals(seed=0), Precise(precision).promoting():
+        return tensors(call(model, inputs))

@@ -1,0 +1,1 @@
+"""Widths chosen by their measured latency."""

@@ -1,0 +1,313 @@
+"""What narrowing each group of a model saves on the target: measured once, by width, for all groups that are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from torchslim.core.files import digest
+from torchslim.core.schema import LIMITS, parse_json, read_file
+from torchslim.core.step import Workbench
+from torchslim.errors import PruneError
+from torchslim.prune.dependency.coupling import Coupling
+from torchslim.prune.dependency.groups import Group, Unit
+from torchslim.prune.latency.cost_model import Cost, between, choose, fit
+from torchslim.prune.structured.plan import Plan
+from torchslim.prune.structured.selection import Amount, Selection, least_steps, rounded, select, step_size
+from torchslim.prune.structured.surgery import mend, perform
+
+FORMAT = "torchslim-latency-rows"
+
+PROGRAMS = 48
+"""About how many narrowed programs are timed for a model; each costs seconds to make."""
+
+WIDTHS = (4, 15)
+"""How many of a row at least and at most."""
+
+TOGETHER = 8
+"""Programs that are timed side by side; more cost memory, fewer time the reference more often."""
+
+EVENLY = (75, 50, 25)
+"""How many per cent of every unit stay in the programs that show how narrowings meet."""
+
+ALL = "all"
+"""The row of those programs; its widths are per cent."""
+
+Rows = dict[str, dict[int, float]]
+"""By row: by width, the time over the whole model's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Units that are alike: whichever of them is narrowed, the same operations shrink by as much."""
+
+    key: str
+    units: tuple[int, ...]
+    widths: tuple[int, ...]  # narrower than the whole, falling
+
+
+def _names(coupling: Coupling) -> list[str]:
+    """The units by their groups: the same in every model that was cut from one."""
+    return [" ".join(coupling.groups[number].name for number in unit.groups) for unit in coupling.units]
+
+
+def rows_of(selection: Selection) -> list[Row]:
+    """The rows of a model's table, in the order of its units."""
+    coupling = selection.coupling
+    alike: dict[str, list[int]] = {}
+    for number in range(len(coupling.units)):
+        alike.setdefault(_key(selection, number), []).append(number)
+    if not alike:
+        return []
+    count = int(np.clip(PROGRAMS // len(alike), *WIDTHS))
+    rows = [
+        Row(key=key, units=tuple(numbers), widths=_widths(coupling.units[numbers[0]], selection, count))
+        for key, numbers in alike.items()
+    ]
+    several = len(coupling.units) > 1
+    return [*rows, *([Row(key=ALL, units=tuple(range(len(coupling.units))), widths=EVENLY)] if several else [])]
+
+
+def programs(plan: Plan, amount: Amount) -> tuple[Selection, list[Row]]:
+    """What a model's table is of; which channels go does not matter to the time."""
+    selection = select(plan.coupling(), amount, plan.names, _alike, narrowest=plan.narrowest)
+    return selection, rows_of(selection)
+
+
+def _key(selection: Selection, number: int) -> str:
+    """A digest of all operations that change when a unit is narrowed: names, settings, sizes before and after."""
+    coupling = selection.coupling
+    kept = [unit.width for unit in coupling.units]
+    kept[number] = max(kept[number] // 2, 1)
+    removed = selection.removed(kept)
+    changes = []
+    for operation in coupling.trace.operations:
+        values = (*operation.inputs, *operation.outputs)
+        after = [coupling.shape(value, removed) for value in values]
+        before = [value.shape for value in values]
+        if before != after:
+            changes.append(repr((operation.name, operation.scalars, before, after)))
+    unit = coupling.units[number]
+    # the same operations at the same width, with the same steps
+    return digest(unit.width, step_size(unit, coupling, selection.amount), sorted(changes))[:16]
+
+
+def _widths(unit: Unit, selection: Selection, count: int) -> tuple[int, ...]:
+    """About `count` widths in even steps, multiples of as large a power of two as that allows: kernels like them."""
+    amount = selection.amount
+    step = step_size(unit, selection.coupling, amount)
+    while unit.width // (2 * step) > count:
+        step *= 2
+    wanted = [unit.width * place / (count + 1) for place in range(count, 0, -1)]
+    least = least_steps(unit, selection.coupling, amount.min_channels)
+    found = [rounded(unit, each, step, least, selection.narrowest) for each in wanted]
+    return tuple(dict.fromkeys(each for each in found if each < unit.width))
+
+
+def _kept(row: Row, width: int, selection: Selection) -> list[int]:
+    """How many steps of each unit stay in a program of the table."""
+    whole = [unit.width for unit in selection.coupling.units]
+    if row.key == ALL:
+        return selection.widths([each * width / 100 for each in whole])
+    return [width if number == row.units[0] else each for number, each in enumerate(whole)]
+
+
+def narrowed(plan: Plan, selection: Selection, kept: Sequence[int]) -> nn.Module | None:
+    """The model with units narrowed, not verified; None where that cannot be built."""
+    if all(left == unit.width for left, unit in zip(kept, selection.coupling.units, strict=True)):
+        return None
+    try:
+        surgery, diverged = mend(plan.model, selection.coupling, selection.removed(kept), plan.inputs)
+        return None if diverged is not None else perform(plan.model, surgery)
+    except PruneError:
+        return None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A program of the table, made when it is called for."""
+
+    row: Row
+    width: int
+    name: str
+    make: Callable[[], nn.Module | None]
+
+
+def variants(plan: Plan, selection: Selection, rows: Sequence[Row]) -> list[Variant]:
+    """Every program of the table."""
+    found = []
+    for row in rows:
+        for width in row.widths:
+            kept = _kept(row, width, selection)
+            name = f"{row.key}-{digest(sorted(zip(_names(selection.coupling), kept, strict=True)))[:8]}-{width}"
+            make = partial(narrowed, plan, selection, kept)
+            found.append(Variant(row, width, name if row.key == ALL else f"{row.key}-{width}", make))
+    return found
+
+
+@dataclass
+class Table:
+    """What is known of the time of a model, and of all that is cut from it.
+
+    Args:
+        plan: of the model that the times are over.
+        amount: in what steps its groups shrink.
+        workbench: measures what is not known; None: only what is there is known.
+        progress: called with how many programs of how many are timed.
+        rows: times by row and width.
+        elsewhere: the machine that they were measured on, where it is not this one.
+    """
+
+    plan: Plan
+    amount: Amount
+    workbench: Workbench | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+    rows: Rows = field(default_factory=dict)
+    elsewhere: str = ""
+    _own: dict[str, dict[int, float]] = field(default_factory=dict)  # the same by the names of units
+    _names: list[str] = field(default_factory=list)  # of units, in the order of `_cost`
+    _cost: Cost | None = None
+    _met: list[tuple[float, float]] = field(default_factory=list)  # of `ALL`: what `_cost` says, and what was measured
+
+    def learn(self) -> None:
+        """Measure what is not known of the model's units."""
+        selection, rows = programs(self.plan, self.amount)
+        coupling = selection.coupling
+        names = _names(coupling)
+        if self._cost is not None and names == self._names:
+            return
+        missing = [row for row in rows if row.key not in self.rows]
+        if self.workbench is not None:
+            self._measure(selection, missing)
+        elif missing and len(missing) == len(rows):
+            raise PruneError("the table of latencies knows none of the model's groups; make its folder again")
+        self._names = names
+        self._own = {
+            names[number]: {coupling.units[number].width: 1.0, **self.rows.get(row.key, {})}
+            for row in rows
+            if row.key != ALL
+            for number in row.units
+        }
+        touches, work = _work(coupling)
+        self._cost = fit(touches, work, [self._own[name] for name in names])
+        evenly = Row(key=ALL, units=(), widths=EVENLY)
+        self._met = [
+            (self._cost.time(_kept(evenly, width, selection)), ratio) for width, ratio in self.rows.get(ALL, {}).items()
+        ]
+
+    def _measure(self, selection: Selection, rows: Sequence[Row]) -> None:
+        assert self.workbench is not None
+        self.rows |= {row.key: {} for row in rows}
+        wanted = variants(self.plan, selection, rows)
+        for start in range(0, len(wanted), TOGETHER):
+            group = wanted[start : start + TOGETHER]
+            found = self.workbench.latency({each.name: each.make for each in group}, self.plan.model)
+            for each in group:
+                if each.name in found:
+                    self.rows[each.row.key][each.width] = found[each.name]
+            self.progress(start + len(group), len(wanted))
+
+    def choose(self, selection: Selection, ceiling: float) -> list[int]:
+        """Per unit how many steps stay, for a predicted time of at most `ceiling` of the whole model's."""
+        known, cost = self._aligned(selection)
+        lost = []
+        for number, unit in enumerate(selection.coupling.units):
+            ranks = selection.ranks[number] - min((float(each.min()) for each in selection.ranks), default=0.0)
+            gone = np.concatenate([[0.0], np.cumsum(ranks)])
+            widths = {unit.width, *(width for width in known[number] if width < unit.width)}
+            lost.append({width: float(gone[unit.width - width]) for width in widths})
+        return choose(cost, lost, between([(real, fitted) for fitted, real in self._met], ceiling))
+
+    def predict(self, selection: Selection, kept: Sequence[int]) -> float:
+        """The predicted time over the whole model's."""
+        return between(self._met, self._aligned(selection)[1].time(kept))
+
+    def _aligned(self, selection: Selection) -> tuple[list[Mapping[int, float]], Cost]:
+        """Measured widths and costs in the order of a selection's units, which may be of a model cut before."""
+        assert self._cost is not None, "learn before choosing"
+        cost, places = self._cost, {name: place for place, name in enumerate(self._names)}
+        mine = _names(selection.coupling)
+        known: list[Mapping[int, float]] = [self._own.get(name, {}) for name in mine]
+        curves = [cost.curves[places[name]] if name in places else {1: 1.0} for name in mine]
+        columns = [places.get(name, -1) for name in mine]
+        touches = np.zeros((len(cost.touches), len(mine)), dtype=bool)
+        for column, place in enumerate(columns):
+            if place >= 0:
+                touches[:, column] = cost.touches[:, place]
+        return known, Cost(touches, cost.shares, curves)
+
+    def to_json(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """As what `load_rows` reads."""
+        rows = {key: {str(width): ratio for width, ratio in row.items()} for key, row in self.rows.items()}
+        return {"format": FORMAT, "about": dict(about), "rows": rows}
+
+
+def _alike(coupling: Coupling, group: Group) -> NDArray[np.float64]:
+    """Which channels go does not matter to the time."""
+    return np.ones(len(group.classes))
+
+
+def _work(coupling: Coupling) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Sets of units that operations depend on (sets, units), and the share of the work of each: (sets,)."""
+    owner: dict[int, int] = {}
+    for number, unit in enumerate(coupling.units):
+        for cell in unit.cells:
+            owner |= dict.fromkeys(cell.classes.tolist(), number)
+    work: dict[frozenset[int], float] = {}
+    total = 0.0
+    for operation in coupling.trace.operations:
+        total += operation.macs
+        if not operation.macs:
+            continue
+        classes = [each for layers, _ in operation.factors for each in coupling.classes(layers)]
+        touched = frozenset(owner[each] for ids in classes for each in np.unique(ids).tolist() if each in owner)
+        if touched:
+            work[touched] = work.get(touched, 0.0) + operation.macs
+    touches = np.zeros((len(work), len(coupling.units)), dtype=bool)
+    for place, units in enumerate(work):
+        touches[place, sorted(units)] = True
+    return touches, np.array(list(work.values())) / max(total, 1.0)
+
+
+def load_rows(path: str | Path, about: Mapping[str, Any]) -> tuple[Rows, str]:
+    """Rows that were measured elsewhere, and on what machine.
+
+    Args:
+        path: of a `latency.json`.
+        about: what the times must be of, as `Workbench.about` says it, or a part of that.
+
+    Raises:
+        PruneError: it cannot be read, or is of another model, runtime or number of threads.
+    """
+    mend = "give the latency.json that bench.py wrote"
+    raw = read_file(Path(path), PruneError, size_bytes=LIMITS.size_bytes, mend=mend)
+    found = parse_json(raw, f"latency_table {path}", PruneError, mend=mend)
+    try:
+        if found["format"] != FORMAT:
+            raise KeyError("format")
+        own, machine = dict(found["about"]), str(found["machine"])
+        rows = {key: {int(width): float(ratio) for width, ratio in row.items()} for key, row in found["rows"].items()}
+        if not all(0 < ratio < float("inf") for row in rows.values() for ratio in row.values()):
+            raise ValueError("a time that is none")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PruneError(f"latency_table {path} is no table of latencies ({error}); {mend}") from error
+    for key, what in (
+        ("runtime", "runtime"),
+        ("threads", "threads"),
+        ("ends", "final numbers"),
+        ("structure", "model"),
+    ):
+        if key in about and own.get(key) != about[key]:
+            got, wanted = ("another", "this one") if key == "structure" else (repr(own.get(key)), repr(about[key]))
+            raise PruneError(
+                f"latency_table {path} was measured for {what} {got}, and this is {wanted}; make the folder again from "
+                "this recipe, and measure it there"
+            )
+    return rows, machine

@@ -1,0 +1,247 @@
+"""Single weights, N:M blocks and slices set to zero: which ones, and how they are held there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim import Optimizer
+
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.isolation import copy_model
+from torchslim.core.layer_patterns import Patterns, by_pattern, computed_weights, select_weights
+from torchslim.core.step import LayerRecord
+from torchslim.errors import PruneError
+from torchslim.prune.criteria.registry import Criterion
+from torchslim.prune.criteria.scoring import channel_scores, score, silence
+from torchslim.prune.criteria.statistics import Gathered, Role, Statistics
+from torchslim.prune.masking.patterns import Pattern, Slice
+from torchslim.prune.masking.selection import keep_globally, keep_per_row
+from torchslim.training.optimizer import MaskKeeper
+
+Masks = dict[str, Tensor]
+NO_DATA = Gathered()
+COMPUTED = "a parametrization computes it; torch.nn.utils.parametrize.remove_parametrizations makes it a plain weight"
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def plan(
+    model: nn.Module,
+    *,
+    sparsity: float | Mapping[str, float] | None,
+    threshold: float | None,
+    criterion: Criterion,
+    pattern: Pattern,
+    scope: Literal["global", "layer"],
+    include: Patterns = None,
+    exclude: Patterns = None,
+    previous: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    gathered: Gathered = NO_DATA,
+) -> tuple[Masks, list[LayerRecord]]:
+    """Masks (True where kept) by parameter name, and a record per layer. The model is only read.
+
+    `gathered` holds what the criterion needs of data. Weights that `previous` masks already are the first to go and
+    never come back.
+    """
+    previous = previous or {}
+    chosen = select_weights(model, include, exclude)
+    if isinstance(sparsity, Mapping):
+        covered = by_pattern(sparsity, chosen, model)
+        targets = {path: sparsity[covered[path]] for path in chosen if path in covered}
+        chosen = {path: chosen[path] for path in targets}
+    else:
+        targets = dict.fromkeys(chosen, sparsity if sparsity is not None else 0.0)
+    owners = dict(model.named_modules())
+    inputs = {path: _input_dim(owners[path.rpartition(".")[0]], each) for path, each in chosen.items()}
+    refused = {path: pattern.refusal(each.shape, inputs[path]) for path, each in chosen.items()}
+    reason = "follow the pattern" if any(refused.values()) else "be ranked"
+    generator = torch.Generator().manual_seed(seed)
+    units: dict[str, Tensor] = {}
+    for path, weight in chosen.items():
+        if refused[path]:
+            continue
+        statistics = gathered.of(path, generator=generator, role=_role(pattern, weight, inputs[path]))
+        refused[path] = silence(criterion, statistics)
+        found = None if refused[path] else _units(criterion, pattern, weight, statistics, inputs[path], previous)
+        if found is not None:
+            units[path] = found
+        elif not refused[path]:
+            refused[path] = f"criterion {criterion.name!r} says nothing of it"
+    records = [LayerRecord(layer=path, action="refused", reason=why) for path, why in refused.items() if why]
+    records += [
+        LayerRecord(layer=path, action="refused", reason=COMPUTED) for path in computed_weights(model, include, exclude)
+    ]
+    if not units:
+        raise PruneError(f"no chosen layer can {reason}: {'; '.join(f'{p}: {w}' for p, w in refused.items())}")
+    keep = _decide(units, targets, threshold, pattern, scope, {path: chosen[path].numel() for path in units})
+
+    masks = dict(previous)
+    for path in units:
+        mask = pattern.spread(keep[path], chosen[path].shape, inputs[path])
+        masks[path] = mask & previous[path].to(mask.device) if path in previous else mask
+        records.append(pruned_record(path, masks[path]))
+    return masks, records
+
+
+def _role(pattern: Pattern, weight: Tensor, input_dim: int) -> Role:
+    """What the dimension of whole slices is to the layer."""
+    if not isinstance(pattern, Slice):
+        return "other"
+    dim = pattern.dim % weight.dim()
+    return "in" if dim == input_dim else "out" if dim == 1 - input_dim else "other"
+
+
+def _units(
+    criterion: Criterion,
+    pattern: Pattern,
+    weight: Tensor,
+    statistics: Statistics,
+    input_dim: int,
+    previous: Mapping[str, Tensor],
+) -> Tensor | None:
+    """(rows, units): what competes in one layer, earlier masks obeyed; None where the criterion says nothing."""
+    mask = previous.get(statistics.name)
+    if criterion.weights is None and isinstance(pattern, Slice):
+        left = weight if mask is None else weight.masked_fill(~mask.to(weight.device), 0)
+        found = channel_scores(criterion, left, pattern.dim, statistics)
+        if found is None:
+            return None
+        units: Tensor = found.unsqueeze(0)
+    else:
+        scores = score(criterion, weight, statistics)
+        left = scores if mask is None else scores.masked_fill(~mask.to(scores.device), 0)
+        units = pattern.units(left, input_dim)
+    if mask is None:
+        return units
+    dead = pattern.units(mask.to(units), input_dim) == 0
+    return units.masked_fill(dead, -torch.inf)
+
+
+def pruned_record(path: str, mask: Tensor) -> LayerRecord:
+    """What pruning did to one layer; a layer that gives a constant from now on is said so."""
+    removed = int((~mask).sum())
+    reason = "every weight is removed" if removed == mask.numel() else ""
+    return LayerRecord(layer=path, action="pruned", reason=reason, sparsity=removed / mask.numel())
+
+
+def _decide(
+    units: Mapping[str, Tensor],
+    targets: Mapping[str, float],
+    threshold: float | None,
+    pattern: Pattern,
+    scope: str,
+    sizes: Mapping[str, int],
+) -> dict[str, Tensor]:
+    if threshold is not None:
+        return {path: each >= threshold for path, each in units.items()}
+    if pattern.fixed_sparsity is not None:
+        return {path: keep_per_row(each, pattern.fixed_sparsity) for path, each in units.items()}
+    if scope == "layer":
+        return {path: keep_per_row(each, targets[path]) for path, each in units.items()}
+    costs = [sizes[path] // each.numel() for path, each in units.items()]
+    (target,) = {targets[path] for path in units}
+    return dict(zip(units, keep_globally(list(units.values()), costs, target), strict=True))
+
+
+def _input_dim(owner: nn.Module, weight: Tensor) -> int:
+    return 0 if isinstance(owner, TRANSPOSED) or weight.dim() < 2 else 1
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the weights whose mask is False to zero, in place."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+
+
+def notes(records: Sequence[LayerRecord]) -> list[str]:
+    """What a user must know of the records: layers that were left alone, and layers that were emptied."""
+    return [
+        f"{'not pruned' if each.action == 'refused' else 'emptied'}: {each.layer}: {each.reason}"
+        for each in records
+        if each.reason
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """The fraction of zeros, per weight and over all of them."""
+
+    layers: Mapping[str, float]
+    total: float
+
+    def __str__(self) -> str:
+        width = max(map(len, self.layers), default=5)
+        rows = [f"{path:<{width}}  {value:7.2%}" for path, value in self.layers.items()]
+        return "\n".join([*rows, f"{'total':<{width}}  {self.total:7.2%}"])
+
+
+@checks_arguments(PruneError)
+def sparsity(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Sparsity:
+    """How many weights are exactly zero, over the layers that pruning touches.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> with torch.no_grad():
+    ...     _ = layer.weight.copy_(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    >>> sparsity(layer).total
+    0.25
+    """
+    if prune.is_pruned(model):  # its zeros are in masks, not yet in the parameters
+        model, _ = copy_model(model)
+    chosen = select_weights(model, include, exclude)
+    zeros = {path: int((weight == 0).sum()) for path, weight in chosen.items()}
+    layers = {path: zeros[path] / max(weight.numel(), 1) for path, weight in chosen.items()}
+    return Sparsity(layers, sum(zeros.values()) / max(sum(weight.numel() for weight in chosen.values()), 1))
+
+
+class HeldZeros:
+    """What `hold_zeros` returns: `remove()` ends the holding; also a context manager."""
+
+    def __init__(self, keeper: MaskKeeper, optimizer: Optimizer) -> None:
+        self.masks = keeper.masks
+        self._handles = (
+            optimizer.register_step_pre_hook(keeper.before_step),
+            optimizer.register_step_post_hook(keeper.after_step),
+        )
+
+    def remove(self) -> None:
+        """Let the weights move again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> HeldZeros:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+@checks_arguments(PruneError)
+def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None) -> HeldZeros:
+    """Keep pruned weights at zero while your own loop trains: weight decay and momentum included.
+
+    Without `masks` (boolean, by parameter name, True where kept), every weight that pruning touches by default and
+    that is exactly zero now is held.
+
+    Raises:
+        PruneError: when a weight is zero altogether, as a freshly initialised head may be: held, it would never
+            learn. Pass `masks` to say what is meant.
+    """
+    if masks is None:
+        masks = {path: weight.detach() != 0 for path, weight in select_weights(model).items()}
+        masks = {path: mask for path, mask in masks.items() if not mask.all()}
+        empty = [path for path, mask in masks.items() if not mask.any()]
+        if empty:
+            raise PruneError(
+                f"{', '.join(empty)} is all zeros and would be held there for good; pass masks={{name: keep}} to say "
+                "which weights to hold"
+            )
+    keeper = MaskKeeper(dict(model.named_parameters()), optimizer, masks)
+    keeper.after_step()
+    return HeldZeros(keeper, optimizer)

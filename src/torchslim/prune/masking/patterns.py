@@ -1,0 +1,147 @@
+"""What goes together: a pattern turns a weight's scores into rows of units that compete, and back.
+
+`units(scores)` has shape (rows, units): within a row the lowest units go first. `spread(keep, shape)` turns the
+decision on units into a mask of the weight's shape.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from torchslim.core.checks import Range, check_fields
+from torchslim.errors import PruneError
+
+
+class Pattern(Protocol):
+    """How single weights are bound together."""
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The sparsity that the pattern itself decides, or None."""
+        ...
+
+    def refusal(self, shape: torch.Size, input_dim: int) -> str:
+        """Why a weight of this shape cannot follow the pattern; empty when it can."""
+        ...
+
+    def units(self, scores: Tensor, input_dim: int) -> Tensor: ...
+
+    def spread(self, keep: Tensor, shape: torch.Size, input_dim: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unstructured:
+    """Every weight by itself."""
+
+    fixed_sparsity: ClassVar[None] = None
+
+    def refusal(self, shape: torch.Size, input_dim: int) -> str:
+        """Any weight will do."""
+        return ""
+
+    def units(self, scores: Tensor, input_dim: int) -> Tensor:
+        """(1, n)."""
+        return scores.reshape(1, -1)
+
+    def spread(self, keep: Tensor, shape: torch.Size, input_dim: int) -> Tensor:
+        """One decision per weight."""
+        return keep.reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class NM:
+    """N of every M consecutive weights along the input dimension are kept (Zhou 2021, arXiv:2102.04010)."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise PruneError(f"pattern N:M needs 0 < N < M, got {self.n}:{self.m}")
+
+    @property
+    def fixed_sparsity(self) -> float:
+        """1 - N / M."""
+        return 1 - self.n / self.m
+
+    def refusal(self, shape: torch.Size, input_dim: int) -> str:
+        """The input dimension must be a multiple of M."""
+        if not shape:
+            return "a single number has no input dimension"
+        size = shape[input_dim]
+        return "" if size % self.m == 0 else f"input dimension {size} is not a multiple of {self.m}"
+
+    def units(self, scores: Tensor, input_dim: int) -> Tensor:
+        """(n / M, M)."""
+        return scores.movedim(input_dim, -1).reshape(-1, self.m)
+
+    def spread(self, keep: Tensor, shape: torch.Size, input_dim: int) -> Tensor:
+        """Blocks back in their places."""
+        moved = [size for dim, size in enumerate(shape) if dim != input_dim] + [shape[input_dim]]
+        return keep.reshape(moved).movedim(-1, input_dim)
+
+
+Order = Annotated[float, Range(-math.inf, math.inf, least=1e-30)]
+"""Of a norm: its inverse is an exponent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Whole slices along `dim`, ranked by the L_n norm of their scores (what `ln_structured` masks)."""
+
+    n: Order = 2.0
+    dim: int = 0
+    fixed_sparsity: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, PruneError)
+
+    def refusal(self, shape: torch.Size, input_dim: int) -> str:
+        """The weight must have the dimension, and another one beside it."""
+        if len(shape) < 2:
+            return "a weight of one dimension has no slices"
+        return (
+            "" if -len(shape) <= self.dim < len(shape) else f"a weight of {len(shape)} dimensions has no dim {self.dim}"
+        )
+
+    def units(self, scores: Tensor, input_dim: int) -> Tensor:
+        """(1, slices)."""
+        norms: Tensor = torch.linalg.vector_norm(scores.movedim(self.dim, 0).flatten(1), ord=self.n, dim=1)
+        return norms.unsqueeze(0)
+
+    def spread(self, keep: Tensor, shape: torch.Size, input_dim: int) -> Tensor:
+        """One decision per slice."""
+        view = [1] * len(shape)
+        view[self.dim] = -1
+        return keep.reshape(view).expand(shape).clone()
+
+
+CHANNEL = "channel"
+
+PATTERNS = {
+    "unstructured": "single weights",
+    "slice": "whole slices along `dim`, by their L_`n` norm",
+    "N:M": "N of every M weights along the input dimension are kept: 2:4, 4:8",
+    CHANNEL: "whole channels, neurons and heads, physically removed",
+}
+
+
+def find_pattern(pattern: str, *, n: float = 2.0, dim: int = 0) -> Pattern:
+    """The pattern of a name: "unstructured", "slice" (with `n` and `dim`), or "N:M"."""
+    if pattern == "unstructured":
+        return Unstructured()
+    if pattern == "slice":
+        return Slice(n, dim)
+    if found := re.fullmatch(r"(\d+):(\d+)", pattern):
+        return NM(int(found[1]), int(found[2]))
+    if pattern == CHANNEL:
+        raise PruneError(
+            "pattern 'channel' removes no single weights; use ts.prune.channels(model, example_inputs, ...)"
+        )
+    raise PruneError(f"pattern {pattern!r} is not known; one of {', '.join(PATTERNS)}")

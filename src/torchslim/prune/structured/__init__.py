@@ -1,0 +1,1 @@
+"""Channels physically removed: plan, surgery, proof."""

@@ -1,0 +1,126 @@
+"""What is added to the loss so that whole channels fade before they are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchslim.core.distributed import whole
+from torchslim.errors import PruneError
+from torchslim.prune.criteria.registry import slices
+from torchslim.prune.dependency.coupling import Coupling
+from torchslim.training.loop import Hook, Loop
+
+Sparsify = Literal["group-lasso", "bn-l1"]
+PENALTIES = {
+    "group-lasso": "the norm of all that goes with a channel",
+    "bn-l1": "the magnitude of batch-norm scales",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """One dimension of one parameter: the classes that its indices belong to, numbered over all groups."""
+
+    weight: str
+    dim: int
+    indices: Tensor
+    classes: Tensor
+
+
+def slices_of(coupling: Coupling) -> tuple[list[Slices], int]:
+    """The parameters' slices in all groups that may shrink, and the number of classes."""
+    found: list[Slices] = []
+    count = 0
+    for number in sorted({number for unit in coupling.units for number in unit.groups}):
+        group = coupling.groups[number]
+        for member in group.members:
+            if member.weight in coupling.trace.parameters:
+                classes = torch.from_numpy(member.classes) + count
+                found.append(Slices(member.weight, member.dim, torch.from_numpy(member.indices), classes))
+        count += len(group.classes)
+    return found, count
+
+
+class _Penalty(Hook):
+    """A weighted sum over classes; the epochs before the last are not yet as sparse as was paid for."""
+
+    def __init__(self, coupling: Coupling, strength: float) -> None:
+        self.strength = strength
+        self.slices, self.count = slices_of(coupling)
+        self.parts: list[tuple[Tensor, Slices]] = []
+
+    def on_start(self, loop: Loop) -> None:
+        """Look the parameters up once, and bring the indices to them."""
+        parameters = dict(loop.model.named_parameters())
+        self.parts = []
+        for each in self.slices:
+            weight = parameters[each.weight]
+            if weight.requires_grad:
+                placed = Slices(each.weight, each.dim, each.indices.to(weight.device), each.classes.to(weight.device))
+                self.parts.append((weight, placed))
+
+    def settled(self, loop: Loop) -> bool:
+        """Only the last epoch has seen all of the penalty."""
+        return loop.progress >= 1
+
+
+class GroupLasso(_Penalty):
+    """The sum over channels of sqrt(n) times the Euclidean norm of the n weights that go with one.
+
+    A weight whose row and column both go with the channel counts twice. Source: Wen et al. 2016, arXiv:1608.03665,
+    section 3.1; the factor is that of Yuan & Lin 2006 (group lasso), section 2.
+    """
+
+    def on_start(self, loop: Loop) -> None:
+        """Count the weights of every class."""
+        super().on_start(loop)
+        sizes = torch.zeros(self.count)
+        for weight, each in self.parts:
+            share = torch.full((len(each.classes),), weight.numel() / weight.shape[each.dim])
+            sizes.index_add_(0, each.classes.cpu(), share)
+        if self.parts:
+            first = self.parts[0][0]  # sums of squares leave the range of halves
+            self.roots = sizes.sqrt().to(first.device, torch.promote_types(first.dtype, torch.float32))
+
+    def penalty(self, loop: Loop) -> Tensor | None:
+        """A scalar."""
+        if not self.parts:
+            return None
+        squares = torch.zeros_like(self.roots)
+        for weight, each in self.parts:
+            inside = slices(whole(weight).square(), each.dim).sum(1)[each.indices].to(squares)
+            squares = squares.index_add(0, each.classes.to(squares.device), inside)
+        alive = squares > 0  # a norm has no slope at zero: what is gone stays gone
+        norms = torch.where(alive, squares, 1.0).sqrt() * alive
+        return self.strength * (self.roots * norms).sum()
+
+
+class ScaleL1(_Penalty):
+    """The sum of |scale| over the batch norms of channels that may go.
+
+    Source: Liu et al. 2017 (network slimming), arXiv:1708.06519, section 3, eq. 1.
+    """
+
+    def __init__(self, coupling: Coupling, strength: float) -> None:
+        super().__init__(coupling, strength)
+        self.slices = [each for each in self.slices if each.weight in coupling.trace.norm_scales]
+        if not self.slices:
+            raise PruneError("sparsify='bn-l1' finds no batch norm with channels that may go; use 'group-lasso'")
+
+    def penalty(self, loop: Loop) -> Tensor | None:
+        """A scalar."""
+        if not self.parts:
+            return None
+        home = self.parts[0][0].device
+        return (
+            self.strength * torch.stack([whole(w)[each.indices].abs().sum().to(home) for w, each in self.parts]).sum()
+        )
+
+
+def make_penalty(kind: Sparsify, coupling: Coupling, strength: float) -> Hook:
+    """The hook of a name."""
+    return GroupLasso(coupling, strength) if kind == "group-lasso" else ScaleL1(coupling, strength)

@@ -1,0 +1,192 @@
+"""What was removed, kept with the module: rounds of surgery, and the base that they start from.
+
+A record makes the shrunk module again from a fresh instance of its base, so nothing of a class is ever saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.files import digest
+from torchslim.errors import PruneError
+from torchslim.prune.structured.surgery import Surgery, perform
+
+ATTRIBUTE = "_torchslim_surgery"
+VERSION = 1
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    """The shape of every tensor of the model's state; buffers that are not saved may grow as it runs."""
+    return {name: list(getattr(value, "shape", ())) for name, value in model.state_dict().items()}
+
+
+def difference(own: Shapes, wanted: Shapes) -> str:
+    """How a model differs from what was saved: what it misses, does not know, shapes otherwise; or nothing."""
+    missing, unknown = sorted(set(own) - set(wanted)), sorted(set(wanted) - set(own))
+    other = [
+        f"{name} {tuple(shape)} instead of {tuple(wanted[name])}"
+        for name, shape in own.items()
+        if name in wanted and list(shape) != list(wanted[name])
+    ]
+    if not (missing or unknown or other):
+        return ""
+    return (
+        f"missing: {', '.join(missing[:5]) or 'none'}; unknown: {', '.join(unknown[:5]) or 'none'}; "
+        f"other shapes: {', '.join(other[:5]) or 'none'}"
+    )
+
+
+@checks_arguments(PruneError)
+def surgery(model: nn.Module) -> dict[str, Any] | None:
+    """What channel pruning removed from this module, as plain JSON values; None where it never did.
+
+    `base` says which model it starts from: its class, and a digest of the shapes of its weights. `rounds` holds, for
+    each pruning in turn, `cuts` (which indices of which dimension of a weight stay), `patches` (attributes that carry
+    sizes), and `about`: what was asked and reached, and why other channels stayed. Parts that were pruned by
+    themselves are rounds too.
+    """
+    own = vars(model).get(ATTRIBUTE)
+    # a part's record is younger than that of what is around it: a new round takes up those of all parts
+    parts = [(path, vars(part)[ATTRIBUTE]) for path, part in model.named_modules() if path and ATTRIBUTE in vars(part)]
+    parts.sort(key=lambda part: part[0].count("."))
+    rounds = [_inside(path, each) for path, record in parts for each in record["rounds"]]
+    if own is not None:
+        return {**copy.deepcopy(own), "rounds": [*copy.deepcopy(own["rounds"]), *rounds]}
+    return _record(model, undone(shapes(model), rounds, _tied(model)), rounds) if rounds else None
+
+
+def _record(model: nn.Module, before: Shapes, rounds: list[Any]) -> dict[str, Any]:
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    return {"version": VERSION, "base": {"class": name, "shapes": digest(before)}, "rounds": rounds}
+
+
+def _inside(path: str, done: Mapping[str, Any]) -> dict[str, Any]:
+    """A round of a part as one of the whole."""
+    return {
+        "cuts": [{**each, "weight": f"{path}.{each['weight']}"} for each in done["cuts"]],
+        "patches": [{**each, "module": f"{path}.{each['module']}".rstrip(".")} for each in done["patches"]],
+        "about": {**copy.deepcopy(done["about"]), "part": path},
+    }
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """By name, the first name of a tensor that has several."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+
+
+def undone(after: Shapes, rounds: Sequence[Mapping[str, Any]], tied: Mapping[str, str]) -> dict[str, list[int]]:
+    """The shapes before these rounds: those after them with every cut undone."""
+    before = {name: list(shape) for name, shape in after.items()}
+    for each in reversed(rounds):
+        for cut in each["cuts"]:
+            for name, shape in before.items():
+                if tied.get(name, name) == cut["weight"]:
+                    shape[cut["dim"]] = cut["size"]
+    return before
+
+
+def attach(shrunk: nn.Module, base: nn.Module, done: Surgery, about: Mapping[str, Any]) -> None:
+    """Add a round to the record that the shrunk module carries on from its base."""
+    record = surgery(base) or _record(base, shapes(base), [])
+    record["rounds"].append({**done.to_json(), "about": dict(about)})
+    _set(shrunk, json.loads(json.dumps(record)))  # equal to itself after a way through a file
+
+
+def _set(model: nn.Module, record: dict[str, Any]) -> None:
+    for module in model.modules():
+        vars(module).pop(ATTRIBUTE, None)
+    vars(model)[ATTRIBUTE] = record
+
+
+def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """The shrunk module, made again from a fresh instance of its base, or from one that has its first rounds behind it.
+
+    Raises:
+        PruneError: the record is damaged, of a newer version, or of another model.
+    """
+    _check(record)
+    known, rounds = surgery(base), record["rounds"]
+    if digest(shapes(base)) == record["base"]["shapes"]:
+        done = 0
+    elif known is not None and _continues(record, known):
+        done = len(known["rounds"])
+    else:
+        raise PruneError(
+            f"the surgery was made on a {record['base']['class']} with other weights than this {type(base).__name__}; "
+            "give the factory of the model that was pruned"
+        )
+    for each in rounds[done:]:
+        try:
+            base = perform(base, Surgery.from_json(each))
+        except (AttributeError, IndexError, TypeError) as error:
+            raise PruneError(
+                f"the surgery does not fit this {type(base).__name__}: {error}; give the factory of the model that "
+                "was pruned"
+            ) from error
+    _set(base, copy.deepcopy(dict(record)))
+    return base
+
+
+def _continues(record: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    done = len(known["rounds"])
+    return bool(known["base"]["shapes"] == record["base"]["shapes"] and known["rounds"] == record["rounds"][:done])
+
+
+def rebuild(model: nn.Module, record: Mapping[str, Any], wanted: Shapes, tied: Mapping[str, str]) -> nn.Module:
+    """`replay`, or where the model is of the shrunk architecture already, the model with the record attached.
+
+    Args:
+        model: taken over; it may be changed.
+        record: what `surgery` gave.
+        wanted: the shapes after the surgery.
+        tied: by name, the first name of a tensor that has several.
+
+    Raises:
+        PruneError: the record is damaged, of a newer version, or of another model; names the difference.
+    """
+    _check(record)
+    if not difference(shapes(model), wanted):
+        _set(model, copy.deepcopy(dict(record)))
+        return model
+    known = surgery(model)
+    differs = difference(shapes(model), undone(wanted, record["rounds"], tied))
+    if differs and not (known is not None and _continues(record, known)):
+        raise PruneError(
+            f"this {type(model).__name__} is not the model that was pruned, a {record['base']['class']}; {differs}; "
+            "give the factory of the model before pruning, or of the pruned architecture"
+        )
+    return replay(model, record)
+
+
+def _check(record: Mapping[str, Any]) -> None:
+    try:
+        version = int(record["version"])
+        if version <= VERSION:
+            str(record["base"]["class"] + record["base"]["shapes"])
+            sound = all(_sound(Surgery.from_json(each)) for each in record["rounds"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PruneError(f"the surgery is damaged: {type(error).__name__}: {error}; copy or save it again") from error
+    if version > VERSION:
+        raise PruneError(f"the surgery has format version {version}, this torchslim reads {VERSION}; upgrade it")
+    if not sound:
+        raise PruneError("the surgery is damaged: it keeps indices that do not exist; copy or save it again")
+
+
+def _sound(done: Surgery) -> bool:
+    """Indices rise inside their dimension, and only public attributes are set, to whole numbers."""
+    return all(
+        list(each.kept) == sorted({int(index) for index in each.kept if 0 <= index < each.size}) and each.dim >= 0
+        for each in done.cuts
+    ) and all(
+        not each.name.startswith("_") and all(type(number) is int for number in (each.old, each.new, *each.place))
+        for each in done.patches
+    )

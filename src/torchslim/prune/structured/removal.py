@@ -1,0 +1,362 @@
+"""Whole channels, neurons and heads physically removed: what goes, and the proof that it is right."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.isolation import trim
+from torchslim.core.layer_patterns import Patterns
+from torchslim.core.step import Inputs, Workbench
+from torchslim.core.task import Batch
+from torchslim.core.usable import usable
+from torchslim.errors import PruneError
+from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion, needs
+from torchslim.prune.criteria.scoring import Normalisation, Reduction, channel_scores, combine
+from torchslim.prune.criteria.statistics import Gathered, gather
+from torchslim.prune.dependency.coupling import Coupling, Mask
+from torchslim.prune.dependency.groups import Group
+from torchslim.prune.dependency.propagation import FIXED
+from torchslim.prune.dependency.resolve import Heads
+from torchslim.prune.structured.plan import Plan, UnseenCode, analyse, shapes_of
+from torchslim.prune.structured.proof import ROLLBACKS, give_up, prove
+from torchslim.prune.structured.record import attach
+from torchslim.prune.structured.selection import NEAR, Amount, Of, Scope, Scores, Selection, is_bound, select, step_size
+from torchslim.prune.structured.surgery import Surgery, perform
+
+SHOWN = 6
+"""How many reasons a refusal tells."""
+
+ASKED = ("excluded", "not included")
+"""Reasons that the caller gave; they come last."""
+
+EVERYWHERE = ("reaches an output", "the kernel's extent stays", FIXED)
+"""How reasons begin that hold in every model: they are told where there are no others."""
+
+
+Choose = Callable[[Selection], list[int]]
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A verified removal."""
+
+    model: nn.Module
+    surgery: Surgery
+    coupling: Coupling
+    removed: Mask
+    error: float  # the largest relative difference of any value, in the precision of the check
+    change: float  # of the outputs against the unpruned model's
+    left: float  # the fraction of the model that is left, in the amount's measure
+    rollbacks: tuple[str, ...]
+    imprecise: str = ""  # why the check ran in another precision than float64
+
+
+class TooLittle(PruneError):
+    """A sparsity so low that no channel goes."""
+
+
+class Stuck(PruneError):
+    """No channel can go, whatever the sparsity."""
+
+
+def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selection.choose) -> Shrunk:
+    """Remove the least important channels, verify, and give up what cannot be verified.
+
+    Args:
+        choose: how many steps of each unit stay.
+
+    Raises:
+        PruneError: nothing can go.
+    """
+    rollbacks: list[str] = []
+    for _ in range(ROLLBACKS):
+        coupling = plan.coupling()
+        if not coupling.units:
+            break
+        selection = select(coupling, amount, plan.names, scores, narrowest=plan.narrowest)
+        kept = choose(selection)
+        removed = selection.removed(kept)
+        trim()
+        if not removed.any() and rollbacks:
+            raise Stuck(
+                f"no channel of {type(plan.model).__name__} can go that passes the check: "
+                f"{'; '.join(dict.fromkeys(rollbacks))}"
+            )
+        if not removed.any():
+            raise TooLittle(
+                f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
+                f"{amount.round_to} channels: ask for more, or give a smaller round_to"
+            )
+        proof = prove(plan, coupling, removed)
+        if proof.right:
+            # the module that was tried has run, and may have changed its state
+            shrunk = perform(plan.model, proof.surgery)
+            return Shrunk(
+                shrunk,
+                proof.surgery,
+                coupling,
+                removed,
+                proof.error,
+                proof.change,
+                selection.left(kept),
+                tuple(rollbacks),
+                plan.imprecise,
+            )
+        rollbacks.append(proof.objection)
+        if plan.narrowest == 1 and any(left == 1 < unit.width for unit, left in zip(coupling.units, kept, strict=True)):
+            plan.narrowest = 2  # a value of size 1 often takes another path through views and products
+        elif not give_up(plan, proof, coupling, removed):
+            break
+    raise Stuck(f"no channel of {type(plan.model).__name__} can go: {refusal(plan, rollbacks)}")
+
+
+def refusal(plan: Plan, rollbacks: Sequence[str]) -> str:
+    """Why nothing can go, the reason that holds the most parameters first."""
+    coupling = plan.coupling()
+    held: dict[str, int] = {}
+    for group in coupling.groups:
+        stake = sum(int(np.prod(coupling.trace.weights[each.weight].shape)) for each in group.members)
+        held[group.reason] = max(held.get(group.reason, 0), stake)
+    held.pop("", None)
+    plain = {each: size for each, size in held.items() if not each.startswith(EVERYWHERE)} or held
+    unlisted = [each for each in dict.fromkeys(rollbacks) if not any(each.partition(": ")[2] in why for why in plain)]
+    reasons = [*unlisted, *sorted(plain, key=lambda each: (each in ASKED, -plain[each]))]
+    more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    if plan.unseen == "keep" and any("no example reached" in each for each in reasons):
+        more += "".join(f"; {note}, or unseen='prune'" for note in plan.notes())
+    return "; ".join(reasons[:SHOWN]) + more if reasons else "it has no groups"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """How the classes of a group are scored: a criterion over its members, reduced and normalised."""
+
+    criterion: Criterion
+    reduction: Reduction = "mean"
+    normalisation: Normalisation = "mean"
+    gathered: Gathered = field(default_factory=Gathered)
+    seed: int = 0
+    priors: Mapping[str, float] = field(default_factory=dict)  # by group or layer, how much its changes hurt
+
+    def scores(self, model: nn.Module, plan: Plan) -> Scores:
+        """A function of coupling and group, for `shrink`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        weights: dict[str, torch.Tensor] = {
+            name: each for name, each in model.named_parameters() if each.is_floating_point()
+        }
+        if not needs(self.criterion):  # complex weights by their magnitudes; what data gives is for real ones
+            weights |= {name: each.detach().abs() for name, each in model.named_parameters() if each.is_complex()}
+        known: dict[tuple[str, int], torch.Tensor | None] = {}
+
+        def member(name: str, dim: int) -> torch.Tensor | None:
+            if (name, dim) not in known:
+                statistics = self.gathered.of(
+                    name,
+                    generator=generator,
+                    role=plan.trace.roles.get((name, dim), "other"),
+                    norm_scale=name in plan.trace.norm_scales,
+                )
+                known[name, dim] = channel_scores(self.criterion, weights[name], dim, statistics)
+            return known[name, dim]
+
+        def score(coupling: Coupling, group: Group) -> NDArray[np.float64]:
+            members = []
+            for each in group.members:
+                found = member(each.weight, each.dim) if each.weight in weights else None
+                if found is not None:
+                    members.append((torch.from_numpy(each.classes), found[torch.from_numpy(each.indices)]))
+            if not members:  # of a criterion that looks at norms, say: all alike
+                return np.ones(len(group.classes))
+            combined = combine(members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation)
+            return combined.numpy() * self._prior(group)
+
+        return score
+
+    def _prior(self, group: Group) -> float:
+        names = (group.name, group.members[0].weight.rpartition(".")[0])
+        return next((self.priors[name] for name in names if name in self.priors), 1.0)
+
+
+@checks_arguments(PruneError)
+def channels(
+    model: nn.Module,
+    example_inputs: Inputs,
+    sparsity: float = 0.5,
+    *,
+    of: Of = "params",
+    criterion: str | Scorer | Criterion = "lamp",
+    scope: Scope = "global",
+    round_to: int = 8,
+    min_channels: int = 8,
+    heads: Heads = "auto",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    reduction: Reduction = "mean",
+    normalisation: Normalisation = "mean",
+    batches: Iterable[Batch] | None = None,
+    loss: Any = None,
+    seed: int = 0,
+    workbench: Workbench | None = None,
+    examples: Sequence[Any] = (),
+    unseen: UnseenCode = "keep",
+) -> nn.Module:
+    """A smaller copy of the model: the least important channels, neurons and heads are physically gone.
+
+    What goes together is found from one run of the model on `example_inputs`; the result is compared with the original
+    in float64, operation by operation, and what cannot be verified is left in. `ts.surgery(model)` reads what was done.
+    The copy is of the same class, in the same mode, and can be trained, exported, and pruned again.
+
+    Args:
+        model: any module that runs on `example_inputs`; it is left as it is.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        sparsity: the fraction to remove, in [0, 1), of the whole model, what must stay included.
+        of: of its parameters, of its multiply-accumulates on these inputs, of the channels that may go, or of its
+            "latency": what is left then takes at most 1 - sparsity of the time, and is measured until it nearly does.
+        criterion: a name in `CRITERIA`, "package.module:name", or a callable of a weight and its statistics.
+        scope: rank over the whole model, or remove the same fraction everywhere.
+        round_to: widths become multiples of this; groups narrower than it ignore it.
+        min_channels: no group becomes narrower; groups narrower than it ignore it.
+        heads: attention loses "whole" heads, the same number of "dim"ensions from every head, or what the model
+            allows ("auto").
+        include: patterns of layers; only groups with a member among them lose channels.
+        exclude: patterns of layers that keep all their weights. Outputs of the model always stay.
+        reduction: over the members of a group: "mean", "sum", "max" or "first".
+        normalisation: of a group's scores, to be ranked with others: "none", "mean", "max" or "gaussian".
+        batches: for criteria that need data; read as a `Task` reads them.
+        loss: for criteria that need gradients: loss(outputs, batch); default cross-entropy.
+        seed: of the "random" criterion.
+        workbench: measures for of="latency": `ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime=...))`.
+        examples: further calls that reach other branches and methods: tuples of positional arguments, dicts of keyword
+            arguments, or {"method": "embed", "args": (...), "kwargs": {...}}. All are traced and verified together.
+        unseen: channels that may be shared with weights which no call reaches stay ("keep"), or may go ("prune"),
+            after which those weights may not fit any more. Either way a warning names the weights, and the methods.
+
+    Raises:
+        PruneError: nothing can go, or an argument is out of its range.
+        SelectError: a pattern that matches no layer.
+    """
+    model = usable(model, PruneError)
+    amount = Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels)
+    if (of == "latency") != (workbench is not None):
+        raise PruneError(
+            f"of={of!r} with workbench={workbench!r}: of='latency' is measured by a workbench, and nothing else is; "
+            "give workbench=ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime='onnxruntime')) with it"
+        )
+    found = find_criterion(criterion)
+    plan = analyse(
+        model, example_inputs, heads=heads, include=include, exclude=exclude, examples=examples, unseen=unseen
+    )
+    gathered = Gathered()
+    if needs(found) and batches is not None:
+        gathered = gather(plan.model, needs(found), batches, loss=loss)
+    ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
+    scores = ranking.scores(plan.model, plan)
+    if workbench is None:
+        done = shrink(plan, amount, scores)
+        told: Iterable[str] = notes(done.left, amount, tolerance(plan, done.coupling, amount))
+    else:
+        from torchslim.prune.latency.solve import reach_here  # it shrinks by what stands here
+
+        done, told = reach_here(plan, amount, scores, workbench)
+    finish(plan, done, amount, found.name)
+    for note in (*plan.notes(), *vacuous(done), *gave_way(done, amount), *told):
+        warnings.warn(note, stacklevel=3)  # past the check of the arguments
+    return done.model
+
+
+def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
+    """Record a removal with the module."""
+    nothing = np.zeros_like(done.removed)
+    coupling = done.coupling
+    about = {
+        "verified": True,
+        "precision": str(plan.precision).removeprefix("torch."),
+        "sizes": [shapes_of(plan.inputs), *([shapes_of(plan.elsewhere[0])] if plan.elsewhere else [])],
+        "largest_error": done.error,
+        "output_change": done.change,
+        "criterion": criterion,
+        **asdict(amount),
+        "left": done.left,
+        "uneven": uneven(done, amount),
+        "parameters": [coupling.parameters(each, plan.names) for each in (nothing, done.removed)],
+        "macs": [coupling.macs(each) for each in (nothing, done.removed)],
+        "rolled_back": list(done.rollbacks),
+        "unruled": dict(plan.trace.unruled),
+        "unreached": [*plan.trace.unseen.weights, *plan.trace.unseen.methods],
+        "stayed": {group.name: group.reason for group in coupling.groups if group.reason},
+    }
+    attach(done.model, plan.model, done.surgery, about)
+
+
+def tolerance(plan: Plan, coupling: Coupling, amount: Amount) -> float:
+    """How far from its target a removal may end for no other reason than that widths are whole steps.
+
+    It is what one step of one unit takes from the model; of all units where each loses the same fraction.
+    """
+    selection = Selection(coupling, amount, plan.names, _any_order(coupling), [])
+    whole = [unit.width for unit in coupling.units]
+    less = [unit.width - step_size(unit, coupling, amount) for unit in coupling.units]
+    if amount.scope == "layer":
+        return max(NEAR, 1 - selection.left([max(each, 1) for each in less]))
+    steps = [1 - selection.left([*whole[:place], max(each, 1), *whole[place + 1 :]]) for place, each in enumerate(less)]
+    return max([NEAR, *steps])
+
+
+def _any_order(coupling: Coupling) -> list[list[NDArray[np.int64]]]:
+    return [[cell.classes for cell in unit.cells] for unit in coupling.units]
+
+
+def uneven(done: Shrunk, amount: Amount) -> dict[str, list[int]]:
+    """Groups whose width is no multiple of `round_to`, as their parts must stay equal: width before and after."""
+    found = {}
+    for unit in done.coupling.units:
+        for number in unit.groups if is_bound(unit) else ():
+            group = done.coupling.groups[number]
+            left = int((~done.removed[group.classes]).sum())
+            if left < len(group.classes) and len(group.classes) >= amount.round_to and left % amount.round_to:
+                found[group.name] = [len(group.classes), left]
+    return found
+
+
+def gave_way(done: Shrunk, amount: Amount) -> list[str]:
+    """What a user must know of widths that are no multiples of `round_to`."""
+    found = uneven(done, amount)
+    if not found:
+        return []
+    few = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in list(found.items())[:4])
+    rest = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    return [
+        f"round_to={amount.round_to} gave way in {len(found)} groups whose parts must stay equal, as those of a group "
+        f"norm: {few}{rest}"
+    ]
+
+
+def vacuous(done: Shrunk) -> list[str]:
+    """What a user must know of a check that could not fail, or not as surely as in float64."""
+    imprecise = [done.imprecise] if done.imprecise else []
+    if done.change > 0:
+        return imprecise
+    return [
+        *imprecise,
+        "what was removed changes no output of the model on these inputs: the channels are dead, or nothing reads "
+        "them; the check compared every value, but shows nothing of the outputs",
+    ]
+
+
+def notes(left: float, amount: Amount, tolerated: float) -> list[str]:
+    """What a user must know: a target that could not be reached."""
+    if abs(left - 1 + amount.sparsity) <= tolerated + 1e-9:
+        return []
+    return [
+        f"a sparsity of {amount.sparsity:.2f} of {amount.of} cannot be reached with round_to={amount.round_to} and "
+        f"min_channels={amount.min_channels}: {1 - left:.2f} is the nearest; ts.surgery(model) says what stayed"
+    ]

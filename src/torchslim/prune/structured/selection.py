@@ -1,0 +1,223 @@
+"""How many channels go, and which: units ranked by the scores of their classes, cut where the budget is met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import gcd, lcm
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchslim.core.checks import check_fields
+from torchslim.errors import PruneError
+from torchslim.prune.dependency.coupling import Coupling, Mask
+from torchslim.prune.dependency.groups import Group, Unit
+from torchslim.prune.masking.selection import check_sparsity
+
+Of = Literal["params", "macs", "channels", "latency"]
+Scope = Literal["global", "layer"]
+Scores = Callable[[Coupling, Group], NDArray[np.float64]]
+
+
+NEAR = 0.02
+"""How far from its target a removal is near enough."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """How much goes, and in what steps."""
+
+    sparsity: float = 0.5
+    of: Of = "params"
+    scope: Scope = "global"
+    round_to: int = 8
+    min_channels: int = 8
+
+    def __post_init__(self) -> None:
+        check_fields(self, PruneError)
+        check_sparsity(self.sparsity)
+        for name, value, known in (("of", self.of, ("params", "macs", "channels", "latency")),
+                                   ("scope", self.scope, ("global", "layer"))):  # fmt: skip
+            if value not in known:
+                raise PruneError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        if self.of == "latency" and self.scope == "layer":
+            raise PruneError(
+                "of='latency' chooses each group's width by what it saves; leave out scope='layer', or take of='macs'"
+            )
+        for name, count in (("round_to", self.round_to), ("min_channels", self.min_channels)):
+            if not isinstance(count, int) or count < 1:
+                raise PruneError(f"{name} must be a whole number of at least 1, got {count!r}")
+
+
+def losses(unit: Unit, coupling: Coupling) -> dict[int, int]:
+    """How many channels each group of a unit loses at a step: one for each part that must stay equal to the others."""
+    found = dict.fromkeys(unit.groups, 0)
+    for cell in unit.cells:
+        number = next(each for each in unit.groups if cell.classes[0] in coupling.groups[each].classes)
+        found[number] += cell.stride
+    return found
+
+
+def is_bound(unit: Unit) -> bool:
+    """Do parts of a unit shrink in step, so that its groups lose several channels at once?"""
+    return len(unit.cells) > 1 or unit.cells[0].stride > 1
+
+
+def least_steps(unit: Unit, coupling: Coupling, min_channels: int) -> int:
+    """How many steps of a unit stay: its narrowest group keeps `min_channels`; 1 where that has fewer."""
+    pace = min(losses(unit, coupling).values())
+    return -(-min_channels // pace) if unit.width * pace >= min_channels else 1
+
+
+def step_size(unit: Unit, coupling: Coupling, amount: Amount, *, ease: int = 1, narrowest: int = 1) -> int:
+    """Steps of a unit that keep its widths multiples of `round_to`; 1 where it is narrower than that.
+
+    Where parts must stay equal, and no narrower width is such a multiple, it is one of a smaller divisor.
+
+    Args:
+        ease: what `round_to` is divided by, for units whose parts must stay equal.
+        narrowest: no width is below it.
+    """
+    paces = []
+    for number, pace in losses(unit, coupling).items():
+        group = coupling.groups[number]
+        paces.append(pace * max(len(each.indices) // max(len(group.classes), 1) for each in group.members))
+    round_to = max(amount.round_to // ease, 1) if is_bound(unit) else amount.round_to
+    low = max(least_steps(unit, coupling, amount.min_channels), narrowest)
+    while True:
+        step = lcm(*(round_to // gcd(round_to, pace) for pace in paces))
+        if not is_bound(unit):
+            return step if unit.width >= step else 1
+        if -(-low // step) * step < unit.width or round_to == 1:
+            return step
+        round_to = max(each for each in range(1, round_to) if round_to % each == 0)
+
+
+def rounded(unit: Unit, kept: float, step: int, least: int, narrowest: int = 1) -> int:
+    """The nearest allowed width: a multiple of `step`, at least `least` and `narrowest`, at most what there is."""
+    low = -(-max(least, narrowest) // step) * step  # a whole number of steps
+    nearest = round(kept / step) * step if step > 1 else round(kept)
+    return max(min(nearest, unit.width), min(low, unit.width), 1)
+
+
+@dataclass
+class Selection:
+    """Which classes go, for any amount: units with their classes in the order in which they go."""
+
+    coupling: Coupling
+    amount: Amount
+    names: Sequence[str]
+    order: list[list[NDArray[np.int64]]]  # per unit and cell: classes, the least important first
+    ranks: list[NDArray[np.float64]]  # per unit: the score of each of its steps, rising
+    narrowest: int = 1
+    ease: int = 1  # what `round_to` is divided by where parts must stay equal
+    _known: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def removed(self, kept: Sequence[int]) -> Mask:
+        """The atoms' mask when each unit keeps so many steps."""
+        mask = np.zeros(self.coupling.atoms.count, dtype=bool)
+        for unit, cells, left in zip(self.coupling.units, self.order, kept, strict=True):
+            for cell, classes in zip(unit.cells, cells, strict=True):
+                mask[classes[: (unit.width - left) * cell.stride]] = True
+        mask.setflags(write=False)
+        return mask
+
+    def left(self, kept: Sequence[int]) -> float:
+        """The fraction of the model that is left, in the amount's measure; of channels where that is no count."""
+        if self.amount.of in ("channels", "latency"):
+            total = sum(unit.width for unit in self.coupling.units)
+            return sum(kept) / max(total, 1)
+        removed = self.removed(kept)
+        nothing = np.zeros_like(removed)
+        if self.amount.of == "macs":
+            return self.coupling.macs(removed) / max(self.coupling.macs(nothing), 1)
+        return self.coupling.parameters(removed, self.names) / max(self.coupling.parameters(nothing, self.names), 1)
+
+    def widths(self, wanted: Sequence[float]) -> list[int]:
+        """Allowed widths near the wanted ones."""
+        return [
+            rounded(unit, each, step, least, self.narrowest)
+            for unit, each, (step, least) in zip(self.coupling.units, wanted, self._steps(), strict=True)
+        ]
+
+    def _steps(self) -> list[tuple[int, int]]:
+        """Per unit its step and its least width."""
+        if self.ease not in self._known:
+            self._known[self.ease] = [
+                (
+                    step_size(unit, self.coupling, self.amount, ease=self.ease, narrowest=self.narrowest),
+                    least_steps(unit, self.coupling, self.amount.min_channels),
+                )
+                for unit in self.coupling.units
+            ]
+        return self._known[self.ease]
+
+    def choose(self) -> list[int]:
+        """Per unit how many steps stay, so that what is left is as near the target as can be.
+
+        Where the target cannot be reached, rounding gives way for the units whose parts must stay equal.
+        """
+        target = 1 - self.amount.sparsity
+        best = kept = self._nearest()
+        while abs(self.left(best) - target) > NEAR and 2 * self.ease <= self.amount.round_to:
+            if not any(map(is_bound, self.coupling.units)):
+                break
+            self.ease *= 2
+            kept = self._nearest()
+            best = min((best, kept), key=lambda each: abs(self.left(each) - target))
+        return best
+
+    def _nearest(self) -> list[int]:
+        units, target = self.coupling.units, 1 - self.amount.sparsity
+        if self.amount.scope == "layer":
+            if self.amount.of == "channels":
+                return self.widths([unit.width * target for unit in units])
+
+            def at(progress: float) -> list[int]:
+                return self.widths([unit.width * (1 - progress) for unit in units])
+
+            return self._search(at, np.linspace(0, 1, 513))
+        scores = np.concatenate(self.ranks) if units else np.zeros(0)
+        owner = np.repeat(np.arange(len(units)), [len(ranks) for ranks in self.ranks])
+        queue = owner[np.argsort(scores, kind="stable")]
+
+        def after(count: float) -> list[int]:
+            gone = np.bincount(queue[: int(count)], minlength=len(units)) if units else np.zeros(0)
+            return self.widths([unit.width - each for unit, each in zip(units, gone.tolist(), strict=True)])
+
+        return self._search(after, np.arange(len(queue) + 1))
+
+    def _search(self, at: Callable[[float], list[int]], grid: NDArray[Any]) -> list[int]:
+        """Bisect: what is left falls along the grid."""
+        target, low, high = 1 - self.amount.sparsity, 0, len(grid) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.left(at(float(grid[middle]))) > target:
+                low = middle + 1
+            else:
+                high = middle
+        options = [at(float(grid[place])) for place in {max(low - 1, 0), low}]
+        return min(options, key=lambda kept: abs(self.left(kept) - target))
+
+
+def select(
+    coupling: Coupling, amount: Amount, names: Sequence[str], scores: Scores, *, narrowest: int = 1
+) -> Selection:
+    """Rank the classes of every unit; in units of several cells the cells' lowest go together."""
+    values = np.zeros(coupling.atoms.count)
+    for unit in coupling.units:
+        for number in unit.groups:
+            group = coupling.groups[number]
+            values[group.classes] = scores(coupling, group)
+    order, ranks = [], []
+    for unit in coupling.units:
+        cells, steps = [], np.zeros(unit.width)
+        for cell in unit.cells:
+            sorted_ = cell.classes[np.argsort(values[cell.classes], kind="stable")]
+            cells.append(sorted_)
+            steps += values[sorted_[: unit.width * cell.stride]].reshape(unit.width, cell.stride).mean(1)
+        order.append(cells)
+        ranks.append(np.maximum.accumulate(steps / len(unit.cells)))
+    return Selection(coupling, amount, names, order, ranks, narrowest)

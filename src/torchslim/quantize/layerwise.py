@@ -1,0 +1,266 @@
+"""One layer at a time on integers: a prepared, calibrated graph that rounds what belongs to one layer, and no more.
+
+Runs of several batches share all that lies before the changed layer: the live values there, the frontier, are held and
+moved forward from change to change, so that each change costs what comes behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from torchslim.core.infinities import difference, energy
+from torchslim.graph.export import layer_of, tensors_of
+from torchslim.graph.io_structure import build
+from torchslim.quantize.aten_ops import EMBEDDINGS, PRODUCTS, RECURRENT, along, is_constant, tensor_of, weighted
+from torchslim.quantize.prepare import Prepared
+
+LIMIT = 2**30  # bytes of the values that are held between runs
+Rounding = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Single:
+    """What is rounded when one layer alone is on integers.
+
+    Attributes:
+        layer: its path, as the records of the quantizer have it.
+        place: of its first operation among the nodes of the graph; what lies before does not change.
+        reads: by operation, the observed values that it reads rounded.
+        gives: observers behind which everybody reads a rounded value.
+    """
+
+    layer: str
+    place: int
+    reads: Mapping[Node, Mapping[Node, Rounding]]
+    gives: Mapping[Node, Rounding]
+
+
+def singles(prepared: Prepared) -> list[Single]:
+    """A change for each layer that the scheme quantizes, in the order of execution.
+
+    Products of two activations, as in attention, have no record; they go by the path of the module that they are in.
+    """
+    from torchslim.quantize.quantizer import end_of_layer
+
+    program = prepared.program
+    wanted = {record.layer for record in prepared.records if record.action == "quantized"}
+    places = {node: place for place, node in enumerate(program.graph.nodes)}
+    found: dict[str, list[Node]] = {}
+    for node in program.graph.nodes:
+        layer = layer_of(node)
+        known = weighted(node) is not None or node.target in RECURRENT or node.target in EMBEDDINGS
+        product = node.target in PRODUCTS and not known and not is_constant(node)
+        if ((known and layer in wanted) or product) and any(_observer(program, each) for each in node.all_input_nodes):
+            found.setdefault(layer, []).append(node)
+    changes = []
+    for layer, nodes in found.items():
+        reads: dict[Node, dict[Node, Rounding]] = {}
+        gives: dict[Node, Rounding] = {}
+        for node in nodes:
+            reads[node] = {each: rounding(program, each) for each in node.all_input_nodes if _observer(program, each)}
+            kind = weighted(node)
+            if kind is not None and kind.kind.startswith("conv"):  # a linear layer can answer in float
+                users = end_of_layer(node).users
+                gives |= {each: rounding(program, each) for each in users if _observer(program, each)}
+        changes.append(Single(layer=layer, place=min(places[node] for node in nodes), reads=reads, gives=gives))
+    return sorted(changes, key=lambda each: each.place)
+
+
+def rounding(program: GraphModule, observed: Node) -> Rounding:
+    """To the grid that an observer has found for a value."""
+    from torchslim.quantize.fake_quantize import UNSIGNED, GroupWeights, RangeOfEachCall
+
+    module: Any = program.get_submodule(str(observed.target))
+    if isinstance(module, GroupWeights):
+        grouped: Rounding = module.rounded
+        return grouped
+    low, high = module.quant_min, module.quant_max
+    if getattr(module, "is_dynamic", False):
+        return RangeOfEachCall(torch.uint8, *UNSIGNED, torch.per_tensor_affine)
+    scale, zero_point = module.calculate_qparams()
+    if scale.numel() > 1 or module.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine):
+        axis = module.ch_axis
+
+        def per_channel(value: Tensor) -> Tensor:
+            step = along(scale.to(value.dtype), value, axis)
+            rounded: Tensor = (value / step).round().clamp(low, high) * step
+            return rounded
+
+        return per_channel
+
+    def per_tensor(value: Tensor) -> Tensor:
+        start = zero_point.to(value.dtype)
+        step = scale.to(value.dtype)
+        rounded: Tensor = (((value / step).round() + start).clamp(low, high) - start) * step
+        return rounded
+
+    return per_tensor
+
+
+@dataclass
+class Passes:
+    """Runs of a prepared graph on several inputs, in float but for one change.
+
+    Args:
+        prepared: calibrated, not for training; its observers are passed by.
+        inputs: model inputs, one for each run.
+        limit: bytes of live values that may be held; where they would be more, runs start further in front.
+
+    `operations` counts what has been computed, in operations of one run.
+    """
+
+    prepared: Prepared
+    inputs: Sequence[Any]
+    limit: int = LIMIT
+    operations: int = 0
+    place: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        program = self.prepared.program
+        self.nodes: list[Node] = list(program.graph.nodes)
+        last = {each: place for place, node in enumerate(self.nodes) for each in node.all_input_nodes}
+        self.dies: list[list[Node]] = [[] for _ in self.nodes]
+        for node, place in last.items():
+            self.dies[place].append(node)
+        self.in_place = max((place for place, node in enumerate(self.nodes) if _mutates(node)), default=-1)
+        self.live: list[int] = []  # bytes of live values before each node, of the first run
+        self.frontier = [self._begin(each) for each in self.inputs]
+
+    def outputs(self, change: Single | None = None) -> Iterator[Any]:
+        """The model's outputs on each of the inputs; changes are cheapest in the order of their places."""
+        if change is not None:
+            self._advance(change.place)
+        for number, values in enumerate(self.frontier):
+            measuring = number == 0 and not self.live and change is None
+            yield self._finish(self._forked(values), change, measuring=measuring)
+
+    def answer(self, change: Single | None, inputs: Any) -> Any:
+        """The model's outputs on any inputs."""
+        return self._finish(self._begin(inputs), change, start=0)
+
+    @torch.no_grad()
+    def _finish(
+        self, values: dict[Node, Any], change: Single | None, start: int | None = None, *, measuring: bool = False
+    ) -> Any:
+        leaves = self._run(values, self.place if start is None else start, len(self.nodes), change, measuring=measuring)
+        return build(self.prepared.outputs, list(leaves), self.prepared.classes)
+
+    def _begin(self, inputs: Any) -> dict[Node, Any]:
+        leaves = iter(self.prepared.leaves(inputs))
+        return {node: next(leaves) for node in self.nodes if node.op == "placeholder"}
+
+    @torch.no_grad()
+    def _advance(self, place: int) -> None:
+        """Move the frontier as far as memory allows."""
+        if not self.live and self.frontier:
+            self._finish(self._forked(self.frontier[0]), None, measuring=True)
+        allowed = self.limit / max(len(self.frontier), 1)
+        while place > self.place and self.frontier and self.live[place] > allowed:
+            place -= 1
+        if place > self.place:
+            for values in self.frontier:
+                self._run(values, self.place, place, None)
+            self.place = place
+
+    def _run(
+        self, values: dict[Node, Any], start: int, stop: int, change: Single | None, *, measuring: bool = False
+    ) -> Any:
+        result: Any = ()
+        for place in range(start, stop):
+            node = self.nodes[place]
+            if measuring:
+                self.live.append(_size(values))
+            if node.op == "output":
+                result = map_arg(node.args[0], values.__getitem__)
+            elif node.op != "placeholder":
+                values[node] = self._value(node, values, change)
+            for each in self.dies[place]:
+                values.pop(each, None)
+        return result
+
+    def _value(self, node: Node, values: Mapping[Node, Any], change: Single | None) -> Any:
+        program = self.prepared.program
+        if node.op == "get_attr":
+            return tensor_of(program, node)
+        if node.op == "call_module":
+            # observers hand on what they see, guards have no readers
+            value: Any = values[node.all_input_nodes[0]] if node.all_input_nodes else None
+            return change.gives[node](value) if change is not None and node in change.gives else value
+        self.operations += 1
+        rounded = change.reads.get(node, {}) if change is not None else {}
+
+        def read(each: Node) -> Any:
+            return rounded[each](values[each]) if each in rounded else values[each]
+
+        function: Any = node.target
+        return function(*map_arg(node.args, read), **map_arg(node.kwargs, read))
+
+    def _forked(self, values: dict[Node, Any]) -> dict[Node, Any]:
+        """The same values for another run; what works in place further on must not reach the frontier."""
+        if self.in_place < self.place:
+            return dict(values)
+        storages: dict[int, Any] = {}
+
+        def copied(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in storages:  # views of one another stay so
+                storages[storage._cdata] = storage.clone()
+            made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            return made.set_(storages[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride())
+
+        def forked(node: Node, value: Any) -> Any:
+            if node.op == "get_attr":
+                return value
+            if isinstance(value, (tuple, list)):
+                return type(value)(forked(node, each) for each in value)
+            return copied(value) if isinstance(value, Tensor) else value
+
+        return {node: forked(node, value) for node, value in values.items()}
+
+
+def _observer(program: GraphModule, node: Node) -> bool:
+    if node.op != "call_module":
+        return False
+    return hasattr(program.get_submodule(str(node.target)), "calculate_qparams")
+
+
+def _size(values: Mapping[Node, Any]) -> int:
+    """Bytes of values that are not stored with the model."""
+    held = [each for node, value in values.items() if node.op != "get_attr" for each in _tensors(value)]
+    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in held}.values())
+
+
+def _mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [each for each in value if isinstance(each, Tensor)] if isinstance(value, (tuple, list)) else []
+
+
+def noise_of(reference: Sequence[Any], outputs: Iterator[Any]) -> float:
+    """Energy of the difference over that of the reference, over all floating-point outputs of all runs."""
+    signal = noise = 0.0
+    for before, after in zip(reference, outputs, strict=True):
+        for one, two in zip(tensors_of(before), tensors_of(after), strict=True):
+            if one.is_floating_point():
+                signal += energy(one)
+                noise += float(difference(one, two).square().sum())
+    return noise / signal if signal else (0.0 if noise == 0 else float("inf"))
+
+
+def damages(prepared: Prepared, inputs: Sequence[Any]) -> dict[str, float]:
+    """By layer, the noise of the outputs over their signal when it alone is on integers; see `noise_of`."""
+    passes = Passes(prepared, inputs)
+    reference = list(passes.outputs())
+    return {change.layer: noise_of(reference, passes.outputs(change)) for change in singles(prepared)}

@@ -1,0 +1,198 @@
+"""A run as plain text: an aligned table, and the findings below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torchslim.report.findings import (
+    Row,
+    Run,
+    batch_words,
+    ceilings,
+    gains,
+    gaps,
+    labels,
+    latency_entry,
+    metric_entry,
+    provenance,
+    reported_split,
+    times,
+    warnings,
+)
+from torchslim.report.numbers import Entry, counted, metric_text, significant, sized, spread, value_of, with_unit
+
+NAME_WIDTH = 20
+ABSENT = "-"
+
+
+def table(run: dict[str, Any]) -> str:
+    """The run as a plain-text table: a row per step, one for the artifact, and what each step alone gained.
+
+    Args:
+        run: what `run.json` holds.
+    """
+    rows, runtime, metric = run["rows"], run["target"]["runtime"], run["metric"]
+    names = labels(rows)
+    compared = runtime != "eager"
+    better = "higher" if metric.get("higher_is_better", True) else "lower"
+    headers = [
+        ("step", ""),
+        (_clip(metric["name"], 14), with_unit(reported_split(run) + ",", metric["unit"]).removesuffix(",")),
+        ("non-zero", "parameters"),
+        ("MACs", "a sample" if run["batch"] == 1 else "a call"),
+        ("size", ""),
+        (f"latency on {_clip(runtime, 16)}", "median [p10-p90]"),
+        ("speed-up", "over baseline"),
+    ] + ([("eager", "median")] if compared else [])
+    cells = [
+        [_clip(name, NAME_WIDTH), *_cells(run, row), *([_eager(row)] if compared else [])]
+        for name, row in zip(names, rows, strict=True)
+    ]
+    lines = [
+        f"{plain(metric['name'])} on {reported_split(run)} ({better} is better); latency of "
+        f"{batch_words(run)}, {_rounds(run)}",
+        "",
+        *aligned(headers, cells),
+        "",
+        "what each step alone gained [p10-p90]:",
+        *_gain_lines(run),
+        *_ceiling_lines(run),
+    ]
+    missing = gaps(run, _shown(run))
+    lines += ["", *[f"not measured ({ABSENT}): {plain(gap)}" for gap in missing]]
+    lines += [f"warning ({plain(', '.join(steps))}): {plain(text)}" for text, steps in warnings(run)]
+    return "\n".join([*lines, provenance(run)])
+
+
+def plain(text: str) -> str:
+    """One line, and nothing that a terminal would take for a command."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+
+
+def _clip(text: str, width: int) -> str:
+    text = plain(text)
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def aligned(headers: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Two lines of headers, a rule and the rows; names to the left, figures to the right."""
+    columns = list(zip(*headers, strict=True)) + list(rows)
+    widths = [max(len(line[index]) for line in columns) for index in range(len(headers))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in columns
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return [line.rstrip() for line in (*lines[:2], rule, *lines[2:])]
+
+
+def _cells(run: Run, row: Row) -> list[str]:
+    metric, size, macs = value_of(metric_entry(run, row)), value_of(row["size_bytes"]), value_of(row["macs"])
+    nonzero, total = (value_of(row[key]) for key in ("nonzero", "parameters"))
+    return [
+        ABSENT if metric is None else metric_text(metric, run["metric"]["unit"]),
+        " / ".join(ABSENT if each is None else counted(each) for each in (nonzero, total)),
+        ABSENT if macs is None else counted(macs),
+        ABSENT if size is None else sized(size),
+        _latency(latency_entry(run, row)),
+        _speedup(row),
+    ]
+
+
+def _latency(entry: Entry) -> str:
+    if value_of(entry) is None:
+        return ABSENT
+    median, low, high = spread(entry)
+    return f"{median} [{low}-{high}] ms"
+
+
+def _speedup(row: Row) -> str:
+    entry = row["speedup"]["over_baseline"]
+    ratio = value_of(entry)
+    if ratio is None:
+        return ABSENT
+    if row["kind"] == "baseline":
+        return times(ratio)
+    verdict = str(entry["verdict"])
+    return verdict if verdict == "no difference" else f"{times(ratio)} {verdict}"
+
+
+def _eager(row: Row) -> str:
+    entry = row["latency_ms"].get("eager", {"not_measured": ""})
+    return ABSENT if value_of(entry) is None else f"{spread(entry)[0]} ms"
+
+
+def _rounds(run: Run) -> str:
+    repeats = sorted({each["repeats"] for row in run["rows"] for each in row["latency_ms"].values() if "value" in each})
+    if not repeats:
+        return "not measured"
+    return f"{'-'.join(str(each) for each in dict.fromkeys((repeats[0], repeats[-1])))} interleaved rounds"
+
+
+def _gain_lines(run: Run) -> list[str]:
+    found = gains(run)
+    if not found:
+        return ["  no step was taken"]
+    lines = [
+        (
+            _clip(gain.label, NAME_WIDTH),
+            f"size {gain.size}",
+            f"latency {gain.latency}",
+            f"metric {gain.metric}",
+        )
+        for gain in found
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  " + "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+
+
+def _ceiling_lines(run: Run) -> list[str]:
+    found = ceilings(run)
+    if not found:
+        return []
+    lines = [
+        (
+            f"{_clip(each.label, NAME_WIDTH)}, round {each.round}",
+            f"at most {significant(each.ceiling)}",
+            f"predicted {significant(each.predicted)}",
+            f"measured {ABSENT}" if each.measured is None else f"measured {significant(each.measured)}",
+            "" if each.share is None else f"{significant(each.share)} of the ceiling",
+            "taken" if each.chosen else "",
+        )
+        for each in found
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "",
+        "latency, over that of the model that the step received; "
+        f"{plain('; '.join(dict.fromkeys(each.about for each in found)))}:",
+        *(
+            "  " + "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ),
+    ]
+
+
+def _shown(run: Run) -> list[tuple[str, str, Entry]]:
+    """Every entry that the table has a cell for."""
+    runtime = run["target"]["runtime"]
+    found = []
+    for label, row in zip(labels(run["rows"]), run["rows"], strict=True):
+        found += [
+            (label, run["metric"]["name"], metric_entry(run, row)),
+            (label, "non-zero parameters", row["nonzero"]),
+            (label, "parameters", row["parameters"]),
+            (label, "MACs", row["macs"]),
+            (label, "size", row["size_bytes"]),
+            (label, "latency", latency_entry(run, row)),
+            (label, "speed-up", row["speedup"]["over_baseline"]),
+        ]
+        if runtime != "eager" and "eager" in row["latency_ms"]:
+            found.append((label, "eager latency", row["latency_ms"]["eager"]))
+    return found

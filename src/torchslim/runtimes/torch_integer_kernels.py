@@ -1,0 +1,157 @@
+"""PyTorch's own integer kernels for dynamic linear layers, LSTMs and GRUs, put into a program that is about to run.
+
+These kernels (`quantized::linear_dynamic`, `aten::quantized_lstm`, `aten::quantized_gru`) belong to the deprecated
+`torch.ao.quantization`, and nothing in eager PyTorch is as fast for recurrent networks. This file alone knows them.
+Where they are missing, the graph runs as it is: right, and slower. A test tells the day that they go.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from torchslim.core.hardware import saturates
+from torchslim.graph.integer_patterns import (
+    Int8Weight,
+    Linear,
+    Recurrent,
+    find_int8,
+    find_linear,
+    find_recurrent,
+    int4_weights,
+    strip_unused,
+)
+
+ENGINES = ("x86", "fbgemm")  # others take other weights, and are not tested
+
+
+def missing() -> list[str]:
+    """The kernels that this PyTorch or processor has not; empty where all are there."""
+    wanted = {
+        "quantized": ("linear_prepack", "linear_dynamic", "make_quantized_cell_params_dynamic"),
+        "aten": ("quantized_lstm", "quantized_gru"),
+    }
+    gone = [
+        f"{space}::{name}"
+        for space, names in wanted.items()
+        for name in names
+        if not hasattr(getattr(torch.ops, space), name)
+    ]
+    if not hasattr(torch, "_make_per_channel_quantized_tensor"):
+        gone.append("tensors of dtype qint8")
+    if torch.backends.quantized.engine not in ENGINES:
+        gone.append(f"torch.backends.quantized.engine {' or '.join(ENGINES)}")
+    return gone
+
+
+def lower(module: GraphModule) -> GraphModule:
+    """Make a program's module compute on integers where there are kernels; weights that none reads become floats once.
+
+    The module is changed. Its outputs differ from the graph's by rounding alone.
+    """
+    stored: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def constant(node: Node) -> Tensor | None:
+        return stored.get(str(node.target)) if node.op == "get_attr" else None
+
+    graph, integer = module.graph, not missing()
+    for node in list(graph.nodes):
+        linear, recurrent = find_linear(node, constant), find_recurrent(node, constant)
+        kernel: nn.Module | None = None
+        if integer and linear is not None and linear.source is not None and _is_float(linear.source):
+            bias = None if linear.bias is None else constant(linear.bias)
+            if isinstance(linear.weight, Int8Weight) and (bias is None) == (linear.bias is None):
+                kernel, arguments = DynamicLinear(linear, bias), [linear.source]
+        elif integer and recurrent is not None and recurrent.source is not None and _is_float(recurrent.source):
+            kernel, arguments = DynamicRecurrent(recurrent), [recurrent.source, *recurrent.states]
+        if kernel is not None:
+            name = _free(module, "integer_kernel")
+            module.add_submodule(name, kernel)
+            with graph.inserting_before(node):
+                made = graph.call_module(name, tuple(arguments))
+            made.meta = dict(node.meta)
+            node.replace_all_uses_with(made)
+            graph.erase_node(node)  # drawing random numbers in training, it counts as one that may not be dropped
+    graph.eliminate_dead_code()
+    eight = {node: find_int8(node, constant) for node in graph.nodes}
+    for node, weight in (*eight.items(), *int4_weights(graph, constant).items()):
+        if weight is not None:
+            name = _free(module, "float_weight")
+            module.register_buffer(name, weight.dequantized(), persistent=False)
+            with graph.inserting_before(node):
+                kept = graph.get_attr(name)
+            kept.meta["val"] = node.meta.get("val")
+            node.replace_all_uses_with(kept)
+    graph.eliminate_dead_code()
+    strip_unused(module)
+    module.recompile()
+    return module
+
+
+class DynamicLinear(nn.Module):
+    """`quantized::linear_dynamic` on packed weights."""
+
+    def __init__(self, layer: Linear, bias: Tensor | None) -> None:
+        super().__init__()
+        assert isinstance(layer.weight, Int8Weight)
+        self.packed = _packed(layer.weight, bias)
+        self.reduce_range = _must_reduce(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)  # type: ignore[no-any-return]
+
+
+class DynamicRecurrent(nn.Module):
+    """`aten::quantized_lstm` or `aten::quantized_gru` on packed weights."""
+
+    def __init__(self, layer: Recurrent) -> None:
+        super().__init__()
+        self.layer_of = (True, layer.layers, 0.0, False, layer.bidirectional, layer.batch_first)
+        self.kind = layer.kind
+        self.cells = []
+        for input_weight, hidden_weight, input_bias, hidden_bias in layer.cells:
+            # the kernel adds the biases that the cells hold, whatever `has_biases` says
+            zeros = torch.zeros(input_weight.values.shape[0])
+            biases = [(zeros if each is None else each).detach() for each in (input_bias, hidden_bias)]
+            weights = [_packed(input_weight, biases[0]), _packed(hidden_weight, biases[1])]
+            reduce_range = _must_reduce(input_weight) or _must_reduce(hidden_weight)
+            make = torch.ops.quantized.make_quantized_cell_params_dynamic
+            self.cells.append(make(*weights, *biases, reduce_range))
+
+    def forward(self, x: Tensor, *states: Tensor) -> Any:
+        if self.kind == "GRU":
+            return torch.ops.aten.quantized_gru.input(x, states[0], self.cells, *self.layer_of)
+        return torch.ops.aten.quantized_lstm.input(
+            x, list(states), self.cells, *self.layer_of, dtype=torch.qint8, use_dynamic=True
+        )
+
+
+def _packed(weight: Int8Weight, bias: Tensor | None) -> Any:
+    scale = weight.scale.detach().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that such tensors will go: see above
+        quantized = torch._make_per_channel_quantized_tensor(
+            weight.values, scale, torch.zeros(scale.shape, dtype=torch.int64), weight.axis
+        )
+    return torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.detach().float())
+
+
+def _must_reduce(weight: Int8Weight) -> bool:
+    """Must activations be 7-bit, lest sums of two products overflow 16 bits on this processor?"""
+    return saturates() and int(weight.values.abs().max()) > 64
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.float32
+
+
+def _free(module: nn.Module, name: str) -> str:
+    number = 0
+    while hasattr(module, f"{name}_{number}"):
+        number += 1
+    return f"{name}_{number}"

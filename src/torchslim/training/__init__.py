@@ -1,0 +1,1 @@
+"""The one training loop, with optimizers, loaders, devices and sharding."""

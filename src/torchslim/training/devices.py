@@ -1,0 +1,180 @@
+"""Where training runs: Lightning Fabric for the devices that are asked for, and the model laid out on them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchslim.core import distributed
+from torchslim.core.distributed import average_gradients, launched, local, share, summed
+from torchslim.core.step import Engine
+from torchslim.core.task import device_of
+from torchslim.errors import TrainError
+from torchslim.training.fsdp import Shards, check_shardable, clip, collected, explained
+from torchslim.training.optimizer import OptimizerSettings
+
+FSDP = "fsdp"
+
+
+@dataclass
+class Placement:
+    """A model on its devices, and what a training step does there. Without `shards` each process has all weights."""
+
+    fabric: Any
+    model: nn.Module
+    wrapped: nn.Module  # what is called in training
+    companion: nn.Module
+    optimizer: Optimizer
+    stepper: Any
+    shards: Shards | None
+
+    def whole(self) -> AbstractContextManager[None]:
+        """The model with all its weights in each process meanwhile."""
+        return self.shards.whole() if self.shards else nullcontext()
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around the computation of a training step's loss."""
+        if self.shards is None:
+            return nullcontext()
+        share(self.model.buffers())  # as DistributedDataParallel does: statistics and ranges are the first one's
+        return explained()
+
+    def backward(self, losses: Sequence[Tensor], penalties: Sequence[Tensor]) -> None:
+        """The gradients of the sum of all; penalties are computed from the weights alone."""
+        if self.shards is None:
+            self.fabric.backward(_sum([*losses, *penalties]))
+        else:
+            # penalties first: a block adds its own gradients to those that are there
+            for part in (penalties, losses):
+                if part and (total := _sum(part)).requires_grad:
+                    self.fabric.backward(total)
+            average_gradients(self.shards.kept)
+        average_gradients(self.companion.parameters())
+
+    def clip(self, max_norm: float) -> float | None:
+        """Scale the gradients so that their joint norm is at most `max_norm`; the norm before, where it is known."""
+        if self.shards is not None:
+            parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+            return float(clip(parameters, max_norm))
+        norm: Any = self.fabric.clip_gradients(self.wrapped, self.stepper, max_norm=max_norm, error_if_nonfinite=False)
+        return None if norm is None else float(norm)
+
+    def weights(self, module: nn.Module) -> dict[str, Any]:
+        """A copy of the module's state on the CPU; of spread tensors, in the first process alone."""
+        state = collected(module.state_dict(), self.fabric.is_global_zero)
+        return {
+            name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
+
+    def load_weights(self, weights: Mapping[str, Any]) -> None:
+        """Give the model, which is whole again, what `weights` has copied."""
+        if self.shards is None or self.fabric.is_global_zero:
+            self.model.load_state_dict(weights)
+        if self.shards is not None:
+            share((*self.model.parameters(), *self.model.buffers()), through=self.fabric.device)
+
+    def broken(self) -> list[str]:
+        """The parameters with values that are not finite, in any process."""
+        named = dict(self.model.named_parameters())
+        flags = torch.stack([(~torch.isfinite(local(each))).any() for each in named.values()]).to(torch.int32)
+        flags = flags if self.shards is None else summed(flags)
+        return [name for name, flag in zip(named, flags.tolist(), strict=True) if flag]
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([part.reshape(()) for part in parts]).sum()
+
+
+@contextmanager
+def placed(
+    fabric: Any, engine: Engine, model: nn.Module, companion: nn.Module, settings: OptimizerSettings
+) -> Iterator[Placement]:
+    """The model on Fabric's devices with its optimizer; afterwards it is where it was, all weights in each process."""
+    home = device_of(model)
+    companion = companion.to(fabric.device)
+    if engine.strategy != FSDP or fabric.world_size == 1:  # one process has nothing to share out
+        optimizer = settings.build(model, companion)
+        try:
+            wrapped, stepper = fabric.setup(model, optimizer)
+            yield Placement(fabric, model, wrapped, companion, optimizer, stepper, None)
+        finally:
+            model.to(home)
+        return
+    check_shardable(model, engine.precision or _precision(engine))
+    wrapped = fabric.setup_module(model)
+    share(model.parameters(), through=fabric.device)  # all start from the same weights
+    shards = Shards(model, fabric.strategy.device_mesh["data_parallel"], fabric.device)
+    done = True
+    try:
+        optimizer = settings.build(model, companion)
+        stepper = fabric.setup_optimizers(optimizer)
+        done = False
+        yield Placement(fabric, model, wrapped, companion, optimizer, stepper, shards)
+        done = True
+    finally:
+        shards.close(home if done else None)
+        for each in (*shards.kept, *model.buffers()):
+            each.data = each.data.to(home)
+
+
+def _precision(engine: Engine) -> Any:
+    on_gpu = engine.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+@contextmanager
+def fabric_for(engine: Engine) -> Iterator[Any]:
+    """Fabric for these devices, without its hints about devices that nobody asked for."""
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from lightning_fabric import Fabric
+
+        precision: Any = engine.precision or _precision(engine)
+        devices, nodes, strategy = engine.devices, 1, engine.strategy
+        if launched() > 1:  # torchrun has said how many there are
+            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            nodes = launched() // devices
+            strategy = "ddp" if strategy == "auto" else strategy
+            distributed.connect()
+        try:
+            fabric = Fabric(
+                accelerator=engine.accelerator,
+                devices=devices,
+                num_nodes=nodes,
+                strategy=_spread(devices, nodes) if strategy == FSDP else strategy,
+                precision=precision,
+            )
+        except TrainError:
+            raise
+        except Exception as error:  # Fabric raises many kinds, all about what the engine asks for
+            raise TrainError(f"{engine} cannot be used here: {error}") from error
+        if fabric.world_size > 1:
+            fabric.launch()
+        yield fabric
+    finally:
+        logger.setLevel(level)
+
+
+def _spread(devices: int | str, nodes: int) -> Any:
+    """Fabric's strategy for modules that are spread without it, as `placed` does; its own FSDP asks for CUDA."""
+    if devices == 1 and nodes == 1:
+        return "auto"
+    if not isinstance(devices, int) or devices < 1:
+        raise TrainError(f'strategy="fsdp" needs to know the number of devices, got {devices!r}; give a number')
+    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+
+    return ModelParallelStrategy(
+        lambda module, mesh: module, data_parallel_size=devices * nodes,
+        tensor_parallel_size=1, timeout=distributed.PATIENCE,
+    )  # fmt: skip

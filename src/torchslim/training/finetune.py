@@ -1,0 +1,142 @@
+"""The steps that are nothing but training, and what every step that trains shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchslim.core.checks import check_fields
+from torchslim.core.step import Context, Form, LayerRecord, Outcome
+from torchslim.core.task import Batch
+from torchslim.errors import TrainError
+from torchslim.training.loaders import first_batch
+from torchslim.training.loop import FitReport, Hook, LabelLoss, Objective, check_epochs, fit
+from torchslim.training.optimizer import OptimizerSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """What a model is trained on.
+
+    Attributes:
+        objective: the loss.
+        batches: of training.
+        companion: is trained along with the model and kept in its checkpoints, but is no part of it.
+        hooks: of the training loop.
+        layers: which layers are taught by what.
+    """
+
+    objective: Objective
+    batches: Iterable[Batch]
+    companion: nn.Module | None = None
+    hooks: Sequence[Hook] = ()
+    layers: Sequence[LayerRecord] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The fields that every training step shares; the optimizer's are those of `OptimizerSettings`."""
+
+    written: ClassVar[str] = "Finetune(...) or Distill(...)"
+
+    epochs: int = 3
+    optimizer: Literal["sgd", "adamw"] | str | Callable[[Iterable[Any]], Optimizer] = "adamw"
+    lr: float = 5e-4
+    momentum: float = 0.9
+    weight_decay: float = 1e-2
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.05
+    clip_norm: float | None = None
+    keep: Literal["best", "last"] = "best"
+
+    def __post_init__(self) -> None:
+        check_fields(self, TrainError)
+        self.settings()
+        check_epochs(self.epochs)
+
+    def settings(self) -> OptimizerSettings:
+        """The optimizer's part of the fields, checked."""
+        return OptimizerSettings(**{each.name: getattr(self, each.name) for each in fields(OptimizerSettings)})
+
+    @contextmanager
+    def lesson(self, model: nn.Module, ctx: Context) -> Iterator[Lesson]:
+        """What `model` is trained on; what it needs inside the model is gone after the block."""
+        raise NotImplementedError
+        yield
+
+    def check_training(self, ctx: Context) -> None:
+        """Raise for what training would fail on: no data, no optimizer."""
+        first_batch(ctx.task)
+        self.settings().factory()
+
+    def fit(
+        self,
+        model: nn.Module,
+        ctx: Context,
+        *,
+        hooks: Sequence[Hook] = (),
+        masks: Mapping[str, Tensor] | None = None,
+        phase: str = "train",
+        part: int = 0,
+    ) -> FitReport:
+        """Train `model` in place on the context's task; `part` numbers several trainings in one step."""
+        with self.lesson(model, ctx) as lesson:
+            report = fit(
+                model,
+                lesson.objective,
+                lesson.batches,
+                epochs=self.epochs,
+                settings=self.settings(),
+                evaluate=ctx.task if self.keep == "best" else None,
+                hooks=[*hooks, *lesson.hooks],
+                masks=ctx.masks if masks is None else masks,
+                companion=lesson.companion,
+                state=ctx.state / f"{phase}-{part}.ckpt" if ctx.state else None,
+                key=ctx.key,
+                engine=ctx.engine,
+                seed=ctx.seed + part,
+                progress=ctx.progress,
+                step_name=ctx.name,
+                phase=phase,
+            )
+            return replace(report, layers=lesson.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Training):
+    """Train on the labels with the task's own loss."""
+
+    accepts: ClassVar[Form] = Form.MODULE
+    produces: ClassVar[Form] = Form.MODULE
+
+    @contextmanager
+    def lesson(self, model: nn.Module, ctx: Context) -> Iterator[Lesson]:
+        """The task's loss."""
+        yield Lesson(objective=LabelLoss(ctx.task), batches=ctx.task.train if ctx.task.train is not None else ())
+
+    def check(self, ctx: Context) -> None:
+        """Needs training batches with labels."""
+        self.check_training(ctx)
+
+    def check_training(self, ctx: Context) -> None:
+        """As `check`, for other steps that train on labels."""
+        Training.check_training(self, ctx)
+        if ctx.task.loss is None and ctx.task.target(first_batch(ctx.task)) is None:
+            raise TrainError(
+                "Finetune needs labels, but Task.target gives None; use Distill with alpha=1, or give Task(loss=...)"
+            )
+
+    def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        return trained(model, ctx, self.fit(model, ctx))
+
+
+def trained(model: nn.Module, ctx: Context, report: FitReport) -> Outcome:
+    """The outcome of a step that only trains."""
+    kept = "last epoch" if report.best_epoch is None else f"best epoch {report.best_epoch}"
+    record = LayerRecord(layer="", action="trained", reason=kept)
+    return Outcome(model=model, masks=ctx.masks, layers=[record, *report.layers], history=report.history)

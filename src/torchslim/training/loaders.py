@@ -1,0 +1,262 @@
+"""The user's loaders in training: seeded for each epoch, shared between processes, and given back as they were."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
+
+from torchslim.core.isolation import preserved_globals
+from torchslim.core.step import fingerprint
+from torchslim.core.task import Batch, Task, take_first, tensors
+
+LOADER_OPTIONS = ("batch_sampler", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+                  "generator", "prefetch_factor", "persistent_workers")  # fmt: skip
+SAMPLES = 8  # that are drawn to see whether they come out the same
+
+
+@contextmanager
+def seeded(batches: Any, epoch: int, seed: int) -> Iterator[None]:
+    """Seed the loader's own generators for this epoch, and give them back as they were.
+
+    A loader that has none draws from the global generators; those are the caller's to seed.
+    """
+    owners = _parts(batches)
+    generators = {
+        id(owner.generator): owner.generator
+        for owner in owners
+        if isinstance(getattr(owner, "generator", None), torch.Generator)
+    }
+    states = {key: each.get_state() for key, each in generators.items()}
+    shufflers = [(owner, getattr(owner, "epoch", None)) for owner in owners if hasattr(owner, "set_epoch")]
+    try:
+        for index, each in enumerate(generators.values()):
+            each.manual_seed(seed + index)
+        for owner, _ in shufflers:
+            owner.set_epoch(epoch)
+        yield
+    finally:
+        for key, each in generators.items():
+            each.set_state(states[key])
+        for owner, before in shufflers:
+            if isinstance(before, int):
+                owner.set_epoch(before)
+
+
+@contextmanager
+def seeded_splits(task: Task, seed: int) -> Iterator[None]:
+    """Every loader of a task, seeded for one pass and given back as it was."""
+    with ExitStack() as stack:
+        for batches in {id(each): each for each in (task.train, task.val, task.test, task.calibration)}.values():
+            if batches is not None:
+                stack.enter_context(seeded(batches, 0, seed))
+        yield
+
+
+def _parts(batches: Any) -> list[Any]:
+    """A loader, its samplers and its datasets, however they are nested: whoever may own randomness."""
+    found = [batches]
+    for owner in found:
+        for name in ("sampler", "batch_sampler", "dataset"):
+            inner = getattr(owner, name, None)
+            if inner is not None and not any(inner is each for each in found):
+                found.append(inner)
+    return found
+
+
+def first_batch(task: Task) -> Batch:
+    """The first training batch; neither the loader's own generators nor the global ones move on."""
+    with preserved_globals(), seeded(task.train, 0, 0):
+        return take_first(task.train, "train")
+
+
+def calibration_batches(task: Task, seed: int) -> list[Batch]:
+    """The batches that statistics are taken from, labels and all; the same ones for equal seeds.
+
+    A list: in the middle of a training the loader is busy, and one with persistent workers cannot start another pass.
+    """
+    with preserved_globals(seed), seeded(getattr(task, task.calibration_split), 0, seed):
+        return list(task.first_batches())
+
+
+def length(batches: Iterable[Batch], world_size: int) -> int | None:
+    """How many batches each process gets in an epoch; None for a loader without a length."""
+    try:
+        return max(len(batches) // world_size, 1)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):  # an iterable dataset
+        return None
+
+
+def shared(batches: Iterator[Batch], fabric: Any) -> Iterator[Batch]:
+    """Every process sees its own batches of the one seeded order; those that are too few for all are left out."""
+    while len(group := list(islice(batches, fabric.world_size))) == fabric.world_size:
+        yield group[fabric.global_rank]
+
+
+# numbers of samples ---------------------------------------------------------------------------------------------------
+
+
+class Indexed(NamedTuple):
+    """A batch, and the place of each of its samples in the data set: (samples,)."""
+
+    places: Tensor
+    batch: Batch
+
+
+def indexed(batches: Iterable[Batch], size: Callable[[Batch], int]) -> Iterable[Indexed]:
+    """The same batches with the numbers of their samples: those of the data set, or of their order.
+
+    Args:
+        batches: a DataLoader over a data set that has places, shuffled or not, or batches in one order.
+        size: of a batch.
+    """
+    if not _has_places(batches):
+        return _Counted(batches, size)
+    loader: Any = batches
+    options: dict[str, Any] = {name: getattr(loader, name) for name in LOADER_OPTIONS}
+    numbered: Iterable[Indexed] = DataLoader(
+        _Placed(loader.dataset), collate_fn=_Collated(loader.collate_fn), **options
+    )
+    return numbered
+
+
+def _has_places(batches: Any) -> bool:
+    """Does it draw its samples by whole numbers? The first ones tell."""
+    if type(batches) is not DataLoader or batches.batch_sampler is None or isinstance(batches.dataset, IterableDataset):
+        return False
+    with preserved_globals(), seeded(batches, 0, 0):
+        first: list[Any] = next(iter(batches.batch_sampler), [])
+    try:
+        return len(batches.dataset) > 0 and all(operator.index(place) >= 0 for place in first)
+    except TypeError:  # no length, or keys of another kind
+        return False
+
+
+def sample_count(batches: Iterable[Batch], size: Callable[[Batch], int]) -> int:
+    """How many samples the numbers of `indexed` reach to."""
+    numbered = indexed(batches, size)
+    if isinstance(numbered, DataLoader):
+        return len(numbered.dataset)
+    return sum(size(batch) for batch in batches)
+
+
+class _Placed(Dataset[Any]):
+    """A data set whose samples come with their places."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        return place, self.dataset[place]
+
+
+class _Collated:
+    """Collates samples that come with their places."""
+
+    def __init__(self, collate: Callable[[list[Any]], Batch]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[tuple[int, Any]]) -> Indexed:
+        places, bare = zip(*samples, strict=True)
+        return Indexed(torch.tensor([operator.index(place) for place in places]), self.collate(list(bare)))
+
+
+class _Counted:
+    """Batches in one order, with the running number of each sample."""
+
+    def __init__(self, batches: Iterable[Batch], size: Callable[[Batch], int]) -> None:
+        self.dataset, self.size = batches, size  # under this name its own generators are found and seeded
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Indexed]:
+        start = 0
+        for batch in self.dataset:
+            end = start + self.size(batch)
+            yield Indexed(torch.arange(start, end), batch)
+            start = end
+
+
+def why_not_repeatable(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:
+    """Why equal numbers would not mean equal samples; None where nothing speaks against it.
+
+    A few samples are drawn twice, under other random states, and each by itself.
+    """
+    numbered = indexed(batches, size)
+    drawn: list[Any] = []
+    for seed in (1, 2):
+        with preserved_globals(seed), seeded(batches, seed, seed):
+            if isinstance(numbered, DataLoader):
+                few = range(min(SAMPLES, len(numbered.dataset)))
+                drawn.append(numbered.collate_fn([numbered.dataset[place] for place in few]))
+            else:
+                drawn.append(next(iter(numbered), None))
+    if fingerprint(drawn[0]) != fingerprint(drawn[1]):
+        kind = "augments its samples" if isinstance(numbered, DataLoader) else "shuffles or augments"
+        return f"the training loader {kind}: the same sample came out differently when it was drawn twice"
+    if (
+        isinstance(numbered, DataLoader)
+        and type(getattr(numbered.batch_sampler, "sampler", None)) is not SequentialSampler
+    ):
+        with preserved_globals(1), seeded(batches, 1, 1):
+            alone = [numbered.collate_fn([numbered.dataset[place]]) for place in few]
+        if any(_sample_shapes(each) != _sample_shapes(drawn[0]) for each in alone):
+            return (
+                "the training loader shuffles, and pads each batch to its longest sample: the same sample comes out "
+                "differently in other company; pad all to one length"
+            )
+    return None
+
+
+def _sample_shapes(batch: Any) -> list[Any]:
+    return [each.shape[1:] for each in tensors(batch)]
+
+
+def why_not_numbered(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:
+    """Why samples cannot be told apart by number; None where they can. Samples that are augmented keep theirs."""
+    return None if _has_places(batches) else why_not_repeatable(batches, size)
+
+
+# parts of a loader ----------------------------------------------------------------------------------------------------
+
+
+def part_of(batches: Any, share: float) -> Any:
+    """A share of the batches, spread evenly over each pass and at least one; all of a loader without a length.
+
+    A DataLoader stays one, over the same data set.
+    """
+    try:
+        count = len(batches)
+    except (TypeError, NotImplementedError):
+        return batches
+    if share >= 1 or count <= 1:
+        return batches
+    if type(batches) is DataLoader and batches.batch_sampler is not None:
+        options = {name: getattr(batches, name) for name in LOADER_OPTIONS if name != "batch_sampler"}
+        sampler = _Part(batches.batch_sampler, share, count)
+        return DataLoader(batches.dataset, collate_fn=batches.collate_fn, batch_sampler=sampler, **options)
+    return _Part(batches, share, count)
+
+
+class _Part:
+    """Those of several things at which a running share becomes one more."""
+
+    def __init__(self, batches: Any, share: float, count: int) -> None:
+        self.dataset, self.kept = batches, {i for i in range(count) if int((i + 1) * share) > int(i * share)} or {0}
+        self.sampler = getattr(batches, "sampler", None)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (each for place, each in enumerate(self.dataset) if place in self.kept)

@@ -1,0 +1,378 @@
+"""The one training loop, on Lightning Fabric."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.checks import shown
+from torchslim.core.distributed import is_first, share
+from torchslim.core.files import present
+from torchslim.core.isolation import preserved_globals, seed_everything, warn
+from torchslim.core.seals import read_sealed, write_sealed
+from torchslim.core.step import Engine, Event, LayerRecord
+from torchslim.core.task import Batch, Task, checked, device_of, predictor
+from torchslim.core.usable import usable
+from torchslim.errors import StorageError, TrainError
+from torchslim.training.devices import Placement, fabric_for, placed
+from torchslim.training.fsdp import collected, load_optimizer, load_spread
+from torchslim.training.loaders import length, seeded, shared
+from torchslim.training.optimizer import MaskKeeper, OptimizerSettings
+
+MISTAKES = (TypeError, AttributeError, LookupError, ValueError)  # of an objective that takes or gives something else
+
+Losses = Mapping[str, Tensor]
+"""Named scalars; their sum is trained on, each is logged by itself."""
+
+
+class Objective(Protocol):
+    """What loss to train on."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Losses: ...
+
+
+@dataclass
+class Loop:
+    """The state of a running `fit`, as hooks see it. Hooks may replace entries of `masks`.
+
+    Where FSDP trains, the model's parameters are DTensors, of which each process holds some rows; in a block
+    `with loop.whole():` the model is an ordinary one, and may be changed.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    epochs: int
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    steps_per_epoch: int | None = None  # for a loader without a length known after the first epoch
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished optimizer steps
+    step_in_epoch: int = 0
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the training that is done, in [0, 1]; by whole epochs while an epoch's length is not known."""
+        inside = min(self.step_in_epoch / self.steps_per_epoch, 1.0) if self.steps_per_epoch else 0.0
+        return min((self.epoch + inside) / self.epochs, 1.0)
+
+    @property
+    def midpoint(self) -> float:
+        """Progress in the middle of the coming step, or of the epoch: what the learning rate goes by.
+
+        A step's start would give the first step no learning rate at all.
+        """
+        inside = min((self.step_in_epoch + 0.5) / self.steps_per_epoch, 1.0) if self.steps_per_epoch else 0.5
+        return min((self.epoch + inside) / self.epochs, 1.0)
+
+
+class Hook:
+    """Override what is needed: schedules, penalties, freezing and averages are hooks of the one loop."""
+
+    def on_start(self, loop: Loop) -> None:
+        """Once before the first step; after a resume `loop` is where the killed run stood."""
+
+    def on_step(self, loop: Loop) -> None:
+        """After each optimizer step, before the masks are applied."""
+
+    def on_epoch(self, loop: Loop) -> None:
+        """After each epoch, before it is evaluated."""
+
+    def penalty(self, loop: Loop) -> Tensor | None:
+        """A scalar that is added to the loss."""
+        return None
+
+    def settled(self, loop: Loop) -> bool:
+        """May the epoch that just ended be kept as the best? False while a schedule is still running."""
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitReport:
+    """One row of `history` per epoch: the mean of each loss, the validation metric, the learning rate.
+
+    `layers` says which layers were taught by what.
+    """
+
+    history: Sequence[Mapping[str, float]]
+    masks: Mapping[str, Tensor]
+    best_epoch: int | None
+    best_value: float | None
+    layers: Sequence[LayerRecord] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LabelLoss:
+    """The task's loss, alone."""
+
+    task: Task
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
+        loss = self.task.compute_loss(self.task.forward(model, batch), batch)
+        if loss is None:
+            raise TrainError("a batch has no labels, but the loss needs them")
+        return {"label": loss}
+
+
+@checks_arguments(TrainError)
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    batches: Iterable[Batch],
+    *,
+    epochs: int,
+    settings: OptimizerSettings | None = None,
+    evaluate: Task | None = None,
+    hooks: Sequence[Hook] = (),
+    masks: Mapping[str, Tensor] | None = None,
+    companion: nn.Module | None = None,
+    state: Path | None = None,
+    key: str = "",
+    engine: Engine | None = None,
+    seed: int = 0,
+    progress: Callable[[Event], None] = lambda event: None,
+    step_name: str = "fit",
+    phase: str = "train",
+) -> FitReport:
+    """Train `model` in place for `epochs`; with `evaluate`, end with the best epoch's weights by its val metric.
+
+    Each epoch runs under its own seed, so a run that resumes from `state` (written after every epoch) ends with
+    the same weights as an undisturbed one. The file is sealed with `key`: where it is damaged, or was written under
+    another key, a warning says so and the training starts over. Weights whose mask is False stay zero. The global
+    random state is left as it was; the model returns to its device and its train/eval modes. What else learns, such as
+    the projections of a loss, is the `companion`: in the optimizer and in the checkpoints, but no part of the model.
+    A model that `torch.compile` or `DataParallel` has wrapped is trained without the wrapper; both share the weights.
+
+    Processes that torchrun has started train jointly, and all end with the same weights. With the strategy "fsdp" the
+    model is spread over them until the end; an error on the way leaves it without weights.
+
+    Raises:
+        TaskError: no batches.
+        TrainError: nothing to train, a model or an objective that cannot be trained, devices that cannot train this
+            model, or a loss or weights that are not finite (the last checkpoint is kept).
+        StorageError: the checkpoint cannot be written (the one before is kept).
+    """
+    check_epochs(epochs)
+    model = usable(model, TrainError)
+    companion = None if companion is None else usable(companion, TrainError, "the companion")
+    settings, engine = settings or OptimizerSettings(), engine or Engine()
+    modes = {module: module.training for module in model.modules()}
+    home, metric = device_of(model), evaluate.as_metric() if evaluate else None
+    history: list[dict[str, float]] = []
+    best = _Best()
+    # a caller who only evaluates may have switched gradients off
+    with preserved_globals(), torch.enable_grad(), fabric_for(engine) as fabric:
+        with placed(fabric, engine, model, companion or nn.Module(), settings) as place:
+            trainee = _Trainee(place, objective, settings, hooks, progress, step_name, phase)
+            loop = Loop(
+                model, place.optimizer, epochs, dict(masks or {}), length(batches, fabric.world_size), whole=place.whole
+            )
+            keeper = MaskKeeper(dict(model.named_parameters()), place.optimizer, loop.masks)
+            if state is not None and (kept := _unsealed(state, key)) is not None:
+                history, best = _restore(state, kept, loop, place.companion)
+            for hook in hooks:
+                hook.on_start(loop)
+            keeper.follow(loop.masks)
+            keeper.after_step()  # weights that arrive non-zero under a mask are zeroed before the first forward
+            try:
+                for epoch in range(loop.epoch, epochs):
+                    epoch_seed = seed * 100_003 + epoch
+                    seed_everything(epoch_seed)
+                    with seeded(batches, epoch, epoch_seed):
+                        row = trainee.epoch(shared(checked(batches, "train"), fabric), loop, keeper)
+                    share(model.buffers())  # each has seen batches of its own; all are to keep the same best epoch
+                    if evaluate is not None and metric is not None:
+                        with seeded(evaluate.val, epoch, epoch_seed):
+                            row["val"] = evaluate.evaluate(predictor(model), "val")
+                        if all(hook.settled(loop) for hook in hooks) and metric.better(row["val"], best.value):
+                            best = _Best(loop.epoch, row["val"], place.weights(model), dict(loop.masks))
+                    history.append(row)
+                    if state is not None:
+                        _checkpoint(state, key, loop, place, history, best)
+            finally:
+                for module, training in modes.items():
+                    module.training = training
+                model.zero_grad(set_to_none=True)
+        if best.weights is not None and best.masks is not None:
+            place.load_weights(best.weights)
+            loop.masks = best.masks
+    held = {name: mask.to(home) for name, mask in loop.masks.items()}
+    return FitReport(history=history, masks=held, best_epoch=best.epoch, best_value=best.value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Best:
+    epoch: int | None = None
+    value: float | None = None
+    weights: dict[str, Any] | None = None
+    masks: dict[str, Tensor] | None = None
+
+
+@dataclass
+class _Trainee:
+    """The model under Fabric, with all that one epoch needs."""
+
+    place: Placement
+    objective: Objective
+    settings: OptimizerSettings
+    hooks: Sequence[Hook]
+    progress: Callable[[Event], None]
+    step_name: str
+    phase: str
+    last_finite: float = math.nan
+
+    def epoch(self, batches: Iterator[Batch], loop: Loop, keeper: MaskKeeper) -> dict[str, float]:
+        """One pass over the batches: a history row of mean losses."""
+        base_lrs = [group.setdefault("initial_lr", group["lr"]) for group in loop.optimizer.param_groups]
+        sums: dict[str, float] = {}
+        count = 0
+        self.place.wrapped.train()
+        self.place.companion.train()
+        for count, batch in enumerate(batches, 1):
+            factor = self.settings.factor(loop.midpoint)
+            for group, lr in zip(loop.optimizer.param_groups, base_lrs, strict=True):
+                group["lr"] = lr * factor
+            for name, value in self.step(batch, loop, keeper, count).items():
+                sums[name] = sums.get(name, 0.0) + value
+            total = loop.steps_per_epoch and loop.steps_per_epoch * loop.epochs
+            self.progress(
+                Event(
+                    step=self.step_name,
+                    phase=self.phase,
+                    current=loop.step,
+                    total=total,
+                    values={"epoch": loop.epoch + 1, "loss": self.last_finite},
+                )
+            )
+        loop.epoch, loop.step_in_epoch = loop.epoch + 1, 0
+        loop.steps_per_epoch = loop.steps_per_epoch or count
+        for hook in self.hooks:
+            hook.on_epoch(loop)
+        keeper.follow(loop.masks)
+        keeper.after_step()
+        if broken := self.place.broken():
+            raise self.diverged(f"{', '.join(broken[:3])} became nan or infinite", f"end of epoch {loop.epoch}")
+        means = {f"loss_{name}": total / count for name, total in sums.items()}
+        return {"epoch": float(loop.epoch), **means, "lr": loop.optimizer.param_groups[0]["lr"]}
+
+    def step(self, batch: Batch, loop: Loop, keeper: MaskKeeper, number: int) -> dict[str, float]:
+        """One optimizer step: the value of each part of the loss."""
+        place, where = self.place, f"epoch {loop.epoch + 1}, batch {number}"
+        with place.computing():
+            parts = self.losses(batch, where)
+        penalties: dict[str, Tensor] = {}
+        for index, hook in enumerate(self.hooks):
+            penalty = hook.penalty(loop)
+            if penalty is not None:
+                penalties[f"penalty_{index}" if index else "penalty"] = penalty
+        loss = self.total({**parts, **penalties})
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self.diverged(f"the loss became {value}", where)
+        self.last_finite = value
+        loop.optimizer.zero_grad(set_to_none=True)
+        place.backward([*parts.values()], [*penalties.values()])
+        keeper.before_step()
+        if self.settings.clip_norm is not None:
+            norm = place.clip(self.settings.clip_norm)
+            if norm is not None and not math.isfinite(norm):
+                raise self.diverged(f"the gradient's norm became {norm}", where)
+        place.stepper.step()
+        loop.step += 1
+        loop.step_in_epoch = number
+        for hook in self.hooks:
+            hook.on_step(loop)
+        keeper.follow(loop.masks)
+        keeper.after_step()
+        return {name: part.item() for name, part in {**parts, **penalties}.items()}
+
+    def losses(self, batch: Batch, where: str) -> dict[str, Tensor]:
+        """What the objective gives for a batch."""
+        takes = "it is called with the model and a batch, and returns a dict of named losses"
+        try:
+            found: Any = self.objective(self.place.wrapped, self.place.fabric.to_device(batch))
+        except MISTAKES as cause:
+            said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+            raise TrainError(f"the objective failed in {self.step_name!r}, {where}: {said}; {takes}") from cause
+        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+            raise TrainError(f"the objective gave {shown(found)}; {takes}")
+        return dict(found)
+
+    def total(self, parts: Losses) -> Tensor:
+        """The sum that is trained on."""
+        for name, part in parts.items():
+            if not isinstance(part, Tensor) or part.numel() != 1:
+                got = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+                raise TrainError(f"the loss {name!r} must be one number in a tensor, got {got}; take its mean")
+        if not any(part.requires_grad for part in parts.values()):
+            raise TrainError(
+                f"no loss depends on a trainable weight (losses: {', '.join(parts) or 'none'}); give a loss that is "
+                "computed from the model's outputs without detach or no_grad"
+            )
+        return torch.stack([part.reshape(()) for part in parts.values()]).sum()
+
+    def diverged(self, what: str, where: str) -> TrainError:
+        """What to raise when numbers are lost."""
+        before = "there was no finite loss before"
+        if math.isfinite(self.last_finite):
+            before = f"the last finite loss was {self.last_finite:.6g}"
+        half = any(each.dtype == torch.float16 for each in self.place.model.parameters())
+        mend = "train in float32 or bfloat16, as float16 parameters overflow; or " if half else ""
+        return TrainError(
+            f"{what} in {self.step_name!r}, {where}; {before}; {mend}lower lr (now {self.settings.lr:g}), set "
+            "clip_norm, or look for bad values in that batch (the checkpoint of the last whole epoch is kept)"
+        )
+
+
+def check_epochs(epochs: int) -> None:
+    """Raise TrainError unless it is a whole number of at least 1."""
+    if not isinstance(epochs, int) or epochs < 1:
+        raise TrainError(f"epochs must be a whole number of at least 1, got {epochs!r}")
+
+
+def _checkpoint(
+    state: Path, key: str, loop: Loop, place: Placement, history: list[dict[str, float]], best: _Best
+) -> None:
+    """The same file whatever the strategy and the number of processes; one writes it."""
+    saved = {"epoch": loop.epoch, "step": loop.step, "model": place.weights(loop.model), "masks": loop.masks,
+             "companion": place.weights(place.companion), "history": history, "steps_per_epoch": loop.steps_per_epoch,
+             "optimizer": collected(loop.optimizer.state_dict(), place.fabric.is_global_zero),
+             "best": [best.epoch, best.value, best.weights, best.masks]}  # fmt: skip
+    if place.fabric.is_global_zero:
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        write_sealed(state, buffer.getvalue(), key)
+
+
+def _unsealed(state: Path | None, key: str) -> bytes | None:
+    """The checkpoint as it was written; None where there is none, or with a warning where it is damaged."""
+    if state is None or not present(state):
+        return None
+    try:
+        return read_sealed(state, key)
+    except StorageError as error:
+        if is_first():
+            warn(f"{error}; the training starts over")
+        return None
+
+
+def _restore(state: Path, saved_bytes: bytes, loop: Loop, companion: nn.Module) -> tuple[list[dict[str, float]], _Best]:
+    try:
+        saved = torch.load(io.BytesIO(saved_bytes), map_location="cpu", weights_only=True)
+        load_spread(loop.model, saved["model"])
+        companion.load_state_dict(saved["companion"])
+        load_optimizer(loop.optimizer, saved["optimizer"])
+        loop.masks, loop.epoch, loop.step = saved["masks"], saved["epoch"], saved["step"]
+        loop.steps_per_epoch = saved["steps_per_epoch"]
+        return saved["history"], _Best(*saved["best"])
+    except Exception as error:
+        raise TrainError(f"the checkpoint {state} cannot be resumed from ({error}); delete it to start over") from error

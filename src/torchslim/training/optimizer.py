@@ -1,0 +1,149 @@
+"""How weights are updated: the optimizer, its learning rate, and the masks that hold weights at zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from torchslim.core.checks import check_fields
+from torchslim.core.distributed import local, share, spread
+from torchslim.core.imports import resolve
+from torchslim.errors import TrainError
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "constant")
+
+
+class MaskKeeper:
+    """Holds masked weights at zero: gradients, weights, and what the optimizer remembers of them."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], optimizer: Optimizer, masks: Mapping[str, Tensor]) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.masks: dict[str, Tensor] = {}
+        self.dropped: list[tuple[Tensor, Tensor]] = []
+        self.follow(masks)
+
+    def follow(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold these masks from now on; costs nothing while they are the same tensors."""
+        if masks.keys() == self.masks.keys() and all(masks[name] is self.masks[name] for name in masks):
+            return
+        check_masks(masks, self.parameters)
+        self.masks = dict(masks)
+        for name, mask in masks.items():  # each process may have chosen by what it alone has seen
+            share([mask], through=self.parameters[name].device)
+        held = [(self.parameters[name], mask) for name, mask in masks.items()]
+        self.dropped = [(each, local(spread(~mask.to(each.device), each))) for each, mask in held]
+
+    @torch.no_grad()
+    def before_step(self, *_: Any) -> None:
+        """Clear the gradients of held weights, so that momentum and clipping never see them."""
+        for parameter, dropped in self.dropped:
+            if parameter.grad is not None:
+                local(parameter.grad).masked_fill_(dropped, 0)
+
+    @torch.no_grad()
+    def after_step(self, *_: Any) -> None:
+        """Clear held weights and their optimizer state (weight decay and old momentum included)."""
+        for parameter, dropped in self.dropped:
+            local(parameter).masked_fill_(dropped, 0)
+            for value in self.optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    local(value).masked_fill_(dropped, 0)
+
+
+def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raise TrainError for a mask that fits no parameter: an unknown name, another shape, or not boolean."""
+    unknown = sorted(set(masks) - set(parameters))
+    if unknown:
+        raise TrainError(f"masks name parameters that the model does not have: {', '.join(unknown)}")
+    for name, mask in masks.items():
+        if mask.is_meta:
+            raise TrainError(f"the mask of {name!r} is on the meta device and has no values; give a mask with values")
+        if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+            raise TrainError(
+                f"the mask of {name!r} must be boolean (True where kept) and of shape "
+                f"{tuple(parameters[name].shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """How weights are updated.
+
+    `optimizer` is "sgd" (Nesterov momentum), "adamw", or a factory `params -> Optimizer` (in a recipe
+    "package.module:name"). Weight decay leaves biases and norms (tensors of one dimension) alone. `warmup` is the
+    fraction of the training in which the learning rate rises linearly from zero.
+    """
+
+    optimizer: Literal["sgd", "adamw"] | str | Callable[[Iterable[Any]], Optimizer] = "adamw"
+    lr: float = 5e-4
+    momentum: float = 0.9
+    weight_decay: float = 1e-2
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.05
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, TrainError)
+        optimizer = self.optimizer
+        for name, valid, rule in (
+            ("optimizer", callable(optimizer) or optimizer in OPTIMIZERS or ":" in optimizer,
+             f"one of {', '.join(OPTIMIZERS)}, a function params -> Optimizer, or 'package.module:name'"),
+            ("lr", self.lr > 0 and math.isfinite(self.lr), "a finite number above 0"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0"),
+        ):  # fmt: skip
+            if not valid:
+                raise TrainError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+    def factory(self) -> Callable[[Iterable[Any]], Optimizer] | None:
+        """The user's own optimizer factory, imported where it is named; None for those by name."""
+        if callable(self.optimizer):
+            return self.optimizer
+        if self.optimizer in OPTIMIZERS:
+            return None
+        found: Callable[[Iterable[Any]], Optimizer] = resolve(self.optimizer, "optimizer", TrainError)
+        return found
+
+    def build(self, model: nn.Module, companion: nn.Module | None = None) -> Optimizer:
+        """The optimizer over the model's trainable parameters, and those of a companion."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise TrainError("the model has no trainable parameter; set requires_grad on what should be trained")
+        parameters += (
+            [parameter for parameter in companion.parameters() if parameter.requires_grad] if companion else []
+        )
+        factory = self.factory()
+        if factory is not None:
+            made = factory(parameters)
+            if not isinstance(made, Optimizer):
+                raise TrainError(
+                    f"the optimizer factory {self.optimizer!r} must return a torch Optimizer, got {type(made).__name__}"
+                )
+            return made
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if self.optimizer == "sgd":
+            return SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+        return AdamW(groups, lr=self.lr)
+
+    def factor(self, progress: float) -> float:
+        """What the learning rate is multiplied by at a progress in [0, 1]."""
+        if progress < self.warmup:
+            return progress / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))

@@ -1,0 +1,392 @@
+"""One study that any number of workers share: who takes which trial, and who takes over what a dead one left."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torchslim.core.budget import Budget
+from torchslim.core.checks import shown
+from torchslim.core.folder_lock import is_dead, started
+from torchslim.errors import RecipeError, StorageError, TorchslimError
+from torchslim.tuning.sampling import Sampler, distributions, draw
+from torchslim.tuning.shared import SAME, Row, Unusable, read_row
+from torchslim.tuning.space import Parameter
+
+BEAT_SECONDS = 5.0
+GRACE_BEATS = 12  # so many beats that are missed, and a worker on another machine counts as dead
+REFUSALS = 1_000  # trials in a row that others have asked for with values that do not fit: somebody floods the study
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Optuna tells nothing, and warns of nothing that is experimental."""
+    import optuna
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+@contextmanager
+def consulting(name: str) -> Iterator[None]:
+    """Around the use of a storage: what its own code raises, as over a damaged journal, is one clear error."""
+    with hushed():
+        try:
+            yield
+        except TorchslimError:
+            raise
+        except Exception as error:
+            what = " ".join(str(error).split())[:200] or "no message"
+            raise StorageError(
+                f"the study {name!r} cannot be read or written: {type(error).__name__}: {shown(what)[1:-1]}; check the "
+                "storage, or choose another with --storage or --study"
+            ) from error
+
+
+def open_storage(storage: str | Path) -> Any:
+    """An Optuna storage: a URL of a database, or the path of a journal file.
+
+    Raises:
+        StorageError: it cannot be reached, or a package for it is missing.
+    """
+    try:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise StorageError("a search needs Optuna: pip install 'torchslim[search]'") from error
+    with hushed():
+        if "://" not in str(storage):
+            path = Path(storage)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_file():
+                    with path.open("rb") as file:
+                        first = file.readline()
+                    if first.endswith(b"\n"):  # Optuna forgives a last line, which a killed worker may have cut off
+                        json.loads(first)
+                journal = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+                journal.get_all_studies()  # reads what is there
+                return journal
+            except Exception as error:  # of lines that are no journal, each in its own way
+                what = shown(" ".join(str(error).split())[:200] or type(error).__name__)[1:-1]
+                raise StorageError(f"the study {path} cannot be opened: {what}; name another storage") from error
+        try:
+            return optuna.storages.RDBStorage(str(storage))
+        except ImportError as error:
+            raise StorageError(
+                f"the driver of {_without_password(str(storage))} is missing: {error}; for PostgreSQL, pip install "
+                "'torchslim[postgresql]'"
+            ) from error
+        except Exception as error:  # of the database's own kinds
+            what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise StorageError(
+                f"the storage {_without_password(str(storage))} cannot be reached: {what}; check the URL and that its "
+                "server runs"
+            ) from error
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}://{user.partition(':')[0]}{at}{host}"
+
+
+@dataclass
+class Worker:
+    """This process, as other workers know it."""
+
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+
+    def to_json(self) -> dict[str, Any]:
+        """With when it was started: numbers of processes are used again."""
+        return {"host": self.host, "pid": self.pid, "started": started(self.pid)}
+
+
+class Ledger:
+    """A study: gives trials to this worker, beats while it works, and takes back what dead workers left.
+
+    A trial counts once it has a result, good or bad; one that ended without is lost, and was given to somebody else.
+
+    Args:
+        storage: of `open_storage`.
+        name: of the study in it.
+        key: what is searched; a study of the same name with another key belongs to another recipe.
+        objectives: how many numbers a trial is judged by, all to be small.
+        parameters: what varies.
+        sampler, seed: of the values; equal seeds and results give equal trials.
+        bounds: how many constraints there are.
+        budget: under which results are read.
+        trials: how many to take.
+        beat: seconds between signs of life.
+    """
+
+    def __init__(
+        self,
+        storage: Any,
+        name: str,
+        key: str,
+        *,
+        objectives: int,
+        parameters: Sequence[Parameter],
+        trials: int,
+        sampler: Sampler = "gp",
+        seed: int = 0,
+        bounds: int = 0,
+        budget: Budget | None = None,
+        beat: float = BEAT_SECONDS,
+    ) -> None:
+        import optuna
+
+        self.parameters, self.trials, self.seed = parameters, trials, seed
+        self.sampler, self.bounds, self.beat, self.name = sampler, bounds, beat, name
+        self.objectives, self.budget = objectives, budget
+        self.storage, self.worker = storage, Worker().to_json()
+        self.seen: dict[int, tuple[Any, float]] = {}
+        self.given: dict[int, dict[str, Any]] = {}  # the values of this worker's trials, as they are stored
+        self.ignored: dict[int, str] = {}  # trials that are of no use, and why
+        self.told: set[int] = set()
+        with consulting(name):
+            self.study = optuna.create_study(
+                storage=storage, study_name=name, directions=["minimize"] * objectives, load_if_exists=True,
+                sampler=optuna.samplers.RandomSampler(seed=0),
+            )  # fmt: skip
+            other = self.study.user_attrs.get("key")
+            minimized = [each == optuna.study.StudyDirection.MINIMIZE for each in self.study.directions]
+            if (other is not None and other != key) or minimized != [True] * objectives:
+                raise RecipeError(
+                    f"the study {name!r} belongs to another recipe, budget, model or data; choose another with "
+                    "--study, or another folder"
+                )
+            if other is None:
+                self.study.set_user_attr("key", key)
+
+    def enqueue(self, starts: Sequence[Mapping[str, Any]]) -> None:
+        """Values to begin with, where nobody has begun."""
+        with self._consulting():
+            if not self.study.get_trials(deepcopy=False):
+                for values in starts:
+                    self.study.enqueue_trial(self._stored(values), skip_if_exists=True)
+
+    def ask(self) -> Any:
+        """The next trial; None where enough are taken."""
+        import optuna
+
+        with self._consulting():
+            self.take_back()
+            for _ in range(REFUSALS):
+                if self._taken() >= self.trials:
+                    return None
+                number = sum(each.result is not None for each in self._rows())
+                sampler = "random" if self.repeats() else self.sampler  # what repeats itself must look elsewhere
+                trial = self.study.ask()
+                trial.set_user_attr("worker", self.worker)
+                with self.beating(trial):  # drawing takes its time, too
+                    usable = self._set_values(trial, number, sampler)
+                if not usable or self._taken(before=trial.number) >= self.trials:  # several workers asked at once
+                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                if usable:
+                    return trial if self._taken(before=trial.number) < self.trials else None
+        raise StorageError(
+            f"the study {self.name!r} holds more than {REFUSALS:,} trials with values beyond the recipe's ranges; "
+            "choose another with --study"
+        )
+
+    def values(self, trial: Any) -> dict[str, Any]:
+        """The values of the parameters of a trial that this worker was given."""
+        return self._decoded(self.given[trial.number])
+
+    def _decoded(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            each.name: each.choices[stored[each.name]] if each.kind == "choice" else stored[each.name]
+            for each in self.parameters
+        }
+
+    @contextmanager
+    def beating(self, trial: Any) -> Iterator[None]:
+        """Show signs of life while the block runs."""
+        import optuna
+
+        stop = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while not stop.wait(self.beat):
+                count += 1
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):  # somebody took this worker for dead
+                    self.storage.set_trial_user_attr(trial._trial_id, "beat", count)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def tell(self, trial: Any, result: Mapping[str, Any], values: Sequence[float] | None) -> None:
+        """Keep a result; without values the trial has failed. Of a trial that another has taken over it is dropped."""
+        import optuna
+
+        with self._consulting(), suppress(optuna.exceptions.UpdateFinishedTrialError):
+            trial.set_user_attr("result", json.dumps(result))
+            if values is None:
+                self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            else:
+                self.study.tell(trial.number, list(values))
+
+    def results(self) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+        """Number, values and result of each trial that has one of its own, in order."""
+        with self._consulting():
+            return [
+                (each.number, self._decoded(each.values), each.result) for each in self._rows()
+                if each.result is not None and each.values is not None and SAME not in each.result
+            ]  # fmt: skip
+
+    def repeats(self) -> int:
+        """How many of the latest trials were the same as an earlier one."""
+        count = 0
+        for each in reversed(self._rows()):
+            if SAME not in (each.result or {}):
+                break
+            count += 1
+        return count
+
+    def waiting(self) -> bool:
+        """Is somebody still at work, who may yet be lost?"""
+        with self._consulting():
+            self.take_back()
+            return any(each.running for each in self._rows())
+
+    def claim(self, about: Mapping[str, int]) -> Any:
+        """A trial for something that is named, and not drawn; None where another worker has it."""
+        import optuna
+
+        with self._consulting():
+            self.take_back()
+            trial = self.study.ask()
+            trial.set_user_attr("about", dict(about))
+            trial.set_user_attr("worker", self.worker)
+            for other in self._rows():
+                mine = other.about == about["trial"]
+                if mine and (other.result is not None or other.running) and other.number < trial.number:
+                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                    return None
+        return trial
+
+    def claims(self) -> dict[int, dict[str, Any] | None]:
+        """By the number that was claimed its result, None while somebody is at work on it."""
+        found: dict[int, dict[str, Any] | None] = {}
+        with self._consulting():
+            self.take_back()
+            for each in self._rows():
+                if each.about is None:
+                    continue
+                if each.result is not None:
+                    found[each.about] = each.result
+                elif each.running:
+                    found.setdefault(each.about, None)
+        return found
+
+    def take_back(self) -> None:
+        """Trials of dead workers fail, and their values are asked for again."""
+        now = time.monotonic()
+        for each in self._rows():
+            if not each.running:
+                continue
+            dead = is_dead(each.worker) if each.worker else None
+            if dead is None:
+                if each.number not in self.seen or self.seen[each.number][0] != each.beat:
+                    self.seen[each.number] = (each.beat, now)
+                dead = now - self.seen[each.number][1] > GRACE_BEATS * self.beat
+            if dead:
+                self._lose(each.number, each.values)
+
+    def give_back(self, trial: Any) -> None:
+        """Of this worker, which cannot go on."""
+        with self._consulting():
+            self._lose(trial.number, self.given.get(trial.number))
+
+    def _lose(self, number: int, values: Mapping[str, Any] | None) -> None:
+        import optuna
+
+        try:
+            self.study.tell(number, state=optuna.trial.TrialState.FAIL)
+        except (ValueError, RuntimeError):  # another worker was faster, or it was alive and is done
+            return
+        if self.parameters:  # what is claimed by name is claimed again
+            self.study.enqueue_trial(dict(values or {}), user_attrs={"instead_of": number})
+
+    @contextmanager
+    def _consulting(self) -> Iterator[None]:
+        """Around the use of the storage; afterwards each trial that was found to be of no use is told once."""
+        with consulting(self.name):
+            yield
+        for number, reason in self.ignored.items():
+            if number not in self.told:
+                self.told.add(number)
+                warnings.warn(
+                    f"trial {number} of the study {self.name!r} is ignored: {reason}; another worker, or somebody "
+                    "else, has written it",
+                    stacklevel=4,
+                )
+
+    def _all(self) -> list[Any]:
+        trials: list[Any] = self.study.get_trials(deepcopy=False)
+        return trials
+
+    def _rows(self) -> list[Row]:
+        """The trials that are of use; the others are left out, with a warning."""
+        found = []
+        for trial in self._all():
+            try:
+                found.append(read_row(trial, self.parameters, self.objectives, self.budget))
+            except Unusable as unusable:
+                self.ignored.setdefault(trial.number, str(unusable))
+        return found
+
+    def _taken(self, before: int | None = None) -> int:
+        """How many trials have a result of their own or are worked on."""
+        return sum(
+            each.running if each.result is None else SAME not in each.result
+            for each in self._rows()
+            if before is None or each.number < before
+        )
+
+    def _set_values(self, trial: Any, number: int, sampler: Sampler) -> bool:
+        """Give a trial the values that it was asked for with, or draw them; False where those are beyond a range."""
+        rows = {each.number: each for each in self._rows()}
+        if trial.number not in rows:
+            return False
+        values = rows[trial.number].queued
+        if values is None:
+            others = [each for each in rows.values() if each.number != trial.number]
+            values = draw(
+                self.parameters, others, sampler, seed=(self.seed * 1_000_003 + number) % 2**32, number=number,
+                trials=self.trials, objectives=self.objectives, bounds=self.bounds,
+            )  # fmt: skip
+        for name, kind in distributions(self.parameters).items():
+            self.storage.set_trial_param(trial._trial_id, name, kind.to_internal_repr(values[name]), kind)
+        self.given[trial.number] = values
+        return True
+
+    def _stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            each.name: each.choices.index(values[each.name]) if each.kind == "choice" else values[each.name]
+            for each in self.parameters
+        }

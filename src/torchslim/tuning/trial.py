@@ -1,0 +1,294 @@
+"""A candidate tried at less than its full cost: its steps without training, or with a part of it, then measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from torchslim.analysis.sensitivity import Sensitivity
+from torchslim.artifact.latency import parameters, sample_macs
+from torchslim.artifact.latency_cache import LatencyTable
+from torchslim.artifact.peak_memory import peak_memory
+from torchslim.core import distributed
+from torchslim.core.budget import Budget
+from torchslim.core.files import digest
+from torchslim.core.isolation import copy_model, preserved_globals, trim
+from torchslim.core.seals import key_id
+from torchslim.core.step import Context, Event, Form, Inputs, Outcome, Step, Target, step_name
+from torchslim.core.task import Task, take_first
+from torchslim.errors import TorchslimError
+from torchslim.pipeline.recipe import Recipe
+from torchslim.pipeline.runner import begun, origin
+from torchslim.pipeline.stages import alone, keep, kept, stage_key, taken_again
+from torchslim.pipeline.target_bench import Bench
+from torchslim.prune import Prune
+from torchslim.quantize import Quantize
+from torchslim.runtimes import Deployed
+from torchslim.training.finetune import Training
+from torchslim.training.loaders import part_of, seeded_splits
+
+Figures = Mapping[str, float]
+"""By the names of `budget.UNITS`, and "metric", the value itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much of a recipe's cost is spent.
+
+    Args:
+        training: the share of every training's epochs; 0: steps that train are left out, or only prune and round.
+        data: the share of the validation batches.
+    """
+
+    name: Literal["cheap", "short"]
+    training: float
+    data: float
+
+
+def cut_short(step: Any, effort: Effort) -> Any:
+    """The step at less cost; None where nothing is left of it."""
+    if isinstance(step, Training):
+        if effort.training:
+            return _shorter(step, effort)
+        return Untrained(step) if getattr(step, "student", None) is not None else None
+    if effort.training:
+        return _shorter(step, effort)
+    if isinstance(step, Prune):
+        return replace(
+            step, train=None, schedule="one-shot", sparsify=None, strength=None, sparsify_train=None
+        )  # fmt: skip
+    if isinstance(step, Quantize):
+        layers = {} if step.layers == "auto" else step.layers
+        return replace(
+            step, layers=layers, mode="ptq", train=None, learned_step=False, accuracy="plain", rounding=None,
+            correct_biases=None, metric_drop=None,
+        )  # fmt: skip
+    return step
+
+
+def _shorter(step: Any, effort: Effort) -> Any:
+    if isinstance(step, Training):
+        return replace(step, epochs=max(1, int(step.epochs * effort.training)))
+    if not is_dataclass(step) or isinstance(step, type):
+        return step
+    if isinstance(step, Quantize) and step.mode == "qat" and step.train is None:
+        return replace(step, train=_shorter(step.training(), effort))
+    inner = {name: _shorter(each, effort) for name, each in vars(step).items() if isinstance(each, Training)}
+    return replace(step, **inner) if inner else step
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """In place of a training that starts from a network of its own: that network."""
+
+    accepts: ClassVar[Form] = Form.MODULE
+    produces: ClassVar[Form] = Form.MODULE
+
+    step: Any
+
+    def check(self, ctx: Context) -> None:
+        """Nothing is needed."""
+
+    def begin(self, model: nn.Module, seed: int) -> nn.Module:
+        """The student."""
+        begun: nn.Module = self.step.begin(model, seed)
+        return begun
+
+    def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        return Outcome(model=self.begin(model, ctx.seed))
+
+
+@dataclass
+class Lab:
+    """Where candidates are tried; what they share is done once and kept in `folder`."""
+
+    model: nn.Module
+    task: Task
+    teacher: nn.Module | None
+    budget: Budget
+    folder: Path
+    example_inputs: Inputs
+    seed: int
+    dynamic_shapes: Any = "batch"
+    short: float = 0.25
+    progress: Callable[[Event], None] = lambda event: None
+    _origins: dict[str, str] = field(default_factory=dict)
+    _baselines: dict[Target, tuple[Deployed, dict[str, float]]] = field(default_factory=dict)
+    _memories: dict[str, float] = field(default_factory=dict)
+
+    def efforts(self) -> tuple[Effort, Effort]:
+        """The two that come before the full one."""
+        return Effort(name="cheap", training=0.0, data=0.25), Effort(name="short", training=self.short, data=1.0)
+
+    def attempt(self, recipe: Recipe, effort: Effort) -> dict[str, float]:
+        """A candidate's figures at an effort.
+
+        Raises:
+            TorchslimError: a step of it cannot be taken.
+        """
+        ctx = self._context(recipe)
+        with preserved_globals(self.seed):
+            model = self._taken(recipe, ctx, effort)
+            return self._figures(model, recipe.target, effort)
+
+    def baseline(self, target: Target, effort: Effort | None = None) -> dict[str, float]:
+        """The original's figures on a runtime."""
+        if target not in self._baselines:
+            model, _ = copy_model(self.model)
+            bench = self._bench(target, ())
+            with preserved_globals(self.seed):
+                deployed = bench.deploy(model)
+            if "latency" in self.budget.figures:
+                LatencyTable(target.runtime, target.threads).settle(deployed)
+            self._baselines[target] = deployed, {}
+        deployed, known = self._baselines[target]
+        share = effort.data if effort is not None else 1.0
+        name = f"metric of {share}"
+        if name not in known:
+            with preserved_globals(self.seed):
+                known[name] = self._metric(deployed, share)
+                known |= self._sizes(deployed, self.model, target)
+        return {**known, "metric": known[name], "metric_drop": 0.0}
+
+    def _bench(self, target: Target, steps: Sequence[Step]) -> Bench:
+        return Bench(
+            task=self.task, example_inputs=self.example_inputs, target=target, steps=steps,
+            dynamic_shapes=self.dynamic_shapes,
+        )  # fmt: skip
+
+    def _context(self, recipe: Recipe) -> Context:
+        copied, masks = copy_model(self.model)
+        teacher = copied if self.teacher is None else self.teacher
+        return Context(
+            task=self.task, model=copied, teacher=copy_model(teacher)[0].eval(), example_inputs=self.example_inputs,
+            masks=masks, target=recipe.target, engine=recipe.engine, seed=self.seed, progress=self.progress,
+            priors={} if recipe.sensitivity is None else Sensitivity.load(recipe.sensitivity).priors(),
+        )  # fmt: skip
+
+    def _taken(self, recipe: Recipe, ctx: Context, effort: Effort) -> nn.Module:
+        """The model after the steps; those that another candidate has taken before are read from its folder."""
+        assert ctx.model is not None
+        model, masks = ctx.model, ctx.masks
+        first = f"{recipe.engine} {recipe.sensitivity}"
+        if first not in self._origins:
+            self._origins[first] = origin(ctx, model, take_first(self.task.val, "val"))
+        key = self._origins[first]
+        ctx = replace(ctx, workbench=self._bench(recipe.target, recipe.steps))
+        for index, whole in enumerate(recipe.steps, 1):
+            step = cut_short(whole, effort)
+            if step is None:
+                continue
+            share = data_share(whole, effort) if trainings(step) else 1.0
+            seen = asdict(recipe.target) if _looks_at_target(step) else None
+            key = digest(stage_key(key, step, recipe.steps, self.seed), share, seen)
+            mine = replace(
+                ctx,
+                task=replace(self.task, train=part_of(self.task.train, share)),
+                masks=masks,
+                name=step_name(step),
+                model=model,
+                seed=self.seed + 1_000 * index,
+            )
+            if step.produces is Form.MODULE:
+                model, masks = self._known(step, model, mine, key)
+            else:
+                outcome = _outcome(step, model, mine)
+                model, masks = outcome.model, outcome.masks
+        trim()
+        return model
+
+    def _known(self, step: Step, model: nn.Module, ctx: Context, key: str) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """What a step gives: read from its folder, where a candidate has taken it before; else taken, and kept."""
+        folder = self.folder / key_id(key)[:24]
+        with alone(folder, self.progress):
+            found = _restored(folder, key, begun(step, model, self.seed) or model)
+            if distributed.agreed(found is not None) and found is not None:
+                return found
+            outcome = _outcome(step, model, ctx)
+            if distributed.is_first():
+                keep(folder, key, module=outcome.model, masks=outcome.masks)
+            distributed.wait()
+            return outcome.model, outcome.masks
+
+    def _figures(self, model: nn.Module, target: Target, effort: Effort) -> dict[str, float]:
+        """Of a model on the target; one process measures, all know."""
+        figures: dict[str, float] = {}
+        if distributed.is_first():
+            base = self.baseline(target, effort)
+            deployed = self._bench(target, ()).deploy(model)
+            value = self._metric(deployed, effort.data)
+            higher = self.task.as_metric().higher_is_better
+            figures = self._sizes(deployed, deployed.made_from or model, target)
+            figures |= {"metric": value, "metric_drop": base["metric"] - value if higher else value - base["metric"]}
+        found: dict[str, float] = distributed.told(figures)
+        return found
+
+    def _metric(self, deployed: Deployed, share: float) -> float:
+        task = replace(self.task, val=part_of(self.task.val, share))
+        with preserved_globals(self.seed), seeded_splits(task, self.seed):
+            return task.evaluate(deployed, "val")
+
+    def _sizes(self, deployed: Deployed, model: nn.Module, target: Target) -> dict[str, float]:
+        """All figures that the budget asks for but the metric."""
+        figures: dict[str, float] = {}
+        if "latency" in self.budget.figures:
+            reference = self._baselines[target][0]
+            table = LatencyTable(target.runtime, target.threads)
+            timing = table.measure({"it": deployed}, reference)["it"]
+            figures["latency"] = timing.ratio * table.known(reference.spec.structure)[reference.spec.structure].ms
+        if "size" in self.budget.figures:
+            if deployed.size_bytes is None:
+                raise TorchslimError(
+                    f"runtime {target.runtime!r} has no file whose size could be bounded; leave it out"
+                )
+            figures["size"] = deployed.size_bytes / 1e6
+        if "macs" in self.budget.figures:
+            figures["macs"] = float(sample_macs(model, deployed).total)
+        if "params" in self.budget.figures:
+            figures["params"] = float(parameters(model))
+        if "peak_memory" in self.budget.figures:
+            known = deployed.spec.structure
+            if known not in self._memories:
+                self._memories[known] = peak_memory(deployed) / 1e6
+            figures["peak_memory"] = self._memories[known]
+        return figures
+
+
+def trainings(step: Step) -> list[Training]:
+    """The trainings that a step is, or takes."""
+    if isinstance(step, Training):
+        return [step]
+    if isinstance(step, Quantize):
+        return [step.training()] if step.mode == "qat" else []
+    return [each for each in vars(step).values() if isinstance(each, Training)] if hasattr(step, "__dict__") else []
+
+
+def data_share(step: Step, effort: Effort) -> float:
+    """The share of the training batches in the epochs that are left: below one epoch, a part of the data is seen."""
+    wanted = [each.epochs * effort.training for each in trainings(step)]
+    return min((min(1.0, each / max(1, int(each))) for each in wanted if each), default=1.0)
+
+
+def _looks_at_target(step: Any) -> bool:
+    return not isinstance(step, Training) and not (isinstance(step, Prune) and step.of != "latency")
+
+
+def _outcome(step: Step, model: nn.Module, ctx: Context) -> Outcome:
+    step.check(ctx)
+    with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):
+        return step(copy_model(model)[0], ctx)
+
+
+def _restored(folder: Path, key: str, model: nn.Module) -> tuple[nn.Module, Mapping[str, Tensor]] | None:
+    found = kept(folder, key)
+    if found is None:
+        return None
+    try:
+        return found.opened.into(copy_model(model)[0]), found.opened.masks()
+    except TorchslimError as error:
+        taken_again(error)
+        return None
