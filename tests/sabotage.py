@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torchslim.graph.export import layer_of
 from torchslim.quantize import QuantizedModule
 from torchslim.quantize.aten_ops import weighted
-from torchslim.quantize.prepare import integers
+from torchslim.quantize.conversion import integers
 
 WAYS = ("dead", "shifted", "nan", "dead channel")
 

@@ -13,7 +13,8 @@ from torch.export import Dim
 from torchslim.errors import DeployError
 from torchslim.graph.export import Captured
 from torchslim.runtimes import find_runtime
-from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.runtimes.base import Runtime
+from torchslim.runtimes.spec import Session, Spec
 
 X = (torch.randn(3, 4),)
 

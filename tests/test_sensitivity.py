@@ -19,7 +19,7 @@ from tests import models, toy
 from torchslim.analysis import probe
 from torchslim.analysis.activation_cache import Changed, Replays, story_of
 from torchslim.analysis.measures import LARGEST_DB, decibels
-from torchslim.analysis.sensitivity import Point, Sensitivity
+from torchslim.analysis.result import Point, Sensitivity
 from torchslim.errors import SensitivityError, TaskError
 from torchslim.prune.structured.plan import analyse
 from torchslim.quantize import convert, prepare, sqnr

@@ -19,7 +19,7 @@ from torchslim.artifact.integer_coverage import lowered
 from torchslim.errors import DeployError, QuantizeError
 from torchslim.quantize import Checks, QuantizedModule, convert, prepare, sqnr
 from torchslim.quantize import rollback as rollback_module
-from torchslim.quantize.prepare import integers
+from torchslim.quantize.conversion import integers
 from torchslim.quantize.rollback import search
 from torchslim.quantize.samples import float_outputs, outputs
 from torchslim.quantize.units import units_of

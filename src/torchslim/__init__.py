@@ -7,15 +7,15 @@ print(result)
 result.save("out/")
 """
 
-__version__ = "0.1.0"
-
+from torchslim._version import __version__  # noqa: F401 - public
 from torchslim.core import search_path
 
 if search_path.started_as_module():  # before anything else is imported
     search_path.current_folder_last()
 
 from torchslim import distill, prune, quantize
-from torchslim.analysis.sensitivity import Sensitivity, sensitivity
+from torchslim.analysis.result import Sensitivity
+from torchslim.analysis.sensitivity import sensitivity
 from torchslim.artifact.deployment import deploy
 from torchslim.artifact.storage import load, load_module, save
 from torchslim.core.budget import Budget
@@ -23,7 +23,8 @@ from torchslim.core.step import Context, Engine, Event, Form, LayerRecord, Outco
 from torchslim.core.task import Metric, Task
 from torchslim.distill import DIST, DKD, KD, Distill
 from torchslim.errors import TorchslimError
-from torchslim.pipeline.runner import Result, compress
+from torchslim.facade import compress
+from torchslim.pipeline.result import Result
 from torchslim.pipeline.target_bench import Bench
 from torchslim.prune import Prune, surgery
 from torchslim.quantize import Quantize

@@ -43,8 +43,8 @@ def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_js
     """
     from torchslim.core import distributed
     from torchslim.core.step import ignore_progress
+    from torchslim.facade import compress
     from torchslim.pipeline.recipe import load_recipe
-    from torchslim.pipeline.runner import compress
 
     current_folder_last()
     parsed = load_recipe(recipe)

@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from torchslim.analysis.sensitivity import Point, Sensitivity
+from torchslim.analysis.result import Point, Sensitivity
 from torchslim.tuning import make_space
 from torchslim.tuning.warm_start import informed_start, total_damage
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from torchslim.analysis.activation_cache import Changed, Replays
 from torchslim.analysis.measures import Gauge, Measure, MetricGauge, OutputGauge
-from torchslim.analysis.sensitivity import Known, Point
+from torchslim.analysis.result import Known, Point
 from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
 from torchslim.core.step import Event, Inputs, ignore_progress

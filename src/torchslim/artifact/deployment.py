@@ -16,7 +16,7 @@ from torchslim.core.usable import usable
 from torchslim.errors import DeployError
 from torchslim.quantize import Checks, QuantizedModule
 from torchslim.quantize.checks import Fault, apart, faults
-from torchslim.quantize.prepare import integers
+from torchslim.quantize.conversion import integers
 from torchslim.quantize.rollback import BROKEN, Evidence, Released, concluded, graph_of, search
 from torchslim.quantize.samples import Run, float_outputs, outputs, part, samples_in
 from torchslim.runtimes import Deployed, find_runtime

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from torchslim.analysis.result import Sensitivity
 from torchslim.core.checks import Misfit, Seed, fitting, shown, types_of
 from torchslim.core.imports import foreign, resolve
 from torchslim.core.step import Engine, Step, Target, check_order
@@ -68,6 +69,10 @@ class Recipe:
             RecipeError: a name that cannot be imported, or gives something else.
         """
         return made({"model": self.model, "task": self.task, "teacher": self.teacher})
+
+    def known_sensitivity(self) -> Sensitivity | None:
+        """The analysis that the recipe names, read from its file."""
+        return None if self.sensitivity is None else Sensitivity.load(self.sensitivity)
 
 
 def made(document: Mapping[str, Any]) -> tuple[nn.Module, Task, nn.Module | None]:

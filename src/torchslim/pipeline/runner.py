@@ -6,23 +6,20 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchslim import __version__
-from torchslim.analysis.sensitivity import Sensitivity
+from torchslim._version import __version__
 from torchslim.artifact.deployment import merged, verified
 from torchslim.artifact.integer_coverage import executed, lowered
 from torchslim.artifact.latency import Timings, compare, nonzeros, parameters, sample_macs
 from torchslim.artifact.shipped import as_saved, kept_right
-from torchslim.artifact.storage import confirm, load, write_artifact
+from torchslim.artifact.storage import load
 from torchslim.core import distributed
-from torchslim.core.arguments import checks_arguments
-from torchslim.core.budget import Budget
 from torchslim.core.files import digest, remove, write_json
 from torchslim.core.hardware import describe_machine
 from torchslim.core.infinities import spoiled
@@ -36,23 +33,21 @@ from torchslim.core.step import (
     Inputs,
     Outcome,
     Step,
-    Target,
-    canonical,
     check_order,
     fingerprint,
-    ignore_progress,
     step_name,
 )
 from torchslim.core.task import Metric, Task, call, predictor, take_first, tensors, to_device
-from torchslim.core.usable import usable
 from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.graph.io_structure import describe
+from torchslim.pipeline.options import RunOptions
+from torchslim.pipeline.result import Result
 from torchslim.pipeline.run_record import compare_rows, not_measured, number, size
 from torchslim.pipeline.stages import Stage, alone, restored, stage_key, state_folder
 from torchslim.pipeline.target_bench import Bench
 from torchslim.pipeline.work_folder import working_in
 from torchslim.quantize import QuantizedModule
-from torchslim.report import RUN_FORMAT, render, table
+from torchslim.report import RUN_FORMAT
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.training.loaders import first_batch, seeded_splits
 
@@ -60,147 +55,41 @@ ROUNDS = 60
 SECONDS = 40.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run returns. `print(result)` shows the table; `run` is what `run.json` holds.
-
-    `model` is the final model (a `QuantizedModule` after quantization), `module` the last trainable one, `deployed`
-    the artifact that ships.
-    """
-
-    model: nn.Module
-    module: nn.Module
-    masks: Mapping[str, Tensor]
-    deployed: Deployed
-    run: dict[str, Any]
-    folder: Path
-    _keep: Any = field(repr=False, default=None)  # holds a temporary folder open as long as the result lives
-
-    def save(self, folder: str | Path, *, key: Any = None) -> Path:
-        """Write the artifact, the last trainable weights, `run.json` and `report.html` to a folder.
-
-        `key` signs it, as in `torchslim.save`.
-        """
-        extra = {
-            "run.json": (json.dumps(self.run, indent=1, allow_nan=False) + "\n").encode(),
-            "report.html": render(self.run).encode(),
-        }
-        digest = write_artifact(
-            folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra, key=key
-        )
-        confirm(folder, self.deployed, digest)
-        return Path(folder)
-
-    def __str__(self) -> str:
-        return table(self.run)
-
-
-@checks_arguments(RecipeError)
-def compress(
-    model: nn.Module,
-    task: Task,
-    steps: Sequence[Step] | None = None,
-    *,
-    budget: Budget | None = None,
-    runtime: str = "onnxruntime",
-    threads: int | None = None,
-    example_inputs: Inputs | None = None,
-    dynamic_shapes: Any = "batch",
-    teacher: nn.Module | None = None,
-    engine: Engine | None = None,
-    seed: int = 0,
-    workdir: str | Path | None = None,
-    overwrite: bool = False,
-    stages: str | Path | None = None,
-    names: Mapping[str, str] | None = None,
-    sensitivity: Sensitivity | str | Path | None = None,
-    progress: Callable[[Event], None] = ignore_progress,
-) -> Result:
+def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunOptions) -> Result:
     """Take the steps on a copy of the model, and measure the model after each and the artifact that ships.
-
-    Args:
-        model: a trained module; it, its modes, the random state and torch's global settings are left as they were.
-        task: data and metric.
-        steps: run in this order, which is checked before any data is loaded.
-        budget: in place of steps: they are derived from the model, the machine and the task (`ts.suggest`), searched
-            for what keeps the bounds, and the best is returned; where nothing keeps them, the nearest, which says so.
-        runtime: where the result will run; the baseline is measured there too.
-        threads: of the deployment; None leaves it to the runtime.
-        example_inputs: what is exported; by default the inputs of the first validation batch.
-        dynamic_shapes: "batch", None, or a torch.export spec.
-        teacher: what distillation learns from; by default the original model.
-        engine: devices and precision of training.
-        seed: of everything random.
-        workdir: where finished steps and checkpoints are kept. Run again with the same folder, a killed run goes on,
-            and ends as an undisturbed one does. Without it nothing can be resumed.
-        overwrite: take a folder that holds another recipe's run; its steps are used where they are the same.
-        stages: a folder in which several runs share their finished steps; by default each keeps its own in `workdir`.
-        names: what the model and the task are called, for the report and to tell recipes apart.
-        sensitivity: what `ts.sensitivity` found, or the file it was saved to: how much changes of a layer are known to
-            hurt, which pruning under a latency and the choice of layers to quantize look at.
-        progress: called with an `Event` as things go on.
 
     Raises:
         TorchslimError: one of its kinds, with what is wrong, what was got, and how to mend it.
     """
-    model = usable(model)
-    teacher = None if teacher is None else usable(teacher, what="the teacher")
-    if (steps is None) == (budget is None):
-        raise RecipeError("give steps=[...] to take, or budget=Budget(...) to have them found, and not both")
-    if budget is not None:
-        from torchslim.tuning.budgeted import compress_within
-
-        if engine is not None or stages is not None or sensitivity is not None:
-            raise RecipeError(
-                "engine, stages and sensitivity go with steps, not with budget; ts.search takes a recipe with all"
-            )
-        return compress_within(
-            model, task, budget, runtime=runtime, threads=threads, example_inputs=example_inputs,
-            dynamic_shapes=dynamic_shapes, teacher=teacher, seed=seed, workdir=workdir, names=names, progress=progress,
-        )  # fmt: skip
-    steps = list(steps or ())
+    steps = list(steps)
     check_order(steps)
-    target = Target(runtime=runtime, threads=threads)
-    find_runtime(runtime)
-    if isinstance(sensitivity, (str, Path)):
-        sensitivity = Sensitivity.load(sensitivity)
+    target = options.target
+    find_runtime(target.runtime)
     if not any(True for _ in model.parameters()):
         raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
-    keep = None if workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
-    folder = Path(workdir or keep.name)  # type: ignore[union-attr]
-    recipe = {
-        **dict(names or {}), "steps": [canonical(step) for step in steps], "target": asdict(target), "seed": seed
-    }  # fmt: skip
+    keep = None if options.workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
+    folder = Path(options.workdir or keep.name)  # type: ignore[union-attr]
+    recipe = options.recipe(steps)
     distributed.connect()
-    if distributed.count() > 1 and workdir is None:
+    if distributed.count() > 1 and options.workdir is None:
         raise RecipeError("several processes train one model: give them a workdir that they all see")
-    with preserved_globals(seed), seeded_splits(task, seed):
+    shared = Path(options.stages) if options.stages else None
+    with preserved_globals(options.seed), seeded_splits(task, options.seed):
         copied, masks = copy_model(model)
-        if teacher is None:
-            teacher = copied
         first = take_first(task.val, "val")
-        inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
-        ctx = Context(
-            task=task,
-            model=copied,
-            teacher=copy_model(teacher)[0].eval(),
-            example_inputs=inputs,
-            masks=masks,
-            target=target,
-            engine=engine or Engine(),
-            seed=seed,
-            progress=progress,
-            priors={} if sensitivity is None else sensitivity.priors(),
-        )
+        ctx = _context(copied, masks, task, task.inputs(first), options)
         bench = Bench(
-            task=task, example_inputs=inputs, target=target, steps=steps, dynamic_shapes=dynamic_shapes
-        )  # fmt: skip
+            task=task,
+            example_inputs=ctx.example_inputs,
+            target=target,
+            steps=steps,
+            dynamic_shapes=options.dynamic_shapes,
+        )
         ctx = seen = replace(ctx, workbench=bench)
         for step in steps:
             step.check(seen)
-            seen = replace(seen, model=begun(step, seen.model, seed))
-        shared = Path(stages) if stages else None
-        with working_in(folder, recipe, overwrite, waiting=progress if shared else None):
+            seen = replace(seen, model=begun(step, seen.model, options.seed))
+        with working_in(folder, recipe, options.overwrite, waiting=options.progress if shared else None):
             runner = _Runner(ctx, bench, folder, origin(ctx, copied, first), steps, shared)
             taken = [runner.baseline(copied, masks)]
             for index, step in enumerate(steps, 1):
@@ -220,6 +109,34 @@ def compress(
         folder=folder,
         _keep=keep,
     )
+
+
+def _context(
+    copied: nn.Module, masks: Mapping[str, Tensor], task: Task, inputs: Inputs, options: RunOptions
+) -> Context:
+    """What every step is called with."""
+    teacher = copied if options.teacher is None else options.teacher
+    return Context(
+        task=task,
+        model=copied,
+        teacher=copy_model(teacher)[0].eval(),
+        example_inputs=inputs if options.example_inputs is None else options.example_inputs,
+        masks=masks,
+        target=options.target,
+        engine=options.engine or Engine(),
+        seed=options.seed,
+        progress=options.progress,
+        priors={} if options.sensitivity is None else options.sensitivity.priors(),
+    )
+
+
+def _by_the_first(make: Callable[[], Stage], read: Callable[[], Stage | None]) -> Stage:
+    """The first process makes and keeps a stage; the others wait, and read it from its folder."""
+    stage = make() if distributed.is_first() else None
+    distributed.wait()
+    stage = stage or read()
+    assert stage is not None, "the first process has kept the stage"
+    return stage
 
 
 def begun(step: Step, model: nn.Module | None, seed: int) -> nn.Module | None:
@@ -258,16 +175,15 @@ class _Runner:
         self.key = digest(self.key, asdict(self.ctx.target))
         describe(call(predictor(model), self.ctx.example_inputs), [], self.classes)
         folder, runtime = self._place("00-baseline"), self.ctx.target.runtime
+
+        def kept() -> Stage | None:
+            return restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime)
+
         with alone(folder, self.ctx.progress if self.shared else None):
-            if distributed.is_first():
-                done = restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime)
-                stage = done or self._finish("baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0)
-            distributed.wait()
-            if not distributed.is_first():
-                found = restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime)
-                assert found is not None
-                stage = found
-        return stage
+            return _by_the_first(
+                lambda: kept() or self._finish("baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0),
+                kept,
+            )
 
     def take(self, index: int, step: Step, before: Stage) -> Stage:
         """One step on a copy of the stage before."""
@@ -298,13 +214,10 @@ class _Runner:
                     f"step {index} ({name!r}) must return an Outcome with a model, got {type(outcome).__name__}"
                 )
             self._verify(outcome, step, before.model)
-            if distributed.is_first():
-                stage = self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index)
-        if not distributed.is_first():
-            found = self._restored(folder, step, before)
-            assert found is not None
-            stage = found
-        return stage
+            return _by_the_first(
+                lambda: self._finish(name, folder, outcome, before.module, time.perf_counter() - start, index),
+                lambda: self._restored(folder, step, before),
+            )
 
     def _restored(self, folder: Path, step: Step, before: Stage) -> Stage | None:
         module = begun(step, before.module, self.ctx.seed)

@@ -2,12 +2,12 @@
 
 from torchslim.prune.criteria.registry import CRITERIA, Criterion
 from torchslim.prune.criteria.statistics import Statistic, Statistics
+from torchslim.prune.functional import channels, weights
 from torchslim.prune.masking.masks import HeldZeros, Sparsity, hold_zeros, sparsity
 from torchslim.prune.masking.patterns import PATTERNS
-from torchslim.prune.step import Prune, weights
+from torchslim.prune.step import Prune
 from torchslim.prune.structured.inspection import ChannelGroup, Inspection, inspect
 from torchslim.prune.structured.record import surgery
-from torchslim.prune.structured.removal import channels
 
 __all__ = [
     "CRITERIA",

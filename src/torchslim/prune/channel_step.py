@@ -41,7 +41,7 @@ from torchslim.prune.structured.removal import (
     TooLittle,
     finish,
     gave_way,
-    notes,
+    missed_target,
     shrink,
     tolerance,
     vacuous,
@@ -201,7 +201,7 @@ class ChannelPruning:
                 raise
             now.warnings.append(f"a later round stopped: {error}")
         if last:
-            now.warnings += notes(now.kept / now.total, self.amount, now.tolerance)
+            now.warnings += missed_target(now.kept / now.total, self.amount, now.tolerance)
 
     def _shrink(self, now: Standing, plan: Plan, share: float, ctx: Context) -> None:
         criterion, scores = self._scores(now, plan, ctx)

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from torchslim.core.arguments import checks_arguments
 from torchslim.core.checks import check_fields
-from torchslim.core.isolation import copy_model
-from torchslim.core.layer_patterns import Patterns, by_pattern, select_weights
+from torchslim.core.layer_patterns import by_pattern, select_weights
 from torchslim.core.step import Context, Form, LayerRecord, Outcome
-from torchslim.core.task import Batch, Outputs
-from torchslim.core.usable import usable
+from torchslim.core.task import Batch
 from torchslim.errors import PruneError
 from torchslim.prune import schedule as schedules
 from torchslim.prune.channel_step import ChannelPruning
 from torchslim.prune.criteria.gathering import check_data, gather_for
 from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
 from torchslim.prune.criteria.scoring import Normalisation, Reduction, check_ranks_weights
-from torchslim.prune.criteria.statistics import Gathered, gather
+from torchslim.prune.criteria.statistics import Gathered
 from torchslim.prune.dependency.resolve import Heads
 from torchslim.prune.masking.masks import NO_DATA, Masks, apply_masks, notes, plan, pruned_record
 from torchslim.prune.masking.patterns import CHANNEL, Order, Slice, find_pattern
@@ -309,61 +305,3 @@ class _Gradual(Hook):
     def settled(self, loop: Loop) -> bool:
         """Only an epoch at the full sparsity may be kept."""
         return loop.progress >= self.step.until
-
-
-@checks_arguments(PruneError)
-def weights(
-    model: nn.Module,
-    sparsity: float | Mapping[str, float] | None = None,
-    *,
-    threshold: float | None = None,
-    criterion: str | Criterion | Scorer = "l1",
-    scope: Literal["global", "layer"] | None = None,
-    pattern: str = "unstructured",
-    n: Order = 2.0,
-    dim: int = 0,
-    include: Patterns = None,
-    exclude: Patterns = None,
-    batches: Iterable[Batch] | None = None,
-    loss: Callable[[Outputs, Batch], Tensor] | None = None,
-    seed: int = 0,
-) -> nn.Module:
-    """A copy of the model in which the least important weights are zero; the other arguments are those of `Prune`.
-
-    Args:
-        batches: for criteria that need data: (inputs, labels) tuples or dicts, as a `Task` reads them by default; some
-            hundred samples do.
-        loss: of a batch's outputs and the batch, a mean over it; None: cross entropy, or squared error for real labels.
-
-    Weights that `torch.nn.utils.prune` has masked stay masked. Masked weights make no dense model faster or smaller
-    by themselves; `hold_zeros` keeps them at zero while you train on.
-
-    >>> from torchslim.prune import sparsity as measure
-    >>> measure(weights(nn.Linear(10, 10), sparsity=0.3)).total
-    0.3
-
-    Raises:
-        PruneError: a sparsity outside [0, 1), an unknown criterion or pattern, a criterion without its data.
-        TaskError: batches that cannot be used.
-        SelectError: a pattern that matches no layer.
-    """
-    model = usable(model, PruneError)
-    step = Prune(
-        sparsity=sparsity,
-        threshold=threshold,
-        criterion=criterion,
-        scope=scope,
-        pattern=pattern,
-        n=n,
-        dim=dim,
-        include=include if include is None or isinstance(include, str) else tuple(include),
-        exclude=exclude if exclude is None or isinstance(exclude, str) else tuple(exclude),
-    )
-    pruned, previous = copy_model(model)
-    needs = find_criterion(criterion).needs
-    gathered = NO_DATA if batches is None else gather(pruned, needs, batches, loss=loss)
-    masks, records = step.masks(pruned, previous, sparsity, seed, gathered)
-    apply_masks(pruned, masks)
-    for note in notes(records):
-        warnings.warn(note, stacklevel=2)
-    return pruned

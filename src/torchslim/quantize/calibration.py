@@ -14,7 +14,7 @@ from torchslim.graph.io_structure import flatten, leaf_names
 from torchslim.quantize.lowering import observed_layers
 
 if TYPE_CHECKING:
-    from torchslim.quantize.prepare import Prepared
+    from torchslim.quantize.modules import Prepared
 
 
 def show_batches(prepared: Prepared, batches: list[Any]) -> None:

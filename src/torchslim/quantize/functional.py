@@ -18,7 +18,9 @@ from torchslim.errors import ExportError, QuantizeError
 from torchslim.graph.export import tensors_of
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
-from torchslim.quantize.prepare import Layers, Prepared, QuantizedModule, integers, prepare
+from torchslim.quantize.conversion import integers
+from torchslim.quantize.modules import Prepared, QuantizedModule
+from torchslim.quantize.prepare import Layers, prepare
 from torchslim.quantize.schemes import SCHEMES
 
 

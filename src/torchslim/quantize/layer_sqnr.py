@@ -16,7 +16,7 @@ from torchslim.quantize.aten_ops import RECURRENT, weighted
 from torchslim.quantize.batch_norm_folding import fold_batch_norms, settle
 from torchslim.quantize.equalize import watch
 from torchslim.quantize.fake_quantize import rounding_modules
-from torchslim.quantize.prepare import Prepared, QuantizedModule
+from torchslim.quantize.modules import Prepared, QuantizedModule
 
 
 def layer_sqnr(prepared: Prepared, quantized: QuantizedModule, leaves: Sequence[Tensor]) -> dict[str, float]:

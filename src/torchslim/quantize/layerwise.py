@@ -19,7 +19,7 @@ from torchslim.core.infinities import difference, energy
 from torchslim.graph.export import layer_of, tensors_of
 from torchslim.graph.io_structure import build
 from torchslim.quantize.aten_ops import EMBEDDINGS, PRODUCTS, RECURRENT, along, is_constant, tensor_of, weighted
-from torchslim.quantize.prepare import Prepared
+from torchslim.quantize.modules import Prepared
 
 LIMIT = 2**30  # bytes of the values that are held between runs
 Rounding = Callable[[Tensor], Tensor]

@@ -19,7 +19,8 @@ from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Context, Event
 from torchslim.core.task import predictor
 from torchslim.errors import SelectError, StorageError
-from torchslim.quantize.prepare import Prepared, convert
+from torchslim.quantize.modules import Prepared
+from torchslim.quantize.prepare import convert
 from torchslim.quantize.schemes import FLOAT, find_scheme
 from torchslim.training.loaders import seeded_splits
 

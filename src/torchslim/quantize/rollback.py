@@ -16,7 +16,8 @@ from torchslim.core.task import device_of
 from torchslim.errors import QuantizeError
 from torchslim.graph.io_structure import leaf_names
 from torchslim.quantize.checks import Checks, Fault, Figure, faults, worst
-from torchslim.quantize.prepare import Prepared, QuantizedModule, integers
+from torchslim.quantize.conversion import integers
+from torchslim.quantize.modules import Prepared, QuantizedModule
 from torchslim.quantize.samples import Run, float_outputs, outputs
 from torchslim.quantize.units import Unit, observes, units_of
 

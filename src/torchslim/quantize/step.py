@@ -22,7 +22,8 @@ from torchslim.quantize.accuracy_options import Accuracy, Helpers, Rounding, cho
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.functional import converted, decibels
 from torchslim.quantize.mixed_precision import KEPT, WIDENINGS, Trials, fallback, fewest
-from torchslim.quantize.prepare import Layers, Prepared, QuantizedModule, chooser, prepare
+from torchslim.quantize.modules import Prepared, QuantizedModule
+from torchslim.quantize.prepare import Layers, chooser, prepare
 from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, find_scheme
 from torchslim.training.finetune import Training
 from torchslim.training.loop import Hook, Loop

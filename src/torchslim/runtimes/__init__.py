@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Mapping
 
 from torchslim.errors import RecipeError
-from torchslim.runtimes.base import Deployed, Runtime, Spec
-from torchslim.runtimes.kernel_listing import Kernel
+from torchslim.runtimes.base import Deployed, Runtime
+from torchslim.runtimes.spec import Kernel, Spec
 
 RUNTIMES: Mapping[str, str] = {
     "eager": "PyTorch, op by op; saves a .pt2",

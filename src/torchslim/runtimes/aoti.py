@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from torchslim.core.isolation import quiet, torch_threads
 from torchslim.errors import DeployError, ExportError
 from torchslim.graph.export import Captured
-from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.runtimes.base import Runtime
 from torchslim.runtimes.inductor import (
     DEQUANTIZE,
     called,
@@ -31,7 +31,8 @@ from torchslim.runtimes.inductor import (
     need_compiler,
     rows_gathered,
 )
-from torchslim.runtimes.kernel_listing import Kernel, decomposed
+from torchslim.runtimes.kernel_listing import decomposed
+from torchslim.runtimes.spec import Kernel, Session, Spec
 
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed

@@ -12,9 +12,10 @@ from torchslim.core.isolation import quiet, torch_threads
 from torchslim.errors import ExportError
 from torchslim.graph.export import WRAPPED, Captured
 from torchslim.graph.layers import multiplies
-from torchslim.runtimes.base import Deployed, Runtime, Session, Spec
-from torchslim.runtimes.kernel_listing import Kernel, eager_kernels
+from torchslim.runtimes.base import Deployed, Runtime
+from torchslim.runtimes.kernel_listing import eager_kernels
 from torchslim.runtimes.pt2 import load_program, pack_program
+from torchslim.runtimes.spec import Kernel, Session, Spec
 from torchslim.runtimes.torch_integer_kernels import lower
 
 

@@ -14,7 +14,7 @@ from torchslim.graph.export import Captured, capture_bound
 from torchslim.graph.io_structure import flatten
 
 if TYPE_CHECKING:
-    from torchslim.runtimes.base import Session, Spec
+    from torchslim.runtimes.spec import Session, Spec
 
 SAMPLES = 3  # of the trial; programs are captured with two
 

@@ -19,9 +19,10 @@ from torchslim.core.isolation import quiet
 from torchslim.errors import RuntimeUnavailable
 from torchslim.graph.export import Captured, layer_of
 from torchslim.graph.io_structure import flatten
-from torchslim.runtimes.base import Runtime, Session, Spec
+from torchslim.runtimes.base import Runtime
 from torchslim.runtimes.eager import session_of
-from torchslim.runtimes.kernel_listing import Kernel, decomposed
+from torchslim.runtimes.kernel_listing import decomposed
+from torchslim.runtimes.spec import Kernel, Session, Spec
 
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed

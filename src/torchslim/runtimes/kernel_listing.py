@@ -6,13 +6,13 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
 from torchslim.graph.export import layer_of
+from torchslim.runtimes.spec import Kernel
 
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed
@@ -28,35 +28,6 @@ ONNX_WORK = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "A
 SAME_NUMBERS = (
     "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kernel:
-    """One thing that a runtime executes.
-
-    Attributes:
-        node: its name: the path of the layer and the operation, `layer1.0.conv1/Conv`; the runtime's own where it
-            belongs to no layer.
-        type: what the runtime calls it.
-        integer: whether it computes on 8-bit integers or on integer weights (conversions do not count).
-        fused: the names of all nodes that it does at once, its own included, where the runtime tells.
-    """
-
-    node: str
-    type: str
-    integer: bool
-    fused: tuple[str, ...] = ()
-
-    @property
-    def layer(self) -> str:
-        """The path of its layer; empty where the runtime made it for itself."""
-        return self.node.rpartition("/")[0]
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The paths of all layers that it computes."""
-        paths = (name.rpartition("/")[0] for name in (self.node, *self.fused))
-        return tuple(dict.fromkeys(path for path in paths if path))
 
 
 def decomposed(node: Any) -> str:

@@ -13,12 +13,13 @@ from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
 from torchslim.graph.export import Captured, scope_path
 from torchslim.graph.io_structure import leaf_names
 from torchslim.graph.portable_ops import portable
-from torchslim.runtimes.base import Runtime, Session, Spec, as_array
+from torchslim.runtimes.base import Runtime, as_array
 from torchslim.runtimes.kernel_listing import UNWANTED, onnx_kernels, unique
 from torchslim.runtimes.onnx_bfloat16 import widen
 from torchslim.runtimes.onnx_check import check_onnx
 from torchslim.runtimes.onnx_kernels import lower
 from torchslim.runtimes.onnx_passes import finish, translations
+from torchslim.runtimes.spec import Session, Spec
 
 PIP = "pip install 'torchslim[onnxruntime]'"
 

@@ -26,12 +26,13 @@ from torchslim.errors import DeployError, RuntimeUnavailable
 from torchslim.graph.decompose import ATTENTION, open_products
 from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import flatten
-from torchslim.runtimes.base import Runtime, Session, Spec, as_array
-from torchslim.runtimes.kernel_listing import Kernel, decomposed
+from torchslim.runtimes.base import Runtime, as_array
+from torchslim.runtimes.kernel_listing import decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
 from torchslim.runtimes.openvino_check import check_ir
 from torchslim.runtimes.openvino_passes import guard_extremes
 from torchslim.runtimes.openvino_trial import survive, survive_files
+from torchslim.runtimes.spec import Kernel, Session, Spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

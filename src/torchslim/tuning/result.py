@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from torchslim import __version__
+from torchslim._version import __version__
 from torchslim.artifact.peak_memory import peak_memory
 from torchslim.core.budget import UNITS, Budget
 from torchslim.core.hardware import describe_machine
@@ -15,8 +15,8 @@ from torchslim.core.isolation import warn
 from torchslim.core.step import Target
 from torchslim.core.task import Metric
 from torchslim.errors import ArtifactError
+from torchslim.pipeline.result import Result
 from torchslim.pipeline.run_record import not_measured, number
-from torchslim.pipeline.runner import Result
 from torchslim.report import load_run, search_table
 from torchslim.tuning.pareto import Verdict, front_of, judge
 from torchslim.tuning.space import Space

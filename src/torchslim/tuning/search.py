@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from typing_extensions import TypedDict
 
-from torchslim import __version__
-from torchslim.analysis.sensitivity import Sensitivity
+from torchslim._version import __version__
+from torchslim.analysis.result import Sensitivity
 from torchslim.core import distributed
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.files import clean_temporaries, digest, present, write_bytes, write_json
@@ -24,7 +24,9 @@ from torchslim.core.task import Task, take_first
 from torchslim.core.toml_writer import dumps
 from torchslim.core.usable import usable
 from torchslim.errors import RecipeError, StorageError, TorchslimError
-from torchslim.pipeline.runner import Result, compress
+from torchslim.pipeline.options import RunOptions
+from torchslim.pipeline.result import Result
+from torchslim.pipeline.runner import run_steps
 from torchslim.pipeline.work_folder import SHARED_SECONDS, own
 from torchslim.report import render_search
 from torchslim.report.records import STRICT, Text
@@ -344,14 +346,13 @@ class _Search:
         recipe, lab = self.space.recipe(values), self.lab
         folder = self.folder / "front" / f"{chosen:03d}"
         try:
-            result = compress(
-                lab.model, lab.task, recipe.steps, runtime=recipe.target.runtime, threads=recipe.target.threads,
-                example_inputs=lab.example_inputs, dynamic_shapes=lab.dynamic_shapes, teacher=lab.teacher,
-                engine=recipe.engine, sensitivity=recipe.sensitivity, seed=lab.seed,
+            options = RunOptions(
+                target=recipe.target, example_inputs=lab.example_inputs, dynamic_shapes=lab.dynamic_shapes,
+                teacher=lab.teacher, engine=recipe.engine, sensitivity=recipe.known_sensitivity(), seed=lab.seed,
                 workdir=self.folder / "runs" / f"{chosen:03d}", stages=self.folder / "stages",
-                names={"model": recipe.model, "task": recipe.task},
-                progress=lab.progress,
+                names={"model": recipe.model, "task": recipe.task}, progress=lab.progress,
             )  # fmt: skip
+            result = run_steps(lab.model, lab.task, recipe.steps, options)
         except TorchslimError as error:
             return {"state": "failed", "trial": chosen, "reason": str(error), "within": False}
         self.results[chosen] = result

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from torchslim.analysis.sensitivity import Sensitivity
 from torchslim.artifact.latency import parameters, sample_macs
 from torchslim.artifact.latency_cache import LatencyTable
 from torchslim.artifact.peak_memory import peak_memory
@@ -166,7 +165,7 @@ class Lab:
         return Context(
             task=self.task, model=copied, teacher=copy_model(teacher)[0].eval(), example_inputs=self.example_inputs,
             masks=masks, target=recipe.target, engine=recipe.engine, seed=self.seed, progress=self.progress,
-            priors={} if recipe.sensitivity is None else Sensitivity.load(recipe.sensitivity).priors(),
+            priors={} if (known := recipe.known_sensitivity()) is None else known.priors(),
         )  # fmt: skip
 
     def _taken(self, recipe: Recipe, ctx: Context, effort: Effort) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torchslim.analysis.sensitivity import Sensitivity
+from torchslim.analysis.result import Sensitivity
 from torchslim.core.budget import Budget
 from torchslim.tuning.space import Parameter, Space
 

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from torchslim.core.arguments import checks_arguments
 from torchslim.core.isolation import trim
-from torchslim.core.layer_patterns import Patterns
-from torchslim.core.step import Inputs, Workbench
-from torchslim.core.task import Batch
-from torchslim.core.usable import usable
 from torchslim.errors import PruneError
-from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion, needs
+from torchslim.prune.criteria.registry import Criterion, needs
 from torchslim.prune.criteria.scoring import Normalisation, Reduction, channel_scores, combine
-from torchslim.prune.criteria.statistics import Gathered, gather
+from torchslim.prune.criteria.statistics import Gathered
 from torchslim.prune.dependency.coupling import Coupling, Mask
 from torchslim.prune.dependency.groups import Group
 from torchslim.prune.dependency.propagation import FIXED
-from torchslim.prune.dependency.resolve import Heads
-from torchslim.prune.structured.plan import Plan, UnseenCode, analyse, shapes_of
+from torchslim.prune.structured.plan import Plan, shapes_of
 from torchslim.prune.structured.proof import ROLLBACKS, give_up, prove
 from torchslim.prune.structured.record import attach
-from torchslim.prune.structured.selection import NEAR, Amount, Of, Scope, Scores, Selection, is_bound, select, step_size
+from torchslim.prune.structured.selection import NEAR, Amount, Scores, Selection, is_bound, select, step_size
 from torchslim.prune.structured.surgery import Surgery, perform
 
 SHOWN = 6
@@ -186,93 +178,6 @@ class Ranking:
         return next((self.priors[name] for name in names if name in self.priors), 1.0)
 
 
-@checks_arguments(PruneError)
-def channels(
-    model: nn.Module,
-    example_inputs: Inputs,
-    sparsity: float = 0.5,
-    *,
-    of: Of = "params",
-    criterion: str | Scorer | Criterion = "lamp",
-    scope: Scope = "global",
-    round_to: int = 8,
-    min_channels: int = 8,
-    heads: Heads = "auto",
-    include: Patterns = None,
-    exclude: Patterns = None,
-    reduction: Reduction = "mean",
-    normalisation: Normalisation = "mean",
-    batches: Iterable[Batch] | None = None,
-    loss: Any = None,
-    seed: int = 0,
-    workbench: Workbench | None = None,
-    examples: Sequence[Any] = (),
-    unseen: UnseenCode = "keep",
-) -> nn.Module:
-    """A smaller copy of the model: the least important channels, neurons and heads are physically gone.
-
-    What goes together is found from one run of the model on `example_inputs`; the result is compared with the original
-    in float64, operation by operation, and what cannot be verified is left in. `ts.surgery(model)` reads what was done.
-    The copy is of the same class, in the same mode, and can be trained, exported, and pruned again.
-
-    Args:
-        model: any module that runs on `example_inputs`; it is left as it is.
-        example_inputs: a tuple of positional or a dict of keyword arguments.
-        sparsity: the fraction to remove, in [0, 1), of the whole model, what must stay included.
-        of: of its parameters, of its multiply-accumulates on these inputs, of the channels that may go, or of its
-            "latency": what is left then takes at most 1 - sparsity of the time, and is measured until it nearly does.
-        criterion: a name in `CRITERIA`, "package.module:name", or a callable of a weight and its statistics.
-        scope: rank over the whole model, or remove the same fraction everywhere.
-        round_to: widths become multiples of this; groups narrower than it ignore it.
-        min_channels: no group becomes narrower; groups narrower than it ignore it.
-        heads: attention loses "whole" heads, the same number of "dim"ensions from every head, or what the model
-            allows ("auto").
-        include: patterns of layers; only groups with a member among them lose channels.
-        exclude: patterns of layers that keep all their weights. Outputs of the model always stay.
-        reduction: over the members of a group: "mean", "sum", "max" or "first".
-        normalisation: of a group's scores, to be ranked with others: "none", "mean", "max" or "gaussian".
-        batches: for criteria that need data; read as a `Task` reads them.
-        loss: for criteria that need gradients: loss(outputs, batch); default cross-entropy.
-        seed: of the "random" criterion.
-        workbench: measures for of="latency": `ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime=...))`.
-        examples: further calls that reach other branches and methods: tuples of positional arguments, dicts of keyword
-            arguments, or {"method": "embed", "args": (...), "kwargs": {...}}. All are traced and verified together.
-        unseen: channels that may be shared with weights which no call reaches stay ("keep"), or may go ("prune"),
-            after which those weights may not fit any more. Either way a warning names the weights, and the methods.
-
-    Raises:
-        PruneError: nothing can go, or an argument is out of its range.
-        SelectError: a pattern that matches no layer.
-    """
-    model = usable(model, PruneError)
-    amount = Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels)
-    if (of == "latency") != (workbench is not None):
-        raise PruneError(
-            f"of={of!r} with workbench={workbench!r}: of='latency' is measured by a workbench, and nothing else is; "
-            "give workbench=ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime='onnxruntime')) with it"
-        )
-    found = find_criterion(criterion)
-    plan = analyse(
-        model, example_inputs, heads=heads, include=include, exclude=exclude, examples=examples, unseen=unseen
-    )
-    gathered = Gathered()
-    if needs(found) and batches is not None:
-        gathered = gather(plan.model, needs(found), batches, loss=loss)
-    ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
-    scores = ranking.scores(plan.model, plan)
-    if workbench is None:
-        done = shrink(plan, amount, scores)
-        told: Iterable[str] = notes(done.left, amount, tolerance(plan, done.coupling, amount))
-    else:
-        from torchslim.prune.latency.solve import reach_here  # it shrinks by what stands here
-
-        done, told = reach_here(plan, amount, scores, workbench)
-    finish(plan, done, amount, found.name)
-    for note in (*plan.notes(), *vacuous(done), *gave_way(done, amount), *told):
-        warnings.warn(note, stacklevel=3)  # past the check of the arguments
-    return done.model
-
-
 def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
     """Record a removal with the module."""
     nothing = np.zeros_like(done.removed)
@@ -352,7 +257,7 @@ def vacuous(done: Shrunk) -> list[str]:
     ]
 
 
-def notes(left: float, amount: Amount, tolerated: float) -> list[str]:
+def missed_target(left: float, amount: Amount, tolerated: float) -> list[str]:
     """What a user must know: a target that could not be reached."""
     if abs(left - 1 + amount.sparsity) <= tolerated + 1e-9:
         return []

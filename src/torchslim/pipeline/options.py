@@ -1,0 +1,40 @@
+"""The options of a run that do not belong to a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchslim.analysis.result import Sensitivity
+from torchslim.core.step import Engine, Event, Inputs, Step, Target, canonical, ignore_progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a recipe is run; `torchslim.compress` says what each option does."""
+
+    target: Target
+    example_inputs: Inputs | None = None
+    dynamic_shapes: Any = "batch"
+    teacher: nn.Module | None = None
+    engine: Engine | None = None
+    seed: int = 0
+    workdir: str | Path | None = None
+    overwrite: bool = False
+    stages: str | Path | None = None
+    names: Mapping[str, str] | None = None
+    sensitivity: Sensitivity | None = None
+    progress: Callable[[Event], None] = ignore_progress
+
+    def recipe(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """The recipe as the working folder keeps it, to tell runs apart."""
+        return {
+            **dict(self.names or {}),
+            "steps": [canonical(step) for step in steps],
+            "target": asdict(self.target),
+            "seed": self.seed,
+        }

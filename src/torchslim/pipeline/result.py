@@ -1,0 +1,50 @@
+"""What a run returns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchslim.artifact.storage import confirm, write_artifact
+from torchslim.report import render, table
+from torchslim.runtimes import Deployed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run returns. `print(result)` shows the table; `run` is what `run.json` holds.
+
+    `model` is the final model (a `QuantizedModule` after quantization), `module` the last trainable one, `deployed`
+    the artifact that ships.
+    """
+
+    model: nn.Module
+    module: nn.Module
+    masks: Mapping[str, Tensor]
+    deployed: Deployed
+    run: dict[str, Any]
+    folder: Path
+    _keep: Any = field(repr=False, default=None)  # holds a temporary folder open as long as the result lives
+
+    def save(self, folder: str | Path, *, key: Any = None) -> Path:
+        """Write the artifact, the last trainable weights, `run.json` and `report.html` to a folder.
+
+        `key` signs it, as in `torchslim.save`.
+        """
+        extra = {
+            "run.json": (json.dumps(self.run, indent=1, allow_nan=False) + "\n").encode(),
+            "report.html": render(self.run).encode(),
+        }
+        digest = write_artifact(
+            folder, deployed=self.deployed, module=self.module, masks=self.masks, extra=extra, key=key
+        )
+        confirm(folder, self.deployed, digest)
+        return Path(folder)
+
+    def __str__(self) -> str:
+        return table(self.run)

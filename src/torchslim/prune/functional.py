@@ -1,0 +1,172 @@
+"""Pruning as functions: a model goes in, a pruned copy comes out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from torchslim.core.arguments import checks_arguments
+from torchslim.core.isolation import copy_model
+from torchslim.core.layer_patterns import Patterns
+from torchslim.core.step import Inputs, Workbench
+from torchslim.core.task import Batch, Outputs
+from torchslim.core.usable import usable
+from torchslim.errors import PruneError
+from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion, needs
+from torchslim.prune.criteria.scoring import Normalisation, Reduction
+from torchslim.prune.criteria.statistics import Gathered, gather
+from torchslim.prune.dependency.resolve import Heads
+from torchslim.prune.masking.masks import NO_DATA, apply_masks, notes
+from torchslim.prune.masking.patterns import Order
+from torchslim.prune.step import Prune
+from torchslim.prune.structured.plan import UnseenCode, analyse
+from torchslim.prune.structured.removal import Ranking, finish, gave_way, missed_target, shrink, tolerance, vacuous
+from torchslim.prune.structured.selection import Amount, Of, Scope
+
+
+@checks_arguments(PruneError)
+def channels(
+    model: nn.Module,
+    example_inputs: Inputs,
+    sparsity: float = 0.5,
+    *,
+    of: Of = "params",
+    criterion: str | Scorer | Criterion = "lamp",
+    scope: Scope = "global",
+    round_to: int = 8,
+    min_channels: int = 8,
+    heads: Heads = "auto",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    reduction: Reduction = "mean",
+    normalisation: Normalisation = "mean",
+    batches: Iterable[Batch] | None = None,
+    loss: Any = None,
+    seed: int = 0,
+    workbench: Workbench | None = None,
+    examples: Sequence[Any] = (),
+    unseen: UnseenCode = "keep",
+) -> nn.Module:
+    """A smaller copy of the model: the least important channels, neurons and heads are physically gone.
+
+    What goes together is found from one run of the model on `example_inputs`; the result is compared with the original
+    in float64, operation by operation, and what cannot be verified is left in. `ts.surgery(model)` reads what was done.
+    The copy is of the same class, in the same mode, and can be trained, exported, and pruned again.
+
+    Args:
+        model: any module that runs on `example_inputs`; it is left as it is.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        sparsity: the fraction to remove, in [0, 1), of the whole model, what must stay included.
+        of: of its parameters, of its multiply-accumulates on these inputs, of the channels that may go, or of its
+            "latency": what is left then takes at most 1 - sparsity of the time, and is measured until it nearly does.
+        criterion: a name in `CRITERIA`, "package.module:name", or a callable of a weight and its statistics.
+        scope: rank over the whole model, or remove the same fraction everywhere.
+        round_to: widths become multiples of this; groups narrower than it ignore it.
+        min_channels: no group becomes narrower; groups narrower than it ignore it.
+        heads: attention loses "whole" heads, the same number of "dim"ensions from every head, or what the model
+            allows ("auto").
+        include: patterns of layers; only groups with a member among them lose channels.
+        exclude: patterns of layers that keep all their weights. Outputs of the model always stay.
+        reduction: over the members of a group: "mean", "sum", "max" or "first".
+        normalisation: of a group's scores, to be ranked with others: "none", "mean", "max" or "gaussian".
+        batches: for criteria that need data; read as a `Task` reads them.
+        loss: for criteria that need gradients: loss(outputs, batch); default cross-entropy.
+        seed: of the "random" criterion.
+        workbench: measures for of="latency": `ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime=...))`.
+        examples: further calls that reach other branches and methods: tuples of positional arguments, dicts of keyword
+            arguments, or {"method": "embed", "args": (...), "kwargs": {...}}. All are traced and verified together.
+        unseen: channels that may be shared with weights which no call reaches stay ("keep"), or may go ("prune"),
+            after which those weights may not fit any more. Either way a warning names the weights, and the methods.
+
+    Raises:
+        PruneError: nothing can go, or an argument is out of its range.
+        SelectError: a pattern that matches no layer.
+    """
+    model = usable(model, PruneError)
+    amount = Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels)
+    if (of == "latency") != (workbench is not None):
+        raise PruneError(
+            f"of={of!r} with workbench={workbench!r}: of='latency' is measured by a workbench, and nothing else is; "
+            "give workbench=ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime='onnxruntime')) with it"
+        )
+    found = find_criterion(criterion)
+    plan = analyse(
+        model, example_inputs, heads=heads, include=include, exclude=exclude, examples=examples, unseen=unseen
+    )
+    gathered = Gathered()
+    if needs(found) and batches is not None:
+        gathered = gather(plan.model, needs(found), batches, loss=loss)
+    ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
+    scores = ranking.scores(plan.model, plan)
+    if workbench is None:
+        done = shrink(plan, amount, scores)
+        told: Iterable[str] = missed_target(done.left, amount, tolerance(plan, done.coupling, amount))
+    else:
+        from torchslim.prune.latency.solve import reach_here  # it shrinks by what stands here
+
+        done, told = reach_here(plan, amount, scores, workbench)
+    finish(plan, done, amount, found.name)
+    for note in (*plan.notes(), *vacuous(done), *gave_way(done, amount), *told):
+        warnings.warn(note, stacklevel=3)  # past the check of the arguments
+    return done.model
+
+
+@checks_arguments(PruneError)
+def weights(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float] | None = None,
+    *,
+    threshold: float | None = None,
+    criterion: str | Criterion | Scorer = "l1",
+    scope: Literal["global", "layer"] | None = None,
+    pattern: str = "unstructured",
+    n: Order = 2.0,
+    dim: int = 0,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    batches: Iterable[Batch] | None = None,
+    loss: Callable[[Outputs, Batch], Tensor] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """A copy of the model in which the least important weights are zero; the other arguments are those of `Prune`.
+
+    Args:
+        batches: for criteria that need data: (inputs, labels) tuples or dicts, as a `Task` reads them by default; some
+            hundred samples do.
+        loss: of a batch's outputs and the batch, a mean over it; None: cross entropy, or squared error for real labels.
+
+    Weights that `torch.nn.utils.prune` has masked stay masked. Masked weights make no dense model faster or smaller
+    by themselves; `hold_zeros` keeps them at zero while you train on.
+
+    >>> from torchslim.prune import sparsity as measure
+    >>> measure(weights(nn.Linear(10, 10), sparsity=0.3)).total
+    0.3
+
+    Raises:
+        PruneError: a sparsity outside [0, 1), an unknown criterion or pattern, a criterion without its data.
+        TaskError: batches that cannot be used.
+        SelectError: a pattern that matches no layer.
+    """
+    model = usable(model, PruneError)
+    step = Prune(
+        sparsity=sparsity,
+        threshold=threshold,
+        criterion=criterion,
+        scope=scope,
+        pattern=pattern,
+        n=n,
+        dim=dim,
+        include=include if include is None or isinstance(include, str) else tuple(include),
+        exclude=exclude if exclude is None or isinstance(exclude, str) else tuple(exclude),
+    )
+    pruned, previous = copy_model(model)
+    needs = find_criterion(criterion).needs
+    gathered = NO_DATA if batches is None else gather(pruned, needs, batches, loss=loss)
+    masks, records = step.masks(pruned, previous, sparsity, seed, gathered)
+    apply_masks(pruned, masks)
+    for note in notes(records):
+        warnings.warn(note, stacklevel=2)
+    return pruned

@@ -1,0 +1,175 @@
+"""A model prepared to be quantized, and a quantized one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from torchslim.core.step import LayerRecord
+from torchslim.core.task import device_of
+from torchslim.errors import QuantizeError
+from torchslim.graph.export import bind, bind_call
+from torchslim.graph.io_structure import build, flatten
+from torchslim.quantize.accuracy_options import Helpers
+from torchslim.quantize.checks import Checks
+from torchslim.quantize.samples import Samples
+
+if TYPE_CHECKING:
+    from torchslim.quantize.rollback import Evidence
+import inspect
+from collections.abc import Mapping
+
+from torch import nn
+from torch.fx import GraphModule
+
+from torchslim.graph.io_structure import Structure
+
+
+class Called(nn.Module):
+    """A graph of flat tensors, called like the model that it was made from."""
+
+    def __init__(
+        self,
+        program: GraphModule,
+        signature: inspect.Signature,
+        inputs: Structure,
+        outputs: Structure,
+        classes: Mapping[str, type],
+    ) -> None:
+        super().__init__()
+        self.program: GraphModule = program
+        self.inputs, self.outputs, self.classes = inputs, outputs, dict(classes)
+        self.forward_signature = signature
+        self.training = False
+
+
+class QuantizedModule(Called):
+    """A converted graph, called like the model it was made from. Its numbers are fixed: it cannot be trained.
+
+    Attributes:
+        records: what was done to each layer, and which layers went back to float and why.
+        notes: a line for all that went back to float.
+        evidence: what the graph was checked on, and what it was made from; None where it was not checked.
+    """
+
+    records: list[LayerRecord]
+    notes: list[str]
+    evidence: Evidence | None
+
+    def __init__(self, *args: Any, records: Sequence[LayerRecord] = (), evidence: Evidence | None = None) -> None:
+        super().__init__(*args)
+        self.records, self.notes, self.evidence = list(records), [], evidence
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = bind_call(self.forward_signature, args, kwargs)
+        return build(self.outputs, self.program(*flatten(self.inputs, named, "inputs")), self.classes)
+
+    def train(self, mode: bool = True) -> QuantizedModule:
+        """Only `train(False)` is possible."""
+        if mode:
+            raise QuantizeError("a quantized model cannot be trained; train before the quantization")
+        return self
+
+
+class Prepared(Called):
+    """A model between float and integers, called like the model: call it to calibrate, or train it, then `convert` it.
+
+    With `qat`, weights and activations are rounded to their grids; in training mode, dropouts and batch norms are
+    active and the ranges follow the data until `freeze_norms` and `freeze_ranges`.
+    """
+
+    records: list[LayerRecord]
+    qat: bool
+
+    def __init__(
+        self,
+        *args: Any,
+        records: list[LayerRecord],
+        qat: bool,
+        helpers: Helpers,
+        axes: tuple[Sequence[int | None], Sequence[int | None], int],
+        example: Sequence[Tensor],
+    ) -> None:
+        super().__init__(*args)
+        self.records, self.qat, self.helpers = records, qat, helpers
+        self.output_axes = tuple(axes[1])
+        self.samples, self.example = Samples(axes[0], axes[2]), [leaf.detach().cpu() for leaf in example]
+        self.reference: list[list[Tensor]] | None = None  # in float, from before weights were rounded by a helper
+        self.training = qat
+        self._observing: bool | None = None
+        self.norms_frozen = self.ranges_frozen = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = bind_call(self.forward_signature, args, kwargs)
+        leaves = flatten(self.inputs, named, "inputs")
+        self.samples.add(leaves)
+        switches: tuple[bool, ...] = ()
+        if self.qat:
+            self.observe(self.training and not self.ranges_frozen)
+            switches = (self.training, self.training and not self.norms_frozen)
+        return build(self.outputs, self.program(*leaves, *switches), self.classes)
+
+    def train(self, mode: bool = True) -> Prepared:
+        """Switch dropouts, batch norms and the observing of ranges."""
+        if mode and not self.qat:
+            raise QuantizeError("the model was prepared for calibration; prepare it with qat=True to train it")
+        self.training = mode
+        return self
+
+    def freeze_norms(self) -> None:
+        """From now on batch norms use their running statistics, as the converted model will."""
+        self.norms_frozen = True
+
+    def freeze_ranges(self) -> None:
+        """From now on the grids stay as they are, so that the weights can settle on them."""
+        self.ranges_frozen = True
+
+    def calibrate(self, batches: Iterable[Any]) -> None:
+        """Observe model inputs without rounding anything.
+
+        Raises:
+            QuantizeError: none were given, one does not fit, or a value in it or inside the model is not finite.
+        """
+        from torchslim.quantize.calibration import show_batches
+        from torchslim.quantize.fake_quantize import rounding_modules
+
+        rounding = [module for module in rounding_modules(self) if bool(module.fake_quant_enabled[0])]
+        for module in rounding:
+            module.disable_fake_quant()
+        self.observe(True)
+        given = list(batches)
+        try:
+            show_batches(self, given)
+        finally:
+            for module in rounding:
+                module.enable_fake_quant()
+            self._observing = None
+        self.show(given)
+        if not self.qat and self.helpers.afterwards:
+            from torchslim.quantize.accuracy_passes import after_observing
+            from torchslim.quantize.samples import float_outputs
+
+            self.reference = float_outputs(self.program, self.samples.runs(Checks().samples))
+            after_observing(self.program, [self.leaves(each) for each in given], self.helpers)
+
+    def show(self, batches: Iterable[Any]) -> None:
+        """Keep samples of model inputs that the result is checked on, unless there are some from a calibration."""
+        for each in batches:
+            self.samples.add(self.leaves(each))
+        self.samples.closed = bool(self.samples.batches)
+
+    def leaves(self, inputs: Any) -> list[Tensor]:
+        """Model inputs as the flat tensors that the program takes, where its weights are."""
+        device = device_of(self.program)
+        return [leaf.to(device) for leaf in flatten(self.inputs, bind(self, inputs), "inputs")]
+
+    def observe(self, wanted: bool) -> None:
+        """Should modules that round look at what goes through them?"""
+        from torchslim.quantize.fake_quantize import rounding_modules
+
+        if wanted is not self._observing:
+            for module in rounding_modules(self):
+                module.enable_observer(wanted)
+            self._observing = wanted
