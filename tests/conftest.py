@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.processors import PROCESSORS, detected
+from tests.support.processors import PROCESSORS, detected
 
 settings.register_profile(
     "laws", deadline=None, derandomize=True, database=None, max_examples=50,

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 import torchslim as ts
-from tests import toy
+from tests.support import toy
 from torchslim.cli import main
 from torchslim.pipeline.recipe import STEPS
 
 RECIPE = """
-model = "tests.toy:model"
-task = "tests.toy:task"
+model = "tests.support.toy:model"
+task = "tests.support.toy:task"
 runtime = "eager"
 threads = 1
 
@@ -77,7 +77,7 @@ def test_run_makes_the_artifact_and_says_where_the_report_is(call: Any, tmp_path
     ts.load(out)
     again = call("run", recipe, "--out", out, "--json")
     assert again.code == 0
-    assert json.loads(again.out)["recipe"]["model"] == "tests.toy:model"
+    assert json.loads(again.out)["recipe"]["model"] == "tests.support.toy:model"
     assert "finetune: resumed" in again.err
 
     recipe.write_text(RECIPE.replace("0.5", "0.6"))
@@ -104,7 +104,7 @@ def test_check_accepts_and_refuses_without_running(call: Any, tmp_path: Path) ->
     refused = call("check", recipe)
     assert refused.code == 2
     assert "did you mean 'sparsity'" in refused.err
-    recipe.write_text(RECIPE.replace("tests.toy:model", "tests.nothing:model"))
+    recipe.write_text(RECIPE.replace("tests.support.toy:model", "tests.nothing:model"))
     assert "cannot be imported" in call("check", recipe).err
 
 
@@ -119,19 +119,19 @@ def test_bench_compares_saved_artifacts(call: Any, artifact: Path, tmp_path: Pat
 
 
 def test_inspect_shows_what_may_be_pruned_and_why_the_rest_stays(call: Any) -> None:
-    done = call("inspect", "tests.toy:model", "--input", "1x1x8x8")
+    done = call("inspect", "tests.support.toy:model", "--input", "1x1x8x8")
     assert done.code == 0, done.err
     assert "conv1.weight[0], bn1.weight[0], bn1.bias[0], conv2.weight[0] and 5 more" in done.out
     assert "reaches an output" in done.out
     assert "kernel's extent" not in done.out
-    assert "kernel's extent" in call("inspect", "tests.toy:model", "--input", "1x1x8x8", "--all").out
+    assert "kernel's extent" in call("inspect", "tests.support.toy:model", "--input", "1x1x8x8", "--all").out
     data = json.loads(
-        call("inspect", "tests.models:Encoder", "--input", "tokens=2x4:int64", "--heads", "whole", "--json").out
+        call("inspect", "tests.support.models:Encoder", "--input", "tokens=2x4:int64", "--heads", "whole", "--json").out
     )
     widths = {group["members"][-1]: group["width"] for group in data["groups"]}
     assert widths["encoder.layers.0.self_attn.out_proj.weight[1]"] == 2
-    assert call("inspect", "tests.test_inspect:with_inputs").code == 0
-    refused = call("inspect", "tests.toy:model")
+    assert call("inspect", "tests.prune.test_inspection:with_inputs").code == 0
+    refused = call("inspect", "tests.support.toy:model")
     assert refused.code == 2
     assert "give one --input for each" in refused.err
 
@@ -156,8 +156,8 @@ def test_usage_errors_are_the_users_and_bugs_are_ours(call: Any, monkeypatch: py
 
 
 def test_the_current_folder_is_importable(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_own_module.py").write_text("from tests.toy import model, task\n")
-    (tmp_path / "r.toml").write_text(RECIPE.replace("tests.toy", "my_own_module"))
+    (tmp_path / "my_own_module.py").write_text("from tests.support.toy import model, task\n")
+    (tmp_path / "r.toml").write_text(RECIPE.replace("tests.support.toy", "my_own_module"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry != os.fspath(tmp_path)])
     assert call("check", "r.toml").code == 0

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import torchslim as ts
-from tests import toy
+from tests.support import toy
 from torchslim.core.checks import types_of
 from torchslim.errors import DistillError, TorchslimError
 from torchslim.runtimes import Deployed

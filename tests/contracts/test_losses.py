@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
-from tests.test_taps import Lstm, Transformer, conv_net, hooks
+from tests.distill.test_taps import Lstm, Transformer, conv_net, hooks
 from torchslim.core.step import fingerprint
 from torchslim.distill import LOSSES
 from torchslim.distill.losses.registry import FEATURES, KINDS

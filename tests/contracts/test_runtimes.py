@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.compiled import deploy
-from tests.deployment_models import trained_conv
-from tests.quantized import Block, Tagger, quantized
+from tests.support.compiled import deploy
+from tests.support.deployment_models import trained_conv
+from tests.support.quantized import Block, Tagger, quantized
 from torchslim.quantize import sqnr, static
 from torchslim.runtimes import RUNTIMES, Kernel, find_runtime, kernels
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import torchslim as ts
-from tests import toy
+from tests.support import toy
 from torchslim.core.step import check_order, fingerprint
 from torchslim.pipeline.recipe import STEPS
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import torchslim as ts
-from tests import tiny
-from tests.kills import CHANGES, listing, states
+from tests.support import tiny
+from tests.support.kills import CHANGES, listing, states
 from torchslim.artifact.latency_cache import LatencyTable, Timing
 from torchslim.artifact.storage import write_artifact
 from torchslim.core.files import TEMPORARY
@@ -106,7 +106,7 @@ def test_a_table_that_was_killed_before_any_change_keeps_what_it_knew(tmp_path: 
 
 def search(folder: Path) -> Any:
     recipe = {
-        "model": "tests.tiny:model", "task": "tests.tiny:task", "runtime": "eager", "threads": 1, "seed": 1,
+        "model": "tests.support.tiny:model", "task": "tests.support.tiny:task", "runtime": "eager", "threads": 1, "seed": 1,
         "step": [
             {"do": "prune", "sparsity": {"search": [0.1, 0.6]}},
             {"do": "finetune", "epochs": 1},

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import torchslim as ts
-from tests import toy
-from tests.e2e.killed import MOMENTS, run
+from tests.support import toy
+from tests.support.killed import MOMENTS, run
 from torchslim.core.step import fingerprint
 
 
@@ -34,7 +34,7 @@ def test_a_killed_run_goes_on(moment: str, undisturbed: Callable[[str], ts.Resul
     runtime = "onnx" if moment == "export" else "eager"
     folder, whole = tmp_path / runtime, undisturbed(runtime)
     killed = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.killed", moment, folder],
+        [sys.executable, "-m", "tests.support.killed", moment, folder],
         capture_output=True,
         check=False,
         timeout=300,

@@ -51,7 +51,7 @@ NUMBERS: Sequence[Any] = (
 TEXTS: Sequence[str] = (
     "", " ", "\0", "\x1b[31mred\x1b[0m", "\ud800", "é", "a" * 1_000, "b" * 200_000, "*" * 2_000, "[" * 500, "../../etc/passwd",
     "/etc/passwd", "os:system", "os:abort", "sys:exit", "builtins:exec", "builtins:__import__", "subprocess:Popen",
-    "torch:nn.Module.__init__.__globals__", "no.such.module:name", ":", "a:", ":b", "a:b:c", "..:x", "tests.toy:model",
+    "torch:nn.Module.__init__.__globals__", "no.such.module:name", ":", "a:", ":b", "a:b:c", "..:x", "tests.support.toy:model",
     "true", "1", "nan", "None", "search", "do", "{}", "%s%s%s%n", "${HOME}", "<script>alert(1)</script>",
 )  # fmt: skip
 CONTAINERS: Sequence[Any] = (

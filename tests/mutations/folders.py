@@ -54,7 +54,7 @@ def run_row(name: str) -> dict[str, Any]:
 
 
 RECIPE_OF_RUN = {
-    "model": "tests.toy:model", "task": "tests.toy:task", "seed": 0, "target": {"runtime": "eager", "threads": 1},
+    "model": "tests.support.toy:model", "task": "tests.support.toy:task", "seed": 0, "target": {"runtime": "eager", "threads": 1},
     "steps": [{"do": "torchslim.prune.step:Prune", "sparsity": 0.5, "train": None}],
 }  # fmt: skip
 RUN = {

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.mutations.base import Kind, absurd, garbled, mutated
-from tests.searches import NAMES, SPACE
+from tests.support.searches import NAMES, SPACE
 from torchslim.core.budget import Budget
 from torchslim.pipeline.document import parse_toml
 from torchslim.pipeline.recipe import KEYS, KINDS, parse_document
@@ -48,7 +48,7 @@ PLAIN = (
     layers = { "head" = "float" }
     """,
     """
-    teacher = "tests.toy:model"
+    teacher = "tests.support.toy:model"
     engine = { accelerator = "cpu", devices = 1, strategy = "auto", precision = "32-true" }
     sensitivity = "runs/x/sensitivity.json"
     [[step]]
@@ -67,7 +67,7 @@ PLAIN = (
     weight_decay = 0.0
     clip_norm = 1.0
     [[step]]
-    do = "tests.toy:Shift"
+    do = "tests.support.toy:Shift"
     by = 1.0
     [[step]]
     do = "quantize"
@@ -83,7 +83,7 @@ PLAIN = (
     [[step]]
     do = "distill"
     response = "dkd"
-    teacher = "tests.toy:model"
+    teacher = "tests.support.toy:model"
     label_weight = 0.5
     [[step]]
     do = "quantize"

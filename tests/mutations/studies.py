@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from tests.mutations.base import Kind, absurd, mutated
-from tests.search.worker import PARAMETERS, ledger
+from tests.support.search_worker import PARAMETERS, ledger
 from torchslim.core.budget import Budget
 from torchslim.tuning.shared import Unusable, read_row
 from torchslim.tuning.study import open_storage

@@ -1,0 +1,230 @@
+"""The training loop: what it does to weights, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchslim as ts
+from tests.support import models, toy
+from torchslim.core.step import fingerprint
+from torchslim.core.task import predictor
+from torchslim.errors import TaskError, TrainError
+from torchslim.training.loop import Hook, LabelLoss, Loop
+from torchslim.training.optimizer import OptimizerSettings
+
+
+def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
+    settings = OptimizerSettings(optimizer="sgd", lr=0.05)
+    return ts.fit(model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options)
+
+
+def plain_loop(model: nn.Module, batches: list[Any], epochs: int, settings: OptimizerSettings) -> None:
+    """What `fit` must equal, written down as in a textbook."""
+    optimizer, steps = settings.build(model), len(batches) * epochs
+    model.train()
+    for number, (x, y) in enumerate(batches * epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * settings.factor((number + 0.5) / steps)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        if settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fit_is_the_textbook_loop(optimizer: str, schedule: Any, clip_norm: float | None) -> None:
+    settings = OptimizerSettings(
+        optimizer=optimizer, lr=0.02, weight_decay=0.1, schedule=schedule, warmup=0.3, clip_norm=clip_norm
+    )
+    batches = [toy.images(16, seed) for seed in range(4)]
+    expected, model = toy.model(), toy.model()
+    plain_loop(expected, batches, 3, settings)
+    task = replace(toy.task(), train=batches)
+    report = train(model, task, settings=settings, evaluate=None)
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-6), name
+    assert [row["epoch"] for row in report.history] == [1, 2, 3]
+    assert [row["lr"] for row in report.history] == pytest.approx(
+        [settings.lr * settings.factor((4 * epoch - 0.5) / 12) for epoch in (1, 2, 3)]
+    )
+
+
+def test_a_rows_loss_is_the_mean_over_its_batches() -> None:
+    batches = [toy.images(16, seed) for seed in range(3)]
+    task, model = replace(toy.task(), train=batches), toy.model()
+    settings = OptimizerSettings(lr=1e-12)
+    with torch.no_grad():
+        expected = [nn.functional.cross_entropy(toy.model().train()(x), y).item() for x, y in batches]
+    row = train(model, task, epochs=1, settings=settings).history[0]
+    assert row["loss_label"] == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert row["val"] == task.evaluate(predictor(model))
+
+
+def test_a_caller_who_switched_gradients_off_can_train() -> None:
+    model, expected = toy.model(), toy.model()
+    train(expected, toy.task())
+    with torch.no_grad():
+        train(model, toy.task())
+        assert not torch.is_grad_enabled()
+    assert fingerprint(model.state_dict()) == fingerprint(expected.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_training_follows_the_models_dtype(dtype: torch.dtype) -> None:
+    x, y = torch.randn(32, 4, dtype=dtype), torch.randint(3, (32,))
+    task = ts.Task(val=[(x, y)], train=[(x, y)] * 5, metric="accuracy")
+    model = nn.Linear(4, 3, dtype=dtype)
+    report = train(model, task, evaluate=None)
+    assert model.weight.dtype == dtype
+    assert report.history[-1]["loss_label"] < report.history[0]["loss_label"]
+
+
+@pytest.mark.parametrize("make", [models.Recurrent, models.Encoder, models.CrossAttention])
+def test_every_family_of_models_trains(make: Any) -> None:
+    model = make()
+    inputs = {
+        models.Recurrent: (torch.randn(4, 6, 5),),
+        models.Encoder: (torch.randint(models.WORDS, (4, 6)),),
+        models.CrossAttention: (torch.randn(4, 3, 8), torch.randn(4, 5, 6), torch.randn(4, 5, 4)),
+    }[make]
+    outputs = predictor(model)(*inputs)
+    target = torch.randn(4, 3, 8) if make is models.CrossAttention else torch.randint(3, outputs.shape[:-1])
+    task = ts.Task(val=[(*inputs, target)], train=[(*inputs, target)] * 10, metric=lambda predict, data: 0.0)
+    report = train(model, task, evaluate=None)
+    assert report.history[-1]["loss_label"] < report.history[0]["loss_label"]
+
+
+def test_a_single_step_learns_something() -> None:
+    task, model = replace(toy.task(), train=[toy.images(16, 0)]), toy.model()
+    train(model, task, epochs=1)
+    assert (model.head.weight - toy.model().head.weight).abs().max() > 1e-4
+
+
+def test_the_best_epoch_is_kept_or_the_last() -> None:
+    values = iter([0.2, 0.9, 0.5])
+    seen: list[Tensor] = []
+
+    def metric(predict: Any, batches: Any) -> float:
+        seen.append(model.head.weight.detach().clone())
+        return next(values)
+
+    task, model = replace(toy.task(), metric=metric), toy.model()
+    report = train(model, task)
+    assert (report.best_epoch, report.best_value) == (2, 0.9)
+    assert torch.equal(model.head.weight, seen[1])
+    other = toy.model()
+    train(other, toy.task(), evaluate=None)
+    assert not torch.equal(other.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda outputs, batch: outputs.square(), r"the loss 'label' must be one number in a tensor, got shape \(16, 4\); take its mean"),
+        (lambda outputs, batch: 1.0, "the loss 'label' must be one number in a tensor, got float"),
+        (lambda outputs, batch: outputs.detach().sum(), r"no loss depends on a trainable weight \(losses: label\)"),
+        (lambda outputs, batch: outputs.sum() * math.inf, r"in 'fit', epoch 1, batch 1; there was no finite loss before; lower lr \(now 0.05\)"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_cannot_be_trained_on_says_why(loss: Any, message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        train(toy.model(), replace(toy.task(), loss=loss))
+
+
+def test_a_gradient_that_is_not_finite_is_found_before_it_is_clipped() -> None:
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs * 0).abs().sqrt().sum()  # finite, with an infinite slope
+
+    settings = OptimizerSettings(clip_norm=1.0)
+    with pytest.raises(TrainError, match="the gradient's norm became nan in 'fit', epoch 1, batch 1"):
+        train(toy.model(), replace(toy.task(), loss=loss), settings=settings)
+
+
+@pytest.mark.parametrize("engine", [ts.Engine(accelerator="abacus"), ts.Engine(precision="7"), ts.Engine(strategy="x")])
+def test_an_engine_that_is_not_there_is_an_error(engine: ts.Engine) -> None:
+    with pytest.raises(TrainError, match=r"Engine\(.*cannot be used here: "):
+        train(toy.model(), toy.task(), engine=engine)
+
+
+def test_no_data_and_no_labels_are_errors_before_any_work() -> None:
+    ctx = ts.Context(task=replace(toy.task(), train=None), teacher=toy.model(), example_inputs=())
+    unlabelled = replace(ctx, task=replace(toy.task(), train=[(torch.randn(4, 1, 8, 8),)]))
+    for step in (ts.Finetune(), ts.Distill(), ts.Prune(sparsity=0.5, train=ts.Finetune())):
+        with pytest.raises(TaskError, match=r"no train batches; give Task\(train=...\)"):
+            step.check(ctx)
+    for step in (ts.Finetune(), ts.Prune(sparsity=0.5, train=ts.Finetune())):
+        with pytest.raises(TrainError, match="Finetune needs labels, but Task.target gives None"):
+            step.check(unlabelled)
+        step.check(replace(ctx, task=replace(unlabelled.task, loss=lambda outputs, batch: outputs.mean())))
+    with pytest.raises(TaskError, match="train gave no batch"):
+        train(toy.model(), replace(toy.task(), train=[]))
+
+
+def test_lower_may_be_better_and_ties_keep_the_earlier_epoch() -> None:
+    values = iter([3.0, 1.0, 1.0])
+    metric = ts.Metric(fn=lambda predict, batches: next(values), higher_is_better=False)
+    report = train(toy.model(), replace(toy.task(), metric=metric))
+    assert (report.best_epoch, report.best_value) == (2, 1.0)
+
+
+def test_only_a_settled_epoch_is_kept_with_its_own_masks() -> None:
+    values, scores = iter([9.0, 5.0, 7.0, 1.0]), torch.rand(8, 8, 3, 3)
+    masks = [scores < level for level in (0.9, 0.7, 0.5, 0.3)]
+
+    class Moves(Hook):
+        def on_epoch(self, loop: Loop) -> None:
+            loop.masks["conv2.weight"] = masks[loop.epoch - 1]
+
+        def settled(self, loop: Loop) -> bool:
+            return loop.epoch >= 2
+
+    model, task = toy.model(), replace(toy.task(), metric=lambda predict, batches: next(values))
+    report = train(model, task, epochs=4, hooks=[Moves()])
+    assert (report.best_epoch, report.best_value) == (3, 7.0)
+    assert torch.equal(report.masks["conv2.weight"], masks[2])
+    assert torch.equal(model.conv2.weight != 0, masks[2])
+
+
+def test_the_last_epoch_is_kept_where_it_is_asked_for() -> None:
+    model, expected = toy.model(), toy.model()
+    ctx = ts.Context(task=toy.task(), teacher=model, example_inputs=())
+    outcome = ts.Finetune(epochs=2, keep="last")(model, ctx)
+    train(expected, toy.task(), epochs=2, evaluate=None, settings=OptimizerSettings())
+    assert fingerprint(model.state_dict()) == fingerprint(expected.state_dict())
+    assert [record.reason for record in outcome.layers] == ["last epoch"]
+    assert "val" not in outcome.history[0]
+
+
+def test_a_penalty_is_trained_on_and_logged_by_itself() -> None:
+    class Shrink(Hook):
+        def __init__(self, strength: float) -> None:
+            self.strength = strength
+
+        def penalty(self, loop: Loop) -> Tensor:
+            return self.strength * loop.model.conv2.weight.abs().sum()
+
+    free, held = toy.model(), toy.model()
+    train(free, toy.task(), evaluate=None)
+    report = train(held, toy.task(), hooks=[Shrink(0.05), Shrink(0.0)], evaluate=None)
+    assert held.conv2.weight.abs().sum() < 0.5 * free.conv2.weight.abs().sum()
+    row = report.history[-1]
+    assert row.keys() == {"epoch", "loss_label", "loss_penalty", "loss_penalty_1", "lr"}
+    assert row["loss_penalty"] > 0
+    assert row["loss_penalty_1"] == 0
+
+
+def test_progress_counts_every_step_and_says_which_step_it_is() -> None:
+    events: list[ts.Event] = []
+    train(toy.model(), toy.task(), epochs=2, progress=events.append, step_name="mine", phase="again")
+    assert [event.current for event in events] == list(range(1, 17))
+    assert {(event.step, event.phase, event.total) for event in events} == {("mine", "again", 16)}
+    assert [event.values["epoch"] for event in events] == [1] * 8 + [2] * 8

@@ -1,0 +1,183 @@
+"""The optimizer, its learning rate, and the masks that hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import torchslim as ts
+from tests.support import toy
+from torchslim.errors import TrainError
+from torchslim.training.loop import Hook, LabelLoss, Loop
+from torchslim.training.optimizer import OptimizerSettings
+
+WARMUPS = st.floats(0, 0.9)
+
+
+def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
+    settings = OptimizerSettings(optimizer="sgd", lr=0.05)
+    return ts.fit(model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_masked_weights_and_what_the_optimizer_knows_of_them_stay_zero(optimizer: str) -> None:
+    model, mask = toy.model(), torch.rand(8, 8, 3, 3) < 0.5
+    kept: dict[str, Any] = {}
+
+    class Look(Hook):
+        def on_epoch(self, loop: Loop) -> None:
+            kept["state"] = loop.optimizer.state[loop.model.conv2.weight]
+
+    settings = OptimizerSettings(optimizer=optimizer, lr=0.01, weight_decay=0.1, clip_norm=1.0)
+    train(model, toy.task(), masks={"conv2.weight": mask}, hooks=[Look()], settings=settings)
+    assert bool((model.conv2.weight[~mask] == 0).all())
+    assert not bool((model.conv2.weight[mask] == 0).any())
+    for value in kept["state"].values():
+        if value.shape == mask.shape:
+            assert bool((value[~mask] == 0).all())
+
+
+def test_masks_that_fit_no_parameter_are_refused() -> None:
+    with pytest.raises(TrainError, match="masks name parameters that the model does not have: nothing"):
+        train(toy.model(), toy.task(), masks={"nothing": torch.ones(1, dtype=torch.bool)})
+    with pytest.raises(TrainError, match="the mask of 'head.weight' must be boolean"):
+        train(toy.model(), toy.task(), masks={"head.weight": torch.ones(1)})
+
+
+def momentum_free(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01)
+
+
+@pytest.mark.parametrize("optimizer", [momentum_free, "tests.training.test_optimizer:momentum_free"])
+def test_an_optimizer_of_the_users_own(optimizer: Any) -> None:
+    model, before = toy.model(), toy.model()
+    train(model, toy.task(), settings=OptimizerSettings(optimizer=optimizer), epochs=1)
+    assert not torch.equal(model.head.weight, before.head.weight)
+
+
+@given(st.floats(0, 1), st.floats(0.01, 0.9))
+def test_warm_up_is_a_straight_line_and_cosine_is_the_papers_curve(progress: float, warmup: float) -> None:
+    cosine = OptimizerSettings(warmup=warmup).factor(progress)
+    constant = OptimizerSettings(warmup=warmup, schedule="constant").factor(progress)
+    if progress < warmup:
+        assert cosine == constant == pytest.approx(progress / warmup)
+    else:  # Loshchilov & Hutter 2017, eq. 5, with eta_min = 0
+        assert constant == 1
+        rest = (progress - warmup) / (1 - warmup)
+        assert cosine == pytest.approx(0.5 + 0.5 * math.cos(math.pi * rest))
+
+
+@given(st.floats(0, 1), st.floats(0, 1), WARMUPS)
+def test_the_learning_rate_only_rises_in_the_warm_up_and_only_falls_after_it(
+    first: float, second: float, warmup: float
+) -> None:
+    low, high = sorted((first, second))
+    factor = OptimizerSettings(warmup=warmup).factor
+    if high <= warmup:
+        assert factor(low) <= factor(high)
+    elif low >= warmup:
+        assert factor(low) >= factor(high)
+
+
+@given(st.floats(0, 1), WARMUPS, st.sampled_from(["cosine", "constant"]))
+def test_the_learning_rate_stays_between_zero_and_its_top(progress: float, warmup: float, schedule: Any) -> None:
+    settings = OptimizerSettings(schedule=schedule, warmup=warmup)
+    assert 0 <= settings.factor(progress) <= 1
+    assert settings.factor(warmup) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epochs", 0), ("lr", 0.0), ("lr", float("nan")), ("momentum", 1.0), ("weight_decay", -1.0), ("warmup", 1.0),
+     ("clip_norm", 0.0), ("optimizer", "lion"), ("schedule", "step"), ("keep", "first")],
+)  # fmt: skip
+def test_training_fields_are_checked(field: str, value: Any) -> None:
+    with pytest.raises(TrainError, match=f"{field} must be"):
+        ts.Finetune(**{field: value})
+
+
+@pytest.mark.parametrize("epochs", [0, -1, 2.5, "3"])
+def test_epochs_are_whole(epochs: Any) -> None:
+    whole = (
+        "epochs must be a whole number of at least 1, got"
+        if isinstance(epochs, int)
+        else "epochs must be a whole number, got"
+    )
+    with pytest.raises(TrainError, match=whole):
+        train(toy.model(), toy.task(), epochs=epochs)
+    with pytest.raises(TrainError, match=whole):
+        ts.Finetune(epochs=epochs)
+
+
+def test_weight_decay_leaves_biases_and_norms_alone() -> None:
+    groups = OptimizerSettings(weight_decay=0.3).build(toy.model()).param_groups
+    decay = {parameter.dim() > 1: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decay == {True: 0.3, False: 0.0}
+
+
+def test_frozen_weights_stay_bit_for_bit() -> None:
+    model = toy.model()
+    model.conv1.weight.requires_grad_(False)
+    before = model.conv1.weight.clone()
+    train(model, toy.task(), settings=OptimizerSettings(lr=0.1, weight_decay=0.5))
+    assert torch.equal(model.conv1.weight, before)
+    assert not model.conv1.weight.requires_grad
+
+
+def test_a_factory_that_makes_no_optimizer_is_an_error() -> None:
+    with pytest.raises(TrainError, match="must return a torch Optimizer, got list"):
+        train(toy.model(), toy.task(), settings=OptimizerSettings(optimizer=list))
+    with pytest.raises(
+        TrainError, match="optimizer 'tests.support.toy:nothing': module 'tests.support.toy' has no 'nothing'"
+    ):
+        ts.Finetune(optimizer="tests.support.toy:nothing").check(
+            ts.Context(task=toy.task(), teacher=toy.model(), example_inputs=())
+        )
+
+
+def test_nothing_trainable_is_an_error() -> None:
+    model = toy.model().requires_grad_(False)
+    with pytest.raises(TrainError, match="no trainable parameter"):
+        train(model, toy.task())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_mask_that_comes_later_clears_what_the_optimizer_remembers(optimizer: str) -> None:
+    mask, states = torch.rand(8, 8, 3, 3) < 0.5, []
+
+    class Later(Hook):
+        def on_epoch(self, loop: Loop) -> None:
+            if loop.epoch == 1:
+                loop.masks["conv2.weight"] = mask
+
+        def on_step(self, loop: Loop) -> None:
+            state = loop.optimizer.state[loop.model.conv2.weight].values()
+            states.append([value[~mask].clone() for value in state if value.shape == mask.shape])
+
+    train(toy.model(), toy.task(), hooks=[Later()], settings=OptimizerSettings(optimizer=optimizer, lr=0.01))
+    assert all(bool((value != 0).any()) for value in states[7])  # eight steps make an epoch
+    assert states[8]
+    assert not any(bool((value != 0).any()) for value in states[8])  # not even the first step remembers
+
+
+def test_held_weights_do_not_count_when_gradients_are_clipped() -> None:
+    batch, mask = toy.images(16, 0), torch.rand(8, 8, 3, 3) < 0.5
+    settings = OptimizerSettings(optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.01)
+    expected, model = toy.model().train(), toy.model()
+    with torch.no_grad():
+        expected.conv2.weight.mul_(mask)
+    nn.functional.cross_entropy(expected(batch[0]), batch[1]).backward()
+    expected.conv2.weight.grad.mul_(mask)
+    nn.utils.clip_grad_norm_(expected.parameters(), 0.01)
+    rate = 0.1 * settings.factor(0.5)
+    task = replace(toy.task(), train=[batch])
+    train(model, task, epochs=1, evaluate=None, settings=settings, masks={"conv2.weight": mask})
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(ours, theirs - rate * theirs.grad, atol=1e-7)
