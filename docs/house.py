@@ -21,7 +21,7 @@ FRONT = ("__init__", "__main__", "_version", "cli", "errors", "facade")  # modul
 
 def room(module: str) -> str:
     """The room of a module, as "torchslim.prune.step" is of prune."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def imports() -> Counter[tuple[str, str]]:
