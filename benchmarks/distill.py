@@ -22,8 +22,8 @@ from benchmarks.distill_cost import costs
 from benchmarks.distill_models import COUPLES, LABELS, TRIED, ways
 from benchmarks.distill_page import page
 from benchmarks.rows import Row, append, load, version
+from torchslim.core.batches import predictor
 from torchslim.core.hardware import describe_machine
-from torchslim.core.task import predictor
 from torchslim.distill.losses.registry import FEATURES, RELATIONS
 
 ROWS = Path(__file__).with_suffix(".jsonl")

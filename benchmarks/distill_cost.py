@@ -16,8 +16,8 @@ import torchslim as ts
 from benchmarks.distill_models import COUPLES
 from benchmarks.rows import Row
 from torchslim.artifact.latency import interleave
+from torchslim.core.batches import batch_size, predictor
 from torchslim.core.isolation import copy_model
-from torchslim.core.task import batch_size, predictor
 from torchslim.distill import RKD, AttentionTransfer, Hint
 from torchslim.training.loaders import indexed
 

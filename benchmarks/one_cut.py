@@ -17,8 +17,10 @@ import torchslim as ts
 from benchmarks.rows import Row, load, version
 from examples.fashion_mnist import resnet, task
 from examples.fashion_mnist.data import Batches
-from torchslim.artifact.latency import macs, parameters
-from torchslim.core.task import Task, default_loss, predictor
+from torchslim.artifact.model_size import macs, parameters
+from torchslim.core.batches import predictor
+from torchslim.core.metrics import default_loss
+from torchslim.core.task import Task
 from torchslim.training.batch_norm import recalibrate_batch_norm
 
 INPUTS = (torch.zeros(1, 1, 28, 28),)

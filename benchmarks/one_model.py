@@ -21,8 +21,8 @@ from torch import nn
 import torchslim as ts
 from benchmarks.outputs import main_outputs, repeated, shapes
 from benchmarks.zoo import Entry, Inputs
-from torchslim.artifact.latency import macs, parameters
-from torchslim.core.task import call
+from torchslim.artifact.model_size import macs, parameters
+from torchslim.core.batches import call
 
 OURS = {
     "sparsity": 0.5, "of": "channels", "scope": "layer", "criterion": "l2", "round_to": 1, "min_channels": 1

@@ -18,9 +18,9 @@ from benchmarks.one_model import timed
 from benchmarks.outputs import main_outputs, settle_norms
 from benchmarks.zoo import VOCABULARY, Entry, Inputs
 from torchslim.artifact.integer_coverage import LayerKernel, lowered
+from torchslim.core.batches import call
 from torchslim.core.isolation import quiet
 from torchslim.core.step import LayerRecord
-from torchslim.core.task import call
 from torchslim.errors import ExportError, TorchslimError
 from torchslim.quantize import convert, prepare, sqnr
 from torchslim.runtimes.openvino import no_telemetry

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchslim.core.task import call
+from torchslim.core.batches import call
 from torchslim.training.batch_norm import recalibrate_batch_norm
 
 # widths in the middle of a model, which pruning may change

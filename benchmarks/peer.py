@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.outputs import main_outputs
 from benchmarks.zoo import Inputs
-from torchslim.core.task import call
+from torchslim.core.batches import call
 
 RATIO = 0.5
 FUSED = ("qkv", "qkv_proj", "query_key_value", "Wqkv")

@@ -15,7 +15,7 @@ import torch
 from examples import fashion_mnist
 from examples.fashion_mnist import data
 from examples.fashion_mnist.model import ResNet
-from torchslim.core.task import predictor
+from torchslim.core.batches import predictor
 from torchslim.distill import Distill
 from torchslim.pipeline.recipe import load_recipe
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from examples.fashion_mnist import WEIGHTS, task
 from examples.fashion_mnist.model import ResNet
+from torchslim.core.batches import predictor
 from torchslim.core.step import Context, Event
-from torchslim.core.task import predictor
 from torchslim.training.finetune import Finetune
 
 

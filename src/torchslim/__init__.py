@@ -19,8 +19,9 @@ from torchslim.analysis.sensitivity import sensitivity
 from torchslim.artifact.deployment import deploy
 from torchslim.artifact.storage import load, load_module, save
 from torchslim.core.budget import Budget
+from torchslim.core.metrics import Metric
 from torchslim.core.step import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target
-from torchslim.core.task import Metric, Task
+from torchslim.core.task import Task
 from torchslim.distill import DIST, DKD, KD, Distill
 from torchslim.errors import TorchslimError
 from torchslim.facade import compress

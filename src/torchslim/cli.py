@@ -144,7 +144,8 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
 def check(recipe: Path, as_json: bool) -> None:
     """Say whether a recipe would start: its keys, its order, and that what it names can be imported."""
-    from torchslim.core.step import canonical, step_name
+    from torchslim.core.fingerprint import canonical
+    from torchslim.core.step import step_name
     from torchslim.pipeline.document import load_document
     from torchslim.pipeline.recipe import check_names, parse_document
     from torchslim.tuning import make_space
@@ -314,7 +315,7 @@ def report(folder: Path, out: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def list_(as_json: bool) -> None:
     """List steps, criteria, patterns, losses, schemes, metrics and runtimes."""
-    from torchslim.core.task import METRICS
+    from torchslim.core.metrics import METRICS
     from torchslim.distill import LOSSES
     from torchslim.pipeline.recipe import STEPS
     from torchslim.prune import CRITERIA, PATTERNS

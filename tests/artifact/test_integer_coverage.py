@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests.support.deployment_models import trained_conv
 from torchslim.artifact.integer_coverage import executed, lowered
-from torchslim.artifact.latency import macs
+from torchslim.artifact.model_size import macs
 from torchslim.cli import cli
 from torchslim.core.step import Context
 from torchslim.graph.export import capture

@@ -16,17 +16,8 @@ from torch.nn import functional
 from tests.support.compiled import deploy
 from tests.support.deployment_models import Recurrent, TwoInputs, trained_conv
 from torchslim.artifact import latency
-from torchslim.artifact.latency import (
-    Ratio,
-    Timings,
-    compare,
-    interleave,
-    macs,
-    nonzeros,
-    parameters,
-    percentiles,
-    resized,
-)
+from torchslim.artifact.latency import Ratio, Timings, compare, interleave, percentiles, resized
+from torchslim.artifact.model_size import macs, nonzeros, parameters
 from torchslim.core.hardware import describe_machine, instruction_set, saturates
 from torchslim.errors import TorchslimError
 from torchslim.quantize import static

@@ -12,7 +12,7 @@ import torchslim as ts
 from benchmarks import distill, distill_models
 from benchmarks.distill_models import LABELS, TRIED, SmallNet, ways
 from benchmarks.distill_page import half_width, interval, page
-from torchslim.artifact.latency import macs
+from torchslim.artifact.model_size import macs
 from torchslim.distill import LOSSES
 
 MACHINE = {"processor": "a processor", "instruction_set": "avx2", "versions": {"torch": "2"}}

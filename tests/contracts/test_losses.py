@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.distill.test_taps import Lstm, Transformer, conv_net, hooks
-from torchslim.core.step import fingerprint
+from torchslim.core.fingerprint import fingerprint
 from torchslim.distill import LOSSES
 from torchslim.distill.losses.registry import FEATURES, KINDS
 from torchslim.errors import DistillError

@@ -14,7 +14,8 @@ from torch.nn.utils import prune as torch_prune
 
 import torchslim as ts
 from tests.support import toy
-from torchslim.core.step import check_order, fingerprint
+from torchslim.core.fingerprint import fingerprint
+from torchslim.core.step import check_order
 from torchslim.pipeline.recipe import STEPS
 
 INSTANCES: dict[str, Callable[[], Any]] = {

@@ -23,9 +23,9 @@ from torch.nn.utils import prune as torch_prune
 
 import torchslim as ts
 from tests.support import models, toy
+from torchslim.core.batches import predictor
+from torchslim.core.fingerprint import fingerprint
 from torchslim.core.isolation import copy_model, preserved_globals, quiet, seed_everything, torch_threads
-from torchslim.core.step import fingerprint
-from torchslim.core.task import predictor
 from torchslim.errors import ModelError
 
 IMAGES = (torch.randn(2, 1, 8, 8),)

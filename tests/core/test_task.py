@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.support import toy
-from torchslim.core.task import checked, default_loss, predictor, take_first, tensors, to_device
+from torchslim.core.batches import checked, predictor, take_first
+from torchslim.core.metrics import default_loss
+from torchslim.core.trees import tensors, to_device
 from torchslim.errors import TaskError
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.distill.test_taps import conv_net, hooks
-from torchslim.core.step import fingerprint
-from torchslim.core.task import predictor
+from torchslim.core.batches import predictor
+from torchslim.core.fingerprint import fingerprint
 from torchslim.distill import RKD, VID, AttentionTransfer, Hint
 from torchslim.errors import DistillError
 

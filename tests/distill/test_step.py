@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests.support import models, toy
-from torchslim.core.step import fingerprint
-from torchslim.core.task import predictor
+from torchslim.core.batches import predictor
+from torchslim.core.fingerprint import fingerprint
 from torchslim.distill import kl_divergence
 from torchslim.errors import DistillError
 

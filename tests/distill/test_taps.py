@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
-from torchslim.core.task import tensors
+from torchslim.core.trees import tensors
 from torchslim.distill.features.matching import Pair, match
 from torchslim.distill.features.probe import observe
 from torchslim.distill.features.taps import Tap, Watch, graph_of, watched

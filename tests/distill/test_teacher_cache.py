@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import torchslim as ts
 from tests.support import toy
-from torchslim.core.step import fingerprint
+from torchslim.core.fingerprint import fingerprint
 from torchslim.distill import RKD, Hint
 from torchslim.distill.teacher_cache import TeacherCache, checks
 from torchslim.errors import DistillError

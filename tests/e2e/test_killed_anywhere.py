@@ -18,7 +18,7 @@ from tests.support.kills import CHANGES, listing, states
 from torchslim.artifact.latency_cache import LatencyTable, Timing
 from torchslim.artifact.storage import write_artifact
 from torchslim.core.files import TEMPORARY
-from torchslim.core.step import fingerprint
+from torchslim.core.fingerprint import fingerprint
 from torchslim.pipeline.latency_pack import pack
 from torchslim.tuning.study import Worker
 

@@ -15,7 +15,7 @@ import torch
 import torchslim as ts
 from tests.support import toy
 from tests.support.killed import MOMENTS, run
-from torchslim.core.step import fingerprint
+from torchslim.core.fingerprint import fingerprint
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,10 +22,13 @@ from tests.support.deployment_models import (
     same_structure,
     trained_conv,
 )
-from torchslim.core.step import fingerprint
-from torchslim.core.task import call, predictor, tensors
+from torchslim.core.batches import call, predictor
+from torchslim.core.fingerprint import fingerprint
+from torchslim.core.isolation import evaluating, untouched
+from torchslim.core.trees import tensors
 from torchslim.errors import ExportError
-from torchslim.graph.export import Captured, bind, capture, evaluating, untouched
+from torchslim.graph.calling import bind
+from torchslim.graph.export import Captured, capture
 from torchslim.graph.io_structure import build, flatten
 
 ARCHITECTURES = architectures()

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import torchslim as ts
-from torchslim.core.step import canonical
+from torchslim.core.fingerprint import canonical
 from torchslim.errors import RecipeError
 from torchslim.pipeline.recipe import load_recipe, parse_recipe
 

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.support import toy
-from torchslim.artifact.latency import macs, parameters
-from torchslim.core.step import canonical, check_order, fingerprint
+from torchslim.artifact.model_size import macs, parameters
+from torchslim.core.fingerprint import canonical, fingerprint
+from torchslim.core.step import check_order
 from torchslim.errors import PruneError, SelectError
 from torchslim.pipeline.recipe import parse_recipe
 from torchslim.prune.criteria.registry import CRITERIA

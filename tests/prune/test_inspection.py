@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests.support import models, toy
 from tests.support.deployment_models import trained_conv
-from torchslim.artifact.latency import macs
+from torchslim.artifact.model_size import macs
 from torchslim.errors import PruneError, RecipeError, SelectError, TorchslimError
 from torchslim.pipeline.model_spec import load_model, make_inputs
 from torchslim.prune import ChannelGroup, Inspection

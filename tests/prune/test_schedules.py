@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests.support import toy
+from torchslim.core.fingerprint import fingerprint
 from torchslim.core.layer_patterns import select_weights
-from torchslim.core.step import fingerprint
 from torchslim.prune.schedule import cubic, rounds
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tests.support import models, toy
-from torchslim.core.step import fingerprint
+from torchslim.core.fingerprint import fingerprint
 from torchslim.errors import TaskError
 from torchslim.prune.criteria.statistics import Gathered, Statistic, Statistics, gather
 

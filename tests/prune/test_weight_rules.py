@@ -18,8 +18,8 @@ from torch.nn.utils import prune as reference
 
 import torchslim as ts
 from tests.support import models, toy
+from torchslim.core.fingerprint import fingerprint
 from torchslim.core.layer_patterns import select_weights
-from torchslim.core.step import fingerprint
 from torchslim.errors import PruneError, TrainError
 from torchslim.prune import Statistics
 

@@ -11,9 +11,9 @@ from torch.nn.utils import prune as reference
 
 import torchslim as ts
 from tests.support import toy
+from torchslim.core.fingerprint import fingerprint
 from torchslim.core.isolation import copy_model
 from torchslim.core.layer_patterns import select_weights
-from torchslim.core.step import fingerprint
 from torchslim.errors import PruneError, SelectError
 from torchslim.prune.masking.patterns import NM
 from torchslim.prune.masking.selection import keep_globally, keep_per_row

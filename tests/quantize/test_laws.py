@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import torchslim as ts
 from tests.prune.dependency.test_random_networks import conv_networks, token_networks
-from torchslim.core.task import call
+from torchslim.core.batches import call
 from torchslim.quantize import convert, prepare, sqnr
 
 TWIN_DB = 60.0  # but for float rounding that turns a half the other way, it is the same computation

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests.support.compiled import deploy
 from tests.support.deployment_models import Prediction, Recurrent, TokenClassifier, trained_conv
 from tests.support.processors import SATURATING
-from torchslim.core.step import fingerprint
+from torchslim.core.fingerprint import fingerprint
 from torchslim.errors import DeployError, QuantizeError
 from torchslim.quantize import Quantize, QuantizedModule, sqnr, static
 from torchslim.quantize.backend_profiles import PROFILES

@@ -24,8 +24,8 @@ from tests.support.deployment_models import (
     same_structure,
     trained_conv,
 )
-from torchslim.core.step import fingerprint
-from torchslim.core.task import call, predictor
+from torchslim.core.batches import call, predictor
+from torchslim.core.fingerprint import fingerprint
 from torchslim.errors import DeployError, ExportError, RecipeError, RuntimeUnavailable
 from torchslim.quantize import sqnr, static
 from torchslim.runtimes import RUNTIMES, Deployed, find_runtime

@@ -12,8 +12,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from torchslim.graph.export import Captured, capture
-from torchslim.graph.integer_patterns import strip_unused
 from torchslim.graph.io_structure import flatten
+from torchslim.graph.rewrite import strip_unused
 from torchslim.quantize.schemes import weight_range
 from torchslim.quantize.weight_only import emit, quantize_groups
 

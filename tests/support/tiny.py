@@ -10,7 +10,7 @@ from torch import nn
 
 import torchslim as ts
 from torchslim.artifact.latency import Timings
-from torchslim.core.step import fingerprint
+from torchslim.core.fingerprint import fingerprint
 
 STEPS = 2
 

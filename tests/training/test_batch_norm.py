@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.contracts.test_steps import model_state
 from tests.support import toy
-from torchslim.core.step import fingerprint
+from torchslim.core.fingerprint import fingerprint
 from torchslim.errors import TaskError
 from torchslim.training.batch_norm import recalibrate_batch_norm
 

@@ -19,8 +19,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 import torchslim as ts
 from tests.support import toy
+from torchslim.core.fingerprint import fingerprint
 from torchslim.core.seals import read_sealed
-from torchslim.core.step import fingerprint
 from torchslim.errors import TrainError
 from torchslim.training.loop import Hook, LabelLoss, Loop
 from torchslim.training.optimizer import OptimizerSettings

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests.support import models, toy
-from torchslim.core.step import fingerprint
-from torchslim.core.task import predictor
+from torchslim.core.batches import predictor
+from torchslim.core.fingerprint import fingerprint
 from torchslim.errors import TaskError, TrainError
 from torchslim.training.loop import Hook, LabelLoss, Loop
 from torchslim.training.optimizer import OptimizerSettings

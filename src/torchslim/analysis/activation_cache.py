@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torchslim.core.task import call, changed, predictor, tensors
+from torchslim.core.batches import call, predictor
+from torchslim.core.trees import changed, tensors
 from torchslim.prune.dependency.leaves import leaves
 
 LIMIT = 2**30  # bytes of outputs that are held

@@ -14,21 +14,25 @@ from torch import nn
 from torchslim.analysis.activation_cache import Changed, Replays
 from torchslim.analysis.measures import Gauge, Measure, MetricGauge, OutputGauge
 from torchslim.analysis.result import Known, Point
-from torchslim.core.isolation import copy_model, preserved_globals
+from torchslim.core.batches import Batch
+from torchslim.core.isolation import copy_model, preserved_globals, untouched
 from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
 from torchslim.core.step import Event, Inputs, ignore_progress
-from torchslim.core.task import Batch, Task, device_of, to_device
+from torchslim.core.task import Task
+from torchslim.core.trees import device_of, to_device
 from torchslim.errors import ExportError, PruneError, QuantizeError, TorchslimError
-from torchslim.graph.export import Flat, bind, find_batch_axis, untouched
+from torchslim.graph.calling import Flat, bind
+from torchslim.graph.dynamic_sizes import find_batch_axis
 from torchslim.graph.io_structure import Structure, build, describe
 from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion, needs
 from torchslim.prune.criteria.statistics import Gathered, gather
 from torchslim.prune.dependency.coupling import Coupling, Mask
 from torchslim.prune.dependency.groups import Unit
+from torchslim.prune.structured.attributes import mend
 from torchslim.prune.structured.plan import Plan, analyse
-from torchslim.prune.structured.removal import Ranking
+from torchslim.prune.structured.ranking import Ranking
 from torchslim.prune.structured.selection import Amount, Selection, select
-from torchslim.prune.structured.surgery import cuts_of, mend, perform
+from torchslim.prune.structured.surgery import cuts_of, perform
 from torchslim.quantize import prepare
 from torchslim.quantize.layerwise import Passes, singles
 from torchslim.quantize.schemes import AS_ASKED, find_scheme

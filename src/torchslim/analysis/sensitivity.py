@@ -16,13 +16,15 @@ from torchslim.analysis.measures import MEASURES, Measure
 from torchslim.analysis.result import KIND, Known, Point, Sensitivity, percent, point_of
 from torchslim.core import distributed
 from torchslim.core.arguments import checks_arguments
+from torchslim.core.batches import take_first
 from torchslim.core.files import digest, present
+from torchslim.core.fingerprint import canonical, fingerprint
 from torchslim.core.hardware import cache_folder, describe_machine, instruction_set
 from torchslim.core.isolation import warn
 from torchslim.core.layer_patterns import Patterns, check_patterns
 from torchslim.core.seals import key_id, read_sealed, write_sealed
-from torchslim.core.step import Event, Inputs, canonical, fingerprint, ignore_progress
-from torchslim.core.task import Task, take_first
+from torchslim.core.step import Event, Inputs, ignore_progress
+from torchslim.core.task import Task
 from torchslim.core.usable import usable
 from torchslim.errors import SensitivityError, StorageError
 from torchslim.prune.criteria.registry import Criterion, Scorer

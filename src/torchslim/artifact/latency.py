@@ -9,15 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from torchslim.core.isolation import quiet, unfused_attention
-from torchslim.core.step import Inputs
-from torchslim.core.task import call, device_of, to_device
 from torchslim.errors import TorchslimError
-from torchslim.graph.export import untouched
 from torchslim.runtimes.base import Deployed
 
 ROUND_SECONDS = 0.002  # a round repeats short calls until it lasts this long: the clock is no finer
@@ -144,91 +138,3 @@ def resized(deployed: Deployed, batch: int | None = None) -> list[Tensor]:
             leaf = leaf.index_select(axis, torch.arange(count) % leaf.shape[axis]).contiguous()
         leaves.append(leaf)
     return leaves
-
-
-def stored_weights(model: nn.Module) -> list[Tensor]:
-    """The tensors that a model learnt, tied ones once; the integers of a quantized graph, but not its scales."""
-    frozen = [value for name, value in model.named_buffers() if "_frozen_param" in name]
-    return list({id(value): value for value in (*model.parameters(), *frozen)}.values())
-
-
-def parameters(model: nn.Module) -> int:
-    """How many numbers the model learnt."""
-    return sum(value.numel() for value in stored_weights(model))
-
-
-def nonzeros(model: nn.Module) -> int:
-    """How many of them are not exactly zero."""
-    return sum(int(torch.count_nonzero(value)) for value in stored_weights(model))
-
-
-@dataclass(frozen=True, slots=True)
-class Macs:
-    """Multiply-accumulate operations of one call, and the operations that nobody counts."""
-
-    total: int
-    uncounted: tuple[str, ...]
-
-
-def macs(model: nn.Module, inputs: Inputs) -> Macs:
-    """Multiply-accumulates of one forward pass in eval mode, on the inputs as given.
-
-    Counted by `torch.utils.flop_counter` (two operations each), with the fused kernels that it counts as zero
-    (LSTM and GRU, scaled dot-product attention on CPU, multi-head attention in eval mode) taken apart first.
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    counter = FlopCounterMode(display=False)
-    seen = _Operations()
-    inputs = to_device(inputs, device_of(model))
-    unfused = (unfused_attention(), torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH))
-    with quiet(), untouched(model), unfused[0], unfused[1], unfused[2], counter, seen:
-        call(model, inputs)
-    uncounted = sorted(name for name, packet in seen.packets.items() if packet not in counter.flop_registry)
-    return Macs(counter.get_total_flops() // 2, tuple(uncounted))
-
-
-def sample_macs(model: nn.Module, deployed: Deployed) -> Macs:
-    """Multiply-accumulates of the module that was deployed, on one sample where the batch is free."""
-    return macs(_Positional(model), (deployed.spec.call_arguments(resized(deployed)),))
-
-
-class _Positional(nn.Module):
-    """Calls a model with (args, kwargs) given as one argument."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, arguments: tuple[list[Any], dict[str, Any]]) -> Any:
-        return self.model(*arguments[0], **arguments[1])
-
-
-class _Operations(TorchDispatchMode):
-    """Collects the operations that do more than a step for each element, or that torch knows nothing of."""
-
-    KNOWN = ("aten", "prim", "prims", "quantized_decomposed")
-    HEAVY = (
-        "lstm",
-        "gru",
-        "rnn",
-        "mkldnn",
-        "fft",
-        "_fft",
-        "cdist",
-        "_cdist",
-        "_thnn",
-        "quantized",
-        "linalg",
-        "_linalg",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.packets: dict[str, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = f"{func.namespace}.{func._opname}"
-        if func.namespace not in self.KNOWN or func._opname.startswith(self.HEAVY):
-            self.packets[name] = func._overloadpacket
-        return func(*args, **(kwargs or {}))

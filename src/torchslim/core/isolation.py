@@ -277,3 +277,36 @@ def warn(message: str) -> None:
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torchslim":
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's mode is as before afterwards."""
+    modes = [module for module in model.modules() if module.training]
+    for module in modes:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in modes:
+            module.training = True
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """`evaluating`, and afterwards the buffers and the random state are as before: a forward pass may change both."""
+    before = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    ]
+    with preserved_globals(), evaluating(model):
+        try:
+            yield
+        finally:
+            for module, name, buffer, version, value in before:
+                module._buffers[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(value)

@@ -2,151 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils.rnn import PackedSequence
+from torch import Tensor
 
+from torchslim.core.batches import (
+    Batch,
+    Outputs,
+    Predict,
+    _Checked,
+    batch_inputs,
+    batch_mask,
+    batch_size,
+    batch_target,
+    call,
+    checked,
+    output_logits,
+)
 from torchslim.core.checks import check_fields, shown
-from torchslim.core.isolation import unfused_attention
+from torchslim.core.metrics import METRICS, Metric, TorchMetric, default_loss
 from torchslim.errors import TaskError
-
-Batch = Any
-Outputs = Any
-Predict = Callable[..., Outputs]
-
-LABELS = ("labels", "label", "target", "targets", "y")
-MASKS = ("attention_mask", "mask")  # 1 where a token is real; torch's own padding masks mean the opposite
-
-
-@runtime_checkable
-class TorchMetric(Protocol):
-    """What is used of a `torchmetrics.Metric`."""
-
-    def update(self, preds: Tensor, target: Tensor) -> None: ...
-    def compute(self) -> Any: ...
-    def reset(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """How good a model is: `fn(predict, batches)` returns one number.
-
-    `predict` is called like the model and returns like the model; the same metric therefore runs on the
-    original, on every intermediate model and on the deployed artifact.
-    """
-
-    fn: Callable[[Predict, Iterable[Batch]], float]
-    name: str = "metric"
-    higher_is_better: bool = True
-    unit: str = ""
-
-    def __post_init__(self) -> None:
-        check_fields(self, TaskError, "Metric: ")
-
-    def better(self, value: float, than: float | None) -> bool:
-        """Is `value` strictly better?"""
-        return than is None or (value > than if self.higher_is_better else value < than)
-
-
-def batch_inputs(batch: Batch) -> tuple[Any, ...] | dict[str, Any]:
-    """What of a batch goes into the model: of `(x, ..., y)` all but the last, of a dict all but the labels."""
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key not in LABELS}
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch[:-1]) if len(batch) > 1 else tuple(batch)
-    return (batch,)
-
-
-def batch_target(batch: Batch) -> Tensor | None:
-    """The labels of a batch: the last of a tuple, or a dict's `labels`; None where there are none."""
-    if isinstance(batch, Mapping):
-        return next((batch[key] for key in LABELS if key in batch), None)
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return batch[-1]  # type: ignore[no-any-return]
-    return None
-
-
-def batch_mask(batch: Batch) -> Tensor | None:
-    """The padding mask of a dict batch, where it has one."""
-    return next((batch[key] for key in MASKS if key in batch), None) if isinstance(batch, Mapping) else None
-
-
-def output_logits(outputs: Outputs) -> Tensor:
-    """The tensor that a response loss compares: the output, its `logits`, or its first element."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping) and "logits" in outputs:
-        return outputs["logits"]  # type: ignore[no-any-return]
-    if hasattr(outputs, "logits"):
-        return outputs.logits  # type: ignore[no-any-return]
-    if isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], Tensor):
-        return outputs[0]
-    raise TaskError(f"no logits in an output of type {type(outputs).__name__}; give Task(logits=...)")
-
-
-def default_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy for integer labels, mean squared error for real targets.
-
-    Shapes: (batch, classes, ...) with (batch, ...), or (batch, ..., classes) with (batch, ...), or equal shapes.
-    Label -100 is ignored.
-    """
-    if target.is_floating_point():
-        if target.numel() != logits.numel():
-            raise TaskError(
-                f"outputs of shape {tuple(logits.shape)} do not fit real targets of shape {tuple(target.shape)}; give "
-                "Task(loss=...) or Task(logits=...)"
-            )
-        return functional.mse_loss(logits, target.reshape(logits.shape).to(logits.dtype))
-    target = target.long()
-    logits, target = _classes_second(logits, target)
-    classes = logits.shape[1]
-    counted = target[target != -100]
-    if counted.numel() and (counted.min() < 0 or counted.max() >= classes):
-        raise TaskError(
-            f"labels must be in [0, {classes}) for {classes} outputs, got {int(counted.min())} to "
-            f"{int(counted.max())}; mark labels to leave out with -100"
-        )
-    if not counted.numel():
-        return logits.flatten()[:0].sum()  # nothing to learn from: a mean over no label would be NaN
-    return functional.cross_entropy(logits, target)
-
-
-def _classes_second(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    alike = logits.shape[:1] == target.shape[:1] and logits.shape[2:] == target.shape[1:]
-    if logits.dim() == target.dim() + 1 and alike:
-        return logits, target
-    if logits.dim() == target.dim() + 1 and logits.shape[:-1] == target.shape:  # tokens: (batch, time, vocab)
-        return logits.movedim(-1, 1), target
-    raise TaskError(
-        f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(target.shape)}; "
-        "give Task(loss=...) or Task(logits=...)"
-    )
-
-
-# Ready metrics see each batch's (logits, target) and return (sum, count).
-def _accuracy(logits: Tensor, target: Tensor) -> tuple[float, int]:
-    logits, target = _classes_second(logits, target)
-    counted = target != -100
-    return float((logits.argmax(1) == target)[counted].sum()), int(counted.sum())
-
-
-def _absolute_error(logits: Tensor, target: Tensor) -> tuple[float, int]:
-    return float((logits - target.reshape(logits.shape)).abs().sum()), target.numel()
-
-
-METRICS: Mapping[str, tuple[Callable[[Tensor, Tensor], tuple[float, int]], bool, float, str]] = {
-    # name: (per batch, higher is better, scale, unit)
-    "accuracy": (_accuracy, True, 100.0, "%"),
-    "mae": (_absolute_error, False, 1.0, ""),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,138 +160,3 @@ class Task:
         for logits, target in self._pairs(predict, batches):
             metric.update(logits, target)
         return metric.compute()  # type: ignore[no-any-return]
-
-
-def call(function: Callable[..., Outputs], inputs: Any) -> Outputs:
-    """Call with a tuple of positional or a dict of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return function(**inputs)
-    return function(*inputs) if isinstance(inputs, (tuple, list)) else function(inputs)
-
-
-def checked(batches: Iterable[Batch] | None, name: str) -> Iterator[Batch]:
-    """Iterate over batches; a split that is missing or empty raises TaskError."""
-    if batches is None:
-        raise TaskError(f"the task has no {name} batches; give Task({name}=...)")
-    empty = True
-    for batch in batches:
-        empty = False
-        yield batch
-    if empty:
-        raise TaskError(f"{name} gave no batch; it is empty, or was used up by an earlier pass")
-
-
-class _Checked:
-    """A split as a metric sees it: iterated as often as it likes, with the loader's length, and not empty."""
-
-    def __init__(self, batches: Iterable[Batch] | None, name: str) -> None:
-        self.batches, self.name = batches, name
-
-    def __iter__(self) -> Iterator[Batch]:
-        return checked(self.batches, self.name)
-
-    def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]
-
-
-def take_first(batches: Iterable[Batch] | None, name: str) -> Batch:
-    """The first batch of a split."""
-    return next(islice(checked(batches, name), 1))
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """All tensors of nested tuples, lists, dicts and dataclasses, in order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    changed(tree, note)
-    return found
-
-
-def to_device(tree: Any, device: torch.device | str) -> Any:
-    """The same tree with every tensor on `device`."""
-    return changed(tree, lambda tensor: tensor.to(device))
-
-
-def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """The floating-point type of the model's parameters; None where there are several, or none."""
-    found = {each.dtype for each in model.parameters() if each.is_floating_point()}
-    return found.pop() if len(found) == 1 else None
-
-
-def to_dtype(tree: Any, dtype: torch.dtype | None) -> Any:
-    """The same tree with every floating-point tensor of that type; None changes nothing."""
-    if dtype is None:
-        return tree
-    return changed(tree, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-
-
-def changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers with their tensors changed; other leaves stay."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        values = {key: changed(each, change) for key, each in tree.items()}
-        return values if type(tree) is dict else _rebuilt(tree, values)
-    if isinstance(tree, PackedSequence):  # its indices go with the data, but how many samples have each step, does not
-        data, indices = change(tree.data), (tree.sorted_indices, tree.unsorted_indices)
-        return PackedSequence(
-            data, tree.batch_sizes, *(each if each is None else each.to(data.device) for each in indices)
-        )
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(changed(each, change) for each in tree))
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(changed(each, change) for each in tree)
-    if is_dataclass(tree) and not isinstance(tree, type):
-        values = {each.name: changed(getattr(tree, each.name), change) for each in fields(tree)}
-        copied = copy.copy(tree)
-        for name, value in values.items():
-            object.__setattr__(copied, name, value)  # frozen ones too, and without running their checks again
-        return copied
-    return tree
-
-
-def _rebuilt(tree: Mapping[str, Any], values: dict[str, Any]) -> Any:
-    """A mapping of the same kind; a Hugging Face output or batch takes its fields as keywords or as one dict."""
-    try:
-        return type(tree)(**values) if is_dataclass(tree) else type(tree)(values)  # type: ignore[call-arg]
-    except TypeError:
-        return values
-
-
-def batch_size(inputs: Any) -> int:
-    """The size of the first dimension of the first tensor that has one."""
-    return next((int(tensor.shape[0]) for tensor in tensors(inputs) if tensor.dim()), 1)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer lives; CPU when it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def predictor(model: nn.Module) -> Predict:
-    """`model` in eval mode without gradients, called with inputs on any device and answering on theirs."""
-
-    def predict(*args: Any, **kwargs: Any) -> Outputs:
-        modes = [(module, module.training) for module in model.modules() if module.training]
-        given = tensors((args, kwargs))
-        home, away = device_of(model), given[0].device if given else None
-        for module, _ in modes:
-            module.training = False
-        try:
-            # in eval mode PyTorch's fused kernel for encoders gives 0 at padded positions, as no other way does
-            with torch.no_grad(), unfused_attention():
-                if away is None or away == home:
-                    return model(*args, **kwargs)
-                args, kwargs = to_device((args, kwargs), home)
-                return to_device(model(*args, **kwargs), away)
-        finally:
-            for module, training in modes:
-                module.training = training
-
-    return predict

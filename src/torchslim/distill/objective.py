@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchslim.core.batches import Batch, batch_size
 from torchslim.core.distributed import gathered
-from torchslim.core.task import Batch, Task, batch_size
+from torchslim.core.task import Task
 from torchslim.distill.features.align import Masks, averaged, masked
 from torchslim.distill.features.matching import Pair
 from torchslim.distill.features.padding import masks_of

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from torchslim.core.batches import batch_size
 from torchslim.core.checks import check_fields
 from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.step import Context, Form, LayerRecord, Outcome
-from torchslim.core.task import Task, batch_size, device_of, to_device
+from torchslim.core.task import Task
+from torchslim.core.trees import device_of, to_device
 from torchslim.core.usable import usable
 from torchslim.distill.features.matching import Pair, match
 from torchslim.distill.features.probe import observe

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.core.arguments import check_weights
+from torchslim.core.batches import Batch, call, take_first
 from torchslim.core.checks import shown
 from torchslim.core.distributed import whole
 from torchslim.core.files import digest
+from torchslim.core.fingerprint import canonical, fingerprint
 from torchslim.core.imports import foreign, resolve
 from torchslim.core.isolation import copy_model, preserved_globals
-from torchslim.core.step import canonical, fingerprint
-from torchslim.core.task import Batch, Task, call, device_of, dtype_of, take_first, to_device, to_dtype
+from torchslim.core.task import Task
+from torchslim.core.trees import device_of, dtype_of, to_device, to_dtype
 from torchslim.core.usable import usable
 from torchslim.distill.features.taps import Tap, Watch, watched
 from torchslim.distill.teacher_cache import TeacherCache, checks, write_all

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from torchslim.core import distributed
+from torchslim.core.batches import batch_size
 from torchslim.core.files import clean_temporaries, remove, write_bytes
 from torchslim.core.isolation import warn
 from torchslim.core.seals import key_id, seal
-from torchslim.core.task import batch_size, tensors
+from torchslim.core.trees import tensors
 from torchslim.errors import DistillError
 
 SHARD_BYTES = 64 * 2**20

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchslim.graph.integer_patterns import graft
+from torchslim.graph.rewrite import graft
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default

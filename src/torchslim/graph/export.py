@@ -8,8 +8,6 @@ beside the program.
 from __future__ import annotations
 
 import contextlib
-import inspect
-import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,19 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
-from torchslim.core.isolation import preserved_globals, quiet, unfused_attention
+from torchslim.core.isolation import quiet, unfused_attention, untouched
 from torchslim.core.step import Inputs
-from torchslim.core.task import device_of, to_device
+from torchslim.core.trees import device_of, to_device
 from torchslim.errors import ExportError
+from torchslim.graph.calling import Flat, bind
+from torchslim.graph.dynamic_sizes import _user_spec, find_batch_axis
 from torchslim.graph.io_structure import Structure, build, describe
 
 TORCH = Path(torch.__file__).parent
 OURS = Path(__file__).parents[1]
-CERTAIN = 1e-3  # so near to one another samples are the same; else the next axis may be nearer
 WRAPPED = "model."  # what the names of a captured model's modules start with inside its program
 
 
@@ -66,39 +65,6 @@ class Captured:
         values = {node.name: node.meta.get("val") for node in self.program.graph.nodes}
         found = [values.get(each) for each in self.program.graph_signature.user_outputs if isinstance(each, str)]
         return [each for each in found if isinstance(each, Tensor)]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's mode is as before afterwards."""
-    modes = [module for module in model.modules() if module.training]
-    for module in modes:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modes:
-            module.training = True
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """`evaluating`, and afterwards the buffers and the random state are as before: a forward pass may change both."""
-    before = [
-        (module, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_inference()
-    ]
-    with preserved_globals(), evaluating(model):
-        try:
-            yield
-        finally:
-            for module, name, buffer, version, value in before:
-                module._buffers[name] = buffer
-                if buffer._version != version:
-                    buffer.copy_(value)
 
 
 def capture(
@@ -172,131 +138,6 @@ def capture_bound(
         batch_axis=axis,
         notes=tuple(notes),
     )
-
-
-class Flat(nn.Module):
-    """A model as a function of flat tensors, giving flat tensors: what is exported."""
-
-    def __init__(
-        self, model: nn.Module, inputs: Structure, classes: Mapping[str, type], outside: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.training = False
-        self.model = model
-        self.inputs, self.classes, self.outside = inputs, classes, outside
-
-    def natural(self, leaves: Sequence[Tensor]) -> Any:
-        """What the model itself returns."""
-        if self.outside is not None:
-            leaves = [leaf.float() if leaf.dtype == self.outside else leaf for leaf in leaves]
-        args, kwargs = positional(self.model, build(self.inputs, leaves, self.classes))
-        return self.model(*args, **kwargs)
-
-    def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        answers = tensors_of(self.natural(leaves))
-        if self.outside is not None:
-            answers = [each.to(self.outside) if each.dtype == torch.float32 else each for each in answers]
-        return tuple(answers)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of an output, in its structure's order."""
-    leaves: list[Tensor] = []
-    describe(value, leaves, {})
-    return leaves
-
-
-def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Inputs by the names of the model's forward, defaults included (varargs as one tuple, extra keywords as a dict).
-
-    Raises:
-        ExportError: when they do not fit the forward's signature, or hold no tensor.
-    """
-    if not isinstance(inputs, (tuple, list, Mapping)):
-        raise ExportError(
-            "example inputs must be a tuple of positional or a dict of keyword arguments, got "
-            f"{type(inputs).__name__}; put a single input in a tuple: (x,)"
-        )
-    signature = signature_of(model)
-    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
-    try:
-        named = bind_call(signature, args, kwargs)
-    except TypeError as error:
-        raise ExportError(
-            f"example inputs do not fit {type(model).__name__}.forward{signature}: {error}; give them as it takes them"
-        ) from error
-    leaves: list[Tensor] = []
-    for name, value in named.items():
-        describe(value, leaves, {}, f"input {name!r}")
-    if not leaves:
-        raise ExportError("example inputs hold no tensor; give at least one")
-    return named
-
-
-def bind_call(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, with the defaults of those left out (but defaults that JSON cannot hold)."""
-    bound = signature.bind(*args, **kwargs)
-    given = set(bound.arguments)
-    bound.apply_defaults()
-    return {name: value for name, value in bound.arguments.items() if name in given or _plain(value)}
-
-
-def _plain(value: Any) -> bool:
-    leaves: list[Tensor] = []
-    try:
-        describe(value, leaves, {})
-    except ExportError:
-        return False
-    return not leaves
-
-
-def signature_of(model: nn.Module) -> inspect.Signature:
-    """How the model's forward is called; a converted graph remembers that of the model it was made from."""
-    remembered = getattr(model, "forward_signature", None)
-    return remembered if isinstance(remembered, inspect.Signature) else inspect.signature(model.forward)
-
-
-def positional(model: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Bound arguments as what the model is called with."""
-    bound = inspect.BoundArguments(signature_of(model), dict(named))
-    return bound.args, bound.kwargs
-
-
-def find_batch_axis(
-    flat: Flat, leaves: Sequence[Tensor]
-) -> tuple[int | None, list[Tensor], list[dict[int, Any] | None] | None]:
-    """The axis along which samples are independent, two of the example's samples, and which sizes are free.
-
-    For axis 0 and then 1, and each size that an input has there, the model runs on three samples and on two of them
-    in another order: where the outputs are the same samples in that order, the axis is the batch. Where they are only
-    nearly the same, as those of integers or of a causal sequence are, the nearest axis is it. Without one: None, the
-    example as it is, None.
-    """
-    order = torch.tensor([2, 0])
-    best: tuple[float, tuple[int, list[Tensor], list[dict[int, Any] | None]]] | None = None
-    for axis in (0, 1):
-        for size in dict.fromkeys(leaf.shape[axis] for leaf in leaves if leaf.dim() > axis):
-            batched = [leaf.dim() > axis and leaf.shape[axis] == size for leaf in leaves]
-            three = [_samples(leaf, axis, 3) if each else leaf for leaf, each in zip(leaves, batched, strict=True)]
-            two = [_pick(leaf, axis, order) if each else leaf for leaf, each in zip(three, batched, strict=True)]
-            try:
-                full, part = flat(*three), flat(*two)
-            except Exception:  # noqa: BLE001 - whatever is raised, this axis cannot vary
-                continue
-            if len(full) != len(part) or all(a.shape == b.shape for a, b in zip(full, part, strict=True)):
-                continue
-            apart = max(_apart(*each, order) for each in zip(full, part, strict=True))
-            if apart <= 1 and (best is None or apart < best[0]):
-                index = torch.arange(2) % max(size, 1)
-                example = [
-                    _pick(leaf, axis, index) if each else leaf for leaf, each in zip(leaves, batched, strict=True)
-                ]
-                best = apart, (axis, example, [{axis: Dim.DYNAMIC} if each else None for each in batched])
-                if apart <= CERTAIN:
-                    return best[1]
-    if best is not None:
-        return best[1]
-    return None, list(leaves), None
 
 
 def user_line(error: BaseException) -> str:
@@ -396,77 +237,7 @@ def _own(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _user_spec(flat: Flat, spec: Any, bound: Mapping[str, Any]) -> list[Any]:
-    """A dynamic_shapes argument as one entry for each tensor."""
-    args, kwargs = positional(flat.model, bound)
-    if hasattr(spec, "dynamic_shapes"):  # torch.export.ShapesCollection, AdditionalInputs
-        spec = spec.dynamic_shapes(flat.model, args, kwargs)
-    if isinstance(spec, (tuple, list)):
-        spec = dict(zip(bound, spec, strict=False))
-    if not isinstance(spec, Mapping) or not set(spec) <= set(bound):
-        raise ExportError(
-            f"dynamic_shapes must be 'batch', None, or name the inputs {', '.join(bound)} as torch.export wants it; "
-            f"got {spec!r}"
-        )
-    entries: list[Any] = []
-    for name, structure in flat.inputs["dict"].items():
-        _spread(structure, spec.get(name), entries, name)
-    return entries
-
-
-def _spread(structure: Structure, spec: Any, entries: list[Any], path: str) -> None:
-    kind = next(iter(structure))
-    if kind == "tensor":
-        entries.append(spec)
-        return
-    if kind in ("const", "float"):
-        return
-    content = structure["fields"] if kind in ("named", "record") else structure[kind]
-    inner = content if isinstance(content, dict) else dict(enumerate(content))
-    if spec is not None and not isinstance(spec, (tuple, list, Mapping)):
-        raise ExportError(f"dynamic_shapes of {path} must be nested as the input is, got {spec!r}")
-    given = spec if isinstance(spec, Mapping) else dict(zip(inner, spec or (), strict=False))
-    for key, each in inner.items():
-        _spread(each, given.get(key), entries, f"{path}[{key!r}]")
-
-
 def _first(error: BaseException) -> str:
     """The first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def _samples(leaf: Tensor, axis: int, count: int) -> Tensor:
-    """`count` samples along the axis; real values are scaled so that samples differ even where the example's do not."""
-    taken = _pick(leaf, axis, torch.arange(count) % max(leaf.shape[axis], 1))
-    if leaf.is_floating_point():
-        view = [1] * leaf.dim()
-        view[axis] = count
-        taken = taken * (1 - 0.25 * torch.arange(count, device=leaf.device, dtype=leaf.dtype)).view(view)
-    return taken
-
-
-def _pick(leaf: Tensor, axis: int, order: Tensor) -> Tensor:
-    return leaf.index_select(axis, order.to(leaf.device))
-
-
-def _apart(full: Tensor, part: Tensor, order: Tensor) -> float:
-    """How far `part` is from the samples `order` of `full` along some axis; above 1 it is not them.
-
-    0 where this output does not vary at all, infinite where the shapes tell.
-    """
-    if full.shape == part.shape:
-        return 0.0
-    found = math.inf
-    for axis in range(full.dim()):
-        expected = [*full.shape]
-        expected[axis] = len(order)
-        if full.shape[axis] == 3 and list(part.shape) == expected:
-            double = full.double().nan_to_num()
-            picked = double.index_select(axis, order.to(full.device))
-            error = (picked - part.double().nan_to_num()).square().sum()
-            # what a sample's own data changes, not what a bias gives to all of them
-            differences = (double - double.mean(axis, keepdim=True)).square().sum()
-            # kernels differ with the batch size, and in a quantized model one rounding moves a whole step
-            found = min(found, float(error / (0.1 * differences + 1e-10 * picked.square().sum() + 1e-20)))
-    return found

@@ -11,11 +11,12 @@ import numpy as np
 from torch import nn
 
 from torchslim.artifact.storage import bench_script
+from torchslim.core.batches import take_first
 from torchslim.core.files import clean_temporaries, remove, sha256, write_bytes, write_json
 from torchslim.core.folder_lock import LOCK, holding
 from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.step import Event, Inputs, Step, Target, ignore_progress, step_name
-from torchslim.core.task import Task, take_first
+from torchslim.core.task import Task
 from torchslim.errors import RecipeError
 from torchslim.pipeline.target_bench import Bench
 from torchslim.pipeline.work_folder import own

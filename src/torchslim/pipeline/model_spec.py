@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from torchslim.core.batches import call
 from torchslim.core.checks import shown
 from torchslim.core.imports import foreign, resolve
+from torchslim.core.isolation import untouched
 from torchslim.core.step import Inputs
-from torchslim.core.task import call, device_of, to_device
+from torchslim.core.trees import device_of, to_device
 from torchslim.errors import RecipeError
-from torchslim.graph.export import untouched
 
 MOST = 2**30  # numbers of an input
 WRITTEN = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from torchslim.analysis.result import Sensitivity
-from torchslim.core.step import Engine, Event, Inputs, Step, Target, canonical, ignore_progress
+from torchslim.core.fingerprint import canonical
+from torchslim.core.step import Engine, Event, Inputs, Step, Target, ignore_progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,28 +16,22 @@ from torch import Tensor, nn
 from torchslim._version import __version__
 from torchslim.artifact.deployment import merged, verified
 from torchslim.artifact.integer_coverage import executed, lowered
-from torchslim.artifact.latency import Timings, compare, nonzeros, parameters, sample_macs
+from torchslim.artifact.latency import Timings, compare
+from torchslim.artifact.model_size import nonzeros, parameters, sample_macs
 from torchslim.artifact.shipped import as_saved, kept_right
 from torchslim.artifact.storage import load
 from torchslim.core import distributed
+from torchslim.core.batches import call, predictor, take_first
 from torchslim.core.files import digest, remove, write_json
+from torchslim.core.fingerprint import fingerprint
 from torchslim.core.hardware import describe_machine
 from torchslim.core.infinities import spoiled
 from torchslim.core.isolation import copy_model, preserved_globals
+from torchslim.core.metrics import Metric
 from torchslim.core.seals import key_id
-from torchslim.core.step import (
-    Context,
-    Engine,
-    Event,
-    Form,
-    Inputs,
-    Outcome,
-    Step,
-    check_order,
-    fingerprint,
-    step_name,
-)
-from torchslim.core.task import Metric, Task, call, predictor, take_first, tensors, to_device
+from torchslim.core.step import Context, Engine, Event, Form, Inputs, Outcome, Step, check_order, step_name
+from torchslim.core.task import Task
+from torchslim.core.trees import tensors, to_device
 from torchslim.errors import RecipeError, TaskError, TorchslimError
 from torchslim.graph.io_structure import describe
 from torchslim.pipeline.options import RunOptions

@@ -17,14 +17,15 @@ from typing_extensions import TypedDict
 from torchslim.artifact.storage import Opened, load_opened, open_artifact, write_artifact
 from torchslim.core import distributed
 from torchslim.core.files import TEMPORARY, clean_temporaries, digest, present, remove, write_bytes, write_json
+from torchslim.core.fingerprint import canonical
 from torchslim.core.folder_lock import holding
 from torchslim.core.hardware import instruction_set
 from torchslim.core.isolation import copy_model, warn
 from torchslim.core.schema import Schema
 from torchslim.core.seals import is_sealed, key_id, own_secret, seal
-from torchslim.core.step import Event, Form, Step, canonical
+from torchslim.core.step import Event, Form, Step
 from torchslim.errors import StorageError, TorchslimError
-from torchslim.graph.export import signature_of
+from torchslim.graph.calling import signature_of
 from torchslim.quantize import QuantizedModule
 from torchslim.report.records import STRICT, StageRow
 from torchslim.runtimes import Deployed, find_runtime

@@ -12,7 +12,8 @@ from torchslim.artifact.deployment import verified
 from torchslim.artifact.latency_cache import LatencyTable
 from torchslim.core.checks import check_fields
 from torchslim.core.files import digest
-from torchslim.core.step import Inputs, Makers, Step, Target, canonical
+from torchslim.core.fingerprint import canonical
+from torchslim.core.step import Inputs, Makers, Step, Target
 from torchslim.core.task import Task
 from torchslim.errors import RecipeError
 from torchslim.graph.export import capture

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.core import distributed
+from torchslim.core.batches import batch_size
 from torchslim.core.checks import check_fields
 from torchslim.core.files import present
 from torchslim.core.isolation import warn
 from torchslim.core.layer_patterns import check_patterns, parameter_paths
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Context, Event, Inputs, LayerRecord, Outcome
-from torchslim.core.task import batch_size, device_of
+from torchslim.core.trees import device_of
 from torchslim.errors import PruneError, StorageError
 from torchslim.prune import schedule as schedules
 from torchslim.prune.criteria.gathering import check_data, gather_for
@@ -33,9 +34,9 @@ from torchslim.prune.latency.table import Rows, Table, load_rows
 from torchslim.prune.masking.masks import apply_masks
 from torchslim.prune.structured.penalties import Sparsify, make_penalty
 from torchslim.prune.structured.plan import Plan, UnseenCode, analyse
+from torchslim.prune.structured.ranking import Ranking
 from torchslim.prune.structured.record import replay, surgery
 from torchslim.prune.structured.removal import (
-    Ranking,
     Shrunk,
     Stuck,
     TooLittle,

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torchslim.core.arguments import checks_arguments
+from torchslim.core.batches import Batch, Outputs
 from torchslim.core.isolation import copy_model
 from torchslim.core.layer_patterns import Patterns
 from torchslim.core.step import Inputs, Workbench
-from torchslim.core.task import Batch, Outputs
 from torchslim.core.usable import usable
 from torchslim.errors import PruneError
 from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion, needs
@@ -23,7 +23,8 @@ from torchslim.prune.masking.masks import NO_DATA, apply_masks, notes
 from torchslim.prune.masking.patterns import Order
 from torchslim.prune.step import Prune
 from torchslim.prune.structured.plan import UnseenCode, analyse
-from torchslim.prune.structured.removal import Ranking, finish, gave_way, missed_target, shrink, tolerance, vacuous
+from torchslim.prune.structured.ranking import Ranking
+from torchslim.prune.structured.removal import finish, gave_way, missed_target, shrink, tolerance, vacuous
 from torchslim.prune.structured.selection import Amount, Of, Scope
 
 

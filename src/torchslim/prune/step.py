@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from torchslim.core.batches import Batch
 from torchslim.core.checks import check_fields
 from torchslim.core.layer_patterns import by_pattern, select_weights
 from torchslim.core.step import Context, Form, LayerRecord, Outcome
-from torchslim.core.task import Batch
 from torchslim.errors import PruneError
 from torchslim.prune import schedule as schedules
 from torchslim.prune.channel_step import ChannelPruning

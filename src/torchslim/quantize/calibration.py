@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchslim.core.task import device_of
+from torchslim.core.trees import device_of
 from torchslim.errors import QuantizeError
-from torchslim.graph.export import bind
+from torchslim.graph.calling import bind
 from torchslim.graph.io_structure import flatten, leaf_names
 from torchslim.quantize.lowering import observed_layers
 

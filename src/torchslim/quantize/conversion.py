@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule
 
 from torchslim.core.isolation import copy_model, preserved_globals, quiet
-from torchslim.graph.integer_patterns import strip_unused
+from torchslim.graph.rewrite import strip_unused
 from torchslim.quantize.modules import Prepared, QuantizedModule
 
 

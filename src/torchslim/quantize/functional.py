@@ -15,7 +15,7 @@ from torchslim.core.infinities import difference, energy
 from torchslim.core.isolation import quiet, warn
 from torchslim.core.step import Inputs
 from torchslim.errors import ExportError, QuantizeError
-from torchslim.graph.export import tensors_of
+from torchslim.graph.calling import tensors_of
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.conversion import integers

@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from torchslim.core.infinities import difference, energy
-from torchslim.graph.export import layer_of, tensors_of
+from torchslim.graph.calling import tensors_of
+from torchslim.graph.export import layer_of
 from torchslim.graph.io_structure import build
 from torchslim.quantize.aten_ops import EMBEDDINGS, PRODUCTS, RECURRENT, along, is_constant, tensor_of, weighted
 from torchslim.quantize.modules import Prepared

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from torchslim.core import distributed
+from torchslim.core.batches import predictor
 from torchslim.core.files import present
 from torchslim.core.isolation import preserved_globals, warn
 from torchslim.core.layer_patterns import check_patterns
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Context, Event
-from torchslim.core.task import predictor
 from torchslim.errors import SelectError, StorageError
 from torchslim.quantize.modules import Prepared
 from torchslim.quantize.prepare import convert

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from torchslim.core.step import LayerRecord
-from torchslim.core.task import device_of
+from torchslim.core.trees import device_of
 from torchslim.errors import QuantizeError
-from torchslim.graph.export import bind, bind_call
+from torchslim.graph.calling import bind, bind_call
 from torchslim.graph.io_structure import build, flatten
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks

@@ -16,7 +16,8 @@ from torchslim.core.layer_patterns import check_patterns, class_names, matches
 from torchslim.core.step import Inputs, LayerRecord
 from torchslim.core.usable import usable
 from torchslim.errors import QuantizeError
-from torchslim.graph.export import WRAPPED, Captured, bind, capture, signature_of
+from torchslim.graph.calling import bind, signature_of
+from torchslim.graph.export import WRAPPED, Captured, capture
 from torchslim.graph.io_structure import flatten
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.backend_profiles import PROFILES

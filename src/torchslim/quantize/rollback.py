@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from torchslim.core.isolation import copy_model
 from torchslim.core.step import LayerRecord
-from torchslim.core.task import device_of
+from torchslim.core.trees import device_of
 from torchslim.errors import QuantizeError
 from torchslim.graph.io_structure import leaf_names
 from torchslim.quantize.checks import Checks, Fault, Figure, faults, worst

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter
 
-from torchslim.core.task import device_of
+from torchslim.core.trees import device_of
 
 MOST = 64  # samples that are held
 FEWEST = 2  # batches

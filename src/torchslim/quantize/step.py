@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from torchslim.core.batches import take_first
 from torchslim.core.checks import check_fields
 from torchslim.core.imports import resolve
 from torchslim.core.isolation import quiet
 from torchslim.core.layer_patterns import class_names, matches
 from torchslim.core.step import Context, Form, Inputs, LayerRecord, Outcome
-from torchslim.core.task import take_first
 from torchslim.errors import QuantizeError
 from torchslim.graph.export import WRAPPED
 from torchslim.quantize.accuracy_options import Accuracy, Helpers, Rounding, chosen_helpers

@@ -19,16 +19,9 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchslim.graph.integer_patterns import (
-    Int4Weight,
-    Linear,
-    Recurrent,
-    find_linear,
-    find_recurrent,
-    graft,
-    int4_weights,
-)
+from torchslim.graph.integer_patterns import Int4Weight, Linear, Recurrent, find_linear, find_recurrent, int4_weights
 from torchslim.graph.layers import stored_tensors
+from torchslim.graph.rewrite import graft
 
 MICROSOFT = "com.microsoft::"
 PACKED = "Int4Weight"  # our own marker: the passes over the ONNX model replace it

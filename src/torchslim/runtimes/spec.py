@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from torchslim.core.hardware import instruction_set
 from torchslim.errors import DeployError, ExportError
-from torchslim.graph.export import Captured, positional, signature_of
+from torchslim.graph.calling import positional, signature_of
+from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.layers import layers_of, structure_of
 

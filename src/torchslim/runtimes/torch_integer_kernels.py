@@ -23,8 +23,8 @@ from torchslim.graph.integer_patterns import (
     find_linear,
     find_recurrent,
     int4_weights,
-    strip_unused,
 )
+from torchslim.graph.rewrite import strip_unused
 
 ENGINES = ("x86", "fbgemm")  # others take other weights, and are not tested
 

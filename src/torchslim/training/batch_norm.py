@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchslim.core.task import Batch, checked, device_of, to_device
+from torchslim.core.batches import Batch, checked
+from torchslim.core.trees import device_of, to_device
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

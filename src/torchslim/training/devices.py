@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torchslim.core import distributed
 from torchslim.core.distributed import average_gradients, launched, local, share, summed
 from torchslim.core.step import Engine
-from torchslim.core.task import device_of
+from torchslim.core.trees import device_of
 from torchslim.errors import TrainError
 from torchslim.training.fsdp import Shards, check_shardable, clip, collected, explained
 from torchslim.training.optimizer import OptimizerSettings

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchslim.core.batches import Batch
 from torchslim.core.checks import check_fields
 from torchslim.core.step import Context, Form, LayerRecord, Outcome
-from torchslim.core.task import Batch
 from torchslim.errors import TrainError
 from torchslim.training.loaders import first_batch
 from torchslim.training.loop import FitReport, Hook, LabelLoss, Objective, check_epochs, fit

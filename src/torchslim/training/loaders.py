@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
+from torchslim.core.batches import Batch, take_first
+from torchslim.core.fingerprint import fingerprint
 from torchslim.core.isolation import preserved_globals
-from torchslim.core.step import fingerprint
-from torchslim.core.task import Batch, Task, take_first, tensors
+from torchslim.core.task import Task
+from torchslim.core.trees import tensors
 
 LOADER_OPTIONS = ("batch_sampler", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
                   "generator", "prefetch_factor", "persistent_workers")  # fmt: skip

@@ -15,19 +15,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchslim.core.arguments import checks_arguments
+from torchslim.core.batches import Batch, checked, predictor
 from torchslim.core.checks import shown
 from torchslim.core.distributed import is_first, share
 from torchslim.core.files import present
 from torchslim.core.isolation import preserved_globals, seed_everything, warn
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Engine, Event, LayerRecord
-from torchslim.core.task import Batch, Task, checked, device_of, predictor
+from torchslim.core.task import Task
+from torchslim.core.trees import device_of
 from torchslim.core.usable import usable
 from torchslim.errors import StorageError, TrainError
 from torchslim.training.devices import Placement, fabric_for, placed
 from torchslim.training.fsdp import collected, load_optimizer, load_spread
 from torchslim.training.loaders import length, seeded, shared
-from torchslim.training.optimizer import MaskKeeper, OptimizerSettings
+from torchslim.training.masks import MaskKeeper
+from torchslim.training.optimizer import OptimizerSettings
 
 MISTAKES = (TypeError, AttributeError, LookupError, ValueError)  # of an objective that takes or gives something else
 

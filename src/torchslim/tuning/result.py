@@ -12,8 +12,8 @@ from torchslim.artifact.peak_memory import peak_memory
 from torchslim.core.budget import UNITS, Budget
 from torchslim.core.hardware import describe_machine
 from torchslim.core.isolation import warn
+from torchslim.core.metrics import Metric
 from torchslim.core.step import Target
-from torchslim.core.task import Metric
 from torchslim.errors import ArtifactError
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.run_record import not_measured, number

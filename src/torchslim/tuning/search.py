@@ -15,12 +15,14 @@ from torchslim._version import __version__
 from torchslim.analysis.result import Sensitivity
 from torchslim.core import distributed
 from torchslim.core.arguments import checks_arguments
+from torchslim.core.batches import take_first
 from torchslim.core.files import clean_temporaries, digest, present, write_bytes, write_json
+from torchslim.core.fingerprint import fingerprint
 from torchslim.core.folder_lock import LOCK, holding
 from torchslim.core.isolation import warn
 from torchslim.core.schema import Schema
-from torchslim.core.step import Event, Inputs, Target, fingerprint, ignore_progress
-from torchslim.core.task import Task, take_first
+from torchslim.core.step import Event, Inputs, Target, ignore_progress
+from torchslim.core.task import Task
 from torchslim.core.toml_writer import dumps
 from torchslim.core.usable import usable
 from torchslim.errors import RecipeError, StorageError, TorchslimError

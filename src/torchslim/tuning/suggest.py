@@ -13,14 +13,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchslim.core.arguments import checks_arguments
+from torchslim.core.batches import call, take_first
 from torchslim.core.budget import Budget
 from torchslim.core.hardware import instruction_set, saturates
+from torchslim.core.isolation import untouched
 from torchslim.core.step import Inputs
-from torchslim.core.task import Task, call, device_of, take_first, to_device
+from torchslim.core.task import Task
 from torchslim.core.toml_writer import dumps
+from torchslim.core.trees import device_of, to_device
 from torchslim.core.usable import usable
 from torchslim.errors import RecipeError, TaskError, TorchslimError
-from torchslim.graph.export import capture, untouched
+from torchslim.graph.export import capture
 from torchslim.graph.layers import Layer, layers_of, multiplies
 from torchslim.prune.structured.inspection import inspect
 from torchslim.prune.structured.selection import Amount

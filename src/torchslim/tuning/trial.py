@@ -9,16 +9,17 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from torchslim.artifact.latency import parameters, sample_macs
 from torchslim.artifact.latency_cache import LatencyTable
+from torchslim.artifact.model_size import parameters, sample_macs
 from torchslim.artifact.peak_memory import peak_memory
 from torchslim.core import distributed
+from torchslim.core.batches import take_first
 from torchslim.core.budget import Budget
 from torchslim.core.files import digest
 from torchslim.core.isolation import copy_model, preserved_globals, trim
 from torchslim.core.seals import key_id
 from torchslim.core.step import Context, Event, Form, Inputs, Outcome, Step, Target, step_name
-from torchslim.core.task import Task, take_first
+from torchslim.core.task import Task
 from torchslim.errors import TorchslimError
 from torchslim.pipeline.recipe import Recipe
 from torchslim.pipeline.runner import begun, origin

@@ -18,7 +18,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer,
 import torchslim as ts
 from tests.support import channel_networks as net
 from tests.support.channel_laws import assert_runs, assert_untouched, run, state
-from torchslim.artifact import latency
+from torchslim.artifact import model_size
 
 Made = tuple[nn.Module, Any]
 
@@ -137,7 +137,7 @@ def test_half_of_a_hard_model(name: str) -> None:
     assert done["cuts"]
     assert done["about"]["verified"]
     assert done["about"]["largest_error"] < 1e-6
-    assert latency.parameters(model) / latency.parameters(shrunk) >= least
+    assert model_size.parameters(model) / model_size.parameters(shrunk) >= least
     assert_untouched(model, before)
     assert_runs(model, shrunk, inputs)
 
@@ -167,7 +167,7 @@ def test_a_detector_whose_number_of_boxes_depends_on_data(name: str) -> None:
     model = DETECTORS[name]().eval()
     pictures = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
     shrunk = ts.prune.channels(model, (pictures,), 0.5)
-    assert latency.parameters(model) / latency.parameters(shrunk) > 1.8
+    assert model_size.parameters(model) / model_size.parameters(shrunk) > 1.8
     with torch.no_grad():
         for count in (1, 2):
             assert run(shrunk, (pictures[:count],))

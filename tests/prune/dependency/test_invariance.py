@@ -15,7 +15,7 @@ import torchslim as ts
 from tests.support import channel_networks as net
 from tests.support import models
 from tests.support.channel_laws import assert_equals_masked, assert_runs, remove, run, scramble
-from torchslim.artifact import latency
+from torchslim.artifact import model_size
 from torchslim.errors import PruneError, SelectError
 from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.dependency.trace import named_weights
@@ -191,7 +191,7 @@ def test_names_of_attributes_and_layers_do_not_matter() -> None:
     found = []
     for model in (plain, renamed.eval()):
         shrunk = ts.prune.channels(model, inputs, 0.5, round_to=1, min_channels=1)
-        found.append((partition(analyse(model, inputs).coupling()), latency.parameters(shrunk)))
+        found.append((partition(analyse(model, inputs).coupling()), model_size.parameters(shrunk)))
     assert found[0] == found[1]
 
 
@@ -262,9 +262,9 @@ def test_budgets_are_met_within_one_step_by_another_count(of: Any, scope: Any, s
     shrunk = ts.prune.channels(model, inputs, sparsity, of=of, scope=scope, round_to=1, min_channels=1)
     units = analyse(model, inputs).coupling().units
     if of == "params":
-        left = latency.parameters(shrunk) / latency.parameters(model)
+        left = model_size.parameters(shrunk) / model_size.parameters(model)
     elif of == "macs":
-        left = latency.macs(shrunk, inputs).total / latency.macs(model, inputs).total
+        left = model_size.macs(shrunk, inputs).total / model_size.macs(model, inputs).total
     else:
         widths = [shrunk.stem.conv.out_channels, *(c.out_channels for c in (
             shrunk.blocks[1].left.conv, shrunk.blocks[1].right.conv, shrunk.blocks[2].conv))]  # fmt: skip
@@ -274,14 +274,14 @@ def test_budgets_are_met_within_one_step_by_another_count(of: Any, scope: Any, s
     step = sum(1 / unit.width for unit in units) if scope == "layer" else max(1 / unit.width for unit in units)
     assert abs(left - (1 - sparsity)) <= step
     counts = about(shrunk)
-    assert counts["parameters"] == [latency.parameters(model), latency.parameters(shrunk)]
-    assert counts["macs"] == [latency.macs(model, inputs).total, latency.macs(shrunk, inputs).total]
+    assert counts["parameters"] == [model_size.parameters(model), model_size.parameters(shrunk)]
+    assert counts["macs"] == [model_size.macs(model, inputs).total, model_size.macs(shrunk, inputs).total]
 
 
 def test_more_asked_for_is_never_more_left() -> None:
     model, inputs = budget_model()
     left = [
-        latency.parameters(ts.prune.channels(model, inputs, sparsity, round_to=1, min_channels=1))
+        model_size.parameters(ts.prune.channels(model, inputs, sparsity, round_to=1, min_channels=1))
         for sparsity in (0.1, 0.3, 0.5, 0.7, 0.9)
     ]
     assert left == sorted(left, reverse=True)

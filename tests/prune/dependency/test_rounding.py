@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import torchslim as ts
 from tests.support.channel_laws import assert_runs, remove, scramble
-from torchslim.artifact import latency
+from torchslim.artifact import model_size
 from torchslim.prune.structured.plan import analyse
 from torchslim.prune.structured.removal import tolerance
 from torchslim.prune.structured.selection import Amount
@@ -58,7 +58,7 @@ def unet(wide: int, wider: int, groups: int) -> tuple[nn.Module, Any]:
 def test_half_of_a_network_of_group_norms_goes_with_the_default_rounding(wide: int, wider: int, groups: int) -> None:
     model, inputs = unet(wide, wider, groups)
     shrunk = ts.prune.channels(model, inputs, 0.5)
-    assert latency.parameters(model) / latency.parameters(shrunk) > 1.85
+    assert model_size.parameters(model) / model_size.parameters(shrunk) > 1.85
     assert all(each.out_channels % 8 == 0 for each in shrunk.modules() if isinstance(each, nn.Conv2d) and each is not shrunk.last)  # fmt: skip
     assert ts.surgery(shrunk)["rounds"][0]["about"]["uneven"] == {}
     assert_runs(model, shrunk, inputs, sizes=(2,))
@@ -74,7 +74,7 @@ def test_rounding_gives_way_where_groups_forbid_multiples_and_the_user_is_told(
     about = ts.surgery(shrunk)["rounds"][0]["about"]
     missed = any("cannot be reached" in str(each.message) for each in told)
     assert missed or abs(about["left"] - 0.5) < 0.06
-    assert latency.parameters(model) / latency.parameters(shrunk) > 1.6
+    assert model_size.parameters(model) / model_size.parameters(shrunk) > 1.6
     name, (old, new) = next(iter(about["uneven"].items()))
     layer = shrunk.get_submodule(name.rpartition(".")[0])
     assert old > new == layer.weight.shape[0]

@@ -18,9 +18,10 @@ import torchslim as ts
 from tests.support import channel_networks as net
 from tests.support.channel_laws import remove, run, scramble
 from torchslim.prune.dependency import verification
+from torchslim.prune.structured.attributes import mend
 from torchslim.prune.structured.plan import Plan
 from torchslim.prune.structured.removal import Shrunk
-from torchslim.prune.structured.surgery import Cut, Patch, Surgery, mend, perform
+from torchslim.prune.structured.surgery import Cut, Patch, Surgery, perform
 
 ACT = {"norm": "batch", "act": "silu"}  # no channel of which is ever dead
 

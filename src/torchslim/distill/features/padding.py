@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchslim.core.task import LABELS, Batch, Task, changed
+from torchslim.core.batches import LABELS, Batch
+from torchslim.core.task import Task
+from torchslim.core.trees import changed
 from torchslim.distill.features.align import Shape, resized_mask
 
 DECODER = "decoder_"  # how Hugging Face's batches name what goes into a decoder

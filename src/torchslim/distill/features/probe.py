@@ -16,7 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-from torchslim.core.task import Batch, Task, batch_size, call, device_of, dtype_of, tensors, to_device, to_dtype
+from torchslim.core.batches import Batch, batch_size, call
+from torchslim.core.task import Task
+from torchslim.core.trees import device_of, dtype_of, tensors, to_device, to_dtype
 from torchslim.distill.features.align import Shape
 from torchslim.distill.features.padding import Padding, fewer, find_padding, masks_of, shorter
 from torchslim.distill.features.taps import Tap, dry, first_feature, graph_of, modules_by_path, nodes_by_path, watched

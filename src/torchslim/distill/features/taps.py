@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from torchslim.core.isolation import preserved_globals
-from torchslim.core.task import tensors
+from torchslim.core.trees import tensors
 from torchslim.distill.features.align import Shape
 from torchslim.distill.features.padding import Padding
 from torchslim.errors import DistillError

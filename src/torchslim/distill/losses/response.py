@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.checks import Divisor, check_fields
-from torchslim.core.task import default_loss
+from torchslim.core.metrics import default_loss
 from torchslim.distill.given import check_labels, check_tensors
 from torchslim.distill.ruled_out import comparable, divergence_terms, log_probabilities, log_sum
 from torchslim.errors import DistillError

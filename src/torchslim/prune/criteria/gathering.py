@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from torchslim.core.batches import Batch, take_first
 from torchslim.core.step import Context
-from torchslim.core.task import Batch, take_first
 from torchslim.errors import PruneError
 from torchslim.prune.criteria.registry import CRITERIA, Criterion
 from torchslim.prune.criteria.statistics import Gathered, gather

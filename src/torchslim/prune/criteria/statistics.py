@@ -16,20 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchslim.core.batches import Batch, Outputs, batch_inputs, batch_size, batch_target, call, checked, output_logits
 from torchslim.core.isolation import preserved_globals, unfused_attention
-from torchslim.core.task import (
-    Batch,
-    Outputs,
-    batch_inputs,
-    batch_size,
-    batch_target,
-    call,
-    checked,
-    default_loss,
-    device_of,
-    output_logits,
-    to_device,
-)
+from torchslim.core.metrics import default_loss
+from torchslim.core.trees import device_of, to_device
 from torchslim.errors import TaskError
 from torchslim.prune.criteria.activations import Outlets, batched, by_sample, facing, input_squares
 

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchslim.core.isolation import quiet, unfused_attention
 from torchslim.core.step import Inputs
-from torchslim.core.task import tensors
+from torchslim.core.trees import tensors
 from torchslim.prune.dependency.examples import Examples, calls_of
 from torchslim.prune.dependency.leaves import leaves
 from torchslim.prune.dependency.noise import Noise

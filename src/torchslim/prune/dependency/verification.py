@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from torchslim.core.isolation import duplicate, preserved_globals, trim
+from torchslim.core.isolation import duplicate, preserved_globals, trim, untouched
 from torchslim.core.step import Inputs
-from torchslim.core.task import tensors
-from torchslim.graph.export import untouched
+from torchslim.core.trees import tensors
 from torchslim.prune.dependency.coupling import Coupling, Mask
 from torchslim.prune.dependency.masked import Masked
 from torchslim.prune.dependency.precision import Precise, widened

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchslim.core.isolation import preserved_globals
 from torchslim.core.step import Inputs
-from torchslim.core.task import tensors
+from torchslim.core.trees import tensors
 from torchslim.prune.dependency.coupling import Coupling, Mask
 from torchslim.prune.dependency.leaves import leaves
 from torchslim.prune.dependency.precision import Precise

@@ -19,9 +19,10 @@ from torchslim.errors import PruneError
 from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.dependency.groups import Group, Unit
 from torchslim.prune.latency.cost_model import Cost, between, choose, fit
+from torchslim.prune.structured.attributes import mend
 from torchslim.prune.structured.plan import Plan
 from torchslim.prune.structured.selection import Amount, Selection, least_steps, rounded, select, step_size
-from torchslim.prune.structured.surgery import mend, perform
+from torchslim.prune.structured.surgery import perform
 
 FORMAT = "torchslim-latency-rows"
 

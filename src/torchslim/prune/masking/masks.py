@@ -21,7 +21,7 @@ from torchslim.prune.criteria.scoring import channel_scores, score, silence
 from torchslim.prune.criteria.statistics import Gathered, Role, Statistics
 from torchslim.prune.masking.patterns import Pattern, Slice
 from torchslim.prune.masking.selection import keep_globally, keep_per_row
-from torchslim.training.optimizer import MaskKeeper
+from torchslim.training.masks import MaskKeeper
 
 Masks = dict[str, Tensor]
 NO_DATA = Gathered()

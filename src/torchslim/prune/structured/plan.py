@@ -14,7 +14,7 @@ from torch import nn
 from torchslim.core.isolation import copy_model, is_plain, preserved_globals
 from torchslim.core.layer_patterns import Patterns, as_list, check_patterns, class_names, matches, parameter_paths
 from torchslim.core.step import Inputs
-from torchslim.core.task import device_of, tensors, to_device
+from torchslim.core.trees import device_of, tensors, to_device
 from torchslim.errors import PruneError
 from torchslim.prune.dependency.coupling import Coupling, Mask, couple
 from torchslim.prune.dependency.examples import together
@@ -24,7 +24,7 @@ from torchslim.prune.dependency.resolve import Heads
 from torchslim.prune.dependency.sizes import other_inputs
 from torchslim.prune.dependency.trace import Trace, Value, trace
 from torchslim.prune.dependency.verify_runs import COUNTING, Divergence
-from torchslim.prune.structured.surgery import mend
+from torchslim.prune.structured.attributes import mend
 
 MODES = {
     "auto": ("inner", "even", "outer", "tied", "outer tied", "none"),

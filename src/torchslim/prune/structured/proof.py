@@ -16,9 +16,10 @@ from torchslim.prune.dependency.precision import widened
 from torchslim.prune.dependency.sizes import carried
 from torchslim.prune.dependency.union_find import Ids
 from torchslim.prune.dependency.verify_runs import Divergence
+from torchslim.prune.structured.attributes import mend
 from torchslim.prune.structured.plan import Plan, shapes_of
 from torchslim.prune.structured.selection import Amount, select
-from torchslim.prune.structured.surgery import Surgery, mend, perform
+from torchslim.prune.structured.surgery import Surgery, perform
 
 WITHDRAWALS = 12
 """How many changed attributes of the modules at work are tried with their old value where values differ."""

@@ -1,0 +1,82 @@
+"""Nested inputs and outputs: their tensors, devices and types."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors of nested tuples, lists, dicts and dataclasses, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    changed(tree, note)
+    return found
+
+
+def to_device(tree: Any, device: torch.device | str) -> Any:
+    """The same tree with every tensor on `device`."""
+    return changed(tree, lambda tensor: tensor.to(device))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The floating-point type of the model's parameters; None where there are several, or none."""
+    found = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def to_dtype(tree: Any, dtype: torch.dtype | None) -> Any:
+    """The same tree with every floating-point tensor of that type; None changes nothing."""
+    if dtype is None:
+        return tree
+    return changed(tree, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers with their tensors changed; other leaves stay."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        values = {key: changed(each, change) for key, each in tree.items()}
+        return values if type(tree) is dict else _rebuilt(tree, values)
+    if isinstance(tree, PackedSequence):  # its indices go with the data, but how many samples have each step, does not
+        data, indices = change(tree.data), (tree.sorted_indices, tree.unsorted_indices)
+        return PackedSequence(
+            data, tree.batch_sizes, *(each if each is None else each.to(data.device) for each in indices)
+        )
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(changed(each, change) for each in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(changed(each, change) for each in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        values = {each.name: changed(getattr(tree, each.name), change) for each in fields(tree)}
+        copied = copy.copy(tree)
+        for name, value in values.items():
+            object.__setattr__(copied, name, value)  # frozen ones too, and without running their checks again
+        return copied
+    return tree
+
+
+def _rebuilt(tree: Mapping[str, Any], values: dict[str, Any]) -> Any:
+    """A mapping of the same kind; a Hugging Face output or batch takes its fields as keywords or as one dict."""
+    try:
+        return type(tree)(**values) if is_dataclass(tree) else type(tree)(values)  # type: ignore[call-arg]
+    except TypeError:
+        return values
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer lives; CPU when it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
