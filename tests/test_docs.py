@@ -49,7 +49,7 @@ def test_the_readme_in_chinese_has_the_same_commands_links_and_figures() -> None
     assert ROOT / "README.zh-CN.md" not in PAGES
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("__main__", "artifact_bench"))])
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("__main__", "bench_script"))])
 def test_docstring_examples_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
@@ -75,3 +75,10 @@ def test_importing_torchslim_loads_no_optional_dependency(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
+
+
+def test_the_drawing_of_the_rooms_is_of_this_code() -> None:
+    pytest.importorskip("grimp")
+    from docs import house
+
+    assert house.page(house.PAGE.read_text()) == house.PAGE.read_text(), "run python -m docs.house"

@@ -21,7 +21,7 @@ from torchslim.runtimes.onnx_kernels import lower
 from torchslim.runtimes.onnx_passes import finish, translations
 from torchslim.runtimes.spec import Session, Spec
 
-PIP = "pip install 'torchslim[onnxruntime]'"
+PIP = "pip install onnx onnxscript onnxruntime"
 
 
 def _import() -> Any:
