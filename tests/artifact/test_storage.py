@@ -298,7 +298,7 @@ def test_truncated_and_missing_files_are_noticed(float_copy: Path) -> None:
         with pytest.raises(ArtifactError, match="truncated or changed|damaged"):
             ts.load(float_copy)
         path.unlink()
-        with pytest.raises(ArtifactError, match="is missing|has no storage.json"):
+        with pytest.raises(ArtifactError, match="is missing|has no artifact.json"):
             ts.load(float_copy)
         path.write_bytes(original)
 
@@ -319,7 +319,7 @@ def test_other_manifests_are_refused(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["nowhere", "."])
 def test_folders_without_an_artifact_are_refused(where: str, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is not a torchslim artifact: it has no storage.json"):
+    with pytest.raises(ArtifactError, match="is not a torchslim artifact: it has no artifact.json"):
         ts.load(tmp_path / where)
 
 
