@@ -59,7 +59,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ts.save(ts.deploy(toy.model(), (toy.images(2, 0)[0],), runtime="eager", threads=1), folder)
 
 
-@pytest.mark.parametrize("command", ["run", "check", "inspect", "latency", "bench", "report", "list"])
+@pytest.mark.parametrize(
+    "command", ["run", "check", "inspect", "kernels", "sensitivity", "latency", "bench", "report", "list"]
+)
 def test_help_shows_an_example(call: Any, command: str) -> None:
     done = call(command, "--help")
     assert done.code == 0
@@ -134,6 +136,15 @@ def test_inspect_shows_what_may_be_pruned_and_why_the_rest_stays(call: Any) -> N
     refused = call("inspect", "tests.support.toy:model")
     assert refused.code == 2
     assert "give one --input for each" in refused.err
+
+
+@pytest.mark.parametrize("arguments", [["r.toml", "--sensitivity"], ["out"]])
+def test_what_inspect_did_before_names_the_command_of_today(arguments: list[str], call: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "artifact.json").write_text("{}")
+    refused = call("inspect", tmp_path / arguments[0], *arguments[1:])
+    assert refused.code == 2
+    assert f"torchslim {'sensitivity' if len(arguments) > 1 else 'kernels'} {tmp_path}" in refused.err
 
 
 def test_list_names_all_that_is_registered(call: Any) -> None:

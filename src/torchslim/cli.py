@@ -167,57 +167,64 @@ def check(recipe: Path, as_json: bool) -> None:
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim inspect torchvision.models:resnet18 --input 1x3x224x224")
-@click.argument("model", metavar="MODEL|ARTIFACT|RECIPE")
+@click.argument("model")
 @click.option("--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
               help="An example input, as 1x3x224x224, 1x77:int64 or mask=1x77:bool; once for each. Not needed where "
               "MODEL gives (model, example_inputs).")  # fmt: skip
 @click.option("--heads", type=click.Choice(["auto", "whole", "dim"]), default="auto", show_default=True,
               help="What attention may lose: whole heads, or dimensions of every head.")  # fmt: skip
 @click.option("--all", "everything", is_flag=True, help="Kernel extents and position tables too, and every member.")
-@click.option("--trusted", is_flag=True, help="Load an artifact of machine code too (runtime aoti).")
-@click.option("--public-key", type=click.Path(path_type=Path),
-              help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).")  # fmt: skip
-@click.option("--sensitivity", is_flag=True, help="Of a RECIPE's model: what each group and each layer costs.")
-@click.option("--measure", type=click.Choice(["sqnr", "kl", "metric"]), default="sqnr", show_default=True,
-              help="With --sensitivity: noise or divergence of the outputs, or the metric on val.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help="With --sensitivity: folder; default runs/NAME.")
+@click.option("--sensitivity", "moved", is_flag=True, hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
 def inspect(
-    model: str, inputs: tuple[str, ...], heads: Any, everything: bool, trusted: bool, public_key: Path | None,
-    sensitivity: bool, measure: Any, out: Path | None, as_json: bool,
+    model: str, inputs: tuple[str, ...], heads: Any, everything: bool, moved: bool, as_json: bool
 ) -> None:  # fmt: skip
-    """Of an ARTIFACT (a saved folder): which layers run on integers, by which kernel, and why others do not.
-
-    Of a MODEL (module:callable): which channels go together, which may be pruned, and why others must stay.
+    """List the coupled channel groups of a MODEL (module:callable), and why some must stay.
 
     For each group: how many channels it has, the parameters and the multiply-accumulates (of a run on the inputs given)
     that would go with all of them, everything else kept, and the weights that lose a slice with each channel. A weight
     between two groups counts for both.
-
-    Of a RECIPE, with --sensitivity: what pruning one group alone, or quantizing one layer alone, does to the outputs;
-    into sensitivity.json and sensitivity.html. Run again after a kill, it goes on.
     """
-    if sensitivity:
-        _sensitivity(Path(model), measure, out, as_json)
-        return
     from torchslim.pipeline.model_spec import load_model
     from torchslim.prune import inspect as look
 
+    if moved:
+        raise click.UsageError(f"a command of its own measures sensitivity: torchslim sensitivity {model}")
     if (Path(model) / "artifact.json").is_file():
-        from torchslim.artifact.integer_coverage import lowered
-        from torchslim.artifact.storage import load
-
-        executed = lowered(load(model, trusted=trusted, public_key=public_key))
-        click.echo(json.dumps(executed.to_json(), indent=1) if as_json else printable(executed.table(), lines=True))
-        return
+        raise click.UsageError(f"{model} is an artifact; list its kernels with: torchslim kernels {model}")
     current_folder_last()
     made, example_inputs = load_model(model, inputs)
     found = look(made, example_inputs, heads=heads)
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else printable(found.table(all=everything), lines=True))
 
 
-def _sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> None:
-    from torchslim.analysis.sensitivity import sensitivity
+@cli.command(epilog=f"{EXAMPLE}torchslim kernels out/")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--trusted", is_flag=True, help="Load an artifact of machine code too (runtime aoti).")
+@click.option("--public-key", type=click.Path(path_type=Path),
+              help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def kernels(artifact: Path, trusted: bool, public_key: Path | None, as_json: bool) -> None:
+    """List the layers of an ARTIFACT (a saved folder) that run on integers, their kernels, and why others do not."""
+    from torchslim.artifact.integer_coverage import lowered
+    from torchslim.artifact.storage import load
+
+    executed = lowered(load(artifact, trusted=trusted, public_key=public_key))
+    click.echo(json.dumps(executed.to_json(), indent=1) if as_json else printable(executed.table(), lines=True))
+
+
+@cli.command(epilog=f"{EXAMPLE}torchslim sensitivity recipe.toml --measure kl")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--measure", type=click.Choice(["sqnr", "kl", "metric"]), default="sqnr", show_default=True,
+              help="Noise or divergence of the outputs, or the metric on val.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; default runs/NAME.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> None:
+    """Measure what pruning one group alone, or quantizing one layer alone, does to the outputs of a RECIPE's model.
+
+    Writes sensitivity.json and sensitivity.html. An interrupted analysis resumes.
+    """
+    from torchslim.analysis.sensitivity import sensitivity as analyse
     from torchslim.core.files import write_bytes
     from torchslim.pipeline.document import load_document
     from torchslim.pipeline.recipe import made
@@ -231,7 +238,7 @@ def _sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) ->
         runtime = next(iter(runtime.get("search", ())), "onnxruntime")
     out = out or Path("runs") / (recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name)
     with _progress() as progress:
-        found = sensitivity(
+        found = analyse(
             model, task, measure=measure, runtime=runtime, seed=document.get("seed", 0), name=document["model"],
             progress=progress,
         )  # fmt: skip

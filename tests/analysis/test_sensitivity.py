@@ -407,7 +407,7 @@ def test_the_command_line_writes_figures_and_a_page(
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('model = "tests.support.toy:model"\ntask = "tests.support.toy:task"\nruntime = "openvino"\n')
     out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["torchslim", "inspect", str(recipe), "--sensitivity", "--measure", "kl", "--out",
+    monkeypatch.setattr("sys.argv", ["torchslim", "sensitivity", str(recipe), "--measure", "kl", "--out",
                                      str(out)])  # fmt: skip
     main()
     printed = capsys.readouterr().out

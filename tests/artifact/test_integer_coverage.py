@@ -158,10 +158,10 @@ def test_the_layer_that_loses_most_comes_first() -> None:
 def test_the_command_line_tells_of_an_artifact(tmp_path: Any) -> None:
     x = torch.randn(4, 3, 8, 8)
     ts.save(ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime"), tmp_path / "artifact")
-    done = CliRunner().invoke(cli, ["inspect", str(tmp_path / "artifact")])
+    done = CliRunner().invoke(cli, ["kernels", str(tmp_path / "artifact")])
     assert done.exit_code == 0, done.output
     assert done.output.startswith("100.0 % of the multiply-accumulates run on integers on onnxruntime")
-    found = json.loads(CliRunner().invoke(cli, ["inspect", str(tmp_path / "artifact"), "--json"]).output)
+    found = json.loads(CliRunner().invoke(cli, ["kernels", str(tmp_path / "artifact"), "--json"]).output)
     assert {each["layer"] for each in found["layers"]} == {"stem", "depthwise", "pointwise", "hidden", "head"}
 
 

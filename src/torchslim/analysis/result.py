@@ -139,7 +139,7 @@ class Sensitivity:
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
-        """What `save` wrote, or `torchslim inspect --sensitivity`.
+        """What `save` wrote, or `torchslim sensitivity`.
 
         Raises:
             SensitivityError: no such file, or something else in it.

@@ -284,5 +284,5 @@ def _lists(
 KINDS: Mapping[str, tuple[str, Callable[[dict[str, Any]], Iterator[tuple[str, str, Any]]]]] = {
     "run": ("`result.save`", _faults),
     "search": ("`torchslim search`", _lists(SEARCH, {"trials": TRIAL, "front": MEMBER})),
-    "sensitivity": ("`torchslim inspect --sensitivity`", _lists(SENSITIVITY, {"points": POINT})),
+    "sensitivity": ("`torchslim sensitivity`", _lists(SENSITIVITY, {"points": POINT})),
 }
