@@ -81,4 +81,8 @@ def test_the_drawing_of_the_rooms_is_of_this_code() -> None:
     pytest.importorskip("grimp")
     from docs import house
 
-    assert house.page(house.PAGE.read_text()) == house.PAGE.read_text(), "run python -m docs.house"
+    def arrows(text: str) -> list[str]:
+        return [line for line in text.splitlines() if " --> " in line]
+
+    text = house.PAGE.read_text()
+    assert arrows(house.page(text)) == arrows(text), "run python -m docs.house"
