@@ -8,10 +8,10 @@ result.save("out/")
 """
 
 from torchslim._version import __version__  # noqa: F401 - public
-from torchslim.core import search_path
+from torchslim.core import search_path as _search_path
 
-if search_path.started_as_module():  # before anything else is imported
-    search_path.current_folder_last()
+if _search_path.started_as_module():  # before anything else is imported
+    _search_path.current_folder_last()
 
 from torchslim import distill, prune, quantize
 from torchslim.analysis.result import Sensitivity
