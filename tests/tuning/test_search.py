@@ -217,7 +217,7 @@ def test_what_is_cut_short() -> None:
     assert cut_short(trained, short).train.epochs == 3
     assert cut_short(ts.Quantize("int8", mode="qat"), short).train.epochs == 1
     student = ts.Distill(epochs=4, student=model())
-    assert cut_short(student, cheap).begin(model(), 0) is not student.student
+    assert cut_short(student, cheap).initial_model(model(), 0) is not student.student
     assert data_share(ts.Distill(epochs=2), short) == pytest.approx(0.6)
     assert data_share(ts.Distill(epochs=10), short) == pytest.approx(1.0)
 

@@ -181,6 +181,24 @@ class Step(Protocol):
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome: ...
 
 
+@runtime_checkable
+class MakesModel(Protocol):
+    """A step that may train another network than the one that it is handed."""
+
+    def initial_model(self, model: nn.Module, seed: int) -> nn.Module:
+        """What the step starts from: the model, or a network of its own, alike for equal seeds."""
+        ...
+
+
+@runtime_checkable
+class DependsOnMore(Protocol):
+    """A step whose result depends on more than its own fields."""
+
+    def cache_inputs(self, steps: Sequence[Step]) -> Sequence[Any]:
+        """What else a kept result depends on, of the whole recipe and of files; each as `digest` takes it."""
+        ...
+
+
 def step_name(step: object) -> str:
     """The name of a step in reports and messages: its class, in lower case."""
     return type(step).__name__.lower()

@@ -141,7 +141,7 @@ class Distill(Training):
             return 1.0
         return getattr(find_response(self.response), "label_weight", 0.0)
 
-    def begin(self, model: nn.Module, seed: int) -> nn.Module:
+    def initial_model(self, model: nn.Module, seed: int) -> nn.Module:
         """What the step trains when it is handed `model`: it, or the new student, alike for equal seeds."""
         if self.student is None:
             return model
@@ -198,7 +198,7 @@ class Distill(Training):
 
     def check(self, ctx: Context) -> None:
         """There is data to train on, labels where they count, and a teacher that the student can learn from."""
-        model = self.begin(ctx.model if ctx.model is not None else ctx.teacher, ctx.seed)
+        model = self.initial_model(ctx.model if ctx.model is not None else ctx.teacher, ctx.seed)
         replace(self, student=None).check_training(replace(ctx, model=model))
 
     def check_training(self, ctx: Context) -> None:
@@ -233,7 +233,7 @@ class Distill(Training):
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         if self.student is not None:
-            model, ctx = self.begin(model, ctx.seed), replace(ctx, masks={})
+            model, ctx = self.initial_model(model, ctx.seed), replace(ctx, masks={})
         return trained(model, ctx, replace(self, student=None).fit(model, ctx))
 
 

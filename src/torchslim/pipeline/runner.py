@@ -29,7 +29,7 @@ from torchslim.core.infinities import spoiled
 from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.metrics import Metric
 from torchslim.core.seals import key_id
-from torchslim.core.step import Context, Engine, Event, Form, Inputs, Outcome, Step, check_order, step_name
+from torchslim.core.step import Context, Engine, Event, Form, Inputs, MakesModel, Outcome, Step, check_order, step_name
 from torchslim.core.task import Task
 from torchslim.core.trees import tensors, to_device
 from torchslim.errors import RecipeError, TaskError, TorchslimError
@@ -135,8 +135,7 @@ def _by_the_first(make: Callable[[], Stage], read: Callable[[], Stage | None]) -
 
 def begun(step: Step, model: nn.Module | None, seed: int) -> nn.Module | None:
     """What the step's result is made from: the model that it is handed, or a network of its own."""
-    begin = getattr(step, "begin", None)
-    return model if begin is None or model is None else begin(model, seed)
+    return step.initial_model(model, seed) if isinstance(step, MakesModel) and model is not None else model
 
 
 def origin(ctx: Context, model: nn.Module, batch: Any) -> str:

@@ -23,7 +23,7 @@ from torchslim.core.hardware import instruction_set
 from torchslim.core.isolation import copy_model, warn
 from torchslim.core.schema import Schema
 from torchslim.core.seals import is_sealed, key_id, own_secret, seal
-from torchslim.core.step import Event, Form, Step
+from torchslim.core.step import DependsOnMore, Event, Form, Step
 from torchslim.errors import StorageError, TorchslimError
 from torchslim.graph.calling import signature_of
 from torchslim.quantize import QuantizedModule
@@ -81,10 +81,8 @@ class Stage:
 
 def stage_key(before: str, step: Step, steps: Sequence[Step], seed: int) -> str:
     """What a step's result depends on: what it was made from, the step, and, where it measures what ships, the rest."""
-    ahead = [canonical(each) for each in steps] if getattr(step, "of", None) == "latency" else []
-    table = getattr(step, "latency_table", None)  # what it says counts, not only where it is
-    told = [Path(table).read_bytes() if Path(table).is_file() else b""] if table else []
-    return digest(before, canonical(step), seed, *ahead, *told)
+    more = step.cache_inputs(steps) if isinstance(step, DependsOnMore) else ()
+    return digest(before, canonical(step), seed, *more)
 
 
 def keep(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from torchslim.core.batches import Batch
 from torchslim.core.checks import check_fields
+from torchslim.core.fingerprint import canonical
 from torchslim.core.layer_patterns import by_pattern, select_weights
-from torchslim.core.step import Context, Form, LayerRecord, Outcome
+from torchslim.core.step import Context, Form, LayerRecord, Outcome, Step
 from torchslim.errors import PruneError
 from torchslim.prune import schedule as schedules
 from torchslim.prune.channel_step import ChannelPruning
@@ -207,6 +209,14 @@ class Prune:
             by_pattern(self.sparsity, chosen, model)
         if self.train is not None:
             self.train.check_training(ctx)
+
+    def cache_inputs(self, steps: Sequence[Step]) -> list[Any]:
+        """With of="latency" the whole recipe, in whose numbers the model is timed, and what the table says."""
+        if self.of != "latency":
+            return []
+        table = None if self.latency_table is None else Path(self.latency_table)
+        told = [table.read_bytes() if table.is_file() else b""] if table else []
+        return [*map(canonical, steps), *told]
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         if self.pattern == CHANNEL:

@@ -20,6 +20,7 @@ from torchslim.core.isolation import copy_model, preserved_globals, trim
 from torchslim.core.seals import key_id
 from torchslim.core.step import Context, Event, Form, Inputs, Outcome, Step, Target, step_name
 from torchslim.core.task import Task
+from torchslim.distill import Distill
 from torchslim.errors import TorchslimError
 from torchslim.pipeline.recipe import Recipe
 from torchslim.pipeline.runner import begun, origin
@@ -54,7 +55,7 @@ def cut_short(step: Any, effort: Effort) -> Any:
     if isinstance(step, Training):
         if effort.training:
             return _shorter(step, effort)
-        return Untrained(step) if getattr(step, "student", None) is not None else None
+        return Untrained(step) if isinstance(step, Distill) and step.student is not None else None
     if effort.training:
         return _shorter(step, effort)
     if isinstance(step, Prune):
@@ -93,13 +94,13 @@ class Untrained:
     def check(self, ctx: Context) -> None:
         """Nothing is needed."""
 
-    def begin(self, model: nn.Module, seed: int) -> nn.Module:
+    def initial_model(self, model: nn.Module, seed: int) -> nn.Module:
         """The student."""
-        begun: nn.Module = self.step.begin(model, seed)
+        begun: nn.Module = self.step.initial_model(model, seed)
         return begun
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
-        return Outcome(model=self.begin(model, ctx.seed))
+        return Outcome(model=self.initial_model(model, ctx.seed))
 
 
 @dataclass
