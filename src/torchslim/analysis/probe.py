@@ -15,7 +15,7 @@ from torchslim.analysis.activation_cache import Changed, Replays
 from torchslim.analysis.measures import Gauge, Measure, MetricGauge, OutputGauge
 from torchslim.analysis.result import Known, Point
 from torchslim.core.batches import Batch
-from torchslim.core.isolation import copy_model, preserved_globals, untouched
+from torchslim.core.isolation import copy_model, untouched
 from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
 from torchslim.core.step import Event, Inputs, ignore_progress
 from torchslim.core.task import Task
@@ -36,7 +36,7 @@ from torchslim.prune.structured.surgery import cuts_of, perform
 from torchslim.quantize import prepare
 from torchslim.quantize.layerwise import Passes, singles
 from torchslim.quantize.schemes import AS_ASKED, find_scheme
-from torchslim.training.loaders import seeded
+from torchslim.training.calibration import CalibrationData
 
 RETREATS = 60
 """How often a removal that does not run is made in another way."""
@@ -65,9 +65,7 @@ class Sensing:
     @cached_property
     def batches(self) -> list[Batch]:
         """Calibration data, labels and all."""
-        split = getattr(self.task, self.task.calibration_split)
-        with preserved_globals(self.seed), seeded(split, 0, self.seed):
-            return list(self.task.first_batches(self.samples))
+        return CalibrationData(self.task, self.seed, self.samples).batches
 
     @cached_property
     def gauge(self) -> Gauge:

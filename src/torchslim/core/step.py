@@ -159,6 +159,7 @@ class Context:
     key: str = ""  # of the run up to this step: what it keeps in `state` is sealed with it
     workbench: Workbench | None = None  # None outside of a run: then nothing can be measured on the target
     priors: Mapping[str, float] = field(default_factory=dict)  # by layer, how much its changes are known to hurt
+    calibration: object = None  # of the step, as `torchslim.training.calibration.calibration_of` gives it
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError, "Context: ", only=CHECKED)

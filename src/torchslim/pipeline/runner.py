@@ -43,6 +43,7 @@ from torchslim.pipeline.work_folder import working_in
 from torchslim.quantize import QuantizedModule
 from torchslim.report import RUN_FORMAT
 from torchslim.runtimes import Deployed, find_runtime
+from torchslim.training.calibration import CalibrationData
 from torchslim.training.loaders import first_batch, seeded_splits
 
 ROUNDS = 60
@@ -198,6 +199,7 @@ class _Runner:
             ctx = replace(
                 self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state, key=self.key
             )  # fmt: skip
+            ctx = replace(ctx, calibration=CalibrationData(ctx.task, ctx.seed))
             self.ctx.progress(Event(step=name, phase="start"))
             start = time.perf_counter()
             with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):

@@ -20,6 +20,7 @@ from torchslim.graph.export import capture
 from torchslim.graph.layers import structure_of
 from torchslim.quantize import Quantize, QuantizedModule, convert, prepare
 from torchslim.runtimes import Deployed, find_runtime
+from torchslim.training.calibration import CalibrationData
 
 ROUNDS = 100  # of each program of a table, at most: of what is slow, as many as its time allows
 VERDICT = 300  # of one that decides
@@ -98,5 +99,5 @@ class Bench:
         )  # fmt: skip
         if quick.calibrates():
             task = self.task
-            prepared.calibrate([self.example_inputs] if task is None else task.calibration_batches(1)[:1])
+            prepared.calibrate([self.example_inputs] if task is None else CalibrationData(task, 0).first(1))
         return convert(prepared, checks=None)

@@ -50,8 +50,8 @@ from torchslim.prune.structured.removal import (
 from torchslim.prune.structured.selection import Amount, Scores
 from torchslim.prune.structured.surgery import Surgery
 from torchslim.training.batch_norm import recalibrate_batch_norm, tracked
+from torchslim.training.calibration import calibration_of
 from torchslim.training.finetune import Training
-from torchslim.training.loaders import calibration_batches
 from torchslim.training.loop import FitReport, Hook
 
 CALIBRATION_SAMPLES = 8
@@ -305,7 +305,7 @@ def _recalibrate(model: nn.Module, ctx: Context) -> list[str]:
     """Batch norms see other inputs than before the cut; returns why they were left alone."""
     if not tracked(model):
         return []
-    batches = calibration_batches(ctx.task, ctx.seed)
+    batches = calibration_of(ctx).batches
     sizes = [batch_size(ctx.task.inputs(batch)) for batch in batches]
     large = [batch for batch, size in zip(batches, sizes, strict=True) if size >= CALIBRATION_SAMPLES]
     if not large:

@@ -29,8 +29,8 @@ from torchslim.prune.masking.selection import check_sparsity
 from torchslim.prune.structured.penalties import Sparsify
 from torchslim.prune.structured.plan import UnseenCode
 from torchslim.prune.structured.selection import Amount, Of
+from torchslim.training.calibration import calibration_of
 from torchslim.training.finetune import Training
-from torchslim.training.loaders import calibration_batches
 from torchslim.training.loop import Hook, Loop
 
 SCHEDULES = ("one-shot", "iterative", "gradual")
@@ -283,7 +283,7 @@ class _Gradual(Hook):
     def __init__(self, step: Prune, ctx: Context) -> None:
         self.step, self.ctx = step, ctx
         self.updated = 0
-        self.batches = calibration_batches(ctx.task, ctx.seed) if find_criterion(step._criterion).needs else []
+        self.batches = calibration_of(ctx).batches if find_criterion(step._criterion).needs else []
         self.gathered, self.gathered_epoch = NO_DATA, -1
 
     def on_start(self, loop: Loop) -> None:

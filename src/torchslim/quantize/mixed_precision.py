@@ -22,6 +22,7 @@ from torchslim.errors import SelectError, StorageError
 from torchslim.quantize.modules import Prepared
 from torchslim.quantize.prepare import convert
 from torchslim.quantize.schemes import FLOAT, find_scheme
+from torchslim.training.calibration import calibration_of
 from torchslim.training.loaders import seeded_splits
 
 GIVE_BACK = 12  # layers that are tried on integers again, one at a time, after the bisection
@@ -154,7 +155,7 @@ class Trials:
         elif all(f"damage {name}" in self.rows for name in names):
             hurts = {name: self.rows[f"damage {name}"] for name in names}
         else:
-            hurts = damages(prepared, self.ctx.task.calibration_batches())
+            hurts = damages(prepared, calibration_of(self.ctx).inputs)
             self._keep(
                 {f"damage {name}": min(hurts[name], sys.float_info.max) for name in names}
             )  # JSON has no infinity

@@ -25,6 +25,7 @@ from torchslim.quantize.mixed_precision import KEPT, WIDENINGS, Trials, fallback
 from torchslim.quantize.modules import Prepared, QuantizedModule
 from torchslim.quantize.prepare import Layers, chooser, prepare
 from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, find_scheme
+from torchslim.training.calibration import calibration_of
 from torchslim.training.finetune import Training
 from torchslim.training.loop import Hook, Loop
 
@@ -140,8 +141,7 @@ class Quantize:
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         if self.layers == "auto":
             return self._mixed(model, ctx)
-        batches = ctx.task.calibration_batches()
-        prepared = self._prepared(model, ctx, self.exceptions(), batches)
+        prepared = self._prepared(model, ctx, self.exceptions())
         history: Sequence[Mapping[str, float]] = ()
         taught: Sequence[LayerRecord] = ()
         if self.mode == "qat":
@@ -171,9 +171,17 @@ class Quantize:
         """A calibrated model with other layers than the step's, for post-training quantization."""
         return replace(
             self, layers=layers, metric_drop=None, mode="ptq", train=None, learned_step=False
-        )._prepared(model, ctx, layers, ctx.task.calibration_batches())  # fmt: skip
+        )._prepared(model, ctx, layers)  # fmt: skip
 
-    def _prepared(self, model: nn.Module, ctx: Context, layers: Layers, batches: Sequence[Inputs]) -> Prepared:
+    def _batches(self, ctx: Context) -> list[Inputs]:
+        """What the observers see, or as many samples as the checks take, or none."""
+        data = calibration_of(ctx)
+        if self.calibrates():
+            return data.inputs
+        return data.first(self.checks.samples) if isinstance(self.checks, Checks) else []
+
+    def _prepared(self, model: nn.Module, ctx: Context, layers: Layers) -> Prepared:
+        batches = self._batches(ctx)
         prepared = prepare(
             model,
             ctx.example_inputs,

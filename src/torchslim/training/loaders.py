@@ -78,15 +78,6 @@ def first_batch(task: Task) -> Batch:
         return take_first(task.train, "train")
 
 
-def calibration_batches(task: Task, seed: int) -> list[Batch]:
-    """The batches that statistics are taken from, labels and all; the same ones for equal seeds.
-
-    A list: in the middle of a training the loader is busy, and one with persistent workers cannot start another pass.
-    """
-    with preserved_globals(seed), seeded(getattr(task, task.calibration_split), 0, seed):
-        return list(task.first_batches())
-
-
 def length(batches: Iterable[Batch], world_size: int) -> int | None:
     """How many batches each process gets in an epoch; None for a loader without a length."""
     try:

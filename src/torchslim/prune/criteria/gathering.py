@@ -11,7 +11,7 @@ from torchslim.core.step import Context
 from torchslim.errors import PruneError
 from torchslim.prune.criteria.registry import CRITERIA, Criterion
 from torchslim.prune.criteria.statistics import Gathered, gather
-from torchslim.training.loaders import calibration_batches
+from torchslim.training.calibration import calibration_of
 
 
 def check_data(criterion: Criterion, ctx: Context) -> None:
@@ -33,5 +33,5 @@ def gather_for(
     """What the criterion needs, of the model as it is now; nothing where it needs none."""
     if not criterion.needs:
         return Gathered()
-    batches = calibration_batches(ctx.task, ctx.seed) if batches is None else batches
+    batches = calibration_of(ctx).batches if batches is None else batches
     return gather(model, criterion.needs, batches, forward=ctx.task.forward, loss=ctx.task.compute_loss)
