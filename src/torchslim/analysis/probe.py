@@ -17,6 +17,7 @@ from torchslim.analysis.result import Known, Point
 from torchslim.core.batches import Batch
 from torchslim.core.isolation import copy_model, untouched
 from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
+from torchslim.core.reason import Reason
 from torchslim.core.step import Event, Inputs, ignore_progress
 from torchslim.core.task import Task
 from torchslim.core.trees import device_of, to_device
@@ -35,7 +36,7 @@ from torchslim.prune.structured.selection import Amount, Selection, select
 from torchslim.prune.structured.surgery import cuts_of, perform
 from torchslim.quantize import prepare
 from torchslim.quantize.layerwise import Passes, singles
-from torchslim.quantize.schemes import AS_ASKED, find_scheme
+from torchslim.quantize.schemes import find_scheme
 from torchslim.training.calibration import CalibrationData
 
 RETREATS = 60
@@ -163,7 +164,7 @@ class Sensing:
             self.notes.append(f"{scheme}: no layer was looked at: {error}")
             return
         for record in prepared.records:
-            if record.action == "refused" and record.reason != AS_ASKED and (record.layer, scheme) not in known:
+            if record.action == "refused" and record.reason != Reason.AS_ASKED and (record.layer, scheme) not in known:
                 yield Point(name=record.layer, kind="layer", change=scheme, refused=record.reason)
         wanted = self._wanted()
         changes = [each for each in singles(prepared) if wanted(each.layer) and (each.layer, scheme) not in known]
@@ -252,7 +253,7 @@ def _named(coupling: Coupling) -> list[tuple[str, Unit]]:
 def _unverified(coupling: Coupling, changes: Sequence[str], known: Known) -> Iterator[Point]:
     """Groups that would have to be cut in a way that does not run."""
     reasons: Mapping[str, str] = {
-        group.name: group.reason for group in coupling.groups if "could not be verified" in group.reason
+        group.name: group.reason for group in coupling.groups if Reason.NOT_VERIFIED.given_in(group.reason)
     }
     for name, why in reasons.items():
         for change in changes:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torchslim.core.reason import Reason
 from torchslim.core.step import LayerRecord
 from torchslim.graph.layers import Layer
 from torchslim.runtimes import Deployed, Kernel, kernels
@@ -70,7 +71,7 @@ def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
     """
     working = kernels(deployed)
     returned = [
-        each for each in deployed.records if each.action == "refused" and each.reason.startswith("back in float")
+        each for each in deployed.records if each.action == "refused" and Reason.BACK_IN_FLOAT.given_in(each.reason)
     ]
     reasons = {record.layer: record.reason for record in (*records, *returned) if record.reason}
     given = [Layer(**each) for each in deployed.spec.layers]

@@ -19,6 +19,7 @@ from torchslim.core.checks import check_fields
 from torchslim.core.files import present
 from torchslim.core.isolation import warn
 from torchslim.core.layer_patterns import check_patterns, parameter_paths
+from torchslim.core.reason import Reason
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Context, Event, Inputs, LayerRecord, Outcome
 from torchslim.core.trees import device_of
@@ -57,7 +58,6 @@ from torchslim.training.loop import FitReport, Hook
 CALIBRATION_SAMPLES = 8
 """A batch of fewer says too little of a variance."""
 
-EXTENT = "the kernel's extent stays"
 """How the one reason to stay begins that says nothing about a model."""
 
 
@@ -276,7 +276,7 @@ def _take(now: Standing, plan: Plan, done: Shrunk, amount: Amount, criterion: Cr
     now.masks = cut_masks(now.masks, done.surgery, plan.model)
     now.model = done.model
     now.refused = _reasons(done.coupling)
-    now.warnings += [f"not pruned: {layer}: {why}" for layer, why in now.refused if "could not be verified" in why]
+    now.warnings += [f"not pruned: {layer}: {why}" for layer, why in now.refused if Reason.NOT_VERIFIED.given_in(why)]
     now.warnings += [
         f"no rule for {name} ({count} times): channels that reach it stay" for name, count in plan.trace.unruled.items()
     ]
@@ -324,7 +324,7 @@ def _note(now: Standing, report: FitReport, number: int) -> None:
 def _reasons(coupling: Coupling) -> list[tuple[str, str]]:
     """Groups that stay, by their first member, and why; that a kernel keeps its extent surprises nobody."""
     found = [(group.members[0].weight, group.reason) for group in coupling.groups if group.reason]
-    return [pair for pair in dict.fromkeys(found) if not pair[1].startswith(EXTENT)]
+    return [pair for pair in dict.fromkeys(found) if not Reason.KERNEL_EXTENT.given_in(pair[1])]
 
 
 def _refused(reasons: list[tuple[str, str]]) -> list[LayerRecord]:

@@ -22,6 +22,7 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
+from torchslim.core.reason import Reason
 from torchslim.core.step import LayerRecord
 from torchslim.graph.decompose import SILU
 from torchslim.graph.export import layer_of
@@ -52,7 +53,7 @@ from torchslim.quantize.aten_ops import (
     weights_of,
 )
 from torchslim.quantize.backend_profiles import Profile
-from torchslim.quantize.schemes import AS_ASKED, SCHEMES, Scheme
+from torchslim.quantize.schemes import SCHEMES, Scheme
 
 COMPUTES_ON_INTEGERS = "torchslim_integers"  # of a node: it reads static integers, which it does not only move
 # of a concatenation that is rounded to one grid, or of the clamp behind it: the places of the parts that are floats
@@ -345,7 +346,7 @@ class SlimQuantizer(Quantizer):
             return None
         found = [self.scheme_of(layer_of(node), stored_name(each)) for each in stored]
         if None in found or not found:
-            self._refuse(node, AS_ASKED)
+            self._refuse(node, Reason.AS_ASKED)
             return None
         return found[0]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from torchslim.core.isolation import copy_model
+from torchslim.core.reason import Reason
 from torchslim.core.step import LayerRecord
 from torchslim.core.trees import device_of
 from torchslim.errors import QuantizeError
@@ -145,7 +146,7 @@ def rolled_back(records: Sequence[LayerRecord], units: Sequence[Unit], reasons: 
     """Records with the units that went back to float as such."""
     layers = {unit.layer: reasons[unit.key] for unit in units if unit.key in reasons and not unit.operation}
     found = [
-        LayerRecord(layer=each.layer, action="refused", reason=f"back in float: {layers[each.layer]}")
+        LayerRecord(layer=each.layer, action="refused", reason=Reason.BACK_IN_FLOAT.with_detail(layers[each.layer]))
         if each.layer in layers
         else each
         for each in records
@@ -153,7 +154,8 @@ def rolled_back(records: Sequence[LayerRecord], units: Sequence[Unit], reasons: 
     known = {each.layer for each in records}
     for unit in units:
         if unit.key in reasons and (unit.operation or unit.layer not in known):
-            reason = f"back in float{f' ({unit.operation})' if unit.operation else ''}: {reasons[unit.key]}"
+            operation = f" ({unit.operation})" if unit.operation else ""
+            reason = Reason.BACK_IN_FLOAT.with_detail(f"{operation}: {reasons[unit.key]}", "")
             found.append(LayerRecord(layer=unit.layer, action="refused", reason=reason))
     return found
 

@@ -11,7 +11,6 @@ from torchslim.core.hardware import saturates
 from torchslim.errors import QuantizeError
 
 OBSERVERS = ("min-max", "moving-average", "percentile", "mse", "entropy")  # their code is loaded when one is used
-AS_ASKED = "left in float, as asked"  # the reason of a layer whose scheme is FLOAT
 FLOAT = "float"  # what a layer's scheme is called that stays as it is
 
 

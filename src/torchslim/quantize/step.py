@@ -15,6 +15,7 @@ from torchslim.core.checks import check_fields
 from torchslim.core.imports import resolve
 from torchslim.core.isolation import quiet
 from torchslim.core.layer_patterns import class_names, matches
+from torchslim.core.reason import Reason
 from torchslim.core.step import Context, Form, Inputs, LayerRecord, Outcome
 from torchslim.errors import QuantizeError
 from torchslim.graph.export import WRAPPED
@@ -24,7 +25,7 @@ from torchslim.quantize.functional import converted, decibels
 from torchslim.quantize.mixed_precision import KEPT, WIDENINGS, Trials, fallback, fewest
 from torchslim.quantize.modules import Prepared, QuantizedModule
 from torchslim.quantize.prepare import Layers, chooser, prepare
-from torchslim.quantize.schemes import AS_ASKED, FLOAT, OBSERVERS, find_scheme
+from torchslim.quantize.schemes import FLOAT, OBSERVERS, find_scheme
 from torchslim.training.calibration import calibration_of
 from torchslim.training.finetune import Training
 from torchslim.training.loop import Hook, Loop
@@ -236,7 +237,9 @@ class Quantize:
         types = class_names(model)
 
         def explained(record: LayerRecord) -> LayerRecord:
-            left = record.reason == AS_ASKED or (record.action == "quantized" and not record.reason and other != FLOAT)
+            left = record.reason == Reason.AS_ASKED or (
+                record.action == "quantized" and not record.reason and other != FLOAT
+            )
             last = next((layers[each] for each in reversed(layers) if matches(each, record.layer, types)), None)
             return replace(record, reason=KEPT[other]) if left and last == other else record
 
@@ -294,4 +297,4 @@ def _inside(name: str) -> str:
 
 
 def _surprising(record: LayerRecord) -> bool:
-    return record.action == "refused" and record.reason != AS_ASKED
+    return record.action == "refused" and record.reason != Reason.AS_ASKED

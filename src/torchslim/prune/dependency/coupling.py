@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from torchslim.core.reason import Reason
 from torchslim.prune.dependency.groups import Group, Member, Unit, collect_units
 from torchslim.prune.dependency.propagation import JointKey, Layers
 from torchslim.prune.dependency.resolve import Heads, Resolver
@@ -143,7 +144,7 @@ def couple(
     atoms = copy.deepcopy(trace.tagger.atoms)
     for name in frozen:
         for core in trace.weights[name].layers:
-            atoms.freeze(core.numpy(), "excluded")
+            atoms.freeze(core.numpy(), Reason.EXCLUDED)
     for ids, why in stays:
         atoms.freeze(ids, why)
     shares = trace.tagger.balances

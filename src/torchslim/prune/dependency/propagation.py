@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchslim.core.reason import Reason
 from torchslim.prune.dependency.union_find import KEPT, Atoms, Ids
 
 Layers = tuple[Tensor, ...]
@@ -22,7 +23,6 @@ Shape = Sequence[int]
 Operand = tuple[Layers, Shape]
 
 
-FIXED = "meets a value of a fixed size"
 """The reason to stay that says least: what made the value so is told where that is known."""
 
 
@@ -123,7 +123,7 @@ class Tagger:
         if self.cause:
             self.atoms.freeze(core.numpy(), self.cause)
         else:
-            self.freeze([core], FIXED)
+            self.freeze([core], Reason.FIXED_SIZE)
 
     def note(self, layers: Layers) -> Layers:
         """Remember layers that vary along several dimensions at once: what goes must leave them rectangular."""

@@ -21,12 +21,13 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchslim.core.isolation import quiet, unfused_attention
+from torchslim.core.reason import Reason
 from torchslim.core.step import Inputs
 from torchslim.core.trees import tensors
 from torchslim.prune.dependency.examples import Examples, calls_of
 from torchslim.prune.dependency.leaves import leaves
 from torchslim.prune.dependency.noise import Noise
-from torchslim.prune.dependency.propagation import FIXED, Layers, Tagger
+from torchslim.prune.dependency.propagation import Layers, Tagger
 from torchslim.prune.dependency.rules import Call, apply
 from torchslim.prune.dependency.unseen import Boundaries, Unseen, Watch, shared_channels
 
@@ -254,7 +255,7 @@ class _Recorder(TorchDispatchMode):
         """Why a value is of a fixed size: what holds its layers, or those that went in, or what held those before."""
         cores = (*layers, *(core for each in given for core in self.layers_of(each)))
         reasons = [each for core in cores if (each := self.tagger.atoms.why(core.numpy()))]
-        telling = (each for each in reasons if not each.startswith(FIXED))
+        telling = (each for each in reasons if not Reason.FIXED_SIZE.given_in(each))
         return next(telling, self.tagger.cause or next(iter(reasons), ""))
 
     def _note_positions(self, tensor: Tensor, layers: Sequence[Tensor], why: str) -> None:
@@ -312,7 +313,7 @@ class _Recorder(TorchDispatchMode):
         self.tagger.where = ""
         self._read_positions(tensors(outputs))
         for tensor in tensors(outputs):
-            self.tagger.freeze(self.layers_of(tensor), "reaches an output")
+            self.tagger.freeze(self.layers_of(tensor), Reason.OUTPUT)
 
     def unused(self) -> list[Tensor]:
         """Weights that no operation has seen; single numbers, as counters of batches, have nothing to lose."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from torchslim.core.reason import Reason
 from torchslim.prune.dependency.propagation import Layers, varying
 from torchslim.prune.dependency.union_find import Atoms, Ids
 
@@ -173,7 +174,7 @@ def shared_channels(
         sizes = {size for name, value in weights.items() if name.rpartition(".")[0] == path
                  for size in _sizes(value, model.get_submodule(path))}  # fmt: skip
         scope = _parent(top) if top in idle and top else top
-        reason = f"may be shared with {path or 'weights of the model'}, which no example reached"
+        reason = Reason.NOT_REACHED.with_detail(path or "of the model itself")
         for size in sizes:
             place: str | None = scope
             while place is not None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.layer_patterns import Patterns
+from torchslim.core.reason import Reason
 from torchslim.core.step import Inputs
 from torchslim.core.usable import usable
 from torchslim.errors import PruneError
@@ -174,7 +175,7 @@ def inspect(
 
 def _is_extent(group: Group, coupling: Coupling) -> bool:
     """One dimension of one weight that no operation takes for channels and no data looks up, or of whole numbers."""
-    if len(group.members) > 1 or group.reason.startswith("rows are looked up"):
+    if len(group.members) > 1 or Reason.LOOKED_UP.given_in(group.reason):
         return False
     (member,) = group.members
     value = coupling.trace.weights[member.weight]

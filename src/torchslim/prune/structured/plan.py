@@ -13,6 +13,7 @@ from torch import nn
 
 from torchslim.core.isolation import copy_model, is_plain, preserved_globals
 from torchslim.core.layer_patterns import Patterns, as_list, check_patterns, class_names, matches, parameter_paths
+from torchslim.core.reason import Reason
 from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, tensors, to_device
 from torchslim.errors import PruneError
@@ -96,7 +97,7 @@ class Plan:
             return []
         names = [f"{kind} {_listed(each)}" for kind, each in (("weights", found.weights), ("methods", found.methods))
                  if each]  # fmt: skip
-        kept = [group.name for group in self.coupling().groups if "which no example reached" in group.reason]
+        kept = [group.name for group in self.coupling().groups if Reason.NOT_REACHED.given_in(group.reason)]
         if found.weights and self.unseen == "prune":
             consequence = "with unseen='prune' they may not fit the pruned model any more"
         elif kept:
@@ -138,7 +139,7 @@ class Plan:
         suspects = self._culprits(suspects, divergence, coupling, removed) or suspects
         if self._turn(suspects, coupling, kinds) or self._place(suspects, coupling):
             return True
-        why = f"could not be verified: {divergence.what} ({divergence.path})"
+        why = Reason.NOT_VERIFIED.with_detail(f"{divergence.what} ({divergence.path})")
         for unit in coupling.units:
             classes = np.concatenate([cell.classes for cell in unit.cells])
             if suspects & set(classes.tolist()):
@@ -285,5 +286,5 @@ def analyse(
         wanted = covered(include)
         for group in plan.coupling().groups:
             if not wanted & {member.weight for member in group.members}:
-                plan.stays.append((group.classes, "not included"))
+                plan.stays.append((group.classes, Reason.NOT_INCLUDED))
     return plan

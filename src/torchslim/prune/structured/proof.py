@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from torchslim.core.isolation import trim
+from torchslim.core.reason import Reason
 from torchslim.core.step import Inputs
 from torchslim.prune.dependency import verification
 from torchslim.prune.dependency.coupling import Coupling, Mask
@@ -136,7 +137,12 @@ def _elsewhere(plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery) 
     values = (*operation.outputs, *operation.inputs)
     losing = [classes[mask[classes]] for value in values for classes in there.classes(value.layers)]
     atoms = np.concatenate(losing) if losing else np.zeros(0, dtype=np.int64)
-    return ((atoms[atoms < coupling.atoms.count], f"could not be verified {at}: {diverged.what} ({diverged.path})"),)
+    return (
+        (
+            atoms[atoms < coupling.atoms.count],
+            Reason.NOT_VERIFIED.with_detail(f"{at}: {diverged.what} ({diverged.path})", " "),
+        ),
+    )
 
 
 def _checked(

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from torchslim.core.isolation import trim
+from torchslim.core.reason import Reason
 from torchslim.errors import PruneError
 from torchslim.prune.dependency.coupling import Coupling, Mask
-from torchslim.prune.dependency.propagation import FIXED
 from torchslim.prune.structured.plan import Plan, shapes_of
 from torchslim.prune.structured.proof import ROLLBACKS, give_up, prove
 from torchslim.prune.structured.record import attach
@@ -22,11 +22,11 @@ from torchslim.prune.structured.surgery import Surgery, perform
 SHOWN = 6
 """How many reasons a refusal tells."""
 
-ASKED = ("excluded", "not included")
+ASKED = (Reason.EXCLUDED, Reason.NOT_INCLUDED)
 """Reasons that the caller gave; they come last."""
 
-EVERYWHERE = ("reaches an output", "the kernel's extent stays", FIXED)
-"""How reasons begin that hold in every model: they are told where there are no others."""
+EVERYWHERE = (Reason.OUTPUT, Reason.KERNEL_EXTENT, Reason.FIXED_SIZE)
+"""Reasons that hold in every model: they are listed where there are no others."""
 
 
 Choose = Callable[[Selection], list[int]]
@@ -114,11 +114,13 @@ def refusal(plan: Plan, rollbacks: Sequence[str]) -> str:
         stake = sum(int(np.prod(coupling.trace.weights[each.weight].shape)) for each in group.members)
         held[group.reason] = max(held.get(group.reason, 0), stake)
     held.pop("", None)
-    plain = {each: size for each, size in held.items() if not each.startswith(EVERYWHERE)} or held
+    plain = {
+        each: size for each, size in held.items() if not any(reason.given_in(each) for reason in EVERYWHERE)
+    } or held
     unlisted = [each for each in dict.fromkeys(rollbacks) if not any(each.partition(": ")[2] in why for why in plain)]
     reasons = [*unlisted, *sorted(plain, key=lambda each: (each in ASKED, -plain[each]))]
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
-    if plan.unseen == "keep" and any("no example reached" in each for each in reasons):
+    if plan.unseen == "keep" and any(Reason.NOT_REACHED.given_in(each) for each in reasons):
         more += "".join(f"; {note}, or unseen='prune'" for note in plan.notes())
     return "; ".join(reasons[:SHOWN]) + more if reasons else "it has no groups"
 

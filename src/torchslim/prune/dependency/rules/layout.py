@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchslim.core.reason import Reason
 from torchslim.prune.dependency.propagation import Layers, compressed, varying
 from torchslim.prune.dependency.rules.registry import Call, axis, rule
 from torchslim.prune.dependency.union_find import KEPT
@@ -197,7 +198,7 @@ def embedding(call: Call) -> Sequence[Layers]:
     """Rows by data: the rows stay, what is in them may go."""
     layers, _ = call.operand(call.args[0])
     rows = [core for core in layers if 0 in varying(core)]
-    call.tagger.freeze(rows, "rows are looked up by data")
+    call.tagger.freeze(rows, Reason.LOOKED_UP)
     call.tagger.freeze(call.layers_of(call.args[1]), "a table of positions")
     rank = call.outputs[0].dim()
     columns = [core for core in layers if varying(core) == {1}]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from torchslim.core.reason import Reason
 from torchslim.prune.dependency.propagation import Layers, Operand, varying
 from torchslim.prune.dependency.rules.registry import Call, axis, rule
 
@@ -115,7 +116,7 @@ def _convolved(
     extent = shape[2:]
     if spatial:
         layers, extent = call.tagger.along(layers, space), (1,) * len(space)
-    kernel = call.tagger.along(kernel, space, "the kernel's extent stays")
+    kernel = call.tagger.along(kernel, space, Reason.KERNEL_EXTENT)
     kernel = tuple(core.flatten(1) for core in kernel)
     inner, outer = (size[0] // groups, size[1]) if transposed else (size[1], size[0] // groups)
     given = (shape[0], groups * inner, *extent)

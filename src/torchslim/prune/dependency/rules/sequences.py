@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torchslim.core.reason import Reason
 from torchslim.prune.dependency.propagation import Layers, varying
 from torchslim.prune.dependency.rules.registry import Call, rule
 
@@ -28,7 +29,7 @@ def pad_packed(call: Call) -> Sequence[Layers]:
 def embedding_bag(call: Call) -> Sequence[Layers]:
     """Sums, means or maxima of rows that are looked up by data: the rows stay, what is in them may go."""
     layers, shape = call.operand(call.args[0])
-    call.tagger.freeze([core for core in layers if 0 in varying(core)], "rows are looked up by data")
+    call.tagger.freeze([core for core in layers if 0 in varying(core)], Reason.LOOKED_UP)
     for each in list(call.tensors())[1:]:
         call.tagger.freeze(call.layers_of(each), "a table of positions")
     columns = tuple(core for core in layers if varying(core) == {1})
