@@ -399,13 +399,13 @@ def test_a_saved_model_is_loaded_and_asked_again(net, tmp_path):
     _, batches, prepared = net
     deployed = ts.deploy(convert(prepared), batches[0], runtime="eager")
     ts.save(deployed, tmp_path / "right")
-    real = storage.load
+    real = storage.load_opened
 
-    def load(folder, **options):
-        loaded = real(folder, **options)
+    def load(opened, **options):
+        loaded = real(opened, **options)
         session = loaded.session
         loaded.session = lambda leaves: [1.1 * value for value in session(leaves)]
         return loaded
 
-    with mock.patch.object(storage, "load", load), pytest.raises(storage.ArtifactError, match="answers otherwise"):
+    with mock.patch.object(storage, "load_opened", load), pytest.raises(storage.ArtifactError, match="answers otherwise"):
         ts.save(deployed, tmp_path / "wrong")
