@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check baseline format bench coverage clean
+.PHONY: demo test check docs baseline format bench coverage clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -35,6 +35,11 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m docs.house
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 baseline: $(VENV)/.demo
 	$(BIN)/python -m examples.fashion_mnist.baseline

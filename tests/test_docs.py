@@ -86,3 +86,16 @@ def test_the_drawing_of_the_rooms_is_of_this_code() -> None:
 
     text = house.PAGE.read_text()
     assert arrows(house.page(text)) == arrows(text), "run python -m docs.house"
+
+
+@pytest.mark.parametrize(
+    "name", ["torchslim", "torchslim.prune", "torchslim.distill", "torchslim.quantize", "torchslim.runtimes"]
+)
+def test_the_reference_lists_every_public_name(name: str) -> None:
+    page = (ROOT / "docs" / "reference" / f"{name.rpartition('.')[2]}.md").read_text()
+    listed = re.search(r"members: \[(.*)\]", page)
+    assert listed is not None
+    elsewhere = {"distill", "prune", "quantize", "TorchslimError"}  # have pages of their own
+    assert {each.strip() for each in listed.group(1).split(",")} | packages == {
+        *importlib.import_module(name).__all__
+    } | packages

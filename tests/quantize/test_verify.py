@@ -407,5 +407,8 @@ def test_a_saved_model_is_loaded_and_asked_again(net, tmp_path):
         loaded.session = lambda leaves: [1.1 * value for value in session(leaves)]
         return loaded
 
-    with mock.patch.object(storage, "load_opened", load), pytest.raises(storage.ArtifactError, match="answers otherwise"):
+    with (
+        mock.patch.object(storage, "load_opened", load),
+        pytest.raises(storage.ArtifactError, match="answers otherwise"),
+    ):
         ts.save(deployed, tmp_path / "wrong")

@@ -57,12 +57,18 @@ class Prune:
             "channel": channels, neurons and heads, with all that is coupled to them, are physically gone.
         scope: rank all chosen layers together ("global") or each by itself ("layer"). Sparsities given per layer
             are always per layer.
-        include, exclude: globs over layer or parameter paths, or "type:Linear".
+        include: globs over layer or parameter paths, or "type:Linear".
+        exclude: the same, of what stays whole.
         schedule: "one-shot"; "iterative" (`rounds` of pruning and training); "gradual" (cubic, done when `until` of
             the training is over; weights only). The last two need `train`; after one-shot pruning it is optional.
         train: Finetune(...) or Distill(...).
-        of, round_to, min_channels, heads, reduction, normalisation: of channels, as for `ts.prune.channels`;
-            of="latency" is measured on the run's target, in the numbers that the recipe ends with.
+        of: of channels, as for `ts.prune.channels`; "latency" is measured on the run's target, in the numbers that the
+            recipe ends with.
+        round_to: of channels, as for `ts.prune.channels`.
+        min_channels: of channels, as for `ts.prune.channels`.
+        heads: of channels, as for `ts.prune.channels`.
+        reduction: of channels, as for `ts.prune.channels`.
+        normalisation: of channels, as for `ts.prune.channels`.
         sparsify: of channels: "group-lasso" or "bn-l1" is added, times `strength` (1e-4), to the loss of a training
             before the cut, `sparsify_train` or else `train`, and of the trainings between rounds.
         unseen: of channels, as for `ts.prune.channels`; further calls of the model are the task's `examples`.

@@ -185,7 +185,10 @@ def test_where_all_is_shared_with_unseen_code_the_refusal_says_what_to_give() ->
         def forward(self, x: Tensor, two: bool = False) -> Tensor:
             return (self.two if two else self.one)(self.body(x).relu())
 
-    with pytest.raises(PruneError, match=r"can go: may be shared with weights that no example reached: two; .*give the calls .* or unseen='prune'"):
+    with pytest.raises(
+        PruneError,
+        match=r"can go: may be shared with weights that no example reached: two; .*give the calls .* or unseen='prune'",
+    ):
         ts.prune.channels(Fork(), (torch.randn(2, 4),), **FIELDS)
 
 

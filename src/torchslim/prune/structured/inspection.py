@@ -123,8 +123,11 @@ def inspect(
 
     >>> import torch
     >>> found = inspect(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.ones(1, 4),))
-    >>> [(group.members, group.width, group.parameters, group.macs) for group in found.groups if group.prunable]
-    [(('0.weight[0]', '0.bias[0]', '2.weight[1]'), 8, 56, 48)]
+    >>> group = next(group for group in found.groups if group.prunable)
+    >>> group.members
+    ('0.weight[0]', '0.bias[0]', '2.weight[1]')
+    >>> group.width, group.parameters, group.macs
+    (8, 56, 48)
 
     Args:
         model: any module that runs on `example_inputs`; it is left as it is.
