@@ -244,7 +244,7 @@ class Exhausted:
         (toy.model, lambda: replace(toy.task(), train=None), lambda: STEPS, TaskError, r"the task has no train batches; give Task\(train=\.\.\.\)"),
         (toy.model, lambda: replace(toy.task(), train=[(torch.randn(8, 1, 8, 8), torch.full((8,), 9))]), lambda: [ts.Finetune(epochs=1)], TaskError, r"labels must be in \[0, 4\) for 4 outputs, got 9 to 9"),
         (toy.model, lambda: replace(toy.task(), calibration=[(torch.full((8, 1, 8, 8), float("nan")), torch.zeros(8))]), lambda: [ts.Quantize("int8")], TorchslimError, "calibration batch 1 has values that are not finite in input 0"),
-        (Untraceable, toy.task, lambda: [ts.Prune(sparsity=0.5)], ExportError, r"test_compress\.py:\d+ in forward: if super"),
+        (Untraceable, toy.task, lambda: [ts.Prune(sparsity=0.5)], ExportError, r"test_runner\.py:\d+ in forward: if super"),
         (toy.model, lambda: replace(toy.task(), metric=lambda predict, batches: float("nan")), lambda: STEPS, TaskError, "the metric returned nan on val"),
         (toy.model, lambda: replace(toy.task(), metric=lambda predict, batches: torch.ones(3)), lambda: STEPS, TaskError, r"the metric must return one number, got a tensor of shape \(3,\)"),
         (toy.model, no_labels, lambda: [ts.Finetune(epochs=1)], TrainError, "Finetune needs labels, but Task.target gives None"),
