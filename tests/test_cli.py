@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,23 @@ def test_the_current_folder_is_importable(call: Any, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry != os.fspath(tmp_path)])
     assert call("check", "r.toml").code == 0
+
+
+@pytest.mark.parametrize("kind", ["images", "text", "series"])
+def test_a_starter_is_complete_and_its_model_is_good(
+    kind: str, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Costs 3 s each: the starter trains its model."""
+    folder = tmp_path / "mine"
+    assert call("init", folder, "--from", kind).code == 0
+    assert call("init", folder, "--from", kind).code == 2, "nothing is overwritten"
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "task", raising=False)
+    assert call("check", "recipe.toml").code == 0
+    import task  # type: ignore[import-not-found]
+
+    found = task.task()
+    value = found.evaluate(task.model(), "test")
+    assert value > 90 if found.as_metric().higher_is_better else value < 10
+    monkeypatch.delitem(sys.modules, "task")

@@ -139,6 +139,26 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
     click.echo(f"\nrecipe: {out}")
 
 
+@cli.command(epilog=f"{EXAMPLE}torchslim init my_project --from text")
+@click.argument("folder", type=click.Path(path_type=Path), default=Path())
+@click.option("--from", "kind", type=click.Choice(["images", "text", "series"]), default="images", show_default=True,
+              help="The data that the starter draws; put your own in its place.")  # fmt: skip
+def init(folder: Path, kind: str) -> None:
+    """Write a starter to FOLDER: task.py with a model, data and a metric, and recipe.toml; they run as they are."""
+    from importlib.resources import files as resources
+
+    from torchslim.core.files import write_bytes
+
+    starters = resources("torchslim.pipeline.starters")
+    sources = {"task.py": starters / f"{kind}.py", "recipe.toml": starters / "recipe.toml"}
+    if existing := [name for name in sources if (folder / name).exists()]:
+        raise click.UsageError(f"{folder} has {' and '.join(existing)} already; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in sources.items():
+        write_bytes(folder / name, source.read_bytes())
+    click.echo(f"{folder / 'task.py'}\n{folder / 'recipe.toml'}\n\nnext: cd {folder} && torchslim run recipe.toml")
+
+
 @cli.command(epilog=f"{EXAMPLE}torchslim check recipe.toml")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
