@@ -193,7 +193,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     distributed.wait()
     found["resumed"] = train(CASES["masks"], "fsdp", (), state)
     with pytest.raises(TrainError, match="became"):  # in both, or one would wait for the other
-        train({"settings": {"optimizer": "sgd", "lr": 1e30}}, "fsdp")
+        train({"settings": {"optimizer": "sgd", "lr": 1e9}}, "fsdp")
     data = single()
     with pytest.raises(TrainError, match="without calling the block"):
         ts.fit(Past(), LabelLoss(data), data.train, epochs=1, engine=ts.Engine(accelerator="cpu", strategy="fsdp"))

@@ -291,8 +291,11 @@ def _grid(values: Tensor) -> float:
     if not 8 <= len(distinct) <= GRID + 1:
         return 0.0
     gaps = distinct.diff()
-    steps = gaps / gaps.min()
-    return float(gaps.min()) if bool((steps - steps.round()).abs().max() < 0.01) else 0.0
+    for part in range(1, 9):  # of few values no two may be neighbors on the grid
+        step = gaps.min() / part
+        if bool((gaps / step - (gaps / step).round()).abs().max() < 0.01 * part):
+            return float(step)
+    return 0.0
 
 
 def _parts(several: Sequence[Outputs], axes: Sequence[int | None]) -> Iterator[_Part]:
