@@ -41,29 +41,28 @@ def compress(
     sensitivity: Sensitivity | str | Path | None = None,
     progress: Callable[[Event], None] = ignore_progress,
 ) -> Result:
-    """Take the steps on a copy of the model, and measure the model after each and the artifact that ships.
+    """Run the steps on a copy of the model; measure the model after every step, and the artifact that ships.
 
     Args:
-        model: a trained module; it, its modes, the random state and torch's global settings are left as they were.
+        model: a trained module. It, its modes, the random state and torch's global settings are never modified.
         task: data and metric.
-        steps: run in this order, which is checked before any data is loaded.
-        budget: in place of steps: they are derived from the model, the machine and the task (`ts.suggest`), searched
-            for what keeps the bounds, and the best is returned; where nothing keeps them, the nearest, which says so.
+        steps: in the order in which they run; the order is checked before any data are loaded.
+        budget: instead of steps. A recipe is derived from the model, the machine and the task (`ts.suggest`) and
+            searched; the best result within the limits is returned, or the nearest to them, with a note.
         runtime: where the result will run; the baseline is measured there too.
-        threads: of the deployment; None leaves it to the runtime.
-        example_inputs: what is exported; by default the inputs of the first validation batch.
+        threads: of the deployed model; None: the runtime decides.
+        example_inputs: what the model is exported with; default: the inputs of the first validation batch.
         dynamic_shapes: "batch", None, or a torch.export spec.
-        teacher: what distillation learns from; by default the original model.
+        teacher: what distillation learns from; default: the original model.
         engine: devices and precision of training.
         seed: of everything random.
-        workdir: where finished steps and checkpoints are kept. Run again with the same folder, a killed run goes on,
-            and ends as an undisturbed one does. Without it nothing can be resumed.
-        overwrite: take a folder that holds another recipe's run; its steps are used where they are the same.
-        stages: a folder in which several runs share their finished steps; by default each keeps its own in `workdir`.
-        names: what the model and the task are called, for the report and to tell recipes apart.
-        sensitivity: what `ts.sensitivity` found, or the file it was saved to: how much changes of a layer are known to
-            hurt, which pruning under a latency and the choice of layers to quantize look at.
-        progress: called with an `Event` as things go on.
+        workdir: folder of finished steps and checkpoints. An interrupted run resumes there and gives the same result.
+        overwrite: use a folder that holds the run of another recipe; its steps are reused where they are the same.
+        stages: a folder in which several runs share finished steps; default: a folder in `workdir`.
+        names: names of the model and the task, for the report and to tell recipes apart.
+        sensitivity: a result of `ts.sensitivity`, or its file: which layers are easily damaged. Pruning to a latency
+            and the choice of layers to quantize use it.
+        progress: called with an `Event` at every phase.
 
     Raises:
         TorchslimError: one of its kinds, with what is wrong, what was got, and how to mend it.
