@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Before the test modules are imported: some of them compute expected ranges then."""
     if name := config.getoption("--processor"):
+        os.environ["TORCHSLIM_PROCESSOR"] = name  # for the processes that tests start
         forced = detected(name)
         forced.__enter__()
         config.add_cleanup(lambda: forced.__exit__(None, None, None))
