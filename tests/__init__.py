@@ -5,4 +5,5 @@ import os
 if _name := os.environ.get("TORCHSLIM_PROCESSOR"):
     from tests.support.processors import detected
 
-    detected(_name).__enter__()
+    _forced = detected(_name)  # held: what it has set is undone with it
+    _forced.__enter__()
