@@ -186,7 +186,9 @@ def same_structure(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def fresh_python(code: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a new interpreter that finds the tests' modules."""
+    """Run a script in a new interpreter that finds the tests' modules, and detects the processor that is forced."""
+    if "TORCHSLIM_PROCESSOR" in os.environ:
+        code = f"import tests\n{code}"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
