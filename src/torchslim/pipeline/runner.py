@@ -196,10 +196,11 @@ class _Runner:
     def _taken(self, index: int, step: Step, before: Stage, folder: Path) -> Stage:
         name = step_name(step)
         with state_folder(folder, self.key) as state:
+            seed = self.ctx.seed + 1_000 * index
             ctx = replace(
-                self.ctx, masks=before.masks, name=name, seed=self.ctx.seed + 1_000 * index, state=state, key=self.key
+                self.ctx, masks=before.masks, name=name, seed=seed, state=state, key=self.key,
+                calibration=CalibrationData(self.ctx.task, seed),
             )  # fmt: skip
-            ctx = replace(ctx, calibration=CalibrationData(ctx.task, ctx.seed))
             self.ctx.progress(Event(step=name, phase="start"))
             start = time.perf_counter()
             with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):

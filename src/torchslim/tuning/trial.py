@@ -89,15 +89,14 @@ class Untrained:
     accepts: ClassVar[Form] = Form.MODULE
     produces: ClassVar[Form] = Form.MODULE
 
-    step: Any
+    step: Distill
 
     def check(self, ctx: Context) -> None:
         """Nothing is needed."""
 
     def initial_model(self, model: nn.Module, seed: int) -> nn.Module:
         """The student."""
-        begun: nn.Module = self.step.initial_model(model, seed)
-        return begun
+        return self.step.initial_model(model, seed)
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         return Outcome(model=self.initial_model(model, ctx.seed))
