@@ -67,7 +67,7 @@ def measure(name: str, way: str, seed: int, now: str) -> Row:
     found = loaded(name, seed if subject.seeded else 0)
     row: Row = {"model": name, "way": way, "seed": seed, "version": now, "reason": ""}
     step, model = subject.ways[way], found.model
-    inputs = tuple(each[:EXAMPLES] for each in found.task.inputs(next(iter(found.task.val))))
+    inputs = tuple(input_[:EXAMPLES] for input_ in found.task.inputs(next(iter(found.task.val))))
     start = time.perf_counter()
     if step is not None:
         ctx = ts.Context(task=found.task, teacher=found.model, example_inputs=inputs, seed=seed)
@@ -76,7 +76,7 @@ def measure(name: str, way: str, seed: int, now: str) -> Row:
         except Exception as error:  # noqa: BLE001 - whatever a way may raise is its row
             return row | {"reason": f"{type(error).__name__}: {error}"}
         model = outcome.model
-        row |= {"notes": sorted({each.reason for each in outcome.layers if each.reason})}
+        row |= {"notes": sorted({layer.reason for layer in outcome.layers if layer.reason})}
         if outcome.history:
             row["val_trained"] = outcome.history[-1]["val"]
     row["seconds"] = time.perf_counter() - start

@@ -59,7 +59,7 @@ def snippets() -> tuple[list[str], Tensor]:
     Source: Hutto & Gilbert 2014, "VADER", ICWSM; the sentences are Pang & Lee's (2005).
     """
     with tarfile.open(find("vaderSentiment")) as outer:
-        inner = next(each for each in outer.getmembers() if each.name.endswith("hutto_ICWSM_2014.tar.gz"))
+        inner = next(member for member in outer.getmembers() if member.name.endswith("hutto_ICWSM_2014.tar.gz"))
         packed = outer.extractfile(inner)
         assert packed is not None
         with tarfile.open(fileobj=io.BytesIO(packed.read())) as archive:

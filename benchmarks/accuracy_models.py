@@ -162,7 +162,7 @@ def _sentences(seed: int) -> Loaded:
         LogisticRegression(C=c, max_iter=2_000).fit(embedded["train"].numpy(), truth["train"].numpy())
         for c in (0.1, 1.0, 10.0, 100.0)
     ]
-    probe = max(probes, key=lambda each: each.score(embedded["val"].numpy(), truth["val"].numpy()))
+    probe = max(probes, key=lambda probe_: probe_.score(embedded["val"].numpy(), truth["val"].numpy()))
     return Loaded(model, data, lambda outputs, target: 100 * float(probe.score(outputs.numpy(), target.numpy())))
 
 

@@ -73,7 +73,7 @@ def page(rows: Iterable[Row], machine: dict[str, Any]) -> str:
         "",
         "| bar | way | measured | verdict |",
         "| --- | --- | --- | --- |",
-        *(f"| {each.bar} | {each.way} | {each.measured} | {each.verdict} |" for each in bars(found)),
+        *(f"| {bar.bar} | {bar.way} | {bar.measured} | {bar.verdict} |" for bar in bars(found)),
         "",
         "## What helps int8",
         "",

@@ -55,7 +55,7 @@ def _couple(rows: Sequence[Row]) -> list[str]:
     labels = trained.get(LABELS, {})
     if labels:
         lines += ["| way | seeds | validation % | test % | over labels alone, test |", "| --- " * 5 + "|"]
-        for way, found in sorted(trained.items(), key=lambda each: (-len(each[1]), -_mean(each[1], "val"))):
+        for way, found in sorted(trained.items(), key=lambda item: (-len(item[1]), -_mean(item[1], "val"))):
             lines.append(
                 f"| {way} | {len(found)} | {_spread(found, 'val')} | {_spread(found, 'test')} | "
                 f"{'-' if way == LABELS else interval(_differences(found, labels))} |"

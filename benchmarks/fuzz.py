@@ -279,8 +279,8 @@ def page(rows: Iterable[Row], machine: dict[str, Any]) -> str:
         if faults:
             lines += ["", f"{name}, by kind, with how many and one example:", ""]
         groups: dict[tuple[str, str], list[Row]] = {}
-        for each in faults:
-            groups.setdefault((each["outcome"], each["about"].partition(":")[0]), []).append(each)
+        for fault in faults:
+            groups.setdefault((fault["outcome"], fault["about"].partition(":")[0]), []).append(fault)
         for (outcome, _), alike in sorted(groups.items(), key=lambda group: -len(group[1]))[:SHOWN]:
             first = alike[0]
             lines.append(
@@ -337,10 +337,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     end = 0.0
                 done[name] += sum(row["outcomes"].values())
                 seeds[name] += 1
-                for each in row["faults"]:
+                for fault in row["faults"]:
                     found = True
                     print(
-                        f"{name}: {each['outcome']}: {each['about']}\n    seed {each['seed']}: {each['example'][:300]}"
+                        f"{name}: {fault['outcome']}: {fault['about']}\n    seed {fault['seed']}: "
+                        f"{fault['example'][:300]}"
                     )
     given.rows.with_suffix(".md").write_text(page(load(given.rows), describe_machine(None)))
     for name in given.kind or KINDS:

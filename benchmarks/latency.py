@@ -82,7 +82,7 @@ def page(rows: list[Row]) -> str:
     ]
     for row in rows:
         ceiling = row["ceiling"]
-        told = ", ".join(f"{each['predicted']:.3f} -> {each['measured']:.3f}" for each in row["rounds"])
+        told = ", ".join(f"{round_['predicted']:.3f} -> {round_['measured']:.3f}" for round_ in row["rounds"])
         share = row["rounds"][row["best"] - 1]["measured"] / ceiling
         lines.append(
             f"| {row['model']} | {row['ends']} | {ceiling:.2f} | {told} | {share:.3f} "

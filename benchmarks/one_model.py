@@ -114,7 +114,7 @@ def _backward(model: nn.Module, output: Any) -> bool:
     if not leaves:
         return False
     torch.stack([leaf.float().square().mean() for leaf in leaves]).sum().backward()
-    grads = [each.grad for each in model.parameters() if each.grad is not None]
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     finite = bool(grads) and all(bool(grad.isfinite().all()) for grad in grads)
     model.zero_grad()
     return finite

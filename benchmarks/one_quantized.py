@@ -68,9 +68,9 @@ def _vision(name: str) -> Callable[[], nn.Module]:
         import torchvision
 
         model: nn.Module = torchvision.models.get_model(name, weights=None)
-        for each in model.modules():
-            if isinstance(each, nn.Linear) and not each.weight.any():  # ViT's head: outputs of zero show no noise
-                nn.init.normal_(each.weight, std=0.02)
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and not module.weight.any():  # ViT's head: outputs of zero show no noise
+                nn.init.normal_(module.weight, std=0.02)
         return model
 
     return build
@@ -147,7 +147,7 @@ def _onnxruntime(model: nn.Module, batches: Sequence[Any], x: Tensor, candidate:
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self, name: str) -> None:
-            self.rows = iter([{name: each[0].numpy()} for each in batches])
+            self.rows = iter([{name: batch[0].numpy()} for batch in batches])
 
         def get_next(self) -> Any:
             return next(self.rows, None)
@@ -185,7 +185,7 @@ def _openvino(model: nn.Module, batches: Sequence[Any], x: Tensor, candidate: Ca
     converted = openvino.convert_model(traced, example_input=x)
     options = {"model_type": nncf.ModelType.TRANSFORMER} if candidate.transformer else {}
     if candidate.scheme == "int8" or candidate.transformer:
-        quantized = nncf.quantize(converted, nncf.Dataset([each[0] for each in batches]), **options)
+        quantized = nncf.quantize(converted, nncf.Dataset([batch[0] for batch in batches]), **options)
     else:
         quantized = nncf.compress_weights(converted)
     compiled = openvino.compile_model(

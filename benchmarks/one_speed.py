@@ -115,5 +115,5 @@ def memory(entry: Entry, thing: str) -> list[Row]:
     else:
         _whole(model, inputs)
     peak = max(0, _peak() - base)
-    weights = {id(each): each.nbytes for each in (*model.parameters(), *model.buffers())}
+    weights = {id(parameter): parameter.nbytes for parameter in (*model.parameters(), *model.buffers())}
     return [{"model": entry.name, "what": thing, "peak": peak, "weights": sum(weights.values())}]

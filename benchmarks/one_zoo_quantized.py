@@ -128,8 +128,8 @@ def verified(quantized: nn.Module) -> dict[str, Any]:
 
 def kind(layers: Sequence[LayerKernel]) -> str:
     """A network of convolutions, where they make more than half of the work; else a transformer, say."""
-    work = sum(each.macs for each in layers)
-    return "convolutions" if 2 * sum(each.macs for each in layers if "conv" in each.operation) > work else "products"
+    work = sum(layer.macs for layer in layers)
+    return "convolutions" if 2 * sum(layer.macs for layer in layers if "conv" in layer.operation) > work else "products"
 
 
 def left_in_float(layers: Sequence[LayerKernel], records: Sequence[LayerRecord]) -> dict[str, Any]:
@@ -138,11 +138,11 @@ def left_in_float(layers: Sequence[LayerKernel], records: Sequence[LayerRecord])
     told = {record.layer for record in records if record.reason}
     reasons: Counter[str] = Counter()
     silent = []
-    for each in layers:
-        if not each.integer:
-            reasons[f"{each.operation}: {each.why}"] += each.macs
-            if each.layer not in told:
-                silent.append(f"{each.layer} ({each.operation})")
+    for layer in layers:
+        if not layer.integer:
+            reasons[f"{layer.operation}: {layer.why}"] += layer.macs
+            if layer.layer not in told:
+                silent.append(f"{layer.layer} ({layer.operation})")
     left = [[reason, macs / total] for reason, macs in reasons.most_common()]
     return {"left": left, "silent": sorted(set(silent))[:20], "layers": len(layers)}
 
@@ -184,7 +184,7 @@ def noisy(model: nn.Module, inputs: Inputs, expected: Any) -> float | None:
 
 
 def _shapes(tensors: Sequence[Tensor]) -> str:
-    return ", ".join("x".join(map(str, each.shape)) or "()" for each in tensors[:6])
+    return ", ".join("x".join(map(str, tensor.shape)) or "()" for tensor in tensors[:6])
 
 
 # the peers ------------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def nncf(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expected: 
         converted = openvino.convert_model(model, example_input=inputs)
         row["exports"] = True
         row["converted_seconds"] = time.perf_counter() - start
-        data = library.Dataset([each if isinstance(each, dict) else list(each) for each in batches], _arrays)
+        data = library.Dataset([batch if isinstance(batch, dict) else list(batch) for batch in batches], _arrays)
         attends = any(isinstance(module, nn.MultiheadAttention) for module in model.modules()) or any(
             "attention" in type(module).__name__.lower() for module in model.modules()
         )

@@ -63,7 +63,7 @@ def _baseline(row: Row) -> str:
 
 def _name(way: Way) -> str:
     options = () if way.side == "peer" else (way.normalisation, way.reduction)
-    return f"{'Torch-Pruning ' * (way.side == 'peer')}`{way.criterion}`{''.join(f', {each}' for each in options)}"
+    return f"{'Torch-Pruning ' * (way.side == 'peer')}`{way.criterion}`{''.join(f', {option}' for option in options)}"
 
 
 def _criteria(found: Found, sparsity: float) -> list[str]:
@@ -90,9 +90,9 @@ def _options(found: Found) -> list[str]:
     targets = [_target(sparsity).split()[0] for sparsity in SPARSITIES]
     lines = [
         "| criterion | normalisation | reduction | "
-        + " | ".join(f"recalibrated, {each}" for each in targets)
+        + " | ".join(f"recalibrated, {target}" for target in targets)
         + " | "
-        + " | ".join(f"finetuned, {each}" for each in targets)
+        + " | ".join(f"finetuned, {target}" for target in targets)
         + " | finetuned, mean |",
         "| --- " * (4 + 2 * len(targets)) + "|",
     ]
@@ -133,7 +133,7 @@ def _seeds(found: Found, sparsity: float) -> list[str]:
     for way in dict.fromkeys([*found.contestants(), *found.ours(), *PEERS]):
         if not (test := values(found, way, sparsity)):
             continue
-        left = [100 * each for each in values(found, way, sparsity, "macs_left")]
+        left = [100 * value for value in values(found, way, sparsity, "macs_left")]
         size = mean(values(found, way, sparsity, "parameters")) / 1e3
         spread = (f"{mean(each):.2f} +- {stdev(each):.2f}" for each in (values(found, way, sparsity, "val"), test))
         against = "-"
@@ -156,7 +156,7 @@ def _verdict(found: Found) -> list[str]:
         for sparsity, other in zip(SPARSITIES, others, strict=True)
         if other is not None
     ]
-    holds = all(each >= BAR for each in differences)
+    holds = all(difference >= BAR for difference in differences)
     measured = ", ".join(f"{each:+.2f} at {_target(s)}" for each, s in zip(differences, SPARSITIES, strict=True))
     default, there = found.validation(DEFAULT), found.validation(way)
     beside = ""

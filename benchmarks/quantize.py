@@ -105,7 +105,7 @@ def page(rows: Sequence[Row], machine: dict[str, Any]) -> str:
         "| --- " * 15 + "|",
     ]
     lines += [f"| {' | '.join(_cells(row))} |" for row in found]
-    notes = [(row, each) for row in found for each in _notes(row)]
+    notes = [(row, note) for row in found for note in _notes(row)]
     if notes:
         lines += ["", "## Where int8 was slower than float, or lost to the peer", ""]
         lines += [f"- {row['model']} on {row['runtime']}, batch {row['batch']}: {each}" for row, each in notes]
@@ -124,7 +124,7 @@ def _cells(row: Row) -> list[str]:
     size = f"{row['bytes_float'] / row['bytes_ours']:.2f}x smaller" if stored else "-"
     return [
         row["model"], row["runtime"], str(row["batch"]), row.get("scheme", "-"),
-        *(_milliseconds(rounds.get(each)) for each in ("float", "ours", "peer")),
+        *(_milliseconds(rounds.get(name)) for name in ("float", "ours", "peer")),
         ratio, verdict, gain, _decibels(row.get("sqnr_ours")), _decibels(row.get("sqnr_peer")),
         f"{100 * row['integer_share']:.0f} %" if "integer_share" in row else "-", size,
         row["peer"] or row["reason"].replace("|", "\\|") or "-",

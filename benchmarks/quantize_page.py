@@ -117,14 +117,14 @@ def _share(number: int, total: int) -> str:
 def _bars(models: Sequence[str], have: Rows) -> list[str]:
     lines = ["| bar | wanted | reached | |", "| --- | --- | --- | --- |"]
     for name, wanted in BARS.items():
-        inside = [each for each in models if group(each) == name]
+        inside = [model for model in models if group(model) == name]
         count = sum(row["counts"] for row in _ours(inside, have))
         met = bool(inside) and count >= wanted * len(inside)
         lines.append(f"| {name} counts | {100 * wanted:.0f} % | {_share(count, len(inside))} | {_verdict(met)} |")
     for kind, wanted in SHARES.items():
         shares = [row["integer_share"] for row in _ours(models, have) if row["kind"] == kind]
         if shares:
-            below = sum(each < wanted for each in shares)
+            below = sum(share < wanted for share in shares)
             reached = f"median {100 * median(shares):.1f} %; {below} of {len(shares)} models are below"
             verdict = _verdict(median(shares) >= wanted) + (" in the median" if below else "")
             lines.append(f"| MACs in int8, {KINDS[kind]} | {100 * wanted:.0f} % | {reached} | {verdict} |")

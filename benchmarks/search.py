@@ -64,7 +64,7 @@ def task(count: Path) -> ts.Task:
     """The demo's, with fewer training images, which are counted."""
     count.parent.mkdir(parents=True, exist_ok=True)
     data = {
-        name: tuple(each[:size] for each in splits()[name])
+        name: tuple(split[:size] for split in splits()[name])
         for name, size in (("train", IMAGES), ("val", VALIDATION), ("test", TEST))
     }
     return ts.Task(
@@ -86,7 +86,7 @@ class Narrow(ResNet):
 
     def __init__(self, width: float) -> None:
         super().__init__()
-        widths = [max(8, 8 * round(width * each / 8)) for each in (16, 32, 64, 160)]
+        widths = [max(8, 8 * round(width * number / 8)) for number in (16, 32, 64, 160)]
         self.stem = nn.Sequential(
             nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.MaxPool2d(2)
         )
@@ -118,7 +118,7 @@ def singles() -> Iterator[tuple[str, list[Step]]]:
 
 def cost(steps: list[Step]) -> int:
     """Samples that the steps train on."""
-    return IMAGES * sum(each.epochs for step in steps for each in trainings(step))
+    return IMAGES * sum(training.epochs for step in steps for training in trainings(step))
 
 
 def measured(work: Path, folder: Path, technique: str, table: LatencyTable, reference: ts.Deployed) -> dict[str, Any]:
@@ -197,15 +197,15 @@ def drawn(seed: int) -> Iterator[tuple[str, list[Step]]]:
     generator = random.Random(seed)
     for _ in range(60):
         values: dict[str, Any] = {}
-        for each in space.parameters:
-            if each.kind == "choice":
-                values[each.name] = generator.choice(each.choices)
-            elif each.step:
-                values[each.name] = each.low + each.step * generator.randint(
-                    0, round((each.high - each.low) / each.step)
+        for parameter in space.parameters:
+            if parameter.kind == "choice":
+                values[parameter.name] = generator.choice(parameter.choices)
+            elif parameter.step:
+                values[parameter.name] = parameter.low + parameter.step * generator.randint(
+                    0, round((parameter.high - parameter.low) / parameter.step)
                 )
             else:
-                values[each.name] = generator.uniform(each.low, each.high)
+                values[parameter.name] = generator.uniform(parameter.low, parameter.high)
         yield "random", list(space.recipe(values).steps)
 
 

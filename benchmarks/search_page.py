@@ -24,7 +24,7 @@ def area(points: Sequence[Mapping[str, float]], split: str) -> float:
 
 def told(single: Mapping[str, float], points: Sequence[Mapping[str, float]], split: str, slack: float = 0.0) -> str:
     """Is one of the points at least as accurate and as fast? "yes", or "equal" where it is no better either."""
-    pairs = [(each[f"drop_{split}"] - single[f"drop_{split}"], each["ratio"] - single["ratio"]) for each in points]
+    pairs = [(point[f"drop_{split}"] - single[f"drop_{split}"], point["ratio"] - single["ratio"]) for point in points]
     good = [pair for pair in pairs if pair[0] <= slack and pair[1] <= 0]
     return "no" if not good else "yes" if any(pair[0] < 0 or pair[1] < 0 for pair in good) else "equal"
 
@@ -87,7 +87,7 @@ def page(rows: Sequence[Row]) -> str:
         found = {row["method"]: row["points"] for row in rows if row["seed"] == seed}
         if not {"search", "singles"} <= set(found):
             continue
-        for single in sorted(found["singles"], key=lambda each: each["drop_test"]):
+        for single in sorted(found["singles"], key=lambda single_: single_["drop_test"]):
             found_out = {
                 split: told(single, found["search"], split) if single[f"drop_{split}"] <= LEVEL else "beyond 2 points"
                 for split in ("test", "val")
@@ -118,8 +118,8 @@ def page(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["method"] == "search":
             lines += [
-                f"| {row['seed']} | {each['drop_val']:.2f} | {each['drop_test']:.2f} | {each['ratio']:.3f} | "
-                f"{each['size']:.3f} |"
-                for each in sorted(row["points"], key=lambda each: each["ratio"])
+                f"| {row['seed']} | {point['drop_val']:.2f} | {point['drop_test']:.2f} | {point['ratio']:.3f} | "
+                f"{point['size']:.3f} |"
+                for point in sorted(row["points"], key=lambda point: point["ratio"])
             ]
     return "\n".join(lines) + "\n"

@@ -172,7 +172,7 @@ def _passes_and_memory(models: Sequence[str], rows: Sequence[Row]) -> list[str]:
         allowed = COPIES * whole["weights"] + forward["peak"]
         sizes = (whole["weights"], forward["peak"], whole["peak"], allowed)
         met = "met" if whole["peak"] <= allowed else "**missed**"
-        lines.append(_line(name, str(last["passes"]["passes"]), *(f"{each / 2**20:.0f}" for each in sizes), met))
+        lines.append(_line(name, str(last["passes"]["passes"]), *(f"{size / 2**20:.0f}" for size in sizes), met))
     constant = "met" if len(counts) == 1 else "**missed**"
     return [
         f"The number of runs of the model and its copies in a whole call is the same for every model: {constant}.",

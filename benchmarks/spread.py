@@ -54,11 +54,11 @@ class Watch(Hook):
         """Look on as each block computes."""
         self.ends: list[float] = []
         self.inside = 0
-        own = [each for each in loop.model.parameters() if distributed.is_spread(each)]
+        own = [parameter for parameter in loop.model.parameters() if distributed.is_spread(parameter)]
         model: Any = loop.model
 
         def look(*_: Any) -> None:
-            gathered = [each for each in model.parameters() if not distributed.is_spread(each)]
+            gathered = [parameter for parameter in model.parameters() if not distributed.is_spread(parameter)]
             self.inside = max(self.inside, held(own) + held(gathered))
 
         for block in model.blocks:
@@ -69,8 +69,8 @@ class Watch(Hook):
         self.ends.append(time.perf_counter())
         self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         weights = list(loop.model.parameters())
-        remembered = [each for values in loop.optimizer.state.values() for each in values.values()]
-        self.between = held([*weights, *(each.grad for each in weights), *remembered])
+        remembered = [value for values in loop.optimizer.state.values() for value in values.values()]
+        self.between = held([*weights, *(weight.grad for weight in weights), *remembered])
 
 
 def held(tensors: Iterable[Any]) -> int:

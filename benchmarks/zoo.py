@@ -166,9 +166,9 @@ def choose_families() -> dict[str, Any]:
         family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         try:
             with torch.device("meta"):
-                size = sum(each.numel() for each in timm.create_model(name).parameters())
+                size = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
         except (RuntimeError, NotImplementedError, AttributeError, ValueError, TypeError):
-            size = sum(each.numel() for each in timm.create_model(name).parameters())
+            size = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
         families.setdefault(family, []).append((size, name))
     chosen, without = {}, {}
     for family, models in sorted(families.items()):

@@ -180,10 +180,9 @@ def check(recipe: Path, as_json: bool) -> None:
         click.echo(json.dumps([canonical(step) for step in parsed.steps], indent=1))
     else:
         click.echo(f"{recipe}: {' -> '.join(step_name(step) for step in parsed.steps)} -> {parsed.target.runtime}: ok")
-        for each in space.parameters if space else ():
-            click.echo(
-                f"  {each.name}: {', '.join(map(str, each.ends)) if each.choices else f'{each.low} to {each.high}'}"
-            )
+        for parameter in space.parameters if space else ():
+            ends = f"{parameter.low} to {parameter.high}"
+            click.echo(f"  {parameter.name}: {', '.join(map(str, parameter.ends)) if parameter.choices else ends}")
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim inspect torchvision.models:resnet18 --input 1x3x224x224")

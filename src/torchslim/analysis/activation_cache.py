@@ -154,7 +154,7 @@ class Replays:
     def outputs(self, change: Changed | None = None) -> Iterator[Any]:
         """The outputs of a copy, or those of the model itself; changes are cheapest in the order of their times."""
         if change is None:
-            yield from (call(predictor(self.model), each) for each in self.inputs)
+            yield from (call(predictor(self.model), input_) for input_ in self.inputs)
             return
         if change.begins > self.time:
             self._advance(change.begins)
@@ -188,7 +188,7 @@ class Replays:
             if found is None:
                 return
             answers = {path: found[path] if path in found else held[path] for path in paths if path in read}
-            size = sum(each.untyped_storage().nbytes() for answer in answers.values() for each in tensors(answer))
+            size = sum(tensor.untyped_storage().nbytes() for answer in answers.values() for tensor in tensors(answer))
             if size * len(self.inputs) > self.limit:
                 return
             later.append({path: answers.get(path, _standing_for(everything[path])) for path in paths})
@@ -229,7 +229,7 @@ class Replays:
 
         def given(path: str, answer: Any) -> None:
             kept.append(answer)  # alive, so that no other tensor gets its id
-            owners.update({id(each): path for each in tensors(answer)})
+            owners.update({id(tensor): path for tensor in tensors(answer)})
 
         class Reading(TorchFunctionMode):
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -238,7 +238,7 @@ class Replays:
 
         with answering(self.model, held, given), Reading():
             output = call(predictor(self.model), self.example)
-        read |= {owners[id(each)] for each in tensors(output) if id(each) in owners}
+        read |= {owners[id(tensor)] for tensor in tensors(output) if id(tensor) in owners}
         return read, output
 
 
@@ -296,7 +296,7 @@ def _copy(each: Tensor) -> Tensor:
 
 
 def _finite(output: Any) -> bool:
-    return all(bool(torch.isfinite(each).all()) for each in tensors(output) if each.is_floating_point())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors(output) if tensor.is_floating_point())
 
 
 def _walk(each: Call) -> Iterator[Call]:

@@ -125,7 +125,7 @@ class MetricGauge:
         def predict(*args: Any, **kwargs: Any) -> Any:
             nonlocal held
             given: Any = bind_call(signature_of(model), args, kwargs) if args and kwargs else (kwargs or args)
-            held += sum(each.numel() * each.element_size() for each in tensors(given))
+            held += sum(tensor.numel() * tensor.element_size() for tensor in tensors(given))
             if held <= limit:
                 calls.append(given)
             return run(*args, **kwargs)
@@ -168,6 +168,6 @@ def decibels(noise: float) -> float:
 
 def _equal(one: Any, two: Any) -> bool:
     pairs = tensors(one), tensors(two)
-    return [each.shape for each in pairs[0]] == [each.shape for each in pairs[1]] and all(
+    return [pair.shape for pair in pairs[0]] == [pair.shape for pair in pairs[1]] and all(
         torch.equal(left, right) for left, right in zip(*pairs, strict=True)
     )

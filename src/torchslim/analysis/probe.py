@@ -94,14 +94,14 @@ class Sensing:
             for change in changes:
                 if (name, change) not in known:
                     kept, removed = self._removal(plan, coupling, selection, place, float(change.rstrip(" %")) / 100)
-                    begins = runs.story.begins({each.weight for each in cuts_of(coupling, removed)}, ())
+                    begins = runs.story.begins({cut.weight for cut in cuts_of(coupling, removed)}, ())
                     rows.append((begins, place, name, unit, change, kept, removed))
         rows.sort(key=lambda row: row[:2])
         if rows:
             self.gauge.start(runs)
         for number, (_, _, name, unit, change, gone, removed) in enumerate(rows):
             self.progress(Event(step="sensitivity", phase="channels", current=number, total=len(rows)))
-            groups = tuple(coupling.groups[each].name for each in unit.groups)
+            groups = tuple(coupling.groups[group].name for group in unit.groups)
             value, refused = None, ""
             if not gone:
                 refused = f"too narrow: {unit.width} channels"
@@ -137,8 +137,8 @@ class Sensing:
         surgery, diverged = mend(plan.model, coupling, removed, plan.inputs)
         if diverged is not None:
             return None, f"{diverged.path}: {diverged.what}"
-        weights = {each.weight for each in surgery.cuts}
-        begins = runs.story.begins(weights, {each.module for each in surgery.patches})
+        weights = {cut.weight for cut in surgery.cuts}
+        begins = runs.story.begins(weights, {patch.module for patch in surgery.patches})
         change = Changed(model=perform(plan.model, surgery).eval(), begins=begins)
         try:
             return self.gauge.value(runs, change), ""
@@ -167,7 +167,9 @@ class Sensing:
             if record.action == "refused" and record.reason != Reason.AS_ASKED and (record.layer, scheme) not in known:
                 yield Point(name=record.layer, kind="layer", change=scheme, refused=record.reason)
         wanted = self._wanted()
-        changes = [each for each in singles(prepared) if wanted(each.layer) and (each.layer, scheme) not in known]
+        changes = [
+            single for single in singles(prepared) if wanted(single.layer) and (single.layer, scheme) not in known
+        ]
         if not changes:
             return
         runs = Passes(prepared, self.gauge.inputs)
@@ -182,7 +184,7 @@ class Sensing:
 
         def wanted(layer: str) -> bool:
             def covered(patterns: Sequence[str]) -> bool:
-                return any(matches(each, layer, types) for each in patterns)
+                return any(matches(pattern, layer, types) for pattern in patterns)
 
             return (self.include is None or covered(included)) and not covered(excluded)
 
@@ -231,7 +233,7 @@ def small(model: nn.Module, inputs: Inputs) -> Inputs:
     }
     with untouched(model):
         axis, few, _ = find_batch_axis(Flat(model, structure, classes), [leaf.detach().clone() for leaf in leaves])
-    kinds = {each.kind for each in inspect.signature(model.forward).parameters.values()}
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
     plain = not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     if axis is None or not (plain and inspect.Parameter.POSITIONAL_ONLY not in kinds):
         return inputs

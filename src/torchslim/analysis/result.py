@@ -81,9 +81,9 @@ class Sensitivity:
             shares: dict[str, list[float]] = {}
             for change in dict.fromkeys(each.change for each in self.points if each.kind == kind):
                 known: dict[str, list[float]] = {}
-                for each in self.points:
-                    if each.kind == kind and each.change == change and (hurt := self.damage(each)) is not None:
-                        for name in each.groups or (each.name,):
+                for point in self.points:
+                    if point.kind == kind and point.change == change and (hurt := self.damage(point)) is not None:
+                        for name in point.groups or (point.name,):
                             known.setdefault(name, []).append(hurt)
                 means = {name: sum(values) / len(values) for name, values in known.items()}
                 mean = sum(means.values()) / max(len(means), 1)
@@ -100,16 +100,18 @@ class Sensitivity:
         Raises:
             SensitivityError: the scheme was not measured.
         """
-        rows = [(each, self.damage(each)) for each in self.points if each.kind == "layer" and each.change == scheme]
+        rows = [
+            (point, self.damage(point)) for point in self.points if point.kind == "layer" and point.change == scheme
+        ]
         if not rows:
-            known = dict.fromkeys(each.change for each in self.points if each.kind == "layer")
+            known = dict.fromkeys(point.change for point in self.points if point.kind == "layer")
             raise SensitivityError(f"scheme {scheme!r} was not measured; there is {', '.join(known) or 'none'}")
         measured = [(each.name, hurt) for each, hurt in rows if hurt is not None]
         return [name for name, _ in sorted(measured, key=lambda row: -row[1])]
 
     def to_json(self) -> dict[str, Any]:
         """As plain lists, numbers and text."""
-        points = [{**asdict(each), "groups": list(each.groups)} for each in self.points]
+        points = [{**asdict(point), "groups": list(point.groups)} for point in self.points]
         head = {"format": FORMAT, "kind": KIND, "torchslim": __version__}
         own = {name: getattr(self, name) for name in ("model", "measure", "unit", "higher_is_better", "reference",
                                                       "runtime")}  # fmt: skip
@@ -127,7 +129,7 @@ class Sensitivity:
                 raise KeyError("format")
             own = {name: data[name] for name in ("model", "measure", "unit", "higher_is_better", "reference", "runtime",
                                                  "machines")}  # fmt: skip
-            points = tuple(point_of(each) for each in data["points"])
+            points = tuple(point_of(point) for point in data["points"])
             return cls(points=points, notes=tuple(data.get("notes", ())), **own)
         except (KeyError, TypeError) as error:
             raise SensitivityError(f"no sensitivity of format {FORMAT}: {error}; measure it again") from error
@@ -159,16 +161,17 @@ class Sensitivity:
         """As text: a row for each group and layer, a column for each change."""
         lines = [f"{self.model}: {MEASURES[self.measure]}" + _reference(self)]
         for kind, title in (("channels", "channel groups, so much of them removed"), ("layer", "layers")):
-            own = [each for each in self.points if each.kind == kind]
+            own = [point for point in self.points if point.kind == kind]
             if not own:
                 continue
             changes = list(dict.fromkeys(each.change for each in own))
             cells = {(each.name, each.change): each for each in own}
             names = list(dict.fromkeys(each.name for each in own))
             width = max(map(len, names))
-            lines += ["", title, f"  {'':<{width}}  " + "  ".join(f"{each:>12}" for each in changes)]
+            lines += ["", title, f"  {'':<{width}}  " + "  ".join(f"{change:>12}" for change in changes)]
             lines += [
-                f"  {name:<{width}}  " + "  ".join(_cell(cells.get((name, each))) for each in changes) for name in names
+                f"  {name:<{width}}  " + "  ".join(_cell(cells.get((name, change))) for change in changes)
+                for name in names
             ]
             refused = dict.fromkeys((each.name, each.refused) for each in own if each.refused)
             lines += [f"  {name}: {why}" for name, why in refused]

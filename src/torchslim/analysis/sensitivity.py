@@ -119,8 +119,8 @@ def sensitivity(
         if schemes:
             points += shelf.points("layer", schemes, sensing.layers)
         shelf.head(sensing)
-        if not any(each.value is not None for each in points):
-            reasons = [*shelf.notes, *(each.refused for each in points)]
+        if not any(point.value is not None for point in points):
+            reasons = [*shelf.notes, *(point.refused for point in points)]
             raise SensitivityError(f"nothing could be measured: {'; '.join(dict.fromkeys(reasons)) or 'no layers'}")
     return Sensitivity(
         model=name or type(model).__name__,
@@ -156,7 +156,7 @@ class Shelf:
     ) -> list[Point]:
         """Points of some changes: those on disk, and what `measure` gives for the changes that are not complete."""
         part = self.parts.setdefault(kind, {})
-        missing = [each for each in changes if f"{kind} {each}" not in self.done]
+        missing = [change for change in changes if f"{kind} {change}" not in self.done]
         if missing:
             known = {(row["name"], row["change"]): point_of(row) for each in missing for row in part.get(each, ())}
             for point in measure(missing, known):
@@ -164,13 +164,13 @@ class Shelf:
                 self._write()
             self.done += [f"{kind} {each}" for each in missing]
             self._write()
-        found = [point_of(row) for each in changes for row in part.get(each, ())]
+        found = [point_of(row) for change in changes for row in part.get(change, ())]
         names = {name: place for place, name in enumerate(dict.fromkeys(each.name for each in found))}
         return sorted(found, key=lambda each: names[each.name])
 
     def head(self, sensing: Sensing) -> None:
         """What the points have in common."""
-        new = [each for each in sensing.notes if each not in self.notes]
+        new = [note for note in sensing.notes if note not in self.notes]
         if new or not self.scale:
             gauge = sensing.gauge
             self.notes += new

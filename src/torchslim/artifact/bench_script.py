@@ -90,7 +90,7 @@ def load_onnx(data: bytes, threads: int | None, without: Sequence[str] | None = 
     session = onnxruntime.InferenceSession(
         data, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without or ())
     )
-    names = [each.name for each in session.get_inputs()]
+    names = [input_.name for input_ in session.get_inputs()]
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
@@ -126,7 +126,7 @@ def of_torch(program: Any, threads: int | None, dtypes: list[str]) -> Run:
             ]
             outputs = program(*tensors)
         # numpy has no bfloat16
-        return [(each.float() if each.dtype == torch.bfloat16 else each).numpy() for each in outputs]
+        return [(output.float() if output.dtype == torch.bfloat16 else output).numpy() for output in outputs]
 
     return run
 
@@ -176,8 +176,8 @@ class Program:
                 self.root.register_buffer(f"w{index}", held[path])
                 values[self.name(about["arg"])] = self.graph.get_attr(f"w{index}")
         self.calls(self.described["graph"], values)
-        outputs = [each["user_output"]["arg"] for each in signature["output_specs"] if "user_output" in each]
-        self.graph.output(tuple(self.value(each, values) for each in outputs))
+        outputs = [spec["user_output"]["arg"] for spec in signature["output_specs"] if "user_output" in spec]
+        self.graph.output(tuple(self.value(output, values) for output in outputs))
         self.graph.eliminate_dead_code()
         return self.torch.fx.GraphModule(self.root, self.graph)
 
@@ -203,10 +203,10 @@ class Program:
         for node in graph["nodes"]:
             args: list[Any] = []
             kwargs = {}
-            for each in node["inputs"]:
-                value = each["arg"] if "as_graph" in each["arg"] else self.value(each["arg"], values)
-                if each["kind"] == 2:
-                    kwargs[each["name"]] = value
+            for input_ in node["inputs"]:
+                value = input_["arg"] if "as_graph" in input_["arg"] else self.value(input_["arg"], values)
+                if input_["kind"] == 2:
+                    kwargs[input_["name"]] = value
                 else:
                     args.append(value)
             if ".higher_order." in node["target"]:
@@ -236,7 +236,7 @@ class Program:
         for given, value in zip(part["inputs"], args[place + 1 :], strict=True):
             inner[self.name(given)] = value
         self.calls(part, inner)
-        return [self.value(each, inner) for each in part["outputs"]]
+        return [self.value(output, inner) for output in part["outputs"]]
 
     def assign(self, node: dict[str, Any], result: Any, values: dict[str, Any]) -> None:
         """Call the results of a node as the program calls them."""

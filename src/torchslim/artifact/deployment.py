@@ -125,9 +125,9 @@ def merged(layers: Sequence[LayerRecord], deployed: Deployed) -> list[LayerRecor
     """Records of a step, with what went back to float when its model was deployed."""
     if deployed.made_from is None:
         return list(layers)
-    latest = {each.layer: each for each in deployed.records if each.action == "refused"}
-    found = [latest.get(each.layer, each) if each.action == "quantized" else each for each in layers]
-    known = {each.layer for each in layers}
+    latest = {record.layer: record for record in deployed.records if record.action == "refused"}
+    found = [latest.get(layer.layer, layer) if layer.action == "quantized" else layer for layer in layers]
+    known = {layer.layer for layer in layers}
     return found + [each for name, each in latest.items() if name not in known]
 
 
@@ -162,11 +162,11 @@ class _Given:
         """What a deployed model computes otherwise than its graph."""
         answers = [deployed.run(list(run)) for run in self.runs]
         axes, checks = self.evidence.prepared.output_axes, self.evidence.checks
-        already = {(each.kind, each.place) for each in faults(self.reference, graph, axes, checks)}
+        already = {(fault.kind, fault.place) for fault in faults(self.reference, graph, axes, checks)}
         broken = [
-            each
-            for each in faults(self.reference, answers, axes, checks)
-            if each.kind in BROKEN and (each.kind, each.place) not in already
+            fault
+            for fault in faults(self.reference, answers, axes, checks)
+            if fault.kind in BROKEN and (fault.kind, fault.place) not in already
         ]
         return broken + apart(self.trained, graph, answers, axes, checks)
 
@@ -214,7 +214,7 @@ def _repaired(
         made = integers(evidence.prepared, released)
         graph = outputs(graph_of(made), given.runs)
         axes, checks = evidence.prepared.output_axes, evidence.checks
-        lost = [each for each in faults(given.reference, graph, axes, checks) if each.kind in BROKEN]
+        lost = [fault for fault in faults(given.reference, graph, axes, checks) if fault.kind in BROKEN]
         return lost or given.off(graph, check(made))
 
     if everything := look(frozenset(unit.key for unit in evidence.units)):

@@ -58,7 +58,9 @@ class Lowered:
                 f"{each.layer[-40:]:<40} {each.operation[:14]:<14} {100 * each.macs / total:>5.1f}%  {bits:>4}  "
                 f"{each.kernel[:28]:<28} {where}"
             )
-        return "\n".join([*lines, *("", "warnings:") * bool(self.warnings), *(f"  {each}" for each in self.warnings)])
+        return "\n".join(
+            [*lines, *("", "warnings:") * bool(self.warnings), *(f"  {warning}" for warning in self.warnings)]
+        )
 
 
 def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
@@ -91,7 +93,7 @@ def executed(records: Iterable[Mapping[str, Any]], found: Lowered) -> list[dict[
     A record of rounded activations gets a reason where the runtime computes the layer in float all the same. Of a
     module with several operations, the one in float counts.
     """
-    layers = {each.layer: each for each in sorted(found.layers, key=lambda each: not each.integer)}
+    layers = {each.layer: each for each in sorted(found.layers, key=lambda layer_: not layer_.integer)}
     merged = []
     for record in records:
         told, layer = dict(record), layers.get(record["layer"])
@@ -124,7 +126,7 @@ def _shared_out(layers: Sequence[Layer], executed: Iterable[Kernel]) -> list[Seq
 def _described(layer: Layer, candidates: Sequence[Kernel], reasons: Mapping[str, str], runtime: str) -> LayerKernel:
     # where nothing of it was made integers, an integer kernel of the same module is another layer's
     meant = layer.asks_for_integers or layer.weight_bits in (4, 8)
-    integer = [each for each in candidates if each.integer] if meant else []
+    integer = [candidate for candidate in candidates if candidate.integer] if meant else []
     works = integer or candidates
     why = ""
     if not integer:
@@ -148,28 +150,28 @@ def _warnings(
     reasons: Mapping[str, str],
 ) -> list[str]:
     found = []
-    kept = [each.layer for each in layers if not each.integer and reasons.get(each.layer, "").endswith(IN_FLOAT)]
+    kept = [layer.layer for layer in layers if not layer.integer and reasons.get(layer.layer, "").endswith(IN_FLOAT)]
     if kept and share == 0:
         found.append(
             f"no layer runs on integers on {deployed.runtime} ({kept[0]}: {reasons[kept[0]]}): smaller, not faster"
         )
-    if deployed.runtime == "eager" and any(each.integer and "lstm" in each.operation for each in layers):
+    if deployed.runtime == "eager" and any(layer.integer and "lstm" in layer.operation for layer in layers):
         found.append(
             "PyTorch's integer LSTM is slower than its float one on some processors: measure it, or deploy on another "
             "runtime"
         )
-    silent = [each for each in layers if each.asks_for_integers and not each.integer]
+    silent = [layer for layer in layers if layer.asks_for_integers and not layer.integer]
     if silent and deployed.runtime != "eager":
         names = ", ".join(each.layer for each in silent[:5]) + (" ..." if len(silent) > 5 else "")
         found.append(
             f"{len(silent)} layers are quantized but computed in float on {deployed.runtime} ({names}); quantize for "
             "this runtime, or leave them in float"
         )
-    if deployed.runtime == "eager" and any(each.activations == "static" for each in layers):
+    if deployed.runtime == "eager" and any(layer.activations == "static" for layer in layers):
         found.append(
             "PyTorch computes static int8 on dequantized floats: smaller, but slower; deploy on another runtime"
         )
-    asked = any(each.asks_for_integers for each in layers)
+    asked = any(layer.asks_for_integers for layer in layers)
     if asked and deployed.runtime != "eager" and share < LEAST_SHARE:
         found.append(
             f"only {100 * share:.0f} % of the multiply-accumulates run on integers; int8 will hardly be faster here"

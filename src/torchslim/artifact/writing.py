@@ -78,7 +78,7 @@ def _ours(folder: Path) -> bool:
     """Did a save, be it one that was killed, or a run leave what is in the folder?"""
     return (
         (folder / MANIFEST).is_file()
-        or any(each.is_dir() and not each.is_symlink() for each in folder.glob(f"{STAGING}*"))
+        or any(path.is_dir() and not path.is_symlink() for path in folder.glob(f"{STAGING}*"))
         or (folder / "run.json").is_file()
         or (folder / "work").is_dir()
     )
@@ -94,16 +94,16 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def _clear_staging(folder: Path) -> None:
-    for each in folder.glob(f"{STAGING}*"):
-        _clear(each)
+    for path in folder.glob(f"{STAGING}*"):
+        _clear(path)
 
 
 def _clear(staging: Path) -> None:
     """Delete a staging folder with the files that a save writes; one with other files stays."""
     if staging.is_symlink() or not staging.is_dir():
         return
-    for each in staging.iterdir():
-        if OURS.fullmatch(each.name) and is_file(each):
-            each.unlink(missing_ok=True)
+    for path in staging.iterdir():
+        if OURS.fullmatch(path.name) and is_file(path):
+            path.unlink(missing_ok=True)
     with suppress(OSError):  # it holds something else, which is not ours to delete
         staging.rmdir()

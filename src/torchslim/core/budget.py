@@ -96,7 +96,7 @@ class Budget:
         """What is made small, in order."""
         if self.minimize:
             return self.minimize
-        others = [each for each in self.bounds if each != "metric_drop"] or ["latency"]
+        others = [bound for bound in self.bounds if bound != "metric_drop"] or ["latency"]
         return ("metric_drop", *others)  # type: ignore[arg-type]
 
     @property
@@ -112,4 +112,4 @@ class Budget:
         return {name: (figures[name] - bound) / (bound or 1.0) for name, bound in self.bounds.items()}
 
 
-assert {each.name for each in fields(Budget)} > set(BOUNDS)
+assert {field_.name for field_ in fields(Budget)} > set(BOUNDS)

@@ -123,7 +123,7 @@ def _fitting(value: Any, kind: Any, limits: Range | None, depth: int) -> Any:
 def _check_member(value: Any, kind: Any, origin: Any, choices: Sequence[Any]) -> None:
     """Of types whose values stay as they are: choices, functions and classes; whatever else is declared fits."""
     if origin is Literal:
-        fits = any(type(value) is type(each) and value == each for each in choices)
+        fits = any(type(value) is type(choice) and value == choice for choice in choices)
     elif kind is None or kind is type(None):
         fits = value is None
     elif origin is typing.get_origin(Callable[..., Any]):
@@ -145,7 +145,7 @@ def _is_call(kind: Any) -> bool:
     """Is it a protocol that declares a call and nothing else?"""
     if not getattr(kind, "_is_protocol", False) or kind is typing.Protocol:
         return False
-    return "__call__" in vars(kind) and all(each.startswith("_") for each in {*vars(kind), *_annotated(kind)})
+    return "__call__" in vars(kind) and all(var.startswith("_") for var in {*vars(kind), *_annotated(kind)})
 
 
 def _annotated(kind: type) -> Mapping[str, Any]:
@@ -157,11 +157,11 @@ def _one_of(value: Any, kind: Any, members: Sequence[Any], limits: Range | None,
     if type(value) is int and int in members:
         members = [each for each in members if each is not float]
     reasons = []
-    for each in members:
+    for member in members:
         try:
-            return _fitting(value, each, limits, depth)
+            return _fitting(value, member, limits, depth)
         except Misfit as misfit:
-            if _close(value, each):  # it is what was meant, and its own finding says more than the union's
+            if _close(value, member):  # it is what was meant, and its own finding says more than the union's
                 reasons.append(str(misfit))
     raise Misfit(reasons[0] if reasons else f"must be {described(kind)}")
 
@@ -278,7 +278,7 @@ def described(kind: Any) -> str:
     if origin is typing.Annotated:
         return described(arguments[0])
     if origin in (Union, types.UnionType):
-        return _or(list(dict.fromkeys(described(each) for each in arguments if each is not type(None))))
+        return _or(list(dict.fromkeys(described(argument) for argument in arguments if argument is not type(None))))
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}" if len(arguments) > 1 else repr(arguments[0])
     if kind is None or kind is type(None):
@@ -296,7 +296,7 @@ def described(kind: Any) -> str:
     if issubclass(origin, Mapping):
         return "a table" if not arguments else f"a table of {_several(described(arguments[1]))}"
     if origin in (tuple, list, Sequence):
-        inner = [each for each in arguments if each is not Ellipsis]
+        inner = [argument for argument in arguments if argument is not Ellipsis]
         return f"a list of {_several(described(inner[0]))}" if inner else "a list"
     if written := getattr(origin, "written", ""):
         return str(written)
@@ -329,13 +329,13 @@ def check_fields(config: Any, error: type[TorchslimError], what: str = "", *, on
         TorchslimError: of the type `error`, for a field of another type or beyond the limits.
     """
     hints = types_of(type(config))  # type: ignore[arg-type]  # a class is hashable
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if value is each.default or (only and each.name not in only):
+    for field_ in fields(config):
+        value = getattr(config, field_.name)
+        if value is field_.default or (only and field_.name not in only):
             continue
         try:
-            found = fitting(value, hints[each.name])
+            found = fitting(value, hints[field_.name])
         except Misfit as misfit:
-            raise error(f"{what}{each.name} {misfit}, {got(value)}") from misfit
+            raise error(f"{what}{field_.name} {misfit}, {got(value)}") from misfit
         if found is not value:
-            object.__setattr__(config, each.name, found)
+            object.__setattr__(config, field_.name, found)

@@ -26,7 +26,7 @@ def canonical(value: Any) -> Any:
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
         name = f"{type(value).__module__}:{type(value).__qualname__}"
-        return {"do": name, **{each.name: canonical(getattr(value, each.name)) for each in fields(value)}}
+        return {"do": name, **{field_.name: canonical(getattr(value, field_.name)) for field_ in fields(value)}}
     if isinstance(value, Mapping):
         return {str(key): canonical(each) for key, each in value.items()}
     if isinstance(value, (tuple, list)):
@@ -62,7 +62,7 @@ def canonical(value: Any) -> Any:
 
 
 def _code(code: Any) -> str:
-    constants = [_code(each) if hasattr(each, "co_code") else repr(each) for each in code.co_consts]
+    constants = [_code(const) if hasattr(const, "co_code") else repr(const) for const in code.co_consts]
     return digest(code.co_code, constants, list(code.co_names))
 
 

@@ -29,7 +29,7 @@ def spoiled(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
     Where the shapes differ from the reference's, every value that is not finite counts.
     """
     count = 0
-    comparable = [each.shape for each in reference] == [each.shape for each in outputs]
+    comparable = [each.shape for each in reference] == [output.shape for output in outputs]
     for index, each in enumerate(outputs):
         if each.is_floating_point():
             wrong = ~each.isfinite()

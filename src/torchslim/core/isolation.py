@@ -92,7 +92,7 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     parameter name (boolean, True where kept). A parameter that an unpruned layer shares is given a copy of its own.
     """
     copied = duplicate(model)
-    owners = Counter(id(each) for module in copied.modules() for each in module._parameters.values())
+    owners = Counter(id(parameter) for module in copied.modules() for parameter in module._parameters.values())
     masks: dict[str, Tensor] = {}
     for path, module in copied.named_modules():
         for hook in list(module._forward_pre_hooks.values()):

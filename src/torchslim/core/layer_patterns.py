@@ -171,7 +171,7 @@ def _names(pattern: str, path: str) -> bool:
 
 def _unmatched(pattern: str, names: Iterable[str], types: Mapping[str, Sequence[str]]) -> str:
     if pattern.startswith("type:"):
-        names = (f"type:{name}" for each in types.values() for name in each)
+        names = (f"type:{name}" for kind in types.values() for name in kind)
     known = {name.lower(): name for name in names if name}
     near = difflib.get_close_matches(pattern.lower(), known, n=3, cutoff=0.4) or list(known)[:5]
     return f"pattern {pattern!r} matches no layer; near names: {', '.join(known[each] for each in near)}"

@@ -209,7 +209,7 @@ def _first(failure: Any) -> str:
     """The first of pydantic's findings: where, what belongs there, and what stands there."""
     errors = failure.errors(include_url=False, include_context=False)
     # where a union matches nowhere, the finding that lies deepest is about what was meant
-    first = max(errors[:50], key=lambda each: len(each["loc"])) if errors else {"loc": (), "msg": str(failure)}
+    first = max(errors[:50], key=lambda error: len(error["loc"])) if errors else {"loc": (), "msg": str(failure)}
     where = ".".join(ascii(str(part))[1:-1][:60] for part in first["loc"][:12])
     got = "" if "input" not in first or first.get("type") == "missing" else f", got {shorten(first['input'])}"
     message = ascii(first["msg"])[1:-1][:200]

@@ -43,7 +43,10 @@ class LayerRecord:
 
     def __post_init__(self) -> None:
         check_fields(
-            self, RecipeError, "LayerRecord: ", only=[each.name for each in fields(self) if each.name != "sqnr_db"]
+            self,
+            RecipeError,
+            "LayerRecord: ",
+            only=[field_.name for field_ in fields(self) if field_.name != "sqnr_db"],
         )
 
 

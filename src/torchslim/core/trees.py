@@ -31,7 +31,7 @@ def to_device(tree: Any, device: torch.device | str) -> Any:
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
     """The floating-point type of the model's parameters; None where there are several, or none."""
-    found = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     return found.pop() if len(found) == 1 else None
 
 
@@ -52,14 +52,14 @@ def changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, PackedSequence):  # its indices go with the data, but how many samples have each step, does not
         data, indices = change(tree.data), (tree.sorted_indices, tree.unsorted_indices)
         return PackedSequence(
-            data, tree.batch_sizes, *(each if each is None else each.to(data.device) for each in indices)
+            data, tree.batch_sizes, *(index if index is None else index.to(data.device) for index in indices)
         )
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(changed(each, change) for each in tree))
     if isinstance(tree, (tuple, list)):
         return type(tree)(changed(each, change) for each in tree)
     if is_dataclass(tree) and not isinstance(tree, type):
-        values = {each.name: changed(getattr(tree, each.name), change) for each in fields(tree)}
+        values = {field_.name: changed(getattr(tree, field_.name), change) for field_ in fields(tree)}
         copied = copy.copy(tree)
         for name, value in values.items():
             object.__setattr__(copied, name, value)  # frozen ones too, and without running their checks again

@@ -229,7 +229,7 @@ class Everything:
         self.checked = True
         for tap, feature in zip(self.taps, students, strict=True):
             owner = self.owners.get(tap.path)
-            learns = owner is not None and any(each.requires_grad for each in owner.parameters())
+            learns = owner is not None and any(parameter.requires_grad for parameter in owner.parameters())
             if feature is not None and learns and not feature.requires_grad:
                 raise DistillError(
                     f"the output of {tap.name!r} carries no gradient, so nothing learns from it; where activations "
@@ -256,7 +256,7 @@ def _compared(
     masks: Sequence[Masks],
 ) -> Tensor | None:
     """A feature loss, by the module that it has built if it has one; None where a layer was dropped."""
-    there = [each for each in students if each is not None]
+    there = [student for student in students if student is not None]
     if len(there) < len(students):
         return None
     value: Tensor = loss(there, teachers) if learned is None else learned(there, teachers, masks)

@@ -118,7 +118,7 @@ class Distill(Training):
 
     def _check_teachers(self) -> None:
         teachers, weights = self._several("teacher"), self._several("teacher_weights")
-        for name, each in (*(("the teacher", each) for each in teachers), ("the student", self.student)):
+        for name, each in (*(("the teacher", teacher) for teacher in teachers), ("the student", self.student)):
             if isinstance(each, nn.Module):
                 usable(each, DistillError, name)
         if weights and (len(weights) != len(teachers) or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
@@ -172,7 +172,9 @@ class Distill(Training):
                 remembering = Remembering(asked, Path(self.cache))
                 teacher = remembering
                 hooks.append(WriteCache(remembering.cache))
-            parts = [Part(each, "feature") for each in features] + [Part(each, "relation") for each in relations]
+            parts = [Part(feature, "feature") for feature in features] + [
+                Part(relation, "relation") for relation in relations
+            ]
             places = 0
             if any(part.needs_places for part in parts):
                 places = sample_count(batches, _size(task))

@@ -81,11 +81,11 @@ class Teachers:
             inputs = to_dtype(self.task.inputs(batch), dtype_of(module))  # in half precision, say, unlike the student
             with torch.no_grad():
                 logits.append(_single(self.task.logits(call(module, inputs))))
-        features = [each if each is None else _single(each) for each in self.watch.features(self.taps)]
+        features = [feature if feature is None else _single(feature) for feature in self.watch.features(self.taps)]
         missing = next((tap.name for tap, each in zip(self.taps, features, strict=True) if each is None), None)
         if missing is not None:
             raise DistillError(f"the teacher's {missing!r} was not run on a batch; tap a module that always is")
-        return Answer(logits, [each for each in features if each is not None])
+        return Answer(logits, [feature for feature in features if feature is not None])
 
 
 def _single(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Flat(nn.Module):
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         answers = tensors_of(self.natural(leaves))
         if self.outside is not None:
-            answers = [each.to(self.outside) if each.dtype == torch.float32 else each for each in answers]
+            answers = [answer.to(self.outside) if answer.dtype == torch.float32 else answer for answer in answers]
         return tuple(answers)
 
 

@@ -35,7 +35,7 @@ def open_products(model: GraphModule, wanted: Callable[[Node], bool], *, guard: 
             function, inputs = attention(*_sizes(node), **_options(node), guard=guard), node.args[:4]
         else:
             function, inputs = _sum(node), node.args[1]
-        splice(model, node, function, [each for each in inputs if isinstance(each, Node)])
+        splice(model, node, function, [input_ for input_ in inputs if isinstance(input_, Node)])
         opened = True
     for node in model.graph.nodes if opened else ():
         if node.target is aten.view.default:  # what is written as products may lie in memory in another order
@@ -113,7 +113,7 @@ def splice(
     owner: Node | None = None,
 ) -> None:
     """Let what `function` does to the inputs stand where the node was, as operations of its layer, or the owner's."""
-    values = [each.meta["val"] for each in inputs]
+    values = [input_.meta["val"] for input_ in inputs]
     mode = next(each.fake_mode for each in values if hasattr(each, "fake_mode"))
 
     def positional(*tensors: Tensor) -> Tensor:  # the tracer counts arguments, those with a default, too

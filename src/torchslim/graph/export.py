@@ -63,7 +63,7 @@ class Captured:
     def outputs_of_program(self) -> list[Tensor]:
         """The example values of the program's outputs that are tensors."""
         values = {node.name: node.meta.get("val") for node in self.program.graph.nodes}
-        found = [values.get(each) for each in self.program.graph_signature.user_outputs if isinstance(each, str)]
+        found = [values.get(output) for output in self.program.graph_signature.user_outputs if isinstance(output, str)]
         return [each for each in found if isinstance(each, Tensor)]
 
 

@@ -69,7 +69,9 @@ def find_int8(node: Any, constant: Constant) -> Int8Weight | None:
     """The int8 weight that `node` dequantizes, if it does."""
     if not _calls(node, "quantized_decomposed::dequantize_per_channel", ""):
         return None
-    values, scale, zero_point = (constant(each) if isinstance(each, Node) else None for each in node.args[:3])
+    values, scale, zero_point = (
+        constant(argument) if isinstance(argument, Node) else None for argument in node.args[:3]
+    )
     if values is None or scale is None or values.dtype != torch.int8 or (zero_point is not None and zero_point.any()):
         return None
     return Int8Weight(values=values, scale=scale, axis=node.args[3] % values.dim())
@@ -136,11 +138,11 @@ def find_recurrent(node: Node, constant: Constant) -> Recurrent | None:
         return None
     cells = []
     for start in range(0, len(parameters), per):
-        input_weight, hidden_weight = (find_int8(each, constant) for each in parameters[start : start + 2])
-        biases = [constant(each) for each in parameters[start + 2 : start + per]] if biased else [None, None]
+        input_weight, hidden_weight = (find_int8(parameter, constant) for parameter in parameters[start : start + 2])
+        biases = [constant(parameter) for parameter in parameters[start + 2 : start + per]] if biased else [None, None]
         if input_weight is None or hidden_weight is None or input_weight.axis or hidden_weight.axis:
             return None
-        if biased and None in [None if each is None else True for each in biases]:
+        if biased and None in [None if bias is None else True for bias in biases]:
             return None
         cells.append((input_weight, hidden_weight, biases[0], biases[1]))
     return Recurrent(

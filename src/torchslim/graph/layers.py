@@ -100,7 +100,7 @@ def layers_of(program: ExportedProgram, batch_axis: int | None) -> list[Layer]:
         if not multiplies(node):
             continue
         name = _name(node)
-        sizes = [size for each in _tensors(node) if (size := _size(each))]
+        sizes = [size for tensor in _tensors(node) if (size := _size(tensor))]
         out = _size(node)
         weight, bits = _weight(node, name, stored)
         source = node.args[1] if name in ("aten::addmm", "aten::baddbmm") else node.args[0]
@@ -149,7 +149,7 @@ def structure_of(program: ExportedProgram) -> str:
 
 def multiplies(node: Node) -> bool:
     """Is a node one of `layers_of`?"""
-    return _name(node) in MULTIPLY and bool(_size(node)) and any(_size(each) for each in _tensors(node))
+    return _name(node) in MULTIPLY and bool(_size(node)) and any(_size(tensor) for tensor in _tensors(node))
 
 
 def stored_tensors(program: ExportedProgram) -> dict[str, Tensor]:
@@ -169,8 +169,10 @@ def _name(node: Node) -> str:
 
 def _tensors(node: Node) -> list[Node]:
     flat: list[Node] = []
-    for each in node.args:
-        flat += [item for item in (each if isinstance(each, (list, tuple)) else [each]) if isinstance(item, Node)]
+    for argument in node.args:
+        flat += [
+            item for item in (argument if isinstance(argument, (list, tuple)) else [argument]) if isinstance(item, Node)
+        ]
     return flat
 
 
@@ -233,5 +235,5 @@ def _activations(source: Any) -> str:
 
 def _both(node: Node) -> str:
     factors = _tensors(node)[1:3] if _name(node) == "aten::baddbmm" else _tensors(node)[:2]
-    kinds = {_activations(each) for each in factors}
+    kinds = {_activations(factor) for factor in factors}
     return kinds.pop() if len(kinds) == 1 else "float"

@@ -163,7 +163,7 @@ def open_convolutions(model: GraphModule) -> None:
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 

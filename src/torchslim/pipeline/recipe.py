@@ -260,7 +260,7 @@ def find_kind(do: str, where: str, among: Mapping[str, type] = STEPS, *, top: bo
         )
     found: Any = resolve(do, f"{where}: do =")
     frozen = isinstance(found, type) and getattr(getattr(found, "__dataclass_params__", None), "frozen", False)
-    missing = [each for each in ("accepts", "produces", "check") if top and not hasattr(found, each)]
+    missing = [name for name in ("accepts", "produces", "check") if top and not hasattr(found, name)]
     if not frozen or missing:
         lacks = f", which has no {missing[0]!r}" if frozen else ""
         raise RecipeError(
@@ -323,7 +323,7 @@ def _converted(value: Any, where: str, among: Mapping[str, type]) -> Any:
 
 def names_of(kind: type) -> list[str]:
     """The fields that a table may set."""
-    return [each.name for each in dataclasses.fields(kind) if each.init]
+    return [field_.name for field_ in dataclasses.fields(kind) if field_.init]
 
 
 def _known(given: Iterable[str], known: Iterable[str], where: str, *, beside: str = "") -> None:

@@ -84,7 +84,7 @@ class Bench:
         }
 
     def _ending(self) -> Quantize | None:
-        return next((each for each in reversed(self.steps) if isinstance(each, Quantize)), None)
+        return next((step for step in reversed(self.steps) if isinstance(step, Quantize)), None)
 
     def ended(self, model: nn.Module) -> nn.Module:
         """The model in the numbers that the recipe ends with, calibrated on one batch: fast is not yet good."""

@@ -67,7 +67,7 @@ def own(
             raise error(f"{folder} is a file; name a folder")
         if (folder / LOCK).is_file() or not folder.is_dir():
             return
-        foreign = [each.name for each in folder.iterdir() if not each.name.startswith((TEMPORARY, *spared))]
+        foreign = [path.name for path in folder.iterdir() if not path.name.startswith((TEMPORARY, *spared))]
     except OSError as failure:
         raise StorageError(f"{folder} cannot be read: {failure.strerror or failure}; name another folder") from failure
     if foreign and not known():

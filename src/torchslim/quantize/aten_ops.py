@@ -100,7 +100,7 @@ def padded_with_infinity(node: Node) -> bool:
     """Does a pool read what minus infinity was padded to, as for TensorFlow's "same"? No grid has it."""
     source = argument(node, 0)
     values = source.args[-1:] if source is not None and "pad" in op_name(source) else ()
-    return any(isinstance(each, float) and math.isinf(each) for each in values)
+    return any(isinstance(value, float) and math.isinf(value) for value in values)
 
 
 def behind(node: Node | None) -> Node | None:

@@ -68,7 +68,7 @@ class Checks:
             return given
         if not isinstance(given, Mapping):
             raise QuantizeError(f"checks must be Checks(...), a mapping of its fields, or None, got {given!r}")
-        known = [each.name for each in fields(cls)]
+        known = [field_.name for field_ in fields(cls)]
         if wrong := [key for key in given if key not in known]:
             raise QuantizeError(f"checks has no {', '.join(map(repr, wrong))}; known: {', '.join(known)}")
         return cls(**given)
@@ -134,8 +134,8 @@ class _Part:
     def rows(self, dim: int | None) -> list[Tensor]:
         """(channels, elements) of each."""
         if dim is None:
-            return [each.reshape(1, -1) for each in self.values]
-        return [each.movedim(dim, 0).flatten(1) for each in self.values]
+            return [value.reshape(1, -1) for value in self.values]
+        return [value.movedim(dim, 0).flatten(1) for value in self.values]
 
     def place(self, dim: int | None, channel: int) -> Place:
         """In the dimensions that the model's output has."""
@@ -304,10 +304,12 @@ def _parts(several: Sequence[Outputs], axes: Sequence[int | None]) -> Iterator[_
         groups: dict[tuple[int, ...], list[list[Tensor]]] = {}
         for runs in zip(*several, strict=True):
             tensors = [run[output].detach().cpu() for run in runs]
-            if any(each.shape != tensors[0].shape for each in tensors):
+            if any(tensor.shape != tensors[0].shape for tensor in tensors):
                 continue
             known = axis is not None and tensors[0].dim() > axis
-            moved = [each.movedim(axis, 0) if known and axis is not None else each.unsqueeze(0) for each in tensors]
+            moved = [
+                tensor.movedim(axis, 0) if known and axis is not None else tensor.unsqueeze(0) for tensor in tensors
+            ]
             groups.setdefault(tuple(moved[0].shape[1:]), []).append(moved)
         for moved_runs in groups.values():
             joined = [torch.cat(each) for each in zip(*moved_runs, strict=True)]
@@ -332,7 +334,7 @@ def _broken(part: _Part) -> Fault:
 
 def _constant_integers(part: _Part) -> Iterator[Fault]:
     """Of classes and the like: one answer for everything, where float gives several."""
-    expected, got = (each.flatten() for each in part.values)
+    expected, got = (value.flatten() for value in part.values)
     if expected.numel() < 8 or bool((got != got[0]).any()):
         return
     if float((expected == expected.mode().values).double().mean()) < 0.75:

@@ -179,14 +179,14 @@ def _normed(norm: Node) -> _Normed | None:
     elif norm.target is aten.rms_norm.default:
         affine = [argument(norm, 2)]
     elif norm.target is aten.mul.Tensor:  # a norm written by hand ends in weight * normalised
-        affine = [each for each in norm.all_input_nodes if each.op == "get_attr" and len(shape_of(each)) == 1]
+        affine = [node for node in norm.all_input_nodes if node.op == "get_attr" and len(shape_of(node)) == 1]
     else:
         return None
     scales = [each for each in affine if each is not None]
     width = shape_of(norm)[-1] if shape_of(norm) else None
-    if not scales or any(each.op != "get_attr" or shape_of(each) != (width,) for each in scales):
+    if not scales or any(scale.op != "get_attr" or shape_of(scale) != (width,) for scale in scales):
         return None
-    if any(len(each.users) != 1 for each in scales) or not norm.users:
+    if any(len(scale.users) != 1 for scale in scales) or not norm.users:
         return None
     readers = []
     for user in norm.users:

@@ -190,7 +190,7 @@ def _floats(value: Any, name: str) -> list[Tensor]:
         leaves = tensors_of(value)
     except ExportError as error:
         raise QuantizeError(f"{name} must hold tensors, {got(value)}; give what the model returned") from error
-    found = [torch.view_as_real(each.resolve_conj()) if each.is_complex() else each for each in leaves]
+    found = [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves]
     found = [each for each in found if each.is_floating_point()]
     if not found:
         raise QuantizeError(

@@ -69,9 +69,9 @@ def singles(prepared: Prepared) -> list[Single]:
             kind = weighted(node)
             if kind is not None and kind.kind.startswith("conv"):  # a linear layer can answer in float
                 users = end_of_layer(node).users
-                gives |= {each: rounding(program, each) for each in users if _observer(program, each)}
+                gives |= {user: rounding(program, user) for user in users if _observer(program, user)}
         changes.append(Single(layer=layer, place=min(places[node] for node in nodes), reads=reads, gives=gives))
-    return sorted(changes, key=lambda each: each.place)
+    return sorted(changes, key=lambda change: change.place)
 
 
 def rounding(program: GraphModule, observed: Node) -> Rounding:
@@ -132,7 +132,7 @@ class Passes:
             self.dies[place].append(node)
         self.in_place = max((place for place, node in enumerate(self.nodes) if _mutates(node)), default=-1)
         self.live: list[int] = []  # bytes of live values before each node, of the first run
-        self.frontier = [self._begin(each) for each in self.inputs]
+        self.frontier = [self._begin(input_) for input_ in self.inputs]
 
     def outputs(self, change: Single | None = None) -> Iterator[Any]:
         """The model's outputs on each of the inputs; changes are cheapest in the order of their places."""
@@ -182,8 +182,8 @@ class Passes:
                 result = map_arg(node.args[0], values.__getitem__)
             elif node.op != "placeholder":
                 values[node] = self._value(node, values, change)
-            for each in self.dies[place]:
-                values.pop(each, None)
+            for die in self.dies[place]:
+                values.pop(die, None)
         return result
 
     def _value(self, node: Node, values: Mapping[Node, Any], change: Single | None) -> Any:
@@ -234,7 +234,7 @@ def _observer(program: GraphModule, node: Node) -> bool:
 
 def _size(values: Mapping[Node, Any]) -> int:
     """Bytes of values that are not stored with the model."""
-    held = [each for node, value in values.items() if node.op != "get_attr" for each in _tensors(value)]
+    held = [tensor for node, value in values.items() if node.op != "get_attr" for tensor in _tensors(value)]
     return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in held}.values())
 
 

@@ -145,8 +145,10 @@ class Trials:
         from torchslim.quantize.layerwise import damages, singles
 
         prepared = self.way.prepared(self.model, self.ctx, {})
-        spared = {each.layer for each in prepared.records if each.weight_bits == 8}  # have what they would get instead
-        names = [each.layer for each in singles(prepared)]
+        spared = {
+            record.layer for record in prepared.records if record.weight_bits == 8
+        }  # have what they would get instead
+        names = [single.layer for single in singles(prepared)]
         if fallback(self.way.scheme) != FLOAT:
             names = [name for name in names if name not in spared]
         names = [name for name in names if self._can_be_named(name)]

@@ -156,8 +156,8 @@ class Prepared(Called):
 
     def show(self, batches: Iterable[Any]) -> None:
         """Keep samples of model inputs that the result is checked on, unless there are some from a calibration."""
-        for each in batches:
-            self.samples.add(self.leaves(each))
+        for batch in batches:
+            self.samples.add(self.leaves(batch))
         self.samples.closed = bool(self.samples.batches)
 
     def leaves(self, inputs: Any) -> list[Tensor]:

@@ -127,7 +127,7 @@ def prepare(
 
 def _computed_in_float32(model: nn.Module) -> torch.dtype | None:
     """Make a model of another precision one of float32, which integer kernels begin from; the type that it had."""
-    found = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if found <= {torch.float32}:
         return None
     if len(found) > 1:

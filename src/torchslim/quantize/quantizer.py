@@ -123,7 +123,9 @@ class SlimQuantizer(Quantizer):
         for node in reversed(model.graph.nodes):
             if node.target in POOLS and ANNOTATION not in node.meta and node.users and not padded_with_infinity(node):
                 readers = [user.meta.get(ANNOTATION) for user in node.users]
-                if all(each is not None and each.input_qspec_map.get(node) is self.specs.static for each in readers):
+                if all(
+                    reader is not None and reader.input_qspec_map.get(node) is self.specs.static for reader in readers
+                ):
                     self._move(node)
 
     def _move(self, node: Node) -> None:
@@ -151,8 +153,8 @@ class SlimQuantizer(Quantizer):
     def _gated(self, node: Node) -> None:
         """What a gate multiplies, where both are integers already."""
         factors = [argument(node, index) for index in (0, 1)]
-        if any(each is not None and each.target in GATES and _quantized_output(each) for each in factors):
-            inputs = [each for each in factors if each is not None and _quantized_output(each)]
+        if any(factor is not None and factor.target in GATES and _quantized_output(factor) for factor in factors):
+            inputs = [factor for factor in factors if factor is not None and _quantized_output(factor)]
             if self.profile.gates and len(inputs) == 2:
                 self._mark(node, dict.fromkeys(inputs, self.specs.static), self.specs.static)
 
@@ -191,7 +193,7 @@ class SlimQuantizer(Quantizer):
 
     def _recurrent(self, node: Node) -> None:
         parameters = [each for each in _flat(node.args[2]) if len(shape_of(each)) == 2]
-        if not all(is_constant(each) for each in parameters):
+        if not all(is_constant(parameter) for parameter in parameters):
             self._refuse(node, "its weights are computed from the input, not stored")
             return
         if (scheme := self._scheme(node, *parameters)) is None:
@@ -205,7 +207,7 @@ class SlimQuantizer(Quantizer):
             scheme = WEIGHTS_ONLY
         elif wanted == "dynamic" and RECURRENT[node.target] not in self.profile.dynamic:
             reason, scheme = f"{self.profile.why}: weights in int8, computing in float", WEIGHTS_ONLY
-        inputs: dict[Node, Any] = {each: self.specs.weight(scheme, 0) for each in parameters}
+        inputs: dict[Node, Any] = {parameter: self.specs.weight(scheme, 0) for parameter in parameters}
         source = argument(node, 0)
         if scheme.activations == "dynamic" and source is not None:
             inputs[source] = self.specs.dynamic
@@ -229,7 +231,7 @@ class SlimQuantizer(Quantizer):
         factors = [argument(node, index) for index in PRODUCTS[node.target]]
         if not self.takes_product(node) or None in factors:
             return
-        self._mark(node, dict.fromkeys((each for each in factors if each is not None), self.specs.static), None)
+        self._mark(node, dict.fromkeys((factor for factor in factors if factor is not None), self.specs.static), None)
 
     # what lies between them -------------------------------------------------------------------------------------------
 
@@ -305,10 +307,10 @@ class SlimQuantizer(Quantizer):
             return self._reaches_integers(_end_of_concat(node))
         factors = [argument(node, index) for index in (0, 1)]
         if node.target in GATED:
-            return self.profile.gates and any(each is not None and each.target in GATES for each in factors)
+            return self.profile.gates and any(factor is not None and factor.target in GATES for factor in factors)
         if node.target in ADDITIONS:
-            layers = [weighted(_layer_before(each)) for each in factors if each is not None]
-            return self.profile.additions == "both" and any(each and each.kind.startswith("conv") for each in layers)
+            layers = [weighted(_layer_before(factor)) for factor in factors if factor is not None]
+            return self.profile.additions == "both" and any(layer and layer.kind.startswith("conv") for layer in layers)
         return self._takes_integers(node)
 
     def _feeds_norm(self, node: Node) -> bool:

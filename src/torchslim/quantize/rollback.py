@@ -85,7 +85,7 @@ class Evidence:
         found = faults(self.reference, graph, axes, checks)
         if self.trained is not self.reference:
             found = [each for each in found if each.kind in BROKEN]
-            found += [each for each in faults(self.trained, graph, axes, checks) if each.kind not in BROKEN]
+            found += [fault for fault in faults(self.trained, graph, axes, checks) if fault.kind not in BROKEN]
         return found
 
 
@@ -146,12 +146,12 @@ def rolled_back(records: Sequence[LayerRecord], units: Sequence[Unit], reasons: 
     """Records with the units that went back to float as such."""
     layers = {unit.layer: reasons[unit.key] for unit in units if unit.key in reasons and not unit.operation}
     found = [
-        LayerRecord(layer=each.layer, action="refused", reason=Reason.BACK_IN_FLOAT.with_detail(layers[each.layer]))
-        if each.layer in layers
-        else each
-        for each in records
+        LayerRecord(layer=record.layer, action="refused", reason=Reason.BACK_IN_FLOAT.with_detail(layers[record.layer]))
+        if record.layer in layers
+        else record
+        for record in records
     ]
-    known = {each.layer for each in records}
+    known = {record.layer for record in records}
     for unit in units:
         if unit.key in reasons and (unit.operation or unit.layer not in known):
             operation = f" ({unit.operation})" if unit.operation else ""

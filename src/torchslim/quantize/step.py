@@ -157,7 +157,7 @@ class Quantize:
         assert not isinstance(checks, Mapping)
         quantized = converted(prepared, checks)
         records = _measured(prepared, quantized, ctx.example_inputs)
-        told = [f"not quantized: {each.layer}: {each.reason}" for each in records if _surprising(each)]
+        told = [f"not quantized: {record.layer}: {record.reason}" for record in records if _surprising(record)]
         found = quantized.evidence
         both = ((), ()) if found is None else (chain(*found.reference), chain(*found.graph))
         ratio = decibels(*both)
@@ -240,10 +240,10 @@ class Quantize:
             left = record.reason == Reason.AS_ASKED or (
                 record.action == "quantized" and not record.reason and other != FLOAT
             )
-            last = next((layers[each] for each in reversed(layers) if matches(each, record.layer, types)), None)
+            last = next((layers[layer] for layer in reversed(layers) if matches(layer, record.layer, types)), None)
             return replace(record, reason=KEPT[other]) if left and last == other else record
 
-        return replace(outcome, layers=[explained(each) for each in outcome.layers])
+        return replace(outcome, layers=[explained(layer) for layer in outcome.layers])
 
 
 class Freeze(Hook):
@@ -275,10 +275,14 @@ def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) ->
 
     found = layer_sqnr(prepared, quantized, prepared.leaves(inputs))
     records = [
-        replace(each, sqnr_db=round(found[each.layer], 2) if math.isfinite(found.get(each.layer, math.inf)) else None)
-        for each in quantized.records
+        replace(
+            record, sqnr_db=round(found[record.layer], 2) if math.isfinite(found.get(record.layer, math.inf)) else None
+        )
+        for record in quantized.records
     ]
-    return sorted(records, key=lambda each: (each.action != "quantized", each.sqnr_db is None, each.sqnr_db or 0.0))
+    return sorted(
+        records, key=lambda record: (record.action != "quantized", record.sqnr_db is None, record.sqnr_db or 0.0)
+    )
 
 
 def _worst(evidence: Any, records: Sequence[LayerRecord]) -> dict[str, Any] | None:
@@ -286,7 +290,7 @@ def _worst(evidence: Any, records: Sequence[LayerRecord]) -> dict[str, Any] | No
     figure = evidence.worst
     if figure is None:
         return None
-    layer = next((each.layer for each in records if each.sqnr_db is not None), None)
+    layer = next((record.layer for record in records if record.sqnr_db is not None), None)
     return {
         "where": figure.place.named(evidence.names), "sqnr_db": round(min(figure.decibels, 200.0), 2), "layer": layer,
     }  # fmt: skip

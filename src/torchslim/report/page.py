@@ -111,7 +111,7 @@ def render(run: dict[str, Any]) -> str:
         rows=rows,
         gaps=gaps(run, _measurable(run)),
         gains=[(gain, _took(gain.seconds)) for gain in gains(run)],
-        ceilings=[(each, _ceiling(each)) for each in ceilings(run)],
+        ceilings=[(ceiling, _ceiling(ceiling)) for ceiling in ceilings(run)],
         warnings=warnings(run),
         layers=[_layer(layer) for layer in layers(run)],
         layers_open=len(layers(run)) <= OPEN_LAYERS,
@@ -300,7 +300,7 @@ def _trainings(run: Run) -> list[dict[str, Any]]:
     for index, (label, row) in enumerate(zip(labels(run["rows"]), run["rows"], strict=True)):
         if not row["history"]:
             continue
-        keys = list(dict.fromkeys(key for each in row["history"] for key in each))
+        keys = list(dict.fromkeys(key for entry in row["history"] for key in entry))
         found.append(
             {
                 "id": index,
@@ -308,7 +308,7 @@ def _trainings(run: Run) -> list[dict[str, Any]]:
                 "notes": [record["reason"] for record in row["layers"] if not record["layer"] and record["reason"]],
                 "plots": [plot["id"] for plot in charts.histories(run) if plot["row"] == index],
                 "columns": [charts.history_column(run, key) for key in keys],
-                "rows": [[_history_cell(run, key, each.get(key)) for key in keys] for each in row["history"]],
+                "rows": [[_history_cell(run, key, entry.get(key)) for key in keys] for entry in row["history"]],
             }
         )
     return found

@@ -48,13 +48,13 @@ def render_search(data: Search) -> str:
         columns=columns,
         rows=[
             (_named(data["baseline"]), "", [], _cells(data, data["baseline"]), ""),
-            *((_named(each), each["recipe"], _values(each["parameters"]), _cells(data, each),
-               "within" if each["within"] else "outside") for each in data["front"]),
+            *((_named(point), point["recipe"], _values(point["parameters"]), _cells(data, point),
+               "within" if point["within"] else "outside") for point in data["front"]),
         ],
         bounds=[f"{_name(data, name)} at most {_text(data, name, bound)}" for name, bound in _bounds(data).items()],
         parameters=[each["name"] for each in data["space"]],
         figures=[(name, _capital(FIGURES[name]), _heading_unit(data, name)) for name in _trial_figures(data)],
-        trials=[_trial(data, each) for each in data["trials"]],
+        trials=[_trial(data, trial) for trial in data["trials"]],
         failed=data.get("failed", []),
         space=[(each["name"], _range(each)) for each in data["space"]],
         machines=machine_facts(data["machines"]),
@@ -77,11 +77,11 @@ def search_table(data: Search) -> str:
     ]  # fmt: skip
     rows = [[_named(data["baseline"]), *_row(data, data["baseline"]), "", ""]]
     rows += [
-        [_named(each), *_row(data, each), "kept" if each["within"] else "broken", plain(each["recipe"])]
-        for each in data["front"]
+        [_named(point), *_row(data, point), "kept" if point["within"] else "broken", plain(point["recipe"])]
+        for point in data["front"]
     ]
     lines = [plain(data["verdict"]["text"]), "", *aligned(headers, rows), ""]
-    lines += [f"{_named(each)}: {plain(', '.join(_values(each['parameters'])))}" for each in data["front"]]
+    lines += [f"{_named(point)}: {plain(', '.join(_values(point['parameters'])))}" for point in data["front"]]
     missing = dict.fromkeys(
         f"not measured ({ABSENT}): {plain(what)} of {_named(row)}: {plain(entry['not_measured'])}"
         for row in (data["baseline"], *data["front"])
@@ -101,7 +101,7 @@ def _title(data: Search) -> str:
 
 
 def _counts(data: Search) -> str:
-    states = [each["state"] for each in data["trials"]]
+    states = [trial["state"] for trial in data["trials"]]
     parts = [f"{states.count(state)} {word}" for state, word in STATES.items() if state in states]
     count = len(data["front"])
     return f"{len(states)} trials: {', '.join(parts) or 'none'}; {count} on the front, trained fully and measured"
@@ -113,13 +113,13 @@ def _bounds(data: Search) -> dict[str, float]:
 
 def _figures(data: Search) -> list[str]:
     """The figures of artifacts: those that are searched for first."""
-    known = {name for each in (data["baseline"], *data["front"]) for name in each["figures"]}
+    known = {name for point in (data["baseline"], *data["front"]) for name in point["figures"]}
     first = dict.fromkeys((*data["objectives"], *_bounds(data)))
     return [name for name in (*first, *(name for name in FIGURES if name not in first)) if name in known]
 
 
 def _trial_figures(data: Search) -> list[str]:
-    known = {name for each in data["trials"] for name in each["figures"]}
+    known = {name for trial in data["trials"] for name in trial["figures"]}
     return [name for name in FIGURES if name in known]
 
 
@@ -215,7 +215,7 @@ def _values(parameters: Mapping[str, Any]) -> list[str]:
 
 def _range(parameter: Mapping[str, Any]) -> str:
     if parameter["kind"] == "choice":
-        return ", ".join(_shown(each) for each in parameter["choices"])
+        return ", ".join(_shown(choice) for choice in parameter["choices"])
     return f"{_shown(parameter['low'])} to {_shown(parameter['high'])}"
 
 
@@ -239,7 +239,7 @@ def _trial(data: Search, trial: dict[str, Any]) -> dict[str, Any]:
 def _binding(data: Search) -> list[str]:
     """Each bound that the nearest breaks, with what it came to."""
     verdict, bounds = data["verdict"], _bounds(data)
-    nearest = next((each for each in data["front"] if each["trial"] == verdict["nearest"]), None)
+    nearest = next((point for point in data["front"] if point["trial"] == verdict["nearest"]), None)
     found = []
     for name in verdict["binding"]:
         value = value_of(nearest["figures"].get(name, {})) if nearest else None
@@ -250,7 +250,7 @@ def _binding(data: Search) -> list[str]:
 
 def _tiles(data: Search) -> list[tuple[str, str, str]]:
     """The best, or the nearest, at a glance: heading, figure, and the original's."""
-    best = next((each for each in data["front"] if each["trial"] == data["verdict"]["nearest"]), None)
+    best = next((point for point in data["front"] if point["trial"] == data["verdict"]["nearest"]), None)
     if best is None:
         return []
     tiles = []
@@ -268,13 +268,13 @@ def _tiles(data: Search) -> list[tuple[str, str, str]]:
 def _plot(data: Search) -> dict[str, Any]:
     """What the plot is drawn from: axes to choose, and points with their figures."""
     names = list(dict.fromkeys((*data["objectives"], *_figures(data))))
-    front = [_point(data, _named(each), each["parameters"], _plain_figures(each), each["within"]) | {
-                "low": {name: entry["low"] for name, entry in each["figures"].items() if "low" in entry},
-                "high": {name: entry["high"] for name, entry in each["figures"].items() if "high" in entry},
-             } for each in data["front"]]  # fmt: skip
+    front = [_point(data, _named(point), point["parameters"], _plain_figures(point), point["within"]) | {
+                "low": {name: entry["low"] for name, entry in point["figures"].items() if "low" in entry},
+                "high": {name: entry["high"] for name, entry in point["figures"].items() if "high" in entry},
+             } for point in data["front"]]  # fmt: skip
     trials = [
-        _point(data, f"trial {each['number']}, {each['stage']}", each["parameters"], each["figures"], each["within"])
-        for each in data["trials"] if each["figures"]
+        _point(data, f"trial {row['number']}, {row['stage']}", row["parameters"], row["figures"], row["within"])
+        for row in data["trials"] if row["figures"]
     ]  # fmt: skip
     first, second = (*data["objectives"], *names, names[0] if names else "")[:2]
     return {

@@ -29,7 +29,7 @@ def render_sensitivity(data: Sensitivity) -> str:
         data: what `sensitivity.json` holds.
     """
     rows, changes = _rows(data), _changes(data)
-    largest = max((_damage(data, each) for each in data["points"]), default=0.0)
+    largest = max((_damage(data, point) for point in data["points"]), default=0.0)
     return fill(
         "sensitivity.html.j2",
         data=data,
@@ -83,19 +83,19 @@ def _changes(data: Sensitivity) -> list[str]:
 
 
 def _of(data: Sensitivity, kind: str) -> list[str]:
-    return list(dict.fromkeys(each["change"] for each in data["points"] if each["kind"] == kind))
+    return list(dict.fromkeys(point["change"] for point in data["points"] if point["kind"] == kind))
 
 
 def _rows(data: Sensitivity) -> list[tuple[str, dict[str, Point]]]:
     """Layers in model order, each with the group of its own channels; other groups follow the group before them."""
     found: dict[str, dict[str, Point]] = {}
-    for each in data["points"]:
-        if each["kind"] == "layer":
-            found.setdefault(each["name"], {})[each["change"]] = each
+    for point in data["points"]:
+        if point["kind"] == "layer":
+            found.setdefault(point["name"], {})[point["change"]] = point
     groups: dict[str, dict[str, Point]] = {}
-    for each in data["points"]:
-        if each["kind"] == "channels":
-            groups.setdefault(each["name"], {})[each["change"]] = each
+    for point in data["points"]:
+        if point["kind"] == "channels":
+            groups.setdefault(point["name"], {})[point["change"]] = point
     order, taken, place = list(found), set(), 0
     for name, cells in groups.items():
         layer = name.partition("[")[0].removesuffix(".weight")
@@ -164,13 +164,13 @@ def _ends(data: Sensitivity, largest: float) -> tuple[str, str]:
 def _refused(data: Sensitivity) -> list[tuple[str, str]]:
     """Each reason once for a name."""
     pairs = [
-        (each["name"], each["refused"] or "not measured") for each in data["points"] if each["value"] is None
+        (point["name"], point["refused"] or "not measured") for point in data["points"] if point["value"] is None
     ]  # fmt: skip
     return list(dict.fromkeys(pairs))
 
 
 def _tiles(data: Sensitivity) -> list[tuple[str, str, str]]:
-    measured = [each for each in data["points"] if each["value"] is not None]
+    measured = [point for point in data["points"] if point["value"] is not None]
     tiles = [("points measured", str(len(measured)), f"{len(data['points']) - len(measured)} refused")]
     for kind, heading in (("channels", "channels that hurt most"), ("layer", "layer that hurts most")):
         own = [each for each in measured if each["kind"] == kind and _damage(data, each) > 0]

@@ -130,7 +130,7 @@ def _rounds(run: Run) -> str:
     repeats = sorted({each["repeats"] for row in run["rows"] for each in row["latency_ms"].values() if "value" in each})
     if not repeats:
         return "not measured"
-    return f"{'-'.join(str(each) for each in dict.fromkeys((repeats[0], repeats[-1])))} interleaved rounds"
+    return f"{'-'.join(str(fromkey) for fromkey in dict.fromkeys((repeats[0], repeats[-1])))} interleaved rounds"
 
 
 def _gain_lines(run: Run) -> list[str]:

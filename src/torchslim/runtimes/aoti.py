@@ -134,7 +134,7 @@ class _Loaded:
 
     def __init__(self, payload: bytes, threads: int | None) -> None:
         with zipfile.ZipFile(io.BytesIO(payload)) as archive:
-            self.kernels = [Kernel(**each) for each in json.loads(archive.read(f"model/{KERNELS}"))]
+            self.kernels = [Kernel(**load) for load in json.loads(archive.read(f"model/{KERNELS}"))]
         with tempfile.TemporaryDirectory() as folder, quiet():
             path = Path(folder) / "model.pt2"
             path.write_bytes(payload)

@@ -39,7 +39,7 @@ def compiled(
             then the message says that `dynamic_shapes=None` would do.
     """
     # looked at before: an exporter may fix a size in the program itself
-    free = [[_is_free(size) for size in each.shape] for each in captured.inputs_of_program()]
+    free = [[_is_free(size) for size in input_.shape] for input_ in captured.inputs_of_program()]
     axis = captured.batch_axis
     batched = [axis is not None and len(each) > axis and each[axis] for each in free]
     symbols = {

@@ -140,7 +140,8 @@ def fold_weights(module: GraphModule) -> None:
         if decomposed(node) != DEQUANTIZE or all(map(has_integer_kernel, node.users)):
             continue
         arguments = [
-            attrgetter(str(each.target))(module).detach() if isinstance(each, Node) else each for each in node.args
+            attrgetter(str(argument.target))(module).detach() if isinstance(argument, Node) else argument
+            for argument in node.args
         ]
         with module.graph.inserting_before(node):
             name = f"_folded_{node.name}"
@@ -174,7 +175,7 @@ class _Compiled:
         self.codes: list[str] = []
 
     def __call__(self, leaves: list[Tensor], /) -> list[Tensor]:
-        sizes = tuple(each.shape for each in leaves)
+        sizes = tuple(leaf.shape for leaf in leaves)
         if sizes in self.seen:
             return list(self.run(leaves))
         # torch.compile reads the settings while it compiles: at the first call, and again when a size changes

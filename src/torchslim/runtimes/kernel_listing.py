@@ -102,7 +102,7 @@ class _Origins:
         self.names = {node.name for node in before.node}
         # a node in another layout is called like the value that it gave
         self.kept = {_plain(name) for node in after.node for name in (*node.output, node.name)}
-        self.kept |= {each.name for each in after.input}
+        self.kept |= {input_.name for input_ in after.input}
 
     def of(self, node: Any) -> tuple[str, tuple[str, ...]]:
         """The name of the node that does the work, and of all that it is made of."""

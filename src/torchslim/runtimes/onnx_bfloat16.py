@@ -19,19 +19,19 @@ def widen(proto: Any) -> None:
         for tensor in graph.initializer:
             _widen_tensor(tensor)
     for node in _nodes(proto):
-        for each in node.attribute:
-            if each.type == onnx.AttributeProto.INT and each.name in ("to", "dtype", "output_dtype"):
-                each.i = onnx.TensorProto.FLOAT if each.i == onnx.TensorProto.BFLOAT16 else each.i
-            elif each.type == onnx.AttributeProto.TENSOR:
-                _widen_tensor(each.t)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.INT and attribute.name in ("to", "dtype", "output_dtype"):
+                attribute.i = onnx.TensorProto.FLOAT if attribute.i == onnx.TensorProto.BFLOAT16 else attribute.i
+            elif attribute.type == onnx.AttributeProto.TENSOR:
+                _widen_tensor(attribute.t)
 
 
 def _graphs(graph: Any) -> Iterator[Any]:
     """A graph, and those inside its nodes."""
     yield graph
     for node in graph.node:
-        for each in node.attribute:
-            for inner in (*([each.g] if each.HasField("g") else ()), *each.graphs):
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
                 yield from _graphs(inner)
 
 

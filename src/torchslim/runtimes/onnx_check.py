@@ -114,7 +114,7 @@ def check_onnx(data: bytes) -> None:
                 "it is not loaded"
             )
     for name, inputs in seen.growing:
-        numbers = [seen.small.get(each, []) for each in inputs]
+        numbers = [seen.small.get(input_, []) for input_ in inputs]
         largest = max((math.prod(abs(number) for number in each if number) for each in numbers), default=1)
         if largest > ELEMENTS:
             raise ArtifactError(f"the .onnx file has {name} of {largest:,} elements; it is not loaded")

@@ -90,14 +90,14 @@ class Editor:
 
     def trace(self, before: Node, function: Callable[..., Any], inputs: Sequence[Node | None], owner: Node) -> Any:
         """Insert what `function` does to `inputs`, as of the layer of `owner`; returns the nodes of what it returns."""
-        given = [each for each in inputs if each is not None]
+        given = [input_ for input_ in inputs if input_ is not None]
         values = [each.meta["val"] for each in given]
 
         def positional(*tensors: Any) -> Any:
             rest = iter(tensors)
-            return function(*(None if each is None else next(rest) for each in inputs))
+            return function(*(None if input_ is None else next(rest) for input_ in inputs))
 
-        mode = next(each.fake_mode for each in values if hasattr(each, "fake_mode"))
+        mode = next(value.fake_mode for value in values if hasattr(value, "fake_mode"))
         with mode:
             traced = make_fx(positional)(*values)
         self.changed = True
@@ -233,9 +233,9 @@ def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
     for layer in range(found.layers):
         cells = found.cells[layer * directions : (layer + 1) * directions]
         for weights in ([cell[0] for cell in cells], [cell[1] for cell in cells]):
-            scale = torch.stack([_gates(each.scale.float()) for each in weights])
+            scale = torch.stack([_gates(weight.scale.float()) for weight in weights])
             stored += [
-                editor.store(torch.stack([_gates(each.values).t() for each in weights]), "weight"),
+                editor.store(torch.stack([_gates(weight.values).t() for weight in weights]), "weight"),
                 editor.store(scale, "scale"),
                 editor.store(torch.zeros(scale.shape, dtype=torch.int8), "zero_point"),
             ]
@@ -261,7 +261,7 @@ def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
             )
             y = y.transpose(1, 2).reshape(steps, batch, directions * hidden)
             finals.append(last)
-        h, c = (torch.cat([each[index] for each in finals]) for index in range(2))
+        h, c = (torch.cat([final[index] for final in finals]) for index in range(2))
         return y.transpose(0, 1) if found.batch_first else y, h, c
 
     editor.replace(node, compute, [found.source, *found.states, *stored])

@@ -77,10 +77,10 @@ class Graph:
 
     def __post_init__(self) -> None:
         self.nodes = list(self.proto.node)
-        self.constants = {each.name: each for each in self.proto.initializer}
+        self.constants = {initializer.name: initializer for initializer in self.proto.initializer}
         told = (*self.proto.value_info, *self.proto.output)
         self.ranks = {each.name: len(each.type.tensor_type.shape.dim) for each in told}
-        sizes = (size for each in self.proto.input for size in each.type.tensor_type.shape.dim)
+        sizes = (size for input_ in self.proto.input for size in input_.type.tensor_type.shape.dim)
         self.fixed = all(size.HasField("dim_value") for size in sizes)
 
     def makers(self) -> Mapping[str, Any]:
@@ -114,9 +114,9 @@ class Graph:
     def write(self) -> None:
         """Change the model."""
         nodes, proto = [type(node).FromString(node.SerializeToString()) for node in self.nodes], self.proto
-        read = {name for node in nodes for name in node.input} | {each.name for each in proto.output}
+        read = {name for node in nodes for name in node.input} | {output.name for output in proto.output}
         constants = [each for name, each in self.constants.items() if name in read]
-        constants = [type(each).FromString(each.SerializeToString()) for each in constants]
+        constants = [type(constant).FromString(constant.SerializeToString()) for constant in constants]
         del proto.node[:], proto.initializer[:]
         proto.node.extend(nodes)
         proto.initializer.extend(constants)
@@ -179,12 +179,14 @@ def float_activations(graph: Graph) -> None:
     makers, readers = graph.makers(), _readers(graph)
     for node in list(graph.nodes):
         users = readers.get(node.output[0], [])
-        if node.op_type not in ("Relu", "Clip") or (users and all(each.op_type == "QuantizeLinear" for each in users)):
+        if node.op_type not in ("Relu", "Clip") or (users and all(user.op_type == "QuantizeLinear" for user in users)):
             continue
         layer = makers.get(node.input[0])
         if layer is not None and layer.op_type == "Add":
-            products = [makers[each] for each in layer.input if each in makers]
-            layer = next((each for each in products if each.op_type == "MatMul" and _becomes_gemm(each, graph)), None)
+            products = [makers[input_] for input_ in layer.input if input_ in makers]
+            layer = next(
+                (product for product in products if product.op_type == "MatMul" and _becomes_gemm(product, graph)), None
+            )
         elif layer is not None and layer.op_type != "Gemm":
             layer = None
         if layer is None or len(readers[node.input[0]]) > 1 or not _quantized_inputs(layer, makers, graph):
@@ -234,10 +236,10 @@ def float_weights(graph: Graph) -> None:
             continue
         if any(_quantized_inputs(user, makers, graph) for user in _users(node, readers)):
             continue
-        axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
         scale = graph.array(node.input[1])
         if scale.ndim:
-            scale = scale.reshape([-1 if each == axis % len(weight.dims) else 1 for each in range(len(weight.dims))])
+            scale = scale.reshape([-1 if index == axis % len(weight.dims) else 1 for index in range(len(weight.dims))])
         name = node.output[0]
         stored = graph.store(scale.astype(np.float32), f"{name}_scale")
         cast = helper.make_node("Cast", [weight.name], [f"{name}_cast"], name=f"{name}_cast", to=TensorProto.FLOAT)
@@ -254,7 +256,7 @@ def weights_of_their_own(graph: Graph) -> None:
         source = graph.constants if node.op_type == "DequantizeLinear" else dequantized
         if node.op_type in ("DequantizeLinear", *MOVES) and node.input[0] in source:
             dequantized.add(node.output[0])
-    outputs = {each.name for each in graph.proto.output}
+    outputs = {output.name for output in graph.proto.output}
     readers = _readers(graph)
     taken = {name for node in graph.nodes for name in (*node.output, node.name)} | set(graph.constants)
     for node in reversed(list(graph.nodes)):  # what moves a weight gets copies first, then each copy a weight
@@ -263,7 +265,7 @@ def weights_of_their_own(graph: Graph) -> None:
         for number, user in enumerate(users[1:], 1):
             copied = type(node).FromString(node.SerializeToString())
             copied.name, copied.output[0] = (_free(f"{each}_{number}", taken) for each in (node.name, name))
-            user.input[:] = [copied.output[0] if each == name else each for each in user.input]
+            user.input[:] = [copied.output[0] if input_ == name else input_ for input_ in user.input]
             readers.setdefault(copied.input[0], []).append(copied)
             graph.insert(node, copied)
 
@@ -312,7 +314,7 @@ def four_bit_weights(graph: Graph) -> None:
         if node.op_type != PACKED or node.domain != "torchslim":
             continue
         packed, scale = node.input
-        shape = next(list(each.ints) for each in node.attribute if each.name == "shape")
+        shape = next(list(attribute.ints) for attribute in node.attribute if attribute.name == "shape")
         rows, groups = graph.constants[scale].dims
         size, length, name = 2 * graph.constants[packed].dims[1] // groups, int(np.prod(shape[1:])), node.output[0]
         numbers = {
@@ -332,7 +334,7 @@ def four_bit_weights(graph: Graph) -> None:
             graph.store(value, f"{name}_{key}")
 
         def step(operation: str, inputs: list[str], output: str, name: str = name, **attributes: Any) -> Any:
-            named = [each[1:] if each.startswith("=") else f"{name}_{each}" for each in inputs]
+            named = [input_[1:] if input_.startswith("=") else f"{name}_{input_}" for input_ in inputs]
             made = f"{name}_{output}" if output else name
             return helper.make_node(operation, named, [made], name=made, **attributes)
 

@@ -84,7 +84,7 @@ def _strip(proto: Any) -> None:
     of every runtime that reads the model show them.
     """
     graph = proto.graph
-    owners = {each.name: each.name.rpartition(".")[0] for each in graph.initializer}
+    owners = {initializer.name: initializer.name.rpartition(".")[0] for initializer in graph.initializer}
     for node, name in zip(graph.node, unique([_layer_name(node, owners) for node in graph.node]), strict=True):
         node.name = name
     del proto.metadata_props[:], graph.metadata_props[:]
@@ -101,7 +101,7 @@ def _strip(proto: Any) -> None:
 
 def _layer_name(node: Any, owners: dict[str, str]) -> str:
     """The path of a node's layer and its operation; the node of the program where it belongs to no layer."""
-    texts = {each.key: each.value for each in node.metadata_props}
+    texts = {prop.key: prop.value for prop in node.metadata_props}
     try:
         scopes = list(ast.literal_eval(texts["pkg.torch.onnx.name_scopes"]))
     except (KeyError, ValueError, SyntaxError):  # made by a pass over the ONNX model
@@ -117,7 +117,7 @@ def _name(proto: Any, captured: Captured) -> None:
     """Call inputs and outputs as the model does, and the free batch size "batch"."""
     graph = proto.graph
     taken = {name for node in graph.node for name in (*node.input, *node.output)}
-    taken |= {each.name for each in (*graph.initializer, *graph.input, *graph.output)}
+    taken |= {initializer.name for initializer in (*graph.initializer, *graph.input, *graph.output)}
     wanted = [
         *zip(graph.input, leaf_names(captured.inputs), strict=True),
         *zip(graph.output, map(_output_name, leaf_names(captured.outputs)), strict=True),
@@ -172,7 +172,7 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
             f"ONNX Runtime cannot run the model: {type(error).__name__}: {_brief(error)}; "
             "use float32, or runtime 'eager'"
         ) from error
-    names = [each.name for each in session.get_inputs()]
+    names = [input_.name for input_ in session.get_inputs()]
     if len(names) != len(spec.dtypes):
         raise DeployError(f"the ONNX model takes {len(names)} inputs, its spec lists {len(spec.dtypes)}; save it again")
 

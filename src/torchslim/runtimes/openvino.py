@@ -145,17 +145,19 @@ def _restore(model: Any, payload: bytes, openvino: Any) -> Any:
     import onnx
 
     graph = onnx.load_from_string(payload).graph
-    inputs = {name: each for each in model.get_parameters() for name in each.output(0).get_names()}
+    inputs = {name: parameter for parameter in model.get_parameters() for name in parameter.output(0).get_names()}
     for value in graph.input:
         if value.name in inputs:
             continue
-        dims = [each.dim_value if each.HasField("dim_value") else -1 for each in value.type.tensor_type.shape.dim]
+        dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         unused = openvino.op.Parameter(openvino.Type(dtype), openvino.PartialShape(dims))
         unused.set_friendly_name(value.name)
         unused.output(0).set_names({value.name})
         inputs[value.name] = unused
-    model = openvino.Model(model.get_results(), model.get_sinks(), [inputs[each.name] for each in graph.input], "model")
+    model = openvino.Model(
+        model.get_results(), model.get_sinks(), [inputs[input_.name] for input_ in graph.input], "model"
+    )
     named = {output: node.name or output for node in graph.node for output in node.output}
     operations = list(model.get_ordered_ops())
     for index, operation in reversed(list(enumerate(operations))):
@@ -163,8 +165,8 @@ def _restore(model: Any, payload: bytes, openvino: Any) -> Any:
         if name in named and kind not in ("Parameter", "Result"):
             name = named[name]
         elif re.fullmatch(rf"{kind}_\d+", name):
-            readers = [each.get_node() for output in operation.outputs() for each in output.get_target_inputs()]
-            layers = {each.get_friendly_name().rpartition("/")[0] for each in readers} - {""}
+            readers = [input_.get_node() for output in operation.outputs() for input_ in output.get_target_inputs()]
+            layers = {reader.get_friendly_name().rpartition("/")[0] for reader in readers} - {""}
             name = f"{layers.pop()}/{kind}_{index}" if len(layers) == 1 else f"{kind}_{index}"
         operation.set_friendly_name(name)
     return model

@@ -73,7 +73,7 @@ def _nets(root: ElementTree.Element) -> list[ElementTree.Element]:
 
 def _options(root: ElementTree.Element) -> None:
     for options in root.iter("runtime_options"):
-        unknown = [each.tag for each in options if each.tag not in OPTIONS]
+        unknown = [option.tag for option in options if option.tag not in OPTIONS]
         if unknown:
             raise ValueError(f"it sets the option {unknown[0]}")
 
@@ -101,7 +101,7 @@ def _constant(data: Any, weights: bytes) -> list[int]:
     if data is None:
         raise ValueError("a constant has no data")
     offset, size = int(data.get("offset", "x")), int(data.get("size", "x"))
-    shape = [int(each) for each in data.get("shape", "").split(",") if each.strip()]
+    shape = [int(part) for part in data.get("shape", "").split(",") if part.strip()]
     width = BITS[data.get("element_type", "")]
     if min([offset, size, *shape]) < 0 or offset + size > len(weights) or len(shape) > 64:
         raise ValueError("a constant lies outside of the .bin file")

@@ -30,7 +30,7 @@ def guard_extremes(model: Any) -> None:
         dtype = FLOATS.get(operation.get_output_element_type(0).get_type_name())
         if dtype is None:
             continue
-        readers = [each for each in operation.output(0).get_target_inputs() if not _is_output(each)]
+        readers = [input_ for input_ in operation.output(0).get_target_inputs() if not _is_output(input_)]
         guard = opset13.maximum(operation, opset13.constant(np.finfo(dtype).min, dtype=dtype))
         guard.set_friendly_name(f"{operation.get_friendly_name()}_guard")
         for reader in readers:

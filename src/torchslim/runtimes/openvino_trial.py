@@ -84,7 +84,9 @@ except Exception as error:
 
 def unusual(operations: Iterable[Any]) -> list[str]:
     """The operations of an ONNX graph that are not known to be safe, sorted."""
-    return sorted({each.op_type for each in operations if each.op_type not in ORDINARY or each.domain})
+    return sorted(
+        {operation.op_type for operation in operations if operation.op_type not in ORDINARY or operation.domain}
+    )
 
 
 def survive(model: bytes, inputs: Sequence[Tensor], *, child: str = CHILD, limit_s: float = LIMIT_S) -> None:
@@ -108,7 +110,7 @@ def survive(model: bytes, inputs: Sequence[Tensor], *, child: str = CHILD, limit
     if not suspects:
         return
     try:
-        done = _run({"model.onnx": model}, inputs, [each.name for each in graph.input], child, limit_s, growth=0)
+        done = _run({"model.onnx": model}, inputs, [input_.name for input_ in graph.input], child, limit_s, growth=0)
     except subprocess.TimeoutExpired as error:
         raise DeployError(
             f"OpenVINO did not compile and run the model within {limit_s:g} s in a child process "
@@ -142,7 +144,7 @@ def survive_files(
     if mark is not None and mark.exists():
         return ""
     instead = "the file is damaged, or made to do this; load it with runtime='eager', which reads its program instead"
-    size = sum(map(len, files.values())) + sum(each.numel() * each.element_size() for each in inputs)
+    size = sum(map(len, files.values())) + sum(input_.numel() * input_.element_size() for input_ in inputs)
     growth = GROWTH + RELATIVE * size
     named = {f"model{suffix}": data for suffix, data in files.items()}
     try:
@@ -211,6 +213,6 @@ def _remember(mark: Path) -> None:
 
 
 def _ending(status: int) -> str:
-    if status < 0 and -status in {int(each) for each in signal.Signals}:
+    if status < 0 and -status in {int(Signal) for Signal in signal.Signals}:
         return f"by {signal.Signals(-status).name}"
     return f"with status {status}"

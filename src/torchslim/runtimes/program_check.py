@@ -108,11 +108,11 @@ class _Checker:
             raise Unfit(f"it calls {shorten(target)}, which no exported program may call")
         value["metadata"] = {}
         schema_of = getattr(operator, "_schema", None)
-        known = None if schema_of is None else {each.name: str(each.type) for each in schema_of.arguments}
-        for each in value["inputs"]:
-            if known is not None and each["name"] not in known:
-                raise Unfit(f"{shorten(target)} has no argument {shorten(each['name'])}")
-            self._argument(target, each, higher=target.split(".")[-1] in HIGHER_ORDER)
+        known = None if schema_of is None else {argument.name: str(argument.type) for argument in schema_of.arguments}
+        for input_ in value["inputs"]:
+            if known is not None and input_["name"] not in known:
+                raise Unfit(f"{shorten(target)} has no argument {shorten(input_['name'])}")
+            self._argument(target, input_, higher=target.split(".")[-1] in HIGHER_ORDER)
         if target in SYMBOLIC:
             self._magnitude(target, value)
 
@@ -136,7 +136,7 @@ class _Checker:
             if kind == "as_sym_ints"
             else []
         )
-        if math.prod(abs(each) for each in numbers if each) > ELEMENTS:
+        if math.prod(abs(number) for number in numbers if number) > ELEMENTS:
             raise Unfit(f"{shorten(target)} has sizes of more than {ELEMENTS:,} elements")
 
     def _magnitude(self, target: str, value: dict[str, Any]) -> None:
@@ -279,8 +279,8 @@ def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
     hints = typing.get_type_hints(kind, globalns=vars(schema))
     missing = dataclasses.MISSING
     return {
-        each.name: (hints[each.name], each.default is missing and each.default_factory is missing)
-        for each in dataclasses.fields(kind)
+        field_.name: (hints[field_.name], field_.default is missing and field_.default_factory is missing)
+        for field_ in dataclasses.fields(kind)
     }
 
 
@@ -321,5 +321,5 @@ def _tree(value: Any, where: str) -> None:
             raise Unfit(f"{where} has other keys than values")
     elif keys is not None:
         raise Unfit(f"{where} has keys where there are none")
-    for each in children:
-        _tree(each, where)
+    for child in children:
+        _tree(child, where)

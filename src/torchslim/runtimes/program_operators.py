@@ -141,7 +141,7 @@ def _emitted(name: str) -> bool:
     if base != name and not base.endswith("_") and base:  # in place
         return _emitted(base)
     packet = getattr(torch.ops.aten, name, None)
-    return packet is not None and any(_in_tables(getattr(packet, each)) for each in packet.overloads())
+    return packet is not None and any(_in_tables(getattr(packet, overload)) for overload in packet.overloads())
 
 
 def _in_tables(operator: Any) -> bool:
@@ -160,14 +160,14 @@ def _decomposed() -> frozenset[str]:
 
 def _pure(schema: Any) -> bool:
     """Takes and gives tensors and numbers only, and writes to no argument but the one it is called on."""
-    for each in schema.arguments:
-        if each.name == "generator":
+    for argument in schema.arguments:
+        if argument.name == "generator":
             continue  # a program has no way to hold one
-        if not _plain(str(each.type)) or (each.is_out and each.alias_info is not None):
+        if not _plain(str(argument.type)) or (argument.is_out and argument.alias_info is not None):
             return False
     tensors = any("Tensor" in str(each.type) for each in (*schema.arguments, *schema.returns))
     sizes = schema.name.startswith("aten::sym_constrain_range") or schema.name == "aten::_assert_scalar"
-    return (tensors or sizes) and all(_plain(str(each.type)) for each in schema.returns)
+    return (tensors or sizes) and all(_plain(str(return_.type)) for return_ in schema.returns)
 
 
 def _plain(kind: str) -> bool:

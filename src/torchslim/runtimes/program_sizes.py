@@ -115,11 +115,11 @@ def _symbol(node: ast.Call) -> int:
     first = node.args[0] if len(node.args) == 1 else None
     if not isinstance(first, ast.Constant) or not isinstance(first.value, str) or not SYMBOL.fullmatch(first.value):
         raise Unfit("a symbol has no name of letters and digits")
-    for each in node.keywords:
+    for keyword in node.keywords:
         if (
-            each.arg not in ASSUMPTIONS
-            or not isinstance(each.value, ast.Constant)
-            or type(each.value.value) is not bool
+            keyword.arg not in ASSUMPTIONS
+            or not isinstance(keyword.value, ast.Constant)
+            or type(keyword.value.value) is not bool
         ):
             raise Unfit("a symbol has an unknown property")
     return 63
@@ -129,7 +129,11 @@ def _float(node: ast.Call) -> int:
     first = node.args[0] if len(node.args) == 1 else None
     if not isinstance(first, ast.Constant) or not isinstance(first.value, str) or not NUMBER.fullmatch(first.value):
         raise Unfit("a float is no number")
-    for each in node.keywords:
-        if each.arg != "precision" or not isinstance(each.value, ast.Constant) or each.value.value not in (15, 53):
+    for keyword in node.keywords:
+        if (
+            keyword.arg != "precision"
+            or not isinstance(keyword.value, ast.Constant)
+            or keyword.value.value not in (15, 53)
+        ):
             raise Unfit("a float has an unknown precision")
     return 64

@@ -54,7 +54,7 @@ def try_program(program: ExportedProgram) -> None:
         _like(node.meta["val"] if spec.target is None else held[spec.target], mode)
         for node, spec in zip(nodes, specs, strict=True)
     ]
-    size = sum(each.numel() * each.element_size() for each in values if isinstance(each, torch.Tensor))
+    size = sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
     with mode, torch.no_grad():
         try:
             _Trial(program.graph_module, max(LARGEST, RELATIVE * size)).run(*values)
@@ -88,8 +88,8 @@ class _Trial(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         if _cuts(n.target):
-            for each in n.all_input_nodes:
-                value = self.env.get(each)
+            for node in n.all_input_nodes:
+                value = self.env.get(node)
                 longest = max((size for size in getattr(value, "shape", ()) if isinstance(size, int)), default=0)
                 if longest > PIECES:
                     raise ArtifactError(f"{n.target} would cut a dimension of {longest:,} into pieces")
@@ -105,4 +105,4 @@ class _Trial(Interpreter):
 
 def _cuts(target: Any) -> bool:
     returns = getattr(getattr(target, "_schema", None), "returns", ())
-    return any(re.fullmatch(r"List\[.*\]", str(each.type)) for each in returns)
+    return any(re.fullmatch(r"List\[.*\]", str(return_.type)) for return_ in returns)

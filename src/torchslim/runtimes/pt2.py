@@ -91,7 +91,7 @@ def _repacked(file: BinaryIO, limits: Limits) -> bytes:
         for name in (WEIGHTS, CONSTANTS):
             config = _json(entries, name, limits)
             folder = name.rpartition("/")[0]
-            files = {each.rpartition("/")[2] for each in entries if each.rpartition("/")[0] == folder}
+            files = {entry.rpartition("/")[2] for entry in entries if entry.rpartition("/")[0] == folder}
             for path, payload in check_payloads(config, files).items():
                 _check_tensor(path, payload, len(entries[f"{folder}/{payload['path_name']}"]))
         check_program(program)
@@ -147,5 +147,5 @@ def operators_of(data: bytes) -> set[str]:
     while graphs:
         for node in graphs.pop()["nodes"]:
             found.add(node["target"])
-            graphs += [each["arg"]["as_graph"]["graph"] for each in node["inputs"] if "as_graph" in each["arg"]]
+            graphs += [input_["arg"]["as_graph"]["graph"] for input_ in node["inputs"] if "as_graph" in input_["arg"]]
     return found

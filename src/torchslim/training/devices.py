@@ -62,7 +62,7 @@ class Placement:
     def clip(self, max_norm: float) -> float | None:
         """Scale the gradients so that their joint norm is at most `max_norm`; the norm before, where it is known."""
         if self.shards is not None:
-            parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             return float(clip(parameters, max_norm))
         norm: Any = self.fabric.clip_gradients(self.wrapped, self.stepper, max_norm=max_norm, error_if_nonfinite=False)
         return None if norm is None else float(norm)
@@ -122,8 +122,8 @@ def placed(
         done = True
     finally:
         shards.close(home if done else None)
-        for each in (*shards.kept, *model.buffers()):
-            each.data = each.data.to(home)
+        for buffer in (*shards.kept, *model.buffers()):
+            buffer.data = buffer.data.to(home)
 
 
 def _precision(engine: Engine) -> Any:

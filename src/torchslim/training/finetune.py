@@ -61,7 +61,7 @@ class Training:
 
     def settings(self) -> OptimizerSettings:
         """The optimizer's part of the fields, checked."""
-        return OptimizerSettings(**{each.name: getattr(self, each.name) for each in fields(OptimizerSettings)})
+        return OptimizerSettings(**{field_.name: getattr(self, field_.name) for field_ in fields(OptimizerSettings)})
 
     @contextmanager
     def lesson(self, model: nn.Module, ctx: Context) -> Iterator[Lesson]:

@@ -176,7 +176,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         for child in module.children():
             if inside and type(child) not in CONTAINERS and _callable(child) and _alone(child, owners):
                 holds = any(type(each) in CONTAINERS for each in child.modules())
-                if not holds or sum(each.numel() for each in child.parameters()) <= large:
+                if not holds or sum(parameter.numel() for parameter in child.parameters()) <= large:
                     found[id(child)] = child
                     continue
             visit(child)
@@ -197,7 +197,7 @@ def _alone(module: nn.Module, owners: dict[int, set[int]]) -> bool:
 
 def check_shardable(model: nn.Module, precision: str) -> None:
     """Raise TrainError for what cannot be spread: weights of several formats, compiled code, a scaled loss."""
-    formats = sorted({str(each.dtype) for each in model.parameters() if each.requires_grad})
+    formats = sorted({str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad})
     compiled = [path for path, each in model.named_modules() if hasattr(each, "_orig_mod")]
     for wrong, what, mend in (
         (len(formats) > 1, f"its trainable weights have {len(formats)} formats ({', '.join(formats)})",
@@ -230,15 +230,15 @@ def clip(parameters: list[Tensor], max_norm: float) -> Tensor:
 
     What is not spread is the same in all processes and counts once.
     """
-    gradients = [each.grad for each in parameters if each.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares: dict[bool, Any] = {True: torch.zeros((), dtype=torch.float64, device=gradients[0].device), False: 0.0}
-    for each in gradients:
-        own = local(each)
-        squares[is_spread(each)] += own.to(torch.promote_types(own.dtype, torch.float32)).square().sum()
+    for gradient in gradients:
+        own = local(gradient)
+        squares[is_spread(gradient)] += own.to(torch.promote_types(own.dtype, torch.float32)).square().sum()
     norm: Tensor = (summed(squares[True]) + squares[False]).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for each in gradients:
-        local(each).mul_(factor)
+    for gradient in gradients:
+        local(gradient).mul_(factor)
     return norm
 
 
@@ -265,7 +265,7 @@ def load_spread(model: nn.Module, saved: Mapping[str, Any]) -> None:
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Load whole tensors into an optimizer, whose parameters are spread or not."""
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=True))
     state = {

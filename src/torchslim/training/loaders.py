@@ -212,7 +212,7 @@ def why_not_repeatable(batches: Iterable[Batch], size: Callable[[Batch], int]) -
 
 
 def _sample_shapes(batch: Any) -> list[Any]:
-    return [each.shape[1:] for each in tensors(batch)]
+    return [tensor.shape[1:] for tensor in tensors(batch)]
 
 
 def why_not_numbered(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:

@@ -328,7 +328,7 @@ class _Trainee:
         before = "there was no finite loss before"
         if math.isfinite(self.last_finite):
             before = f"the last finite loss was {self.last_finite:.6g}"
-        half = any(each.dtype == torch.float16 for each in self.place.model.parameters())
+        half = any(parameter.dtype == torch.float16 for parameter in self.place.model.parameters())
         mend = "train in float32 or bfloat16, as float16 parameters overflow; or " if half else ""
         return TrainError(
             f"{what} in {self.step_name!r}, {where}; {before}; {mend}lower lr (now {self.settings.lr:g}), set "

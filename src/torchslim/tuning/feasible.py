@@ -68,9 +68,9 @@ def _try_step(space: Space, number: int, values: Values) -> None:
 def _drawn(parameters: Sequence[Parameter]) -> Iterator[Values]:
     """Combinations: the first ends, then at random."""
     generator = random.Random(0)
-    yield {each.name: each.ends[0] for each in parameters}
+    yield {parameter.name: parameter.ends[0] for parameter in parameters}
     while True:
-        yield {each.name: each.drawn(generator) for each in parameters}
+        yield {parameter.name: parameter.drawn(generator) for parameter in parameters}
 
 
 def _put_together(rest: Sequence[Parameter], held: Sequence[Sequence[Values]]) -> Iterator[Values]:
@@ -101,7 +101,7 @@ def _held(
             attempt(values)
         except RecipeError as error:
             return error
-        new = {(each.name, repr(values[each.name])) for each in parameters}
+        new = {(parameter.name, repr(values[parameter.name])) for parameter in parameters}
         if len(held) < ENOUGH or not new <= proven:
             held.append(values)
         proven.update(new)
@@ -135,5 +135,5 @@ def _held(
             if len(faults) >= FAULTS:
                 break
     if faults:
-        raise min(faults, key=lambda each: each[0])[1]
+        raise min(faults, key=lambda fault: fault[0])[1]
     return held

@@ -68,14 +68,14 @@ class SearchResult:
         """From what `search.json` holds, and the runs that this process has made."""
         members = tuple(
             Member(
-                trial=each["trial"],
-                values=each["parameters"],
-                figures={name: entry["value"] for name, entry in each["figures"].items()},
-                within=each["within"],
-                folder=folder / each["folder"],
-                result=results.get(each["trial"]),
+                trial=point["trial"],
+                values=point["parameters"],
+                figures={name: entry["value"] for name, entry in point["figures"].items()},
+                within=point["within"],
+                folder=folder / point["folder"],
+                result=results.get(point["trial"]),
             )
-            for each in data["front"]
+            for point in data["front"]
         )
         verdict = Verdict(**{**data["verdict"], "binding": tuple(data["verdict"]["binding"])})
         return cls(front=members, verdict=verdict, data=data, folder=folder)
@@ -139,10 +139,10 @@ def data_of(
         "kind": "search",
         "torchslim": __version__,
         "recipe": {key: space.document.get(key) for key in ("model", "task")},
-        "space": [each.to_json() for each in space.parameters],
+        "space": [parameter.to_json() for parameter in space.parameters],
         "budget": {
-            each.name: value for each in fields(budget)
-            if (value := getattr(budget, each.name)) not in (None, ())
+            field_.name: value for field_ in fields(budget)
+            if (value := getattr(budget, field_.name)) not in (None, ())
         },
         "objectives": list(budget.objectives),
         "metric": {

@@ -52,17 +52,17 @@ def draw(
     else:
         chosen = optuna.samplers.TPESampler(**options, multivariate=True)
     study = optuna.create_study(directions=["minimize"] * objectives, sampler=chosen)
-    for each in rows:
-        bad = list((each.result or {}).get("bad", {}).values())
-        judged = each.objectives is not None and (not bounds or len(bad) == bounds)
-        if each.values is None or not (judged or each.running):
+    for row in rows:
+        bad = list((row.result or {}).get("bad", {}).values())
+        judged = row.objectives is not None and (not bounds or len(bad) == bounds)
+        if row.values is None or not (judged or row.running):
             continue
         state = optuna.trial.TrialState.COMPLETE if judged else optuna.trial.TrialState.RUNNING
         study.add_trial(
             optuna.trial.create_trial(
                 state=state,
-                values=each.objectives if judged else None,
-                params=each.values,
+                values=row.objectives if judged else None,
+                params=row.values,
                 distributions=kinds,
                 system_attrs={CONSTRAINTS: bad} if judged and bounds else {},
             )
@@ -75,12 +75,14 @@ def distributions(parameters: Sequence[Parameter]) -> dict[str, Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     found: dict[str, Any] = {}
-    for each in parameters:
-        if each.kind == "choice":  # by their places, as choices may be tables
-            found[each.name] = CategoricalDistribution(list(range(len(each.choices))))
-        elif each.kind == "int":
-            low, high, step = int(each.low), int(each.high), int(each.step or 1)
-            found[each.name] = IntDistribution(low, high, log=each.log, step=step)
+    for parameter in parameters:
+        if parameter.kind == "choice":  # by their places, as choices may be tables
+            found[parameter.name] = CategoricalDistribution(list(range(len(parameter.choices))))
+        elif parameter.kind == "int":
+            low, high, step = int(parameter.low), int(parameter.high), int(parameter.step or 1)
+            found[parameter.name] = IntDistribution(low, high, log=parameter.log, step=step)
         else:
-            found[each.name] = FloatDistribution(each.low, each.high, log=each.log, step=each.step)
+            found[parameter.name] = FloatDistribution(
+                parameter.low, parameter.high, log=parameter.log, step=parameter.step
+            )
     return found

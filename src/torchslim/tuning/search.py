@@ -380,7 +380,7 @@ class _Search:
         """The front, as it is measured; written to the folder by the first process."""
         data: Any = None
         if self.ledgers:
-            trials, finals = (each.results() for each in self.ledgers)
+            trials, finals = (ledger.results() for ledger in self.ledgers)
             target = self._targets()[0]
             data = data_of(self.space, self.metric, target, self.lab.baseline(target), trials, finals, self.folder)
             write_json(self.folder / "search.json", data)

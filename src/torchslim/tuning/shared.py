@@ -79,7 +79,7 @@ def read_row(trial: Any, parameters: Sequence[Parameter], objectives: int, budge
     finished = trial.state.is_finished()
     result = known.get("result") if finished else None  # while it runs nobody looks at it
     params = _table(trial.params, "parameters")
-    complete = all(each.name in params for each in parameters)
+    complete = all(parameter.name in params for parameter in parameters)
     if finished and result is not None and not complete:
         raise Unusable("its parameters are not those of the recipe")
     queued = system.get("fixed_params")
@@ -105,9 +105,9 @@ def stored_values(given: Mapping[str, Any], parameters: Sequence[Parameter]) -> 
     Raises:
         Unusable: naming the parameter whose value is beyond its range.
     """
-    if not all(each.name in given for each in parameters):
+    if not all(parameter.name in given for parameter in parameters):
         return None
-    return {each.name: _stored(given[each.name], each) for each in parameters}
+    return {parameter.name: _stored(given[parameter.name], parameter) for parameter in parameters}
 
 
 def _stored(value: Any, parameter: Parameter) -> Any:
@@ -157,7 +157,7 @@ def _judged(result: Json, budget: Budget | None) -> Json:
         return result
     figures = result.get("figures", {})
     entries = result["state"] == "measured"
-    if not needs <= set(figures) or entries != all(isinstance(each, Mapping) for each in figures.values()):
+    if not needs <= set(figures) or entries != all(isinstance(figure, Mapping) for figure in figures.values()):
         raise Unusable("it lacks figures that the budget needs")
     excess = budget.excess({name: each["value"] if entries else each for name, each in figures.items()})
     if entries:

@@ -86,9 +86,9 @@ class Space:
     def chosen(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The document of one recipe, without ranges, budget and steps that are skipped."""
         document = {key: value for key, value in self.document.items() if key not in ("budget", "step")}
-        for each in self.parameters:
-            if each.path[0] != "step":
-                document = _put(document, each.path, values[each.name])
+        for parameter in self.parameters:
+            if parameter.path[0] != "step":
+                document = _put(document, parameter.path, values[parameter.name])
         steps = [self.chosen_step(number, values) for number in range(len(self.document["step"]))]
         document["step"] = [table for table in steps if not table.pop("skip", False)]
         return copy.deepcopy(document)
@@ -96,9 +96,9 @@ class Space:
     def chosen_step(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """The table of one step, its number counted from 0, without ranges."""
         table = dict(self.document["step"][number])
-        for each in self.parameters:
-            if each.path[:2] == ("step", number):
-                table = _put(table, each.path[2:], values[each.name])
+        for parameter in self.parameters:
+            if parameter.path[:2] == ("step", number):
+                table = _put(table, parameter.path[2:], values[parameter.name])
         return table
 
     def recipe(self, values: Mapping[str, Any]) -> Recipe:
@@ -112,13 +112,17 @@ class Space:
     @property
     def first(self) -> dict[str, Any]:
         """The first end of all parameters."""
-        return {each.name: each.ends[0] for each in self.parameters}
+        return {parameter.name: parameter.ends[0] for parameter in self.parameters}
 
     def whole(self, part: float) -> dict[str, Any]:
         """No step is skipped, the numbers are at a part of their ways, everything else is the first choice."""
         return {
-            each.name: False if each.skips else each.at(part) if each.kind != "choice" else each.choices[0]
-            for each in self.parameters
+            parameter.name: False
+            if parameter.skips
+            else parameter.at(part)
+            if parameter.kind != "choice"
+            else parameter.choices[0]
+            for parameter in self.parameters
         }
 
     @property
@@ -130,8 +134,8 @@ class Space:
         far the numbers can go, and each technique by itself.
         """
         alone = [
-            (each.skips, {**self.first, each.name: choice})
-            for each in self.parameters if each.kind == "choice" for choice in each.choices[1:]
+            (parameter.skips, {**self.first, parameter.name: choice})
+            for parameter in self.parameters if parameter.kind == "choice" for choice in parameter.choices[1:]
         ]  # fmt: skip
         ordered = [
             self.first, self.whole(0.5), self.whole(1.0), *(values for skips, values in alone if skips),
@@ -155,7 +159,7 @@ class Space:
     @property
     def runtimes(self) -> tuple[str, ...]:
         """All that the recipe may be deployed on."""
-        found = [each.choices for each in self.parameters if each.path == ("runtime",)]
+        found = [parameter.choices for parameter in self.parameters if parameter.path == ("runtime",)]
         return tuple(found[0]) if found else (self.recipe(self.first).target.runtime,)
 
     @property
@@ -225,7 +229,7 @@ def _found(document: Mapping[str, Any], where: str) -> list[Parameter]:
         if name in found:
             raise RecipeError(f"{where}: two ranges are called {name}; keys of tables must not look like paths")
         found[name] = _parameter(name, path, table, where)
-        if found[name].skips and not all(isinstance(each, bool) for each in found[name].ends):
+        if found[name].skips and not all(isinstance(end, bool) for end in found[name].ends):
             raise RecipeError(f"{where}: {name}: skip is true or false, got {shown(table['search'])}")
     if len(found) > PARAMETERS:
         raise RecipeError(f"{where} has {len(found):,} ranges; a search takes at most {PARAMETERS}")

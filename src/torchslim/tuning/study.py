@@ -167,7 +167,7 @@ class Ledger:
                 sampler=optuna.samplers.RandomSampler(seed=0),
             )  # fmt: skip
             other = self.study.user_attrs.get("key")
-            minimized = [each == optuna.study.StudyDirection.MINIMIZE for each in self.study.directions]
+            minimized = [direction == optuna.study.StudyDirection.MINIMIZE for direction in self.study.directions]
             if (other is not None and other != key) or minimized != [True] * objectives:
                 raise RecipeError(
                     f"the study {name!r} belongs to another recipe, budget, model or data; choose another with "
@@ -192,7 +192,7 @@ class Ledger:
             for _ in range(REFUSALS):
                 if self._taken() >= self.trials:
                     return None
-                number = sum(each.result is not None for each in self._rows())
+                number = sum(row.result is not None for row in self._rows())
                 sampler = "random" if self.repeats() else self.sampler  # what repeats itself must look elsewhere
                 trial = self.study.ask()
                 trial.set_user_attr("worker", self.worker)
@@ -213,8 +213,10 @@ class Ledger:
 
     def _decoded(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            each.name: each.choices[stored[each.name]] if each.kind == "choice" else stored[each.name]
-            for each in self.parameters
+            parameter.name: parameter.choices[stored[parameter.name]]
+            if parameter.kind == "choice"
+            else stored[parameter.name]
+            for parameter in self.parameters
         }
 
     @contextmanager
@@ -254,15 +256,15 @@ class Ledger:
         """Number, values and result of each trial that has one of its own, in order."""
         with self._consulting():
             return [
-                (each.number, self._decoded(each.values), each.result) for each in self._rows()
-                if each.result is not None and each.values is not None and SAME not in each.result
+                (row.number, self._decoded(row.values), row.result) for row in self._rows()
+                if row.result is not None and row.values is not None and SAME not in row.result
             ]  # fmt: skip
 
     def repeats(self) -> int:
         """How many of the latest trials were the same as an earlier one."""
         count = 0
-        for each in reversed(self._rows()):
-            if SAME not in (each.result or {}):
+        for row in reversed(self._rows()):
+            if SAME not in (row.result or {}):
                 break
             count += 1
         return count
@@ -271,7 +273,7 @@ class Ledger:
         """Is somebody still at work, who may yet be lost?"""
         with self._consulting():
             self.take_back()
-            return any(each.running for each in self._rows())
+            return any(row.running for row in self._rows())
 
     def claim(self, about: Mapping[str, int]) -> Any:
         """A trial for something that is named, and not drawn; None where another worker has it."""
@@ -294,28 +296,28 @@ class Ledger:
         found: dict[int, dict[str, Any] | None] = {}
         with self._consulting():
             self.take_back()
-            for each in self._rows():
-                if each.about is None:
+            for row in self._rows():
+                if row.about is None:
                     continue
-                if each.result is not None:
-                    found[each.about] = each.result
-                elif each.running:
-                    found.setdefault(each.about, None)
+                if row.result is not None:
+                    found[row.about] = row.result
+                elif row.running:
+                    found.setdefault(row.about, None)
         return found
 
     def take_back(self) -> None:
         """Trials of dead workers fail, and their values are asked for again."""
         now = time.monotonic()
-        for each in self._rows():
-            if not each.running:
+        for row in self._rows():
+            if not row.running:
                 continue
-            dead = is_dead(each.worker) if each.worker else None
+            dead = is_dead(row.worker) if row.worker else None
             if dead is None:
-                if each.number not in self.seen or self.seen[each.number][0] != each.beat:
-                    self.seen[each.number] = (each.beat, now)
-                dead = now - self.seen[each.number][1] > GRACE_BEATS * self.beat
+                if row.number not in self.seen or self.seen[row.number][0] != row.beat:
+                    self.seen[row.number] = (row.beat, now)
+                dead = now - self.seen[row.number][1] > GRACE_BEATS * self.beat
             if dead:
-                self._lose(each.number, each.values)
+                self._lose(row.number, row.values)
 
     def give_back(self, trial: Any) -> None:
         """Of this worker, which cannot go on."""
@@ -363,19 +365,19 @@ class Ledger:
     def _taken(self, before: int | None = None) -> int:
         """How many trials have a result of their own or are worked on."""
         return sum(
-            each.running if each.result is None else SAME not in each.result
-            for each in self._rows()
-            if before is None or each.number < before
+            row.running if row.result is None else SAME not in row.result
+            for row in self._rows()
+            if before is None or row.number < before
         )
 
     def _set_values(self, trial: Any, number: int, sampler: Sampler) -> bool:
         """Give a trial the values that it was asked for with, or draw them; False where those are beyond a range."""
-        rows = {each.number: each for each in self._rows()}
+        rows = {row.number: row for row in self._rows()}
         if trial.number not in rows:
             return False
         values = rows[trial.number].queued
         if values is None:
-            others = [each for each in rows.values() if each.number != trial.number]
+            others = [row for row in rows.values() if row.number != trial.number]
             values = draw(
                 self.parameters, others, sampler, seed=(self.seed * 1_000_003 + number) % 2**32, number=number,
                 trials=self.trials, objectives=self.objectives, bounds=self.bounds,
@@ -387,6 +389,8 @@ class Ledger:
 
     def _stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            each.name: each.choices.index(values[each.name]) if each.kind == "choice" else values[each.name]
-            for each in self.parameters
+            parameter.name: parameter.choices.index(values[parameter.name])
+            if parameter.kind == "choice"
+            else values[parameter.name]
+            for parameter in self.parameters
         }

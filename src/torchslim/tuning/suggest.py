@@ -197,7 +197,7 @@ def _mixed(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
     macs = sum(layer.macs for layer in layers)
     if not macs:
         raise RecipeError("the model has no layer that multiplies by weights: there is nothing to compress")
-    weights = {id(each): each for each in model.parameters()}.values()
+    weights = {id(parameter): parameter for parameter in model.parameters()}.values()
     removable, stays = _removable(model, inputs)
     return Mix(
         shares={name: sum(layer.macs for layer, kind in zip(layers, kinds, strict=True) if kind == name) / macs
@@ -205,8 +205,8 @@ def _mixed(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
         counts=Counter(kinds),
         operations=frozenset(layer.operation for layer in layers),
         macs=macs,
-        parameters=sum(each.numel() for each in weights),
-        size_mb=sum(each.numel() * each.element_size() for each in weights) / 1e6,
+        parameters=sum(weight.numel() for weight in weights),
+        size_mb=sum(weight.numel() * weight.element_size() for weight in weights) / 1e6,
         runs={name: {scheme: sum(layer.macs for layer in layers if _on_integers(layer, name, scheme)) / macs
                      for scheme in SCHEMES} for name in runtimes},
         removable=removable,
@@ -219,7 +219,7 @@ def _kind(layer: Layer, node: Any) -> str:
     if layer.operation in ("lstm", "gru"):
         return "recurrent"
     if layer.operation.startswith("conv"):
-        source, weight = (each.meta["val"].shape for each in node.args[:2])
+        source, weight = (argument.meta["val"].shape for argument in node.args[:2])
         alone = "transpose" not in layer.operation and weight[1] == 1 and source[1] > 1
         return "depthwise" if alone else "convolution"
     return "linear" if layer.weight_bits else "attention"
@@ -244,16 +244,16 @@ def _removable(model: nn.Module, inputs: Inputs) -> tuple[dict[str, float], str]
         found = inspect(model, inputs)
     except TorchslimError as error:
         return {"macs": 0.0, "params": 0.0}, str(error)
-    groups = {each: part for each in found.groups if each.prunable and (part := _part(each.width))}
+    groups = {group: part for group in found.groups if group.prunable and (part := _part(group.width))}
     shares = {  # a weight between two groups counts for both, so this is the most that it may come to
         "macs": min(1.0, sum(part * each.macs for each, part in groups.items()) / max(found.macs, 1)),
         "params": min(1.0, sum(part * each.parameters for each, part in groups.items()) / max(found.parameters, 1)),
     }
     if groups:
         return shares, ""
-    if any(each.prunable for each in found.groups):
+    if any(group.prunable for group in found.groups):
         return shares, f"none is wider than the {Amount().min_channels} that must stay"
-    reasons = Counter(each.reason for each in found.groups if each.reason and not each.extent)
+    reasons = Counter(group.reason for group in found.groups if group.reason and not group.extent)
     return shares, reasons.most_common(1)[0][0] if reasons else "it has none between layers"
 
 
@@ -350,7 +350,7 @@ def _quantization(
     else:
         table["accuracy"] = {"search": ["plain", "best"]}
         told += ", plainly or with GPTQ and corrected biases"
-    if "latency" in wanted and not any(SCHEMES[each].activations != "float" for each in schemes):
+    if "latency" in wanted and not any(SCHEMES[scheme].activations != "float" for scheme in schemes):
         told += " (fewer bytes at the speed of float: nothing here computes it on integers)"
     elif "latency" in wanted and (saturates() or mix.shares["depthwise"] > MANY_DEPTHWISE):
         table["skip"] = {"search": [False, True]}
@@ -402,8 +402,8 @@ def _therefore(told: Sequence[str], left: Sequence[str]) -> str:
 def _written(budget: Budget) -> Document:
     """The budget as a recipe has it: what differs from the defaults, and the objectives in full."""
     given = {
-        each.name: value for each in fields(budget)
-        if (value := getattr(budget, each.name)) != each.default and each.name != "minimize"
+        field_.name: value for field_ in fields(budget)
+        if (value := getattr(budget, field_.name)) != field_.default and field_.name != "minimize"
     }  # fmt: skip
     return given | {"minimize": list(budget.objectives)} | {"trials": budget.trials}
 

@@ -264,12 +264,12 @@ def trainings(step: Step) -> list[Training]:
         return [step]
     if isinstance(step, Quantize):
         return [step.training()] if step.mode == "qat" else []
-    return [each for each in vars(step).values() if isinstance(each, Training)] if hasattr(step, "__dict__") else []
+    return [var for var in vars(step).values() if isinstance(var, Training)] if hasattr(step, "__dict__") else []
 
 
 def data_share(step: Step, effort: Effort) -> float:
     """The share of the training batches in the epochs that are left: below one epoch, a part of the data is seen."""
-    wanted = [each.epochs * effort.training for each in trainings(step)]
+    wanted = [training.epochs * effort.training for training in trainings(step)]
     return min((min(1.0, each / max(1, int(each))) for each in wanted if each), default=1.0)
 
 

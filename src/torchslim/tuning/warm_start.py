@@ -25,7 +25,7 @@ def informed_start(space: Space, found: Sensitivity) -> dict[str, Any]:
         if parameter.path[-1] == "sparsity" and parameter.kind == "float":
             values[parameter.name] = _sparsity(parameter, totals, limit)
         elif parameter.path[-1] == "scheme":
-            known = [each for each in parameter.choices if each in totals]
+            known = [choice for choice in parameter.choices if choice in totals]
             if known:
                 values[parameter.name] = min(known, key=totals.__getitem__)
     return values
@@ -49,8 +49,8 @@ def _bearable(found: Sensitivity, totals: Mapping[Any, float], budget: Budget) -
 
 
 def _sparsity(parameter: Parameter, totals: Mapping[Any, float], limit: float) -> float:
-    amounts = sorted(each for each in totals if isinstance(each, float))
-    bearable = [each for each in amounts if totals[each] <= limit]
+    amounts = sorted(total for total in totals if isinstance(total, float))
+    bearable = [amount for amount in amounts if totals[amount] <= limit]
     wanted = max(bearable, default=parameter.low)
     kept = min(max(wanted, parameter.low), parameter.high)
     if parameter.step:

@@ -147,15 +147,15 @@ def mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def pooled(features: Sequence[Tensor]) -> list[Tensor]:
     """Features of one network max-pooled to the smallest of their sizes; next to a vector, maxima over positions."""
-    if any(each.dim() == 2 for each in features):
-        return [each.flatten(2).amax(2) if each.dim() > 2 else each for each in features]
-    if len({each.dim() for each in features}) > 1 or features[0].dim() > 5:
-        shapes = " and ".join(str(tuple(each.shape[1:])) for each in features)
+    if any(feature.dim() == 2 for feature in features):
+        return [feature.flatten(2).amax(2) if feature.dim() > 2 else feature for feature in features]
+    if len({feature.dim() for feature in features}) > 1 or features[0].dim() > 5:
+        shapes = " and ".join(str(tuple(feature.shape[1:])) for feature in features)
         raise DistillError(
             f"features (channels, *positions) of one network, {shapes}, have no positions in common; tap layers whose "
             "outputs are alike"
         )
-    sizes = [tuple(each.shape[2:]) for each in features]
+    sizes = [tuple(feature.shape[2:]) for feature in features]
     least = tuple(map(min, *sizes))
     return [
         each if size == least else MAXIMA[len(least)](each, least) for each, size in zip(features, sizes, strict=True)

@@ -66,7 +66,7 @@ def observe(model: nn.Module, task: Task, batch: Batch) -> list[Tap]:
     few = _likewise(model, task, part, whole)
     count = samples if few is None else count
     short = [_likewise(model, task, shorter(task, batch, number), whole) for number in range(len(masks))]
-    images = [tuple(each.shape[2:]) for each in tensors(inputs) if each.dim() == 4 and each.is_floating_point()]
+    images = [tuple(tensor.shape[2:]) for tensor in tensors(inputs) if tensor.dim() == 4 and tensor.is_floating_point()]
     calls, number, found = Counter(whole.paths), Counter[str](), []
     owners = _owners(model)
     for place, path in enumerate(whole.paths):
@@ -236,4 +236,4 @@ def _kind(owner: Any, path: str) -> str:
 
 
 def _weights(owner: Any) -> int:
-    return sum(each.numel() for each in owner.parameters()) if isinstance(owner, nn.Module) else 1
+    return sum(parameter.numel() for parameter in owner.parameters()) if isinstance(owner, nn.Module) else 1

@@ -145,7 +145,7 @@ def first_feature(output: Any) -> Tensor | None:
     first = output[0] if type(output) in (tuple, list) and output else output
     if isinstance(first, PackedSequence):
         return pad_packed_sequence(first, batch_first=True)[0]
-    return next((each for each in tensors(output) if each.is_floating_point() and each.dim() > 1), None)
+    return next((tensor for tensor in tensors(output) if tensor.is_floating_point() and tensor.dim() > 1), None)
 
 
 @contextmanager
@@ -216,8 +216,8 @@ class _Reader(nn.Module):
 
 def graph_of(model: nn.Module) -> GraphModule | None:
     """The captured graph inside a model whose modules are gone; None for ordinary models."""
-    graphs = [each for each in model.modules() if isinstance(each, GraphModule)]
-    return next((each for each in graphs if any(_scopes(node) for node in each.graph.nodes)), None)
+    graphs = [module for module in model.modules() if isinstance(module, GraphModule)]
+    return next((graph for graph in graphs if any(_scopes(node) for node in graph.graph.nodes)), None)
 
 
 def nodes_by_path(program: GraphModule) -> dict[str, Node]:

@@ -159,7 +159,7 @@ class FeatureModule(nn.Module):
     ) -> Tensor:
         """Features (batch, channels, *positions), and the masks of each pair, (batch, *positions) -> ()."""
         masks = [(None, None)] * len(students) if masks is None else masks
-        if any(isinstance(each, Tensor) for each in masks):
+        if any(isinstance(mask, Tensor) for mask in masks):
             raise DistillError("masks are pairs: one for the student's positions and one for the teacher's, or None")
         got = [(left.shape[1], right.shape[1]) for left, right in zip(students, teachers, strict=False)]
         if got != self.channels or not len(students) == len(teachers) == len(masks):
@@ -170,7 +170,7 @@ class FeatureModule(nn.Module):
         parameter = next(self.parameters(), None)
         tensors = [
             [wide(each) if parameter is None else each.to(parameter.dtype) for each in side]
-            for side in (students, [each.detach() for each in teachers])
+            for side in (students, [teacher.detach() for teacher in teachers])
         ]
         # a loss of many squares overflows in half precision
         with torch.autocast(students[0].device.type, enabled=False):

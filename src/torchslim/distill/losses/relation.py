@@ -30,7 +30,7 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Park et al. 2019, arXiv:1904.05068, section 3.2.1.
     """
-    left, right = (_unit_distances(each) for each in _rows(student, teacher))
+    left, right = (_unit_distances(row) for row in _rows(student, teacher))
     return functional.smooth_l1_loss(left, right)
 
 
@@ -96,7 +96,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Tung & Mori 2019, arXiv:1907.09682, section 3.
     """
-    left, right = (functional.normalize(each @ each.T, dim=1, eps=TINY) for each in _rows(student, teacher))
+    left, right = (functional.normalize(row @ row.T, dim=1, eps=TINY) for row in _rows(student, teacher))
     return functional.mse_loss(left, right)
 
 
@@ -108,8 +108,8 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     Shapes: (batch, ...), (batch, ...) -> (). Source: Passalis & Tefas 2018, arXiv:1803.10837, section 3.
     """
     chances = []
-    for each in _rows(student, teacher, least=3):
-        unit = functional.normalize(each, dim=1, eps=TINY)
+    for row in _rows(student, teacher, least=3):
+        unit = functional.normalize(row, dim=1, eps=TINY)
         near = _off_diagonal((unit @ unit.T + 1) / 2).clamp_min(1e-7)
         chances.append(near / near.sum(1, keepdim=True))
     return (chances[1] * (chances[1].log() - chances[0].log())).sum(1).mean()
@@ -123,8 +123,8 @@ def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0
     Shapes: (batch, ...), (batch, ...) -> (). Source: Peng et al. 2019, arXiv:1904.01802, section 3.
     """
     kernels = []
-    for each in _rows(student, teacher):
-        unit = functional.normalize(each, dim=1, eps=TINY)
+    for row in _rows(student, teacher):
+        unit = functional.normalize(row, dim=1, eps=TINY)
         cosine = unit @ unit.T
         series = [(2 * gamma) ** power / math.factorial(power) * cosine**power for power in range(order + 1)]
         kernels.append(math.exp(-2 * gamma) * torch.stack(series).sum(0))
@@ -139,7 +139,7 @@ def listwise_ranking(student: Tensor, teacher: Tensor, *, alpha: float = 3.0, be
     Shapes: (batch, ...), (batch, ...) -> (). Source: Chen et al. 2018 (DarkRank), arXiv:1707.01220, section 4, the
     hard form.
     """
-    left, right = (functional.normalize(each, dim=1, eps=TINY) for each in _rows(student, teacher, least=3))
+    left, right = (functional.normalize(row, dim=1, eps=TINY) for row in _rows(student, teacher, least=3))
     scores, order = _off_diagonal(-alpha * _distances(left) ** beta), _off_diagonal(_distances(right)).argsort(1)
     ranked = scores.gather(1, order)
     rest = ranked.flip(1).logcumsumexp(1).flip(1)  # of all that come no earlier

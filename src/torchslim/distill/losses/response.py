@@ -146,10 +146,10 @@ class ResponseLoss:
         heard = [(weight, each) for weight, each in zip(weights, teachers, strict=True) if weight > 0]
         weights = [weight for weight, _ in heard]
         rows = [each.to(torch.promote_types(each.dtype, torch.float32)) for _, each in heard]
-        if any(each.shape != rows[0].shape for each in rows):
+        if any(row.shape != rows[0].shape for row in rows):
             raise DistillError(f"teachers answer in different shapes: {', '.join(str(tuple(t.shape)) for t in rows)}")
         if temperature is None or standardize:
-            rows = [standardized(each) if standardize else each for each in rows]
+            rows = [standardized(row) if standardize else row for row in rows]
             return torch.stack([weight * each for weight, each in zip(weights, rows, strict=True)]).sum(0)
         logs = torch.tensor(weights, dtype=rows[0].dtype, device=rows[0].device).log().view(-1, 1, 1)
         scaled = torch.stack(rows) / temperature

@@ -54,7 +54,7 @@ class Outlets(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         if name not in ACTIVATIONS and name not in KEEP_CHANNELS:
             return func(*args, **(kwargs or {}))
-        given = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Tensor)]
+        given = [argument for argument in (*args, *(kwargs or {}).values()) if isinstance(argument, Tensor)]
         origins = [(each.shape, self.origins.get(each, ())) for each in given]
         output = func(*args, **(kwargs or {}))
         if isinstance(output, Tensor):

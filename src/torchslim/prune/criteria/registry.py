@@ -52,7 +52,7 @@ class Criterion:
     @property
     def needs_loss(self) -> bool:
         """Must the data have labels?"""
-        return any(each.needs_loss for each in self.needs)
+        return any(need.needs_loss for need in self.needs)
 
 
 def l1(weight: Tensor, statistics: Statistics) -> Tensor:

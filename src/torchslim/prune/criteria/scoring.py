@@ -38,7 +38,7 @@ def silence(criterion: Criterion, statistics: Statistics) -> str:
             f"criterion {criterion.name!r} needs data; give batches=...{labels}, or a task that has some. Criteria "
             f"that need none: {without}"
         )
-    missing = sorted(each.value for each in criterion.needs if getattr(statistics, each.value) is None)
+    missing = sorted(need.value for need in criterion.needs if getattr(statistics, need.value) is None)
     return f"the data shows no {' and '.join(missing)} of it; it is unused, or not called as a layer" if missing else ""
 
 

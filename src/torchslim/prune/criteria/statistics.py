@@ -134,7 +134,7 @@ def gather(
     with _untouched(model) as parameters, ExitStack() as stack:
         run = _Pass(model, needs, parameters, forward or _forward, loss or _label_loss)
         stack.callback(run.release)
-        if run.differentiates and any(isinstance(each, nn.RNNBase) for each in model.modules()):
+        if run.differentiates and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN has no backward for recurrent layers in eval mode
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         for number, batch in enumerate(checked(batches, "batches"), 1):
@@ -166,7 +166,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 def _untouched(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """Eval mode with gradients for every floating parameter; afterwards everything is as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    trainable = [(each, each.requires_grad) for each in model.parameters()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
         (module, name, buffer, None if is_lazy(buffer) else buffer.clone())
         for module in model.modules()
@@ -209,7 +209,7 @@ class _Pass:
     ) -> None:
         self.model, self.needs, self.parameters = model, needs, parameters
         self.forward, self.loss = forward, loss
-        self.differentiates = any(each.needs_loss for each in needs)
+        self.differentiates = any(need.needs_loss for need in needs)
         self.samples = self.size = 0  # of the pass, of this batch
         self.listening = False
         self.sums: dict[tuple[Statistic, str], Any] = {}
@@ -225,7 +225,9 @@ class _Pass:
         if needs & OUTPUTS:
             self.handles += [self.outlets.follow(path, each) for path, each in self.modules.items()]
         if Statistic.INPUT_NORM in needs:
-            self.handles += [each.register_forward_hook(self.input, with_kwargs=True) for each in self.modules.values()]
+            self.handles += [
+                module.register_forward_hook(self.input, with_kwargs=True) for module in self.modules.values()
+            ]
 
     def release(self) -> None:
         """Take the hooks off."""
@@ -257,7 +259,7 @@ class _Pass:
                     self.gradient(path, weight, gradient, size)
             for key, parts in self.parts.items():
                 # one loss saw every use of the module: the uses add up before the magnitude is taken
-                alike = all(each.shape == parts[0].shape for each in parts)
+                alike = all(part.shape == parts[0].shape for part in parts)
                 value = torch.stack(parts).sum(0).abs() if alike else torch.cat(parts).abs()
                 self.add_output(key, Statistic.ACTIVATION_TAYLOR, size * value.sum(0))
         self.parts.clear()

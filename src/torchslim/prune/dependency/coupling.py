@@ -86,7 +86,7 @@ class Coupling:
             dims = [dim for dim, size in enumerate(classes.shape) if size > 1]
             left = ~gone
             for dim in dims:
-                others = tuple(each for each in range(gone.ndim) if each != dim)
+                others = tuple(index for index in range(gone.ndim) if index != dim)
                 along: Mask = np.asarray(left.any(axis=others)) if others else left
                 if not along.all():
                     before = keep[dim]
@@ -113,7 +113,7 @@ class Coupling:
                     if classes.shape[dim] > 1:
                         key = id(core) * 8 + dim
                         if key not in counts:
-                            others = tuple(each for each in range(classes.ndim) if each != dim)
+                            others = tuple(index for index in range(classes.ndim) if index != dim)
                             counts[key] = float((~removed[classes]).any(others).mean())
                         cost *= counts[key]
             total += cost

@@ -82,14 +82,14 @@ def collect_units(
     for own in bound:
         # one class from each cell: every part must lose equally many of its elements
         losses = [{(cell_of.get(root, -1), count) for root, count in part.items()} for part in own]
-        mine = sorted({place for each in losses for place, _ in each})
-        if mine[:1] == [-1] or len({sum(count for _, count in each) for each in losses}) > 1:
+        mine = sorted({place for loss in losses for place, _ in loss})
+        if mine[:1] == [-1] or len({sum(count for _, count in loss) for loss in losses}) > 1:
             stuck |= {root for part in own for root in part}
         else:
             links.union(places[np.array(mine)], places[np.array(mine[:1])])
     for tie in ties:
         ends = [atoms.find(each).tolist() for each in (tie.wide, tie.narrow)]
-        wide, narrow = (sorted({cell_of[root] for root in each if root in cell_of}) for each in ends)
+        wide, narrow = (sorted({cell_of[root] for root in end if root in cell_of}) for end in ends)
         if len(wide) != 1 or len(narrow) != 1:
             stuck |= {*ends[1], *(ends[0] if narrow or tie.one else ())}
             continue

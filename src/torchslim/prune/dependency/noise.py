@@ -112,7 +112,7 @@ def _with_size(func: Any, args: Any, sizes: Callable[[Shape], Shape] | None) -> 
     """The arguments with the original's size where the operation is told one."""
     if sizes is None:
         return args
-    names = [each.name for each in func._schema.arguments]
+    names = [argument.name for argument in func._schema.arguments]
     changed = list(args)
     for place, name in enumerate(names[: len(changed)]):
         if name == "size" and isinstance(changed[place], (list, tuple)):

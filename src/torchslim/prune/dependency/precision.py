@@ -98,7 +98,7 @@ class Precise(TorchDispatchMode):
             return result
         if torch.Tag.pointwise in func.tags:  # whole numbers divided, say: as precise as the rest of the run
             numbers = leaves((args, kwargs))
-            precise = (each.to(self.precision) if isinstance(each, Tensor) else each for each in numbers)
+            precise = (number.to(self.precision) if isinstance(number, Tensor) else number for number in numbers)
             args, kwargs = filled((args, kwargs), precise)
             return func(*args, **kwargs)
         return self._cast(result)

@@ -332,7 +332,7 @@ class Tagger:
         inside = [[core for core in layers if dim in varying(core)] for layers, _ in operands]
         for slot in range(max(map(len, inside))):
             cores = [cores[slot] if slot < len(cores) else torch.full([1] * rank, KEPT) for cores in inside]
-            sizes = [max(core.shape[each] for core in cores) for each in range(rank)]
+            sizes = [max(core.shape[index] for core in cores) for index in range(rank)]
             parts = []
             for core, (_, shape) in zip(cores, operands, strict=True):
                 sizes[dim] = shape[dim]

@@ -85,7 +85,7 @@ def carried(coupling: Coupling, removed: Mask, other: Trace) -> tuple[Coupling, 
     atoms = copy.deepcopy(other.tagger.atoms)
     there = Coupling(other, atoms, [], [])
     weights = np.unique(
-        np.concatenate([core.numpy().reshape(-1) for each in other.weights.values() for core in each.layers])
+        np.concatenate([core.numpy().reshape(-1) for weight in other.weights.values() for core in weight.layers])
     )
     gone = removed[coupling.roots[weights]]
     roots = there.roots[weights]

@@ -255,7 +255,7 @@ class _Recorder(TorchDispatchMode):
         """Why a value is of a fixed size: what holds its layers, or those that went in, or what held those before."""
         cores = (*layers, *(core for each in given for core in self.layers_of(each)))
         reasons = [each for core in cores if (each := self.tagger.atoms.why(core.numpy()))]
-        telling = (each for each in reasons if not Reason.FIXED_SIZE.given_in(each))
+        telling = (reason for reason in reasons if not Reason.FIXED_SIZE.given_in(reason))
         return next(telling, self.tagger.cause or next(iter(reasons), ""))
 
     def _note_positions(self, tensor: Tensor, layers: Sequence[Tensor], why: str) -> None:
@@ -317,7 +317,7 @@ class _Recorder(TorchDispatchMode):
 
     def unused(self) -> list[Tensor]:
         """Weights that no operation has seen; single numbers, as counters of batches, have nothing to lose."""
-        return [each for each in self._weights.values() if id(each) not in self._used and self.layers_of(each)]
+        return [weight for weight in self._weights.values() if id(weight) not in self._used and self.layers_of(weight)]
 
     def finish(self) -> Trace:
         """What the run never touched stays."""
@@ -363,7 +363,7 @@ def _roles(trace: Trace) -> tuple[dict[tuple[str, int], Role], frozenset[str]]:
     for operation in trace.operations:
         name = operation.name.split(".")[1]
         if name in ("convolution", "deform_conv2d"):
-            flags = [each for each in operation.scalars if isinstance(each, bool)]
+            flags = [scalar for scalar in operation.scalars if isinstance(scalar, bool)]
             transposed = name == "convolution" and flags[0]
             note(operation.inputs[1].layers, {0: "in", 1: "out"} if transposed else {0: "out", 1: "in"})
         elif name in ("mm", "addmm", "bmm", "baddbmm"):

@@ -55,7 +55,7 @@ class Atoms:
 
     def union(self, left: Ids, right: Ids) -> None:
         """Couple pairwise, broadcasting. Whatever meets `KEPT` is frozen, not coupled with all else that is."""
-        left, right = (each.reshape(-1) for each in np.broadcast_arrays(left, right))
+        left, right = (array.reshape(-1) for array in np.broadcast_arrays(left, right))
         kept = (left == KEPT) | (right == KEPT)
         if kept.any():
             self.freeze(np.maximum(left, right)[kept], self.reasons[0])

@@ -131,19 +131,23 @@ def _computes(module: nn.Module, name: str) -> bool:
 def _returns(code: CodeType) -> bool:
     """Does a function return anything? What only prepares a model returns None."""
     before = None
-    for each in dis.get_instructions(code):
+    for instruction in dis.get_instructions(code):
         nothing = before is not None and before.opname == "LOAD_CONST" and before.argval is None
-        if each.opname == "RETURN_VALUE" and not nothing:
+        if instruction.opname == "RETURN_VALUE" and not nothing:
             return True
-        if each.opname == "RETURN_CONST" and each.argval is not None:
+        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
             return True
-        before = each
+        before = instruction
     return False
 
 
 def _names(code: CodeType) -> set[str]:
     """The attributes that a function reads, its inner functions included."""
-    found = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+    found = {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+    }
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             found |= _names(constant)

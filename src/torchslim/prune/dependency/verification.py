@@ -46,10 +46,12 @@ def prepare(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
     float32 in every precision. Weights are never held in another precision than the model's and `dtype`.
     """
     weights: dict[int, Tensor] = {}
-    for each in (*model.parameters(), *model.buffers()):
-        wide = widened(each.detach(), dtype)
-        if wide.dtype != each.dtype:
-            weights[id(each)] = nn.Parameter(wide, each.requires_grad) if isinstance(each, nn.Parameter) else wide
+    for parameter in (*model.parameters(), *model.buffers()):
+        wide = widened(parameter.detach(), dtype)
+        if wide.dtype != parameter.dtype:
+            weights[id(parameter)] = (
+                nn.Parameter(wide, parameter.requires_grad) if isinstance(parameter, nn.Parameter) else wide
+            )
     copied = duplicate(model, weights).eval()
     generator = torch.Generator().manual_seed(seed)
     for tensor in named_weights(copied).values():
@@ -62,7 +64,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
 
 def width(model: nn.Module) -> torch.dtype:
     """The least precision in which a model is compared: float32, or float64 where it has some of that."""
-    wide = any(each.dtype in (torch.float64, torch.complex128) for each in named_weights(model).values())
+    wide = any(weight.dtype in (torch.float64, torch.complex128) for weight in named_weights(model).values())
     return torch.float64 if wide else torch.float32
 
 

@@ -118,7 +118,7 @@ def reach(
     left = took.predicted if took.measured is None else took.measured
     evidence = {
         "ceiling": ceiling,
-        "rounds": [asdict(each) for each in attempts],
+        "rounds": [asdict(attempt) for attempt in attempts],
         "best": best + 1,
         "programs": sum(map(len, table.rows.values())),
         "elsewhere": table.elsewhere,
@@ -190,7 +190,7 @@ def _aim(attempts: list[Attempt], ceiling: float) -> tuple[float, float]:
     Between the attempts around the aim, as times grow with what is predicted.
     """
     goal = AIM * ceiling
-    known = sorted((each.measured, each.predicted) for each in attempts if each.measured is not None)
+    known = sorted((attempt.measured, attempt.predicted) for attempt in attempts if attempt.measured is not None)
     if not known:
         return goal, 0.0
     target = between(known, goal)

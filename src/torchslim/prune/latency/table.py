@@ -220,7 +220,7 @@ class Table:
         known, cost = self._aligned(selection)
         lost = []
         for number, unit in enumerate(selection.coupling.units):
-            ranks = selection.ranks[number] - min((float(each.min()) for each in selection.ranks), default=0.0)
+            ranks = selection.ranks[number] - min((float(rank.min()) for rank in selection.ranks), default=0.0)
             gone = np.concatenate([[0.0], np.cumsum(ranks)])
             widths = {unit.width, *(width for width in known[number] if width < unit.width)}
             lost.append({width: float(gone[unit.width - width]) for width in widths})
@@ -267,8 +267,10 @@ def _work(coupling: Coupling) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
         total += operation.macs
         if not operation.macs:
             continue
-        classes = [each for layers, _ in operation.factors for each in coupling.classes(layers)]
-        touched = frozenset(owner[each] for ids in classes for each in np.unique(ids).tolist() if each in owner)
+        classes = [kind for layers, _ in operation.factors for kind in coupling.classes(layers)]
+        touched = frozenset(
+            owner[identifier] for ids in classes for identifier in np.unique(ids).tolist() if identifier in owner
+        )
         if touched:
             work[touched] = work.get(touched, 0.0) + operation.macs
     touches = np.zeros((len(work), len(coupling.units)), dtype=bool)

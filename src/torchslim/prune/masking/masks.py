@@ -163,9 +163,9 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def notes(records: Sequence[LayerRecord]) -> list[str]:
     """What a user must know of the records: layers that were left alone, and layers that were emptied."""
     return [
-        f"{'not pruned' if each.action == 'refused' else 'emptied'}: {each.layer}: {each.reason}"
-        for each in records
-        if each.reason
+        f"{'not pruned' if record.action == 'refused' else 'emptied'}: {record.layer}: {record.reason}"
+        for record in records
+        if record.reason
     ]
 
 

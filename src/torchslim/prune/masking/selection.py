@@ -42,7 +42,7 @@ def keep_globally(scores: Sequence[Tensor], costs: Sequence[int], sparsity: floa
         costs: per layer how many weights one of its units holds.
         sparsity: the fraction of all weights to remove.
     """
-    flat = torch.cat([each.reshape(-1).cpu() for each in scores])  # a model may live on several devices
+    flat = torch.cat([score.reshape(-1).cpu() for score in scores])  # a model may live on several devices
     cost = torch.cat([torch.full((each.numel(),), value) for each, value in zip(scores, costs, strict=True)])
     order = flat.argsort(stable=True)
     spent = torch.cat([torch.zeros(1, dtype=torch.long), cost[order].cumsum(0)])
@@ -50,5 +50,5 @@ def keep_globally(scores: Sequence[Tensor], costs: Sequence[int], sparsity: floa
     dropped = int((spent - target).abs().argmin())
     keep = torch.ones(flat.numel(), dtype=torch.bool)
     keep[order[:dropped]] = False
-    parts = keep.split([each.numel() for each in scores])
+    parts = keep.split([score.numel() for score in scores])
     return [part.reshape(each.shape).to(each.device) for part, each in zip(parts, scores, strict=True)]

@@ -79,7 +79,7 @@ class Mender:
             gone = self.removed[self.coupling.roots[joint.atoms]]
             if gone.any():
                 for axis, old in enumerate(joint.atoms.shape):
-                    others = tuple(each for each in range(gone.ndim) if each != axis)
+                    others = tuple(index for index in range(gone.ndim) if index != axis)
                     note(joint.where, old, int((~gone).any(others).sum()))
         return found
 
@@ -93,7 +93,7 @@ class Mender:
         # a grouped convolution's count of groups is no size of any value
         (old_in, new_in), (old_kernel, new_kernel) = shapes[:2]
         groups = int(scalars[-1])
-        transposed = any(each is True for each in scalars)
+        transposed = any(scalar is True for scalar in scalars)
         channels = -len(old_kernel) + 1
         if groups > 1:
             inner = (old_kernel[0], new_kernel[0]) if transposed else (old_in[channels], new_in[channels])
@@ -117,7 +117,10 @@ class Mender:
 
     def _by_name(self, module: nn.Module, name: str, value: int, new: set[int]) -> set[int]:
         # a square layer of which one side changed: its attributes say which side they mean
-        weight = next((each for each in module._parameters.values() if each is not None and each.dim() > 1), None)
+        weight = next(
+            (parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() > 1),
+            None,
+        )
         if weight is None:
             return new
         path = next(path for path, each in self.modules.items() if each is module)
@@ -156,12 +159,12 @@ class Mender:
     def _in_code(self, paths: Sequence[str]) -> list[Patch]:
         """Sizes that changed around a divergence, among the numbers in the code of the modules at work."""
         patches, inside = [], dict[int, set[int]]()
-        for each in paths:
-            for old, news in self._around(each).items():
+        for path in paths:
+            for old, news in self._around(path).items():
                 inside.setdefault(old, set()).update(news)
-            for number, value in literals(self.modules[each]):
+            for number, value in literals(self.modules[path]):
                 patches += [
-                    Patch(each, FORWARD, (number,), value, new) for new in sorted(inside.get(value, set()) - {value})
+                    Patch(path, FORWARD, (number,), value, new) for new in sorted(inside.get(value, set()) - {value})
                 ]
         return patches
 
@@ -233,10 +236,10 @@ def _improve(
 ) -> tuple[list[Patch], Divergence | None] | None:
     """Try changes at a divergence, one at a time and then in pairs; keep the first that gets further."""
     options = mender.candidates(diverged)
-    at_work = {each.module for each in options} | {diverged.path}
+    at_work = {option.module for option in options} | {diverged.path}
     withdrawn = [each for site, each in patches.items() if site[0] in at_work]
     single: list[tuple[Patch, bool]] = [
-        *((each, False) for each in options if patches.get(_site(each)) != each),
+        *((option, False) for option in options if patches.get(_site(option)) != option),
         *((each, True) for each in withdrawn),
     ]
     trials = [*((each,) for each in single), *combinations(single[:8], 2)][:TRIALS]

@@ -67,15 +67,17 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """As plain lists, numbers and text."""
-        groups = [{**asdict(each), "members": list(each.members), "prunable": each.prunable} for each in self.groups]
+        groups = [
+            {**asdict(group), "members": list(group.members), "prunable": group.prunable} for group in self.groups
+        ]
         return {**asdict(self), "groups": groups}
 
     def table(self, *, all: bool = False) -> str:
         """As text; with `all` also kernel extents and position tables, and every member of every group."""
         lines = [f"{self.parameters:,} parameters, {self.macs:,} MACs a run; what goes with all channels of a group:"]
         for title, chosen in (
-            ("may go", [each for each in self.groups if each.prunable]),
-            ("stay", [each for each in self.groups if not each.prunable and (all or not each.extent)]),
+            ("may go", [group for group in self.groups if group.prunable]),
+            ("stay", [group for group in self.groups if not group.prunable and (all or not group.extent)]),
         ):
             lines += ["", f"{title}: {len(chosen)} group{'' if len(chosen) == 1 else 's'}"]
             if chosen:
@@ -90,7 +92,7 @@ class Inspection:
                     lines.append(f"{'':46}in step with {', '.join(others)}")
                 if each.reason:
                     lines.append(f"{'':46}{each.reason}")
-        hidden = sum(each.extent and not each.prunable for each in self.groups)
+        hidden = sum(group.extent and not group.prunable for group in self.groups)
         if hidden and not all:
             lines += ["", f"not shown: {hidden} kernel extents and position tables"]
         if self.unruled:
@@ -154,10 +156,10 @@ def inspect(
     for number, group in enumerate(coupling.groups):
         removed = nothing.copy()
         removed[group.classes] = True
-        names = sorted({each.weight for each in group.members} & parameters)
+        names = sorted({member.weight for member in group.members} & parameters)
         groups.append(
             ChannelGroup(
-                members=tuple(f"{each.weight}[{each.dim}]" for each in group.members),
+                members=tuple(f"{member.weight}[{member.dim}]" for member in group.members),
                 width=len(group.classes),
                 parameters=coupling.parameters(nothing, names) - coupling.parameters(removed, names),
                 macs=macs - coupling.macs(removed),

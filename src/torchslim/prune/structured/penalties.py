@@ -57,10 +57,10 @@ class _Penalty(Hook):
         """Look the parameters up once, and bring the indices to them."""
         parameters = dict(loop.model.named_parameters())
         self.parts = []
-        for each in self.slices:
-            weight = parameters[each.weight]
+        for part in self.slices:
+            weight = parameters[part.weight]
             if weight.requires_grad:
-                placed = Slices(each.weight, each.dim, each.indices.to(weight.device), each.classes.to(weight.device))
+                placed = Slices(part.weight, part.dim, part.indices.to(weight.device), part.classes.to(weight.device))
                 self.parts.append((weight, placed))
 
     def settled(self, loop: Loop) -> bool:
@@ -107,7 +107,7 @@ class ScaleL1(_Penalty):
 
     def __init__(self, coupling: Coupling, strength: float) -> None:
         super().__init__(coupling, strength)
-        self.slices = [each for each in self.slices if each.weight in coupling.trace.norm_scales]
+        self.slices = [part for part in self.slices if part.weight in coupling.trace.norm_scales]
         if not self.slices:
             raise PruneError("sparsify='bn-l1' finds no batch norm with channels that may go; use 'group-lasso'")
 

@@ -74,7 +74,7 @@ class Plan:
         if not self.sized:
             self.sized = True
             # where data decides how much there is, a run on other data shows nothing of sizes
-            if not any(each.name.split(".")[1] in COUNTING for each in self.trace.operations):
+            if not any(operation.name.split(".")[1] in COUNTING for operation in self.trace.operations):
                 self.elsewhere = _second(self.model, self.inputs, self.trace)
         return self.elsewhere
 
@@ -215,7 +215,7 @@ class Plan:
 
 def shapes_of(inputs: Inputs) -> str:
     """The shapes of the tensors among inputs, as text."""
-    return ", ".join(str(tuple(each.shape)) for each in tensors(inputs))
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors(inputs))
 
 
 def _second(model: nn.Module, inputs: Inputs, first: Trace) -> tuple[Inputs, Trace] | None:

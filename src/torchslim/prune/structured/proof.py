@@ -158,13 +158,15 @@ def _checked(
     trials = WITHDRAWALS
     while (diverged := verdict.divergence) is not None and trials:
         near = [
-            each for each in surgery.patches if f"{diverged.path}.".startswith(f"{each.module}.") or not each.module
+            patch for patch in surgery.patches if f"{diverged.path}.".startswith(f"{patch.module}.") or not patch.module
         ]
         alike = {(kinds[each.module], each.name, each.place): None for each in reversed(near)}
         for kind, name, place in list(alike)[:trials]:
             trials -= 1
             left = tuple(
-                each for each in surgery.patches if (kinds[each.module], each.name, each.place) != (kind, name, place)
+                patch
+                for patch in surgery.patches
+                if (kinds[patch.module], patch.name, patch.place) != (kind, name, place)
             )
             later = check.verify(Surgery(surgery.cuts, left))
             if later.divergence is None or later.divergence.index > diverged.index:

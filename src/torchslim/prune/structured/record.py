@@ -57,7 +57,7 @@ def surgery(model: nn.Module) -> dict[str, Any] | None:
     # a part's record is younger than that of what is around it: a new round takes up those of all parts
     parts = [(path, vars(part)[ATTRIBUTE]) for path, part in model.named_modules() if path and ATTRIBUTE in vars(part)]
     parts.sort(key=lambda part: part[0].count("."))
-    rounds = [_inside(path, each) for path, record in parts for each in record["rounds"]]
+    rounds = [_inside(path, round_) for path, record in parts for round_ in record["rounds"]]
     if own is not None:
         return {**copy.deepcopy(own), "rounds": [*copy.deepcopy(own["rounds"]), *rounds]}
     return _record(model, undone(shapes(model), rounds, _tied(model)), rounds) if rounds else None
@@ -71,8 +71,8 @@ def _record(model: nn.Module, before: Shapes, rounds: list[Any]) -> dict[str, An
 def _inside(path: str, done: Mapping[str, Any]) -> dict[str, Any]:
     """A round of a part as one of the whole."""
     return {
-        "cuts": [{**each, "weight": f"{path}.{each['weight']}"} for each in done["cuts"]],
-        "patches": [{**each, "module": f"{path}.{each['module']}".rstrip(".")} for each in done["patches"]],
+        "cuts": [{**cut, "weight": f"{path}.{cut['weight']}"} for cut in done["cuts"]],
+        "patches": [{**patch, "module": f"{path}.{patch['module']}".rstrip(".")} for patch in done["patches"]],
         "about": {**copy.deepcopy(done["about"]), "part": path},
     }
 
@@ -86,8 +86,8 @@ def _tied(model: nn.Module) -> dict[str, str]:
 def undone(after: Shapes, rounds: Sequence[Mapping[str, Any]], tied: Mapping[str, str]) -> dict[str, list[int]]:
     """The shapes before these rounds: those after them with every cut undone."""
     before = {name: list(shape) for name, shape in after.items()}
-    for each in reversed(rounds):
-        for cut in each["cuts"]:
+    for round_ in reversed(rounds):
+        for cut in round_["cuts"]:
             for name, shape in before.items():
                 if tied.get(name, name) == cut["weight"]:
                     shape[cut["dim"]] = cut["size"]
@@ -124,9 +124,9 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
             f"the surgery was made on a {record['base']['class']} with other weights than this {type(base).__name__}; "
             "give the factory of the model that was pruned"
         )
-    for each in rounds[done:]:
+    for round_ in rounds[done:]:
         try:
-            base = perform(base, Surgery.from_json(each))
+            base = perform(base, Surgery.from_json(round_))
         except (AttributeError, IndexError, TypeError) as error:
             raise PruneError(
                 f"the surgery does not fit this {type(base).__name__}: {error}; give the factory of the model that "
@@ -172,7 +172,7 @@ def _check(record: Mapping[str, Any]) -> None:
         version = int(record["version"])
         if version <= VERSION:
             str(record["base"]["class"] + record["base"]["shapes"])
-            sound = all(_sound(Surgery.from_json(each)) for each in record["rounds"])
+            sound = all(_sound(Surgery.from_json(round_)) for round_ in record["rounds"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PruneError(f"the surgery is damaged: {type(error).__name__}: {error}; copy or save it again") from error
     if version > VERSION:
@@ -184,9 +184,9 @@ def _check(record: Mapping[str, Any]) -> None:
 def _sound(done: Surgery) -> bool:
     """Indices rise inside their dimension, and only public attributes are set, to whole numbers."""
     return all(
-        list(each.kept) == sorted({int(index) for index in each.kept if 0 <= index < each.size}) and each.dim >= 0
-        for each in done.cuts
+        list(cut.kept) == sorted({int(index) for index in cut.kept if 0 <= index < cut.size}) and cut.dim >= 0
+        for cut in done.cuts
     ) and all(
-        not each.name.startswith("_") and all(type(number) is int for number in (each.old, each.new, *each.place))
-        for each in done.patches
+        not patch.name.startswith("_") and all(type(number) is int for number in (patch.old, patch.new, *patch.place))
+        for patch in done.patches
     )

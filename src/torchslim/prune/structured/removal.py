@@ -111,13 +111,15 @@ def refusal(plan: Plan, rollbacks: Sequence[str]) -> str:
     coupling = plan.coupling()
     held: dict[str, int] = {}
     for group in coupling.groups:
-        stake = sum(int(np.prod(coupling.trace.weights[each.weight].shape)) for each in group.members)
+        stake = sum(int(np.prod(coupling.trace.weights[member.weight].shape)) for member in group.members)
         held[group.reason] = max(held.get(group.reason, 0), stake)
     held.pop("", None)
     plain = {
         each: size for each, size in held.items() if not any(reason.given_in(each) for reason in EVERYWHERE)
     } or held
-    unlisted = [each for each in dict.fromkeys(rollbacks) if not any(each.partition(": ")[2] in why for why in plain)]
+    unlisted = [
+        fromkey for fromkey in dict.fromkeys(rollbacks) if not any(fromkey.partition(": ")[2] in why for why in plain)
+    ]
     reasons = [*unlisted, *sorted(plain, key=lambda each: (each in ASKED, -plain[each]))]
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
     if plan.unseen == "keep" and any(Reason.NOT_REACHED.given_in(each) for each in reasons):

@@ -55,7 +55,7 @@ def losses(unit: Unit, coupling: Coupling) -> dict[int, int]:
     """How many channels each group of a unit loses at a step: one for each part that must stay equal to the others."""
     found = dict.fromkeys(unit.groups, 0)
     for cell in unit.cells:
-        number = next(each for each in unit.groups if cell.classes[0] in coupling.groups[each].classes)
+        number = next(group for group in unit.groups if cell.classes[0] in coupling.groups[group].classes)
         found[number] += cell.stride
     return found
 
@@ -83,7 +83,7 @@ def step_size(unit: Unit, coupling: Coupling, amount: Amount, *, ease: int = 1, 
     paces = []
     for number, pace in losses(unit, coupling).items():
         group = coupling.groups[number]
-        paces.append(pace * max(len(each.indices) // max(len(group.classes), 1) for each in group.members))
+        paces.append(pace * max(len(member.indices) // max(len(group.classes), 1) for member in group.members))
     round_to = max(amount.round_to // ease, 1) if is_bound(unit) else amount.round_to
     low = max(least_steps(unit, coupling, amount.min_channels), narrowest)
     while True:
@@ -92,7 +92,7 @@ def step_size(unit: Unit, coupling: Coupling, amount: Amount, *, ease: int = 1, 
             return step if unit.width >= step else 1
         if -(-low // step) * step < unit.width or round_to == 1:
             return step
-        round_to = max(each for each in range(1, round_to) if round_to % each == 0)
+        round_to = max(index for index in range(1, round_to) if round_to % index == 0)
 
 
 def rounded(unit: Unit, kept: float, step: int, least: int, narrowest: int = 1) -> int:

@@ -53,12 +53,17 @@ class Surgery:
         """As plain lists and numbers."""
         return {
             "cuts": [
-                {"weight": each.weight, "dim": each.dim, "size": each.size, "kept": list(each.kept)}
-                for each in self.cuts
+                {"weight": cut.weight, "dim": cut.dim, "size": cut.size, "kept": list(cut.kept)} for cut in self.cuts
             ],
             "patches": [
-                {"module": each.module, "name": each.name, "place": list(each.place), "old": each.old, "new": each.new}
-                for each in self.patches
+                {
+                    "module": patch.module,
+                    "name": patch.name,
+                    "place": list(patch.place),
+                    "old": patch.old,
+                    "new": patch.new,
+                }
+                for patch in self.patches
             ],
         }
 
@@ -66,10 +71,10 @@ class Surgery:
     def from_json(cls, data: Mapping[str, Any]) -> Surgery:
         """The inverse of `to_json`."""
         return cls(
-            tuple(Cut(each["weight"], each["dim"], each["size"], tuple(each["kept"])) for each in data["cuts"]),
+            tuple(Cut(cut["weight"], cut["dim"], cut["size"], tuple(cut["kept"])) for cut in data["cuts"]),
             tuple(
-                Patch(each["module"], each["name"], tuple(each["place"]), each["old"], each["new"])
-                for each in data["patches"]
+                Patch(patch["module"], patch["name"], tuple(patch["place"]), patch["old"], patch["new"])
+                for patch in data["patches"]
             ),
         )
 

@@ -18,7 +18,7 @@ from torchslim.prune.dependency.rules.registry import Call, axes, axis, rule
       "log_sigmoid_forward", "relu6", "threshold", "_fake_quantize_per_tensor_affine", "rrelu_with_noise")  # fmt: skip
 def pointwise(call: Call) -> Sequence[Layers]:
     """Broadcast and couple all operands."""
-    operands = [call.operand(each) for each in call.tensors()]
+    operands = [call.operand(tensor) for tensor in call.tensors()]
     shape = np.broadcast_shapes(*(tuple(size) for _, size in operands)) if operands else ()
     return (call.tagger.merge(operands, shape),)
 
@@ -76,7 +76,7 @@ def gated(call: Call) -> Sequence[Layers]:
         call.tagger.layout(layers, shape, partial(torch.narrow, dim=dim, start=start, length=half))
         for start in (0, half)
     ]
-    return (call.tagger.merge([(each, size) for each in halves], size),)
+    return (call.tagger.merge([(halve, size) for halve in halves], size),)
 
 
 @rule("bucketize")

@@ -75,8 +75,10 @@ def constant_pad(call: Call) -> Sequence[Layers]:
 @rule("cat", "concat")
 def cat(call: Call) -> Sequence[Layers]:
     """Joined along a dimension."""
-    values = [each for each in call.args[0] if each.dim() != 1 or each.numel()]  # torch skips the empty ones
-    operands = [call.operand(each) for each in values]
+    values = [
+        argument for argument in call.args[0] if argument.dim() != 1 or argument.numel()
+    ]  # torch skips the empty ones
+    operands = [call.operand(value) for value in values]
     if not operands:
         return ()
     return (call.tagger.join(operands, axis(call.arg(1, "dim", 0), len(operands[0][1]))),)
@@ -85,7 +87,7 @@ def cat(call: Call) -> Sequence[Layers]:
 @rule("stack")
 def stack(call: Call) -> Sequence[Layers]:
     """Joined along a new dimension."""
-    operands = [call.operand(each) for each in call.args[0]]
+    operands = [call.operand(argument) for argument in call.args[0]]
     dim = axis(call.arg(1, "dim", 0), len(operands[0][1]) + 1)
     lifted = [
         (tuple(core.unsqueeze(dim) for core in layers), (*shape[:dim], 1, *shape[dim:])) for layers, shape in operands
@@ -176,17 +178,19 @@ def index(call: Call) -> Sequence[Layers]:
     if name in ("index", "_unsafe_index"):
         positions = [each for each in call.args[1] if each is not None]
         dims, at = [], 0
-        for each in call.args[1]:
-            width = each.dim() if each is not None and each.dtype in (torch.bool, torch.uint8) else 1
-            dims += list(range(at, at + width)) if each is not None else []
+        for argument in call.args[1]:
+            width = argument.dim() if argument is not None and argument.dtype in (torch.bool, torch.uint8) else 1
+            dims += list(range(at, at + width)) if argument is not None else []
             at += width
     elif name == "index_select":
         positions, dims = [call.args[2]], [axis(call.args[1], len(shape))]
     else:  # the rare ones: nothing moves
-        call.tagger.freeze((core for each in call.tensors() for core in call.layers_of(each)), "scattered by positions")
+        call.tagger.freeze(
+            (core for tensor in call.tensors() for core in call.layers_of(tensor)), "scattered by positions"
+        )
         return (tuple(core for core in layers),)
-    for each in positions:
-        call.tagger.freeze(call.layers_of(each), "a table of positions")
+    for position in positions:
+        call.tagger.freeze(call.layers_of(position), "a table of positions")
     indexed = frozenset(dims)
     fixed = [call.tagger.onto(core, varying(core) & indexed) for core in layers if varying(core) & indexed]
     call.tagger.freeze(fixed, "indexed by position")

@@ -20,7 +20,9 @@ def product(call: Call) -> Sequence[Layers]:
     name = call.func._schema.name.partition("::")[2].rstrip("_")
     added = name in ("addmm", "baddbmm", "addmv", "_addmm_activation")
     if name == "addbmm":
-        call.tagger.freeze((core for each in call.tensors() for core in call.layers_of(each)), "summed over a batch")
+        call.tagger.freeze(
+            (core for tensor in call.tensors() for core in call.layers_of(tensor)), "summed over a batch"
+        )
         return ()
     left, right = call.args[1:3] if added else call.args[:2]
     labels = {
@@ -219,11 +221,11 @@ def _equal_groups(call: Call, layers: Layers, groups: int) -> None:
 def batch_norm(call: Call) -> Sequence[Layers]:
     """One scale, shift, mean and variance per channel."""
     value = call.operand(call.args[0])
-    parameters = [each for each in call.args[1:5] if isinstance(each, Tensor)]
+    parameters = [argument for argument in call.args[1:5] if isinstance(argument, Tensor)]
     layers = _affine(call, value, parameters, [1])
     per_channel = call.tagger.reduce(layers, [dim for dim in range(len(value[1])) if dim != 1])
     saved = tuple(core.reshape(-1) for core in per_channel)
-    return layers, *(saved if tuple(each.shape) == value[1][1:2] else () for each in call.outputs[1:])
+    return layers, *(saved if tuple(output.shape) == value[1][1:2] else () for output in call.outputs[1:])
 
 
 SPATIAL = {
@@ -245,8 +247,8 @@ def spatial(call: Call) -> Sequence[Layers]:
     layers, shape = call.operand(call.args[0])
     space = range(len(shape) - SPATIAL[name], len(shape))
     result = call.tagger.along(layers, space)
-    for each in list(call.tensors())[1:]:
-        call.tagger.freeze(call.layers_of(each), "positions in space")
+    for tensor in list(call.tensors())[1:]:
+        call.tagger.freeze(call.layers_of(tensor), "positions in space")
     return (result,) * len(call.outputs)
 
 
@@ -255,8 +257,8 @@ def region(call: Call) -> Sequence[Layers]:
     """Regions of a feature map: channels pass, except where they are taken by place."""
     name = call.func._schema.name.partition("::")[2]
     layers, _ = call.operand(call.args[0])
-    for each in list(call.tensors())[1:]:
-        call.tagger.freeze(call.layers_of(each), "positions in space")
+    for tensor in list(call.tensors())[1:]:
+        call.tagger.freeze(call.layers_of(tensor), "positions in space")
     if name.startswith("ps_"):
         call.tagger.freeze(layers, "channels are taken by place")
         return ()

@@ -67,7 +67,7 @@ def apply(call: Call) -> tuple[Sequence[Layers], bool]:
     if found is not None:
         return found(call), True
     call.tagger.freeze(
-        (core for each in call.tensors() for core in call.layers_of(each)), f"operation {name!r} has no rule"
+        (core for tensor in call.tensors() for core in call.layers_of(tensor)), f"operation {name!r} has no rule"
     )
     return (), False
 
@@ -77,7 +77,7 @@ def _is_pointwise(func: Any) -> bool:
     packet = getattr(torch.ops, func.namespace)
     plain = getattr(packet, func._opname.removesuffix("_"), None)  # only the out-of-place form carries the tag
     overloads = [func, *(getattr(plain, name) for name in plain.overloads())] if plain is not None else [func]
-    return any(torch.Tag.pointwise in each.tags for each in overloads)
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 def axis(dim: int, rank: int) -> int:

@@ -30,7 +30,7 @@ def embedding_bag(call: Call) -> Sequence[Layers]:
     """Sums, means or maxima of rows that are looked up by data: the rows stay, what is in them may go."""
     layers, shape = call.operand(call.args[0])
     call.tagger.freeze([core for core in layers if 0 in varying(core)], Reason.LOOKED_UP)
-    for each in list(call.tensors())[1:]:
-        call.tagger.freeze(call.layers_of(each), "a table of positions")
+    for tensor in list(call.tensors())[1:]:
+        call.tagger.freeze(call.layers_of(tensor), "a table of positions")
     columns = tuple(core for core in layers if varying(core) == {1})
-    return [columns if tuple(each.shape[1:]) == tuple(shape[1:]) else () for each in call.outputs]
+    return [columns if tuple(output.shape[1:]) == tuple(shape[1:]) else () for output in call.outputs]
