@@ -115,7 +115,9 @@ def measure(name: str, runtime: str, batch: int, rounds: int) -> dict[str, Any]:
     prepared = prepare(model, (x,), runtime=runtime, scheme=scheme)
     if scheme == "int8":
         prepared.calibrate(batches)
-    ours = ts.deploy(convert(prepared), (x,), runtime=runtime, threads=THREADS)
+    quantized = convert(prepared)
+    ours = ts.deploy(quantized, (x,), runtime=runtime, threads=THREADS)
+    row["rolled_back"] = list(getattr(ours.made_from, "notes", quantized.notes))
     row["seconds"] = time.perf_counter() - start
     sessions["ours"] = lambda: ours(x)
     row["sqnr_ours"] = sqnr(expected, ours(x))

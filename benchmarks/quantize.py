@@ -107,7 +107,7 @@ def page(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     lines += [f"| {' | '.join(_cells(row))} |" for row in found]
     notes = [(row, note) for row in found for note in _notes(row)]
     if notes:
-        lines += ["", "## Where int8 was slower than float, or lost to the peer", ""]
+        lines += ["", "## Where int8 was slower than float, lost to the peer, or went back to float", ""]
         lines += [f"- {row['model']} on {row['runtime']}, batch {row['batch']}: {each}" for row, each in notes]
     return "\n".join(lines) + "\n"
 
@@ -134,7 +134,7 @@ def _cells(row: Row) -> list[str]:
 def _notes(row: Row) -> list[str]:
     rounds = row["rounds"]
     said = "; ".join(row.get("warnings", ())) or "nothing"
-    found = []
+    found = [f"verification left in float: {note}" for note in row.get("rolled_back", ())]
     if rounds.get("ours") and bound(rounds["ours"], rounds["float"])[0] > 1:
         found.append(f"slower than float; the report said beforehand: {said}")
     if rounds.get("ours") and rounds.get("peer") and bound(rounds["ours"], rounds["peer"])[1] > ALLOWED:

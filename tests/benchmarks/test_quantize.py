@@ -40,6 +40,14 @@ def test_the_page_judges_each_row() -> None:
     assert "- resnet50 on onnxruntime, batch 1: the bound lies above" in text
 
 
+def test_the_page_says_what_verification_left_in_float() -> None:
+    text = page(
+        [row("resnet18", 5, 5) | {"rolled_back": ["layer1.0: 3.1 dB"]}, row("resnet50", 5, 5)], describe_machine()
+    )
+    assert "- resnet18 on onnxruntime, batch 1: verification left in float: layer1.0: 3.1 dB" in text
+    assert "- resnet50" not in text
+
+
 def test_only_rows_of_this_version_count() -> None:
     rows = [row("resnet18", 5, 5)]
     assert ("resnet18", "onnxruntime", 1) not in missing(rows, ["resnet18"], ["onnxruntime"], "1")
