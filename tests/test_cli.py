@@ -13,7 +13,6 @@ import pytest
 
 import torchslim as ts
 from tests.support import toy
-from torchslim.cli import main
 from torchslim.pipeline.recipe import STEPS
 
 RECIPE = """
@@ -30,28 +29,6 @@ sparsity = 0.5
 do = "finetune"
 epochs = 1
 """
-
-
-class Finished:
-    """What a command left: exit code, stdout, stderr."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: object) -> Finished:
-        monkeypatch.setattr("sys.argv", ["torchslim", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Finished(code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

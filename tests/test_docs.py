@@ -70,7 +70,7 @@ def test_importing_torchslim_loads_no_optional_dependency(tmp_path: Path) -> Non
 
     code = (
         "import sys, torchslim; print([name for name in "
-        "('torchao', 'onnx', 'onnxruntime', 'lightning_fabric', 'plotly', 'jinja2', 'optuna') if name in sys.modules])"
+        "('torchao', 'onnx', 'onnxruntime', 'lightning_fabric', 'plotly', 'jinja2', 'optuna', 'torch._dynamo') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

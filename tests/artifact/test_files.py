@@ -20,21 +20,13 @@ from torch import nn
 import torchslim as ts
 from tests.mutations import Kind
 from tests.mutations.artifacts import KINDS_OF_ARTIFACTS
+from tests.support.artifacts import listed, rewritten
 from torchslim.artifact import storage
-from torchslim.artifact.manifest import manifest_digest
 from torchslim.artifact.storage import open_artifact
 from torchslim.artifact.writing import STAGING
 from torchslim.core import folder_lock
 from torchslim.core.archives import read_arrays, unzip
-from torchslim.core.files import sha256
 from torchslim.errors import ArtifactError, RuntimeUnavailable, StorageError
-
-
-def rewritten(folder: Path, **changes: Any) -> None:
-    """A manifest as somebody would write it who knows the format."""
-    path = folder / "artifact.json"
-    manifest = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}))
 
 
 def linear() -> nn.Module:
@@ -44,11 +36,6 @@ def linear() -> nn.Module:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return ts.save(linear(), tmp_path / "a")
-
-
-def listed(folder: Path, name: str, target: Path | None = None) -> None:
-    known = json.loads((folder / "artifact.json").read_text())["files"]
-    rewritten(folder, files={**known, name: sha256(target or folder / name)})
 
 
 @pytest.mark.parametrize(

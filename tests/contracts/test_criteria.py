@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import torchslim as ts
-from tests.contracts.test_steps import model_state
 from tests.support import toy
+from tests.support.states import model_state
 from torchslim.errors import PruneError
 from torchslim.prune import CRITERIA, Statistic
 from torchslim.prune.criteria.scoring import channel_scores, score

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
-from tests.distill.test_taps import Lstm, Transformer, conv_net, hooks
+from tests.support.distilled import Lstm, Transformer, conv_net
+from tests.support.states import hooks
 from torchslim.core.fingerprint import fingerprint
 from torchslim.distill import LOSSES
 from torchslim.distill.losses.registry import FEATURES, KINDS

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import torchslim as ts
 from tests.support import toy
+from tests.support.states import global_state, model_state
 from torchslim.core.fingerprint import fingerprint
 from torchslim.core.step import check_order
 from torchslim.pipeline.recipe import STEPS
@@ -50,37 +50,6 @@ INSTANCES: dict[str, Callable[[], Any]] = {
 def test_every_registered_step_is_under_contract() -> None:
     tested = {type(make()) for make in INSTANCES.values()}
     assert set(STEPS.values()) <= tested
-
-
-def global_state() -> dict[str, Any]:
-    """Everything process-wide that a step could leave changed."""
-    return {
-        "torch rng": torch.get_rng_state().tolist(),
-        "numpy rng": str(np.random.get_state()),
-        "python rng": random.getstate(),
-        "threads": torch.get_num_threads(),
-        "grad": torch.is_grad_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
-        "dtype": torch.get_default_dtype(),
-        "device": str(torch.get_default_device()),
-        "quantized engine": torch.backends.quantized.engine,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "mkldnn": torch.backends.mkldnn.enabled,
-        "attention fast path": torch.backends.mha.get_fastpath_enabled(),
-        "anomaly": torch.is_anomaly_enabled(),
-    }
-
-
-def model_state(model: nn.Module) -> dict[str, Any]:
-    return {
-        "weights": fingerprint(model.state_dict()),
-        "modes": [module.training for module in model.modules()],
-        "grads": [parameter.requires_grad for parameter in model.parameters()],
-        "gradients": [parameter.grad is None for parameter in model.parameters()],
-        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-    }
 
 
 @pytest.mark.parametrize("name", INSTANCES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.support.distributed import free_port
 from torchslim.distill.losses.crd import CRD, contrast
 from torchslim.errors import DistillError
 
@@ -158,9 +158,9 @@ def test_banks_begin_alike_and_draws_are_of_other_samples() -> None:
     assert not torch.equal(one.bank_student, one.bank_teacher)
     assert not [name for name, _ in one.named_parameters() if "embed" not in name]
     module = CRD(size=8, negatives=2).build((3,), (5,), 4)
-    drawn = torch.cat([module._others(torch.device("cpu")) for _ in range(300)])
+    drawn = torch.cat([module.draw_others(torch.device("cpu")) for _ in range(300)])
     assert all(100 < each < 200 for each in drawn.bincount(minlength=4).tolist())
-    assert CRD(size=8).build((3,), (5,), 2)._others(torch.device("cpu")).tolist() == [0, 1]
+    assert CRD(size=8).build((3,), (5,), 2).draw_others(torch.device("cpu")).tolist() == [0, 1]
 
 
 def test_a_sample_is_no_negative_of_itself() -> None:
@@ -241,10 +241,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_banks_of_all_processes_stay_equal(tmp_path: Any) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_worker, (free_port(), str(tmp_path)), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, each in one.items():
         assert torch.equal(each, two[name]), name

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
-from tests.distill.test_parts import seeded
+from tests.support.distilled import seeded
 from torchslim.distill.features.padding import DECODER_MASK, masks_of, resized_mask
 from torchslim.distill.features.probe import answer_padding, observe
 from torchslim.distill.features.taps import Tap, dry

@@ -17,18 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
-from tests.distill.test_taps import conv_net, hooks
+from tests.support.distilled import conv_net, seeded
+from tests.support.states import hooks
 from torchslim.core.batches import predictor
 from torchslim.core.fingerprint import fingerprint
 from torchslim.distill import RKD, VID, AttentionTransfer, Hint
 from torchslim.errors import DistillError
-
-
-def seeded(make: Any, *args: Any) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(len(args) + sum(args))
-        found: nn.Module = make(*args)
-        return found
 
 
 def context(**fields: Any) -> ts.Context:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
+from tests.support.distributed import free_port
 from torchslim import distill
 from torchslim.core import distributed
 from torchslim.training.loaders import shared
@@ -75,12 +75,6 @@ def _worker(rank: int, port: int, folder: str) -> None:
         torch.save({**found, "joined": joined.detach(), "uneven": uneven.grad}, f"{folder}/found.pt")
     torch.distributed.barrier()  # the store is the first one's: it must not leave before the others
     torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_two_processes_have_the_gradient_of_one_on_the_joined_batch(tmp_path: Path) -> None:

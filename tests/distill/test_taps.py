@@ -13,59 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
+from tests.support.distilled import Block, Lstm, Transformer, conv_net
+from tests.support.states import hooks
 from torchslim.core.trees import tensors
 from torchslim.distill.features.matching import Pair, match
 from torchslim.distill.features.probe import observe
 from torchslim.distill.features.taps import Tap, Watch, graph_of, watched
 from torchslim.errors import DistillError
 from torchslim.quantize import convert, prepare
-
-
-def conv_net(width: int, stages: int = 3) -> nn.Sequential:
-    blocks = []
-    for stage in range(stages):
-        before = 3 if stage == 0 else width * stage
-        blocks.append(
-            nn.Sequential(
-                nn.Conv2d(before, width * (stage + 1), 3, 2, 1), nn.BatchNorm2d(width * (stage + 1)), nn.ReLU()
-            )
-        )
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width * stages, 5))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = nn.TransformerEncoderLayer(width, 2, 2 * width, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
-class Transformer(nn.Module):
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.embed = nn.Linear(6, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.head = nn.Linear(width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(1))
-
-
-class Lstm(nn.Module):
-    def __init__(self, width: int, batch_first: bool = True) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(6, width, batch_first=batch_first, bidirectional=True)
-        self.head = nn.Linear(2 * width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.lstm.batch_first:
-            return self.head(self.lstm(x)[0][:, -1])
-        return self.head(self.lstm(x.transpose(0, 1))[0][-1])
 
 
 def seen(model: nn.Module, x: Tensor) -> list[Tap]:
@@ -84,10 +39,6 @@ def features(model: nn.Module, x: Tensor, *paths: str) -> list[Tensor]:
         model(x)
     found = watch.features([taps[path] for path in paths])
     return [each for each in found if each is not None]
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules())
 
 
 IMAGES = torch.randn(2, 3, 32, 32)

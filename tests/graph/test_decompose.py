@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchslim as ts
-from torchslim.artifact.integer_coverage import Lowered, _shared_out, lowered
+from torchslim.artifact.integer_coverage import Lowered, lowered, share_kernels
 from torchslim.graph.decompose import attention
 from torchslim.graph.layers import Layer
 from torchslim.quantize import convert, prepare, sqnr
@@ -207,9 +207,9 @@ def test_elsewhere_they_stay_one_with_their_convolution(runtime: str) -> None:
 def test_what_only_moves_integers_computes_no_layer() -> None:
     layer = Layer(layer="a", operation="linear", macs=1, weight_bits=8, activations="static")
     moves = [Kernel(node=f"a/{each}", type=each, integer=True) for each in ("Reshape", "Transpose")]
-    assert list(_shared_out([layer], moves)[0]) == []
+    assert list(share_kernels([layer], moves)[0]) == []
     product = Kernel(node="a/MatMul", type="MatMulIntegerToFloat", integer=True)
-    assert list(_shared_out([layer], [*moves, product])[0]) == [product]
+    assert list(share_kernels([layer], [*moves, product])[0]) == [product]
 
 
 class Viewed(nn.Module):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import torchslim as ts
-from tests.prune.dependency.test_random_networks import conv_networks, token_networks
+from tests.support.random_networks import conv_networks, token_networks
 from torchslim.core.batches import call
 from torchslim.quantize import convert, prepare, sqnr
 

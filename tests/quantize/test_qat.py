@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests.support import toy
 from tests.support.deployment_models import trained_conv
+from tests.support.distributed import free_port
 from torchslim.core.step import Context, Engine
 from torchslim.errors import QuantizeError, SelectError
 from torchslim.quantize import Prepared, Quantize, convert, prepare, sqnr
@@ -300,10 +300,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path: Any) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(_worker, (free_port(), str(tmp_path)), nprocs=2)
     prepared = ready(toy.model(), toy.images(8, 0)[0])
     prepared.freeze_norms()
     prepared.freeze_ranges()

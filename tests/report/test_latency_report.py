@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.test_page import make_run
+from tests.support.run_records import make_run
 from torchslim.errors import ArtifactError
 from torchslim.report import findings, load_run, render, table
 

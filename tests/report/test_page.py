@@ -8,8 +8,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,131 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.support.programs import chromium
+from tests.support.pages import HOSTILE, Page, points, requests
+from tests.support.run_records import layer, make_run, number
 from torchslim.errors import ArtifactError
 from torchslim.report import findings, load_run, numbers, render, table
 
-HOSTILE = "<script>alert(1)</script>"
-
 # --------------------------------------------------------------------------------------- a run by hand
-
-
-def number(value: float, unit: str, *, spread: float = 0.0, **extra: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"value": value, "unit": unit, "repeats": 60 if spread else 1}
-    if spread:
-        found |= {"low": value * (1 - spread), "high": value * (1 + spread), "machine": "this"}
-    return found | extra
-
-
-def layer(name: str, action: str, **more: Any) -> dict[str, Any]:
-    empty = {"reason": "", "sparsity": None, "weight_bits": None, "activation_bits": None}
-    return {"version": 1, "layer": name, "action": action, **empty, **more}
-
-
-def make_row(
-    name: str, kind: str, *, accuracy: float, size: int, latency: float, nonzero: int, metric_unit: str = "%"
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "kind": kind,
-        "metric": {"val": number(accuracy + 0.25, metric_unit), "test": number(accuracy, metric_unit)},
-        "parameters": number(11_689_512, "count"),
-        "nonzero": number(nonzero, "count"),
-        "macs": number(1_814_073_344, "MACs per sample"),
-        "size_bytes": number(size, "bytes"),
-        "seconds": number(12.5, "s", machine="this") if kind == "step" else {"not_measured": "no work was done"},
-        "layers": [],
-        "warnings": [],
-        "history": [],
-        "latency_ms": {
-            "onnxruntime": number(latency, "ms", spread=0.07),
-            "eager": number(latency * 3.1, "ms", spread=0.11),
-        },
-        "speedup": {},
-        "shrink": {},
-    }
-
-
-def compare(rows: list[dict[str, Any]]) -> None:
-    """Fill in the ratios between rows, as a run does."""
-    for index, row in enumerate(rows):
-        for key, base in (("over_baseline", rows[0]), ("over_previous", rows[max(index - 1, 0)])):
-            fast, slow = (each["latency_ms"]["onnxruntime"]["value"] for each in (row, base))
-            ratio = slow / fast
-            verdict = "no difference" if abs(ratio - 1) <= 0.1 else "faster" if ratio > 1 else "slower"
-            row["speedup"][key] = number(ratio, "x", spread=0.1, verdict=verdict)
-            row["shrink"][key] = number(base["size_bytes"]["value"] / row["size_bytes"]["value"], "x")
-
-
-def make_run(*, metric: str = "accuracy", unit: str = "%") -> dict[str, Any]:
-    """Prune, distil, quantize: a step gains nothing and layers are refused."""
-    rows = [
-        make_row("baseline", "baseline", accuracy=92.4375, size=46_804_351, latency=12.875, nonzero=11_689_000),
-        make_row("prune", "step", accuracy=90.0625, size=46_804_351, latency=12.5, nonzero=5_844_756),
-        make_row("distill", "step", accuracy=92.125, size=46_804_425, latency=12.625, nonzero=5_844_756),
-        make_row("quantize", "step", accuracy=91.9375, size=12_197_585, latency=5.0625, nonzero=5_790_000),
-        make_row("artifact", "artifact", accuracy=91.875, size=12_197_585, latency=5.0625, nonzero=5_790_000),
-    ]
-    for row in rows:
-        for entry in row["metric"].values():
-            entry["unit"] = unit
-    compare(rows)
-    rows[1]["layers"] = [
-        layer("conv1.weight", "refused", reason="its 3 input channels do not divide into blocks of 4"),
-        *(layer(f"layer{i}.conv.weight", "pruned", sparsity=0.125 * i) for i in range(1, 8)),
-    ]
-    rows[1]["warnings"] = ["not pruned: conv1.weight: its 3 input channels do not divide into blocks of 4"]
-    rows[2]["layers"] = [layer("", "trained", reason="best epoch 3")]
-    rows[2]["history"] = [
-        {"epoch": float(i), "loss_response": 2.0 / i, "loss_label": 0.5 / i, "lr": 0.01 / i, "val": 88.0 + i}
-        for i in range(1, 5)
-    ]
-    rows[3]["layers"] = [
-        layer("conv1", "quantized", weight_bits=8, activation_bits=8),
-        *(layer(f"layer{i}.conv", "quantized", weight_bits=8, activation_bits=8) for i in range(1, 7)),
-        layer("layer7.conv", "refused", reason="its output goes to an operator that has no int8 kernel here"),
-    ]
-    rows[3]["warnings"] = ["operations whose MACs nobody counts: aten.lstm"]
-    rows[4]["warnings"] = ["operations whose MACs nobody counts: aten.lstm"]
-    return {
-        "format": 1,
-        "torchslim": "0.1.0",
-        "recipe": {
-            "steps": [
-                {"do": "torchslim.prune.step:Prune", "sparsity": 0.5, "criterion": "l1"},
-                {
-                    "do": "torchslim.distill.step:Distill",
-                    "epochs": 4,
-                    "response": {"do": "kd", "temperature": 4.0},
-                },
-                {"do": "torchslim.quantize.step:Quantize", "scheme": "int8", "mode": "ptq"},
-            ],
-            "target": {"runtime": "onnxruntime", "threads": None},
-            "seed": 0,
-        },
-        "metric": {"name": metric, "unit": unit, "higher_is_better": True},
-        "target": {"runtime": "onnxruntime", "threads": None},
-        "selected_on": "val",
-        "reported_on": "test",
-        "batch": 1,
-        "machines": {
-            "this": {
-                "processor": "Made-up 9000",
-                "instruction_set": "avx2",
-                "cores": 2,
-                "threads": 2,
-                "memory_gib": 23.5,
-                "system": "Linux",
-                "python": "3.11.7",
-                "versions": {"torchslim": "0.1.0", "torch": "2.14.1"},
-            }
-        },
-        "rows": rows,
-    }
 
 
 def gappy_run() -> dict[str, Any]:
@@ -169,63 +51,6 @@ def fields(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------ reading the page
-
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Tags in order, the text of each element but scripts, and the cells of each table by its id."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.text: list[str] = []
-        self.scripts: list[str] = []
-        self.rows: dict[str, list[list[dict[str, str]]]] = {}
-        self.open: list[str] = []
-        self.table = ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        found = {name: value or "" for name, value in attrs}
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-        elif tag == "table":
-            self.table = found.get("id", found.get("class", ""))
-            self.rows[self.table] = []
-        elif tag == "tr":
-            self.rows[self.table].append([])
-        elif tag in ("td", "th"):
-            self.rows[self.table][-1].append({**found, "text": ""})
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            self.scripts[-1] += data
-        elif self.open and self.open[-1] != "style":
-            self.text.append(data)
-            if {"td", "th"} & set(self.open):
-                self.rows[self.table][-1][-1]["text"] += data
-
-    def cells(self, name: str) -> list[dict[str, dict[str, str]]]:
-        """The body rows of a table: cells by their field."""
-        return [
-            {cell["data-field"]: cell for cell in row if "data-field" in cell}
-            for row in self.rows[name]
-            if any("data-field" in cell for cell in row)
-        ]
-
-    @property
-    def data(self) -> Any:
-        return json.loads(self.scripts[0])
 
 
 def assert_same_numbers(cells: dict[str, dict[str, str]], row: dict[str, Any]) -> None:
@@ -716,24 +541,6 @@ def test_reading_and_writing_reports_loads_no_torch_and_importing_loads_no_plotl
 # --------------------------------------------------------------------------------------------- browser
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    binary, chromedriver = chromium()
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    for flag in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-sync", "--disable-background-networking", "--disable-component-update",
-        "--window-size=1280,900",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
-    yield driver
-    driver.quit()
-
-
 def show(
     browser: webdriver.Chrome, run: dict[str, Any], folder: Path, *, width: int = 1280, scheme: str = "light"
 ) -> str:
@@ -752,15 +559,6 @@ def show(
     browser.get(path.as_uri())
     WebDriverWait(browser, 30).until(lambda it: it.execute_script("return document.readyState") == "complete")
     return path.as_uri()
-
-
-def requests(browser: webdriver.Chrome) -> list[str]:
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
-
-
-def points(browser: webdriver.Chrome, plot: str) -> int:
-    return len(browser.find_elements(By.CSS_SELECTOR, f"#{plot} svg .scatterlayer .points path.point"))
 
 
 def boxes(browser: webdriver.Chrome, selector: str) -> list[tuple[float, float, float, float]]:

@@ -18,7 +18,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from tests.report.test_page import HOSTILE, Page, browser, number, points, requests  # noqa: F401 - a fixture
+from tests.support.pages import HOSTILE, Page, points, requests
+from tests.support.run_records import number
 from torchslim.errors import ArtifactError
 from torchslim.report import (
     REPORTS,
@@ -380,7 +381,7 @@ def show(driver: webdriver.Chrome, html: str, folder: Path, *, width: int = 1280
     lambda: render_sensitivity(make_sensitivity()),
 ])  # fmt: skip
 def test_browser_shows_the_pages_alone_and_without_complaint(
-    browser: webdriver.Chrome, make: Any, tmp_path: Path  # noqa: F811
+    browser: webdriver.Chrome, make: Any, tmp_path: Path
 ) -> None:  # fmt: skip
     address = show(browser, make(), tmp_path, width=390)
     assert browser.get_log("browser") == []
@@ -391,7 +392,7 @@ def test_browser_shows_the_pages_alone_and_without_complaint(
     assert wide == 0, "nothing sticks out of a narrow window"
 
 
-def test_browser_plots_the_front_over_axes_that_can_be_chosen(browser: webdriver.Chrome, tmp_path: Path) -> None:  # noqa: F811
+def test_browser_plots_the_front_over_axes_that_can_be_chosen(browser: webdriver.Chrome, tmp_path: Path) -> None:
     search = make_search()
     show(browser, render_search(search), tmp_path)
     tried = sum(bool(each["figures"]) for each in search["trials"])
@@ -410,7 +411,7 @@ def test_browser_plots_the_front_over_axes_that_can_be_chosen(browser: webdriver
     assert set(FIGURES) >= {"size", "macs"}
 
 
-def test_browser_leaves_a_bound_outside_that_is_far_from_all_points(browser: webdriver.Chrome, tmp_path: Path) -> None:  # noqa: F811
+def test_browser_leaves_a_bound_outside_that_is_far_from_all_points(browser: webdriver.Chrome, tmp_path: Path) -> None:
     search = make_search()
     search["budget"]["latency_ms"] = 300.0
     show(browser, render_search(search), tmp_path)

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.support.program_files import JSON, changed, from_file, nodes, retarget
 from torchslim.core.isolation import quiet
 from torchslim.errors import ArtifactError
 from torchslim.graph.export import capture
@@ -23,7 +24,6 @@ from torchslim.runtimes.program_operators import resolve
 from torchslim.runtimes.program_sizes import Unfit, check_expression
 from torchslim.runtimes.pt2 import load_program, pack_program
 
-JSON = dict[str, Any]
 pytestmark = pytest.mark.timeout(120)  # what hangs fails
 
 
@@ -42,41 +42,9 @@ def honest() -> bytes:
     return pack_program(capture(Net(), (torch.randn(3, 4),)).program)
 
 
-def changed(data: bytes, change: Callable[[JSON], None], entry: str = "models/model.json") -> bytes:
-    """A `.pt2` with another graph, or another list of weights."""
-    source, buffer = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name in source.namelist():
-            content = source.read(name)
-            if name.endswith(entry):
-                parsed = json.loads(content)
-                change(parsed)
-                content = json.dumps(parsed).encode()
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def nodes(program: JSON) -> list[JSON]:
-    return program["graph_module"]["graph"]["nodes"]  # type: ignore[no-any-return]
-
-
-def retarget(program: JSON, target: str, **arguments: Any) -> None:
-    """Let the first node call something else."""
-    node = nodes(program)[0]
-    node["target"] = target
-    node["inputs"] = [{"name": name, "arg": value, "kind": 2} for name, value in arguments.items()]
-
-
 def sizes(program: JSON) -> list[JSON]:
     values = program["graph_module"]["graph"]["tensor_values"].values()
     return [size for each in values for size in each["sizes"] if "as_expr" in size]
-
-
-def from_file(path: Path) -> Callable[[JSON], None]:
-    return lambda program: retarget(
-        program, "torch.ops.aten.from_file.default",
-        filename={"as_string": str(path)}, shared={"as_bool": True}, size={"as_int": 2},
-    )  # fmt: skip
 
 
 def resized(text: str) -> Callable[[JSON], None]:

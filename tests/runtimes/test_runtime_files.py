@@ -170,7 +170,7 @@ def test_a_plain_ir_passes() -> None:
 
 
 def test_an_artifact_with_such_a_file_is_refused(tmp_path: Path) -> None:
-    from tests.artifact.test_files import listed
+    from tests.support.artifacts import listed
 
     folder = ts.save(ts.deploy(nn.Linear(4, 2), (torch.randn(3, 4),), runtime="onnxruntime"), tmp_path / "a")
     (folder / "model.onnx").write_bytes(external().SerializeToString())
@@ -182,8 +182,8 @@ def test_an_artifact_with_such_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_bench_runs_nothing_that_was_put_into_a_good_folder(tmp_path: Path) -> None:
     """Neither a changed file, nor one whose hash was made anew."""
-    from tests.artifact.test_files import listed
-    from tests.runtimes.test_program_check import changed, from_file
+    from tests.support.artifacts import listed
+    from tests.support.program_files import changed, from_file
 
     victim = tmp_path / "victim"
     victim.write_bytes(bytes(32))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.contracts.test_steps import model_state
 from tests.support import toy
+from tests.support.states import model_state
 from torchslim.core.fingerprint import fingerprint
 from torchslim.errors import TaskError
 from torchslim.training.batch_norm import recalibrate_batch_norm

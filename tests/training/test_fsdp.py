@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
-from tests.distill.test_processes import free_port
+from tests.support.distributed import free_port
 from torchslim import distill
 from torchslim.core import distributed
 from torchslim.errors import TrainError

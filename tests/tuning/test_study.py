@@ -59,12 +59,12 @@ def test_a_killed_workers_trial_is_taken_over_with_its_values(storage: str) -> N
     assert victim.stdout.readline() == "at 0\n"
     book = ledger(open_storage(storage), 4)
     assert book.waiting()
-    lost = dict(book._all()[0].params)
+    lost = dict(book.study.trials[0].params)
     victim.send_signal(signal.SIGKILL)
     victim.wait(timeout=30)
     assert work(book) == 4
     assert len(book.results()) == 4
-    assert [dict(trial.params) for trial in book._all() if "instead_of" in trial.user_attrs] == [lost]
+    assert [dict(trial.params) for trial in book.study.trials if "instead_of" in trial.user_attrs] == [lost]
 
 
 def test_a_worker_of_another_machine_is_dead_when_its_beats_stop(
@@ -81,7 +81,7 @@ def test_a_worker_of_another_machine_is_dead_when_its_beats_stop(
             near.take_back()
             time.sleep(0.1)
         assert near.waiting()
-        assert len(near._all()) == 1
+        assert len(near.study.trials) == 1
     assert work(near) == 2  # waits for the grace, then takes over
     assert len(near.results()) == 2
 

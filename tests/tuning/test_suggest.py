@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests.support import toy
 from tests.support.processors import SATURATING, detected
-from tests.test_cli import call  # noqa: F401 - a fixture
 from torchslim.core.step import Context, Target
 from torchslim.errors import ExportError, RecipeError, TaskError
 from torchslim.tuning import make_space
@@ -328,7 +327,7 @@ def test_installed_runtimes_are_found_without_being_imported(monkeypatch: pytest
     assert suggesting.installed(speed=False) == BOTH[:1]
 
 
-def test_the_command_prints_the_recipe_or_writes_it(call: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_prints_the_recipe_or_writes_it(call: Any, tmp_path: Path) -> None:
     arguments = (
         "suggest",
         "tests.tuning.test_suggest:Convolutional",

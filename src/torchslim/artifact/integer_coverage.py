@@ -79,7 +79,7 @@ def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
     given = [Layer(**each) for each in deployed.spec.layers]
     layers = [
         _described(layer, candidates, reasons, deployed.runtime)
-        for layer, candidates in zip(given, _shared_out(given, working), strict=True)
+        for layer, candidates in zip(given, share_kernels(given, working), strict=True)
     ]
     total = sum(each.macs for each in layers)
     share = sum(each.macs for each in layers if each.integer) / total if total else 0.0
@@ -105,7 +105,7 @@ def executed(records: Iterable[Mapping[str, Any]], found: Lowered) -> list[dict[
     return merged
 
 
-def _shared_out(layers: Sequence[Layer], executed: Iterable[Kernel]) -> list[Sequence[Kernel]]:
+def share_kernels(layers: Sequence[Layer], executed: Iterable[Kernel]) -> list[Sequence[Kernel]]:
     """For each layer the kernels that may compute it: its own, where a module has as many as its layers take."""
     by_path: dict[str, list[Kernel]] = {}
     for kernel in executed:

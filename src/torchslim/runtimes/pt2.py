@@ -16,7 +16,6 @@ import zipfile
 from typing import Any, BinaryIO
 
 import torch
-from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 from torch.export import ExportedProgram
 
 from torchslim.core.archives import unzip
@@ -108,6 +107,8 @@ def _repacked(file: BinaryIO, limits: Limits) -> bytes:
 
 def _check_tensor(name: str, payload: dict[str, Any], stored: int) -> None:
     """Does a tensor lie inside of its bytes, and stand for about as many?"""
+    from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE  # loads torch._dynamo: two seconds
+
     meta = payload["tensor_meta"]
     sizes, strides = ([each["as_int"] for each in meta[key]] for key in ("sizes", "strides"))
     width = _SERIALIZE_TO_TORCH_DTYPE[meta["dtype"]].itemsize

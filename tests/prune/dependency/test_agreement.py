@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
-from tests.prune.dependency.test_random_networks import conv_networks, token_networks
 from tests.support.channel_laws import scramble
+from tests.support.random_networks import conv_networks, token_networks
 from torchslim.errors import PruneError
 from torchslim.prune import ChannelGroup
 from torchslim.prune.structured.plan import Plan, analyse

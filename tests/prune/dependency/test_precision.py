@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchslim as ts
-from tests.prune.dependency.test_sabotage import noticed, with_cut
 from tests.support.channel_laws import assert_runs, assert_untouched, remove, scramble, state
+from tests.support.wrong_surgery import noticed, with_cut
 
 GRID = torch.linspace(-1, 1, 5)
 BOX: dict[tuple[int, ...], Tensor] = {}

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests.support import channel_networks as net
 from tests.support.channel_laws import remove, run, scramble
-from torchslim.prune.dependency import verification
+from tests.support.wrong_surgery import noticed, with_cut
 from torchslim.prune.structured.attributes import mend
 from torchslim.prune.structured.plan import Plan
 from torchslim.prune.structured.removal import Shrunk
-from torchslim.prune.structured.surgery import Cut, Patch, Surgery, perform
+from torchslim.prune.structured.surgery import Patch, Surgery, perform
 
 ACT = {"norm": "batch", "act": "silu"}  # no channel of which is ever dead
 
@@ -74,22 +74,6 @@ def removal(name: str, seed: int) -> tuple[Plan, Shrunk]:
     torch.manual_seed(seed)
     model, inputs = MODELS[name]()
     return remove(scramble(model, seed), inputs, seed, 0.4)
-
-
-def noticed(plan: Plan, done: Shrunk, surgery: Surgery) -> bool:
-    """Does the check object to this surgery in place of the right one?"""
-    base = verification.prepare(plan.model, torch.float64)
-    try:
-        shrunk = perform(base, surgery)
-    except IndexError:
-        return True
-    wide = verification.vary(plan.inputs, torch.float64)
-    diverged = verification.verify(lambda: shrunk, lambda: base, done.coupling, done.removed, wide).divergence
-    return diverged is not None
-
-
-def with_cut(surgery: Surgery, old: Cut, new: Cut | None) -> Surgery:
-    return replace(surgery, cuts=tuple(each for each in (new if cut is old else cut for cut in surgery.cuts) if each))
 
 
 def choices(names: Sequence[str] = tuple(MODELS)) -> Any:

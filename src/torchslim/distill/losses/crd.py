@@ -107,7 +107,7 @@ class Contrast(nn.Module):
         with torch.autocast(student.device.type, enabled=False):
             left = self._embedded(self.embed_student, student)
             right = self._embedded(self.embed_teacher, teacher.detach())
-            others = self._others(index.device)
+            others = self.draw_others(index.device)
             classes = self.labels[index] if target is None else target
             own = index[:, None] == others
             counts = ~own & ((classes[:, None] < 0) | (classes[:, None] != self.labels[others]))
@@ -125,7 +125,7 @@ class Contrast(nn.Module):
         feature = feature.to(embed.weight.dtype)
         return functional.normalize(embed(feature.flatten(2).mean(2) if feature.dim() > 2 else feature), dim=1)
 
-    def _others(self, device: torch.device) -> Tensor:
+    def draw_others(self, device: torch.device) -> Tensor:
         """Places that the batch is contrasted with: all, where there are no more than are to be drawn."""
         if self.config.negatives >= self.samples - 1:
             return torch.arange(self.samples, device=device)

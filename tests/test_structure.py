@@ -1,0 +1,76 @@
+"""Test modules import nothing from each other, and nothing private of torchslim: what they share stands in tests/support."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "src" / "torchslim").rglob("*.py"))}
+MODULES = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").rglob("*.py"))}
+
+
+def is_private(name: str) -> bool:
+    """`_name`, but neither `__name__` nor `_`."""
+    return name.startswith("_") and not name.endswith("__") and name != "_"
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Full names of all that a module imports, wherever in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_attributes(tree: ast.Module) -> Iterator[str]:
+    """Private names that a module defines: functions, methods, classes, and what its code assigns to attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+PRIVATE = frozenset(name for tree in SOURCES.values() for name in own_attributes(tree) if is_private(name))
+
+
+def strangers(tree: ast.Module) -> Iterator[str]:
+    """Names that a module gives to what it imports from other packages."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                package = (node.module if isinstance(node, ast.ImportFrom) else None) or alias.name
+                if package.partition(".")[0] not in ("torchslim", "tests"):
+                    yield (alias.asname or alias.name).partition(".")[0]
+
+
+def reached(tree: ast.Module) -> Iterator[str]:
+    """Attributes that a module reads, sets or replaces: `a.b`, and `b` of `setattr(a, "b", c)`."""
+    excluded = {"self", "cls", *strangers(tree)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in excluded):
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr")):
+            names = (argument.value for argument in node.args if isinstance(argument, ast.Constant))
+            yield from (part for name in names if isinstance(name, str) for part in name.split("."))
+
+
+def parts(name: str, package: str) -> list[str]:
+    """The names below a package; none where the name is of another package."""
+    first, *rest = name.split(".")
+    return rest if first == package else []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT / "tests")))
+def test_a_test_module_stands_alone(path: Path) -> None:
+    names = set(imported(MODULES[path]))
+    assert not {name for name in names if any(part.startswith("test_") for part in parts(name, "tests"))}
+    assert not {name for name in names if any(map(is_private, parts(name, "torchslim")))} - {"torchslim._version"}
+    assert not set(reached(MODULES[path])) & PRIVATE
