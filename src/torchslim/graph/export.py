@@ -28,6 +28,7 @@ from torchslim.errors import ExportError
 from torchslim.graph.calling import Flat, bind
 from torchslim.graph.dynamic_sizes import _user_spec, find_batch_axis
 from torchslim.graph.io_structure import Structure, build, describe
+from torchslim.graph.packed_sequences import drop_unused_cells, packed_as_padded
 
 TORCH = Path(torch.__file__).parent
 OURS = Path(__file__).parents[1]
@@ -177,25 +178,39 @@ def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tup
     failure = ""
     for strict in (False, True):
         try:
-            with quiet(), contextlib.nullcontext() if strict else _layers_remembered(flat):
-                return torch.export.export(flat, tuple(leaves), dynamic_shapes=shapes, strict=strict), ""
+            with (
+                quiet(),
+                packed_as_padded() as packing,
+                contextlib.nullcontext() if strict else _layers_remembered(flat),
+            ):
+                program = torch.export.export(flat, tuple(leaves), dynamic_shapes=shapes, strict=strict)
+            if packing.used:
+                _check_padded(flat, leaves)
+                drop_unused_cells(program)
+            return program, ""
+        except ExportError:  # our own words for what no other way of exporting would change
+            raise
         except Exception as error:  # noqa: BLE001 - torch.export raises many kinds; all become one message
-            failure = failure or f"{user_line(error)}: {_advice(error) or _first(error)}"
+            failure = failure or f"{user_line(error)}: {_first(error)}"
     return None, failure
 
 
-def _advice(error: BaseException) -> str:
-    """What to write in place of packed sequences, where the error is about them."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        path = Path(frame.f_code.co_filename)
-        packs = path == TORCH / "nn" / "utils" / "rnn.py"
-        if packs or (path == TORCH / "nn" / "modules" / "rnn.py" and frame.f_locals.get("batch_sizes") is not None):
-            return (
-                "packed sequences have sizes that depend on the data; call the layer on the padded batch and take each "
-                "sequence's last step, outputs[torch.arange(len(outputs)), lengths - 1] (batch first; for the backward "
-                "direction, reverse each sequence within its length first)"
+def _check_padded(flat: Flat, leaves: Sequence[Tensor]) -> None:
+    """Compare a model that packs sequences with itself on padded batches.
+
+    Raises:
+        ExportError: its answers have other sizes or values there.
+    """
+    packed = flat(*leaves)
+    with packed_as_padded():
+        padded = flat(*leaves)
+    for one, other in zip(packed, padded, strict=True):
+        if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise ExportError(
+                f"the sizes of packed sequences depend on the data: an output of shape {tuple(one.shape)} becomes "
+                f"{tuple(other.shape)} where the padding is kept. Give the padded size to pad_packed_sequence "
+                "(total_length=inputs.shape[1]), and read no PackedSequence.data whose rows of padding would count"
             )
-    return ""
 
 
 @contextmanager

@@ -1,0 +1,208 @@
+"""Packed sequences computed on padded batches, which `torch.export` can capture, with the same results.
+
+A `PackedSequence` has one row per valid step, so its size depends on the lengths. While a model is captured, packing
+keeps the padding instead, and recurrent layers are computed per layer and direction on the padded batch:
+
+- forward: padding behind the end of a sequence changes no step before it; the last state is that of step length - 1;
+- backward: each sequence is reversed within its length, before and after;
+- an LSTM's last cell state is no step's output: it comes from a second pass over inputs with one more feature, 1 on
+  padding, whose weights close the input gate and open the forget gate (sigmoid gives exactly 0 and 1 there), so that
+  the cell keeps its state to the last step. Where the model does not use it, nothing of that pass is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.utils.rnn import PackedSequence
+
+from torchslim.errors import ExportError
+
+SHUT = 1e4  # sigmoid(-SHUT + x) is 0 and sigmoid(SHUT + x) is 1 for any x that a gate sees; finite in float16
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """One call of `pack_padded_sequence`: its batch sizes, the sorted lengths (batch,) on the device of the data and on
+    the CPU, and the steps of the padded batch."""
+
+    batch_sizes: Tensor
+    lengths: Tensor
+    lengths_cpu: Tensor
+    steps: int
+
+    @cached_property
+    def times(self) -> Tensor:
+        """The number of every step: (steps, 1)."""
+        return torch.arange(self.steps, device=self.lengths.device).unsqueeze(1)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """Which steps are not padding: (steps, batch)."""
+        return self.times < self.lengths
+
+    @cached_property
+    def reversed_times(self) -> Tensor:
+        """Where every step comes from when its sequence is reversed within its length: (steps, batch, 1)."""
+        return torch.where(self.valid, self.lengths - 1 - self.times, self.times).unsqueeze(-1)
+
+    @cached_property
+    def last_times(self) -> Tensor:
+        """The last valid step of every sequence: (1, batch, 1)."""
+        return (self.lengths - 1).view(1, -1, 1)
+
+    def padded(self, data: Tensor) -> Tensor:
+        """(steps * batch, ...) -> (steps, batch, ...)"""
+        return data.unflatten(0, (self.steps, self.lengths.shape[0]))
+
+    def reverse(self, x: Tensor) -> Tensor:
+        """Reverse every sequence of (steps, batch, features) within its length; padding stays where it is."""
+        return x.gather(0, self.reversed_times.expand(-1, -1, x.shape[-1]))
+
+    def last(self, x: Tensor) -> Tensor:
+        """The last valid step of (steps, batch, features): (1, batch, features)."""
+        return x.gather(0, self.last_times.expand(-1, -1, x.shape[-1]))
+
+
+@dataclass
+class PaddedPacking:
+    """What was packed while `packed_as_padded` was on."""
+
+    packings: list[_Packing] = field(default_factory=list)
+
+    @property
+    def used(self) -> bool:
+        """Whether the model packs sequences."""
+        return bool(self.packings)
+
+    def pack(self, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+        """In place of `torch._VF._pack_padded_sequence`; the rows of padding stay among the data."""
+        x = x.transpose(0, 1) if batch_first else x
+        times = torch.arange(x.shape[0], device=lengths.device).unsqueeze(1)
+        batch_sizes = (times < lengths).sum(1).cpu()
+        on_device = lengths if lengths.device == x.device else lengths.to(x.device)
+        self.packings.append(_Packing(batch_sizes, on_device, lengths, x.shape[0]))
+        return x.flatten(0, 1), batch_sizes
+
+    def pad(
+        self, data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """In place of `torch._VF._pad_packed_sequence`."""
+        packing = self.of(batch_sizes)
+        x = packing.padded(data)
+        valid = packing.valid.unflatten(1, (-1, *[1] * (x.dim() - 2)))
+        x = torch.where(valid, x, torch.full((), padding_value, dtype=x.dtype, device=x.device))
+        if total_length > packing.steps:
+            missing = (total_length - packing.steps, *x.shape[1:])
+            x = torch.cat([x, x.new_full(missing, padding_value)])
+        return x.transpose(0, 1) if batch_first else x, packing.lengths_cpu
+
+    def of(self, batch_sizes: Tensor) -> _Packing:
+        """The packing that gave these batch sizes.
+
+        Raises:
+            ExportError: none did, as for a packed sequence that is an input of the model.
+        """
+        for packing in self.packings:
+            if packing.batch_sizes is batch_sizes:
+                return packing
+        raise ExportError(
+            "a packed sequence that the model's forward did not pack cannot be captured: give the model the padded "
+            "batch and the lengths, and call pack_padded_sequence inside of forward"
+        )
+
+    def run(self, layer: nn.RNNBase, packed: PackedSequence, state: Any) -> tuple[PackedSequence, Any]:
+        """In place of the forward of `nn.LSTM`, `nn.GRU` and `nn.RNN` on a packed sequence."""
+        data, batch_sizes, order, back = packed
+        packing = self.of(batch_sizes)
+        layer._update_flat_weights()
+        x = packing.padded(data)
+        start = _initial(layer, x) if state is None else layer.permute_hidden(state, order)
+        states: State = start if isinstance(start, tuple) else (start,)
+        directions = 2 if layer.bidirectional else 1
+        ends: list[State] = []
+        for depth in range(layer.num_layers):
+            outputs = []
+            for direction in range(directions):
+                index = depth * directions + direction
+                given = packing.reverse(x) if direction else x
+                output, end = _single(layer, index, given, tuple(part[index : index + 1] for part in states), packing)
+                outputs.append(packing.reverse(output) if direction else output)
+                ends.append(end)
+            x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+            if depth + 1 < layer.num_layers:
+                x = nn.functional.dropout(x, layer.dropout, layer.training)
+        last: Any = tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
+        last = last if isinstance(layer, nn.LSTM) else last[0]
+        return PackedSequence(x.flatten(0, 1), batch_sizes, order, back), layer.permute_hidden(last, back)
+
+
+@contextmanager
+def packed_as_padded() -> Iterator[PaddedPacking]:
+    """Inside, packed sequences keep their padding. Not safe beside other threads that pack sequences."""
+    packing = PaddedPacking()
+
+    def forward_of(kind: type[nn.RNNBase]) -> Callable[..., Any]:
+        original = kind.forward
+
+        def forward(self: nn.RNNBase, input: Any, hx: Any = None) -> Any:
+            return packing.run(self, input, hx) if isinstance(input, PackedSequence) else original(self, input, hx)
+
+        return forward
+
+    functions: Any = torch._VF
+    with (
+        mock.patch.object(functions, "_pack_padded_sequence", packing.pack),
+        mock.patch.object(functions, "_pad_packed_sequence", packing.pad),
+        mock.patch.object(nn.LSTM, "forward", forward_of(nn.LSTM)),
+        mock.patch.object(nn.GRU, "forward", forward_of(nn.GRU)),
+        mock.patch.object(nn.RNN, "forward", forward_of(nn.RNN)),
+    ):
+        yield packing
+
+
+def drop_unused_cells(program: ExportedProgram) -> None:
+    """Delete what gave last cell states that the model does not use; torch takes LSTMs for impure and keeps them."""
+    graph = program.graph
+    graph.eliminate_dead_code()
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.lstm.input):
+        if not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def _initial(layer: nn.RNNBase, x: Tensor) -> State:
+    """The zeros that a layer starts from: (layers * directions, batch, size) per state."""
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    sizes = [layer.proj_size or layer.hidden_size] + [layer.hidden_size] * isinstance(layer, nn.LSTM)
+    return tuple(x.new_zeros(count, x.shape[1], size) for size in sizes)
+
+
+def _single(layer: nn.RNNBase, index: int, x: Tensor, start: State, packing: _Packing) -> tuple[Tensor, State]:
+    """One layer in one direction: the outputs (steps, batch, size), and the states behind the last valid step."""
+    count = len(layer._flat_weights) // (layer.num_layers * (2 if layer.bidirectional else 1))
+    weights = cast(list[Tensor], layer._flat_weights[index * count : (index + 1) * count])
+    options = (layer.bias, 1, 0.0, layer.training, False, False)
+    if not isinstance(layer, nn.LSTM):
+        functions: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+            "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu,
+        }  # fmt: skip
+        output, _ = functions[layer.mode](x, start[0], weights, *options)
+        return output, (packing.last(output),)
+    output, _, _ = torch.lstm(x, start, weights, *options)
+    padding = (~packing.valid).unsqueeze(-1).to(x.dtype)
+    shut, neither = x.new_full((layer.hidden_size, 1), SHUT), x.new_zeros(2 * layer.hidden_size, 1)
+    held = torch.cat([weights[0], torch.cat([-shut, shut, neither])], 1)  # the gates: input, forget, cell, output
+    _, _, cell = torch.lstm(torch.cat([x, padding], -1), start, [held, *weights[1:]], *options)
+    return output, (packing.last(output), cell)

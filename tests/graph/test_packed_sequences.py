@@ -1,0 +1,173 @@
+"""Packed sequences on padded batches: the same outputs and states as torch's own, in every runtime that captures them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import torchslim as ts
+from torchslim.errors import ExportError
+from torchslim.graph.export import capture
+from torchslim.graph.packed_sequences import packed_as_padded
+
+FEATURES, HIDDEN = 5, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recurrent layer and a batch of sequences."""
+
+    kind: type[nn.RNNBase]
+    layers: int
+    bidirectional: bool
+    batch_first: bool
+    is_sorted: bool
+    given_state: bool
+    options: dict[str, Any]
+    lengths: list[int]
+    padding: int
+
+    def model(self) -> Packs:
+        torch.manual_seed(len(self.lengths))
+        return Packs(self).eval()
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(sum(self.lengths))
+        steps = max(self.lengths) + self.padding
+        shape = (len(self.lengths), steps) if self.batch_first else (steps, len(self.lengths))
+        lengths = sorted(self.lengths, reverse=True) if self.is_sorted else self.lengths
+        return torch.randn(*shape, FEATURES, generator=generator), torch.tensor(lengths)
+
+
+class Packs(nn.Module):
+    """Gives the padded outputs, and every state behind the last step."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.layer = case.kind(
+            FEATURES,
+            HIDDEN,
+            case.layers,
+            bidirectional=case.bidirectional,
+            batch_first=case.batch_first,
+            **case.options,
+        )
+        proj = case.options.get("proj_size", 0)
+        count = case.layers * (1 + case.bidirectional)
+        self.start = nn.ParameterList(torch.randn(count, 1, size) for size in (proj or HIDDEN, HIDDEN))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        case = self.case
+        packed = pack_padded_sequence(x, lengths, batch_first=case.batch_first, enforce_sorted=case.is_sorted)
+        state: Any = None
+        if case.given_state:
+            states = [part.expand(-1, len(lengths), -1).contiguous() for part in self.start]
+            state = tuple(states) if case.kind is nn.LSTM else states[1]
+        outputs, last = self.layer(packed, state)
+        steps = x.shape[1] if case.batch_first else x.shape[0]
+        padded, counts = pad_packed_sequence(outputs, case.batch_first, padding_value=-7.0, total_length=steps)
+        return (padded, counts, *(last if isinstance(last, tuple) else (last,)))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    kind, options = draw(
+        st.sampled_from(
+            [(nn.LSTM, {}), (nn.LSTM, {"proj_size": 3}), (nn.LSTM, {"bias": False}), (nn.GRU, {}), (nn.RNN, {}),
+             (nn.RNN, {"nonlinearity": "relu"})]
+        )
+    )  # fmt: skip
+    return Case(
+        kind=kind,
+        layers=draw(st.integers(1, 3)),
+        bidirectional=draw(st.booleans()),
+        batch_first=draw(st.booleans()),
+        is_sorted=draw(st.booleans()),
+        given_state=draw(st.booleans()),
+        options=options,
+        lengths=draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)),
+        padding=draw(st.integers(0, 2)),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own
+@settings(max_examples=60)
+@given(cases())
+def test_padded_batches_give_what_packed_ones_give(case: Case) -> None:
+    """Costs 1 s."""
+    model, inputs = case.model(), case.inputs()
+    with torch.no_grad():
+        expected = model(*inputs)
+        with packed_as_padded() as packing:
+            found = model(*inputs)
+    assert packing.used
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_captured_model_serves_other_lengths_and_batch_sizes(kind: type[nn.RNNBase]) -> None:
+    """Costs 6 s each."""
+    case = Case(kind, 1, True, True, False, False, {}, [3, 5, 1], 0)
+    model = case.model()
+    deployed = ts.deploy(model, case.inputs(), runtime="onnxruntime")
+    for lengths in ([5, 2, 4, 1, 1], [1, 1], [5, 5, 5]):
+        x = torch.randn(len(lengths), 5, FEATURES)
+        given_ = (x, torch.tensor(lengths))
+        with torch.no_grad():
+            expected = model(*given_)
+        for one, other in zip(expected, deployed(*given_), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+class Classifier(nn.Module):
+    """Classifies by the last hidden state; the last cell state is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(20, 8), nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(self.embedding(tokens), lengths, batch_first=True, enforce_sorted=False)
+        _, (hidden, _) = self.layer(packed)
+        return self.head(hidden[-1])  # type: ignore[no-any-return]
+
+
+def test_an_unused_cell_state_costs_nothing() -> None:
+    program = capture(Classifier(), (torch.randint(20, (3, 6)), torch.tensor([6, 2, 4]))).program
+    assert len(program.graph.find_nodes(op="call_function", target=torch.ops.aten.lstm.input)) == 1
+
+
+def test_a_classifier_of_packed_sequences_runs_in_int8() -> None:
+    """Costs 6 s."""
+    torch.manual_seed(0)
+    model = Classifier().eval()
+    batches = [(torch.randint(20, (8, 6)), torch.randint(1, 7, (8,))) for _ in range(3)]
+    quantized = ts.quantize.static(model, batches)
+    deployed = ts.deploy(quantized, batches[0], runtime="onnxruntime")
+    fresh = (torch.randint(20, (5, 6)), torch.tensor([1, 6, 3, 2, 5]))
+    with torch.no_grad():
+        assert ts.quantize.sqnr(model(*fresh), deployed(*fresh)) > 25
+    assert {record.layer: record.action for record in deployed.records} == {"layer": "quantized", "head": "quantized"}
+
+
+def test_a_packed_sequence_from_outside_is_refused() -> None:
+    layer = nn.GRU(FEATURES, HIDDEN)
+    outside: PackedSequence = pack_padded_sequence(torch.randn(4, 2, FEATURES), torch.tensor([4, 2]))
+    with packed_as_padded(), pytest.raises(ExportError, match=r"call pack_padded_sequence inside of forward"):
+        layer(outside)
+
+
+def test_nothing_stays_changed_where_a_model_fails() -> None:
+    before = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward, torch._VF._pack_padded_sequence)
+    with pytest.raises(ZeroDivisionError), packed_as_padded():
+        raise ZeroDivisionError
+    assert (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward, torch._VF._pack_padded_sequence) == before
