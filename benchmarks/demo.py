@@ -92,8 +92,8 @@ def page(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         took = pooled.latency(name)
         there, eager = pooled.speedup(name, f"fp32, {runtime}"), pooled.speedup(name, "fp32, eager")
         lines.append(
-            f"| {name} | {took.median:.3f} [{took.p10:.3f}-{took.p90:.3f}] | {there.median:.2f}x "
-            f"[{there.p10:.2f}-{there.p90:.2f}], {there.verdict} | {eager.median:.2f}x |"
+            f"| {name} | {took.value:.3f} [{took.p10:.3f}-{took.p90:.3f}] | {there.value:.2f}x "
+            f"[{there.p10:.2f}-{there.p90:.2f}], {there.verdict} | {eager.value:.2f}x |"
         )
     return "\n".join(lines) + "\n"
 

@@ -135,7 +135,7 @@ def measured(work: Path, folder: Path, technique: str, table: LatencyTable, refe
         "technique": technique,
         "drop_val": drops["val"],
         "drop_test": drops["test"],
-        "ratio": timing.ratio,
+        "ratio": timing.ratio.value,
         "size": rows[-1]["size_bytes"]["value"] / rows[0]["size_bytes"]["value"],
     }
 
@@ -150,7 +150,7 @@ def timed_again(work: Path, rows: list[dict[str, Any]], table: LatencyTable, ref
         {key: ts.load(folder) for key, folder in places.items()}, reference, again=True, rounds=100, seconds=200.0
     )
     for point in points:
-        point["ratio"] = timings[point["structure"]].ratio
+        point["ratio"] = timings[point["structure"]].ratio.value
 
 
 def run_search(work: Path, seed: int) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from torch.nn import functional
 from tests.support.compiled import deploy
 from tests.support.deployment_models import Recurrent, TwoInputs, trained_conv
 from torchslim.artifact import latency
-from torchslim.artifact.latency import Ratio, Timings, compare, interleave, percentiles, resized
+from torchslim.artifact.latency import Timings, compare, interleave, percentiles, resized
 from torchslim.artifact.model_size import macs, nonzeros, parameters
 from torchslim.core.hardware import describe_machine, instruction_set, saturates
+from torchslim.core.measurement import Speedup
 from torchslim.errors import TorchslimError
 from torchslim.quantize import static
 
@@ -55,7 +56,7 @@ def test_candidates_take_turns(clock: Clock) -> None:
     timings = interleave({name: clock.candidate(name, 100) for name in "abc"}, rounds=7)
     assert clock.calls[-21:] == list("abc") * 7
     assert {name: len(each) for name, each in timings.rounds.items()} == {"a": 7, "b": 7, "c": 7}
-    assert timings.latency("a").median == pytest.approx(100)
+    assert timings.latency("a").value == pytest.approx(100)
 
 
 def test_warming_up_is_not_measured(clock: Clock) -> None:
@@ -66,8 +67,8 @@ def test_warming_up_is_not_measured(clock: Clock) -> None:
 def test_short_calls_are_repeated_until_the_clock_can_tell(clock: Clock) -> None:
     timings = interleave({"fast": clock.candidate("fast", 0.1), "slow": clock.candidate("slow", 10)}, rounds=5)
     assert clock.calls[-21:] == ["fast"] * 20 + ["slow"]
-    assert timings.latency("fast").median == pytest.approx(0.1)
-    assert timings.latency("slow").median == pytest.approx(10)
+    assert timings.latency("fast").value == pytest.approx(0.1)
+    assert timings.latency("slow").value == pytest.approx(10)
 
 
 def test_the_time_limit_ends_the_rounds_but_five_are_made(clock: Clock) -> None:
@@ -93,7 +94,7 @@ def test_speedups_come_from_paired_rounds(pairs: list[tuple[float, float]]) -> N
     timings = Timings({"base": slow, "new": fast})
     found = timings.speedup("new", "base")
     expected = np.percentile(np.array(slow) / np.array(fast), [10, 50, 90])
-    np.testing.assert_allclose((found.p10, found.median, found.p90), expected, rtol=1e-12)
+    np.testing.assert_allclose((found.p10, found.value, found.p90), expected, rtol=1e-12)
     assert timings.speedup("new", "new").verdict == "no difference"
 
 
@@ -108,7 +109,7 @@ def test_speedups_come_from_paired_rounds(pairs: list[tuple[float, float]]) -> N
     ],
 )
 def test_a_spread_that_holds_one_is_no_difference(low: float, median: float, high: float, verdict: str) -> None:
-    assert Ratio(p10=low, median=median, p90=high).verdict == verdict
+    assert Speedup(p10=low, value=median, p90=high).verdict == verdict
 
 
 def test_deployed_models_are_timed_on_one_sample() -> None:
@@ -123,7 +124,7 @@ def test_deployed_models_are_timed_on_one_sample() -> None:
     deployed.session = lambda tensors: (seen.append(tensors[0].shape), session(tensors))[1]  # type: ignore[func-returns-value]
     timings = compare({"a": deployed}, batch=2, rounds=2, seconds=0)
     assert set(seen) == {(2, 4)}
-    assert timings.latency("a").median > 0
+    assert timings.latency("a").value > 0
 
 
 def test_sizes_that_are_fixed_stay() -> None:

@@ -90,7 +90,7 @@ def test_packing_that_was_killed_before_any_rename_is_done_again(
 
 
 def test_a_table_that_was_killed_before_any_change_keeps_what_it_knew(tmp_path: Path) -> None:
-    timing = Timing(ratio=0.5, low=0.4, high=0.6, ms=1.0, rounds=3)
+    timing = Timing.from_entry({"ratio": 0.5, "low": 0.4, "high": 0.6, "ms": 1.0, "rounds": 3})
 
     def add(folder: Path, name: str) -> LatencyTable:
         table = LatencyTable("eager", 1, path=folder / "table.json")

@@ -396,6 +396,6 @@ def test_a_reference_that_was_timed_on_a_busy_machine_is_mended(monkeypatch, tmp
     table = latency_cache.LatencyTable("eager", path=tmp_path / "table.json")
     first = table.measure({"other": other}, reference)["other"]
     busy[0] = later
-    assert table.settle(reference).ms == pytest.approx(2.0 * known)
-    assert table.known(reference.spec.structure)[reference.spec.structure].ms == pytest.approx(2.0 * known)
+    assert table.settle(reference).latency.value == pytest.approx(2.0 * known)
+    assert table.known(reference.spec.structure)[reference.spec.structure].latency.value == pytest.approx(2.0 * known)
     assert table.measure({"other": other}, reference)["other"] == first

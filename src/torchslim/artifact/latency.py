@@ -11,37 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchslim.core.measurement import THIS_MACHINE, Measurement, Speedup
 from torchslim.errors import TorchslimError
 from torchslim.runtimes.base import Deployed
 
 ROUND_SECONDS = 0.002  # a round repeats short calls until it lasts this long: the clock is no finer
 WARMUP_SECONDS = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latency:
-    """Milliseconds for one call: the median round, and the 10th and 90th percentile."""
-
-    median: float
-    p10: float
-    p90: float
-    rounds: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ratio:
-    """How many times faster than the baseline, from paired rounds."""
-
-    median: float
-    p10: float
-    p90: float
-
-    @property
-    def verdict(self) -> str:
-        """ "faster", "slower", or "no difference" where the spread holds 1."""
-        if self.p10 <= 1 <= self.p90:
-            return "no difference"
-        return "faster" if self.median > 1 else "slower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +25,18 @@ class Timings:
 
     rounds: Mapping[str, Sequence[float]]
 
-    def latency(self, name: str) -> Latency:
-        """The spread of one candidate."""
+    def latency(self, name: str) -> Measurement:
+        """Milliseconds of one call of a candidate: the median round and the spread."""
         p10, median, p90 = percentiles(self.rounds[name])
-        return Latency(median=median, p10=p10, p90=p90, rounds=len(self.rounds[name]))
+        return Measurement(
+            value=median, unit="ms", p10=p10, p90=p90, rounds=len(self.rounds[name]), machine=THIS_MACHINE
+        )
 
-    def speedup(self, name: str, baseline: str) -> Ratio:
+    def speedup(self, name: str, baseline: str) -> Speedup:
         """How many times faster `name` is than `baseline`."""
         pairs = zip(self.rounds[baseline], self.rounds[name], strict=True)
         p10, median, p90 = percentiles([slow / fast for slow, fast in pairs])
-        return Ratio(median=median, p10=p10, p90=p90)
+        return Speedup(value=median, p10=p10, p90=p90, rounds=len(self.rounds[name]), machine=THIS_MACHINE)
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -116,7 +93,7 @@ def compare(
         batch: samples a call; None takes one where the batch is free, and the example's size where it is fixed.
         rounds, seconds: as for `interleave`.
     """
-    return interleave({name: _caller(each, batch) for name, each in deployed.items()}, rounds=rounds, seconds=seconds)
+    return interleave({name: _caller(model, batch) for name, model in deployed.items()}, rounds=rounds, seconds=seconds)
 
 
 def _caller(deployed: Deployed, batch: int | None) -> Callable[[], Any]:

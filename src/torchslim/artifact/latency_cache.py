@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from torchslim.core.files import digest, present, write_json
 from torchslim.core.folder_lock import holding
 from torchslim.core.hardware import cache_folder, describe_machine
 from torchslim.core.isolation import warn
+from torchslim.core.measurement import Measurement
 from torchslim.core.schema import Schema
 from torchslim.errors import ArtifactError
 from torchslim.report.records import STRICT
@@ -31,11 +32,24 @@ BUSY = 0.9  # of a reference's time: what is measured below was measured on a qu
 class Timing:
     """The time of a program over that of a reference, from paired rounds, and its milliseconds beside it."""
 
-    ratio: float
-    low: float  # p10 of the ratio
-    high: float  # p90
-    ms: float  # median
-    rounds: int
+    ratio: Measurement
+    latency: Measurement
+
+    def to_entry(self) -> dict[str, Any]:
+        """The timing as the file keeps it."""
+        ratio, low, high = self.ratio.value, self.ratio.p10, self.ratio.p90
+        assert low is not None and high is not None, "a ratio from paired rounds has a spread"
+        return {"ratio": ratio, "low": low, "high": high, "ms": self.latency.value, "rounds": self.latency.rounds}
+
+    def as_kept(self) -> Timing:
+        """The timing as it is read again: without the spread of its milliseconds, which the file does not keep."""
+        return Timing.from_entry(self.to_entry())
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> Timing:
+        """The timing that the file keeps."""
+        ratio = Measurement(value=entry["ratio"], unit="x", p10=entry["low"], p90=entry["high"], rounds=entry["rounds"])
+        return cls(ratio=ratio, latency=Measurement(value=entry["ms"], unit="ms", rounds=entry["rounds"]))
 
 
 class _Entry(TypedDict):
@@ -92,7 +106,7 @@ class LatencyTable:
             ArtifactError: the file that was named as `path` is damaged, or no table of this machine and runtime. One in
                 `cache_folder()` is measured again instead, with a warning.
         """
-        return {key: Timing(**each) for key, each in self._read().get(reference, {}).items()}
+        return {key: Timing.from_entry(entry) for key, entry in self._read().get(reference, {}).items()}
 
     def measure(
         self, deployed: Mapping[str, Deployed], reference: Deployed, *, again: bool = False, rounds: int = ROUNDS,
@@ -101,7 +115,7 @@ class LatencyTable:
         """Timings of deployed models over the reference's; what the file knows is not measured, unless `again`."""
         first = reference.spec.structure
         known = {} if again else self.known(first)
-        structures = {name: each.spec.structure for name, each in deployed.items()}
+        structures = {name: model.spec.structure for name, model in deployed.items()}
         missing = {
             key: deployed[name]
             for name, key in structures.items()
@@ -111,8 +125,7 @@ class LatencyTable:
             timings = compare({first: reference} | missing, batch=self.batch, rounds=rounds, seconds=seconds)
             new = [*missing] if first in known else [first, *missing]  # a reference keeps its first figure
             for key in new:
-                over, took = timings.speedup(first, key), timings.latency(key)
-                known[key] = Timing(ratio=over.median, low=over.p10, high=over.p90, ms=took.median, rounds=took.rounds)
+                known[key] = Timing(ratio=timings.speedup(first, key), latency=timings.latency(key)).as_kept()
             self.add(first, {key: known[key] for key in new})
         return {name: known[key] for name, key in structures.items()}
 
@@ -125,17 +138,18 @@ class LatencyTable:
         first = reference.spec.structure
         before = self.measure({"it": reference}, reference)["it"]
         took = compare({first: reference}, batch=self.batch, rounds=ROUNDS, seconds=SECONDS).latency(first)
-        if took.median >= BUSY * before.ms:
+        if took.value >= BUSY * before.latency.value:
             return before
-        found = replace(before, ms=took.median, rounds=took.rounds)
-        self.add(first, {first: found})
-        return found
+        latency = Measurement(value=took.value, unit="ms", rounds=took.rounds)
+        timing = Timing(ratio=replace(before.ratio, rounds=took.rounds), latency=latency)
+        self.add(first, {first: timing})
+        return timing
 
     def add(self, reference: str, timings: Mapping[str, Timing]) -> None:
         """Keep timings; what other processes have added meanwhile stays."""
         with holding(self.path.with_name(f".{self.path.name}.lock"), lambda who: None):  # held for a moment only
             entries = self._read()
-            entries.setdefault(reference, {}).update({key: asdict(each) for key, each in timings.items()})
+            entries.setdefault(reference, {}).update({key: timing.to_entry() for key, timing in timings.items()})
             write_json(self.path, {"format": FORMAT, "about": self.about, "entries": entries})
 
     def _read(self) -> dict[str, dict[str, Any]]:

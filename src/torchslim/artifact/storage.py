@@ -394,13 +394,13 @@ def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
             {
                 "artifact": name,
                 "latency_ms": {
-                    "median": latency.median,
+                    "median": latency.value,
                     "p10": latency.p10,
                     "p90": latency.p90,
                     "rounds": latency.rounds,
                 },
                 "speedup": {
-                    "median": ratio.median,
+                    "median": ratio.value,
                     "p10": ratio.p10,
                     "p90": ratio.p90,
                     "verdict": ratio.verdict,

@@ -5,23 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torchslim.artifact.latency import Timings
+from torchslim.core.measurement import Measurement
 from torchslim.runtimes import Deployed
 
 
-def number(
-    value: float,
-    unit: str,
-    *,
-    repeats: int = 1,
-    low: float | None = None,
-    high: float | None = None,
-    machine: str = "",
-) -> dict[str, Any]:
-    """A number with its unit; measured ones carry repeats, spread (p10, p90) and the machine."""
-    found: dict[str, Any] = {"value": value, "unit": unit, "repeats": repeats}
-    if low is not None and high is not None:
-        found |= {"low": low, "high": high}
-    return found | ({"machine": machine} if machine else {})
+def number(value: float, unit: str, *, machine: str = "") -> dict[str, Any]:
+    """A number with its unit, as `run.json` keeps it."""
+    return Measurement(value=value, unit=unit, machine=machine).to_dict()
 
 
 def not_measured(reason: str) -> dict[str, Any]:
@@ -34,18 +24,6 @@ def size(deployed: Deployed) -> dict[str, Any]:
     if deployed.size_bytes is None:
         return not_measured(f"runtime {deployed.runtime!r} has no file")
     return number(deployed.size_bytes, "bytes")
-
-
-def _latency(timings: Timings, name: str) -> dict[str, Any]:
-    found = timings.latency(name)
-    return number(found.median, "ms", repeats=found.rounds, low=found.p10, high=found.p90, machine="this")
-
-
-def _speedup(timings: Timings, name: str, base: str) -> dict[str, Any]:
-    found = timings.speedup(name, base)
-    rounds = len(timings.rounds[name])
-    measured = number(found.median, "x", repeats=rounds, low=found.p10, high=found.p90, machine="this")
-    return measured | {"verdict": found.verdict}
 
 
 def _quotient(before: float | None, after: float | None) -> dict[str, Any]:
@@ -61,12 +39,12 @@ def compare_rows(rows: list[dict[str, Any]], timings: Timings, runtime: str) -> 
     for index, row in enumerate(rows):
         stage, before = min(index, last), min(max(index - 1, 0), last)
         kinds = dict.fromkeys((runtime, "eager"))
-        row["latency_ms"] = {kind: _latency(timings, f"{stage}/{kind}") for kind in kinds}
+        row["latency_ms"] = {kind: timings.latency(f"{stage}/{kind}").to_dict() for kind in kinds}
         row["speedup"] = {
-            "over_baseline": _speedup(timings, f"{stage}/{runtime}", f"0/{runtime}"),
-            "over_previous": _speedup(timings, f"{stage}/{runtime}", f"{before}/{runtime}"),
+            "over_baseline": timings.speedup(f"{stage}/{runtime}", f"0/{runtime}").to_dict(),
+            "over_previous": timings.speedup(f"{stage}/{runtime}", f"{before}/{runtime}").to_dict(),
         }
-        sizes = [rows[each]["size_bytes"].get("value") for each in (0, max(index - 1, 0), index)]
+        sizes = [rows[place]["size_bytes"].get("value") for place in (0, max(index - 1, 0), index)]
         row["shrink"] = {
             "over_baseline": _quotient(sizes[0], sizes[2]),
             "over_previous": _quotient(sizes[1], sizes[2]),

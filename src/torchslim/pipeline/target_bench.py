@@ -69,7 +69,7 @@ class Bench:
             known |= timed
             if not again:
                 table.add(first, timed)
-        return {name: known[name].ratio for name in models if name in known}
+        return {name: known[name].ratio.value for name in models if name in known}
 
     def about(self, reference: nn.Module) -> dict[str, Any]:
         """What times over a reference are times of; see `steps.Workbench`."""

@@ -12,6 +12,7 @@ from torchslim.artifact.peak_memory import peak_memory
 from torchslim.core.budget import UNITS, Budget
 from torchslim.core.hardware import describe_machine
 from torchslim.core.isolation import warn
+from torchslim.core.measurement import THIS_MACHINE, Measurement
 from torchslim.core.metrics import Metric
 from torchslim.core.step import Target
 from torchslim.errors import ArtifactError
@@ -95,10 +96,14 @@ def entries_of(
         found["size"] = number(known / 1e6, UNITS["size"])
     ratio = row["speedup"]["over_baseline"]
     median = base.get("latency") or result.run["rows"][0]["latency_ms"][target.runtime]["value"]
-    found["latency"] = number(
-        median / ratio["value"], UNITS["latency"], repeats=ratio["repeats"], low=median / ratio["high"],
-        high=median / ratio["low"], machine="this",
-    )  # fmt: skip
+    found["latency"] = Measurement(
+        value=median / ratio["value"],
+        unit=UNITS["latency"],
+        p10=median / ratio["high"],
+        p90=median / ratio["low"],
+        rounds=ratio["repeats"],
+        machine=THIS_MACHINE,
+    ).to_dict()
     found["macs"] = number(row["macs"]["value"], UNITS["macs"])
     found["params"] = number(row["parameters"]["value"], UNITS["params"])
     if "peak_memory" in budget.figures:

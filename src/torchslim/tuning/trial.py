@@ -239,7 +239,8 @@ class Lab:
             reference = self._baselines[target][0]
             table = LatencyTable(target.runtime, target.threads)
             timing = table.measure({"it": deployed}, reference)["it"]
-            figures["latency"] = timing.ratio * table.known(reference.spec.structure)[reference.spec.structure].ms
+            baseline = table.known(reference.spec.structure)[reference.spec.structure]
+            figures["latency"] = timing.ratio.value * baseline.latency.value
         if "size" in self.budget.figures:
             if deployed.size_bytes is None:
                 raise TorchslimError(

@@ -1,0 +1,93 @@
+"""A number with its unit, spread and machine: one type from the timer to the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torchslim.errors import TorchslimError
+
+THIS_MACHINE = "this"
+"""The key, among a run's machines, of the one that the run was made on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """A number with its unit; a timed one has a spread over its rounds.
+
+    Args:
+        value: the median where there are several rounds.
+        unit: "ms", "x", "bytes", ...; "1" for a number without one.
+        p10, p90: percentiles of the rounds; both or neither.
+        rounds: how many rounds were measured.
+        machine: a key of the run's machines; "" for a number that does not depend on the machine.
+    """
+
+    value: float
+    unit: str
+    p10: float | None = None
+    p90: float | None = None
+    rounds: int = 1
+    machine: str = ""
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.value):
+            raise TorchslimError(f"value of a measurement must be a number, got {self.value!r}")
+        if not isinstance(self.unit, str) or not isinstance(self.machine, str):
+            raise TorchslimError(
+                f"unit and machine of a measurement must be texts, got {self.unit!r}, {self.machine!r}"
+            )
+        if not isinstance(self.rounds, int) or isinstance(self.rounds, bool) or self.rounds < 0:
+            raise TorchslimError(f"rounds of a measurement must be a count, got {self.rounds!r}")
+        spread = (self.p10, self.p90)
+        if spread != (None, None) and not all(map(_is_number, spread)):
+            raise TorchslimError(f"p10 and p90 of a measurement must both be numbers, or neither, got {spread!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurement as run.json and search.json write it."""
+        written: dict[str, Any] = {"value": self.value, "unit": self.unit, "repeats": self.rounds}
+        if self.p10 is not None:
+            written |= {"low": self.p10, "high": self.p90}
+        return written | ({"machine": self.machine} if self.machine else {})
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Self:
+        """The measurement that `to_dict` wrote.
+
+        Raises:
+            TorchslimError: a key is missing, or a value has another type.
+        """
+        for key in ("value", "unit", "repeats"):
+            if key not in written:
+                raise TorchslimError(f"a measurement needs {key!r}, got {', '.join(map(repr, written))}")
+        return cls(
+            value=written["value"],
+            unit=written["unit"],
+            p10=written.get("low"),
+            p90=written.get("high"),
+            rounds=written["repeats"],
+            machine=written.get("machine", ""),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speedup(Measurement):
+    """How many times faster than the baseline, from paired rounds."""
+
+    unit: str = "x"
+
+    @property
+    def verdict(self) -> str:
+        """ "faster", "slower", or "no difference" where the spread holds 1."""
+        if self.p10 is not None and self.p90 is not None and self.p10 <= 1 <= self.p90:
+            return "no difference"
+        return "faster" if self.value > 1 else "slower"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The speed-up as run.json writes it, with its verdict."""
+        return Measurement.to_dict(self) | {"verdict": self.verdict}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
