@@ -340,7 +340,7 @@ def test_masks_of_weights_that_were_pruned_before_are_cut_with_them() -> None:
 
 
 def test_masks_of_shared_weights_are_found_by_any_name() -> None:
-    from torchslim.prune.channel_step import cut_masks
+    from torchslim.prune.channel_state import cut_masks
     from torchslim.prune.structured.surgery import Cut, Surgery
 
     model = nn.Module()

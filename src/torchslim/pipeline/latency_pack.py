@@ -21,7 +21,7 @@ from torchslim.errors import RecipeError
 from torchslim.pipeline.target_bench import Bench
 from torchslim.pipeline.work_folder import own
 from torchslim.prune import Prune
-from torchslim.prune.channel_step import ChannelPruning
+from torchslim.prune.channel_step import PruneChannels
 from torchslim.prune.latency.table import FORMAT, programs, variants
 from torchslim.runtimes import find_runtime
 from torchslim.runtimes.base import as_array
@@ -74,7 +74,7 @@ def pack(
         copied, _ = copy_model(model)
         inputs: Any = task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs
         bench = Bench(example_inputs=inputs, target=target, task=task, steps=steps, dynamic_shapes=dynamic_shapes)
-        plan = pruning.analysed(copied, inputs, task.examples)
+        plan = pruning.options.plan(copied, inputs, task.examples)
         selection, rows = programs(plan, pruning.amount)
         wanted = variants(plan, selection, rows)
         whole = bench.deploy(bench.ended(plan.model))
@@ -105,10 +105,10 @@ def pack(
     return folder
 
 
-def _step(steps: Sequence[Step]) -> ChannelPruning:
+def _step(steps: Sequence[Step]) -> PruneChannels:
     for number, each in enumerate(steps, 1):
         if isinstance(each, Prune) and each.of == "latency":
-            return each._channels()
+            return each.channels()
         if getattr(each, "student", None) is not None or (isinstance(each, Prune) and each.pattern == "channel"):
             raise RecipeError(
                 f"step {number} ({step_name(each)!r}) changes the model's shape before one prunes to a latency: what "

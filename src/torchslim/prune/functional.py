@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from torchslim.prune.dependency.resolve import Heads
 from torchslim.prune.masking.masks import NO_DATA, apply_masks, notes
 from torchslim.prune.masking.patterns import Order
 from torchslim.prune.step import Prune
-from torchslim.prune.structured.plan import UnseenCode, analyse
-from torchslim.prune.structured.ranking import Ranking
+from torchslim.prune.structured.options import ChannelOptions
+from torchslim.prune.structured.plan import Plan, UnseenCode
 from torchslim.prune.structured.removal import finish, gave_way, missed_target, shrink, tolerance, vacuous
 from torchslim.prune.structured.selection import Amount, Of, Scope
 
@@ -45,7 +46,7 @@ def channels(
     reduction: Reduction = "mean",
     normalisation: Normalisation = "mean",
     batches: Iterable[Batch] | None = None,
-    loss: Any = None,
+    loss: Callable[[Outputs, Batch], Tensor] | None = None,
     seed: int = 0,
     workbench: Workbench | None = None,
     examples: Sequence[Any] = (),
@@ -86,33 +87,61 @@ def channels(
         PruneError: nothing can go, or an argument is out of its range.
         SelectError: a pattern that matches no layer.
     """
-    model = usable(model, PruneError)
-    amount = Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels)
+    options = ChannelOptions(
+        amount=Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels),
+        criterion=criterion,
+        heads=heads,
+        include=include,
+        exclude=exclude,
+        reduction=reduction,
+        normalisation=normalisation,
+        unseen=unseen,
+    )
     if (of == "latency") != (workbench is not None):
         raise PruneError(
             f"of={of!r} with workbench={workbench!r}: of='latency' is measured by a workbench, and nothing else is; "
             "give workbench=ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime='onnxruntime')) with it"
         )
-    found = find_criterion(criterion)
-    plan = analyse(
-        model, example_inputs, heads=heads, include=include, exclude=exclude, examples=examples, unseen=unseen
-    )
-    gathered = Gathered()
-    if needs(found) and batches is not None:
-        gathered = gather(plan.model, needs(found), batches, loss=loss)
-    ranking = Ranking(criterion=found, reduction=reduction, normalisation=normalisation, gathered=gathered, seed=seed)
+    statistics = _Statistics(batches=batches, loss=loss, seed=seed)
+    plan = options.plan(usable(model, PruneError), example_inputs, examples)
+    pruned, messages = _remove_channels(plan, options, statistics, workbench)
+    for message in messages:
+        warnings.warn(message, stacklevel=3)  # past the check of the arguments
+    return pruned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Statistics:
+    """The data, loss and seed that a criterion may need."""
+
+    batches: Iterable[Batch] | None
+    loss: Callable[[Outputs, Batch], Tensor] | None
+    seed: int
+
+    def gather(self, model: nn.Module, criterion: Criterion) -> Gathered:
+        """The statistics of the model that the criterion needs, where there is data."""
+        if not needs(criterion) or self.batches is None:
+            return Gathered()
+        return gather(model, needs(criterion), self.batches, loss=self.loss)
+
+
+def _remove_channels(
+    plan: Plan, options: ChannelOptions, statistics: _Statistics, workbench: Workbench | None
+) -> tuple[nn.Module, list[str]]:
+    """The pruned model, and the warnings."""
+    criterion, amount = find_criterion(options.criterion), options.amount
+    ranking = options.ranking(statistics.gather(plan.model, criterion), statistics.seed)
     scores = ranking.scores(plan.model, plan)
+    misses: Iterable[str]
     if workbench is None:
-        done = shrink(plan, amount, scores)
-        told: Iterable[str] = missed_target(done.left, amount, tolerance(plan, done.coupling, amount))
+        removal = shrink(plan, amount, scores)
+        misses = missed_target(removal.left, amount, tolerance(plan, removal.coupling, amount))
     else:
         from torchslim.prune.latency.solve import reach_here  # it shrinks by what stands here
 
-        done, told = reach_here(plan, amount, scores, workbench)
-    finish(plan, done, amount, found.name)
-    for note in (*plan.notes(), *vacuous(done), *gave_way(done, amount), *told):
-        warnings.warn(note, stacklevel=3)  # past the check of the arguments
-    return done.model
+        removal, misses = reach_here(plan, amount, scores, workbench)
+    finish(plan, removal, amount, criterion.name)
+    return removal.model, [*plan.notes(), *vacuous(removal), *gave_way(removal, amount), *misses]
 
 
 @checks_arguments(PruneError)

@@ -1,8 +1,7 @@
-"""The pruning step, and the same as a plain function."""
+"""The pruning step: one recipe key for weights that become zero and for channels that are removed."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +12,47 @@ from torch import Tensor, nn
 from torchslim.core.batches import Batch
 from torchslim.core.checks import check_fields
 from torchslim.core.fingerprint import canonical
-from torchslim.core.layer_patterns import by_pattern, select_weights
 from torchslim.core.step import Context, Form, LayerRecord, Outcome, Step
 from torchslim.errors import PruneError
-from torchslim.prune import schedule as schedules
-from torchslim.prune.channel_step import ChannelPruning
-from torchslim.prune.criteria.gathering import check_data, gather_for
+from torchslim.prune.channel_step import PruneChannels, SparsePenalty
+from torchslim.prune.criteria.gathering import gather_for
 from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
-from torchslim.prune.criteria.scoring import Normalisation, Reduction, check_ranks_weights
+from torchslim.prune.criteria.scoring import Normalisation, Reduction
 from torchslim.prune.criteria.statistics import Gathered
 from torchslim.prune.dependency.resolve import Heads
-from torchslim.prune.masking.masks import NO_DATA, Masks, apply_masks, notes, plan, pruned_record
-from torchslim.prune.masking.patterns import CHANNEL, Order, Slice, find_pattern
-from torchslim.prune.masking.selection import check_sparsity
+from torchslim.prune.masking.masks import NO_DATA, Masks
+from torchslim.prune.masking.patterns import CHANNEL, Order
+from torchslim.prune.schedule import Schedule, ScheduleKind
+from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.penalties import Sparsify
 from torchslim.prune.structured.plan import UnseenCode
 from torchslim.prune.structured.selection import Amount, Of
-from torchslim.training.calibration import calibration_of
+from torchslim.prune.weight_step import PruneWeights
 from torchslim.training.finetune import Training
-from torchslim.training.loop import Hook, Loop
 
-SCHEDULES = ("one-shot", "iterative", "gradual")
+WEIGHTS = ("sparsity", "threshold", "criterion", "n", "dim", "scope", "include", "exclude")
+"""Fields that `PruneWeights` takes as they are."""
+
 AMOUNT = ("of", "scope", "round_to", "min_channels")
-COMMON = ("include", "exclude", "train")
-CHANNELS = ("heads", "reduction", "normalisation", "sparsify", "strength", "sparsify_train", "latency_table", "unseen")
-UPDATES = 100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
+"""Fields of `Amount`."""
+
+OPTIONS = ("criterion", "heads", "include", "exclude", "reduction", "normalisation", "unseen")
+"""Fields that `ChannelOptions` takes as they are."""
+
+CHANNELS_ONLY = (
+    "heads",
+    "reduction",
+    "normalisation",
+    "sparsify",
+    "strength",
+    "sparsify_train",
+    "latency_table",
+    "unseen",
+    "of",
+    "round_to",
+    "min_channels",
+)
+"""Fields that are None unless the pattern is "channel"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +63,17 @@ class Prune:
         sparsity: fraction of the chosen weights to remove; or one per layer, {"conv1": 0.3, "layer4.*": 0.8}, where
             later patterns overrule earlier ones and layers that none covers are left alone. For channels one number:
             the fraction of the model that the step receives.
-        threshold: instead of a sparsity, remove whatever scores below it.
+        threshold: instead of a sparsity, remove the weights that score below it.
         criterion: a name of `CRITERIA`, a `Criterion`, a function (weight, statistics) -> scores, or
             "package.module:name"; by default "l1" for weights and "lamp" for channels. One that needs data gets the
             task's `calibration`, by default the first 512 samples of train; those that rank channels only go with the
             patterns "slice" and "channel".
         pattern: "unstructured"; "slice", whole slices along `dim` by their L_`n` norm; "N:M", such as "2:4"; or
-            "channel": channels, neurons and heads, with all that is coupled to them, are physically gone.
+            "channel": channels, neurons and heads, with all that is coupled to them, are physically removed.
         scope: rank all chosen layers together ("global") or each by itself ("layer"). Sparsities given per layer
             are always per layer.
         include: globs over layer or parameter paths, or "type:Linear".
-        exclude: the same, of what stays whole.
+        exclude: the same, of layers that stay whole.
         schedule: "one-shot"; "iterative" (`rounds` of pruning and training); "gradual" (cubic, done when `until` of
             the training is over; weights only). The last two need `train`; after one-shot pruning it is optional.
         train: Finetune(...) or Distill(...).
@@ -88,7 +103,7 @@ class Prune:
     scope: Literal["global", "layer"] | None = None
     include: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] | None = None
-    schedule: Literal["one-shot", "iterative", "gradual"] = "one-shot"
+    schedule: ScheduleKind = "one-shot"
     rounds: int = 3
     until: float = 0.75
     train: Training | None = None
@@ -106,23 +121,37 @@ class Prune:
 
     def __post_init__(self) -> None:
         check_fields(self, PruneError)
-        if not isinstance(self._criterion, str) or ":" not in self._criterion:
-            self._check_criterion()
-        if self.pattern == CHANNEL:
-            self._check_channels()
+        self._check_mode()
+        self.method()
+
+    def method(self) -> PruneWeights | PruneChannels:
+        """The step of the pattern, its defaults filled in."""
+        return self.channels() if self.pattern == CHANNEL else self.weights()
+
+    def weights(self) -> PruneWeights:
+        """The step that sets single weights to zero."""
+        return PruneWeights(pattern=self.pattern, schedule=self._schedule(), **self._given(*WEIGHTS))
+
+    def channels(self) -> PruneChannels:
+        """The step that removes channels."""
+        if not isinstance(self.sparsity, (int, float)):
+            raise PruneError("nothing to do: give sparsity=... (the fraction removed)")
+        return PruneChannels(
+            options=ChannelOptions(
+                amount=Amount(sparsity=self.sparsity, **self._given(*AMOUNT)), **self._given(*OPTIONS)
+            ),
+            schedule=self._schedule(),
+            penalty=self._penalty(),
+            latency_table=self.latency_table,
+        )
+
+    def _check_mode(self) -> None:
+        """Raise for fields that do not apply to the pattern."""
+        if self.pattern != CHANNEL:
+            for name in CHANNELS_ONLY:
+                if getattr(self, name) is not None:
+                    raise PruneError(f"{name} is for pattern 'channel', got pattern {self.pattern!r}; leave {name} out")
             return
-        for name in (*CHANNELS, *(each for each in AMOUNT if each != "scope")):
-            if getattr(self, name) is not None:
-                raise PruneError(f"{name} is for pattern 'channel', got pattern {self.pattern!r}; leave {name} out")
-        fixed = find_pattern(self.pattern, n=self.n, dim=self.dim).fixed_sparsity
-        self._check_amount(fixed)
-        self._check_schedule(fixed)
-
-    @property
-    def _criterion(self) -> str | Criterion | Scorer:
-        return self.criterion if self.criterion is not None else "lamp" if self.pattern == CHANNEL else "l1"
-
-    def _check_channels(self) -> None:
         if self.threshold is not None or isinstance(self.sparsity, Mapping):
             got = f"sparsity={self.sparsity}" if self.threshold is None else f"threshold={self.threshold}"
             raise PruneError(
@@ -132,119 +161,25 @@ class Prune:
         for name, default in (("n", 2.0), ("dim", 0)):
             if getattr(self, name) != default:
                 raise PruneError(f"{name} is for pattern 'slice', got {getattr(self, name)!r}; leave {name} out")
-        if self.sparsity is None:
-            raise PruneError("nothing to do: give sparsity=... (the fraction removed)")
-        if self.schedule == "gradual":
-            raise PruneError(
-                "schedule 'gradual' is not for pattern 'channel': shapes cannot change while an optimizer steps; use "
-                "'iterative' with more rounds"
-            )
         if self.sparsify is None and (self.strength is not None or self.sparsify_train is not None):
             raise PruneError("strength and sparsify_train belong to sparsify='group-lasso' or 'bn-l1'; give it too")
-        self._check_schedule(None)
-        self._channels()
 
-    def _channels(self) -> ChannelPruning:
-        """The channel side, its defaults filled in."""
+    def _given(self, *names: str) -> dict[str, Any]:
+        """The fields among `names` that were given."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-        def given(*names: str) -> dict[str, Any]:
-            return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def _schedule(self) -> Schedule:
+        return Schedule(kind=self.schedule, rounds=self.rounds, until=self.until, train=self.train)
 
-        assert isinstance(self.sparsity, (int, float))
-        return ChannelPruning(
-            amount=Amount(sparsity=self.sparsity, **given(*AMOUNT)),
-            criterion=self._criterion,
-            rounds=self.rounds if self.schedule == "iterative" else 1,
-            **given(*COMMON, *CHANNELS),
-        )
-
-    def _check_amount(self, fixed: float | None) -> None:
-        if self.sparsity is not None and self.threshold is not None:
-            raise PruneError(f"give a sparsity or a threshold, not both: {self.sparsity}, {self.threshold}")
-        if self.sparsity is None and self.threshold is None and fixed is None:
-            raise PruneError("nothing to do: give sparsity=... (the fraction removed) or threshold=...")
-        if isinstance(self.sparsity, Mapping):
-            if not self.sparsity:
-                raise PruneError("sparsity names no layer: {}; give at least one pattern, such as {'conv1': 0.5}")
-            for pattern, each in self.sparsity.items():
-                check_sparsity(each, f"sparsity of {pattern!r}")
-            if self.scope == "global":
-                raise PruneError("a sparsity for each layer cannot be ranked globally; leave out scope='global'")
-        elif self.sparsity is not None:
-            check_sparsity(self.sparsity)
-        if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise PruneError(f"threshold must be a finite number of at least 0, got {self.threshold}")
-        if fixed is not None and (self.threshold is not None or not self._agrees(fixed)):
-            raise PruneError(
-                f"pattern {self.pattern!r} fixes the sparsity at {fixed:g}; leave sparsity and threshold out"
-            )
-
-    def _check_schedule(self, fixed: float | None) -> None:
-        if self.schedule != "one-shot":
-            if self.train is None:
-                raise PruneError(f"schedule {self.schedule!r} needs train=Finetune(...) or Distill(...)")
-            if fixed is not None or not isinstance(self.sparsity, (int, float)):
-                raise PruneError(f"schedule {self.schedule!r} needs one number as sparsity, got {self.sparsity!r}")
-        if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise PruneError(f"rounds must be a whole number of at least 1, got {self.rounds}")
-        if not 0 < self.until <= 1:
-            raise PruneError(f"until must be in (0, 1], the fraction of the training, got {self.until}")
-
-    def _agrees(self, fixed: float) -> bool:
-        return self.sparsity is None or (isinstance(self.sparsity, (int, float)) and math.isclose(self.sparsity, fixed))
-
-    def _check_criterion(self) -> Criterion:
-        criterion = find_criterion(self._criterion)
-        if self.pattern != CHANNEL and not isinstance(find_pattern(self.pattern, n=self.n, dim=self.dim), Slice):
-            check_ranks_weights(criterion)
-        return criterion
+    def _penalty(self) -> SparsePenalty | None:
+        if self.sparsify is None:
+            return None
+        return SparsePenalty(kind=self.sparsify, train=self.sparsify_train or self.train, **self._given("strength"))
 
     def gather(self, model: nn.Module, ctx: Context, batches: Iterable[Batch] | None = None) -> Gathered:
-        """What the criterion needs of the task's data, with the model as it is now."""
-        return gather_for(find_criterion(self._criterion), model, ctx, batches)
-
-    def check(self, ctx: Context) -> None:
-        """The patterns match, the criterion exists, and there is data for it and for the training."""
-        if self.pattern == CHANNEL:
-            self._channels().check(ctx)
-            return
-        check_data(self._check_criterion(), ctx)
-        model = ctx.model if ctx.model is not None else ctx.teacher
-        chosen = select_weights(model, self.include, self.exclude)
-        if isinstance(self.sparsity, Mapping):
-            by_pattern(self.sparsity, chosen, model)
-        if self.train is not None:
-            self.train.check_training(ctx)
-
-    def cache_inputs(self, steps: Sequence[Step]) -> list[Any]:
-        """With of="latency" the whole recipe, in whose numbers the model is timed, and what the table says."""
-        if self.of != "latency":
-            return []
-        table = None if self.latency_table is None else Path(self.latency_table)
-        told = [table.read_bytes() if table.is_file() else b""] if table else []
-        return [*map(canonical, steps), *told]
-
-    def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
-        if self.pattern == CHANNEL:
-            return self._channels()(model, ctx)
-        if self.schedule == "gradual":
-            return self._gradual(model, ctx)
-        targets: list[Any] = [self.sparsity]
-        if self.schedule == "iterative" and isinstance(self.sparsity, (int, float)):
-            targets = schedules.rounds(self.sparsity, self.rounds)
-        masks: Mapping[str, Tensor] = ctx.masks
-        history: list[Mapping[str, float]] = []
-        records: list[LayerRecord] = []
-        taught: Sequence[LayerRecord] = ()
-        for part, target in enumerate(targets):
-            masks, records = self.masks(model, masks, target, ctx.seed, self.gather(model, ctx))
-            apply_masks(model, masks)
-            if self.train is not None:
-                report = self.train.fit(model, ctx, masks=masks, phase=f"prune-{part + 1}", part=part)
-                history += [{"round": part + 1.0, **row} for row in report.history]
-                taught = report.layers
-        layers = [*records, *taught]
-        return Outcome(model=model, masks=masks, layers=layers, warnings=notes(records), history=history)
+        """The statistics of the task's data that the criterion needs, of the model as it is now."""
+        criterion = self.channels().options.criterion if self.pattern == CHANNEL else self.weights().criterion
+        return gather_for(find_criterion(criterion), model, ctx, batches)
 
     def masks(
         self,
@@ -254,70 +189,22 @@ class Prune:
         seed: int,
         gathered: Gathered = NO_DATA,
     ) -> tuple[Masks, list[LayerRecord]]:
-        """What this step would keep of `model` at a sparsity; the model is only read."""
-        return plan(
-            model,
-            sparsity=sparsity,
-            threshold=self.threshold,
-            criterion=find_criterion(self._criterion),
-            pattern=find_pattern(self.pattern, n=self.n, dim=self.dim),
-            scope=self.scope or ("layer" if isinstance(sparsity, Mapping) else "global"),
-            include=self.include,
-            exclude=self.exclude,
-            previous=previous,
-            seed=seed,
-            gathered=gathered,
-        )
+        """Masks of the weights that stay at a sparsity, and a record per layer; the model is only read."""
+        return self.weights().masks(model, previous, sparsity, seed, gathered)
 
-    def _gradual(self, model: nn.Module, ctx: Context) -> Outcome:
-        assert self.train is not None
-        hook = _Gradual(self, ctx)
-        report = self.train.fit(model, ctx, hooks=[hook], phase="prune")
-        apply_masks(model, report.masks)
-        # the records of the masks that are kept; what the pattern refuses does not depend on the sparsity
-        _, planned = self.masks(model, report.masks, self.sparsity, ctx.seed, self.gather(model, ctx, hook.batches))
-        records = [
-            pruned_record(each.layer, report.masks[each.layer]) if each.action == "pruned" else each for each in planned
-        ]
-        layers = [*records, *report.layers]
-        return Outcome(model=model, masks=report.masks, layers=layers, warnings=notes(records), history=report.history)
+    def check(self, ctx: Context) -> None:
+        """Raise where no layer matches, the criterion does not exist, or data for it or the training is missing."""
+        self.method().check(ctx)
 
+    def cache_inputs(self, steps: Sequence[Step]) -> list[Any]:
+        """With of="latency" the whole recipe, in whose numbers the model is timed, and the content of the table."""
+        if self.of != "latency":
+            return []
+        recipe = [canonical(step) for step in steps]
+        if self.latency_table is None:
+            return recipe
+        table = Path(self.latency_table)
+        return [*recipe, table.read_bytes() if table.is_file() else b""]
 
-class _Gradual(Hook):
-    """Raises the sparsity along the cubic schedule while the model trains."""
-
-    def __init__(self, step: Prune, ctx: Context) -> None:
-        self.step, self.ctx = step, ctx
-        self.updated = 0
-        self.batches = calibration_of(ctx).batches if find_criterion(step._criterion).needs else []
-        self.gathered, self.gathered_epoch = NO_DATA, -1
-
-    def on_start(self, loop: Loop) -> None:
-        """A resumed run has made its updates up to here."""
-        self.updated = int(min(loop.progress / self.step.until, 1.0) * UPDATES)
-
-    def on_step(self, loop: Loop) -> None:
-        """Move on when another hundredth of the schedule is over."""
-        done = min(loop.progress / self.step.until, 1.0)
-        if int(done * UPDATES) > self.updated:
-            self.updated = int(done * UPDATES)
-            assert isinstance(self.step.sparsity, (int, float))
-            target = self.step.sparsity if done >= 1 else self.step.sparsity * schedules.cubic(done)
-            with loop.whole():
-                masks, _ = self.step.masks(loop.model, loop.masks, target, self.ctx.seed, self.statistics(loop))
-            loop.masks.update(masks)
-
-    def statistics(self, loop: Loop) -> Gathered:
-        """Gathered at the first update of each epoch: often enough, and the same in a run that resumes between two."""
-        epoch = loop.epoch if loop.step_in_epoch else loop.epoch - 1  # at an epoch's end, that epoch
-        if epoch != self.gathered_epoch:
-            self.gathered, self.gathered_epoch = self.step.gather(loop.model, self.ctx, self.batches), epoch
-        return self.gathered
-
-    def on_epoch(self, loop: Loop) -> None:
-        """A loader without a length only tells at the epochs' ends how far the training is."""
-        self.on_step(loop)
-
-    def settled(self, loop: Loop) -> bool:
-        """Only an epoch at the full sparsity may be kept."""
-        return loop.progress >= self.step.until
+    def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
+        return self.method()(model, ctx)

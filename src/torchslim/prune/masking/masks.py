@@ -29,63 +29,70 @@ COMPUTED = "a parametrization computes it; torch.nn.utils.parametrize.remove_par
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskOptions:
+    """How much of which weights goes, and ranked by what."""
+
+    sparsity: float | Mapping[str, float] | None
+    threshold: float | None
+    criterion: Criterion
+    pattern: Pattern
+    scope: Literal["global", "layer"]
+    include: Patterns = None
+    exclude: Patterns = None
+
+    def targets(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
+        """The weights to prune, and the sparsity of each."""
+        weights = select_weights(model, self.include, self.exclude)
+        if not isinstance(self.sparsity, Mapping):
+            return weights, dict.fromkeys(weights, self.sparsity if self.sparsity is not None else 0.0)
+        covered = by_pattern(self.sparsity, weights, model)
+        targets = {path: self.sparsity[covered[path]] for path in weights if path in covered}
+        return {path: weights[path] for path in targets}, targets
+
+
 def plan(
     model: nn.Module,
+    options: MaskOptions,
     *,
-    sparsity: float | Mapping[str, float] | None,
-    threshold: float | None,
-    criterion: Criterion,
-    pattern: Pattern,
-    scope: Literal["global", "layer"],
-    include: Patterns = None,
-    exclude: Patterns = None,
-    previous: Mapping[str, Tensor] | None = None,
+    previous: Mapping[str, Tensor],
     seed: int = 0,
     gathered: Gathered = NO_DATA,
 ) -> tuple[Masks, list[LayerRecord]]:
     """Masks (True where kept) by parameter name, and a record per layer. The model is only read.
 
-    `gathered` holds what the criterion needs of data. Weights that `previous` masks already are the first to go and
-    never come back.
+    `gathered` holds the statistics of data that the criterion needs. Weights that `previous` masks already are the
+    first to go and never come back.
     """
-    previous = previous or {}
-    chosen = select_weights(model, include, exclude)
-    if isinstance(sparsity, Mapping):
-        covered = by_pattern(sparsity, chosen, model)
-        targets = {path: sparsity[covered[path]] for path in chosen if path in covered}
-        chosen = {path: chosen[path] for path in targets}
-    else:
-        targets = dict.fromkeys(chosen, sparsity if sparsity is not None else 0.0)
+    pattern = options.pattern
+    weights, targets = options.targets(model)
     owners = dict(model.named_modules())
-    inputs = {path: _input_dim(owners[path.rpartition(".")[0]], each) for path, each in chosen.items()}
-    refused = {path: pattern.refusal(each.shape, inputs[path]) for path, each in chosen.items()}
-    reason = "follow the pattern" if any(refused.values()) else "be ranked"
+    input_dims = {path: _input_dim(owners[path.rpartition(".")[0]], weight) for path, weight in weights.items()}
+    misfits = {path: pattern.refusal(weight.shape, input_dims[path]) for path, weight in weights.items()}
+    refusals = dict(misfits)
     generator = torch.Generator().manual_seed(seed)
     units: dict[str, Tensor] = {}
-    for path, weight in chosen.items():
-        if refused[path]:
-            continue
-        statistics = gathered.of(path, generator=generator, role=_role(pattern, weight, inputs[path]))
-        refused[path] = silence(criterion, statistics)
-        found = None if refused[path] else _units(criterion, pattern, weight, statistics, inputs[path], previous)
-        if found is not None:
-            units[path] = found
-        elif not refused[path]:
-            refused[path] = f"criterion {criterion.name!r} says nothing of it"
-    records = [LayerRecord(layer=path, action="refused", reason=why) for path, why in refused.items() if why]
-    records += [
-        LayerRecord(layer=path, action="refused", reason=COMPUTED) for path in computed_weights(model, include, exclude)
-    ]
+    for path, weight in weights.items():
+        if not refusals[path]:
+            statistics = gathered.of(path, generator=generator, role=_role(pattern, weight, input_dims[path]))
+            scored = _scored(options, weight, statistics, input_dims[path], previous)
+            if isinstance(scored, str):
+                refusals[path] = scored
+            else:
+                units[path] = scored
     if not units:
-        raise PruneError(f"no chosen layer can {reason}: {'; '.join(f'{p}: {w}' for p, w in refused.items())}")
-    keep = _decide(units, targets, threshold, pattern, scope, {path: chosen[path].numel() for path in units})
-
+        reason = "follow the pattern" if any(misfits.values()) else "be ranked"
+        raise PruneError(
+            f"no chosen layer can {reason}: {'; '.join(f'{path}: {why}' for path, why in refusals.items())}"
+        )
+    kept = _kept(units, options, targets, {path: weights[path].numel() for path in units})
     masks = dict(previous)
     for path in units:
-        mask = pattern.spread(keep[path], chosen[path].shape, inputs[path])
+        mask = pattern.spread(kept[path], weights[path].shape, input_dims[path])
         masks[path] = mask & previous[path].to(mask.device) if path in previous else mask
-        records.append(pruned_record(path, masks[path]))
-    return masks, records
+    refusals |= dict.fromkeys(computed_weights(model, options.include, options.exclude), COMPUTED)
+    records = [LayerRecord(layer=path, action="refused", reason=why) for path, why in refusals.items() if why]
+    return masks, [*records, *(pruned_record(path, masks[path]) for path in units)]
 
 
 def _role(pattern: Pattern, weight: Tensor, input_dim: int) -> Role:
@@ -96,26 +103,32 @@ def _role(pattern: Pattern, weight: Tensor, input_dim: int) -> Role:
     return "in" if dim == input_dim else "out" if dim == 1 - input_dim else "other"
 
 
+def _scored(
+    options: MaskOptions, weight: Tensor, statistics: Statistics, input_dim: int, previous: Mapping[str, Tensor]
+) -> Tensor | str:
+    """(rows, units): the scores that compete in one layer, or why the criterion has none for it."""
+    criterion = options.criterion
+    if refusal := silence(criterion, statistics):
+        return refusal
+    units = _units(options, weight, statistics, input_dim, previous.get(statistics.name))
+    return units if units is not None else f"criterion {criterion.name!r} says nothing of it"
+
+
 def _units(
-    criterion: Criterion,
-    pattern: Pattern,
-    weight: Tensor,
-    statistics: Statistics,
-    input_dim: int,
-    previous: Mapping[str, Tensor],
+    options: MaskOptions, weight: Tensor, statistics: Statistics, input_dim: int, mask: Tensor | None
 ) -> Tensor | None:
-    """(rows, units): what competes in one layer, earlier masks obeyed; None where the criterion says nothing."""
-    mask = previous.get(statistics.name)
+    """(rows, units): scores with the units of an earlier mask lowest; None where the criterion has none."""
+    criterion, pattern = options.criterion, options.pattern
     if criterion.weights is None and isinstance(pattern, Slice):
-        left = weight if mask is None else weight.masked_fill(~mask.to(weight.device), 0)
-        found = channel_scores(criterion, left, pattern.dim, statistics)
-        if found is None:
+        masked = weight if mask is None else weight.masked_fill(~mask.to(weight.device), 0)
+        slices = channel_scores(criterion, masked, pattern.dim, statistics)
+        if slices is None:
             return None
-        units: Tensor = found.unsqueeze(0)
+        units: Tensor = slices.unsqueeze(0)
     else:
         scores = score(criterion, weight, statistics)
-        left = scores if mask is None else scores.masked_fill(~mask.to(scores.device), 0)
-        units = pattern.units(left, input_dim)
+        masked = scores if mask is None else scores.masked_fill(~mask.to(scores.device), 0)
+        units = pattern.units(masked, input_dim)
     if mask is None:
         return units
     dead = pattern.units(mask.to(units), input_dim) == 0
@@ -129,21 +142,18 @@ def pruned_record(path: str, mask: Tensor) -> LayerRecord:
     return LayerRecord(layer=path, action="pruned", reason=reason, sparsity=removed / mask.numel())
 
 
-def _decide(
-    units: Mapping[str, Tensor],
-    targets: Mapping[str, float],
-    threshold: float | None,
-    pattern: Pattern,
-    scope: str,
-    sizes: Mapping[str, int],
+def _kept(
+    units: Mapping[str, Tensor], options: MaskOptions, targets: Mapping[str, float], sizes: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    if threshold is not None:
-        return {path: each >= threshold for path, each in units.items()}
-    if pattern.fixed_sparsity is not None:
-        return {path: keep_per_row(each, pattern.fixed_sparsity) for path, each in units.items()}
-    if scope == "layer":
-        return {path: keep_per_row(each, targets[path]) for path, each in units.items()}
-    costs = [sizes[path] // each.numel() for path, each in units.items()]
+    """By layer which units stay; `sizes` counts the weights of a layer."""
+    if options.threshold is not None:
+        return {path: scores >= options.threshold for path, scores in units.items()}
+    fixed = options.pattern.fixed_sparsity
+    if fixed is not None:
+        return {path: keep_per_row(scores, fixed) for path, scores in units.items()}
+    if options.scope == "layer":
+        return {path: keep_per_row(scores, targets[path]) for path, scores in units.items()}
+    costs = [sizes[path] // scores.numel() for path, scores in units.items()]
     (target,) = {targets[path] for path in units}
     return dict(zip(units, keep_globally(list(units.values()), costs, target), strict=True))
 
