@@ -130,8 +130,9 @@ class PruneWeights:
         return plan(model, options, previous=previous, seed=seed, gathered=gathered)
 
     def _in_rounds(self, model: nn.Module, ctx: Context) -> Outcome:
-        one_number = isinstance(self.sparsity, (int, float))
-        targets = self.schedule.targets(self.sparsity) if one_number else [self.sparsity]
+        targets: Sequence[WeightSparsity] = [self.sparsity]
+        if isinstance(self.sparsity, (int, float)):
+            targets = self.schedule.targets(self.sparsity)
         criterion, train = find_criterion(self.criterion), self.schedule.train
         masks: Mapping[str, Tensor] = ctx.masks
         history: list[Mapping[str, float]] = []
