@@ -74,6 +74,9 @@ class PruneChannels:
     latency_table: str | None = None
 
     def __post_init__(self) -> None:
+        criterion = self.options.criterion
+        if not isinstance(criterion, str) or ":" not in criterion:  # those of a path are imported when used
+            find_criterion(criterion)
         if self.schedule.kind == "gradual":
             raise PruneError(
                 "schedule 'gradual' is not for pattern 'channel': shapes cannot change while an optimizer steps; use "
