@@ -63,7 +63,7 @@ class _Packing:
 
     def padded(self, data: Tensor) -> Tensor:
         """(steps * batch, ...) -> (steps, batch, ...)"""
-        return data.unflatten(0, (self.steps, self.lengths.shape[0]))
+        return cast(Tensor, data.unflatten(0, (self.steps, self.lengths.shape[0])))
 
     def reverse(self, x: Tensor) -> Tensor:
         """Reverse every sequence of (steps, batch, features) within its length; padding stays where it is."""
