@@ -38,7 +38,8 @@ class Timing:
     def to_entry(self) -> dict[str, Any]:
         """The timing as the file keeps it."""
         ratio, low, high = self.ratio.value, self.ratio.p10, self.ratio.p90
-        assert low is not None and high is not None, "a ratio from paired rounds has a spread"
+        assert low is not None, "a ratio from paired rounds has a spread"
+        assert high is not None
         return {"ratio": ratio, "low": low, "high": high, "ms": self.latency.value, "rounds": self.latency.rounds}
 
     def as_kept(self) -> Timing:
