@@ -27,19 +27,22 @@ from torch.nn.utils.rnn import PackedSequence
 from torchslim.errors import ExportError
 
 SHUT = 1e4  # sigmoid(-SHUT + x) is 0 and sigmoid(SHUT + x) is 1 for any x that a gate sees; finite in float16
-RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 State = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class _Packing:
-    """One call of `pack_padded_sequence`: its batch sizes, the sorted lengths (batch,) on the device of the data and on
-    the CPU, and the steps of the padded batch."""
+    """One call of `pack_padded_sequence`: the sorted lengths (batch,) on the device of the data and as they were given,
+    and the steps of the padded batch."""
 
-    batch_sizes: Tensor
     lengths: Tensor
-    lengths_cpu: Tensor
+    given_lengths: Tensor
     steps: int
+
+    @cached_property
+    def batch_sizes(self) -> Tensor:
+        """How many sequences every step holds: (steps,), on the CPU, as `PackedSequence` keeps it."""
+        return self.valid.sum(1).cpu()
 
     @cached_property
     def times(self) -> Tensor:
@@ -88,11 +91,10 @@ class PaddedPacking:
     def pack(self, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
         """In place of `torch._VF._pack_padded_sequence`; the rows of padding stay among the data."""
         x = x.transpose(0, 1) if batch_first else x
-        times = torch.arange(x.shape[0], device=lengths.device).unsqueeze(1)
-        batch_sizes = (times < lengths).sum(1).cpu()
         on_device = lengths if lengths.device == x.device else lengths.to(x.device)
-        self.packings.append(_Packing(batch_sizes, on_device, lengths, x.shape[0]))
-        return x.flatten(0, 1), batch_sizes
+        packing = _Packing(on_device, lengths, x.shape[0])
+        self.packings.append(packing)
+        return x.flatten(0, 1), packing.batch_sizes
 
     def pad(
         self, data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
@@ -105,7 +107,7 @@ class PaddedPacking:
         if total_length > packing.steps:
             missing = (total_length - packing.steps, *x.shape[1:])
             x = torch.cat([x, x.new_full(missing, padding_value)])
-        return x.transpose(0, 1) if batch_first else x, packing.lengths_cpu
+        return x.transpose(0, 1) if batch_first else x, packing.given_lengths
 
     def of(self, batch_sizes: Tensor) -> _Packing:
         """The packing that gave these batch sizes.
@@ -129,7 +131,7 @@ class PaddedPacking:
         x = packing.padded(data)
         start = _initial(layer, x) if state is None else layer.permute_hidden(state, order)
         states: State = start if isinstance(start, tuple) else (start,)
-        directions = 2 if layer.bidirectional else 1
+        directions = _directions(layer)
         ends: list[State] = []
         for depth in range(layer.num_layers):
             outputs = []
@@ -182,16 +184,20 @@ def drop_unused_cells(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
+def _directions(layer: nn.RNNBase) -> int:
+    return 2 if layer.bidirectional else 1
+
+
 def _initial(layer: nn.RNNBase, x: Tensor) -> State:
     """The zeros that a layer starts from: (layers * directions, batch, size) per state."""
-    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    count = layer.num_layers * _directions(layer)
     sizes = [layer.proj_size or layer.hidden_size] + [layer.hidden_size] * isinstance(layer, nn.LSTM)
     return tuple(x.new_zeros(count, x.shape[1], size) for size in sizes)
 
 
 def _single(layer: nn.RNNBase, index: int, x: Tensor, start: State, packing: _Packing) -> tuple[Tensor, State]:
     """One layer in one direction: the outputs (steps, batch, size), and the states behind the last valid step."""
-    count = len(layer._flat_weights) // (layer.num_layers * (2 if layer.bidirectional else 1))
+    count = len(layer._flat_weights) // (layer.num_layers * _directions(layer))
     weights = cast(list[Tensor], layer._flat_weights[index * count : (index + 1) * count])
     options = (layer.bias, 1, 0.0, layer.training, False, False)
     if not isinstance(layer, nn.LSTM):
