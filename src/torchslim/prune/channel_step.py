@@ -17,7 +17,7 @@ from torchslim.errors import PruneError
 from torchslim.prune.channel_records import pruned_records, refusals, refused_records, shapes_of_parameters
 from torchslim.prune.channel_state import PruningState, cut_masks, restored_state
 from torchslim.prune.criteria.gathering import check_data, gather_for
-from torchslim.prune.criteria.registry import find_criterion
+from torchslim.prune.criteria.registry import find_criterion, named_by_path
 from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.latency.solve import Told, reach
 from torchslim.prune.latency.table import Table, load_rows
@@ -74,9 +74,8 @@ class PruneChannels:
     latency_table: str | None = None
 
     def __post_init__(self) -> None:
-        criterion = self.options.criterion
-        if not isinstance(criterion, str) or ":" not in criterion:  # those of a path are imported when used
-            find_criterion(criterion)
+        if not named_by_path(self.options.criterion):
+            find_criterion(self.options.criterion)
         if self.schedule.kind == "gradual":
             raise PruneError(
                 "schedule 'gradual' is not for pattern 'channel': shapes cannot change while an optimizer steps; use "

@@ -16,7 +16,7 @@ from torchslim.core.layer_patterns import Patterns
 from torchslim.core.step import Inputs, Workbench
 from torchslim.core.usable import usable
 from torchslim.errors import PruneError
-from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion, needs
+from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
 from torchslim.prune.criteria.scoring import Normalisation, Reduction
 from torchslim.prune.criteria.statistics import Gathered, gather
 from torchslim.prune.dependency.resolve import Heads
@@ -120,9 +120,7 @@ class _Statistics:
 
     def gather(self, model: nn.Module, criterion: Criterion) -> Gathered:
         """The statistics of the model that the criterion needs, where there is data."""
-        if not needs(criterion) or self.batches is None:
-            return Gathered()
-        return gather(model, needs(criterion), self.batches, loss=self.loss)
+        return NO_DATA if self.batches is None else gather(model, criterion.needs, self.batches, loss=self.loss)
 
 
 def _remove_channels(
@@ -193,8 +191,7 @@ def weights(
         exclude=exclude if exclude is None or isinstance(exclude, str) else tuple(exclude),
     )
     pruned, previous = copy_model(model)
-    needs = find_criterion(criterion).needs
-    gathered = NO_DATA if batches is None else gather(pruned, needs, batches, loss=loss)
+    gathered = _Statistics(batches=batches, loss=loss, seed=seed).gather(pruned, find_criterion(criterion))
     masks, records = step.masks(pruned, previous, sparsity, seed, gathered)
     apply_masks(pruned, masks)
     for note in notes(records):

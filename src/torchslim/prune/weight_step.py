@@ -13,7 +13,7 @@ from torchslim.core.layer_patterns import by_pattern, select_weights
 from torchslim.core.step import Context, LayerRecord, Outcome
 from torchslim.errors import PruneError
 from torchslim.prune.criteria.gathering import check_data, gather_for
-from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
+from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion, named_by_path
 from torchslim.prune.criteria.scoring import check_ranks_weights
 from torchslim.prune.criteria.statistics import Gathered
 from torchslim.prune.masking.masks import NO_DATA, MaskOptions, Masks, apply_masks, notes, plan, pruned_record
@@ -45,7 +45,7 @@ class PruneWeights:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.criterion, str) or ":" not in self.criterion:  # those of a path are imported when used
+        if not named_by_path(self.criterion):
             self._checked_criterion()
         self._check_amount()
         self._check_fixed_sparsity()

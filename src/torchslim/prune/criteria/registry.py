@@ -230,6 +230,11 @@ def find_criterion(criterion: str | Scorer | Criterion) -> Criterion:
     raise PruneError(f"criterion {criterion!r} is not known; one of {', '.join(CRITERIA)}, or 'package.module:name'")
 
 
+def named_by_path(criterion: str | Scorer | Criterion) -> bool:
+    """Is it a "package.module:name", which is imported only where it is used?"""
+    return isinstance(criterion, str) and ":" in criterion
+
+
 def needs(criterion: str | Scorer | Criterion) -> frozenset[Statistic]:
     """What must be gathered before the criterion can score."""
     return find_criterion(criterion).needs
