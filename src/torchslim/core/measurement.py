@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from torchslim.errors import TorchslimError
 
@@ -50,25 +49,6 @@ class Measurement:
         if self.p10 is not None:
             written |= {"low": self.p10, "high": self.p90}
         return written | ({"machine": self.machine} if self.machine else {})
-
-    @classmethod
-    def from_dict(cls, written: Mapping[str, Any]) -> Self:
-        """The measurement that `to_dict` wrote.
-
-        Raises:
-            TorchslimError: a key is missing, or a value has another type.
-        """
-        for key in ("value", "unit", "repeats"):
-            if key not in written:
-                raise TorchslimError(f"a measurement needs {key!r}, got {', '.join(map(repr, written))}")
-        return cls(
-            value=written["value"],
-            unit=written["unit"],
-            p10=written.get("low"),
-            p90=written.get("high"),
-            rounds=written["repeats"],
-            machine=written.get("machine", ""),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
