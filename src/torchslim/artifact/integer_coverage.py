@@ -93,7 +93,7 @@ def executed(records: Iterable[Mapping[str, Any]], found: Lowered) -> list[dict[
     A record of rounded activations gets a reason where the runtime computes the layer in float all the same. Of a
     module with several operations, the one in float counts.
     """
-    layers = {each.layer: each for each in sorted(found.layers, key=lambda layer_: not layer_.integer)}
+    layers = {kernel.layer: kernel for kernel in sorted(found.layers, key=lambda kernel: not kernel.integer)}
     merged = []
     for record in records:
         told, layer = dict(record), layers.get(record["layer"])

@@ -29,12 +29,12 @@ def spoiled(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
     Where the shapes differ from the reference's, every value that is not finite counts.
     """
     count = 0
-    comparable = [each.shape for each in reference] == [output.shape for output in outputs]
-    for index, each in enumerate(outputs):
-        if each.is_floating_point():
-            wrong = ~each.isfinite()
+    comparable = [expected.shape for expected in reference] == [output.shape for output in outputs]
+    for index, output in enumerate(outputs):
+        if output.is_floating_point():
+            wrong = ~output.isfinite()
             if comparable and bool(wrong.any()):
-                wrong &= ~_same(reference[index].double().to(each.device), each.double())
+                wrong &= ~_same(reference[index].double().to(output.device), output.double())
             count += int(wrong.sum())
     return count
 

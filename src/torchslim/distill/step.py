@@ -118,9 +118,9 @@ class Distill(Training):
 
     def _check_teachers(self) -> None:
         teachers, weights = self._several("teacher"), self._several("teacher_weights")
-        for name, each in (*(("the teacher", teacher) for teacher in teachers), ("the student", self.student)):
-            if isinstance(each, nn.Module):
-                usable(each, DistillError, name)
+        for name, model in (*(("the teacher", teacher) for teacher in teachers), ("the student", self.student)):
+            if isinstance(model, nn.Module):
+                usable(model, DistillError, name)
         if weights and (len(weights) != len(teachers) or min(weights) < 0 or not 0 < sum(weights) < float("inf")):
             raise DistillError(
                 f"teacher_weights must be finite, none negative, and one for each of the {len(teachers)} teachers, got "

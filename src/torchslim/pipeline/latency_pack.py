@@ -106,12 +106,12 @@ def pack(
 
 
 def _step(steps: Sequence[Step]) -> PruneChannels:
-    for number, each in enumerate(steps, 1):
-        if isinstance(each, Prune) and each.of == "latency":
-            return each.channels()
-        if getattr(each, "student", None) is not None or (isinstance(each, Prune) and each.pattern == "channel"):
+    for number, step in enumerate(steps, 1):
+        if isinstance(step, Prune) and step.of == "latency":
+            return step.channels()
+        if getattr(step, "student", None) is not None or (isinstance(step, Prune) and step.pattern == "channel"):
             raise RecipeError(
-                f"step {number} ({step_name(each)!r}) changes the model's shape before one prunes to a latency: what "
+                f"step {number} ({step_name(step)!r}) changes the model's shape before one prunes to a latency: what "
                 "that will receive is not known yet; put it first"
             )
     raise RecipeError("no step of the recipe prunes to a latency: give one pattern = 'channel' and of = 'latency'")

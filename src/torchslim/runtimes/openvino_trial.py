@@ -213,6 +213,6 @@ def _remember(mark: Path) -> None:
 
 
 def _ending(status: int) -> str:
-    if status < 0 and -status in {int(Signal) for Signal in signal.Signals}:
+    if status < 0 and -status in {int(number) for number in signal.Signals}:
         return f"by {signal.Signals(-status).name}"
     return f"with status {status}"
