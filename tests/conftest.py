@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -46,6 +47,13 @@ def processor(request: pytest.FixtureRequest) -> Iterator[str]:
 def _seeded() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_on() -> Iterator[None]:
+    """No test leaves the process's logging off, which would hide what later tests look for."""
+    yield
+    assert not logging.root.manager.disable
 
 
 @pytest.fixture(autouse=True)

@@ -196,6 +196,20 @@ def test_quiet_hides_everything_but_errors(capsys: pytest.CaptureFixture[str]) -
         warnings.warn("seen again", stacklevel=1)
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_output_is_back_in_whatever_order_two_threads_leave(order: list[int]) -> None:
+    before = sys.stdout, sys.stderr, warnings.filters[:]
+    inside = [quiet(), quiet()]
+    for context in inside:
+        context.__enter__()
+    inside[order[0]].__exit__(None, None, None)
+    assert logging.root.manager.disable == logging.CRITICAL
+    assert sys.stdout is not before[0]
+    inside[order[1]].__exit__(None, None, None)
+    assert logging.root.manager.disable == 0
+    assert (sys.stdout, sys.stderr, warnings.filters) == before
+
+
 def test_threads_are_set_back() -> None:
     with pytest.raises(ValueError), torch_threads(2):
         assert torch.get_num_threads() == 2

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -188,20 +188,45 @@ def _numpy_random() -> Any:
         return None
 
 
+class _Quiet:
+    """Python's process-wide output, counted: the last to leave sets it back, in whatever order they leave."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.hidden = threading.Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.hidden.callback(logging.disable, logging.root.manager.disable)
+                logging.disable(logging.CRITICAL)
+                self.hidden.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                self.hidden.enter_context(redirect_stderr(io.StringIO()))
+                self.hidden.enter_context(redirect_stdout(io.StringIO()))
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.hidden.close()
+
+
+_QUIET = _Quiet()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide what torch, torchao and the exporters print, log and warn of inside: nobody can act on it.
 
-    Errors are raised as ever; only use it around calls of libraries.
+    Errors are raised as ever; only use it around calls of libraries. Output is a process's: what other threads print
+    meanwhile is hidden, too.
     """
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    _QUIET.enter()
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logging.disable(disabled)
+        _QUIET.leave()
 
 
 class _UnfusedAttention:
