@@ -36,11 +36,11 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How channels are ranked; the peer's normalisation and reduction are its own defaults."""
+    """How channels are ranked; the peer's normalization and reduction are its own defaults."""
 
     side: Literal["ours", "peer"] = "ours"
     criterion: str = DEFAULTS["criterion"]
-    normalisation: str = DEFAULTS["normalisation"]
+    normalization: str = DEFAULTS["normalization"]
     reduction: str = DEFAULTS["reduction"]
 
 
@@ -125,7 +125,7 @@ def digest(model: nn.Module) -> str:
 
 def ours(model: nn.Module, run: Run, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
     """One cut to the target."""
-    options: Any = {"normalisation": run.way.normalisation, "reduction": run.way.reduction}
+    options: Any = {"normalization": run.way.normalization, "reduction": run.way.reduction}
     return ts.prune.channels(
         model, INPUTS, run.sparsity, of="macs", criterion=run.way.criterion, round_to=ROUND_TO, batches=batches,
         seed=run.seed, **options,

@@ -19,7 +19,7 @@ import torchslim as ts
 from benchmarks.one_model import OURS, TimeLimit, _limit, _peak, _reset_peak, words
 from benchmarks.peer import output_layers, prepare_peer, ways
 from benchmarks.zoo import Entry, Inputs
-from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.plan import analyze
 
 THREADS = 2
 PEER_LIMIT = 60.0
@@ -65,7 +65,7 @@ def _clock(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _analysis(model: nn.Module, inputs: Inputs) -> Row:
-    plan, record = _clock(lambda: analyse(model, inputs))
+    plan, record = _clock(lambda: analyze(model, inputs))
     _, after = _clock(plan.coupling)
     return {"ours": record + after, "record": record, "after": after, "nodes": len(plan.trace.operations)}
 

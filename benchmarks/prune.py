@@ -31,12 +31,12 @@ def execute(todo: Sequence[Run], path: Path, jobs: int, stop: float) -> None:
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(measure, run, path) for run in todo]
         for number, future in enumerate(as_completed(futures), 1):
-            if future.cancelled():
+            if future.canceled():
                 continue
             row = future.result()
             append(row, path)
             what = row["reason"] or f"{row['macs_left']:.3f} of the MACs, {row['val']:.2f} % on validation"
-            options = f"{row['normalisation']} {row['reduction']} {row['sparsity']} seed {row['seed']}"
+            options = f"{row['normalization']} {row['reduction']} {row['sparsity']} seed {row['seed']}"
             print(f"{number}/{len(todo)} {row['side']} {row['criterion']} {options}: {what}", flush=True)
             if time.monotonic() > stop:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -62,7 +62,7 @@ def _baseline(row: Row) -> str:
 
 
 def _name(way: Way) -> str:
-    options = () if way.side == "peer" else (way.normalisation, way.reduction)
+    options = () if way.side == "peer" else (way.normalization, way.reduction)
     return f"{'Torch-Pruning ' * (way.side == 'peer')}`{way.criterion}`{''.join(f', {option}' for option in options)}"
 
 
@@ -89,7 +89,7 @@ def _criteria(found: Found, sparsity: float) -> list[str]:
 def _options(found: Found) -> list[str]:
     targets = [_target(sparsity).split()[0] for sparsity in SPARSITIES]
     lines = [
-        "| criterion | normalisation | reduction | "
+        "| criterion | normalization | reduction | "
         + " | ".join(f"recalibrated, {target}" for target in targets)
         + " | "
         + " | ".join(f"finetuned, {target}" for target in targets)
@@ -101,7 +101,7 @@ def _options(found: Found) -> list[str]:
             rows = [found.rows[way, sparsity, 0] for sparsity in SPARSITIES]
             cells = [f"{row[name]:.2f}" for name in ("val_recalibrated", "val") for row in rows]
             cells.append(f"{mean(row['val'] for row in rows):.2f}")
-            lines.append(f"| `{way.criterion}` | {way.normalisation} | {way.reduction} | {' | '.join(cells)} |")
+            lines.append(f"| `{way.criterion}` | {way.normalization} | {way.reduction} | {' | '.join(cells)} |")
     return lines
 
 

@@ -14,11 +14,11 @@ SPARSITIES = (0.5, 0.75)
 EPOCHS = 1
 SEEDS = range(5)
 BEST = 3  # are run with every seed
-TUNED = 2  # are tried with every normalisation; the best of those with every reduction
+TUNED = 2  # are tried with every normalization; the best of those with every reduction
 CONTROL = "random"  # what a criterion must beat; it is never chosen
 DEFAULT = Way()
 PEERS = (Way(side="peer", criterion="l2"), Way(side="peer", criterion="taylor"))
-NORMALISATIONS = ("none", "mean", "max", "gaussian")
+NORMALIZATIONS = ("none", "mean", "max", "gaussian")
 REDUCTIONS = ("mean", "sum", "max", "first")
 
 
@@ -32,7 +32,7 @@ class Found:
             if row["side"] == "unpruned":
                 self.baseline = row
             elif row["epochs"] == epochs:
-                names = ("side", "criterion", "normalisation", "reduction")
+                names = ("side", "criterion", "normalization", "reduction")
                 self.rows[Way(**{name: row[name] for name in names}), row["sparsity"], row["seed"]] = row
 
     def get(self, way: Way, sparsity: float, seed: int = 0) -> Row | None:
@@ -86,7 +86,7 @@ def stages(epochs: int) -> Iterator[Callable[[Found], list[Run]]]:
 
     yield lambda found: runs([*(Way(criterion=name) for name in CRITERIA), *PEERS])
     yield lambda found: runs(
-        replace(way, normalisation=each) for way in found.leaders()[:TUNED] for each in NORMALISATIONS
+        replace(way, normalization=each) for way in found.leaders()[:TUNED] for each in NORMALIZATIONS
     )
     yield lambda found: runs(replace(best, reduction=each) for best in found.contestants()[:1] for each in REDUCTIONS)
     yield lambda found: runs([*found.contestants(), *PEERS], SEEDS)

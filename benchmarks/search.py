@@ -108,7 +108,7 @@ def singles() -> Iterator[tuple[str, list[Step]]]:
     yield "int8", [ts.Quantize("int8", accuracy="best")]
     yield "int8", [ts.Quantize("int8", mode="qat", train=ts.Distill(epochs=3, lr=1e-4, response=kd))]
     for place, sparsity in enumerate(SPARSITIES):
-        cut = ts.Prune(pattern="channel", sparsity=sparsity, of="macs", normalisation="max")
+        cut = ts.Prune(pattern="channel", sparsity=sparsity, of="macs", normalization="max")
         yield "prune", [cut, ts.Finetune(epochs=4, lr=0.01, **options)]
         if place % 3 == 1:
             torch.manual_seed(0)
@@ -159,7 +159,7 @@ def run_search(work: Path, seed: int) -> dict[str, Any]:
     document["threads"] = THREADS
     document["budget"] = {**document["budget"], "trials": TRIALS, "metric_drop": LEVEL}  # what the page counts
     folder, count = work / "search", work / "search.count"
-    found = ts.search(document, resnet(), task(count), workdir=folder, example_inputs=example())
+    found = ts.search(resnet(), task(count), document, workdir=folder, example_inputs=example())
     tried = found.data["trials"]
     attempts = sum(1 + (each["stage"] != "cheap") for each in tried)
     folders = sorted((folder / "front").iterdir())

@@ -92,7 +92,7 @@ def measure(rank: int, port: int, strategy: str, folder: str) -> None:
     model, watch = Transformer(), Watch()
     engine = ts.Engine(accelerator="cpu", strategy=strategy)
     started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ts.fit(model, LabelLoss(task), task.train or (), epochs=1, hooks=[watch], engine=engine)
+    ts.fit(model, task.train or (), LabelLoss(task), epochs=1, hooks=[watch], engine=engine)
     steps = [after - before for before, after in pairwise(watch.ends)]
     found = {"between": watch.between, "inside": watch.inside, "peak": watch.peak - started,
              "step": statistics.median(steps), "weights": held(model.parameters())}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Settings that every test runs under: one thread, derandomised hypothesis, a fixed seed."""
+"""Settings that every test runs under: one thread, derandomized hypothesis, a fixed seed."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +76,12 @@ def test_a_test_module_stands_alone(path: Path) -> None:
     assert not {name for name in names if any(part.startswith("test_") for part in parts(name, "tests"))}
     assert not {name for name in names if any(map(is_private, parts(name, "torchslim")))} - {"torchslim._version"}
     assert not set(reached(MODULES[path])) & PRIVATE
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_hides_a_module_of_its_name(path: Path) -> None:
+    name = f"torchslim.{'.'.join(path.relative_to(ROOT / 'src' / 'torchslim').with_suffix('').parts)}"
+    package, _, module = name.rpartition(".")
+    if module not in ("__init__", "__main__"):
+        importlib.import_module(name)
+        assert getattr(importlib.import_module(package), module) is sys.modules[name]

@@ -235,8 +235,8 @@ TAKERS: Mapping[str, Callable[[Any], Any]] = {
     "Distill, teachers": lambda model: ts.Distill(teacher=[MODEL, model], epochs=1).check(CTX),
     "Distill, student": lambda model: ts.Distill(student=model, epochs=1).check(CTX),
     "compress, teacher": lambda model: ts.compress(MODEL, TASK, [ts.Distill(epochs=1)], teacher=model),
-    "fit": lambda model: ts.fit(model, squares, TASK.train or (), epochs=1),
-    "fit, companion": lambda model: ts.fit(toy.model(), squares, TASK.train or (), epochs=1, companion=model),
+    "fit": lambda model: ts.fit(model, TASK.train or (), squares, epochs=1),
+    "fit, companion": lambda model: ts.fit(toy.model(), TASK.train or (), squares, epochs=1, companion=model),
 }
 
 
@@ -253,8 +253,8 @@ def test_models_that_cannot_teach_or_learn_are_refused(unfit: str, taker: str) -
 def test_a_wrapped_model_is_trained_without_its_wrapper(wrapped: Callable[[nn.Module], nn.Module]) -> None:
     plain, other = toy.model(), toy.model()
     batches = [toy.images(16, 1)]
-    ts.fit(plain, squares, batches, epochs=1)
-    ts.fit(wrapped(other), squares, batches, epochs=1)
+    ts.fit(plain, batches, squares, epochs=1)
+    ts.fit(wrapped(other), batches, squares, epochs=1)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
     assert not torch.equal(next(plain.parameters()), next(toy.model().parameters()))
 
@@ -326,18 +326,18 @@ MORE: Sequence[tuple[str, Callable[[], Any], str]] = (
     ("classes as outputs", lambda: ts.quantize.sqnr(LOGITS, LABELS), "value must hold a tensor of floating point"),
     ("outputs without values", lambda: ts.quantize.sqnr(LOGITS.to("meta"), LOGITS), "reference is on the meta device"),
     ("outputs without samples", lambda: ts.quantize.sqnr(LOGITS[:0], LOGITS[:0]), "reference is empty"),
-    ("no objective", lambda: ts.fit(MODEL, None, TASK.train, epochs=1), "a function (model, batch)"),
-    ("a class as objective", lambda: ts.fit(MODEL, ts.KD, TASK.train, epochs=1), "a function (model, batch)"),
-    ("a task as objective", lambda: ts.fit(MODEL, TASK, TASK.train, epochs=1), "a function (model, batch)"),
-    ("a criterion as objective", lambda: ts.fit(toy.model(), nn.CrossEntropyLoss(), TASK.train, epochs=1),
+    ("no objective", lambda: ts.fit(MODEL, TASK.train, None, epochs=1), "a function (model, batch)"),
+    ("a class as objective", lambda: ts.fit(MODEL, TASK.train, ts.KD, epochs=1), "a function (model, batch)"),
+    ("a task as objective", lambda: ts.fit(MODEL, TASK.train, TASK, epochs=1), "a function (model, batch)"),
+    ("a criterion as objective", lambda: ts.fit(toy.model(), TASK.train, nn.CrossEntropyLoss(), epochs=1),
      "called with the model and a batch, and returns a dict of named losses"),
-    ("a scalar of an objective", lambda: ts.fit(toy.model(), lambda m, b: m(b[0]).mean(), TASK.train, epochs=1),
+    ("a scalar of an objective", lambda: ts.fit(toy.model(), TASK.train, lambda m, b: m(b[0]).mean(), epochs=1),
      "returns a dict of named losses"),
-    ("an objective of one argument", lambda: ts.fit(toy.model(), lambda m: {}, TASK.train, epochs=1), "objective"),
-    ("batches that the objective cannot take", lambda: ts.fit(toy.model(), squares, [1, 2], epochs=1), "batch 1"),
-    ("a mask without values", lambda: ts.fit(toy.model(), squares, TASK.train, epochs=1, masks={
+    ("an objective of one argument", lambda: ts.fit(toy.model(), TASK.train, lambda m: {}, epochs=1), "objective"),
+    ("batches that the objective cannot take", lambda: ts.fit(toy.model(), [1, 2], squares, epochs=1), "batch 1"),
+    ("a mask without values", lambda: ts.fit(toy.model(), TASK.train, squares, epochs=1, masks={
         "conv2.bias": torch.ones(8, dtype=torch.bool, device="meta")}), "'conv2.bias' is on the meta device"),
-    ("a task that is a class", lambda: ts.fit(MODEL, squares, TASK.train, epochs=1, evaluate=ts.Task), "evaluate"),
+    ("a task that is a class", lambda: ts.fit(MODEL, TASK.train, squares, epochs=1, evaluate=ts.Task), "evaluate"),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A small residual network with batch norm for 28 x 28 grey images (He et al. 2016, arXiv:1512.03385)."""
+"""A small residual network with batch norm for 28 x 28 gray images (He et al. 2016, arXiv:1512.03385)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ EXAMPLE = "\b\nExample:\n  "
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="torchslim")
 def cli(debug: bool) -> None:
-    """Prune, distil and quantize a trained PyTorch model, and measure what ships."""
+    """Prune, distill and quantize a trained PyTorch model, and measure what ships."""
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim run recipe.toml --out out/")
@@ -100,7 +100,7 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
     out = out or Path("runs") / f"{_name(recipe)}-search"
     with _progress() as progress:
         found = look(
-            space, model, task, workdir=out, teacher=teacher, storage=storage, study=study,
+            model, task, space, workdir=out, teacher=teacher, storage=storage, study=study,
             progress=progress if distributed.is_first() else ignore_progress,
         )  # fmt: skip
     if distributed.is_first():
@@ -214,7 +214,7 @@ def inspect(
     current_folder_last()
     made, example_inputs = load_model(model, inputs)
     found = look(made, example_inputs, heads=heads)
-    click.echo(json.dumps(found.to_json(), indent=1) if as_json else printable(found.table(all=everything), lines=True))
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else printable(found.table(all=everything), lines=True))
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim kernels out/")
@@ -229,7 +229,7 @@ def kernels(artifact: Path, trusted: bool, public_key: Path | None, as_json: boo
     from torchslim.artifact.storage import load
 
     executed = lowered(load(artifact, trusted=trusted, public_key=public_key))
-    click.echo(json.dumps(executed.to_json(), indent=1) if as_json else printable(executed.table(), lines=True))
+    click.echo(json.dumps(executed.to_dict(), indent=1) if as_json else printable(executed.table(), lines=True))
 
 
 @cli.command(epilog=f"{EXAMPLE}torchslim sensitivity recipe.toml --measure kl")
@@ -243,7 +243,7 @@ def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> 
 
     Writes sensitivity.json and sensitivity.html. An interrupted analysis resumes.
     """
-    from torchslim.analysis.sensitivity import sensitivity as analyse
+    from torchslim.analysis.sensitivity import sensitivity as analyze
     from torchslim.core.files import write_bytes
     from torchslim.pipeline.document import load_document
     from torchslim.pipeline.recipe import made
@@ -257,14 +257,14 @@ def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> 
         runtime = next(iter(runtime.get("search", ())), "onnxruntime")
     out = out or Path("runs") / (recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name)
     with _progress() as progress:
-        found = analyse(
+        found = analyze(
             model, task, measure=measure, runtime=runtime, seed=document.get("seed", 0), name=document["model"],
             progress=progress,
         )  # fmt: skip
     path = found.save(out / "sensitivity.json")
-    write_bytes(out / "sensitivity.html", render_sensitivity(found.to_json()).encode())
+    write_bytes(out / "sensitivity.html", render_sensitivity(found.to_dict()).encode())
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=1))
+        click.echo(json.dumps(found.to_dict(), indent=1))
     else:
         click.echo(printable(f"{found}\n\nreport: {path.with_suffix('.html')}", lines=True))
 

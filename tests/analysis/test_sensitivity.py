@@ -21,7 +21,7 @@ from torchslim.analysis.activation_cache import Changed, Replays, story_of
 from torchslim.analysis.measures import LARGEST_DB, decibels
 from torchslim.analysis.result import Point, Sensitivity
 from torchslim.errors import SensitivityError, TaskError
-from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.plan import analyze
 from torchslim.quantize import convert, prepare, sqnr
 from torchslim.quantize.layerwise import Passes, damages, noise_of, singles
 
@@ -205,7 +205,7 @@ def test_a_group_is_measured_as_the_model_without_its_channels(measure: Any, tmp
     (point,) = found.points
     assert (point.name, point.kind, point.change, point.amount) == ("conv1.weight[0]", "channels", "50 %", 0.5)
     shrunk = ts.prune.channels(
-        model, (batches[0][0],), sparsity=0.5, of="channels", round_to=1, min_channels=1, normalisation="none"
+        model, (batches[0][0],), sparsity=0.5, of="channels", round_to=1, min_channels=1, normalization="none"
     )
     with torch.no_grad():
         before, after = ([each(x) for x, _ in batches] for each in (model, shrunk))
@@ -291,7 +291,7 @@ def test_models_of_other_families(kind: Any, tmp_path: Path) -> None:
     kinds = {each.kind for each in found.points if each.value is not None}
     assert kinds == {"channels", "layer"}
     assert all(math.isfinite(each.value) for each in found.points if each.value is not None)
-    assert Sensitivity.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert Sensitivity.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 def test_include_and_exclude_say_what_is_looked_at(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_group_that_no_copy_without_it_runs_is_refused_with_the_reason(tmp_pat
             return self.last(self.first(x) + torch.ones(1, len("is six")))  # a size that no number stands for
 
     model = made(Fixed)
-    coupling = probe.settled(analyse(model, (torch.randn(2, 8),)))
+    coupling = probe.settled(analyze(model, (torch.randn(2, 8),)))
     found = ts.sensitivity(model, task(rows(1)), ratios=(0.5,), schemes=("int8-weights",), workdir=tmp_path)
     refused = [each for each in found.points if each.kind == "channels"]
     assert all(each.refused and each.value is None for each in refused)

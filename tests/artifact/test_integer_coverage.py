@@ -134,7 +134,7 @@ def test_it_survives_saving(tmp_path: Any) -> None:
     x = torch.randn(4, 3, 8, 8)
     deployed = ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime")
     ts.save(deployed, tmp_path / "artifact")
-    assert lowered(ts.load(tmp_path / "artifact")).to_json() == lowered(deployed).to_json()
+    assert lowered(ts.load(tmp_path / "artifact")).to_dict() == lowered(deployed).to_dict()
 
 
 def test_the_layer_that_loses_most_comes_first() -> None:
@@ -173,7 +173,7 @@ def test_eager_tells_of_its_dynamic_kernels(tmp_path: Any) -> None:
     assert by_layer["hidden"].kernel == "DynamicLinear"
     assert not by_layer["stem"].integer
     ts.save(deployed, tmp_path / "artifact")
-    assert lowered(ts.load(tmp_path / "artifact")).to_json() == lowered(deployed).to_json()
+    assert lowered(ts.load(tmp_path / "artifact")).to_dict() == lowered(deployed).to_dict()
 
 
 def test_a_module_of_the_name_that_captures_wrap_with_keeps_it() -> None:

@@ -46,7 +46,7 @@ def run_all(accuracy):
 def accuracy(run):
     order = {"random": 99, "lamp": 92, "taylor": 91, "fpgm": 90}
     value = order.get(run.way.criterion, 85) if run.way.side == "ours" else 90
-    options = (run.way.normalisation == "max") * 0.5 + (run.way.reduction == "sum") * 0.25
+    options = (run.way.normalization == "max") * 0.5 + (run.way.reduction == "sum") * 0.25
     return value + options + 0.1 * run.seed - 2 * run.sparsity
 
 
@@ -55,13 +55,13 @@ def test_the_stages_follow_validation_and_never_the_control():
     found = Found(rows)
     assert counts == [
         2 * (len(CRITERIA) + 2),  # all, and the peer's
-        2 * 3 * 2,  # three more normalisations of the best two
+        2 * 3 * 2,  # three more normalizations of the best two
         2 * 3,  # three more reductions of the best of those
         2 * 4 * 5,  # four more seeds of the best three and the peer's two
     ]
-    best = Way(criterion="lamp", normalisation="max", reduction="sum")
+    best = Way(criterion="lamp", normalization="max", reduction="sum")
     assert found.leaders() == [Way(criterion=name) for name in ("lamp", "taylor", "fpgm")]
-    assert found.contestants() == [best, Way(criterion="taylor", normalisation="max"), Way(criterion="fpgm")]
+    assert found.contestants() == [best, Way(criterion="taylor", normalization="max"), Way(criterion="fpgm")]
     assert found.chosen() == best
     assert CONTROL in CRITERIA
 

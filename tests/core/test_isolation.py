@@ -59,7 +59,7 @@ def pruned_tied() -> tuple[nn.Module, Any]:
     return model, TOKENS
 
 
-def normalised() -> tuple[nn.Module, Any]:
+def normalized() -> tuple[nn.Module, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Sequential(weight_norm(nn.Linear(5, 6)), spectral_norm(nn.Linear(6, 4)))
@@ -83,7 +83,7 @@ def remembering() -> tuple[nn.Module, Any]:
     return Remembers(), STEPS
 
 
-MAKERS = [plain, pruned_cnn, pruned_lstm, pruned_tied, normalised, remembering]
+MAKERS = [plain, pruned_cnn, pruned_lstm, pruned_tied, normalized, remembering]
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -70,7 +70,7 @@ def test_every_function_refuses_it(function: str, tmp_path: Path, monkeypatch: p
 def test_searching_refuses_it(tmp_path: Path) -> None:
     recipe = {"step": [{"do": "prune", "sparsity": {"search": [0.3, 0.5]}}], "budget": {"metric_drop": 1.0}}
     with pytest.raises(ts.TorchslimError, match="model must be an nn.Module( or a Deployed)?, got 3"):
-        ts.search(recipe, 3, TASK, workdir=tmp_path)  # type: ignore[arg-type]
+        ts.search(3, TASK, recipe, workdir=tmp_path)  # type: ignore[arg-type]
 
 
 def test_wrappers_come_off() -> None:

@@ -180,7 +180,7 @@ def test_the_students_own_average_teaches() -> None:
     step = ts.Distill(teacher="ema", ema_decay=0.8, feature=AttentionTransfer(), epochs=2, lr=0.01)
     with step.lesson(model, ctx) as lesson:
         ts.fit(
-            model, lesson.objective, lesson.batches, epochs=2, hooks=[Watch(), *lesson.hooks],
+            model, lesson.batches, lesson.objective, epochs=2, hooks=[Watch(), *lesson.hooks],
             companion=lesson.companion,
         )  # fmt: skip
         assert lesson.companion is not None

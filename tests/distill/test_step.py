@@ -206,7 +206,7 @@ def test_a_students_response_falls_towards_its_teacher() -> None:
     assert agree == 1
 
 
-def unlabelled(**fields: Any) -> ts.Context:
+def unlabeled(**fields: Any) -> ts.Context:
     x = torch.randn(8, 4)
     task = ts.Task(val=[(x,)], train=[(x,)], metric=lambda predict, batches: 0.0, **fields)
     return ts.Context(task=task, teacher=nn.Linear(4, 3), example_inputs=(x,))
@@ -218,10 +218,10 @@ def unlabelled(**fields: Any) -> ts.Context:
 )
 def test_labels_that_count_but_are_missing_are_an_error_before_any_work(step: ts.Distill) -> None:
     with pytest.raises(DistillError, match=r"the labels have weight 0.1, but Task.target gives None; set alpha=1"):
-        step.check(unlabelled())
+        step.check(unlabeled())
     with pytest.raises(DistillError, match="the labels have weight"):
-        ts.Prune(sparsity=0.5, train=step).check(unlabelled())
-    step.check(unlabelled(loss=lambda outputs, batch: outputs.mean()))
+        ts.Prune(sparsity=0.5, train=step).check(unlabeled())
+    step.check(unlabeled(loss=lambda outputs, batch: outputs.mean()))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_labels_that_count_but_are_missing_are_an_error_before_any_work(step: ts
     [ts.Distill(response=ts.KD(alpha=1.0)), ts.Distill(label_weight=0.0), ts.Distill(response=scaled_mse)],
 )
 def test_labels_that_do_not_count_are_not_asked_for(step: ts.Distill) -> None:
-    ctx = unlabelled()
+    ctx = unlabeled()
     step.check(ctx)
     outcome = step(nn.Linear(4, 3), replace(ctx))
     assert all(math.isfinite(row["loss_response"]) and "loss_label" not in row for row in outcome.history)
@@ -247,7 +247,7 @@ class Halved:
 
 @pytest.mark.parametrize("response", [Halved(), "tests.distill.test_step:Halved"])
 def test_a_response_may_be_an_object_or_be_named(response: Any) -> None:
-    ctx = unlabelled()
+    ctx = unlabeled()
     (x,) = ctx.task.train[0]
     student = nn.Linear(4, 3)
     with ts.Distill(response=response).lesson(student, ctx) as lesson:
@@ -278,10 +278,10 @@ def test_a_step_that_cannot_work_says_so_when_it_is_made(fields: dict[str, Any],
 )  # fmt: skip
 def test_a_named_response_that_is_not_there_is_an_error_before_any_work(spec: str, message: str) -> None:
     with pytest.raises(DistillError, match=message):
-        ts.Distill(response=spec).check(unlabelled())
+        ts.Distill(response=spec).check(unlabeled())
 
 
 def test_a_teacher_with_other_classes_is_an_error_that_names_both_shapes() -> None:
-    ctx = replace(unlabelled(), teacher=nn.Linear(4, 7))
+    ctx = replace(unlabeled(), teacher=nn.Linear(4, 7))
     with pytest.raises(DistillError, match=r"differ in shape: \(8, 3\), \(8, 7\)"):
         ts.Distill(response=ts.KD(alpha=1.0))(nn.Linear(4, 3), ctx)

@@ -113,7 +113,7 @@ def search(folder: Path) -> Any:
         ],
         "budget": {"metric_drop": 100.0, "minimize": ["metric_drop", "params"], "trials": 2, "finalists": 1},
     }  # fmt: skip
-    return ts.search(recipe, tiny.model(), tiny.task(), workdir=folder, study="s", sampler="random")
+    return ts.search(tiny.model(), tiny.task(), recipe, workdir=folder, study="s", sampler="random")
 
 
 def by_values(found: Any) -> dict[float, Any]:
@@ -131,7 +131,7 @@ def test_a_search_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     found: list[Any] = []
     folder = tmp_path / "whole"
     with monkeypatch.context() as patch:  # this process lives on, and the one that it stands for does not
-        patch.setattr(Worker, "to_json", lambda self: {"host": self.host, "pid": 2**22 + 1, "started": None})
+        patch.setattr(Worker, "to_dict", lambda self: {"host": self.host, "pid": 2**22 + 1, "started": None})
         left = states(lambda: found.append(search(folder)), folder, tmp_path / "album", spared=spared)
     whole = by_values(found[0])
     for state in (left[0], left[len(left) // 2], left[-1]):

@@ -99,11 +99,11 @@ def test_positions_that_hardly_depend_on_each_other_are_no_batch() -> None:
 
 
 def test_samples_that_depend_on_each_other_are_no_batch() -> None:
-    class Normalised(nn.Module):
+    class Normalized(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.softmax(x, 0)
 
-    captured = capture(Normalised(), (torch.randn(3, 4),))
+    captured = capture(Normalized(), (torch.randn(3, 4),))
     # along axis 1 every column stands for itself
     assert captured.batch_axis == 1
 

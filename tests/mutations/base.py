@@ -114,7 +114,7 @@ def replaced(document: Any, path: Path, change: Callable[[Any, str | int], None]
 
 
 def typo(key: str, place: int) -> str:
-    """The key with two neighbours swapped, or a letter more."""
+    """The key with two neighbors swapped, or a letter more."""
     place %= max(len(key) - 1, 1)
     swapped = key[:place] + key[place : place + 2][::-1] + key[place + 2 :]
     return swapped if swapped != key else key + "x"

@@ -88,7 +88,7 @@ def test_every_field_survives_a_recipe() -> None:
         min_channels = 4
         heads = "whole"
         reduction = "sum"
-        normalisation = "max"
+        normalization = "max"
         exclude = ["head"]
         schedule = "iterative"
         rounds = 2
@@ -100,7 +100,7 @@ def test_every_field_survives_a_recipe() -> None:
     (made,) = parse_recipe(text).steps
     assert made == ts.Prune(
         pattern="channel", sparsity=0.6, of="macs", criterion="taylor", scope="layer", round_to=4, min_channels=4,
-        heads="whole", reduction="sum", normalisation="max", exclude=("head",), schedule="iterative", rounds=2,
+        heads="whole", reduction="sum", normalization="max", exclude=("head",), schedule="iterative", rounds=2,
         train=ts.Finetune(epochs=1), sparsify="group-lasso", strength=1e-3, sparsify_train=ts.Distill(epochs=2),
     )  # fmt: skip
     assert canonical(made) != canonical(replace(made, strength=1e-4))
@@ -124,7 +124,7 @@ def test_every_field_survives_a_recipe() -> None:
         ({"min_channels": 0}, "min_channels must be"),
         ({"heads": "half"}, "heads must be one of 'auto', 'whole', 'dim', got 'half'"),
         ({"reduction": "median"}, "reduction must be one of"),
-        ({"normalisation": "l2"}, "normalisation must be one of"),
+        ({"normalization": "l2"}, "normalization must be one of"),
         ({"criterion": "l7"}, "criterion 'l7' is not known"),
         ({"schedule": "gradual", "train": TRAIN}, "'gradual' is not for pattern 'channel': shapes cannot change while"),
         ({"schedule": "iterative"}, "schedule 'iterative' needs train="),
@@ -146,7 +146,7 @@ def test_what_makes_no_sense_for_channels_is_refused(fields: dict[str, Any], mes
 @pytest.mark.parametrize(
     "fields",
     [{"of": "macs"}, {"round_to": 8}, {"min_channels": 8}, {"heads": "auto"}, {"reduction": "mean"},
-     {"normalisation": "mean"}, {"sparsify": "bn-l1"}, {"strength": 1.0}, {"sparsify_train": TRAIN}],
+     {"normalization": "mean"}, {"sparsify": "bn-l1"}, {"strength": 1.0}, {"sparsify_train": TRAIN}],
 )  # fmt: skip
 def test_what_is_of_channels_is_refused_for_weights(pattern: str, fields: dict[str, Any]) -> None:
     (name,) = fields
@@ -164,13 +164,13 @@ def test_the_check_needs_no_work() -> None:
     ctx = context()
     with pytest.raises(SelectError, match="pattern 'stam' matches no layer; near names: stem"):
         step(include="stam").check(ctx)
-    unlabelled = replace(ctx, task=replace(ctx.task, target=lambda batch: None))
+    unlabeled = replace(ctx, task=replace(ctx.task, target=lambda batch: None))
     with pytest.raises(PruneError, match="'taylor' needs labels"):
-        step(criterion="taylor").check(unlabelled)
+        step(criterion="taylor").check(unlabeled)
     for fields in ({"train": TRAIN}, {"sparsify": "bn-l1", "sparsify_train": TRAIN}):
         with pytest.raises(ts.TorchslimError, match="Finetune needs labels"):
-            step(**fields).check(unlabelled)
-    step(criterion="l2", exclude="type:Linear").check(unlabelled)
+            step(**fields).check(unlabeled)
+    step(criterion="l2", exclude="type:Linear").check(unlabeled)
 
 
 @pytest.mark.parametrize("of", ["params", "macs", "channels"])

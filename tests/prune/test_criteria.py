@@ -60,7 +60,7 @@ def test_geometric_median_scores_are_explicit_sums_of_distances(weight: np.ndarr
     assert channels("fpgm", weight, dim) == pytest.approx(expected, abs=1e-6)
 
 
-def test_of_many_filters_the_one_at_the_centre_goes_first() -> None:
+def test_of_many_filters_the_one_at_the_center_goes_first() -> None:
     angles = torch.arange(40) * 2 * torch.pi / 40
     filters = torch.cat([torch.stack([angles.cos(), angles.sin()], 1), torch.zeros(1, 2)]) + 1000  # far from the origin
     scores = channel_scores("fpgm", filters, 0, known())
@@ -242,17 +242,17 @@ def test_members_are_combined_class_by_class(members: list[list[tuple[int, float
     how = {"mean": np.mean, "sum": sum, "max": max, "first": lambda values: values[0]}[reduction]
     expected = [how(values) if values else None for values in said.values()]
     spoken = [each for each in expected if each is not None]
-    found = combine(tensors(members), 5, reduction=reduction, normalisation="none")
+    found = combine(tensors(members), 5, reduction=reduction, normalization="none")
     assert found.dtype == torch.float64
     average = np.mean(spoken) if spoken else 0.0
     assert found.numpy() == pytest.approx([average if each is None else each for each in expected])
 
 
 @given(arrays(np.float64, st.integers(1, 9), elements=st.sampled_from([0.0, 1.0, 1.5, 1e-160, 1e160, -2.0])))
-def test_groups_are_normalised_without_losing_their_order(scores: np.ndarray) -> None:
+def test_groups_are_normalized_without_losing_their_order(scores: np.ndarray) -> None:
     member = [(torch.arange(len(scores)), torch.from_numpy(scores))]
     found = {
-        how: combine(member, len(scores), normalisation=how).numpy() for how in ("none", "mean", "max", "gaussian")
+        how: combine(member, len(scores), normalization=how).numpy() for how in ("none", "mean", "max", "gaussian")
     }
     assert np.array_equal(found["none"], scores)
     order = np.argsort(scores, kind="stable")
@@ -273,7 +273,7 @@ def test_groups_are_normalised_without_losing_their_order(scores: np.ndarray) ->
 @given(st.floats(1e-30, 1e30), st.integers(1, 7))
 def test_equal_scores_stay_equal(how: Any, value: float, size: int) -> None:
     rounded = torch.full((size,), value, dtype=torch.float64) * (1 + 1e-15 * torch.rand(size))
-    found = combine([(torch.arange(size), rounded)], size, normalisation=how)
+    found = combine([(torch.arange(size), rounded)], size, normalization=how)
     assert found.tolist() == pytest.approx([0.0 if how == "gaussian" else 1.0] * size, abs=1e-9)
 
 
@@ -281,8 +281,8 @@ def test_what_cannot_be_combined_is_refused_clearly() -> None:
     member = [(torch.tensor([0]), torch.tensor([1.0]))]
     with pytest.raises(PruneError, match="reduction must be one of 'mean', 'sum', 'max', 'first', got 'median'"):
         combine(member, 1, reduction="median")  # type: ignore[arg-type]
-    with pytest.raises(PruneError, match="normalisation must be one of 'none', 'mean', 'max', 'gaussian', got 'l2'"):
-        combine(member, 1, normalisation="l2")  # type: ignore[arg-type]
+    with pytest.raises(PruneError, match="normalization must be one of 'none', 'mean', 'max', 'gaussian', got 'l2'"):
+        combine(member, 1, normalization="l2")  # type: ignore[arg-type]
     with pytest.raises(PruneError, match="no member of the group has scores"):
         combine([], 3)
 

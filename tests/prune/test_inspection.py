@@ -120,7 +120,7 @@ def test_every_group_may_go_or_has_a_reason() -> None:
 
 def test_the_table_and_the_json_say_the_same() -> None:
     found = ts.prune.inspect(trained_conv(), IMAGES)
-    data = json.loads(json.dumps(found.to_json()))
+    data = json.loads(json.dumps(found.to_dict()))
     assert [each["members"] for each in data["groups"]] == [list(each.members) for each in found.groups]
     assert {each["prunable"] for each in data["groups"]} == {True, False}
     short, full = str(found), found.table(all=True)

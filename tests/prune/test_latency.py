@@ -24,7 +24,7 @@ from torchslim.core.step import Makers
 from torchslim.errors import PruneError
 from torchslim.prune.latency.solve import AIM, BAND, ROUNDS, reach
 from torchslim.prune.latency.table import ALL, Table, load_rows, rows_of
-from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.plan import analyze
 from torchslim.prune.structured.selection import Amount, select
 
 Bill = Callable[[nn.Module], float]
@@ -120,7 +120,7 @@ def test_what_is_measured_counts_not_what_the_table_promises(bias):
 
 
 def test_units_that_are_alike_share_a_row():
-    plan = analyse(chain(), INPUTS)
+    plan = analyze(chain(), INPUTS)
     selection = select(
         plan.coupling(),
         Amount(of="latency"),
@@ -139,7 +139,7 @@ def test_units_that_are_alike_share_a_row():
 
 
 def test_single_units_are_predicted_as_measured_and_few_rounds_are_needed():
-    plan = analyse(chain(), INPUTS)
+    plan = analyze(chain(), INPUTS)
     amount = Amount(of="latency", sparsity=0.5)
     table = Table(plan=plan, amount=amount, workbench=Clock())
     table.learn()
@@ -181,7 +181,7 @@ def test_the_best_of_the_rounds_counts():
         def latency(self, models: Any, reference: Any, *, again: bool = False) -> Any:
             return {"pruned": next(answers)} if again else Clock.latency(self, models, reference)
 
-    plan = analyse(chain(), INPUTS)
+    plan = analyze(chain(), INPUTS)
     amount = Amount(of="latency", sparsity=0.4)
     table = Table(plan=plan, amount=amount, workbench=Jumping())
     found = reach(plan, amount, lambda coupling, group: torch.rand(len(group.classes)).double().numpy(), table)
@@ -200,7 +200,7 @@ def test_where_noise_decides_the_slower_of_two_counts():
         def latency(self, models: Any, reference: Any, *, again: bool = False) -> Any:
             return {"pruned": next(answers)} if again else Clock.latency(self, models, reference)
 
-    plan = analyse(chain(), INPUTS)
+    plan = analyze(chain(), INPUTS)
     amount = Amount(of="latency", sparsity=0.4)
     table = Table(plan=plan, amount=amount, workbench=Noisy())
     found = reach(plan, amount, lambda coupling, group: torch.rand(len(group.classes)).double().numpy(), table)
@@ -274,10 +274,10 @@ def widths(model: nn.Module) -> list[int]:
 
 
 def table(clock: Clock, path: Path, **changes: Any) -> str:
-    plan = analyse(chain(), INPUTS)
+    plan = analyze(chain(), INPUTS)
     known = Table(plan=plan, amount=Amount(of="latency"), workbench=clock)
     known.learn()
-    written = {**known.to_json(clock.about(chain())), "machine": "a board", **changes}
+    written = {**known.to_dict(clock.about(chain())), "machine": "a board", **changes}
     path.write_text(json.dumps(written))
     return str(path)
 

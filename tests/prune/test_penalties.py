@@ -14,7 +14,7 @@ import torchslim as ts
 from tests.support import toy
 from torchslim.errors import PruneError
 from torchslim.prune.structured.penalties import make_penalty
-from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.plan import analyze
 from torchslim.training.loop import Loop
 
 
@@ -44,7 +44,7 @@ def made(name: str, kind: Any, strength: float = 0.01) -> tuple[nn.Module, Any, 
         for each in model.parameters():
             each.copy_(torch.randn_like(each))
     inputs = tuple(each.double() for each in inputs)
-    hook = make_penalty(kind, analyse(model, inputs).coupling(), strength)
+    hook = make_penalty(kind, analyze(model, inputs).coupling(), strength)
     loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
     hook.on_start(loop)
     return model, hook, loop
@@ -107,7 +107,7 @@ def test_a_channel_that_is_gone_has_a_slope_of_zero_and_not_nan() -> None:
     assert bool(model.conv1.weight.grad[0].any())
 
 
-def test_frozen_weights_are_not_penalised() -> None:
+def test_frozen_weights_are_not_penalized() -> None:
     model, hook, loop = made("residual", "bn-l1")
     model.bn1.weight.requires_grad_(False)
     hook.on_start(loop)
@@ -116,7 +116,7 @@ def test_frozen_weights_are_not_penalised() -> None:
 
 def test_bn_l1_needs_batch_norms() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
-    coupling = analyse(model, (torch.randn(2, 4),)).coupling()
+    coupling = analyze(model, (torch.randn(2, 4),)).coupling()
     with pytest.raises(PruneError, match="finds no batch norm with channels that may go; use 'group-lasso'"):
         make_penalty("bn-l1", coupling, 1.0)
 
@@ -128,7 +128,7 @@ def test_a_strong_penalty_makes_channels_fade(kind: str) -> None:
     norms = []
     for strength in (1e-12, 0.03 if kind == "group-lasso" else 0.3):
         model = toy.model()
-        coupling = analyse(model, (toy.images(2, 0)[0],)).coupling()
+        coupling = analyze(model, (toy.images(2, 0)[0],)).coupling()
         ctx = ts.Context(task=task, teacher=model, example_inputs=(), seed=1)
         train = ts.Finetune(epochs=3, optimizer="sgd", lr=0.02)
         report = train.fit(model, ctx, hooks=[make_penalty(kind, coupling, strength)])

@@ -24,7 +24,7 @@ from torchslim.errors import TaskError
 from torchslim.prune.criteria.statistics import Gathered, Statistic, Statistics, gather
 
 EVERYTHING = frozenset(Statistic)
-LABELLED = frozenset(each for each in Statistic if each.needs_loss)
+LABELED = frozenset(each for each in Statistic if each.needs_loss)
 
 
 def of(gathered: Gathered, path: str) -> Statistics:
@@ -46,7 +46,7 @@ SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 @given(SIZES)
 def test_taylor_and_squared_gradients_are_those_of_a_loop_over_batches(sizes: tuple[int, int]) -> None:
     model, batches = toy.model().eval(), split(*sizes)
-    found = gather(model, LABELLED, batches)
+    found = gather(model, LABELED, batches)
     weight = model.conv2.weight
     terms, squares, slices = 0.0, 0.0, [0.0] * 4
     for batch in batches:
@@ -129,7 +129,7 @@ def test_the_input_norm_of_a_convolution_is_that_of_what_each_tap_meets(kind: st
 )  # fmt: skip
 def test_the_input_norm_of_a_transposed_convolution_is_that_of_its_channels(layer: nn.Module, shape: Any) -> None:
     given = torch.randn(3, *shape)
-    found = of(gather(nn.Sequential(layer), EVERYTHING - LABELLED, [(given, torch.zeros(1))]), "0.weight")
+    found = of(gather(nn.Sequential(layer), EVERYTHING - LABELED, [(given, torch.zeros(1))]), "0.weight")
     expected = given.transpose(0, 1).flatten(1).norm(dim=1) / 3**0.5
     assert found.input_norm.dim() == layer.weight.dim()
     torch.testing.assert_close(found.input_norm.flatten(), expected)
@@ -413,5 +413,5 @@ def test_data_that_cannot_be_used_is_refused_clearly(batches: Any, loss: Any, me
 
 def test_nothing_needed_is_nothing_done() -> None:
     assert gather(toy.model(), [], iter(())) == Gathered()
-    unlabelled = gather(toy.model(), EVERYTHING - LABELLED, [(torch.randn(2, 1, 8, 8),)])
-    assert of(unlabelled, "conv1.weight").activation.shape == (8,)
+    unlabeled = gather(toy.model(), EVERYTHING - LABELED, [(torch.randn(2, 1, 8, 8),)])
+    assert of(unlabeled, "conv1.weight").activation.shape == (8,)

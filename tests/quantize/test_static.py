@@ -23,7 +23,7 @@ from torchslim.core.fingerprint import fingerprint
 from torchslim.errors import DeployError, QuantizeError
 from torchslim.quantize import Quantize, QuantizedModule, sqnr, static
 from torchslim.quantize.backend_profiles import PROFILES
-from torchslim.quantize.prepare import convert, prepare
+from torchslim.quantize.preparation import convert, prepare
 from torchslim.quantize.schemes import weight_range
 from torchslim.runtimes import Deployed
 

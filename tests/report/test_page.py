@@ -643,7 +643,7 @@ def test_browser_runs_no_script_of_a_name(browser: webdriver.Chrome, tmp_path: P
         assert shown == findings.labels(run["rows"]), "plots show names as they are"
 
 
-def test_browser_follows_the_colour_scheme(browser: webdriver.Chrome, tmp_path: Path) -> None:
+def test_browser_follows_the_color_scheme(browser: webdriver.Chrome, tmp_path: Path) -> None:
     found = []
     for scheme in ("light", "dark"):
         show(browser, make_run(), tmp_path, scheme=scheme)
@@ -653,5 +653,5 @@ def test_browser_follows_the_colour_scheme(browser: webdriver.Chrome, tmp_path: 
             "return getComputedStyle(document.querySelector('#plot-size .annotation-text')).fill"
         )
         found.append((paper, ink))
-        assert label == ink, "plots take the page's colours"
+        assert label == ink, "plots take the page's colors"
     assert found[0] != found[1]

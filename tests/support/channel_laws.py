@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.dependency.groups import Group
 from torchslim.prune.dependency.trace import named_weights
-from torchslim.prune.structured.plan import Plan, analyse
+from torchslim.prune.structured.plan import Plan, analyze
 from torchslim.prune.structured.removal import Shrunk, shrink
 from torchslim.prune.structured.selection import Amount
 from torchslim.prune.structured.surgery import Surgery
@@ -39,7 +39,7 @@ def remove(
 ) -> tuple[Plan, Shrunk]:
     """A random removal, verified."""
     amount = Amount(sparsity=sparsity, **{"of": "channels", "round_to": 1, "min_channels": 1, **fields})
-    plan = analyse(model, inputs)
+    plan = analyze(model, inputs)
     return plan, shrink(plan, amount, random_scores(seed))
 
 

@@ -53,7 +53,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 
 def make_run(*, metric: str = "accuracy", unit: str = "%") -> dict[str, Any]:
-    """Prune, distil, quantize: a step gains nothing and layers are refused."""
+    """Prune, distill, quantize: a step gains nothing and layers are refused."""
     rows = [
         make_row("baseline", "baseline", accuracy=92.4375, size=46_804_351, latency=12.875, nonzero=11_689_000),
         make_row("prune", "step", accuracy=90.0625, size=46_804_351, latency=12.5, nonzero=5_844_756),

@@ -45,8 +45,8 @@ def test_means_and_unbiased_variances_of_the_batches_are_averaged() -> None:
     # the second norm sees what the first gives in training, and no dropout
     inside = []
     for each in given:
-        centred = (each - each.mean(0)) / (each.var(0, unbiased=False) + norm.eps).sqrt()
-        inside.append(centred @ model.linear.weight.T + model.linear.bias)
+        centered = (each - each.mean(0)) / (each.var(0, unbiased=False) + norm.eps).sqrt()
+        inside.append(centered @ model.linear.weight.T + model.linear.bias)
     torch.testing.assert_close(model.last.running_mean, torch.stack([each.mean(0) for each in inside]).mean(0))
     torch.testing.assert_close(model.last.running_var, torch.stack([each.var(0) for each in inside]).mean(0))
 

@@ -86,7 +86,7 @@ SETTINGS = {
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
     defaults = {"epochs": 3, "settings": SETTINGS["sgd"], "evaluate": task}
-    return ts.fit(model, LabelLoss(task), task.train, **defaults | options)
+    return ts.fit(model, task.train, LabelLoss(task), **defaults | options)
 
 
 def opened(state: Path) -> Any:

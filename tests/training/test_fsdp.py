@@ -126,13 +126,13 @@ def train(
         net.blocks[1].requires_grad_(False)  # type: ignore[union-attr,index]
     own = list(hooks)
     if case.get("penalty"):
-        from torchslim.prune.structured.plan import analyse
+        from torchslim.prune.structured.plan import analyze
 
-        own.append(GroupLasso(analyse(net, data.inputs(next(iter(data.val)))).coupling(), 1e-2))
+        own.append(GroupLasso(analyze(net, data.inputs(next(iter(data.val)))).coupling(), 1e-2))
     held = masks(net) if case.get("masks") else {}
     parameters = dict(net.named_parameters())
     report = ts.fit(
-        net, LabelLoss(data), data.train, epochs=4, evaluate=data if case.get("evaluate", True) else None, hooks=own,
+        net, data.train, LabelLoss(data), epochs=4, evaluate=data if case.get("evaluate", True) else None, hooks=own,
         settings=OptimizerSettings(**{"lr": 1e-2, **case.get("settings", {})}), masks=held, seed=2,
         engine=ts.Engine(accelerator="cpu", strategy=strategy), state=state,
     )  # fmt: skip
@@ -140,7 +140,7 @@ def train(
     assert type(net) is Net
     assert all(not bool(net.state_dict()[name][~mask].any()) for name, mask in held.items())
     again = ts.fit(  # a model that was spread once can be spread again
-        net, LabelLoss(data), data.train, epochs=1, masks=held,
+        net, data.train, LabelLoss(data), epochs=1, masks=held,
         engine=ts.Engine(accelerator="cpu", strategy=strategy),
     ) if case == {} else None  # fmt: skip
     return {"weights": dict(net.state_dict()), "history": [dict(row) for row in report.history],
@@ -196,7 +196,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
         train({"settings": {"optimizer": "sgd", "lr": 1e9}}, "fsdp")
     data = single()
     with pytest.raises(TrainError, match="without calling the block"):
-        ts.fit(Past(), LabelLoss(data), data.train, epochs=1, engine=ts.Engine(accelerator="cpu", strategy="fsdp"))
+        ts.fit(Past(), data.train, LabelLoss(data), epochs=1, engine=ts.Engine(accelerator="cpu", strategy="fsdp"))
     torch.save({"found": found, "bytes": bytes_held}, f"{folder}/{rank}.pt")
     distributed.wait()
     torch.distributed.destroy_process_group()
@@ -378,7 +378,7 @@ def test_one_process_trains_the_model_as_it_is() -> None:
     outcomes = []
     for strategy in ("auto", "fsdp"):
         net, data = small(), single()
-        ts.fit(net, LabelLoss(data), data.train, epochs=1, engine=ts.Engine(accelerator="cpu", strategy=strategy))
+        ts.fit(net, data.train, LabelLoss(data), epochs=1, engine=ts.Engine(accelerator="cpu", strategy=strategy))
         outcomes.append(net.state_dict())
     assert all(torch.equal(outcomes[0][key], outcomes[1][key]) for key in outcomes[0])
 
@@ -387,4 +387,4 @@ def test_the_number_of_devices_must_be_known() -> None:
     data = single()
     engine = ts.Engine(accelerator="cpu", strategy="fsdp", devices="auto")
     with pytest.raises(TrainError, match="number of devices, got 'auto'"):
-        ts.fit(small(), LabelLoss(data), data.train, epochs=1, engine=engine)
+        ts.fit(small(), data.train, LabelLoss(data), epochs=1, engine=engine)

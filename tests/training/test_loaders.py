@@ -22,7 +22,7 @@ from torchslim.training.optimizer import OptimizerSettings
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
     settings = OptimizerSettings(optimizer="sgd", lr=0.05)
-    return ts.fit(model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options)
+    return ts.fit(model, task.train, LabelLoss(task), **{"epochs": 3, "settings": settings, "evaluate": task} | options)
 
 
 class Generators:

@@ -21,7 +21,7 @@ from torchslim.training.optimizer import OptimizerSettings
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
     settings = OptimizerSettings(optimizer="sgd", lr=0.05)
-    return ts.fit(model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options)
+    return ts.fit(model, task.train, LabelLoss(task), **{"epochs": 3, "settings": settings, "evaluate": task} | options)
 
 
 def plain_loop(model: nn.Module, batches: list[Any], epochs: int, settings: OptimizerSettings) -> None:
@@ -157,14 +157,14 @@ def test_an_engine_that_is_not_there_is_an_error(engine: ts.Engine) -> None:
 
 def test_no_data_and_no_labels_are_errors_before_any_work() -> None:
     ctx = ts.Context(task=replace(toy.task(), train=None), teacher=toy.model(), example_inputs=())
-    unlabelled = replace(ctx, task=replace(toy.task(), train=[(torch.randn(4, 1, 8, 8),)]))
+    unlabeled = replace(ctx, task=replace(toy.task(), train=[(torch.randn(4, 1, 8, 8),)]))
     for step in (ts.Finetune(), ts.Distill(), ts.Prune(sparsity=0.5, train=ts.Finetune())):
         with pytest.raises(TaskError, match=r"no train batches; give Task\(train=...\)"):
             step.check(ctx)
     for step in (ts.Finetune(), ts.Prune(sparsity=0.5, train=ts.Finetune())):
         with pytest.raises(TrainError, match="Finetune needs labels, but Task.target gives None"):
-            step.check(unlabelled)
-        step.check(replace(ctx, task=replace(unlabelled.task, loss=lambda outputs, batch: outputs.mean())))
+            step.check(unlabeled)
+        step.check(replace(ctx, task=replace(unlabeled.task, loss=lambda outputs, batch: outputs.mean())))
     with pytest.raises(TaskError, match="train gave no batch"):
         train(toy.model(), replace(toy.task(), train=[]))
 

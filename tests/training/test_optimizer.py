@@ -23,7 +23,7 @@ WARMUPS = st.floats(0, 0.9)
 
 def train(model: nn.Module, task: ts.Task, **options: Any) -> Any:
     settings = OptimizerSettings(optimizer="sgd", lr=0.05)
-    return ts.fit(model, LabelLoss(task), task.train, **{"epochs": 3, "settings": settings, "evaluate": task} | options)
+    return ts.fit(model, task.train, LabelLoss(task), **{"epochs": 3, "settings": settings, "evaluate": task} | options)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -42,7 +42,7 @@ def lasting(data: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> ts.SearchResult:
     """One search, which the tests look at."""
-    return ts.search(document(), model(), task(), workdir=tmp_path_factory.mktemp("search") / "out")
+    return ts.search(model(), task(), document(), workdir=tmp_path_factory.mktemp("search") / "out")
 
 
 def test_the_front_is_of_artifacts_with_recipes_that_run(found: ts.SearchResult) -> None:
@@ -71,13 +71,13 @@ def test_the_front_has_no_member_that_another_dominates(found: ts.SearchResult) 
 
 
 def test_run_again_it_is_done_at_once(found: ts.SearchResult) -> None:
-    again = ts.search(document(), model(), task(), workdir=found.folder)
+    again = ts.search(model(), task(), document(), workdir=found.folder)
     assert lasting(again.data) == lasting(found.data)
     assert all(each.result is None for each in again.front)  # nothing was run
 
 
 def test_the_same_seed_gives_the_same_front(found: ts.SearchResult, tmp_path: Path) -> None:
-    again = ts.search(document(), model(), task(), workdir=tmp_path / "out")
+    again = ts.search(model(), task(), document(), workdir=tmp_path / "out")
     assert lasting(again.data) == lasting(found.data)
 
 
@@ -110,19 +110,19 @@ def test_killed_in_a_trial_it_goes_on_as_undisturbed(found: ts.SearchResult, tmp
 
 def test_a_folder_or_study_of_another_search_is_refused_before_any_work(found: ts.SearchResult, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="belongs to another recipe"):
-        ts.search(document("0.6", "0.7"), model(), task(), workdir=found.folder)
+        ts.search(model(), task(), document("0.6", "0.7"), workdir=found.folder)
     with pytest.raises(RecipeError, match="holds the search of another recipe"):
-        ts.search(document("0.6", "0.7"), model(), task(), workdir=found.folder, study="mine")
+        ts.search(model(), task(), document("0.6", "0.7"), workdir=found.folder, study="mine")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RecipeError, match="holds files that no search of torchslim left there"):
-        ts.search(document(), model(), task(), workdir=tmp_path)
+        ts.search(model(), task(), document(), workdir=tmp_path)
 
 
 def test_budgets_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="5 finalists cannot come from 4 trials"):
-        ts.search(document("finalists = 1", "finalists = 5"), model(), task(), workdir=tmp_path / "a")
+        ts.search(model(), task(), document("finalists = 1", "finalists = 5"), workdir=tmp_path / "a")
     with pytest.raises(RecipeError, match="'inductor' has no file whose size"):
-        ts.search(document("threads = 1", 'runtime = "inductor"'), model(), task(), workdir=tmp_path / "b")
+        ts.search(model(), task(), document("threads = 1", 'runtime = "inductor"'), workdir=tmp_path / "b")
     assert not (tmp_path / "a").exists()
 
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_met_ends_with_the_nearest_and_what_binds(tmp_path: Path)
     change = "metric_drop = 90.0"
     given = document(change, "metric_drop = 90.0\nparams = 10.0\nsize_mb = 0.001")
     given["budget"] |= {"trials": 2}
-    result = ts.search(given, model(), task(), workdir=tmp_path / "out")
+    result = ts.search(model(), task(), given, workdir=tmp_path / "out")
     assert not result.verdict.met
     assert result.best is not None
     assert not result.best.within
@@ -144,7 +144,7 @@ def test_a_space_of_two_runtimes_is_searched_whole_and_each_recipe_once(tmp_path
     given["runtime"] = {"search": ["onnxruntime", "eager"]}
     given["step"] = [{"do": "quantize", "scheme": {"search": ["int8", "int8-weights"]}}]
     given["budget"] |= {"trials": 40, "peak_memory_mb": 4000.0, "finalists": 1}
-    found = ts.search(given, model(), task(), workdir=tmp_path / "out")
+    found = ts.search(model(), task(), given, workdir=tmp_path / "out")
     tried = [(row["parameters"]["runtime"], row["parameters"]["1-quantize.scheme"]) for row in found.data["trials"]]
     assert sorted(tried) == sorted(
         (runtime, scheme) for runtime in ("onnxruntime", "eager") for scheme in ("int8", "int8-weights")
@@ -159,7 +159,7 @@ def test_what_trains_nothing_is_measured_beside_the_finalists(tmp_path: Path) ->
     given = document()
     given["step"][1]["skip"] = {"search": [True, False]}
     given["budget"] |= {"trials": 5}
-    found = ts.search(given, model(), task(), workdir=tmp_path / "out")
+    found = ts.search(model(), task(), given, workdir=tmp_path / "out")
     whole = {row["number"]: row for row in found.data["trials"] if row["stage"] == "whole"}
     assert {row["parameters"]["2-distill.skip"] for row in whole.values()} == {True}
     front = {number for number in whole if (tmp_path / "out" / "front" / f"{number:03d}").exists()}
@@ -227,7 +227,7 @@ def test_trials_that_all_fail_end_the_search(tmp_path: Path) -> None:
     broken["step"][0]["skip"] = False
     broken["step"][0]["sparsity"] = {"search": [0.1, 0.6]}
     with pytest.raises(RecipeError, match="each of the first 3 trials failed; the last"):
-        ts.search(broken, model(), task(), workdir=tmp_path / "out")
+        ts.search(model(), task(), broken, workdir=tmp_path / "out")
 
 
 def test_processes_of_one_training_are_one_worker(tmp_path: Path) -> None:

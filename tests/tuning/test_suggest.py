@@ -252,8 +252,8 @@ def test_outputs_decide_what_the_original_teaches() -> None:
     assert "label_weight" not in numbers
     batch = (torch.randn(16, 16),)
     silent = ts.Task(train=[batch], val=[batch], metric=lambda predict, batches: 0.0)
-    unlabelled = ts.suggest(perceptron(), silent, FAST).document["step"][1]
-    assert (unlabelled["response"], unlabelled["label_weight"]) == ({"do": "mse"}, 0.0)
+    unlabeled = ts.suggest(perceptron(), silent, FAST).document["step"][1]
+    assert (unlabeled["response"], unlabeled["label_weight"]) == ({"do": "mse"}, 0.0)
 
 
 def test_outputs_without_logits_are_taught_by_labels_or_not_at_all() -> None:

@@ -30,7 +30,7 @@ from torchslim.prune.criteria.statistics import Gathered, gather
 from torchslim.prune.dependency.coupling import Coupling, Mask
 from torchslim.prune.dependency.groups import Unit
 from torchslim.prune.structured.attributes import mend
-from torchslim.prune.structured.plan import Plan, analyse
+from torchslim.prune.structured.plan import Plan, analyze
 from torchslim.prune.structured.ranking import Ranking
 from torchslim.prune.structured.selection import Amount, Selection, select
 from torchslim.prune.structured.surgery import cuts_of, perform
@@ -81,7 +81,7 @@ class Sensing:
         """A point for each unit of groups and each ratio, written as `percent` does."""
         few = small(self.model, self.example_inputs)
         try:
-            plan = analyse(self.model, few, include=self.include, exclude=self.exclude)
+            plan = analyze(self.model, few, include=self.include, exclude=self.exclude)
         except PruneError as error:
             self.notes.append(f"no channel group was looked at: {error}")
             return

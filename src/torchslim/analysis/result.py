@@ -109,7 +109,7 @@ class Sensitivity:
         measured = [(each.name, hurt) for each, hurt in rows if hurt is not None]
         return [name for name, _ in sorted(measured, key=lambda row: -row[1])]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain lists, numbers and text."""
         points = [{**asdict(point), "groups": list(point.groups)} for point in self.points]
         head = {"format": FORMAT, "kind": KIND, "torchslim": __version__}
@@ -118,8 +118,8 @@ class Sensitivity:
         return {**head, **own, "points": points, "notes": list(self.notes), "machines": dict(self.machines)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Sensitivity:
-        """The inverse of `to_json`.
+    def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """The inverse of `to_dict`.
 
         Raises:
             SensitivityError: it is something else.
@@ -136,7 +136,7 @@ class Sensitivity:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON."""
-        write_json(Path(path), self.to_json())
+        write_json(Path(path), self.to_dict())
         return Path(path)
 
     @classmethod
@@ -149,7 +149,7 @@ class Sensitivity:
         path = Path(path)
         path = path / "sensitivity.json" if path.is_dir() else path
         try:
-            return cls.from_json(load_sensitivity(path))
+            return cls.from_dict(load_sensitivity(path))
         except (ArtifactError, ValueError) as error:
             raise SensitivityError(
                 f"{path} cannot be read ({error}); write it with ts.sensitivity(...).save(path)"

@@ -39,7 +39,7 @@ class Lowered:
     integer_share: float
     warnings: Sequence[str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a plain dict."""
         return asdict(self)
 
@@ -139,7 +139,7 @@ def _described(layer: Layer, candidates: Sequence[Kernel], reasons: Mapping[str,
         else:
             why = f"{runtime} has no integer kernel for it here"
         why = reasons.get(layer.layer, why)
-    return LayerKernel(**layer.to_json(), kernel=works[0].type if works else "not seen", integer=bool(integer), why=why)
+    return LayerKernel(**layer.to_dict(), kernel=works[0].type if works else "not seen", integer=bool(integer), why=why)
 
 
 def _warnings(

@@ -151,7 +151,7 @@ def write_artifact(
         manifest |= {
             "runtime": deployed.runtime,
             "threads": deployed.threads,
-            "spec": deployed.spec.to_json(),
+            "spec": deployed.spec.to_dict(),
             "quantized": deployed.quantized,
         }
     if module is not None:

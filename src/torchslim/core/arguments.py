@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
@@ -20,27 +22,65 @@ NAMED: Mapping[str, Any] = {"threads": Threads | None, "seed": Seed}  # what the
 TREES = ("example_inputs",)  # arguments that hold tensors, of which none may be empty or without values
 
 
-def checks_arguments(error: type[TorchslimError]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def checks_arguments(
+    error: type[TorchslimError], *, earlier: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator: every argument must be of its declared type, models without NaN, and inputs not empty.
 
-    The values themselves reach the function as they are. What is wrong raises `error`, by the argument's name.
+    The values themselves reach the function as they are. What is wrong raises `error`, by the argument's name; where
+    positional arguments would fit in another order, the message shows the right one. `earlier` names an order that the
+    function took before: such a call still works, with a warning.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
+        names = [*signature.parameters]
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             hints = types_of(function)
             given = signature.bind(*args, **kwargs).arguments  # a missing or unknown argument is a TypeError, as ever
-            for name, value in given.items():
-                if value is not signature.parameters[name].default:
-                    _check(value, NAMED.get(name, hints.get(name, Any)), name, error)
+            try:
+                for name, value in given.items():
+                    if value is not signature.parameters[name].default:
+                        _check(value, NAMED.get(name, hints.get(name, Any)), name, error)
+            except error as wrong:
+                kinds = [hints.get(name, Any) for name in names[: len(args)]]
+                order = _fitting_order(args, kinds)
+                if order is None:
+                    raise
+                new = f"{function.__name__}({', '.join(names[: len(args)])}{', ...' if kwargs else ''})"
+                if [names[order.index(place)] for place in range(len(args))] != [*earlier]:
+                    raise error(f"{wrong}; the arguments are in another order: call {new}") from wrong
+                warnings.warn(f"{function.__name__}({', '.join(earlier)}) is an earlier order of the arguments; "
+                              f"call {new}", DeprecationWarning, stacklevel=2)  # fmt: skip
+                return call(*(args[place] for place in order), **kwargs)  # type: ignore[arg-type]
             return function(*args, **kwargs)
 
         return call
 
     return decorate
+
+
+def _fitting_order(values: Sequence[Any], kinds: Sequence[Any]) -> tuple[int, ...] | None:
+    """The places of the values in the one other order in which each is of its kind; None for no or several orders."""
+
+    def fits(value: Any, kind: Any) -> bool:
+        try:
+            fitting(value, kind)
+        except Misfit:
+            return False
+        return True
+
+    grid = [[fits(value, kind) for value in values] for kind in kinds]
+    if len(values) > 4:  # as many positional arguments as no public function takes
+        return None
+    orders = [
+        order
+        for order in itertools.permutations(range(len(values)))
+        if all(grid[kind][place] for kind, place in enumerate(order)) and order != tuple(range(len(values)))
+    ]
+    return orders[0] if len(orders) == 1 else None
 
 
 def _check(value: Any, kind: Any, name: str, error: type[TorchslimError]) -> None:

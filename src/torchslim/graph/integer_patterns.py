@@ -1,4 +1,4 @@
-"""What a quantized graph says: the operations around an integer weight or a dynamically quantized input, recognised.
+"""What a quantized graph says: the operations around an integer weight or a dynamically quantized input, recognized.
 
 A quantized program computes on dequantized numbers with ATen operations alone, so that it runs anywhere. Each runtime
 looks for these forms and computes them with the integer kernels that it has.

@@ -43,7 +43,7 @@ class Layer:
         """Is it meant to compute on integers?"""
         return self.activations != "float"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a plain dict."""
         return asdict(self)
 

@@ -17,7 +17,7 @@ from torchslim.core.step import Inputs, Workbench
 from torchslim.core.usable import usable
 from torchslim.errors import PruneError
 from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
-from torchslim.prune.criteria.scoring import Normalisation, Reduction
+from torchslim.prune.criteria.scoring import Normalization, Reduction
 from torchslim.prune.criteria.statistics import Gathered, gather
 from torchslim.prune.dependency.resolve import Heads
 from torchslim.prune.masking.masks import NO_DATA, apply_masks, notes
@@ -44,7 +44,7 @@ def channels(
     include: Patterns = None,
     exclude: Patterns = None,
     reduction: Reduction = "mean",
-    normalisation: Normalisation = "mean",
+    normalization: Normalization = "mean",
     batches: Iterable[Batch] | None = None,
     loss: Callable[[Outputs, Batch], Tensor] | None = None,
     seed: int = 0,
@@ -73,7 +73,7 @@ def channels(
         include: patterns of layers; only groups with a member among them lose channels.
         exclude: patterns of layers that keep all their weights. Outputs of the model always stay.
         reduction: over the members of a group: "mean", "sum", "max" or "first".
-        normalisation: of a group's scores, to be ranked with others: "none", "mean", "max" or "gaussian".
+        normalization: of a group's scores, to be ranked with others: "none", "mean", "max" or "gaussian".
         batches: for criteria that need data; read as a `Task` reads them.
         loss: for criteria that need gradients: loss(outputs, batch); default cross-entropy.
         seed: of the "random" criterion.
@@ -94,7 +94,7 @@ def channels(
         include=include,
         exclude=exclude,
         reduction=reduction,
-        normalisation=normalisation,
+        normalization=normalization,
         unseen=unseen,
     )
     if (of == "latency") != (workbench is not None):

@@ -17,7 +17,7 @@ from torchslim.errors import PruneError
 from torchslim.prune.channel_step import PruneChannels, SparsePenalty
 from torchslim.prune.criteria.gathering import gather_for
 from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
-from torchslim.prune.criteria.scoring import Normalisation, Reduction
+from torchslim.prune.criteria.scoring import Normalization, Reduction
 from torchslim.prune.criteria.statistics import Gathered
 from torchslim.prune.dependency.resolve import Heads
 from torchslim.prune.masking.masks import NO_DATA, Masks
@@ -36,13 +36,13 @@ WEIGHTS = ("sparsity", "threshold", "criterion", "n", "dim", "scope", "include",
 AMOUNT = ("of", "scope", "round_to", "min_channels")
 """Fields of `Amount`."""
 
-OPTIONS = ("criterion", "heads", "include", "exclude", "reduction", "normalisation", "unseen")
+OPTIONS = ("criterion", "heads", "include", "exclude", "reduction", "normalization", "unseen")
 """Fields that `ChannelOptions` takes as they are."""
 
 CHANNELS_ONLY = (
     "heads",
     "reduction",
-    "normalisation",
+    "normalization",
     "sparsify",
     "strength",
     "sparsify_train",
@@ -83,7 +83,7 @@ class Prune:
         min_channels: of channels, as for `ts.prune.channels`.
         heads: of channels, as for `ts.prune.channels`.
         reduction: of channels, as for `ts.prune.channels`.
-        normalisation: of channels, as for `ts.prune.channels`.
+        normalization: of channels, as for `ts.prune.channels`.
         sparsify: of channels: "group-lasso" or "bn-l1" is added, times `strength` (1e-4), to the loss of a training
             before the cut, `sparsify_train` or else `train`, and of the trainings between rounds.
         unseen: of channels, as for `ts.prune.channels`; further calls of the model are the task's `examples`.
@@ -112,7 +112,7 @@ class Prune:
     min_channels: int | None = None
     heads: Heads | None = None
     reduction: Reduction | None = None
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     sparsify: Sparsify | None = None
     strength: float | None = None
     sparsify_train: Training | None = None

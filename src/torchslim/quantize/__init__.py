@@ -4,7 +4,7 @@ from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.functional import dynamic, sqnr, static, weights
 from torchslim.quantize.modules import Prepared, QuantizedModule
-from torchslim.quantize.prepare import convert, prepare
+from torchslim.quantize.preparation import convert, prepare
 from torchslim.quantize.schemes import SCHEMES
 from torchslim.quantize.step import Quantize
 

@@ -89,7 +89,7 @@ def _foldable(layer: Node, norm: Node) -> bool:
         return False
     if any(isinstance(each, Node) and each.op != "get_attr" for each in (bias, *norm.args[1:5])):
         return False
-    if norm.args[3] is None or norm.args[4] is None:  # no running statistics: it normalises each batch by itself
+    if norm.args[3] is None or norm.args[4] is None:  # no running statistics: it normalizes each batch by itself
         return False
     if found.kind == "linear":  # a batch norm's channels are dimension 1
         return len(shape_of(layer)) == 2

@@ -157,7 +157,7 @@ def entropy_clip(
     - what lies beyond goes to the outermost bins that are not empty, or the divergence would be infinite just where a
       lone outlier ought to be cut off;
     - Q is not scaled up to a sum of 1 again: a range that keeps one bin, or none, would seem perfect;
-    - bin 0 gets the counts of its neighbours: zero is exact, and its peak after a relu says nothing of a range.
+    - bin 0 gets the counts of its neighbors: zero is exact, and its peak after a relu says nothing of a range.
     """
     bins, counts = histogram.shape[1] // 2 + 1, histogram[0].double()
     counts[bins - 1] = counts[bins - 2] + counts[bins]

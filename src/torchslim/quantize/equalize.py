@@ -178,7 +178,7 @@ def _normed(norm: Node) -> _Normed | None:
         affine = affine if affine[0] is not None else [None]
     elif norm.target is aten.rms_norm.default:
         affine = [argument(norm, 2)]
-    elif norm.target is aten.mul.Tensor:  # a norm written by hand ends in weight * normalised
+    elif norm.target is aten.mul.Tensor:  # a norm written by hand ends in weight * normalized
         affine = [node for node in norm.all_input_nodes if node.op == "get_attr" and len(shape_of(node)) == 1]
     else:
         return None

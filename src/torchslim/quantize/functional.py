@@ -20,7 +20,7 @@ from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.conversion import integers
 from torchslim.quantize.modules import Prepared, QuantizedModule
-from torchslim.quantize.prepare import Layers, prepare
+from torchslim.quantize.preparation import Layers, prepare
 from torchslim.quantize.schemes import SCHEMES
 
 

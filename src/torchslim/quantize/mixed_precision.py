@@ -20,7 +20,7 @@ from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Context, Event
 from torchslim.errors import SelectError, StorageError
 from torchslim.quantize.modules import Prepared
-from torchslim.quantize.prepare import convert
+from torchslim.quantize.preparation import convert
 from torchslim.quantize.schemes import FLOAT, find_scheme
 from torchslim.training.calibration import calibration_of
 from torchslim.training.loaders import seeded_splits

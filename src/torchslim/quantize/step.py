@@ -24,7 +24,7 @@ from torchslim.quantize.checks import Checks
 from torchslim.quantize.functional import converted, decibels
 from torchslim.quantize.mixed_precision import KEPT, WIDENINGS, Trials, fallback, fewest
 from torchslim.quantize.modules import Prepared, QuantizedModule
-from torchslim.quantize.prepare import Layers, chooser, prepare
+from torchslim.quantize.preparation import Layers, chooser, prepare
 from torchslim.quantize.schemes import FLOAT, OBSERVERS, find_scheme
 from torchslim.training.calibration import calibration_of
 from torchslim.training.finetune import Training
@@ -53,7 +53,7 @@ class Quantize:
         smooth: move outliers behind norms into weights (SmoothQuant): how much of them, 0 to 1, or "off".
         rounding: of weights, with "ptq": to "nearest", by "gptq" or "adaround".
         correct_biases: with "ptq", take back the mean error of the outputs (Nagel 2019).
-        train: with "qat", how it trains; by default it distils the context's teacher for three epochs.
+        train: with "qat", how it trains; by default it distills the context's teacher for three epochs.
         learned_step: with "qat", the scales of weights are learned, too (LSQ).
         norms_until: the fraction of the training after which batch norms keep their statistics.
         ranges_until: the fraction of the training after which the grids stay as they are.

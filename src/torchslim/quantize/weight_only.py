@@ -99,8 +99,8 @@ def emit(model: GraphModule, node: Node, values: Tensor, scale: Tensor, *, group
         grouped = add(aten.view.default, add(aten.stack.default, halves, -1), [rows, groups, group_size])
         # not `to`: an export puts an assertion beside it, which keeps the whole chain alive
         floats = add(aten._to_copy.default, grouped, dtype=torch.float32)
-        centred = add(aten.sub.Tensor, floats, OFFSET)
-        last = add(aten.mul.Tensor, centred, add(aten.unsqueeze.default, scales, -1))
+        centered = add(aten.sub.Tensor, floats, OFFSET)
+        last = add(aten.mul.Tensor, centered, add(aten.unsqueeze.default, scales, -1))
         last = add(aten.view.default, last, [rows, groups * group_size])
         if groups * group_size != length:
             last = add(aten.slice.Tensor, last, 1, 0, length)

@@ -86,11 +86,11 @@ def gptq(weight: Tensor, scales: Tensor, second: Tensor, low: int, high: int, da
 
 def adaround(
     weight: Tensor, scales: Tensor, second: Tensor, low: int, high: int, *, steps: int = 1000, lr: float = 3e-2,
-    regularisation: float = 0.1,
+    regularization: float = 0.1,
 ) -> Tensor:  # fmt: skip
     """Learn for each weight whether it is rounded up or down.
 
-    Minimises the squared output error plus a term that drives h(v) to 0 or 1, h the rectified sigmoid. Source: Nagel et
+    Minimizes the squared output error plus a term that drives h(v) to 0 or 1, h the rectified sigmoid. Source: Nagel et
     al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv:2004.10568, eq. 21-24.
 
     Args:
@@ -101,7 +101,7 @@ def adaround(
         high: the largest integer.
         steps: of Adam.
         lr: of Adam.
-        regularisation: lambda, relative to the error of rounding to nearest.
+        regularization: lambda, relative to the error of rounding to nearest.
 
     Returns the integers, (rows, inputs), as floats.
     """
@@ -127,7 +127,7 @@ def adaround(
         loss = 2 * ((values.detach() @ moments) * values).sum() / reference
         if progress > 0.2:  # beta falls from 20 to 2
             beta = 2 + 18 * (1 - (progress - 0.2) / 0.8)
-            loss = loss + regularisation * (1 - (2 * up - 1).abs().pow(beta)).sum() / learned.shape[0]
+            loss = loss + regularization * (1 - (2 * up - 1).abs().pow(beta)).sum() / learned.shape[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -5,9 +5,9 @@ from typing import Any
 
 from torchslim.report.load import RUN_FORMAT, kind_of, load_run, load_search, load_sensitivity
 from torchslim.report.page import render
+from torchslim.report.run_table import table
 from torchslim.report.search_page import render_search, search_table
 from torchslim.report.sensitivity_page import render_sensitivity, sensitivity_table
-from torchslim.report.table import table
 
 REPORTS: Mapping[str, tuple[Callable[..., dict[str, Any]], Callable[..., str], Callable[..., str]]] = {
     "run": (load_run, render, table),

@@ -26,7 +26,7 @@ const plots = (() => {
 
   const draw = (element, traces, shape) => Plotly.react(element, traces, shape, { displayModeBar: false });
 
-  // draws now, and again when the window or the colours change
+  // draws now, and again when the window or the colors change
   function keep(all) {
     let waiting = 0;
     const again = () => { clearTimeout(waiting); waiting = setTimeout(all, 80); };

@@ -10,7 +10,7 @@ from torchslim.core.budget import BOUNDS, UNITS
 from torchslim.report.html import fill, machine_facts
 from torchslim.report.numbers import TO, Entry, counted, metric_text, significant, spread, value_of, with_unit
 from torchslim.report.page import Cell, Column
-from torchslim.report.table import ABSENT, aligned, plain
+from torchslim.report.run_table import ABSENT, aligned, plain
 
 Search = dict[str, Any]
 Member = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torchslim.report.html import fill, machine_facts
 from torchslim.report.numbers import exact, metric_text, significant, with_unit
-from torchslim.report.table import ABSENT, aligned, plain
+from torchslim.report.run_table import ABSENT, aligned, plain
 
 Sensitivity = dict[str, Any]
 Point = dict[str, Any]
@@ -155,7 +155,7 @@ def _write(data: Sensitivity, value: float) -> str:
 
 
 def _ends(data: Sensitivity, largest: float) -> tuple[str, str]:
-    """What the palest and the deepest colour stand for."""
+    """What the palest and the deepest color stand for."""
     if data["measure"] == "sqnr":
         return f"{HARMLESS_DB:.0f} dB and more", "0 dB and less"
     return "nothing lost", f"{with_unit(significant(largest), _unit(data))} lost" if largest else "nothing lost"

@@ -77,12 +77,12 @@ class Spec:
                 if parameters[name].kind not in varying and _is_default(captured, name, parameters[name].default)
             ],
             notes=list(captured.notes),
-            layers=[layer.to_json() for layer in layers_of(captured.program, captured.batch_axis)],
+            layers=[layer.to_dict() for layer in layers_of(captured.program, captured.batch_axis)],
             structure=structure_of(captured.program),
             bfloat16=[n for n, each in enumerate(captured.outputs_of_program()) if each.dtype == torch.bfloat16],
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a plain dict."""
         return asdict(self)
 

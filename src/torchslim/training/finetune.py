@@ -88,8 +88,8 @@ class Training:
         with self.lesson(model, ctx) as lesson:
             report = fit(
                 model,
-                lesson.objective,
                 lesson.batches,
+                lesson.objective,
                 epochs=self.epochs,
                 settings=self.settings(),
                 evaluate=ctx.task if self.keep == "best" else None,

@@ -129,8 +129,8 @@ class LabelLoss:
 @checks_arguments(TrainError)
 def fit(
     model: nn.Module,
-    objective: Objective,
     batches: Iterable[Batch],
+    objective: Objective,
     *,
     epochs: int,
     settings: OptimizerSettings | None = None,
@@ -148,12 +148,13 @@ def fit(
 ) -> FitReport:
     """Train `model` in place for `epochs`; with `evaluate`, end with the best epoch's weights by its val metric.
 
-    Each epoch runs under its own seed, so a run that resumes from `state` (written after every epoch) ends with
-    the same weights as an undisturbed one. The file is sealed with `key`: where it is damaged, or was written under
-    another key, a warning says so and the training starts over. Weights whose mask is False stay zero. The global
-    random state is left as it was; the model returns to its device and its train/eval modes. What else learns, such as
-    the projections of a loss, is the `companion`: in the optimizer and in the checkpoints, but no part of the model.
-    A model that `torch.compile` or `DataParallel` has wrapped is trained without the wrapper; both share the weights.
+    `objective(model, batch)` returns the named losses of a batch, which are added up. Each epoch runs under its own
+    seed, so a run that resumes from `state` (written after every epoch) ends with the same weights as an undisturbed
+    one. The file is sealed with `key`: where it is damaged, or was written under another key, a warning says so and the
+    training starts over. Weights whose mask is False stay zero. The global random state is left as it was; the model
+    returns to its device and its train/eval modes. What else learns, such as the projections of a loss, is the
+    `companion`: in the optimizer and in the checkpoints, but no part of the model. A model that `torch.compile` or
+    `DataParallel` has wrapped is trained without the wrapper; both share the weights.
 
     Processes that torchrun has started train jointly, and all end with the same weights. With the strategy "fsdp" the
     model is spread over them until the end; an error on the way leaves it without weights.

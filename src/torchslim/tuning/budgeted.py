@@ -15,7 +15,7 @@ from torchslim.errors import RecipeError
 from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.runner import run_steps
-from torchslim.tuning.search import search
+from torchslim.tuning.search_loop import search
 from torchslim.tuning.space import make_space
 from torchslim.tuning.suggest import suggest
 
@@ -36,7 +36,7 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
     folder = Path(options.workdir or keep.name)  # type: ignore[union-attr]
     space = make_space(document, "the suggested recipe")
     found = search(
-        space, model, task, workdir=folder, teacher=options.teacher, example_inputs=options.example_inputs,
+        model, task, space, workdir=folder, teacher=options.teacher, example_inputs=options.example_inputs,
         dynamic_shapes=options.dynamic_shapes, progress=options.progress,
     )  # fmt: skip
     best = found.best

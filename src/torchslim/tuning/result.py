@@ -144,7 +144,7 @@ def data_of(
         "kind": "search",
         "torchslim": __version__,
         "recipe": {key: space.document.get(key) for key in ("model", "task")},
-        "space": [parameter.to_json() for parameter in space.parameters],
+        "space": [parameter.to_dict() for parameter in space.parameters],
         "budget": {
             field_.name: value for field_ in fields(budget)
             if (value := getattr(budget, field_.name)) not in (None, ())

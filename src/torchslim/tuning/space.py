@@ -66,7 +66,7 @@ class Parameter:
         """A value at random, for checks."""
         return generator.choice((*self.ends, self.at(0.5)))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For reports."""
         if self.kind == "choice":
             return {"name": self.name, "kind": self.kind, "choices": list(self.choices)}

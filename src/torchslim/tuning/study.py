@@ -113,7 +113,7 @@ class Worker:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """With when it was started: numbers of processes are used again."""
         return {"host": self.host, "pid": self.pid, "started": started(self.pid)}
 
@@ -156,7 +156,7 @@ class Ledger:
         self.parameters, self.trials, self.seed = parameters, trials, seed
         self.sampler, self.bounds, self.beat, self.name = sampler, bounds, beat, name
         self.objectives, self.budget = objectives, budget
-        self.storage, self.worker = storage, Worker().to_json()
+        self.storage, self.worker = storage, Worker().to_dict()
         self.seen: dict[int, tuple[Any, float]] = {}
         self.given: dict[int, dict[str, Any]] = {}  # the values of this worker's trials, as they are stored
         self.ignored: dict[int, str] = {}  # trials that are of no use, and why

@@ -274,14 +274,14 @@ def _schooling(model: nn.Module, task: Task, inputs: Inputs) -> Schooling:
         except TaskError:
             logits = None
     target = task.target(first)
-    labelled = task.loss is not None or isinstance(target, Tensor)
+    labeled = task.loss is not None or isinstance(target, Tensor)
     epochs = min(max(math.ceil(UPDATES / _length(task.train)), EPOCHS[0]), EPOCHS[1])
     if logits is not None:
         classes = isinstance(target, Tensor) and not target.is_floating_point() and logits.dim() == target.dim() + 1
         response = {"do": "kd", "temperature": 4.0, "alpha": 0.9} if classes else {"do": "mse"}
-        table: Document = {"do": "distill", "response": response} | ({} if labelled else {"label_weight": 0.0})
-        return Schooling(table=table, epochs=epochs, about=f"training data {'with' if labelled else 'without'} labels")
-    if labelled:
+        table: Document = {"do": "distill", "response": response} | ({} if labeled else {"label_weight": 0.0})
+        return Schooling(table=table, epochs=epochs, about=f"training data {'with' if labeled else 'without'} labels")
+    if labeled:
         return Schooling(table={"do": "finetune"}, epochs=epochs, about="training data, outputs that only labels teach")
     return Schooling(table=None, epochs=0, about="training data without labels, and outputs that no teacher can teach")
 
@@ -322,7 +322,7 @@ def _pruning(mix: Mix, schooling: Schooling, budget: Budget) -> tuple[Document |
     low = 0.2 if high >= 0.4 else 0.05
     table |= {"sparsity": {"search": [low, high]}, "skip": {"search": [False, True]}}
     if mix.main == "convolution":
-        table |= {"criterion": "lamp", "normalisation": "max"}
+        table |= {"criterion": "lamp", "normalization": "max"}
     return table, f"remove {what} with {low:.0%} to {high:.0%} of the {_words(of)}", ""
 
 

@@ -16,7 +16,7 @@ from tests.support.channel_laws import scramble
 from tests.support.random_networks import conv_networks, token_networks
 from torchslim.errors import PruneError
 from torchslim.prune import ChannelGroup
-from torchslim.prune.structured.plan import Plan, analyse
+from torchslim.prune.structured.plan import Plan, analyze
 from torchslim.prune.structured.proof import settle
 from torchslim.prune.structured.removal import Stuck, shrink
 from torchslim.prune.structured.selection import Amount
@@ -26,7 +26,7 @@ NETWORKS = st.one_of(conv_networks(), token_networks())
 
 def alone(model: nn.Module, inputs: tuple[object, ...], wanted: Sequence[ChannelGroup]) -> Plan:
     """What `inspect` found, with nothing free but these groups."""
-    plan = analyse(model, inputs)
+    plan = analyze(model, inputs)
     settle(plan)
     known = {(each.members, each.width) for each in wanted}
     for group in plan.coupling().groups:
@@ -122,7 +122,7 @@ def test_a_settled_plan_says_of_all_that_failed_why() -> None:
                 raise ValueError("even widths, please")
             return self.o(h)
 
-    plan = analyse(Even().eval(), (torch.randn(2, 4),))
+    plan = analyze(Even().eval(), (torch.randn(2, 4),))
     assert not settle(plan).units
     assert any("even widths, please" in each.reason for each in plan.coupling().groups)
     with pytest.raises(Stuck, match="even widths, please"):

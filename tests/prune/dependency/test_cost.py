@@ -14,7 +14,7 @@ import torchslim as ts
 from torchslim.core.isolation import copy_model, is_plain
 from torchslim.prune.dependency import verification
 from torchslim.prune.dependency.leaves import filled, leaves
-from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.plan import analyze
 
 Pair = namedtuple("Pair", "left right")
 
@@ -58,7 +58,7 @@ def test_containers_are_filled_as_they_were_emptied():
 
 
 def test_what_is_kept_is_remembered_only_while_it_cannot_change():
-    plan = analyse(chain(nn.BatchNorm2d, 1), (torch.randn(2, 3, 8, 8),))
+    plan = analyze(chain(nn.BatchNorm2d, 1), (torch.randn(2, 3, 8, 8),))
     coupling = plan.coupling()
     value = coupling.trace.weights["0.weight"]
     removed = np.zeros(coupling.atoms.count, dtype=bool)
@@ -107,9 +107,9 @@ def test_tied_weights_stay_tied_in_a_model_for_the_check():
 
 def test_a_plain_model_is_not_copied_for_its_analysis():
     model, inputs = chain(nn.BatchNorm2d, 1), (torch.ones(1, 3, 8, 8),)
-    assert analyse(model, inputs).model is model
+    assert analyze(model, inputs).model is model
     torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
     assert not is_plain(model)
-    masked = analyse(model, inputs).model
+    masked = analyze(model, inputs).model
     assert masked is not model
     assert is_plain(masked)

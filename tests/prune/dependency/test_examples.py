@@ -14,7 +14,7 @@ import torchslim as ts
 from tests.support import toy
 from tests.support.channel_laws import assert_equals_masked, random_scores, scramble
 from torchslim.errors import PruneError
-from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.plan import analyze
 from torchslim.prune.structured.removal import shrink
 from torchslim.prune.structured.selection import Amount
 
@@ -135,7 +135,7 @@ def test_examples_bring_in_what_one_call_does_not_reach(name: str) -> None:
     cut = {each["weight"] for each in ts.surgery(shrunk)["rounds"][0]["cuts"]}
     assert {key for key, each in model.named_parameters() if each.dim() > 1} <= cut  # all know of one another
     assert ts.prune.inspect(model, (X,), examples=examples).unreached == ()
-    plan = analyse(model, (X,), examples=examples)
+    plan = analyze(model, (X,), examples=examples)
     done = shrink(plan, Amount(**FIELDS), random_scores(0))
     assert done.error < 1e-6
     for example in examples:
@@ -172,7 +172,7 @@ def test_a_method_without_weights_of_its_own_is_named_too() -> None:
     with pytest.warns(UserWarning, match="methods encode: whether they still run was not checked"):
         ts.prune.channels(Coder(), (torch.randn(2, 6),), **FIELDS)
     encoded = {"method": "encode", "args": (torch.randn(2, 6),)}
-    found = analyse(Coder(), (torch.randn(2, 6),), examples=[encoded]).coupling().groups
+    found = analyze(Coder(), (torch.randn(2, 6),), examples=[encoded]).coupling().groups
     assert "reaches an output" in next(each.reason for each in found if each.name == "down.weight[0]")
 
 

@@ -19,7 +19,7 @@ from torchslim.artifact import model_size
 from torchslim.errors import PruneError, SelectError
 from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.dependency.trace import named_weights
-from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.plan import analyze
 from torchslim.prune.structured.record import replay
 
 
@@ -191,7 +191,7 @@ def test_names_of_attributes_and_layers_do_not_matter() -> None:
     found = []
     for model in (plain, renamed.eval()):
         shrunk = ts.prune.channels(model, inputs, 0.5, round_to=1, min_channels=1)
-        found.append((partition(analyse(model, inputs).coupling()), model_size.parameters(shrunk)))
+        found.append((partition(analyze(model, inputs).coupling()), model_size.parameters(shrunk)))
     assert found[0] == found[1]
 
 
@@ -260,7 +260,7 @@ def budget_model() -> tuple[nn.Module, Any]:
 def test_budgets_are_met_within_one_step_by_another_count(of: Any, scope: Any, sparsity: float) -> None:
     model, inputs = budget_model()
     shrunk = ts.prune.channels(model, inputs, sparsity, of=of, scope=scope, round_to=1, min_channels=1)
-    units = analyse(model, inputs).coupling().units
+    units = analyze(model, inputs).coupling().units
     if of == "params":
         left = model_size.parameters(shrunk) / model_size.parameters(model)
     elif of == "macs":
@@ -335,7 +335,7 @@ def test_what_the_check_refuses_is_not_called_too_little() -> None:
 def test_a_tied_weight_is_excluded_by_any_of_its_names() -> None:
     model, inputs = models.Tied(), (torch.randint(5, (2, 4)),)
     for name in ("embed", "head"):
-        groups = analyse(model, inputs, exclude=name).coupling().groups
+        groups = analyze(model, inputs, exclude=name).coupling().groups
         assert all(each.reason for each in groups if any("embed" in member.weight for member in each.members))
     with pytest.raises(SelectError, match="matches no layer"):
         ts.prune.channels(model, inputs, exclude="hed")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import torchslim as ts
 from tests.support.channel_laws import assert_runs, remove, scramble
 from torchslim.artifact import model_size
-from torchslim.prune.structured.plan import analyse
+from torchslim.prune.structured.plan import analyze
 from torchslim.prune.structured.removal import tolerance
 from torchslim.prune.structured.selection import Amount
 
@@ -101,7 +101,7 @@ def test_the_least_channels_are_counted_in_channels() -> None:
 
 def test_a_target_is_missed_by_more_than_one_step_of_one_unit_only_with_a_warning() -> None:
     model, inputs = unet(32, 64, 8)
-    plan = analyse(model, inputs)
+    plan = analyze(model, inputs)
     assert tolerance(plan, plan.coupling(), Amount()) < 0.1
     with pytest.warns(UserWarning, match="cannot be reached"):
         ts.prune.channels(model, inputs, 0.9, min_channels=16)

@@ -32,7 +32,7 @@ def pieces(x: Tensor, count: int) -> Tensor:
     return x.view(batch, count, wide // count, *space)
 
 
-def neighbours(x: Tensor, count: int) -> Tensor:
+def neighbors(x: Tensor, count: int) -> Tensor:
     batch, wide, *space = x.shape
     return x.view(batch, wide // count, count, *space)
 
@@ -51,7 +51,7 @@ class Filter(nn.Module):
 
 BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {  # and how many channels come out of 16
     "maxout": (lambda x: pieces(x, 2).max(1).values, 8),
-    "maxout of neighbours": (lambda x: neighbours(x, 2).max(2).values, 8),
+    "maxout of neighbors": (lambda x: neighbors(x, 2).max(2).values, 8),
     "maxout by amax": (lambda x: pieces(x, 4).amax(1), 4),
     "maxout by chunk": (lambda x: torch.maximum(*x.chunk(2, 1)), 8),
     "maxout of a stack": (lambda x: torch.stack(x.chunk(4, 1)).max(0)[0], 4),

@@ -31,7 +31,7 @@ CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpos
 
 @dataclass(frozen=True, slots=True)
 class _Width:
-    """Of the last output of something that multiplies or normalises: its channels, their stride, and its kind."""
+    """Of the last output of something that multiplies or normalizes: its channels, their stride, and its kind."""
 
     kind: type
     channels: int
@@ -163,7 +163,7 @@ def _owners(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _width(owner: Any, output: Tensor | None) -> _Width | None:
-    """How many channels what multiplies or normalises puts out; None for anything else."""
+    """How many channels what multiplies or normalizes puts out; None for anything else."""
     if isinstance(owner, Node):
         name, value = str(owner.target), owner.meta["val"]
         if any(f".{each}." in f"{name}." for each in CONVOLUTIONS):

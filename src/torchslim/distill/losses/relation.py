@@ -92,7 +92,7 @@ def _inverse_distances(gram: Tensor) -> Tensor:
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of both batches' row-normalised Gram matrices.
+    """Mean squared difference of both batches' row-normalized Gram matrices.
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Tung & Mori 2019, arXiv:1907.09682, section 3.
     """
@@ -101,7 +101,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of the chances that one sample picks another as its neighbour, mean over samples.
+    """KL(teacher || student) of the chances that one sample picks another as its neighbor, mean over samples.
 
     The chance is proportional to (1 + cosine) / 2; a sample does not pick itself.
 
@@ -118,7 +118,7 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
     """Mean squared difference of the correlations of all pairs, by a Gaussian kernel as its Taylor series.
 
-    exp(-2 gamma) * sum over p <= order of (2 gamma)^p / p! * cosine^p, of normalised features.
+    exp(-2 gamma) * sum over p <= order of (2 gamma)^p / p! * cosine^p, of normalized features.
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Peng et al. 2019, arXiv:1904.01802, section 3.
     """
@@ -132,9 +132,9 @@ def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0
 
 
 def listwise_ranking(student: Tensor, teacher: Tensor, *, alpha: float = 3.0, beta: float = 3.0) -> Tensor:
-    """How unlikely the student's similarities make the teacher's order of neighbours, mean over samples and places.
+    """How unlikely the student's similarities make the teacher's order of neighbors, mean over samples and places.
 
-    Scores are -alpha * distance^beta of normalised features; the likelihood of an order is Plackett and Luce's.
+    Scores are -alpha * distance^beta of normalized features; the likelihood of an order is Plackett and Luce's.
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Chen et al. 2018 (DarkRank), arXiv:1707.01220, section 4, the
     hard form.
@@ -172,8 +172,8 @@ def _distances(rows: Tensor) -> Tensor:
 
 def _gram(rows: Tensor) -> Tensor:
     """Products of all pairs, from their mean, in float64: differences of near samples are lost in float32."""
-    centred = (rows - rows.mean(0)).double()
-    return centred @ centred.T
+    centered = (rows - rows.mean(0)).double()
+    return centered @ centered.T
 
 
 def _squares(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,11 +94,11 @@ def standardized(logits: Tensor) -> Tensor:
     ruled_out = torch.isneginf(logits)
     count = (~ruled_out).sum(1, keepdim=True).clamp(min=1)
     finite = logits.masked_fill(ruled_out, 0.0)
-    centred = (finite - finite.sum(1, keepdim=True) / count).masked_fill(ruled_out, 0.0)
-    variance = centred.square().sum(1, keepdim=True) / count
+    centered = (finite - finite.sum(1, keepdim=True) / count).masked_fill(ruled_out, 0.0)
+    variance = centered.square().sum(1, keepdim=True) / count
     constant = variance == 0  # where the square root has no gradient
     deviation = variance.masked_fill(constant, 1.0).sqrt().masked_fill(constant, 0.0)
-    return (centred / (deviation + 1e-7)).masked_fill(ruled_out, -torch.inf)
+    return (centered / (deviation + 1e-7)).masked_fill(ruled_out, -torch.inf)
 
 
 def _pair(student: Tensor, teacher: Tensor, least: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class ResponseLoss:
     def blend(self, teachers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """Logits whose softened outputs are the weighted mean of the teachers': several (n, classes) -> (n, classes).
 
-        Losses without a temperature, or on standardised logits, get the mean of the (standardised) logits.
+        Losses without a temperature, or on standardized logits, get the mean of the (standardized) logits.
         """
         temperature, standardize = getattr(self, "temperature", None), getattr(self, "standardize", False)
         heard = [(weight, each) for weight, each in zip(weights, teachers, strict=True) if weight > 0]

@@ -13,7 +13,7 @@ from torchslim.prune.criteria.registry import CRITERIA, Criterion, Scorer, find_
 from torchslim.prune.criteria.statistics import Statistics
 
 Reduction = Literal["mean", "sum", "max", "first"]
-Normalisation = Literal["none", "mean", "max", "gaussian"]
+Normalization = Literal["none", "mean", "max", "gaussian"]
 
 
 def check_ranks_weights(criterion: Criterion) -> None:
@@ -79,11 +79,11 @@ def channel_scores(
     return None if scores is None else _checked(scores, weight.shape[dim : dim + 1], criterion, statistics)
 
 
-def check_combination(reduction: Any, normalisation: Any) -> None:
+def check_combination(reduction: Any, normalization: Any) -> None:
     """Raise PruneError for what `combine` does not know."""
     for what, value, known in (
         ("reduction", reduction, ("mean", "sum", "max", "first")),
-        ("normalisation", normalisation, ("none", "mean", "max", "gaussian")),
+        ("normalization", normalization, ("none", "mean", "max", "gaussian")),
     ):
         if value not in known:
             raise PruneError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}")
@@ -94,25 +94,25 @@ def combine(
     size: int,
     *,
     reduction: Reduction = "mean",
-    normalisation: Normalisation = "mean",
+    normalization: Normalization = "mean",
 ) -> Tensor:
     """One score for each class of channels that go together, from the scores of a group's members.
 
     Within a member, slices of one class are summed. Members that say nothing of a class do not count for it; a class
-    of which no member says anything is worth what the others are on average, before the normalisation.
+    of which no member says anything is worth what the others are on average, before the normalization.
 
     Args:
         members: each a pair of class indices (n,), -1 outside the group, and scores (n,).
         size: how many classes the group has.
         reduction: over the members; "first" takes the first that says something.
-        normalisation: of the group's scores: divided by their mean or by their maximum (of magnitudes), or "gaussian",
+        normalization: of the group's scores: divided by their mean or by their maximum (of magnitudes), or "gaussian",
             minus their mean and over their standard deviation. A group whose scores are all zero stays so; one whose
             scores are all equal becomes zero under "gaussian".
 
     Returns:
         (size,), float64, on the CPU, as the members may live on several devices.
     """
-    check_combination(reduction, normalisation)
+    check_combination(reduction, normalization)
     if not members:
         raise PruneError("no member of the group has scores; choose a criterion that says something of its layers")
     values = torch.zeros(len(members), size, dtype=torch.float64)
@@ -132,25 +132,25 @@ def combine(
     if bool((known_by == 0).any()):
         known_classes = total[known_by > 0]
         total = total.masked_fill(known_by == 0, float(known_classes.mean()) if len(known_classes) else 0.0)
-    return _normalised(total, normalisation)
+    return _normalized(total, normalization)
 
 
-def _normalised(scores: Tensor, normalisation: Normalisation) -> Tensor:
-    if normalisation == "none" or not scores.numel():
+def _normalized(scores: Tensor, normalization: Normalization) -> Tensor:
+    if normalization == "none" or not scores.numel():
         return scores
     largest = scores.abs().max()
     if largest == 0:
         return scores
     scores = scores / largest  # first, so that no sum or square leaves the range of floats
-    if normalisation == "max":
+    if normalization == "max":
         return scores
-    if normalisation == "mean":
+    if normalization == "mean":
         return scores / scores.abs().mean()
-    centred = scores - scores.mean()
-    deviation = centred.square().mean().sqrt()
+    centered = scores - scores.mean()
+    deviation = centered.square().mean().sqrt()
     if deviation <= 1e-12:  # equal but for rounding, which must not be blown up to a ranking
         return torch.zeros_like(scores)
-    return centred / deviation
+    return centered / deviation
 
 
 def _checked(scores: Any, shape: torch.Size, criterion: Criterion, statistics: Statistics) -> Tensor:

@@ -255,7 +255,7 @@ class Tagger:
         return np.array_equal(self.atoms.find(slices.numpy()), self.atoms.find(core.numpy()))
 
     def along(self, layers: Layers, dims: Iterable[int], why: str = "positions along space stay") -> Layers:
-        """Operations that mix neighbours along `dims`: a layer may vary only across them, never along them."""
+        """Operations that mix neighbors along `dims`: a layer may vary only across them, never along them."""
         mixed = frozenset(dims)
         result = []
         for core in layers:

@@ -1,6 +1,6 @@
 """One real run of a model, operation by operation, with tags beside the values.
 
-The run is watched below autograd by a dispatch mode, not exported: whatever runs can be analysed, cache objects,
+The run is watched below autograd by a dispatch mode, not exported: whatever runs can be analyzed, cache objects,
 detectors' post-processing and data-dependent branches included, in the time of a forward pass.
 """
 
@@ -87,7 +87,7 @@ class Trace:
     parameters: frozenset[str] = frozenset()  # the weights that are learnt; the others are buffers
     roles: dict[tuple[str, int], Role] = field(default_factory=dict)  # what dimensions of weights mean to operations
     norm_scales: frozenset[str] = frozenset()  # weights that scale a batch norm
-    training: str = ""  # why the training mode was not analysed, where that was needed
+    training: str = ""  # why the training mode was not analyzed, where that was needed
     unseen: Unseen = field(default_factory=Unseen)  # code that no call reached
 
 
@@ -174,7 +174,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
         try:
             recorder.run(inputs)
         except Exception as error:  # noqa: BLE001 - many models want more than example inputs to train on
-            recorder.trace.training = f"not analysed in training mode: {type(error).__name__}: {error}"
+            recorder.trace.training = f"not analyzed in training mode: {type(error).__name__}: {error}"
         recorder.trace.operations = operations
         model.eval()
     return recorder.finish()

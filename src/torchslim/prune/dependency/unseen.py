@@ -219,7 +219,7 @@ def _sizes(value: Tensor, owner: nn.Module) -> set[int]:
 
 
 def _fitting(shape: Shape, layers: Layers, size: int) -> Iterator[Tensor]:
-    """The layers along a dimension of this size, or along one that makes it together with its neighbours."""
+    """The layers along a dimension of this size, or along one that makes it together with its neighbors."""
     for core in layers:
         for dim in varying(core):
             runs = {shape[dim]} | {

@@ -244,7 +244,7 @@ class Table:
                 touches[:, column] = cost.touches[:, place]
         return known, Cost(touches, cost.shares, curves)
 
-    def to_json(self, about: Mapping[str, Any]) -> dict[str, Any]:
+    def to_dict(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """As what `load_rows` reads."""
         rows = {key: {str(width): ratio for width, ratio in row.items()} for key, row in self.rows.items()}
         return {"format": FORMAT, "about": dict(about), "rows": rows}

@@ -240,7 +240,7 @@ def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tenso
     that is exactly zero now is held.
 
     Raises:
-        PruneError: when a weight is zero altogether, as a freshly initialised head may be: held, it would never
+        PruneError: when a weight is zero altogether, as a freshly initialized head may be: held, it would never
             learn. Pass `masks` to say what is meant.
     """
     if masks is None:

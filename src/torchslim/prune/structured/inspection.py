@@ -18,7 +18,7 @@ from torchslim.errors import PruneError
 from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.dependency.groups import Group
 from torchslim.prune.dependency.resolve import Heads
-from torchslim.prune.structured.plan import UnseenCode, analyse
+from torchslim.prune.structured.plan import UnseenCode, analyze
 from torchslim.prune.structured.proof import settle
 
 SHOWN = 4
@@ -65,7 +65,7 @@ class Inspection:
     training: str = ""  # why the training mode was not looked at, where that was needed
     unreached: tuple[str, ...] = ()  # weights and methods that no example reached
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain lists, numbers and text."""
         groups = [
             {**asdict(group), "members": list(group.members), "prunable": group.prunable} for group in self.groups
@@ -144,7 +144,7 @@ def inspect(
         PruneError: an argument is out of its range.
     """
     model = usable(model, PruneError)
-    plan = analyse(
+    plan = analyze(
         model, example_inputs, heads=heads, include=include, exclude=exclude, examples=examples, unseen=unseen
     )
     coupling = settle(plan)

@@ -11,10 +11,10 @@ from torch import nn
 from torchslim.core.layer_patterns import Patterns
 from torchslim.core.step import Inputs
 from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
-from torchslim.prune.criteria.scoring import Normalisation, Reduction, check_combination
+from torchslim.prune.criteria.scoring import Normalization, Reduction, check_combination
 from torchslim.prune.criteria.statistics import Gathered
 from torchslim.prune.dependency.resolve import Heads
-from torchslim.prune.structured.plan import Plan, UnseenCode, analyse
+from torchslim.prune.structured.plan import Plan, UnseenCode, analyze
 from torchslim.prune.structured.ranking import Ranking
 from torchslim.prune.structured.selection import Amount
 
@@ -31,15 +31,15 @@ class ChannelOptions:
     include: Patterns = None
     exclude: Patterns = None
     reduction: Reduction = "mean"
-    normalisation: Normalisation = "mean"
+    normalization: Normalization = "mean"
     unseen: UnseenCode = "keep"
 
     def __post_init__(self) -> None:
-        check_combination(self.reduction, self.normalisation)
+        check_combination(self.reduction, self.normalization)
 
     def plan(self, model: nn.Module, inputs: Inputs, examples: Sequence[Any] = ()) -> Plan:
         """The coupled groups of a model; `examples` are further calls of the model."""
-        return analyse(
+        return analyze(
             model,
             inputs,
             heads=self.heads,
@@ -54,7 +54,7 @@ class ChannelOptions:
         return Ranking(
             criterion=find_criterion(self.criterion),
             reduction=self.reduction,
-            normalisation=self.normalisation,
+            normalization=self.normalization,
             gathered=gathered,
             seed=seed,
             priors=priors,

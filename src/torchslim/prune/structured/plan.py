@@ -1,4 +1,4 @@
-"""An analysed model, and the retreat from what of it cannot be verified."""
+"""An analyzed model, and the retreat from what of it cannot be verified."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHOWN = 6
 
 @dataclass
 class Plan:
-    """An analysed model, and what of it could not be verified so far."""
+    """An analyzed model, and what of it could not be verified so far."""
 
     model: nn.Module  # the caller's where that is plain: read only
     inputs: Inputs
@@ -236,7 +236,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def analyse(
+def analyze(
     model: nn.Module,
     inputs: Inputs,
     *,

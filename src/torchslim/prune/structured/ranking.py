@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from torchslim.prune.criteria.registry import Criterion, needs
-from torchslim.prune.criteria.scoring import Normalisation, Reduction, channel_scores, combine
+from torchslim.prune.criteria.scoring import Normalization, Reduction, channel_scores, combine
 from torchslim.prune.criteria.statistics import Gathered
 from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.dependency.groups import Group
@@ -21,11 +21,11 @@ from torchslim.prune.structured.selection import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """How the classes of a group are scored: a criterion over its members, reduced and normalised."""
+    """How the classes of a group are scored: a criterion over its members, reduced and normalized."""
 
     criterion: Criterion
     reduction: Reduction = "mean"
-    normalisation: Normalisation = "mean"
+    normalization: Normalization = "mean"
     gathered: Gathered = field(default_factory=Gathered)
     seed: int = 0
     priors: Mapping[str, float] = field(default_factory=dict)  # by group or layer, how much its changes hurt
@@ -59,7 +59,7 @@ class Ranking:
                     members.append((torch.from_numpy(each.classes), found[torch.from_numpy(each.indices)]))
             if not members:  # of a criterion that looks at norms, say: all alike
                 return np.ones(len(group.classes))
-            combined = combine(members, len(group.classes), reduction=self.reduction, normalisation=self.normalisation)
+            combined = combine(members, len(group.classes), reduction=self.reduction, normalization=self.normalization)
             return combined.numpy() * self._prior(group)
 
         return score

@@ -97,7 +97,7 @@ def undone(after: Shapes, rounds: Sequence[Mapping[str, Any]], tied: Mapping[str
 def attach(shrunk: nn.Module, base: nn.Module, done: Surgery, about: Mapping[str, Any]) -> None:
     """Add a round to the record that the shrunk module carries on from its base."""
     record = surgery(base) or _record(base, shapes(base), [])
-    record["rounds"].append({**done.to_json(), "about": dict(about)})
+    record["rounds"].append({**done.to_dict(), "about": dict(about)})
     _set(shrunk, json.loads(json.dumps(record)))  # equal to itself after a way through a file
 
 
@@ -126,7 +126,7 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
         )
     for round_ in rounds[done:]:
         try:
-            base = perform(base, Surgery.from_json(round_))
+            base = perform(base, Surgery.from_dict(round_))
         except (AttributeError, IndexError, TypeError) as error:
             raise PruneError(
                 f"the surgery does not fit this {type(base).__name__}: {error}; give the factory of the model that "
@@ -172,7 +172,7 @@ def _check(record: Mapping[str, Any]) -> None:
         version = int(record["version"])
         if version <= VERSION:
             str(record["base"]["class"] + record["base"]["shapes"])
-            sound = all(_sound(Surgery.from_json(round_)) for round_ in record["rounds"])
+            sound = all(_sound(Surgery.from_dict(round_)) for round_ in record["rounds"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PruneError(f"the surgery is damaged: {type(error).__name__}: {error}; copy or save it again") from error
     if version > VERSION:

@@ -49,7 +49,7 @@ class Surgery:
     cuts: tuple[Cut, ...]
     patches: tuple[Patch, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain lists and numbers."""
         return {
             "cuts": [
@@ -68,8 +68,8 @@ class Surgery:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Surgery:
-        """The inverse of `to_json`."""
+    def from_dict(cls, data: Mapping[str, Any]) -> Surgery:
+        """The inverse of `to_dict`."""
         return cls(
             tuple(Cut(cut["weight"], cut["dim"], cut["size"], tuple(cut["kept"])) for cut in data["cuts"]),
             tuple(

@@ -63,7 +63,7 @@ def expand(call: Call) -> Sequence[Layers]:
 
 @rule("constant_pad_nd")
 def constant_pad(call: Call) -> Sequence[Layers]:
-    """Padding elements along a dimension never go; across the others they come and go with their neighbours."""
+    """Padding elements along a dimension never go; across the others they come and go with their neighbors."""
     layers, _ = call.operand(call.args[0])
     result = []
     for core in layers:

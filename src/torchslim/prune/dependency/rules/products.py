@@ -1,4 +1,4 @@
-"""Products, norms, and what mixes neighbours in space."""
+"""Products, norms, and what mixes neighbors in space."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def convolution(call: Call) -> Sequence[Layers]:
 def _convolved(
     call: Call, value: Operand, weight: Tensor, bias: Tensor | None, groups: int, *, transposed: bool, spatial: bool
 ) -> Layers:
-    """The layers of a convolution of a batch, group by group; where it is `spatial`, neighbours in space are mixed."""
+    """The layers of a convolution of a batch, group by group; where it is `spatial`, neighbors in space are mixed."""
     (layers, shape), (kernel, size) = value, call.operand(weight)
     space = range(2, len(size))
     extent = shape[2:]
@@ -196,7 +196,7 @@ def layer_norm(call: Call) -> Sequence[Layers]:
 
 @rule("native_group_norm")
 def group_norm(call: Call) -> Sequence[Layers]:
-    """Groups of neighbouring channels stay of equal size."""
+    """Groups of neighboring channels stay of equal size."""
     value, groups = call.args[0], call.args[6]
     layers, shape = call.operand(value)
     layers = call.tagger.along(layers, range(2, len(shape)))
@@ -207,7 +207,7 @@ def group_norm(call: Call) -> Sequence[Layers]:
 
 
 def _equal_groups(call: Call, layers: Layers, groups: int) -> None:
-    """Neighbouring channels in groups, which stay of equal size."""
+    """Neighboring channels in groups, which stay of equal size."""
     for core in layers:
         if varying(core) == {1}:
             call.tagger.balance(core.reshape(groups, -1).unbind(0))
@@ -242,7 +242,7 @@ SPATIAL = {
 
 @rule(*SPATIAL)
 def spatial(call: Call) -> Sequence[Layers]:
-    """Pools, resizes and samples neighbours in the last dimensions; channels pass."""
+    """Pools, resizes and samples neighbors in the last dimensions; channels pass."""
     name = call.func._schema.name.partition("::")[2]
     layers, shape = call.operand(call.args[0])
     space = range(len(shape) - SPATIAL[name], len(shape))

@@ -47,11 +47,11 @@ REPEATS = 30  # trials in a row that were tried before: the space is exhausted
 GIVE_UP = 3  # so many trials that all fail, and none succeeded: something is wrong with all
 
 
-@checks_arguments(RecipeError)
+@checks_arguments(RecipeError, earlier=("recipe", "model", "task"))
 def search(
-    recipe: Mapping[str, Any] | Space,
     model: nn.Module,
     task: Task,
+    recipe: Mapping[str, Any] | Space,
     *,
     workdir: str | Path,
     teacher: nn.Module | None = None,
@@ -73,8 +73,9 @@ def search(
     work on one search.
 
     Args:
+        model, task: as for `compress`.
         recipe: a document as `tomllib` gives it, with `{"search": [...]}` in place of what varies and a "budget" table.
-        model, task, teacher, example_inputs, dynamic_shapes: as for `compress`.
+        teacher, example_inputs, dynamic_shapes: as for `compress`.
         workdir: where all is kept; the front's artifacts are in `front/`.
         storage: what workers share: an Optuna URL, or a file; by default one in `workdir`.
         study: its name in the storage; by default the folder's name.
