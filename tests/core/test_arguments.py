@@ -57,7 +57,7 @@ def test_an_earlier_order_works_with_a_warning_that_shows_the_new_call() -> None
 
 
 def test_the_search_takes_the_earlier_order() -> None:
-    with pytest.warns(DeprecationWarning), pytest.raises(RecipeError, match="step"):
+    with pytest.warns(DeprecationWarning, match="earlier order"), pytest.raises(RecipeError, match="step"):
         ts.search({}, MODEL, TASK, workdir="nowhere")  # type: ignore[arg-type]
 
 
