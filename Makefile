@@ -24,7 +24,7 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
-	$(BIN)/torchslim run examples/fashion_mnist/recipe.toml
+	$(BIN)/torchslim demo examples/fashion_mnist/recipe.toml
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report term

@@ -12,7 +12,7 @@ def started_as_module() -> bool:
     """Is `python -m torchslim` just importing the package, before anything of ours has run?"""
     given = sys.orig_argv
     module = given[given.index("-m") + 1 :][:1] if "-m" in given else []
-    return sys.argv[:1] == ["-m"] and module in (["torchslim"], ["torchslim.__main__"], ["torchslim.cli"])
+    return sys.argv[:1] == ["-m"] and module in (["torchslim"], ["torchslim.__main__"])
 
 
 def current_folder_last() -> None:

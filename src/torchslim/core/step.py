@@ -195,6 +195,15 @@ class MakesModel(Protocol):
 
 
 @runtime_checkable
+class Trains(Protocol):
+    """A step that may train the model."""
+
+    def trainings(self) -> Sequence[int]:
+        """The epochs of each training, in the order in which they run."""
+        ...
+
+
+@runtime_checkable
 class DependsOnMore(Protocol):
     """A step whose result depends on more than its own fields."""
 

@@ -192,6 +192,13 @@ class Prune:
         """Masks of the weights that stay at a sparsity, and a record per layer; the model is only read."""
         return self.weights().masks(model, previous, sparsity, seed, gathered)
 
+    def trainings(self) -> list[int]:
+        """The epochs of the training before the cut and of those of the schedule."""
+        penalty = self._penalty()
+        before = penalty.train.trainings() if penalty is not None and penalty.train is not None else []
+        rounds = self.rounds if self.schedule == "iterative" else 1
+        return [*before, *([] if self.train is None else self.train.trainings() * rounds)]
+
     def check(self, ctx: Context) -> None:
         """Raise where no layer matches, the criterion does not exist, or data for it or the training is missing."""
         self.method().check(ctx)

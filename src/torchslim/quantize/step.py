@@ -117,6 +117,10 @@ class Quantize:
         if self.mode == "qat":
             self.training().check_training(ctx)
 
+    def trainings(self) -> list[int]:
+        """The epochs of the training on the grid."""
+        return [self.training().epochs] if self.mode == "qat" else []
+
     def calibrates(self) -> bool:
         """Does any layer need the ranges of its activations beforehand?"""
         names = {self.scheme, *self.exceptions().values()} - {FLOAT}

@@ -69,6 +69,10 @@ class Training:
         raise NotImplementedError
         yield
 
+    def trainings(self) -> list[int]:
+        """The epochs of the one training."""
+        return [self.epochs]
+
     def check_training(self, ctx: Context) -> None:
         """Raise for what training would fail on: no data, no optimizer."""
         first_batch(ctx.task)

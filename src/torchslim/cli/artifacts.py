@@ -1,0 +1,74 @@
+"""Commands that take what a run has left: artifacts and records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from torchslim.cli.console import EXAMPLE
+from torchslim.core.terminal import printable
+
+
+@click.command(epilog=f"{EXAMPLE}torchslim kernels out/")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--trusted", is_flag=True, help="Load an artifact of machine code too (runtime aoti).")
+@click.option("--public-key", type=click.Path(path_type=Path),
+              help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+def kernels(artifact: Path, trusted: bool, public_key: Path | None, as_json: bool) -> None:
+    """List the layers of an ARTIFACT (a saved folder) that run on integers, their kernels, and why others do not."""
+    from torchslim.artifact.integer_coverage import lowered
+    from torchslim.artifact.storage import load
+
+    executed = lowered(load(artifact, trusted=trusted, public_key=public_key))
+    click.echo(json.dumps(executed.to_dict(), indent=1) if as_json else printable(executed.table(), lines=True))
+
+
+@click.command(epilog=f"{EXAMPLE}torchslim bench out/a out/b --batch 16")
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--batch", type=click.IntRange(min=1), help="Samples a call; default 1 where the batch is free.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: what each artifact was saved with.")
+@click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--trusted", is_flag=True, help="Load artifacts of machine code too (runtime aoti).")
+@click.option("--public-key", type=click.Path(path_type=Path),
+              help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True)
+def bench(
+    artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, trusted: bool,
+    public_key: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Time saved artifacts side by side, interleaved; ratios are over the first."""
+    from torchslim.artifact.latency import compare
+    from torchslim.artifact.storage import load, render_timings
+
+    loaded = {str(path): load(path, threads=threads, trusted=trusted, public_key=public_key) for path in artifacts}
+    rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]))
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    width = max(len(row["artifact"]) for row in rows)
+    click.echo(f"{'artifact':<{width}}  {'latency ms [p10-p90]':>26}  {'speed-up [p10-p90]':>24}")
+    for row in rows:
+        row["artifact"] = printable(row["artifact"])
+        took, ratio = row["latency_ms"], row["speedup"]
+        latency = f"{took['median']:.3f} [{took['p10']:.3f}-{took['p90']:.3f}]"
+        speedup = f"{ratio['median']:.2f}x [{ratio['p10']:.2f}-{ratio['p90']:.2f}]"
+        click.echo(f"{row['artifact']:<{width}}  {latency:>26}  {speedup:>24}  {ratio['verdict']}")
+
+
+@click.command(epilog=f"{EXAMPLE}torchslim report runs/fashion_mnist")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Default: report.html beside it.")
+def report(folder: Path, out: Path | None) -> None:
+    """Make the report page again from run.json, search.json or sensitivity.json, and print the table."""
+    from torchslim.core.files import write_bytes
+    from torchslim.report import REPORTS, kind_of
+
+    load, render, table = REPORTS[kind_of(folder)]
+    found = load(folder)
+    out = out or (folder if folder.is_dir() else folder.parent) / "report.html"
+    write_bytes(out, render(found).encode())
+    click.echo(printable(table(found), lines=True))
+    click.echo(f"\nreport: {out}")

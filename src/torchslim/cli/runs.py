@@ -1,0 +1,163 @@
+"""Commands that run a recipe, search one, or derive one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from torchslim.cli.console import EXAMPLE, default_name, progress_shown
+from torchslim.core.search_path import current_folder_last
+from torchslim.core.step import step_name
+from torchslim.core.terminal import printable
+
+if TYPE_CHECKING:
+    from torchslim.pipeline.recipe import Recipe
+    from torchslim.pipeline.result import Result
+
+
+@click.command(epilog=f"{EXAMPLE}torchslim run recipe.toml --out out/")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the result; default runs/NAME.")
+@click.option("--overwrite", is_flag=True, help="Take a folder that holds another recipe's run.")
+@click.option("--key", type=click.Path(path_type=Path), help="Sign the artifact with this private key (PEM, Ed25519).")
+@click.option("--json", "as_json", is_flag=True, help="Print run.json instead of the table.")
+def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_json: bool) -> None:
+    """Run a recipe; an interrupted run resumes.
+
+    On several devices: torchrun --nproc-per-node 2 -m torchslim run recipe.toml
+    """
+    from torchslim.pipeline.recipe import load_recipe
+
+    current_folder_last()
+    out = out or Path("runs") / default_name(recipe)
+    result = carried_out(load_recipe(recipe), out, overwrite=overwrite, key=key)
+    if result is not None:
+        click.echo(json.dumps(result.run, indent=1) if as_json else shown(result, out))
+
+
+def carried_out(
+    recipe: Recipe, out: Path, *, overwrite: bool = False, key: Path | None = None, stages: Path | None = None
+) -> Result | None:
+    """Run a recipe and save its result in `out`; None in all processes but the first, which writes for all."""
+    from torchslim.core import distributed
+    from torchslim.core.step import ignore_progress
+    from torchslim.facade import compress
+
+    model, task, teacher = recipe.load()
+    with progress_shown(recipe.steps) as progress:
+        result = compress(
+            model,
+            task,
+            recipe.steps,
+            runtime=recipe.target.runtime,
+            threads=recipe.target.threads,
+            teacher=teacher,
+            engine=recipe.engine,
+            seed=recipe.seed,
+            workdir=out / "work",
+            overwrite=overwrite,
+            stages=stages,
+            names={"model": recipe.model, "task": recipe.task},
+            sensitivity=recipe.sensitivity,
+            progress=progress if distributed.is_first() else ignore_progress,
+        )
+        if not distributed.is_first():
+            return None
+        result.save(out, key=key)
+    return result
+
+
+def shown(result: Result, out: Path) -> str:
+    """The table of a result, and where its report is."""
+    return printable(f"{result}\n\nreport: {out / 'report.html'}", lines=True)
+
+
+@click.command(epilog=f"{EXAMPLE}torchslim search recipe.toml --storage postgresql+psycopg://user@host/studies")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the search; default runs/NAME-search.")
+@click.option("--storage", help="What workers share: an Optuna URL, or a file; default: a file in the folder.")
+@click.option("--study", help="Name of the study in the storage; default: the folder's name.")
+@click.option("--json", "as_json", is_flag=True, help="Print search.json instead of the table.")
+def search(recipe: Path, out: Path | None, storage: str | None, study: str | None, as_json: bool) -> None:
+    """Search a recipe with ranges for the best under its budget; run again after a kill, it goes on.
+
+    Started several times, on any number of machines, with one --storage, all work on one search.
+    """
+    from torchslim.core import distributed
+    from torchslim.core.step import ignore_progress
+    from torchslim.pipeline.document import load_document
+    from torchslim.pipeline.recipe import made
+    from torchslim.tuning import make_space
+    from torchslim.tuning import search as look
+
+    current_folder_last()
+    space = make_space(load_document(recipe), str(recipe))
+    model, task, teacher = made(space.document)
+    out = out or Path("runs") / f"{default_name(recipe)}-search"
+    with progress_shown() as progress:
+        found = look(
+            model, task, space, workdir=out, teacher=teacher, storage=storage, study=study,
+            progress=progress if distributed.is_first() else ignore_progress,
+        )  # fmt: skip
+    if distributed.is_first():
+        report = printable(f"{found}\n\nreport: {out / 'report.html'}", lines=True)
+        click.echo(json.dumps(found.data, indent=1) if as_json else report)
+
+
+@click.command(epilog=f"{EXAMPLE}torchslim suggest package.module:model package.module:task --latency-ms 3")
+@click.argument("model", metavar="MODEL")
+@click.argument("task", metavar="TASK")
+@click.option("--latency-ms", type=float, help="Of one sample a call, at most.")
+@click.option("--metric-drop", type=float, help="How much worse the metric may be, at most, in its own unit.")
+@click.option("--size-mb", type=float, help="Of the files that ship, at most.")
+@click.option("--runtime", help="Where it will run; by default the search chooses among those installed.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the recipe there instead of printing it.")
+def suggest(model: str, task: str, runtime: str | None, out: Path | None, **bounds: float | None) -> None:
+    """Derive a recipe to search from a MODEL and a TASK, each module:callable, and this machine; nothing is trained.
+
+    torchslim search takes it as it is.
+    """
+    from torchslim.core.budget import Budget
+    from torchslim.core.files import write_bytes
+    from torchslim.pipeline.recipe import made
+    from torchslim.tuning.suggest import suggest as derive
+
+    current_folder_last()
+    budget = Budget(**{name: value for name, value in bounds.items() if value is not None})  # type: ignore[arg-type]
+    names = {"model": model, "task": task}
+    own, given, _ = made(names)
+    found = derive(own, given, budget, runtime=runtime, names=names)
+    if out is None:
+        click.echo(found.toml, nl=False)
+        return
+    write_bytes(out, found.toml.encode())
+    click.echo("\n".join(found.reasons))
+    click.echo(f"\nrecipe: {out}")
+
+
+@click.command(epilog=f"{EXAMPLE}torchslim check recipe.toml")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
+def check(recipe: Path, as_json: bool) -> None:
+    """Say whether a recipe would start: its keys, its order, and that what it names can be imported."""
+    from torchslim.core.fingerprint import canonical
+    from torchslim.pipeline.document import load_document
+    from torchslim.pipeline.recipe import check_names, parse_document
+    from torchslim.tuning import make_space
+    from torchslim.tuning.space import has_ranges
+
+    current_folder_last()
+    document = load_document(recipe)
+    space = make_space(document, str(recipe)) if has_ranges(document) else None
+    parsed = space.recipe(space.first) if space else parse_document(document, str(recipe))
+    check_names(document)
+    if as_json:
+        click.echo(json.dumps([canonical(step) for step in parsed.steps], indent=1))
+    else:
+        click.echo(f"{recipe}: {' -> '.join(step_name(step) for step in parsed.steps)} -> {parsed.target.runtime}: ok")
+        for parameter in space.parameters if space else ():
+            ends = f"{parameter.low} to {parameter.high}"
+            click.echo(f"  {parameter.name}: {', '.join(map(str, parameter.ends)) if parameter.choices else ends}")
