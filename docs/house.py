@@ -16,7 +16,7 @@ import grimp
 ROOT = Path(__file__).parents[1]
 SOURCE, PAGE = ROOT / "src" / "torchslim", ROOT / "docs" / "design" / "012-house.md"
 BEGIN, END = "<!-- written by python -m docs.house -->\n", "<!-- end -->\n"
-FRONT = ("__init__", "__main__", "_version", "cli", "errors", "facade")  # modules that are rooms of their own
+FRONT = ("__init__", "__main__", "_version", "errors", "facade")  # modules that are rooms of their own
 
 
 def room(module: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support.command import call  # noqa: F401 - a fixture
+from tests.support.exports import shared_tables
 from tests.support.processors import PROCESSORS, detected
 
 settings.register_profile(
@@ -41,6 +42,12 @@ def processor(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once for each simulated processor."""
     with detected(request.param) as name:
         yield name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_tables() -> Iterator[None]:
+    with shared_tables():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +27,13 @@ def test_there_are_pages_to_run() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
+def test_the_code_blocks_of_a_page_run(page: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder, or where the page says so in one that `torchslim init` has filled."""
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "task", raising=False)
+    if "from task import" in page.read_text():
+        assert call("init").code == 0
     scope: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(compile(block, page.name, "exec"), scope)
@@ -99,3 +106,13 @@ def test_the_reference_lists_every_public_name(name: str) -> None:
     assert {each.strip() for each in listed.group(1).split(",")} | elsewhere == {
         *importlib.import_module(name).__all__
     } | elsewhere
+
+
+def test_the_notebook_is_that_of_the_tutorial() -> None:
+    from docs import notebook
+
+    made = json.loads(notebook.NOTEBOOK.read_text())["cells"]
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in made] == [
+        *notebook.cells(notebook.PAGE.read_text())
+    ], "run python -m docs.notebook"
+    assert sum(bool(cell.get("outputs")) for cell in made) >= 4, "it shows what its cells print"

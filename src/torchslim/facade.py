@@ -11,7 +11,7 @@ from torch import nn
 from torchslim.analysis.result import Sensitivity
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.budget import Budget
-from torchslim.core.step import Engine, Event, Inputs, Step, Target, ignore_progress
+from torchslim.core.step import Engine, Event, Inputs, Step, Target, log_progress
 from torchslim.core.task import Task
 from torchslim.core.usable import usable
 from torchslim.errors import RecipeError
@@ -39,7 +39,7 @@ def compress(
     stages: str | Path | None = None,
     names: Mapping[str, str] | None = None,
     sensitivity: Sensitivity | str | Path | None = None,
-    progress: Callable[[Event], None] = ignore_progress,
+    progress: Callable[[Event], None] = log_progress,
 ) -> Result:
     """Run the steps on a copy of the model; measure the model after every step, and the artifact that ships.
 

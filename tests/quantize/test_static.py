@@ -248,10 +248,18 @@ def test_every_layer_runs_on_integers(deployed: Deployed, tmp_path: Any) -> None
     assert not {"Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm"} & set(operations)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+NETWORKS = {  # every kind of block once
+    "resnet": lambda: torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 2, 1, 1], num_classes=10),
+    "mobilenet_v2": lambda: torchvision.models.MobileNetV2(
+        num_classes=10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_torchvision_networks_run_on_integers_alone(name: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
-    network = getattr(torchvision.models, name)(num_classes=10).eval()
+    network = NETWORKS[name]().eval()
     for module in network.modules():  # zeros would be dropped from the graph, and hide a head that stays float
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.bias, std=0.1)

@@ -18,7 +18,7 @@ from torchslim.core.batches import Batch
 from torchslim.core.isolation import copy_model, untouched
 from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
 from torchslim.core.reason import Reason
-from torchslim.core.step import Event, Inputs, ignore_progress
+from torchslim.core.step import Event, Inputs, log_progress
 from torchslim.core.task import Task
 from torchslim.core.trees import device_of, to_device
 from torchslim.errors import ExportError, PruneError, QuantizeError, TorchslimError
@@ -57,7 +57,7 @@ class Sensing:
     samples: int = 512
     criterion: str | Criterion | Scorer = "lamp"
     seed: int = 0
-    progress: Callable[[Event], None] = ignore_progress
+    progress: Callable[[Event], None] = log_progress
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from torchslim.core.hardware import cache_folder, describe_machine, instruction_
 from torchslim.core.isolation import warn
 from torchslim.core.layer_patterns import Patterns, check_patterns
 from torchslim.core.seals import key_id, read_sealed, write_sealed
-from torchslim.core.step import Event, Inputs, ignore_progress
+from torchslim.core.step import Event, Inputs, log_progress
 from torchslim.core.task import Task
 from torchslim.core.usable import usable
 from torchslim.errors import SensitivityError, StorageError
@@ -52,7 +52,7 @@ def sensitivity(
     criterion: str | Criterion | Scorer = "lamp",
     seed: int = 0,
     name: str = "",
-    progress: Callable[[Event], None] = ignore_progress,
+    progress: Callable[[Event], None] = log_progress,
 ) -> Sensitivity:
     """What each channel group costs when it alone is pruned, and each layer when it alone is quantized.
 

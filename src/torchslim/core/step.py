@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -16,6 +17,8 @@ from torchslim.errors import RecipeError
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 """Example inputs: a tuple of positional arguments or a dict of keyword arguments."""
+
+LOGGER = logging.getLogger("torchslim")
 
 
 class Form(Enum):
@@ -113,8 +116,20 @@ class Event:
         check_fields(self, RecipeError, "Event: ", only=("step", "phase", "current", "total"))
 
 
+def log_progress(event: Event) -> None:
+    """The default progress callback: log phases at level INFO and what happens within one at DEBUG, to "torchslim".
+
+    Nothing is shown where the program has not set up logging.
+    """
+    level = logging.DEBUG if event.total is not None else logging.INFO
+    if LOGGER.isEnabledFor(level):
+        counted = "" if event.total is None else f" {event.current}/{event.total}"
+        values = "".join(f"  {key} {value:.4g}" for key, value in event.values.items())
+        LOGGER.log(level, "%s: %s%s%s", event.step, event.phase, counted, values)
+
+
 def ignore_progress(event: Event) -> None:
-    """The default progress callback: the library prints nothing."""
+    """For processes that are not the first: they say nothing."""
 
 
 Makers = Mapping[str, Callable[[], nn.Module | None]]
@@ -156,7 +171,7 @@ class Context:
     target: Target = field(default_factory=Target)
     engine: Engine = field(default_factory=Engine)
     seed: Seed = 0
-    progress: Callable[[Event], None] = ignore_progress
+    progress: Callable[[Event], None] = log_progress
     name: str = "step"
     state: Path | None = None  # folder for checkpoints inside the step; None: nothing to resume from
     key: str = ""  # of the run up to this step: what it keeps in `state` is sealed with it

@@ -15,7 +15,7 @@ from torchslim.core.batches import take_first
 from torchslim.core.files import clean_temporaries, remove, sha256, write_bytes, write_json
 from torchslim.core.folder_lock import LOCK, holding
 from torchslim.core.isolation import copy_model, preserved_globals
-from torchslim.core.step import Event, Inputs, Step, Target, ignore_progress, step_name
+from torchslim.core.step import Event, Inputs, Step, Target, log_progress, step_name
 from torchslim.core.task import Task
 from torchslim.errors import RecipeError
 from torchslim.pipeline.target_bench import Bench
@@ -40,7 +40,7 @@ def pack(
     target: Target | None = None,
     example_inputs: Inputs | None = None,
     dynamic_shapes: Any = "batch",
-    progress: Callable[[Event], None] = ignore_progress,
+    progress: Callable[[Event], None] = log_progress,
 ) -> Path:
     """Write all programs that a table of latencies needs, with the script that times them.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from torchslim.analysis.result import Sensitivity
 from torchslim.core.fingerprint import canonical
-from torchslim.core.step import Engine, Event, Inputs, Step, Target, ignore_progress
+from torchslim.core.step import Engine, Event, Inputs, Step, Target, log_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class RunOptions:
     stages: str | Path | None = None
     names: Mapping[str, str] | None = None
     sensitivity: Sensitivity | None = None
-    progress: Callable[[Event], None] = ignore_progress
+    progress: Callable[[Event], None] = log_progress
 
     def recipe(self, steps: Sequence[Step]) -> dict[str, Any]:
         """The recipe as the working folder keeps it, to tell runs apart."""

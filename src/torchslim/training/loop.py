@@ -21,7 +21,7 @@ from torchslim.core.distributed import is_first, share
 from torchslim.core.files import present
 from torchslim.core.isolation import preserved_globals, seed_everything, warn
 from torchslim.core.seals import read_sealed, write_sealed
-from torchslim.core.step import Engine, Event, LayerRecord
+from torchslim.core.step import Engine, Event, LayerRecord, log_progress
 from torchslim.core.task import Task
 from torchslim.core.trees import device_of
 from torchslim.core.usable import usable
@@ -142,7 +142,7 @@ def fit(
     key: str = "",
     engine: Engine | None = None,
     seed: int = 0,
-    progress: Callable[[Event], None] = lambda event: None,
+    progress: Callable[[Event], None] = log_progress,
     step_name: str = "fit",
     phase: str = "train",
 ) -> FitReport:

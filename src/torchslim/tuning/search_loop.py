@@ -21,7 +21,7 @@ from torchslim.core.fingerprint import fingerprint
 from torchslim.core.folder_lock import LOCK, holding
 from torchslim.core.isolation import warn
 from torchslim.core.schema import Schema
-from torchslim.core.step import Event, Inputs, Target, ignore_progress
+from torchslim.core.step import Event, Inputs, Target, ignore_progress, log_progress
 from torchslim.core.task import Task
 from torchslim.core.toml_writer import dumps
 from torchslim.core.usable import usable
@@ -61,7 +61,7 @@ def search(
     example_inputs: Inputs | None = None,
     dynamic_shapes: Any = "batch",
     beat: float = 5.0,
-    progress: Callable[[Event], None] = ignore_progress,
+    progress: Callable[[Event], None] = log_progress,
 ) -> SearchResult:
     """Find the best recipes under a budget: a Pareto front of artifacts, each with its recipe.
 

@@ -18,7 +18,7 @@ from torchslim.core.budget import Budget
 from torchslim.core.files import digest
 from torchslim.core.isolation import copy_model, preserved_globals, trim
 from torchslim.core.seals import key_id
-from torchslim.core.step import Context, Event, Form, Inputs, Outcome, Step, Target, step_name
+from torchslim.core.step import Context, Event, Form, Inputs, Outcome, Step, Target, log_progress, step_name
 from torchslim.core.task import Task
 from torchslim.distill import Distill
 from torchslim.errors import TorchslimError
@@ -115,7 +115,7 @@ class Lab:
     seed: int
     dynamic_shapes: Any = "batch"
     short: float = 0.25
-    progress: Callable[[Event], None] = lambda event: None
+    progress: Callable[[Event], None] = log_progress
     _origins: dict[str, str] = field(default_factory=dict)
     _baselines: dict[Target, tuple[Deployed, dict[str, float]]] = field(default_factory=dict)
     _memories: dict[str, float] = field(default_factory=dict)
