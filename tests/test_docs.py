@@ -56,6 +56,17 @@ def test_the_readme_in_chinese_has_the_same_commands_links_and_figures() -> None
     assert ROOT / "README.zh-CN.md" not in PAGES
 
 
+def test_the_readme_shows_what_inspect_prints(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs 2 s: the starter trains its model."""
+    found = re.search(r"```console\n\$ torchslim (inspect .*)\n((?:.*\n)*?)```", (ROOT / "README.md").read_text())
+    assert found is not None
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "task", raising=False)
+    assert call("init").code == 0
+    assert call(*found[1].split()).out == found[2]
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("__main__", "bench_script"))])
 def test_docstring_examples_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
