@@ -251,7 +251,7 @@ def test_every_layer_runs_on_integers(deployed: Deployed, tmp_path: Any) -> None
 NETWORKS = {  # every kind of block once
     "resnet": lambda: torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 2, 1, 1], num_classes=10),
     "mobilenet_v2": lambda: torchvision.models.MobileNetV2(
-        num_classes=10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
+        num_classes=10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 160, 1, 2]]
     ),
 }
 

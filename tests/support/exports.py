@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,7 +51,18 @@ def shared_tables() -> Iterator[None]:
     def materialize_once() -> None:
         once(("materialized", _operators()), materialize)
 
+    class Unspecific(metaclass=ABCMeta):  # noqa: B024 - for isinstance
+        """In place of `Callable[...]`, which torch writes at functions that it defines anew for each operator."""
+
+        def __class_getitem__(cls, _: Any) -> type:
+            return cls
+
+        @classmethod
+        def __subclasshook__(cls, kind: type) -> bool:
+            return issubclass(kind, Callable)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._ops, "Callable", Unspecific)
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
         patch.setattr(_decomp, "create_onnx_friendly_decomposition_table", table)
         patch.setattr(export_utils, "_materialize_cpp_cia_ops", materialize_once)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import importlib
 import io
 import logging
@@ -150,11 +151,10 @@ def preserved_globals(seed: int | None = None) -> Iterator[None]:
     numpy_random = _numpy_random()
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
     dtype, engine = torch.get_default_dtype(), torch.backends.quantized.engine
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic, warn_only = _determinism()
     python_state = random.getstate()
     numpy_state = numpy_random.get_state() if numpy_random else None
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(_cuda_devices())):
         try:
             if seed is not None:
                 seed_everything(seed)
@@ -169,7 +169,18 @@ def preserved_globals(seed: int | None = None) -> Iterator[None]:
             torch.set_default_dtype(dtype)
             if torch.backends.quantized.engine != engine:
                 torch.backends.quantized.engine = engine
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            if (deterministic, warn_only) != _determinism():  # setting it imports all of torch._inductor
+                torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@functools.cache
+def _cuda_devices() -> int:
+    """How many there are; without a driver, torch looks for one at every call."""
+    return torch.cuda.device_count()
 
 
 def seed_everything(seed: int) -> None:
