@@ -45,8 +45,8 @@ class Rec(nn.Module):
 
 MODELS: dict[str, Any] = {
     "conv": lambda: (Net(), torch.randn(4, 3, 12, 12)),
-    "lstm": lambda: (Rec("LSTM"), torch.randn(4, 12, 64)),
-    "gru": lambda: (Rec("GRU"), torch.randn(4, 12, 64)),
+    "lstm": lambda: (Rec("LSTM"), torch.randn(4, 4, 64)),
+    "gru": lambda: (Rec("GRU"), torch.randn(4, 4, 64)),
 }
 
 

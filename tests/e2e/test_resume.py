@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 
 import torchslim as ts
 from tests.support import toy
-from tests.support.killed import MOMENTS, run
+from tests.support.killed import MOMENTS, end, run
 from torchslim.core.fingerprint import fingerprint
 
 
@@ -33,13 +31,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ts.
 def test_a_killed_run_goes_on(moment: str, undisturbed: Callable[[str], ts.Result], tmp_path: Path) -> None:
     runtime = "onnx" if moment == "export" else "eager"
     folder, whole = tmp_path / runtime, undisturbed(runtime)
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.support.killed", moment, folder],
-        capture_output=True,
-        check=False,
-        timeout=300,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert end(moment, folder) == -signal.SIGKILL
     assert not (folder / "run.json").exists()
 
     resumed = run(folder)

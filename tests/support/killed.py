@@ -1,10 +1,10 @@
-"""Runs the toy recipe and kills its own process (SIGKILL) at a named moment: python -m tests.support.killed MOMENT FOLDER"""
+"""Run the toy recipe in a process of its own, which kills itself (SIGKILL) at a named moment."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,19 @@ def run(folder: Path, moment: str = "") -> ts.Result:
     )
 
 
-if __name__ == "__main__":
+def end(moment: str, folder: Path) -> int | None:
+    """The exit code of a process that runs the recipe and kills itself.
+
+    Processes are forked from one that has imported all this and has no threads.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_run_alone, args=(folder, moment))
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode
+
+
+def _run_alone(folder: Path, moment: str) -> None:
     torch.set_num_threads(1)
-    run(Path(sys.argv[2]), sys.argv[1])
+    run(folder, moment)
