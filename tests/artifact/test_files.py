@@ -22,7 +22,7 @@ from tests.mutations import Kind
 from tests.mutations.artifacts import KINDS_OF_ARTIFACTS
 from tests.support.artifacts import listed, rewritten
 from torchslim.artifact import storage
-from torchslim.artifact.storage import open_artifact
+from torchslim.artifact.opened import open_artifact
 from torchslim.artifact.writing import STAGING
 from torchslim.core import folder_lock
 from torchslim.core.archives import read_arrays, unzip

@@ -35,8 +35,9 @@ from tests.support.deployment_models import (
 )
 from torchslim.artifact import storage, writing
 from torchslim.artifact.latency import Timings
+from torchslim.artifact.opened import open_artifact
 from torchslim.artifact.state import pack_masks
-from torchslim.artifact.storage import open_artifact, write_artifact
+from torchslim.artifact.storage import write_artifact
 from torchslim.core.archives import read_masks
 from torchslim.core.files import digest
 from torchslim.core.isolation import quiet

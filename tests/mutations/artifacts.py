@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests.mutations.base import CONTAINERS, NUMBERS, TEXTS, Kind, garbled, mutated
 from torchslim.artifact.manifest import manifest_digest
-from torchslim.artifact.storage import open_artifact
+from torchslim.artifact.opened import open_artifact
 
 Files = dict[str, bytes]
 DEEP = list(CONTAINERS[:-2])

@@ -16,7 +16,7 @@ from tests.mutations.base import Kind, absurd, mutated
 from tests.support.search_worker import PARAMETERS, ledger
 from torchslim.core.budget import Budget
 from torchslim.tuning.shared import Unusable, read_row
-from torchslim.tuning.study import open_storage
+from torchslim.tuning.storage import open_storage
 
 BUDGET = Budget(latency_ms=3.0)
 FIGURES = {"metric": 90.0, "metric_drop": 0.5, "latency": 2.5}

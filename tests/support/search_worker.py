@@ -8,7 +8,8 @@ import time
 from typing import Any
 
 from torchslim.tuning.space import Parameter
-from torchslim.tuning.study import Ledger, open_storage
+from torchslim.tuning.storage import open_storage
+from torchslim.tuning.study import Ledger
 
 PARAMETERS = (
     Parameter(name="x", path=("x",), kind="float", low=0.0, high=1.0),

@@ -16,7 +16,8 @@ from tests.mutations.studies import BUDGET, ENTRY, FIGURES, TRIALS
 from tests.support.search_worker import PARAMETERS, answer, ledger, work
 from torchslim.errors import RecipeError, StorageError
 from torchslim.tuning.shared import Unusable, read_row
-from torchslim.tuning.study import Ledger, hushed, open_storage
+from torchslim.tuning.storage import hushed, open_storage
+from torchslim.tuning.study import Ledger
 
 
 @pytest.fixture(params=["journal", "sqlite"])

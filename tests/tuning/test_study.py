@@ -15,7 +15,8 @@ import pytest
 from tests.support.postgres import database
 from tests.support.search_worker import answer, ledger, work
 from torchslim.errors import RecipeError, StorageError
-from torchslim.tuning.study import Ledger, open_storage
+from torchslim.tuning.storage import open_storage
+from torchslim.tuning.study import Ledger
 
 ROOT = Path(__file__).parents[2]
 

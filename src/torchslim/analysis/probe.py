@@ -108,9 +108,14 @@ class Sensing:
             else:
                 value, refused = self._pruned(plan, coupling, removed, runs)
             yield Point(
-                name=name, kind="channels", change=change, amount=gone / unit.width if gone else None, value=value,
-                refused=refused, groups=groups,
-            )  # fmt: skip
+                name=name,
+                kind="channels",
+                change=change,
+                amount=gone / unit.width if gone else None,
+                value=value,
+                refused=refused,
+                groups=groups,
+            )
 
     def _selection(self, plan: Plan, coupling: Coupling) -> Selection:
         criterion = find_criterion(self.criterion)

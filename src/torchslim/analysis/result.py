@@ -113,8 +113,10 @@ class Sensitivity:
         """As plain lists, numbers and text."""
         points = [{**asdict(point), "groups": list(point.groups)} for point in self.points]
         head = {"format": FORMAT, "kind": KIND, "torchslim": __version__}
-        own = {name: getattr(self, name) for name in ("model", "measure", "unit", "higher_is_better", "reference",
-                                                      "runtime")}  # fmt: skip
+        own = {
+            name: getattr(self, name)
+            for name in ("model", "measure", "unit", "higher_is_better", "reference", "runtime")
+        }
         return {**head, **own, "points": points, "notes": list(self.notes), "machines": dict(self.machines)}
 
     @classmethod
@@ -127,8 +129,10 @@ class Sensitivity:
         try:
             if (data["format"], data["kind"]) != (FORMAT, KIND):
                 raise KeyError("format")
-            own = {name: data[name] for name in ("model", "measure", "unit", "higher_is_better", "reference", "runtime",
-                                                 "machines")}  # fmt: skip
+            own = {
+                name: data[name]
+                for name in ("model", "measure", "unit", "higher_is_better", "reference", "runtime", "machines")
+            }
             points = tuple(point_of(point) for point in data["points"])
             return cls(points=points, notes=tuple(data.get("notes", ())), **own)
         except (KeyError, TypeError) as error:

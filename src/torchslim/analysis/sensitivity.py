@@ -101,16 +101,31 @@ def sensitivity(
     with _steady(seed):
         inputs: Any = task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs
         sensing = Sensing(
-            model=model, task=task, example_inputs=inputs, measure=measure, runtime=runtime, include=include,
-            exclude=exclude, samples=samples, criterion=criterion, seed=seed, progress=progress,
-        )  # fmt: skip
+            model=model,
+            task=task,
+            example_inputs=inputs,
+            measure=measure,
+            runtime=runtime,
+            include=include,
+            exclude=exclude,
+            samples=samples,
+            criterion=criterion,
+            seed=seed,
+            progress=progress,
+        )
         data = fingerprint([sensing.batches, take_first(task.val, "val") if measure == "metric" else None])
         about = [measure, runtime, canonical(include), canonical(exclude), canonical(criterion), seed]
         metric = canonical(task.metric) if measure == "metric" else None
         key = digest(
-            __version__, instruction_set(), type(model).__qualname__, fingerprint(model.state_dict()), data,
-            fingerprint(inputs), about, metric,
-        )  # fmt: skip
+            __version__,
+            instruction_set(),
+            type(model).__qualname__,
+            fingerprint(model.state_dict()),
+            data,
+            fingerprint(inputs),
+            about,
+            metric,
+        )
         folder = Path(workdir) if workdir else cache_folder() / KIND
         shelf = Shelf(folder / f"{key_id(key)[:16]}.points", key)
         points: list[Point] = []
@@ -174,9 +189,7 @@ class Shelf:
         if new or not self.scale:
             gauge = sensing.gauge
             self.notes += new
-            self.scale = {
-                "unit": gauge.unit, "higher_is_better": gauge.higher_is_better, "reference": gauge.reference
-            }  # fmt: skip
+            self.scale = {"unit": gauge.unit, "higher_is_better": gauge.higher_is_better, "reference": gauge.reference}
             self._write()
 
     def _write(self) -> None:

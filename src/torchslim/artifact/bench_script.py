@@ -279,8 +279,12 @@ class Program:
         if kind in ("as_float", "as_floats"):  # those that JSON has no number for are texts
             return [float(each) for each in content] if isinstance(content, list) else float(content)
         if isinstance(content, list):
-            return [self.value(each if len(each) == 1 and "name" not in each else {"as_tensor": each}, values)
-                    if isinstance(each, dict) else each for each in content]  # fmt: skip
+            return [
+                self.value(each if len(each) == 1 and "name" not in each else {"as_tensor": each}, values)
+                if isinstance(each, dict)
+                else each
+                for each in content
+            ]
         return self.value(content, values) if isinstance(content, dict) else content
 
 

@@ -106,11 +106,14 @@ def alike(deployed: Deployed, loaded: Deployed) -> bool:
     return all(
         one.shape == other.shape
         and torch.allclose(
-            one.double(), other.double(), rtol=0, equal_nan=True,
+            one.double(),
+            other.double(),
+            rtol=0,
+            equal_nan=True,
             atol=NEAR * float(one.double().nan_to_num(0, 0, 0).abs().max() if one.numel() else 0),
         )
         for one, other in pairs
-    )  # fmt: skip
+    )
 
 
 def new_notes(model: nn.Module, deployed: Deployed) -> list[str]:
@@ -146,9 +149,12 @@ class _Given:
         """The runs that fit a deployed model; its example where none does."""
         if all(_fits(deployed, run) for run in evidence.runs):
             return cls(
-                evidence=evidence, runs=evidence.runs, reference=evidence.reference, trained=evidence.trained,
+                evidence=evidence,
+                runs=evidence.runs,
+                reference=evidence.reference,
+                trained=evidence.trained,
                 graph=evidence.graph,
-            )  # fmt: skip
+            )
         if sliced := _sliced(evidence, deployed):
             return sliced
         runs = [list(deployed.example)]
@@ -189,9 +195,12 @@ def _sliced(evidence: Evidence, deployed: Deployed) -> _Given | None:
     if not all(_fits(deployed, run) for run in chosen):
         return None
     return _Given(
-        evidence=evidence, runs=chosen, reference=cut(evidence.reference, given),
-        trained=cut(evidence.trained, given), graph=cut(evidence.graph, given),
-    )  # fmt: skip
+        evidence=evidence,
+        runs=chosen,
+        reference=cut(evidence.reference, given),
+        trained=cut(evidence.trained, given),
+        graph=cut(evidence.graph, given),
+    )
 
 
 def _fits(deployed: Deployed, run: Run) -> bool:

@@ -110,18 +110,19 @@ class LatencyTable:
         return {key: Timing.from_entry(entry) for key, entry in self._read().get(reference, {}).items()}
 
     def measure(
-        self, deployed: Mapping[str, Deployed], reference: Deployed, *, again: bool = False, rounds: int = ROUNDS,
+        self,
+        deployed: Mapping[str, Deployed],
+        reference: Deployed,
+        *,
+        again: bool = False,
+        rounds: int = ROUNDS,
         seconds: float = SECONDS,
-    ) -> dict[str, Timing]:  # fmt: skip
+    ) -> dict[str, Timing]:
         """Timings of deployed models over the reference's; what the file knows is not measured, unless `again`."""
         first = reference.spec.structure
         known = {} if again else self.known(first)
         structures = {name: model.spec.structure for name, model in deployed.items()}
-        missing = {
-            key: deployed[name]
-            for name, key in structures.items()
-            if key not in known and key != first
-        }  # fmt: skip
+        missing = {key: deployed[name] for name, key in structures.items() if key not in known and key != first}
         if first not in known or missing:
             timings = compare({first: reference} | missing, batch=self.batch, rounds=rounds, seconds=seconds)
             new = [*missing] if first in known else [first, *missing]  # a reference keeps its first figure

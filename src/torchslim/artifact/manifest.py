@@ -32,10 +32,28 @@ Shape = Annotated[list[Size], Field(max_length=64)]
 Threads = Annotated[int, Field(ge=1, le=65_536)]
 Axis = Annotated[int, Field(ge=0, le=63)]
 Dtype = Literal[
-    "float16", "float32", "float64", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
-    "uint64", "bool", "complex32", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
-    "float8_e5m2fnuz", "float8_e8m0fnu",
-]  # fmt: skip
+    "float16",
+    "float32",
+    "float64",
+    "bfloat16",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+    "complex32",
+    "complex64",
+    "complex128",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+]
 STRICT = ConfigDict(extra="forbid", strict=True, regex_engine="python-re")
 
 

@@ -25,7 +25,7 @@ def peak():
         return largest if sys.platform == "darwin" else largest * 1024
 
 import torchslim as ts
-from torchslim.artifact.storage import open_artifact
+from torchslim.artifact.opened import open_artifact
 from torchslim.artifact.latency import resized
 
 folder, threads, runtime, runs = json.loads(sys.argv[1])
@@ -51,9 +51,7 @@ def peak_memory(deployed: Deployed) -> int:
     with tempfile.TemporaryDirectory(prefix="torchslim-") as folder:
         write_artifact(folder, deployed=deployed)
         given = json.dumps([folder, deployed.threads, deployed.runtime, RUNS])
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, given], capture_output=True, text=True, check=False
-        )  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", PROGRAM, given], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise DeployError(f"the memory of the model could not be measured: its process ended with {last}")

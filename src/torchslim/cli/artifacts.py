@@ -14,8 +14,11 @@ from torchslim.core.terminal import printable
 @click.command(epilog=f"{EXAMPLE}torchslim kernels out/")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--trusted", is_flag=True, help="Load an artifact of machine code too (runtime aoti).")
-@click.option("--public-key", type=click.Path(path_type=Path),
-              help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).")  # fmt: skip
+@click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
 def kernels(artifact: Path, trusted: bool, public_key: Path | None, as_json: bool) -> None:
     """List the layers of an ARTIFACT (a saved folder) that run on integers, their kernels, and why others do not."""
@@ -32,13 +35,21 @@ def kernels(artifact: Path, trusted: bool, public_key: Path | None, as_json: boo
 @click.option("--threads", type=click.IntRange(min=1), help="Default: what each artifact was saved with.")
 @click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--trusted", is_flag=True, help="Load artifacts of machine code too (runtime aoti).")
-@click.option("--public-key", type=click.Path(path_type=Path),
-              help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).")  # fmt: skip
+@click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).",
+)
 @click.option("--json", "as_json", is_flag=True)
 def bench(
-    artifacts: tuple[Path, ...], batch: int | None, threads: int | None, rounds: int, trusted: bool,
-    public_key: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    artifacts: tuple[Path, ...],
+    batch: int | None,
+    threads: int | None,
+    rounds: int,
+    trusted: bool,
+    public_key: Path | None,
+    as_json: bool,
+) -> None:
     """Time saved artifacts side by side, interleaved; ratios are over the first."""
     from torchslim.artifact.latency import compare
     from torchslim.artifact.storage import load, render_timings

@@ -59,8 +59,13 @@ def progress_shown(steps: Sequence[Step] = ()) -> Iterator[Callable[[Event], Non
     console = Console(stderr=True)
     started, last = time.monotonic(), [""]
     time_left, bars = TimeLeft(steps), dict[str, Any]()
-    columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeElapsedColumn(),
-               rich.TextColumn("{task.fields[note]}"))  # fmt: skip
+    columns = (
+        "{task.description}",
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("{task.fields[note]}"),
+    )
     with rich.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def show(event: Event) -> None:

@@ -15,17 +15,25 @@ from torchslim.core.terminal import printable
 
 @click.command(epilog=f"{EXAMPLE}torchslim inspect torchvision.models:resnet18 --input 1x3x224x224")
 @click.argument("model")
-@click.option("--input", "inputs", multiple=True, metavar="[NAME=]SIZES[:DTYPE]",
-              help="An example input, as 1x3x224x224, 1x77:int64 or mask=1x77:bool; once for each. Not needed where "
-              "MODEL gives (model, example_inputs).")  # fmt: skip
-@click.option("--heads", type=click.Choice(["auto", "whole", "dim"]), default="auto", show_default=True,
-              help="What attention may lose: whole heads, or dimensions of every head.")  # fmt: skip
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="[NAME=]SIZES[:DTYPE]",
+    help="An example input, as 1x3x224x224, 1x77:int64 or mask=1x77:bool; once for each. Not needed where "
+    "MODEL gives (model, example_inputs).",
+)
+@click.option(
+    "--heads",
+    type=click.Choice(["auto", "whole", "dim"]),
+    default="auto",
+    show_default=True,
+    help="What attention may lose: whole heads, or dimensions of every head.",
+)
 @click.option("--all", "everything", is_flag=True, help="Kernel extents and position tables too, and every member.")
 @click.option("--sensitivity", "moved", is_flag=True, hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
-def inspect(
-    model: str, inputs: tuple[str, ...], heads: Any, everything: bool, moved: bool, as_json: bool
-) -> None:  # fmt: skip
+def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, moved: bool, as_json: bool) -> None:
     """List the coupled channel groups of a MODEL (module:callable), and why some must stay.
 
     For each group: how many channels it has, the parameters and the multiply-accumulates (of a run on the inputs given)
@@ -47,8 +55,13 @@ def inspect(
 
 @click.command(epilog=f"{EXAMPLE}torchslim sensitivity recipe.toml --measure kl")
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--measure", type=click.Choice(["sqnr", "kl", "metric"]), default="sqnr", show_default=True,
-              help="Noise or divergence of the outputs, or the metric on val.")  # fmt: skip
+@click.option(
+    "--measure",
+    type=click.Choice(["sqnr", "kl", "metric"]),
+    default="sqnr",
+    show_default=True,
+    help="Noise or divergence of the outputs, or the metric on val.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default runs/NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
 def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> None:
@@ -71,9 +84,14 @@ def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> 
     out = out or Path("runs") / default_name(recipe)
     with progress_shown() as progress:
         found = analyze(
-            model, task, measure=measure, runtime=runtime, seed=document.get("seed", 0), name=document["model"],
+            model,
+            task,
+            measure=measure,
+            runtime=runtime,
+            seed=document.get("seed", 0),
+            name=document["model"],
             progress=progress,
-        )  # fmt: skip
+        )
     path = found.save(out / "sensitivity.json")
     write_bytes(out / "sensitivity.html", render_sensitivity(found.to_dict()).encode())
     if as_json:

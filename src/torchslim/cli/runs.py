@@ -99,9 +99,15 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
     out = out or Path("runs") / f"{default_name(recipe)}-search"
     with progress_shown() as progress:
         found = look(
-            model, task, space, workdir=out, teacher=teacher, storage=storage, study=study,
+            model,
+            task,
+            space,
+            workdir=out,
+            teacher=teacher,
+            storage=storage,
+            study=study,
             progress=progress if distributed.is_first() else ignore_progress,
-        )  # fmt: skip
+        )
     if distributed.is_first():
         report = printable(f"{found}\n\nreport: {out / 'report.html'}", lines=True)
         click.echo(json.dumps(found.data, indent=1) if as_json else report)

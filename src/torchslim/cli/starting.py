@@ -22,8 +22,14 @@ CLASSES, NUMBERS = '{ do = "kd", temperature = 4.0, alpha = 0.9 }', '{ do = "mse
 
 @click.command(epilog=f"{EXAMPLE}torchslim init my_project --from text")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path())
-@click.option("--from", "kind", type=click.Choice(STARTERS), default="images", show_default=True,
-              help="The data that the starter draws; put your own in its place.")  # fmt: skip
+@click.option(
+    "--from",
+    "kind",
+    type=click.Choice(STARTERS),
+    default="images",
+    show_default=True,
+    help="The data that the starter draws; put your own in its place.",
+)
 def init(folder: Path, kind: str) -> None:
     """Write a starter to FOLDER: task.py with a model, data and a metric, and recipe.toml; they run as they are."""
     from torchslim.core.files import write_bytes

@@ -47,8 +47,17 @@ def unzip(data: bytes, what: str) -> dict[str, bytes]:
     except ArtifactError:
         raise
     # ValueError, LookupError, OverflowError and struct.error: fields of a damaged directory
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError, LookupError,
-            OverflowError, MemoryError) as error:  # fmt: skip
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise ArtifactError(f"{what} is damaged: {type(error).__name__}: {error}; copy it again") from error
     if len(found) < len(infos):
         raise ArtifactError(f"{what} holds a file twice; it is not read")

@@ -52,8 +52,11 @@ def checks_arguments(
                 new = f"{function.__name__}({', '.join(names[: len(args)])}{', ...' if kwargs else ''})"
                 if [names[order.index(place)] for place in range(len(args))] != [*earlier]:
                     raise error(f"{wrong}; the arguments are in another order: call {new}") from wrong
-                warnings.warn(f"{function.__name__}({', '.join(earlier)}) is an earlier order of the arguments; "
-                              f"call {new}", DeprecationWarning, stacklevel=2)  # fmt: skip
+                warnings.warn(
+                    f"{function.__name__}({', '.join(earlier)}) is an earlier order of the arguments; call {new}",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
                 return call(*(args[place] for place in order), **kwargs)  # type: ignore[arg-type]
             return function(*args, **kwargs)
 

@@ -21,8 +21,13 @@ BOUNDS: Mapping[str, str] = {  # what each bound is a bound of
     "params": "params",
 }
 UNITS: Mapping[str, str] = {
-    "metric_drop": "", "latency": "ms", "size": "MB", "peak_memory": "MB", "macs": "MACs", "params": "parameters"
-}  # fmt: skip
+    "metric_drop": "",
+    "latency": "ms",
+    "size": "MB",
+    "peak_memory": "MB",
+    "macs": "MACs",
+    "params": "parameters",
+}
 
 Count = Annotated[float, Range(-1e18, 1e18)]
 """So many of what large models have many of."""

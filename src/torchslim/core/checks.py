@@ -230,8 +230,12 @@ def _path(value: Any, limits: Range | None) -> Any:
 
 
 _PLAIN: Mapping[Any, Callable[[Any, Range | None], Any]] = {
-    bool: _boolean, int: _whole, float: _real, str: _text, Path: _path,
-}  # fmt: skip
+    bool: _boolean,
+    int: _whole,
+    float: _real,
+    str: _text,
+    Path: _path,
+}
 
 
 def _items(value: Any, arguments: Sequence[Any], limits: Range | None, depth: int) -> tuple[Any, ...]:

@@ -53,8 +53,16 @@ def holding(path: Path, waiting: Callable[[str], None] | None = None) -> Iterato
     try:
         locked = _lock(handle, path, waiting)
         try:
-            _say(handle, path, {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid()),
-                                "since": datetime.now().astimezone().isoformat(timespec="seconds")})  # fmt: skip
+            _say(
+                handle,
+                path,
+                {
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "started": started(os.getpid()),
+                    "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+                },
+            )
             yield
         finally:
             if locked:
@@ -114,8 +122,12 @@ def _say(handle: int, path: Path, holder: Mapping[str, Any]) -> None:
 def _holder(handle: int) -> dict[str, Any] | None:
     try:
         found = json.loads(os.pread(handle, INFO_BYTES, 0))
-        return {"host": str(found["host"])[:80], "pid": int(found["pid"]), "since": str(found["since"])[:40],
-                "started": found["started"]}  # fmt: skip
+        return {
+            "host": str(found["host"])[:80],
+            "pid": int(found["pid"]),
+            "since": str(found["since"])[:40],
+            "started": found["started"],
+        }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # it is just being written, or damaged: the lock itself tells that somebody is there
 

@@ -26,9 +26,12 @@ def instruction_set() -> str:
             "avx2": torch.cpu._is_avx2_supported(),
         }
     for name, flag in (
-        ("amx", "amx_int8"), ("avx512-vnni", "avx512_vnni"), ("avx-vnni", "avx_vnni"), ("avx512", "avx512_f"),
+        ("amx", "amx_int8"),
+        ("avx512-vnni", "avx512_vnni"),
+        ("avx-vnni", "avx_vnni"),
+        ("avx512", "avx512_f"),
         ("avx2", "avx2"),
-    ):  # fmt: skip
+    ):
         if capabilities.get(flag):
             return name
     return str(capabilities.get("architecture") or platform.machine())

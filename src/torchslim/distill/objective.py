@@ -108,8 +108,11 @@ class Everything:
     ) -> None:
         self.task, self.teacher, self.response, self.parts, self.pairs = task, teacher, response, parts, pairs
         self.companion, self.label_weight, self.ignore_index, self.weights = (
-            companion, label_weight, ignore_index, weights
-        )  # fmt: skip
+            companion,
+            label_weight,
+            ignore_index,
+            weights,
+        )
         self.taps = [pair.student for pair in pairs]
         self.watch, self.checked, self.owners = Watch(tap.path for tap in self.taps), False, modules_by_path(model)
         if self.taps:

@@ -181,9 +181,19 @@ class Distill(Training):
             with preserved_globals(ctx.seed):  # projections start from the same weights each time
                 companion = Companion(parts, pairs, places, average.module if average else None)
             objective = Everything(
-                task, teacher, response, parts, pairs, companion, self.resolved_label_weight(), self.ignore_index,
-                self._several("teacher_weights"), model, stack, batch,
-            )  # fmt: skip
+                task,
+                teacher,
+                response,
+                parts,
+                pairs,
+                companion,
+                self.resolved_label_weight(),
+                self.ignore_index,
+                self._several("teacher_weights"),
+                model,
+                stack,
+                batch,
+            )
             yield Lesson(
                 objective=objective,
                 batches=indexed(batches, _size(task)) if places or self.cache is not None else batches,

@@ -44,8 +44,10 @@ class Answer:
     @classmethod
     def of(cls, named: Mapping[str, Tensor]) -> Answer:
         """From tensors by name."""
-        kinds = [[named[f"{kind}_{n}"] for n in range(len(named)) if f"{kind}_{n}" in named]
-                 for kind in ("logits", "feature")]  # fmt: skip
+        kinds = [
+            [named[f"{kind}_{n}"] for n in range(len(named)) if f"{kind}_{n}" in named]
+            for kind in ("logits", "feature")
+        ]
         return cls(*kinds)
 
 
@@ -103,8 +105,10 @@ class Remembering:
         with preserved_globals(0), seeded(inner.task.val, 0, 0):
             batch = take_first(inner.task.val, "val")
         told = inner(to_device(batch, device_of(inner.modules[0])), None, device_of(inner.modules[0]))
-        answers = {name: [list(each.shape), f"{float(each.double().norm()):.3g}", f"{float(each.double().mean()):.3g}"]
-                   for name, each in told.named().items()}  # fmt: skip
+        answers = {
+            name: [list(each.shape), f"{float(each.double().norm()):.3g}", f"{float(each.double().mean()):.3g}"]
+            for name, each in told.named().items()
+        }
         made = [f"{type(each).__module__}.{type(each).__qualname__} {each}" for each in inner.modules]
         key = digest(said, made, [(tap.name, list(tap.shape)) for tap in inner.taps], reading, answers)
         self.inner, self.cache = inner, TeacherCache(folder, key)

@@ -156,8 +156,10 @@ def stored_tensors(program: ExportedProgram) -> dict[str, Tensor]:
     """Parameters, buffers and constants by the names of their placeholders."""
     signature = program.graph_signature
     names = {
-        **signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants
-    }  # fmt: skip
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     owners = {**program.constants, **program.state_dict}
     return {name: value for name, key in names.items() if isinstance(value := owners.get(key), Tensor)}
 

@@ -202,8 +202,10 @@ def _single(layer: nn.RNNBase, index: int, x: Tensor, start: State, packing: _Pa
     options = (layer.bias, 1, 0.0, layer.training, False, False)
     if not isinstance(layer, nn.LSTM):
         functions: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-            "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu,
-        }  # fmt: skip
+            "GRU": torch.gru,
+            "RNN_TANH": torch.rnn_tanh,
+            "RNN_RELU": torch.rnn_relu,
+        }
         output, _ = functions[layer.mode](x, start[0], weights, *options)
         return output, (packing.last(output),)
     output, _, _ = torch.lstm(x, start, weights, *options)

@@ -23,9 +23,13 @@ aten = torch.ops.aten
 BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 SUM, MEAN, MAX = range(3)
 CONVOLUTIONS = (
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-)  # fmt: skip
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
@@ -210,9 +214,16 @@ def convolution_of_groups(
     groups = x.shape[-rank - 1] // inputs
     if x.dim() == rank + 1:
         whole = convolution_of_groups(
-            x[None], weight, bias, inputs=inputs, stride=stride, padding=padding, dilation=dilation,
-            output_padding=output_padding, transposed=transposed,
-        )  # fmt: skip
+            x[None],
+            weight,
+            bias,
+            inputs=inputs,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            output_padding=output_padding,
+            transposed=transposed,
+        )
         return whole[0]
     spans = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
     if isinstance(padding, str):

@@ -97,10 +97,15 @@ def pack(
         names = ["example.npz", *(name.removesuffix(suffix) + each for name in names for each in whole.suffixes)]
         spec = {"sizes": whole.spec.sizes, "dtypes": whole.spec.dtypes, "batch_axis": whole.spec.batch_axis}
         about = {
-            "format": PACK_FORMAT, "gives": FORMAT, "about": bench.about(plan.model), "whole": f"whole{suffix}",
-            "programs": written, "spec": spec, "disabled_optimizers": UNWANTED,
+            "format": PACK_FORMAT,
+            "gives": FORMAT,
+            "about": bench.about(plan.model),
+            "whole": f"whole{suffix}",
+            "programs": written,
+            "spec": spec,
+            "disabled_optimizers": UNWANTED,
             "files": {name: sha256(folder / name) for name in names},
-        }  # fmt: skip
+        }
         write_json(folder / PACK, about)  # last: a folder that has it is whole
     return folder
 

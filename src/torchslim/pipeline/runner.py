@@ -198,9 +198,14 @@ class _Runner:
         with state_folder(folder, self.key) as state:
             seed = self.ctx.seed + 1_000 * index
             ctx = replace(
-                self.ctx, masks=before.masks, name=name, seed=seed, state=state, key=self.key,
+                self.ctx,
+                masks=before.masks,
+                name=name,
+                seed=seed,
+                state=state,
+                key=self.key,
                 calibration=CalibrationData(self.ctx.task, seed),
-            )  # fmt: skip
+            )
             self.ctx.progress(Event(step=name, phase="start"))
             start = time.perf_counter()
             with preserved_globals(ctx.seed), seeded_splits(ctx.task, ctx.seed):
@@ -218,9 +223,14 @@ class _Runner:
     def _restored(self, folder: Path, step: Step, before: Stage) -> Stage | None:
         module = begun(step, before.module, self.ctx.seed)
         return restored(
-            folder, self.key, step.produces, module or before.module, before.model, self.classes,
+            folder,
+            self.key,
+            step.produces,
+            module or before.module,
+            before.model,
+            self.classes,
             self.ctx.target.runtime,
-        )  # fmt: skip
+        )
 
     def _verify(self, outcome: Outcome, step: Step, before: nn.Module) -> None:
         """No step hands on a model that fails, or whose outputs are infinite or NaN where they were not before."""
@@ -320,9 +330,19 @@ class _Runner:
             rounds |= compare(candidates, rounds=ROUNDS, seconds=SECONDS).rounds
         timings = Timings(rounds)
         rows = [dict(stage.row) for stage in stages]
-        rows.append({**rows[-1], "name": "artifact", "kind": "artifact", "metric": artifact_metric, "layers": [],
-                     "history": [], "evidence": {}, "warnings": [],
-                     "seconds": not_measured("no work was done")})  # fmt: skip
+        rows.append(
+            {
+                **rows[-1],
+                "name": "artifact",
+                "kind": "artifact",
+                "metric": artifact_metric,
+                "layers": [],
+                "history": [],
+                "evidence": {},
+                "warnings": [],
+                "seconds": not_measured("no work was done"),
+            }
+        )
         compare_rows(rows, timings, runtime)
         return {
             "format": RUN_FORMAT,

@@ -14,7 +14,8 @@ from annotated_types import MaxLen
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from torchslim.artifact.storage import Opened, load_opened, open_artifact, write_artifact
+from torchslim.artifact.opened import Opened, open_artifact
+from torchslim.artifact.storage import load_opened, write_artifact
 from torchslim.core import distributed
 from torchslim.core.files import TEMPORARY, clean_temporaries, digest, present, remove, write_bytes, write_json
 from torchslim.core.fingerprint import canonical
@@ -98,9 +99,13 @@ def keep(
     remove(folder)
     artifact = write_artifact(folder, deployed=deployed, module=module, masks=masks)
     record: dict[str, Any] = {
-        "format": "torchslim-stage", "version": 1, "key_id": key_id(key), "artifact": artifact,
-        "row": None if row is None else dict(row), "own": _own(key, artifact),
-    }  # fmt: skip
+        "format": "torchslim-stage",
+        "version": 1,
+        "key_id": key_id(key),
+        "artifact": artifact,
+        "row": None if row is None else dict(row),
+        "own": _own(key, artifact),
+    }
     record = json.loads(json.dumps(record, allow_nan=False))  # as it is read back: keys of evidence may be numbers
     write_json(folder / COMMIT, record | {"seal": seal(key, record)})
 

@@ -94,9 +94,14 @@ class Bench:
         quick = replace(last, observer="min-max")
         layers = quick.layers if isinstance(quick.layers, Mapping) else {}
         prepared = prepare(
-            model, self.example_inputs, runtime=self.target.runtime, scheme=quick.scheme,
-            layers=layers, observer=quick.observer, dynamic_shapes=self.dynamic_shapes,
-        )  # fmt: skip
+            model,
+            self.example_inputs,
+            runtime=self.target.runtime,
+            scheme=quick.scheme,
+            layers=layers,
+            observer=quick.observer,
+            dynamic_shapes=self.dynamic_shapes,
+        )
         if quick.calibrates():
             task = self.task
             prepared.calibrate([self.example_inputs] if task is None else CalibrationData(task, 0).first(1))

@@ -49,8 +49,11 @@ for _rank in (1, 2, 3):
 
 # where products of two activations have their factors
 PRODUCTS: dict[Any, tuple[int, int]] = {
-    aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.mm.default: (0, 1), aten.baddbmm.default: (1, 2),
-}  # fmt: skip
+    aten.matmul.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.mm.default: (0, 1),
+    aten.baddbmm.default: (1, 2),
+}
 RECURRENT: dict[Any, str] = {aten.lstm.input: "lstm", aten.gru.input: "gru"}
 EMBEDDINGS = (aten.embedding.default,)
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
@@ -61,21 +64,45 @@ DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.de
 CLAMPS = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default)
 # several tensors of one; what they are is told by `getitem`
 SPLITS = (
-    aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.unbind.int,
-    aten.tensor_split.sections, aten.tensor_split.indices,
-)  # fmt: skip
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+)
 GATES = (aten.sigmoid.default, aten.sigmoid_.default)
 GATED = (aten.mul.Tensor, aten.mul_.Tensor)
 # every element of the output is one of the input (or a zero): scale and zero point stay the same
 POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 MOVES = (
-    *POOLS, aten.view.default,
-    aten.reshape.default, aten.flatten.using_ints, aten.permute.default, aten.transpose.int, aten.squeeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int,
-    aten.expand.default, aten.contiguous.default, aten.clone.default, aten.pixel_shuffle.default,
-    aten.channel_shuffle.default, aten.upsample_nearest2d.vec, aten.roll.default, aten.unflatten.int,
-    aten.movedim.int, aten.movedim.intlist, aten.narrow.default, aten.swapaxes.default, aten.t.default,
-)  # fmt: skip
+    *POOLS,
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.expand.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.pixel_shuffle.default,
+    aten.channel_shuffle.default,
+    aten.upsample_nearest2d.vec,
+    aten.roll.default,
+    aten.unflatten.int,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.narrow.default,
+    aten.swapaxes.default,
+    aten.t.default,
+)
 
 
 def weighted(node: Node) -> Weighted | None:

@@ -237,16 +237,19 @@ def _lost(part: _Part, dim: int | None, largest: float, checks: Checks) -> Itera
         off &= False  # none stands out: what they have in common, the output as a whole shows
     for channel in constant.nonzero().flatten().tolist():
         yield Fault(
-            kind="constant", place=part.place(dim, channel), decibels=float(decibels[channel]),
+            kind="constant",
+            place=part.place(dim, channel),
+            decibels=float(decibels[channel]),
             words="varies in float and is constant",
-        )  # fmt: skip
+        )
     for channel in (off & ~constant).nonzero().flatten().tolist():
         yield Fault(
-            kind="output" if dim is None else "channel", place=part.place(dim, channel),
+            kind="output" if dim is None else "channel",
+            place=part.place(dim, channel),
             decibels=float(decibels[channel]),
             words=f"is {float(decibels[channel]):.1f} dB from float, {checks.channel_db:g} are wanted",
             short=checks.channel_db - float(decibels[channel]),
-        )  # fmt: skip
+        )
 
 
 def _further(part: _Part, dim: int | None, checks: Checks) -> Iterator[Fault]:
@@ -269,10 +272,12 @@ def _further(part: _Part, dim: int | None, checks: Checks) -> Iterator[Fault]:
         signal = _signal(expected)
         before, after = (float(_decibels(signal, each)[channel]) for each in (made, more))
         yield Fault(
-            kind="apart", place=part.place(dim, channel), decibels=after,
+            kind="apart",
+            place=part.place(dim, channel),
+            decibels=after,
             words=f"is {after:.1f} dB from float deployed and {before:.1f} dB in the graph it was made from",
             short=before - after - checks.apart_db,
-        )  # fmt: skip
+        )
     step = torch.maximum(1.01 * unit, SPREAD * made.sqrt())
     if few:  # an error of rounding is at most half a step, and less than that in most of few elements
         step = step.clamp(min=4 * float((expected - graph).abs().max()))
@@ -280,9 +285,11 @@ def _further(part: _Part, dim: int | None, checks: Checks) -> Iterator[Fault]:
     share = over / deployed.numel()
     if over > 1 and share > checks.apart_share:
         yield Fault(
-            kind="steps", place=Place(output=part.output), decibels=None,
+            kind="steps",
+            place=Place(output=part.output),
+            decibels=None,
             words=f"differs by more than a step from the graph it was made from on {100 * share:.2g} % of its elements",
-        )  # fmt: skip
+        )
 
 
 def _grid(values: Tensor) -> float:

@@ -50,6 +50,10 @@ def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedMod
         program.recompile()
         strip_unused(program)
     return QuantizedModule(
-        program, prepared.forward_signature, prepared.inputs, prepared.outputs, prepared.classes,
+        program,
+        prepared.forward_signature,
+        prepared.inputs,
+        prepared.outputs,
+        prepared.classes,
         records=prepared.records,
-    )  # fmt: skip
+    )

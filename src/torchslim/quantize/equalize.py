@@ -27,9 +27,15 @@ from torchslim.quantize.aten_ops import (
 
 # f(s x) = s f(x) for every channel and s > 0
 HOMOGENEOUS = (
-    *DROPOUTS, aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.max_pool2d.default,
-    aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim,
-)  # fmt: skip
+    *DROPOUTS,
+    aten.relu.default,
+    aten.relu_.default,
+    aten.leaky_relu.default,
+    aten.max_pool2d.default,
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.mean.dim,
+)
 SMALLEST = 1e-8
 
 

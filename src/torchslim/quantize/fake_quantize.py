@@ -107,8 +107,10 @@ class RangeOfEachCall(FakeQuantizeBase):
         """The values on the grid of their own range."""
         if self.fake_quant_enabled[0] != 1 or not x.numel():
             return x
-        low, high = (each.clamp(max=0) if low else each.clamp(min=0)
-                     for each, low in zip(torch.aminmax(x.detach().float()), (True, False), strict=True))  # fmt: skip
+        low, high = (
+            each.clamp(max=0) if low else each.clamp(min=0)
+            for each, low in zip(torch.aminmax(x.detach().float()), (True, False), strict=True)
+        )
         scale = ((high - low) / (self.quant_max - self.quant_min)).clamp(min=self.eps)
         zero_point = (self.quant_min - torch.round(low / scale)).clamp(self.quant_min, self.quant_max).to(torch.int32)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, self.quant_min, self.quant_max)
@@ -163,9 +165,16 @@ class GroupWeights(FakeQuantizeBase):
     is_dynamic = False
 
     def __init__(
-        self, dtype: Any, quant_min: int, quant_max: int, qscheme: Any, ch_axis: int, group_size: int,
-        training_step: bool = False, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        dtype: Any,
+        quant_min: int,
+        quant_max: int,
+        qscheme: Any,
+        ch_axis: int,
+        group_size: int,
+        training_step: bool = False,
+        **_: Any,
+    ) -> None:
         super().__init__()
         self.dtype, self.quant_min, self.quant_max = dtype, quant_min, quant_max
         self.qscheme, self.ch_axis, self.group_size = qscheme, ch_axis, group_size

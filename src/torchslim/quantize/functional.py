@@ -57,9 +57,15 @@ def static(
     if not given:
         raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
     prepared = prepare(
-        model, given[0], runtime=runtime, scheme=scheme, layers=layers, observer=observer, helpers=helpers,
+        model,
+        given[0],
+        runtime=runtime,
+        scheme=scheme,
+        layers=layers,
+        observer=observer,
+        helpers=helpers,
         batches=given,
-    )  # fmt: skip
+    )
     prepared.calibrate(given)
     made = converted(prepared, checks)
     _warn(made)

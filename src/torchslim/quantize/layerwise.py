@@ -48,7 +48,7 @@ def singles(prepared: Prepared) -> list[Single]:
 
     Products of two activations, as in attention, have no record; they go by the path of the module that they are in.
     """
-    from torchslim.quantize.quantizer import end_of_layer
+    from torchslim.quantize.annotation_ends import end_of_layer
 
     program = prepared.program
     wanted = {record.layer for record in prepared.records if record.action == "quantized"}

@@ -117,10 +117,17 @@ def prepare(
                 parameter.requires_grad_(name.removeprefix(WRAPPED) in trainable)
         program.recompile()
     prepared = Prepared(
-        program, signature_of(model), captured.inputs, captured.outputs, captured.classes,
-        records=quantizer.records, qat=qat, helpers=helpers, axes=axes,
+        program,
+        signature_of(model),
+        captured.inputs,
+        captured.outputs,
+        captured.classes,
+        records=quantizer.records,
+        qat=qat,
+        helpers=helpers,
+        axes=axes,
         example=_leaves(captured, model, example_inputs),
-    )  # fmt: skip
+    )
     _look_at_weights(prepared)
     return prepared
 

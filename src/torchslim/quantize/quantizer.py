@@ -26,13 +26,12 @@ from torchslim.core.reason import Reason
 from torchslim.core.step import LayerRecord
 from torchslim.graph.decompose import SILU
 from torchslim.graph.export import layer_of
+from torchslim.quantize.annotation_ends import end_of_concat, end_of_layer, flat, layer_before, quantized_output
 from torchslim.quantize.aten_ops import (
     ADDITIONS,
     ANNOTATION,
     BATCH_NORMS,
-    CLAMPS,
     CONCATS,
-    DROPOUTS,
     EMBEDDINGS,
     GATED,
     GATES,
@@ -92,9 +91,11 @@ class SlimQuantizer(Quantizer):
         """Mark what is quantized, and record what is not and why."""
         self.records, self.schemes = [], {}
         between = {
-            **dict.fromkeys(GATES, self._gate), **dict.fromkeys(GATED, self._gated),
-            **dict.fromkeys(ADDITIONS, self._addition), **dict.fromkeys(CONCATS, self._concat),
-        }  # fmt: skip
+            **dict.fromkeys(GATES, self._gate),
+            **dict.fromkeys(GATED, self._gated),
+            **dict.fromkeys(ADDITIONS, self._addition),
+            **dict.fromkeys(CONCATS, self._concat),
+        }
         for node in model.graph.nodes:
             if node.op != "call_function":
                 continue
@@ -109,7 +110,7 @@ class SlimQuantizer(Quantizer):
                     mark(node)
             elif node.target in PRODUCTS:
                 self._product(node)
-            elif node.target in MOVES and _quantized_output(argument(node, 0)):
+            elif node.target in MOVES and quantized_output(argument(node, 0)):
                 self._move(node)
             elif node.target is getitem:
                 self._part(node)
@@ -146,15 +147,15 @@ class SlimQuantizer(Quantizer):
     def _gate(self, node: Node) -> None:
         """A sigmoid of a convolution: on integers it is a table."""
         source = argument(node, 0)
-        ends = source is not None and self._ends_convolution(source) and _quantized_output(source)
+        ends = source is not None and self._ends_convolution(source) and quantized_output(source)
         if self.profile.gates and source is not None and ends:
             self._mark(node, {source: self.specs.static}, self.specs.static)
 
     def _gated(self, node: Node) -> None:
         """What a gate multiplies, where both are integers already."""
         factors = [argument(node, index) for index in (0, 1)]
-        if any(factor is not None and factor.target in GATES and _quantized_output(factor) for factor in factors):
-            inputs = [factor for factor in factors if factor is not None and _quantized_output(factor)]
+        if any(factor is not None and factor.target in GATES and quantized_output(factor) for factor in factors):
+            inputs = [factor for factor in factors if factor is not None and quantized_output(factor)]
             if self.profile.gates and len(inputs) == 2:
                 self._mark(node, dict.fromkeys(inputs, self.specs.static), self.specs.static)
 
@@ -192,7 +193,7 @@ class SlimQuantizer(Quantizer):
         self._quantized(node, scheme, reason)
 
     def _recurrent(self, node: Node) -> None:
-        parameters = [each for each in _flat(node.args[2]) if len(shape_of(each)) == 2]
+        parameters = [each for each in flat(node.args[2]) if len(shape_of(each)) == 2]
         if not all(is_constant(parameter) for parameter in parameters):
             self._refuse(node, "its weights are computed from the input, not stored")
             return
@@ -259,7 +260,7 @@ class SlimQuantizer(Quantizer):
         if not sums:
             return None
         # an earlier sum has been computed by its own layer: it is what is added
-        last = next((each for each in sums if weighted(_layer_before(each)) and len(each.users) == 1), sums[-1])
+        last = next((each for each in sums if weighted(layer_before(each)) and len(each.users) == 1), sums[-1])
         return last, left if last is right else right
 
     def _concat(self, node: Node) -> None:
@@ -270,11 +271,11 @@ class SlimQuantizer(Quantizer):
         A norm that reads it reads the residual stream: on the grid of the patches, the class token of CoaT lost all
         but 2.5 dB.
         """
-        last = _end_of_concat(node)
+        last = end_of_concat(node)
         if not self.profile.concats or not self._reaches_integers(last) or self._feeds_norm(node):
             return
-        parts = [each for each in _flat(node.args[0]) if isinstance(each.meta.get("val"), Tensor)]
-        floats = [index for index, each in enumerate(parts) if not _quantized_output(each)]
+        parts = [each for each in flat(node.args[0]) if isinstance(each.meta.get("val"), Tensor)]
+        floats = [index for index, each in enumerate(parts) if not quantized_output(each)]
         if len(floats) < len(parts):
             self._mark(node, dict.fromkeys(parts, self.specs.static), self.specs.static)
             last.meta[SHARED_GRID] = floats
@@ -283,11 +284,11 @@ class SlimQuantizer(Quantizer):
         """One of the tensors that another is split into: on the grid of what it is a part of."""
         split = argument(node, 0)
         source = argument(split, 0) if split is not None and split.target in SPLITS else None
-        if source is not None and _quantized_output(source):
+        if source is not None and quantized_output(source):
             node.meta[ANNOTATION] = QuantizationAnnotation(output_qspec=SharedQuantizationSpec(source), _annotated=True)
 
     def _ends_convolution(self, node: Node) -> bool:
-        node = _layer_before(node)
+        node = layer_before(node)
         layer = weighted(node)
         if layer is not None:
             scheme = self.schemes.get(node)
@@ -304,12 +305,12 @@ class SlimQuantizer(Quantizer):
 
     def _takes_some_integers(self, node: Node) -> bool:
         if node.target in (*MOVES, *SPLITS, *CONCATS, getitem):
-            return self._reaches_integers(_end_of_concat(node))
+            return self._reaches_integers(end_of_concat(node))
         factors = [argument(node, index) for index in (0, 1)]
         if node.target in GATED:
             return self.profile.gates and any(factor is not None and factor.target in GATES for factor in factors)
         if node.target in ADDITIONS:
-            layers = [weighted(_layer_before(factor)) for factor in factors if factor is not None]
+            layers = [weighted(layer_before(factor)) for factor in factors if factor is not None]
             return self.profile.additions == "both" and any(layer and layer.kind.startswith("conv") for layer in layers)
         return self._takes_integers(node)
 
@@ -377,34 +378,3 @@ class SlimQuantizer(Quantizer):
 
     def _refuse(self, node: Node, reason: str) -> None:
         self.records.append(LayerRecord(layer=layer_of(node), action="refused", reason=reason))
-
-
-def end_of_layer(node: Node) -> Node:
-    """The batch norm (in training), relu or relu6 that a runtime computes together with a layer."""
-    for fused in (BATCH_NORMS, CLAMPS):
-        users = list(node.users)
-        if len(users) == 1 and users[0].target in fused:
-            node = users[0]
-    return node
-
-
-def _end_of_concat(node: Node) -> Node:
-    """The clamp that alone reads a concatenation, else the node itself: a batch norm behind it computes in float."""
-    end = end_of_layer(node) if node.target in CONCATS else node
-    return end if end.target in CLAMPS and argument(end, 0) is node else node
-
-
-def _layer_before(node: Node) -> Node:
-    """What a value is computed by, without the norms and clamps behind it."""
-    while node.target in (*CLAMPS, *BATCH_NORMS, *DROPOUTS) and (before := argument(node, 0)) is not None:
-        node = before
-    return node
-
-
-def _quantized_output(node: Node | None) -> bool:
-    annotation = node.meta.get(ANNOTATION) if node is not None else None
-    return annotation is not None and annotation.output_qspec is not None
-
-
-def _flat(value: Any) -> list[Node]:
-    return [each for each in value if isinstance(each, Node)] if isinstance(value, (tuple, list)) else []

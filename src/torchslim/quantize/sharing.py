@@ -87,6 +87,8 @@ def _unround(model: GraphModule, node: Node) -> None:
     parts: Any = concat.args[0]
     # what verification left in float is not rounded already
     floats = {index for index in node.meta[SHARED_GRID] if _observer(model, parts[index]) is not None}
-    concat.args = ([argument(part, 0) if index in floats else part for index, part in enumerate(parts)],
-                   *concat.args[1:])  # fmt: skip
+    concat.args = (
+        [argument(part, 0) if index in floats else part for index, part in enumerate(parts)],
+        *concat.args[1:],
+    )
     concat.meta[COMPUTES_ON_INTEGERS] = False

@@ -168,15 +168,19 @@ class Quantize:
         if ratio < LOUD_DB and self.mode == "ptq":
             told.append(f"the quantized output is only {ratio:.1f} dB from the float one; expect a loss")
         return Outcome(
-            model=quantized, masks=ctx.masks, layers=[*records, *taught], warnings=told, history=history,
+            model=quantized,
+            masks=ctx.masks,
+            layers=[*records, *taught],
+            warnings=told,
+            history=history,
             evidence={} if found is None else {"worst_channel": _worst(found, records)},
-        )  # fmt: skip
+        )
 
     def prepared(self, model: nn.Module, ctx: Context, layers: Layers) -> Prepared:
         """A calibrated model with other layers than the step's, for post-training quantization."""
-        return replace(
-            self, layers=layers, metric_drop=None, mode="ptq", train=None, learned_step=False
-        )._prepared(model, ctx, layers)  # fmt: skip
+        return replace(self, layers=layers, metric_drop=None, mode="ptq", train=None, learned_step=False)._prepared(
+            model, ctx, layers
+        )
 
     def _batches(self, ctx: Context) -> list[Inputs]:
         """What the observers see, or as many samples as the checks take, or none."""
@@ -296,8 +300,10 @@ def _worst(evidence: Any, records: Sequence[LayerRecord]) -> dict[str, Any] | No
         return None
     layer = next((record.layer for record in records if record.sqnr_db is not None), None)
     return {
-        "where": figure.place.named(evidence.names), "sqnr_db": round(min(figure.decibels, 200.0), 2), "layer": layer,
-    }  # fmt: skip
+        "where": figure.place.named(evidence.names),
+        "sqnr_db": round(min(figure.decibels, 200.0), 2),
+        "layer": layer,
+    }
 
 
 def _inside(name: str) -> str:

@@ -66,12 +66,13 @@ def units_of(program: GraphModule) -> list[Unit]:
 
     return [
         Unit(
-            key=key, layer=layer_of(owners[key]),
+            key=key,
+            layer=layer_of(owners[key]),
             operation="" if _is_layer(owners[key]) else op_name(owners[key]).removeprefix("aten.").partition(".")[0],
             edges=tuple(edges[key]),
         )
         for key in sorted(edges, key=first)
-    ]  # fmt: skip
+    ]
 
 
 def release(program: GraphModule, units: Sequence[Unit], keys: Collection[str]) -> None:

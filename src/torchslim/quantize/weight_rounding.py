@@ -85,9 +85,16 @@ def gptq(weight: Tensor, scales: Tensor, second: Tensor, low: int, high: int, da
 
 
 def adaround(
-    weight: Tensor, scales: Tensor, second: Tensor, low: int, high: int, *, steps: int = 1000, lr: float = 3e-2,
+    weight: Tensor,
+    scales: Tensor,
+    second: Tensor,
+    low: int,
+    high: int,
+    *,
+    steps: int = 1000,
+    lr: float = 3e-2,
     regularization: float = 0.1,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Learn for each weight whether it is rounded up or down.
 
     Minimizes the squared output error plus a term that drives h(v) to 0 or 1, h the rectified sigmoid. Source: Nagel et

@@ -16,9 +16,13 @@ Search = dict[str, Any]
 Member = dict[str, Any]
 
 FIGURES: Mapping[str, str] = {
-    "metric_drop": "drop", "latency": "latency", "size": "size", "peak_memory": "peak memory", "macs": "MACs",
+    "metric_drop": "drop",
+    "latency": "latency",
+    "size": "size",
+    "peak_memory": "peak memory",
+    "macs": "MACs",
     "params": "parameters",
-}  # fmt: skip
+}
 COUNTS = ("macs", "params")  # their names say what they count
 STATES: Mapping[str, str] = {"candidate": "tried", "stopped": "given up early", "failed": "failed"}
 
@@ -48,8 +52,16 @@ def render_search(data: Search) -> str:
         columns=columns,
         rows=[
             (_named(data["baseline"]), "", [], _cells(data, data["baseline"]), ""),
-            *((_named(point), point["recipe"], _values(point["parameters"]), _cells(data, point),
-               "within" if point["within"] else "outside") for point in data["front"]),
+            *(
+                (
+                    _named(point),
+                    point["recipe"],
+                    _values(point["parameters"]),
+                    _cells(data, point),
+                    "within" if point["within"] else "outside",
+                )
+                for point in data["front"]
+            ),
         ],
         bounds=[f"{_name(data, name)} at most {_text(data, name, bound)}" for name, bound in _bounds(data).items()],
         parameters=[each["name"] for each in data["space"]],
@@ -59,7 +71,7 @@ def render_search(data: Search) -> str:
         space=[(each["name"], _range(each)) for each in data["space"]],
         machines=machine_facts(data["machines"]),
         data=_plot(data),
-    )  # fmt: skip
+    )
 
 
 def search_table(data: Search) -> str:
@@ -70,11 +82,13 @@ def search_table(data: Search) -> str:
     """
     metric, shown = data["metric"], _figures(data)
     headers = [
-        ("trial", ""), (plain(metric["name"]), with_unit("val,", metric["unit"]).removesuffix(",")),
+        ("trial", ""),
+        (plain(metric["name"]), with_unit("val,", metric["unit"]).removesuffix(",")),
         ("", with_unit("test,", metric["unit"]).removesuffix(",")),
         *((FIGURES[name], "median [p10-p90]" if name == "latency" else "") for name in shown),
-        ("budget", ""), ("recipe", ""),
-    ]  # fmt: skip
+        ("budget", ""),
+        ("recipe", ""),
+    ]
     rows = [[_named(data["baseline"]), *_row(data, data["baseline"]), "", ""]]
     rows += [
         [_named(point), *_row(data, point), "kept" if point["within"] else "broken", plain(point["recipe"])]
@@ -85,8 +99,9 @@ def search_table(data: Search) -> str:
     missing = dict.fromkeys(
         f"not measured ({ABSENT}): {plain(what)} of {_named(row)}: {plain(entry['not_measured'])}"
         for row in (data["baseline"], *data["front"])
-        for what, entry in _entries(data, row) if "not_measured" in entry
-    )  # fmt: skip
+        for what, entry in _entries(data, row)
+        if "not_measured" in entry
+    )
     failed = [f"failed in full: trial {each['trial']}: {plain(each['reason'])}" for each in data.get("failed", [])]
     return "\n".join([*lines, *missing, *failed, _counts(data)])
 
@@ -208,9 +223,10 @@ def _values(parameters: Mapping[str, Any]) -> list[str]:
     skipped = {name.partition(".")[0] for name, value in parameters.items() if name.endswith(".skip") and value}
     found = [f"{name} skipped" for name in sorted(skipped)]
     return found + [
-        f"{name} = {_shown(value)}" for name, value in parameters.items()
+        f"{name} = {_shown(value)}"
+        for name, value in parameters.items()
         if name.partition(".")[0] not in skipped and not name.endswith(".skip")
-    ]  # fmt: skip
+    ]
 
 
 def _range(parameter: Mapping[str, Any]) -> str:
@@ -268,14 +284,19 @@ def _tiles(data: Search) -> list[tuple[str, str, str]]:
 def _plot(data: Search) -> dict[str, Any]:
     """What the plot is drawn from: axes to choose, and points with their figures."""
     names = list(dict.fromkeys((*data["objectives"], *_figures(data))))
-    front = [_point(data, _named(point), point["parameters"], _plain_figures(point), point["within"]) | {
-                "low": {name: entry["low"] for name, entry in point["figures"].items() if "low" in entry},
-                "high": {name: entry["high"] for name, entry in point["figures"].items() if "high" in entry},
-             } for point in data["front"]]  # fmt: skip
+    front = [
+        _point(data, _named(point), point["parameters"], _plain_figures(point), point["within"])
+        | {
+            "low": {name: entry["low"] for name, entry in point["figures"].items() if "low" in entry},
+            "high": {name: entry["high"] for name, entry in point["figures"].items() if "high" in entry},
+        }
+        for point in data["front"]
+    ]
     trials = [
         _point(data, f"trial {row['number']}, {row['stage']}", row["parameters"], row["figures"], row["within"])
-        for row in data["trials"] if row["figures"]
-    ]  # fmt: skip
+        for row in data["trials"]
+        if row["figures"]
+    ]
     first, second = (*data["objectives"], *names, names[0] if names else "")[:2]
     return {
         "axes": [{"name": name, "title": _axis(data, name)} for name in names],

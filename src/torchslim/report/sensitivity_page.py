@@ -36,15 +36,13 @@ def render_sensitivity(data: Sensitivity) -> str:
         title="What each layer can take",
         about=_about(data),
         columns=[(each, "channels removed" if each in _of(data, "channels") else "layer in it") for each in changes],
-        rows=[
-            (name, [_cell(data, cells.get(change), largest) for change in changes]) for name, cells in rows
-        ],
+        rows=[(name, [_cell(data, cells.get(change), largest) for change in changes]) for name, cells in rows],
         ends=_ends(data, largest),
         tiles=_tiles(data),
         refused=_refused(data),
         notes=data.get("notes", []),
         machines=machine_facts(data["machines"]),
-    )  # fmt: skip
+    )
 
 
 def sensitivity_table(data: Sensitivity) -> str:
@@ -55,9 +53,7 @@ def sensitivity_table(data: Sensitivity) -> str:
     """
     changes = _changes(data)
     headers = [("layer", ""), *((plain(change), _unit(data)) for change in changes)]
-    rows = [
-        [plain(name), *(_text(data, cells.get(change)) for change in changes)] for name, cells in _rows(data)
-    ]  # fmt: skip
+    rows = [[plain(name), *(_text(data, cells.get(change)) for change in changes)] for name, cells in _rows(data)]
     refused = [f"refused: {plain(name)}: {plain(reason)}" for name, reason in _refused(data)]
     notes = [plain(each) for each in data.get("notes", [])]
     lines = [f"{plain(data['model'])}: {_about(data)}", "", *aligned(headers, rows)]
@@ -163,9 +159,7 @@ def _ends(data: Sensitivity, largest: float) -> tuple[str, str]:
 
 def _refused(data: Sensitivity) -> list[tuple[str, str]]:
     """Each reason once for a name."""
-    pairs = [
-        (point["name"], point["refused"] or "not measured") for point in data["points"] if point["value"] is None
-    ]  # fmt: skip
+    pairs = [(point["name"], point["refused"] or "not measured") for point in data["points"] if point["value"] is None]
     return list(dict.fromkeys(pairs))
 
 

@@ -52,6 +52,10 @@ def _kernels(deployed: Deployed) -> list[Kernel]:
 
 
 RUNTIME = Runtime(
-    name="eager", suffix=".pt2", make=_make, read=_read, kernels=_kernels,
+    name="eager",
+    suffix=".pt2",
+    make=_make,
+    read=_read,
+    kernels=_kernels,
     no_file="the program cannot be saved as a .pt2, as one that calls an operator of the user's own",
-)  # fmt: skip
+)

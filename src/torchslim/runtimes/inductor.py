@@ -30,10 +30,20 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding)
 WEIGHTED = (
-    *CONVOLUTIONS, aten.linear.default, aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.lstm.input, aten.gru.input, aten.matmul.default,
-    aten.bmm.default, aten.addmm.default, aten.mm.default,
-)  # fmt: skip
+    *CONVOLUTIONS,
+    aten.linear.default,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.lstm.input,
+    aten.gru.input,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.mm.default,
+)
 INTEGER = ("qconv_pointwise", "qconv2d_pointwise", "qlinear_pointwise", "quantized.max_pool2d", "_int8pack_mm")
 DEQUANTIZE = "dequantize_per_channel.default"
 WORK = re.compile("conv|linear|rnn|mm|lstm|gru")

@@ -19,15 +19,33 @@ if TYPE_CHECKING:
 
 # of ONNX Runtime's operations, those whose names alone do not tell that they compute on integers
 ONNX_INTEGER = (
-    "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
-    "QAttention", "QEmbedLayerNormalization", "QGemm", "MatMulNBits", "MatMulBnb4", "GatherBlockQuantized",
-)  # fmt: skip
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+    "DynamicQuantizeLSTM",
+    "QAttention",
+    "QEmbedLayerNormalization",
+    "QGemm",
+    "MatMulNBits",
+    "MatMulBnb4",
+    "GatherBlockQuantized",
+)
 # it quantizes the weights of layers between quantized ones, also of those that were left in float on purpose
 UNWANTED = ["WeightBiasQuantization"]
 ONNX_WORK = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention")
 SAME_NUMBERS = (
-    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather",
-)  # fmt: skip
+    "MaxPool",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Concat",
+    "Slice",
+    "Split",
+    "Gather",
+)
 
 
 def decomposed(node: Any) -> str:

@@ -43,8 +43,16 @@ PIP = "pip install 'torchslim[openvino]'"
 XML, BIN = ".xml", ".bin"
 GROUPS = (128, 64, 32)  # 128 is a tenth faster than its default of 32, and 1.5 dB off that
 COMPUTES = (
-    "Convolution", "Deconvolution", "FullyConnected", "MatMul", "Pooling", "Reduce", "Eltwise", "Interpolate", "MVN",
-)  # fmt: skip
+    "Convolution",
+    "Deconvolution",
+    "FullyConnected",
+    "MatMul",
+    "Pooling",
+    "Reduce",
+    "Eltwise",
+    "Interpolate",
+    "MVN",
+)
 NARROW = ("i8", "u8", "i4", "u4")
 BOOLEAN = ("Where", "And", "Or", "Not", "Xor", "Equal", "Less", "Great", "IsNaN")  # they are 8 bits wide as well
 
@@ -267,6 +275,13 @@ def _try(files: Mapping[str, bytes], example: Sequence[Tensor]) -> None:
 
 
 RUNTIME = Runtime(
-    name="openvino", suffix=XML, beside=(BIN,), make=_make, read=_read, check=_check, trial=_try, kernels=_kernels,
+    name="openvino",
+    suffix=XML,
+    beside=(BIN,),
+    make=_make,
+    read=_read,
+    check=_check,
+    trial=_try,
+    kernels=_kernels,
     converts=True,
-)  # fmt: skip
+)

@@ -23,9 +23,27 @@ REFUSED = frozenset({"Loop", "ReadValue", "Assign", "Custom", "FrameworkNode"})
 GROWING = frozenset({"Broadcast", "Tile", "Range", "Pad", "OneHot", "Interpolate", "RandomUniform", "Eye"})
 OPTIONS = frozenset({"DYNAMIC_QUANTIZATION_GROUP_SIZE"})
 BITS = {
-    "f64": 64, "f32": 32, "f16": 16, "bf16": 16, "i64": 64, "u64": 64, "i32": 32, "u32": 32, "i16": 16, "u16": 16,
-    "i8": 8, "u8": 8, "boolean": 8, "i4": 4, "u4": 4, "nf4": 4, "u2": 2, "u1": 1, "f8e4m3": 8, "f8e5m2": 8,
-}  # fmt: skip
+    "f64": 64,
+    "f32": 32,
+    "f16": 16,
+    "bf16": 16,
+    "i64": 64,
+    "u64": 64,
+    "i32": 32,
+    "u32": 32,
+    "i16": 16,
+    "u16": 16,
+    "i8": 8,
+    "u8": 8,
+    "boolean": 8,
+    "i4": 4,
+    "u4": 4,
+    "nf4": 4,
+    "u2": 2,
+    "u1": 1,
+    "f8e4m3": 8,
+    "f8e5m2": 8,
+}
 
 
 def check_ir(xml: bytes, weights: bytes) -> None:

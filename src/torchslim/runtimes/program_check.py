@@ -232,9 +232,15 @@ def _node(checker: _Checker, value: dict[str, Any]) -> None:
 
 
 NAMED = (
-    "GraphArgument", "TensorArgument", "TokenArgument", "SymIntArgument", "SymFloatArgument", "SymBoolArgument",
-    "NamedArgument", "InputToConstantInputSpec",
-)  # fmt: skip
+    "GraphArgument",
+    "TensorArgument",
+    "TokenArgument",
+    "SymIntArgument",
+    "SymFloatArgument",
+    "SymBoolArgument",
+    "NamedArgument",
+    "InputToConstantInputSpec",
+)
 """Kinds whose names become names in generated code."""
 RULES: dict[str, Callable[[_Checker, dict[str, Any]], None]] = {
     "Graph": _Checker.graph,

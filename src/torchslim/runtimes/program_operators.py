@@ -72,8 +72,24 @@ IMPURE = re.compile(
 )
 """Operators that other tables have: of files, storage, seeds, other devices, training and packed formats."""
 
-NUMBERS = frozenset({"int", "float", "bool", "number", "SymInt", "SymFloat", "SymBool", "Device", "str", "complex",
-                     "ScalarType", "Layout", "MemoryFormat", "Scalar"})  # fmt: skip
+NUMBERS = frozenset(
+    {
+        "int",
+        "float",
+        "bool",
+        "number",
+        "SymInt",
+        "SymFloat",
+        "SymBool",
+        "Device",
+        "str",
+        "complex",
+        "ScalarType",
+        "Layout",
+        "MemoryFormat",
+        "Scalar",
+    }
+)
 TEXTS: dict[str, tuple[str, ...]] = {
     "approximate": ("none", "tanh"),
     "rounding_mode": ("trunc", "floor"),

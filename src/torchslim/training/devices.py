@@ -175,6 +175,8 @@ def _spread(devices: int | str, nodes: int) -> Any:
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
     return ModelParallelStrategy(
-        lambda module, mesh: module, data_parallel_size=devices * nodes,
-        tensor_parallel_size=1, timeout=distributed.PATIENCE,
-    )  # fmt: skip
+        lambda module, mesh: module,
+        data_parallel_size=devices * nodes,
+        tensor_parallel_size=1,
+        timeout=distributed.PATIENCE,
+    )

@@ -200,12 +200,18 @@ def check_shardable(model: nn.Module, precision: str) -> None:
     formats = sorted({str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad})
     compiled = [path for path, each in model.named_modules() if hasattr(each, "_orig_mod")]
     for wrong, what, mend in (
-        (len(formats) > 1, f"its trainable weights have {len(formats)} formats ({', '.join(formats)})",
-         "bring the model to one of them"),
+        (
+            len(formats) > 1,
+            f"its trainable weights have {len(formats)} formats ({', '.join(formats)})",
+            "bring the model to one of them",
+        ),
         (bool(compiled), "torch.compile has compiled it, or a module in it", "give the model uncompiled"),
-        ("16-mixed" in precision and "bf16" not in precision, f"precision={precision!r} scales the loss",
-         'use precision="bf16-mixed" or "32-true"'),
-    ):  # fmt: skip
+        (
+            "16-mixed" in precision and "bf16" not in precision,
+            f"precision={precision!r} scales the loss",
+            'use precision="bf16-mixed" or "32-true"',
+        ),
+    ):
         if wrong:
             raise TrainError(f'strategy="fsdp" cannot spread this model: {what}; {mend}, or use strategy="ddp"')
 

@@ -18,8 +18,17 @@ from torchslim.core.isolation import preserved_globals
 from torchslim.core.task import Task
 from torchslim.core.trees import tensors
 
-LOADER_OPTIONS = ("batch_sampler", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
-                  "generator", "prefetch_factor", "persistent_workers")  # fmt: skip
+LOADER_OPTIONS = (
+    "batch_sampler",
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+)
 SAMPLES = 8  # that are drawn to see whether they come out the same
 
 

@@ -347,10 +347,17 @@ def _checkpoint(
     state: Path, key: str, loop: Loop, place: Placement, history: list[dict[str, float]], best: _Best
 ) -> None:
     """The same file whatever the strategy and the number of processes; one writes it."""
-    saved = {"epoch": loop.epoch, "step": loop.step, "model": place.weights(loop.model), "masks": loop.masks,
-             "companion": place.weights(place.companion), "history": history, "steps_per_epoch": loop.steps_per_epoch,
-             "optimizer": collected(loop.optimizer.state_dict(), place.fabric.is_global_zero),
-             "best": [best.epoch, best.value, best.weights, best.masks]}  # fmt: skip
+    saved = {
+        "epoch": loop.epoch,
+        "step": loop.step,
+        "model": place.weights(loop.model),
+        "masks": loop.masks,
+        "companion": place.weights(place.companion),
+        "history": history,
+        "steps_per_epoch": loop.steps_per_epoch,
+        "optimizer": collected(loop.optimizer.state_dict(), place.fabric.is_global_zero),
+        "best": [best.epoch, best.value, best.weights, best.masks],
+    }
     if place.fabric.is_global_zero:
         buffer = io.BytesIO()
         torch.save(saved, buffer)

@@ -39,15 +39,18 @@ class OptimizerSettings:
         check_fields(self, TrainError)
         optimizer = self.optimizer
         for name, valid, rule in (
-            ("optimizer", callable(optimizer) or optimizer in OPTIMIZERS or ":" in optimizer,
-             f"one of {', '.join(OPTIMIZERS)}, a function params -> Optimizer, or 'package.module:name'"),
+            (
+                "optimizer",
+                callable(optimizer) or optimizer in OPTIMIZERS or ":" in optimizer,
+                f"one of {', '.join(OPTIMIZERS)}, a function params -> Optimizer, or 'package.module:name'",
+            ),
             ("lr", self.lr > 0 and math.isfinite(self.lr), "a finite number above 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
             ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0"),
-        ):  # fmt: skip
+        ):
             if not valid:
                 raise TrainError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 

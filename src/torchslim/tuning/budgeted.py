@@ -26,9 +26,13 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
     """Suggest a recipe, search it, and return the best result within the budget, or the nearest to it."""
     target = options.target
     suggestion = suggest(
-        model, task, budget, runtime=target.runtime, names={**NAMES, **dict(options.names or {})},
+        model,
+        task,
+        budget,
+        runtime=target.runtime,
+        names={**NAMES, **dict(options.names or {})},
         example_inputs=options.example_inputs,
-    )  # fmt: skip
+    )
     document = {**suggestion.document, "seed": options.seed}
     if target.threads is not None:
         document["threads"] = target.threads
@@ -36,9 +40,15 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
     folder = Path(options.workdir or keep.name)  # type: ignore[union-attr]
     space = make_space(document, "the suggested recipe")
     found = search(
-        model, task, space, workdir=folder, teacher=options.teacher, example_inputs=options.example_inputs,
-        dynamic_shapes=options.dynamic_shapes, progress=options.progress,
-    )  # fmt: skip
+        model,
+        task,
+        space,
+        workdir=folder,
+        teacher=options.teacher,
+        example_inputs=options.example_inputs,
+        dynamic_shapes=options.dynamic_shapes,
+        progress=options.progress,
+    )
     best = found.best
     if best is None:
         raise RecipeError(f"{found.verdict.text}; see {folder / 'search.json'} for why each trial failed")

@@ -34,10 +34,8 @@ def dominates(one: Mapping[str, float], other: Mapping[str, float], names: Seque
 def front_of(figures: Mapping[K, Mapping[str, float]], names: Sequence[str]) -> list[K]:
     """Those that none dominates, in their order; of equal ones all."""
     return [
-        key
-        for key, mine in figures.items()
-        if not any(dominates(other, mine, names) for other in figures.values())
-    ]  # fmt: skip
+        key for key, mine in figures.items() if not any(dominates(other, mine, names) for other in figures.values())
+    ]
 
 
 def hopeless(mine: Mapping[str, float], others: Sequence[Mapping[str, float]], budget: Budget) -> str:
@@ -140,9 +138,7 @@ def _spread(layer: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> l
     """The best in the first objective, then again and again the one that is farthest from those before."""
     low = {name: min(each[name] for each in layer.values()) for name in names}
     width = {name: max(each[name] for each in layer.values()) - low[name] or 1.0 for name in names}
-    places = {
-        number: [(each[name] - low[name]) / width[name] for name in names] for number, each in layer.items()
-    }  # fmt: skip
+    places = {number: [(each[name] - low[name]) / width[name] for name in names] for number, each in layer.items()}
     left = sorted(places, key=lambda number: (places[number], number))
     order = [left.pop(0)] if left else []
     while left:

@@ -146,13 +146,10 @@ def data_of(
         "recipe": {key: space.document.get(key) for key in ("model", "task")},
         "space": [parameter.to_dict() for parameter in space.parameters],
         "budget": {
-            field_.name: value for field_ in fields(budget)
-            if (value := getattr(budget, field_.name)) not in (None, ())
+            field_.name: value for field_ in fields(budget) if (value := getattr(budget, field_.name)) not in (None, ())
         },
         "objectives": list(budget.objectives),
-        "metric": {
-            "name": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better
-        },
+        "metric": {"name": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better},
         "target": asdict(target),
         "baseline": {
             "metric": {
@@ -164,29 +161,37 @@ def data_of(
         },
         "trials": [
             {
-                "number": chosen, "parameters": given, "state": each["state"], "stage": each["stage"],
-                "reason": each["reason"], "figures": each.get("figures", {}), "seconds": each.get("seconds", 0.0),
+                "number": chosen,
+                "parameters": given,
+                "state": each["state"],
+                "stage": each["stage"],
+                "reason": each["reason"],
+                "figures": each.get("figures", {}),
+                "seconds": each.get("seconds", 0.0),
                 "within": bool(each.get("figures")) and max(each["excess"].values(), default=0.0) <= 0,
             }
             for chosen, given, each in rows
         ],
         "failed": [
             {"trial": each["trial"], "reason": each["reason"]}
-            for _, _, each in finals if each["state"] == "failed" and "trial" in each
+            for _, _, each in finals
+            if each["state"] == "failed" and "trial" in each
         ],
         "front": [
             {
-                "trial": chosen, "parameters": values[chosen], "recipe": f"front/{chosen:03d}/recipe.toml",
-                "folder": f"front/{chosen:03d}", "metric": done[chosen]["metric"],
-                "figures": done[chosen]["figures"], "within": done[chosen]["within"],
+                "trial": chosen,
+                "parameters": values[chosen],
+                "recipe": f"front/{chosen:03d}/recipe.toml",
+                "folder": f"front/{chosen:03d}",
+                "metric": done[chosen]["metric"],
+                "figures": done[chosen]["figures"],
+                "within": done[chosen]["within"],
             }
-            for chosen in sorted(
-                shown, key=lambda chosen: [figures[chosen][name] for name in budget.objectives]
-            )
+            for chosen in sorted(shown, key=lambda chosen: [figures[chosen][name] for name in budget.objectives])
         ],
         "verdict": asdict(verdict) | {"binding": list(verdict.binding)},
         "machines": {"this": describe_machine(target.threads)},
-    }  # fmt: skip
+    }
 
 
 def _original(run_folder: Path, target: Target) -> dict[str, Any]:
@@ -199,8 +204,10 @@ def _original(run_folder: Path, target: Target) -> dict[str, Any]:
         warn(f"{error}; the original's size and metric on test are left out of the report")
         return {}
     row = run["rows"][0]
-    figures = {"macs": number(row["macs"]["value"], UNITS["macs"]),
-               "params": number(row["parameters"]["value"], UNITS["params"])}  # fmt: skip
+    figures = {
+        "macs": number(row["macs"]["value"], UNITS["macs"]),
+        "params": number(row["parameters"]["value"], UNITS["params"]),
+    }
     if "value" in row["size_bytes"]:
         figures["size"] = number(row["size_bytes"]["value"] / 1e6, UNITS["size"])
     if run["target"]["runtime"] == target.runtime:

@@ -9,36 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from typing_extensions import TypedDict
 
 from torchslim._version import __version__
 from torchslim.analysis.result import Sensitivity
 from torchslim.core import distributed
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.batches import take_first
-from torchslim.core.files import clean_temporaries, digest, present, write_bytes, write_json
+from torchslim.core.files import digest, write_bytes, write_json
 from torchslim.core.fingerprint import fingerprint
-from torchslim.core.folder_lock import LOCK, holding
-from torchslim.core.isolation import warn
-from torchslim.core.schema import Schema
 from torchslim.core.step import Event, Inputs, Target, ignore_progress, log_progress
 from torchslim.core.task import Task
 from torchslim.core.toml_writer import dumps
 from torchslim.core.usable import usable
-from torchslim.errors import RecipeError, StorageError, TorchslimError
+from torchslim.errors import RecipeError, TorchslimError
 from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.runner import run_steps
-from torchslim.pipeline.work_folder import SHARED_SECONDS, own
 from torchslim.report import render_search
-from torchslim.report.records import STRICT, Text
-from torchslim.runtimes import find_runtime
 from torchslim.tuning.pareto import WHOLE, hopeless, near, wanted
 from torchslim.tuning.result import SearchResult, data_of, entries_of
 from torchslim.tuning.sampling import Sampler
+from torchslim.tuning.search_folder import check_space, claim_folder, make_ledgers, mark_folder
 from torchslim.tuning.shared import SAME
 from torchslim.tuning.space import Space, make_space
-from torchslim.tuning.study import Ledger, open_storage
+from torchslim.tuning.study import Ledger
 from torchslim.tuning.trial import Lab, trainings
 from torchslim.tuning.warm_start import informed_start
 
@@ -92,25 +86,38 @@ def search(
     teacher = None if teacher is None else usable(teacher, what="the teacher")
     space = recipe if isinstance(recipe, Space) else make_space(recipe)
     folder = Path(workdir)
-    _check(space)
+    check_space(space)
     distributed.connect()
     first = take_first(task.val, "val")
-    whole = digest(space.key, __version__, fingerprint(model.state_dict()), fingerprint(first),
-                   "" if teacher is None else fingerprint(teacher.state_dict()), *_priors(space))  # fmt: skip
+    whole = digest(
+        space.key,
+        __version__,
+        fingerprint(model.state_dict()),
+        fingerprint(first),
+        "" if teacher is None else fingerprint(teacher.state_dict()),
+        *_priors(space),
+    )
     names = study or folder.resolve().name
     inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
     if distributed.is_first():
-        _own(folder)
-    ledgers = _ledgers(space, names, whole, storage or folder / "study.journal", sampler, beat)
+        mark_folder(folder)
+    studies = make_ledgers(space, names, whole, storage or folder / "study.journal", sampler, beat)
     if distributed.is_first():
-        _claim(folder, whole, space)
+        claim_folder(folder, whole, space)
     distributed.wait()
     lab = Lab(
-        model=model, task=task, teacher=teacher, budget=space.budget, folder=folder / "cache", example_inputs=inputs,
-        seed=space.document.get("seed", 0), dynamic_shapes=dynamic_shapes, short=space.budget.short,
+        model=model,
+        task=task,
+        teacher=teacher,
+        budget=space.budget,
+        folder=folder / "cache",
+        example_inputs=inputs,
+        seed=space.document.get("seed", 0),
+        dynamic_shapes=dynamic_shapes,
+        short=space.budget.short,
         progress=progress if distributed.is_first() else ignore_progress,
-    )  # fmt: skip
-    work = _Search(space, lab, folder, ledgers)
+    )
+    work = _Search(space, lab, folder, studies)
     work.baselines()
     work.trials()
     work.finals()
@@ -120,81 +127,6 @@ def search(
 def _priors(space: Space) -> list[dict[str, float]]:
     known = space.document.get("sensitivity")
     return [Sensitivity.load(known).priors()] if known else []
-
-
-def _check(space: Space) -> None:
-    """What cannot be, before any work."""
-    budget = space.budget
-    for name in space.runtimes:
-        runtime = find_runtime(name)
-        if "size" in budget.figures and runtime.suffix is None:
-            raise RecipeError(
-                f"budget: runtime {name!r} has no file whose size could be bounded; leave out size, or it"
-            )
-    if budget.finalists > budget.trials:
-        raise RecipeError(
-            f"budget: {budget.finalists} finalists cannot come from {budget.trials} trials; take more trials"
-        )
-
-
-def _ledgers(
-    space: Space, name: str, key: str, storage: str | Path, sampler: Sampler, beat: float
-) -> tuple[Ledger, Ledger] | None:
-    """The trials' and the finals'; of several processes of one training only the first keeps books."""
-    if not distributed.is_first():
-        return None
-    opened = open_storage(storage)
-    budget = space.budget
-    seed = space.document.get("seed", 0)
-    trials = Ledger(
-        opened, name, key, objectives=len(budget.objectives), parameters=space.parameters, trials=budget.trials,
-        sampler=sampler, seed=seed, bounds=len(budget.bounds), budget=budget, beat=beat,
-    )  # fmt: skip
-    return trials, Ledger(
-        opened, f"{name}/finals", key, objectives=1, parameters=(), trials=10**9, budget=budget, beat=beat
-    )
-
-
-class _Claim(TypedDict):
-    """A `space.json`: what is searched in a folder."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-
-    key: Text
-    document: dict[Text, Any]
-
-
-CLAIM: Schema[_Claim] = Schema(_Claim, "space.json", StorageError)
-
-
-def _own(folder: Path) -> None:
-    """Mark the folder as one of a search, before anything else is written."""
-    own(folder, RecipeError, "search", (folder / CLAIM.what).is_file, ("study.journal",))
-    with holding(folder / LOCK, _nothing):
-        clean_temporaries(folder, older_s=SHARED_SECONDS)
-
-
-def _nothing(who: str) -> None:
-    """Other workers hold the folder for moments only."""
-
-
-def _claim(folder: Path, key: str, space: Space) -> None:
-    """A folder belongs to one search."""
-    path = folder / CLAIM.what
-    with holding(folder / LOCK, _nothing):
-        if present(path):
-            try:
-                other = CLAIM.read(path)["key"]
-            except StorageError as error:
-                warn(f"{error}; the study says what is searched here, and the file is written again")
-            else:
-                if other != key:
-                    raise RecipeError(
-                        f"{folder} holds the search of another recipe, budget, model or data; name another folder"
-                    )
-                return
-        document = json.loads(json.dumps(space.document, default=str))
-        write_json(path, {"key": key, "document": document})
 
 
 class _Search:
@@ -296,9 +228,12 @@ class _Search:
                 figures = self.lab.attempt(recipe, short)
             excess = self.budget.excess(figures)
             return result | {
-                "state": "stopped" if why else "candidate", "reason": why, "figures": figures, "excess": excess,
+                "state": "stopped" if why else "candidate",
+                "reason": why,
+                "figures": figures,
+                "excess": excess,
                 "bad": excess if result["stage"] == WHOLE else near(excess),
-            }  # fmt: skip
+            }
         except TorchslimError as error:  # these values do not go together, or diverge: the search learns of it
             return result | {"reason": str(error)}
 
@@ -350,11 +285,18 @@ class _Search:
         folder = self.folder / "front" / f"{chosen:03d}"
         try:
             options = RunOptions(
-                target=recipe.target, example_inputs=lab.example_inputs, dynamic_shapes=lab.dynamic_shapes,
-                teacher=lab.teacher, engine=recipe.engine, sensitivity=recipe.known_sensitivity(), seed=lab.seed,
-                workdir=self.folder / "runs" / f"{chosen:03d}", stages=self.folder / "stages",
-                names={"model": recipe.model, "task": recipe.task}, progress=lab.progress,
-            )  # fmt: skip
+                target=recipe.target,
+                example_inputs=lab.example_inputs,
+                dynamic_shapes=lab.dynamic_shapes,
+                teacher=lab.teacher,
+                engine=recipe.engine,
+                sensitivity=recipe.known_sensitivity(),
+                seed=lab.seed,
+                workdir=self.folder / "runs" / f"{chosen:03d}",
+                stages=self.folder / "stages",
+                names={"model": recipe.model, "task": recipe.task},
+                progress=lab.progress,
+            )
             result = run_steps(lab.model, lab.task, recipe.steps, options)
         except TorchslimError as error:
             return {"state": "failed", "trial": chosen, "reason": str(error), "within": False}

@@ -248,10 +248,19 @@ def _metric(value: Any, what: str) -> Json:
 
 
 _KEYS: Mapping[str, Callable[[Any, str], Any]] = {
-    "state": _one_of(*STATES), "stage": _one_of(*STAGES), "reason": _text, "figures": _figures, "cheap": _numbers,
-    "excess": _excess, "bad": _excess, "seconds": _number, SAME: _whole, "trial": _whole, "within": _boolean,
+    "state": _one_of(*STATES),
+    "stage": _one_of(*STAGES),
+    "reason": _text,
+    "figures": _figures,
+    "cheap": _numbers,
+    "excess": _excess,
+    "bad": _excess,
+    "seconds": _number,
+    SAME: _whole,
+    "trial": _whole,
+    "within": _boolean,
     "metric": _metric,
-}  # fmt: skip
+}
 
 
 def _worker(value: Any) -> Json | None:

@@ -135,12 +135,19 @@ class Space:
         """
         alone = [
             (parameter.skips, {**self.first, parameter.name: choice})
-            for parameter in self.parameters if parameter.kind == "choice" for choice in parameter.choices[1:]
-        ]  # fmt: skip
+            for parameter in self.parameters
+            if parameter.kind == "choice"
+            for choice in parameter.choices[1:]
+        ]
         ordered = [
-            self.first, self.whole(0.5), self.whole(1.0), *(values for skips, values in alone if skips),
-            self.whole(0.25), self.whole(0.75), *(values for skips, values in alone if not skips),
-        ]  # fmt: skip
+            self.first,
+            self.whole(0.5),
+            self.whole(1.0),
+            *(values for skips, values in alone if skips),
+            self.whole(0.25),
+            self.whole(0.75),
+            *(values for skips, values in alone if not skips),
+        ]
         known: set[str] = set()
         found: list[dict[str, Any]] = []
         for values in ordered:

@@ -11,99 +11,19 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torchslim.core.budget import Budget
-from torchslim.core.checks import shown
 from torchslim.core.folder_lock import is_dead, started
-from torchslim.errors import RecipeError, StorageError, TorchslimError
+from torchslim.errors import RecipeError, StorageError
 from torchslim.tuning.sampling import Sampler, distributions, draw
 from torchslim.tuning.shared import SAME, Row, Unusable, read_row
 from torchslim.tuning.space import Parameter
+from torchslim.tuning.storage import consulting
 
 BEAT_SECONDS = 5.0
 GRACE_BEATS = 12  # so many beats that are missed, and a worker on another machine counts as dead
 REFUSALS = 1_000  # trials in a row that others have asked for with values that do not fit: somebody floods the study
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Optuna tells nothing, and warns of nothing that is experimental."""
-    import optuna
-
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)
-
-
-@contextmanager
-def consulting(name: str) -> Iterator[None]:
-    """Around the use of a storage: what its own code raises, as over a damaged journal, is one clear error."""
-    with hushed():
-        try:
-            yield
-        except TorchslimError:
-            raise
-        except Exception as error:
-            what = " ".join(str(error).split())[:200] or "no message"
-            raise StorageError(
-                f"the study {name!r} cannot be read or written: {type(error).__name__}: {shown(what)[1:-1]}; check the "
-                "storage, or choose another with --storage or --study"
-            ) from error
-
-
-def open_storage(storage: str | Path) -> Any:
-    """An Optuna storage: a URL of a database, or the path of a journal file.
-
-    Raises:
-        StorageError: it cannot be reached, or a package for it is missing.
-    """
-    try:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError as error:
-        raise StorageError("a search needs Optuna: pip install 'torchslim[search]'") from error
-    with hushed():
-        if "://" not in str(storage):
-            path = Path(storage)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.is_file():
-                    with path.open("rb") as file:
-                        first = file.readline()
-                    if first.endswith(b"\n"):  # Optuna forgives a last line, which a killed worker may have cut off
-                        json.loads(first)
-                journal = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-                journal.get_all_studies()  # reads what is there
-                return journal
-            except Exception as error:  # of lines that are no journal, each in its own way
-                what = shown(" ".join(str(error).split())[:200] or type(error).__name__)[1:-1]
-                raise StorageError(f"the study {path} cannot be opened: {what}; name another storage") from error
-        try:
-            return optuna.storages.RDBStorage(str(storage))
-        except ImportError as error:
-            raise StorageError(
-                f"the driver of {_without_password(str(storage))} is missing: {error}; for PostgreSQL, pip install "
-                "'torchslim[postgresql]'"
-            ) from error
-        except Exception as error:  # of the database's own kinds
-            what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise StorageError(
-                f"the storage {_without_password(str(storage))} cannot be reached: {what}; check the URL and that its "
-                "server runs"
-            ) from error
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}://{user.partition(':')[0]}{at}{host}"
 
 
 @dataclass
@@ -163,9 +83,12 @@ class Ledger:
         self.told: set[int] = set()
         with consulting(name):
             self.study = optuna.create_study(
-                storage=storage, study_name=name, directions=["minimize"] * objectives, load_if_exists=True,
+                storage=storage,
+                study_name=name,
+                directions=["minimize"] * objectives,
+                load_if_exists=True,
                 sampler=optuna.samplers.RandomSampler(seed=0),
-            )  # fmt: skip
+            )
             other = self.study.user_attrs.get("key")
             minimized = [direction == optuna.study.StudyDirection.MINIMIZE for direction in self.study.directions]
             if (other is not None and other != key) or minimized != [True] * objectives:
@@ -256,9 +179,10 @@ class Ledger:
         """Number, values and result of each trial that has one of its own, in order."""
         with self._consulting():
             return [
-                (row.number, self._decoded(row.values), row.result) for row in self._rows()
+                (row.number, self._decoded(row.values), row.result)
+                for row in self._rows()
                 if row.result is not None and row.values is not None and SAME not in row.result
-            ]  # fmt: skip
+            ]
 
     def repeats(self) -> int:
         """How many of the latest trials were the same as an earlier one."""
@@ -379,9 +303,15 @@ class Ledger:
         if values is None:
             others = [row for row in rows.values() if row.number != trial.number]
             values = draw(
-                self.parameters, others, sampler, seed=(self.seed * 1_000_003 + number) % 2**32, number=number,
-                trials=self.trials, objectives=self.objectives, bounds=self.bounds,
-            )  # fmt: skip
+                self.parameters,
+                others,
+                sampler,
+                seed=(self.seed * 1_000_003 + number) % 2**32,
+                number=number,
+                trials=self.trials,
+                objectives=self.objectives,
+                bounds=self.bounds,
+            )
         for name, kind in distributions(self.parameters).items():
             self.storage.set_trial_param(trial._trial_id, name, kind.to_internal_repr(values[name]), kind)
         self.given[trial.number] = values

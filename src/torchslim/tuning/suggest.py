@@ -7,7 +7,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.batches import call, take_first
 from torchslim.core.budget import Budget
-from torchslim.core.hardware import instruction_set, saturates
+from torchslim.core.hardware import saturates
 from torchslim.core.isolation import untouched
 from torchslim.core.step import Inputs
 from torchslim.core.task import Task
@@ -29,18 +29,23 @@ from torchslim.prune.structured.inspection import inspect
 from torchslim.prune.structured.selection import Amount
 from torchslim.quantize.backend_profiles import PROFILES
 from torchslim.quantize.schemes import INTEGER_RUNTIMES, SCHEMES
-from torchslim.report.numbers import counted
 from torchslim.runtimes import find_runtime
 from torchslim.training.batch_norm import tracked
 from torchslim.training.loaders import first_batch
-
-Document = dict[str, Any]
+from torchslim.tuning.suggestion_text import (
+    SHOWN,
+    Document,
+    Mix,
+    Schooling,
+    about_machine,
+    about_model,
+    down,
+    therefore,
+    words,
+    written,
+)
 
 NAMES: Mapping[str, str] = {"model": "your.package:model", "task": "your.package:task"}
-SHOWN: Mapping[str, str] = {
-    "convolution": "convolutions", "depthwise": "depthwise convolutions", "linear": "linear layers",
-    "attention": "products of activations", "recurrent": "recurrent layers",
-}  # fmt: skip
 PACKAGES: Mapping[str, tuple[str, ...]] = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx")}
 LINEAR = ("addmm", "mm", "matmul", "bmm", "baddbmm")  # with a stored weight they are linear layers
 MOST = 0.5  # of the MACs must run on integers somewhere for a scheme to be worth a trial
@@ -69,47 +74,6 @@ class Suggestion:
 
     def __str__(self) -> str:
         return self.toml
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mix:
-    """What a model is made of; shares are fractions of its MACs.
-
-    Attributes:
-        runs: by runtime and scheme, the share for which the runtime has an integer kernel.
-        removable: the part of the MACs, and of the parameters, that channels which may go take with them.
-        stays: why nothing can be removed; empty where something can.
-    """
-
-    shares: Mapping[str, float]
-    counts: Mapping[str, int]
-    operations: frozenset[str]
-    macs: int
-    parameters: int
-    size_mb: float
-    runs: Mapping[str, Mapping[str, float]]
-    removable: Mapping[str, float]
-    stays: str
-    recalibrates: bool  # has it batch norms, whose statistics are taken again after a cut?
-
-    @property
-    def main(self) -> str:
-        """What most of the work is."""
-        families = {
-            "convolution": self.shares["convolution"] + self.shares["depthwise"],
-            "attention": self.shares["linear"] + self.shares["attention"],
-            "recurrent": self.shares["recurrent"],
-        }
-        return max(families, key=lambda name: families[name])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schooling:
-    """How the task can train a model: the tables of its trainings, None where it cannot, and why not or on what."""
-
-    table: Document | None
-    epochs: int
-    about: str
 
 
 @checks_arguments(RecipeError)
@@ -153,8 +117,10 @@ def suggest(
     told: list[str] = []
     left: list[str] = []
     for table, what, without in (
-        _pruning(mix, schooling, budget), _teaching(mix, schooling), _quantization(mix, schooling, budget, runtimes)
-    ):  # fmt: skip
+        _pruning(mix, schooling, budget),
+        _teaching(mix, schooling),
+        _quantization(mix, schooling, budget, runtimes),
+    ):
         if table:
             if table["do"] == "distill" and not steps:  # it mends what a cut has broken, and nothing was cut
                 continue
@@ -169,10 +135,10 @@ def suggest(
     document: Document = {
         **{key: {**NAMES, **dict(names or {})}[key] for key in NAMES},
         "runtime": runtimes[0] if len(runtimes) == 1 else {"search": list(runtimes)},
-        "budget": _written(budget),
+        "budget": written(budget),
         "step": steps,
     }
-    reasons = (_about_model(mix, schooling), _about_machine(mix, runtimes), _therefore(told, left))
+    reasons = (about_model(mix, schooling), about_machine(mix, runtimes), therefore(told, left))
     return Suggestion(document=document, reasons=reasons)
 
 
@@ -181,9 +147,7 @@ def installed(*, speed: bool = True) -> tuple[str, ...]:
 
     Nothing is imported. Where neither ONNX Runtime nor OpenVINO is there, AOTInductor if there is a compiler, or eager.
     """
-    found = tuple(
-        name for name, needed in PACKAGES.items() if all(importlib.util.find_spec(each) for each in needed)
-    )  # fmt: skip
+    found = tuple(name for name, needed in PACKAGES.items() if all(importlib.util.find_spec(each) for each in needed))
     if not found:
         found = ("aoti",) if any(map(shutil.which, ("g++", "clang++"))) else ("eager",)
     return found if speed else found[:1]
@@ -200,19 +164,26 @@ def _mixed(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
     weights = {id(parameter): parameter for parameter in model.parameters()}.values()
     removable, stays = _removable(model, inputs)
     return Mix(
-        shares={name: sum(layer.macs for layer, kind in zip(layers, kinds, strict=True) if kind == name) / macs
-                for name in SHOWN},
+        shares={
+            name: sum(layer.macs for layer, kind in zip(layers, kinds, strict=True) if kind == name) / macs
+            for name in SHOWN
+        },
         counts=Counter(kinds),
         operations=frozenset(layer.operation for layer in layers),
         macs=macs,
         parameters=sum(weight.numel() for weight in weights),
         size_mb=sum(weight.numel() * weight.element_size() for weight in weights) / 1e6,
-        runs={name: {scheme: sum(layer.macs for layer in layers if _on_integers(layer, name, scheme)) / macs
-                     for scheme in SCHEMES} for name in runtimes},
+        runs={
+            name: {
+                scheme: sum(layer.macs for layer in layers if _on_integers(layer, name, scheme)) / macs
+                for scheme in SCHEMES
+            }
+            for name in runtimes
+        },
         removable=removable,
         stays=stays,
         recalibrates=bool(tracked(model)),
-    )  # fmt: skip
+    )
 
 
 def _kind(layer: Layer, node: Any) -> str:
@@ -307,7 +278,7 @@ def _pruning(mix: Mix, schooling: Schooling, budget: Budget) -> tuple[Document |
         return None, "", f"pruning (no channels may go: {mix.stays})"
     share = mix.removable[of]
     if share < WORTH_PRUNING:
-        return None, "", f"pruning (channels that may go hold {share:.0%} of the {_words(of)})"
+        return None, "", f"pruning (channels that may go hold {share:.0%} of the {words(of)})"
     table: Document = {"do": "prune", "pattern": "channel", "of": of}
     what = "channels" if mix.main != "attention" else "heads and neurons" if mix.shares["attention"] else "neurons"
     if mix.main == "recurrent":
@@ -316,14 +287,14 @@ def _pruning(mix: Mix, schooling: Schooling, budget: Budget) -> tuple[Document |
         if not mix.recalibrates:
             return None, "", "pruning (nothing would mend the cut: no training, and no batch norm to recalibrate)"
         # first in the list is where a search begins: without data to train on, a cut is the exception
-        table |= {"sparsity": {"search": [0.05, min(0.25, _down(0.85 * share))]}, "skip": {"search": [True, False]}}
+        table |= {"sparsity": {"search": [0.05, min(0.25, down(0.85 * share))]}, "skip": {"search": [True, False]}}
         return table, f"a few {what} may go, as only batch norms can be calibrated again", ""
-    high = min(0.8, _down(0.85 * share))
+    high = min(0.8, down(0.85 * share))
     low = 0.2 if high >= 0.4 else 0.05
     table |= {"sparsity": {"search": [low, high]}, "skip": {"search": [False, True]}}
     if mix.main == "convolution":
         table |= {"criterion": "lamp", "normalization": "max"}
-    return table, f"remove {what} with {low:.0%} to {high:.0%} of the {_words(of)}", ""
+    return table, f"remove {what} with {low:.0%} to {high:.0%} of the {words(of)}", ""
 
 
 def _teaching(mix: Mix, schooling: Schooling) -> tuple[Document | None, str, str]:
@@ -370,48 +341,3 @@ def _schemes(mix: Mix, budget: Budget, runtimes: Sequence[str]) -> list[str]:
     if "size" in budget.bounds and "latency" not in budget.bounds:
         found.append("int4-weights")
     return found
-
-
-def _about_model(mix: Mix, schooling: Schooling) -> str:
-    parts = [
-        f"{share:.0%} in {SHOWN[kind]} ({mix.counts[kind]})"
-        for kind, share in sorted(mix.shares.items(), key=lambda pair: -pair[1]) if share >= 0.005
-    ]  # fmt: skip
-    reach = f"channels that may go hold {mix.removable['macs']:.0%} of them" if not mix.stays else "no channels may go"
-    return (
-        f"Model: {counted(mix.parameters)} parameters ({mix.size_mb:.3g} MB), {counted(mix.macs)} MACs a sample, "
-        f"{', '.join(parts)}; {reach}; {schooling.about}."
-    )
-
-
-def _about_machine(mix: Mix, runtimes: Sequence[str]) -> str:
-    how = "8-bit products take two steps and weights keep 7 bits" if saturates() else "8-bit products are one step"
-    found = []
-    for name in runtimes:
-        runs = {scheme: mix.runs[name][scheme] for scheme in ("int8", "int8-dynamic")}
-        shown = " or ".join(f"{share:.0%} ({scheme})" for scheme, share in runs.items() if share >= 0.005)
-        found.append(f"{name} {shown or 'none'}")
-    return f"Machine: {instruction_set()}, {how}; of these MACs, computes on integers: {', '.join(found)}."
-
-
-def _therefore(told: Sequence[str], left: Sequence[str]) -> str:
-    line = f"Therefore: {', then '.join(told)}"
-    return f"{line}; left out: {'; '.join(left)}." if left else f"{line}."
-
-
-def _written(budget: Budget) -> Document:
-    """The budget as a recipe has it: what differs from the defaults, and the objectives in full."""
-    given = {
-        field_.name: value for field_ in fields(budget)
-        if (value := getattr(budget, field_.name)) != field_.default and field_.name != "minimize"
-    }  # fmt: skip
-    return given | {"minimize": list(budget.objectives)} | {"trials": budget.trials}
-
-
-def _words(of: str) -> str:
-    return "MACs" if of == "macs" else "parameters"
-
-
-def _down(share: float) -> float:
-    """To twentieths."""
-    return math.floor(share * 20) / 20

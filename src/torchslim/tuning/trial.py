@@ -59,15 +59,20 @@ def cut_short(step: Any, effort: Effort) -> Any:
     if effort.training:
         return _shorter(step, effort)
     if isinstance(step, Prune):
-        return replace(
-            step, train=None, schedule="one-shot", sparsify=None, strength=None, sparsify_train=None
-        )  # fmt: skip
+        return replace(step, train=None, schedule="one-shot", sparsify=None, strength=None, sparsify_train=None)
     if isinstance(step, Quantize):
         layers = {} if step.layers == "auto" else step.layers
         return replace(
-            step, layers=layers, mode="ptq", train=None, learned_step=False, accuracy="plain", rounding=None,
-            correct_biases=None, metric_drop=None,
-        )  # fmt: skip
+            step,
+            layers=layers,
+            mode="ptq",
+            train=None,
+            learned_step=False,
+            accuracy="plain",
+            rounding=None,
+            correct_biases=None,
+            metric_drop=None,
+        )
     return step
 
 
@@ -156,18 +161,28 @@ class Lab:
 
     def _bench(self, target: Target, steps: Sequence[Step]) -> Bench:
         return Bench(
-            task=self.task, example_inputs=self.example_inputs, target=target, steps=steps,
+            task=self.task,
+            example_inputs=self.example_inputs,
+            target=target,
+            steps=steps,
             dynamic_shapes=self.dynamic_shapes,
-        )  # fmt: skip
+        )
 
     def _context(self, recipe: Recipe) -> Context:
         copied, masks = copy_model(self.model)
         teacher = copied if self.teacher is None else self.teacher
         return Context(
-            task=self.task, model=copied, teacher=copy_model(teacher)[0].eval(), example_inputs=self.example_inputs,
-            masks=masks, target=recipe.target, engine=recipe.engine, seed=self.seed, progress=self.progress,
+            task=self.task,
+            model=copied,
+            teacher=copy_model(teacher)[0].eval(),
+            example_inputs=self.example_inputs,
+            masks=masks,
+            target=recipe.target,
+            engine=recipe.engine,
+            seed=self.seed,
+            progress=self.progress,
             priors={} if (known := recipe.known_sensitivity()) is None else known.priors(),
-        )  # fmt: skip
+        )
 
     def _taken(self, recipe: Recipe, ctx: Context, effort: Effort) -> nn.Module:
         """The model after the steps; those that another candidate has taken before are read from its folder."""

@@ -97,10 +97,12 @@ def _named(taps: Sequence[Tap], pattern: str, side: str) -> list[Tap]:
     indexed = INDEXED.fullmatch(pattern)
     path, call = (indexed["path"], int(indexed["call"])) if indexed else (pattern, -1)
     found = [
-        tap for tap in taps if tap.call == (call % tap.calls if -tap.calls <= call < tap.calls else None)
+        tap
+        for tap in taps
+        if tap.call == (call % tap.calls if -tap.calls <= call < tap.calls else None)
         and len(tap.path.split(".")) == len(path.split("."))
         and all(fnmatchcase(*parts) for parts in zip(tap.path.split("."), path.split("."), strict=True))
-    ]  # fmt: skip
+    ]
     if not found:
         known = {tap.path.lower(): tap.path for tap in taps}
         near = difflib.get_close_matches(path.lower(), known, n=3, cutoff=0.4) or list(known)[:5]
@@ -165,8 +167,10 @@ def _rank(taps: Sequence[Tap]) -> int:
     ranks = [len(tap.positions) for tap in weighty]
     if not ranks or 2 * ranks.count(0) > len(ranks):
         return 0
-    held = {rank: sum(tap.weights for tap in _outermost([each for each in weighty if len(each.positions) == rank]))
-            for rank in sorted({*ranks} - {0})}  # fmt: skip
+    held = {
+        rank: sum(tap.weights for tap in _outermost([each for each in weighty if len(each.positions) == rank]))
+        for rank in sorted({*ranks} - {0})
+    }
     return max(reversed(held), key=lambda rank: held[rank])
 
 
@@ -193,10 +197,12 @@ def _ends(taps: Sequence[Tap], everything: Sequence[Tap]) -> list[Tap]:
         for path in _above(tap.path) if tap in taps else ():
             inside.setdefault(path, set()).add(tap.positions)
     inner = {
-        tap: sum(out.get(path, {tap.positions}) != {tap.positions} and len(inside[path] | out[path]) <= SIZES
-                 for path in _above(tap.path))
+        tap: sum(
+            out.get(path, {tap.positions}) != {tap.positions} and len(inside[path] | out[path]) <= SIZES
+            for path in _above(tap.path)
+        )
         for tap in taps
-    }  # fmt: skip
+    }
     least = {tap.positions: inner[tap] for tap in sorted(taps, key=lambda tap: -inner[tap])}
     last = {tap.positions: tap for tap in taps if inner[tap] == least[tap.positions]}
     return [tap for tap in taps if last[tap.positions] is tap]
@@ -221,10 +227,14 @@ def _blocks(taps: Sequence[Tap]) -> list[list[Tap]]:
         if all(each.path in compound and each.path.split(".")[-1].isdigit() for each in group)
     ]
     stacks = [
-        [tap for group in inner if group[0].path.startswith(f"{outer.path}.") and _held(group) >= outer.weights / 2
-         for tap in group]
+        [
+            tap
+            for group in inner
+            if group[0].path.startswith(f"{outer.path}.") and _held(group) >= outer.weights / 2
+            for tap in group
+        ]
         for outer in found[0]
-    ]  # fmt: skip
+    ]
     if all(stacks):
         found[0] = [tap for stack in stacks for tap in stack]
     return [group for group in found if _held(group) >= SHARE * _held(found[0])]

@@ -234,8 +234,11 @@ class RKD(RelationLoss):
         return 3 if self.angle else 2
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        parts = [weight * part(student, teacher) for weight, part in
-                 ((self.distance, rkd_distance), (self.angle, rkd_angle)) if weight]  # fmt: skip
+        parts = [
+            weight * part(student, teacher)
+            for weight, part in ((self.distance, rkd_distance), (self.angle, rkd_angle))
+            if weight
+        ]
         return torch.stack(parts).sum()
 
 

@@ -15,14 +15,47 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # torch's functions by name, whichever of their forms is called: relu, relu_, Tensor.relu, functional.relu
-ACTIVATIONS = frozenset({
-    "relu", "relu6", "leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish",
-    "hardtanh", "hardshrink", "softshrink", "softplus", "threshold", "tanh",
-})  # fmt: skip
-KEEP_CHANNELS = frozenset({
-    "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "add", "iadd", "radd", "dropout",
-    "feature_dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "contiguous",
-})  # fmt: skip
+ACTIVATIONS = frozenset(
+    {
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "rrelu",
+        "prelu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardswish",
+        "hardtanh",
+        "hardshrink",
+        "softshrink",
+        "softplus",
+        "threshold",
+        "tanh",
+    }
+)
+KEEP_CHANNELS = frozenset(
+    {
+        "batch_norm",
+        "layer_norm",
+        "group_norm",
+        "instance_norm",
+        "rms_norm",
+        "add",
+        "iadd",
+        "radd",
+        "dropout",
+        "feature_dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "contiguous",
+    }
+)
 SIZES = ("out_channels", "out_features", "num_features", "num_channels", "embedding_dim")
 
 

@@ -330,9 +330,11 @@ class _Pass:
         if Statistic.ACTIVATION_TAYLOR in self.needs and output.requires_grad:
             kept = value.detach().clone()  # what follows may work in place
             size = self.size
-            output.register_hook(lambda gradient: self.parts.setdefault(key, []).append(
-                by_sample(kept, gradient.reshape(kept.shape), axis, size)
-            ))  # fmt: skip
+            output.register_hook(
+                lambda gradient: self.parts.setdefault(key, []).append(
+                    by_sample(kept, gradient.reshape(kept.shape), axis, size)
+                )
+            )
 
     def means(self) -> dict[Statistic, dict[str, Any]]:
         """The sums, divided."""

@@ -17,12 +17,40 @@ from torchslim.prune.dependency.verify_values import digest, gathered, in_order,
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-4}
 """By the precision of the check: how far values may differ, relative to their norm."""
 
-COMPACT = frozenset({
-    "native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit",
-    "cudnn_batch_norm", "_softmax", "_log_softmax", "_safe_softmax", "mean", "var", "std", "var_mean", "std_mean",
-    "amax", "amin", "max", "min", "prod", "logsumexp", "argmax", "argmin", "all", "cumprod", "aminmax", "logcumsumexp",
-    "median", "nanmedian", "cummax", "cummin",
-})  # fmt: skip
+COMPACT = frozenset(
+    {
+        "native_layer_norm",
+        "_fused_rms_norm",
+        "native_group_norm",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "cudnn_batch_norm",
+        "_softmax",
+        "_log_softmax",
+        "_safe_softmax",
+        "mean",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "prod",
+        "logsumexp",
+        "argmax",
+        "argmin",
+        "all",
+        "cumprod",
+        "aminmax",
+        "logcumsumexp",
+        "median",
+        "nanmedian",
+        "cummax",
+        "cummin",
+    }
+)
 """Operations to which a zero is not as good as nothing: the masked run gives them only what is kept."""
 
 SCALING = frozenset({"mul", "div"})

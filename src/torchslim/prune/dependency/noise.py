@@ -14,11 +14,31 @@ from torch import Tensor
 
 from torchslim.prune.dependency.leaves import filled, leaves
 
-RANDOM = frozenset({
-    "rand", "randn", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_", "normal", "randint",
-    "randint_like", "multinomial", "randperm", "exponential_", "random_", "cauchy_", "log_normal_", "geometric_",
-    "poisson", "binomial", "native_dropout",
-})  # fmt: skip
+RANDOM = frozenset(
+    {
+        "rand",
+        "randn",
+        "rand_like",
+        "randn_like",
+        "bernoulli",
+        "bernoulli_",
+        "uniform_",
+        "normal_",
+        "normal",
+        "randint",
+        "randint_like",
+        "multinomial",
+        "randperm",
+        "exponential_",
+        "random_",
+        "cauchy_",
+        "log_normal_",
+        "geometric_",
+        "poisson",
+        "binomial",
+        "native_dropout",
+    }
+)
 """Random operations; torch's own tag is looked at as well."""
 
 Shape = tuple[int, ...]

@@ -21,13 +21,18 @@ from torchslim.prune.dependency.noise import Noise
 
 WIDER: Mapping[torch.dtype, Mapping[torch.dtype, torch.dtype]] = {
     torch.float64: {
-        torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
-        torch.complex32: torch.complex128, torch.complex64: torch.complex128,
+        torch.float16: torch.float64,
+        torch.bfloat16: torch.float64,
+        torch.float32: torch.float64,
+        torch.complex32: torch.complex128,
+        torch.complex64: torch.complex128,
     },
     torch.float32: {
-        torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64,
+        torch.float16: torch.float32,
+        torch.bfloat16: torch.float32,
+        torch.complex32: torch.complex64,
     },
-}  # fmt: skip
+}
 """By the precision of a run, what each lower precision becomes."""
 
 

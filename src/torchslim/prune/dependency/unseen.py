@@ -175,8 +175,12 @@ def shared_channels(
         top = path
         while top and top in idle and _parent(top) in idle:
             top = _parent(top)
-        sizes = {size for name, value in weights.items() if name.rpartition(".")[0] == path
-                 for size in _sizes(value, model.get_submodule(path))}  # fmt: skip
+        sizes = {
+            size
+            for name, value in weights.items()
+            if name.rpartition(".")[0] == path
+            for size in _sizes(value, model.get_submodule(path))
+        }
         scope = _parent(top) if top in idle and top else top
         reason = Reason.NOT_REACHED.with_detail(path or "of the model itself")
         for size in sizes:

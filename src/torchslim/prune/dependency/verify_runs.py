@@ -18,9 +18,19 @@ from torchslim.prune.dependency.precision import Precise
 from torchslim.prune.dependency.trace import Dependent, Operation, Shape, Stack, Value, call, elementary, named_weights
 from torchslim.prune.dependency.verify_values import digest, gathered, spread
 
-PASSING = frozenset({
-    "clone", "alias", "detach", "empty", "as_strided_", "expand", "contiguous", "lift_fresh", "_to_copy",
-})  # fmt: skip
+PASSING = frozenset(
+    {
+        "clone",
+        "alias",
+        "detach",
+        "empty",
+        "as_strided_",
+        "expand",
+        "contiguous",
+        "lift_fresh",
+        "_to_copy",
+    }
+)
 """Operations that come and go with memory layout and precision; the runs are not compared at them."""
 
 ASIDE = frozenset({"_embedding_bag", "_embedding_bag_forward_only"})

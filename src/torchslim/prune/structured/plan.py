@@ -95,8 +95,9 @@ class Plan:
         found = self.trace.unseen
         if not found.weights and not found.methods:
             return []
-        names = [f"{kind} {_listed(each)}" for kind, each in (("weights", found.weights), ("methods", found.methods))
-                 if each]  # fmt: skip
+        names = [
+            f"{kind} {_listed(each)}" for kind, each in (("weights", found.weights), ("methods", found.methods)) if each
+        ]
         kept = [group.name for group in self.coupling().groups if Reason.NOT_REACHED.given_in(group.reason)]
         if found.weights and self.unseen == "prune":
             consequence = "with unseen='prune' they may not fit the pruned model any more"

@@ -38,8 +38,10 @@ class Amount:
     def __post_init__(self) -> None:
         check_fields(self, PruneError)
         check_sparsity(self.sparsity)
-        for name, value, known in (("of", self.of, ("params", "macs", "channels", "latency")),
-                                   ("scope", self.scope, ("global", "layer"))):  # fmt: skip
+        for name, value, known in (
+            ("of", self.of, ("params", "macs", "channels", "latency")),
+            ("scope", self.scope, ("global", "layer")),
+        ):
             if value not in known:
                 raise PruneError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
         if self.of == "latency" and self.scope == "layer":

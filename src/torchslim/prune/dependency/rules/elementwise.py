@@ -13,9 +13,33 @@ from torchslim.prune.dependency.propagation import Layers, varying
 from torchslim.prune.dependency.rules.registry import Call, axes, axis, rule
 
 
-@rule("masked_fill", "where", "addcmul", "addcdiv", "lerp", "_prelu_kernel", "copy", "dropout", "fill", "clamp",
-      "hardswish", "hardsigmoid", "hardtanh", "mish", "leaky_relu", "elu", "celu", "gelu", "silu", "softplus",
-      "log_sigmoid_forward", "relu6", "threshold", "_fake_quantize_per_tensor_affine", "rrelu_with_noise")  # fmt: skip
+@rule(
+    "masked_fill",
+    "where",
+    "addcmul",
+    "addcdiv",
+    "lerp",
+    "_prelu_kernel",
+    "copy",
+    "dropout",
+    "fill",
+    "clamp",
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
+    "mish",
+    "leaky_relu",
+    "elu",
+    "celu",
+    "gelu",
+    "silu",
+    "softplus",
+    "log_sigmoid_forward",
+    "relu6",
+    "threshold",
+    "_fake_quantize_per_tensor_affine",
+    "rrelu_with_noise",
+)
 def pointwise(call: Call) -> Sequence[Layers]:
     """Broadcast and couple all operands."""
     operands = [call.operand(tensor) for tensor in call.tensors()]
@@ -23,19 +47,63 @@ def pointwise(call: Call) -> Sequence[Layers]:
     return (call.tagger.merge(operands, shape),)
 
 
-@rule("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "zero", "native_dropout",
-      "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "bernoulli", "uniform", "normal",
-      "_softmax", "_log_softmax", "_safe_softmax", "softmax", "cumsum", "cumprod", "logcumsumexp", "random",
-      "exponential", "resolve_conj", "resolve_neg", "_conj", "nan_to_num", "logit", "glu_jvp",
-      "positive")  # fmt: skip
+@rule(
+    "clone",
+    "detach",
+    "alias",
+    "_to_copy",
+    "contiguous",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "zero",
+    "native_dropout",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "bernoulli",
+    "uniform",
+    "normal",
+    "_softmax",
+    "_log_softmax",
+    "_safe_softmax",
+    "softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "random",
+    "exponential",
+    "resolve_conj",
+    "resolve_neg",
+    "_conj",
+    "nan_to_num",
+    "logit",
+    "glu_jvp",
+    "positive",
+)
 def same(call: Call) -> Sequence[Layers]:
     """The tags of the first operand, unchanged; a softmax runs over what is kept."""
     layers, _ = call.operand(call.args[0])
     return (layers,) * len(call.outputs)
 
 
-@rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
-      "empty_strided", "new_empty_strided", "scalar_tensor")  # fmt: skip
+@rule(
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "empty_strided",
+    "new_empty_strided",
+    "scalar_tensor",
+)
 def created(call: Call) -> Sequence[Layers]:
     """Values without a meaning by position: their sizes adapt to whatever they meet."""
     return (call.tagger.own(call.outputs[0].shape, elastic=True),)
@@ -87,8 +155,30 @@ def bucketized(call: Call) -> Sequence[Layers]:
     return (layers,)
 
 
-@rule("sum", "mean", "nansum", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "logsumexp",
-      "norm", "linalg_vector_norm", "median", "nanmedian", "all", "any", "aminmax", "argmax", "argmin")  # fmt: skip
+@rule(
+    "sum",
+    "mean",
+    "nansum",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "prod",
+    "logsumexp",
+    "norm",
+    "linalg_vector_norm",
+    "median",
+    "nanmedian",
+    "all",
+    "any",
+    "aminmax",
+    "argmax",
+    "argmin",
+)
 def reduction(call: Call) -> Sequence[Layers]:
     """Over what is kept; positions of the largest would shift, so what reads them keeps the dimension whole."""
     name = call.func._schema.name.partition("::")[2]

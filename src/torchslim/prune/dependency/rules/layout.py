@@ -26,9 +26,25 @@ def reshape(call: Call) -> Sequence[Layers]:
     return (call.tagger.layout(layers, shape, lambda core: core.reshape(size)),)
 
 
-@rule("permute", "transpose", "t", "unsqueeze", "squeeze", "movedim", "diagonal", "unfold", "pixel_shuffle",
-      "pixel_unshuffle", "channel_shuffle", "flip", "roll", "rot90", "native_channel_shuffle",
-      "swapaxes", "mT")  # fmt: skip
+@rule(
+    "permute",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "movedim",
+    "diagonal",
+    "unfold",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "flip",
+    "roll",
+    "rot90",
+    "native_channel_shuffle",
+    "swapaxes",
+    "mT",
+)
 def layout(call: Call) -> Sequence[Layers]:
     """Applied to the layers themselves."""
     layers, shape = call.operand(call.args[0])
@@ -108,8 +124,16 @@ def _equal_parts(call: Call, layers: Layers, dim: int, length: int, end: int) ->
             call.tagger.balance(first.split(length), first[:end])
 
 
-@rule("split", "unsafe_split", "chunk", "unsafe_chunk", "split_with_sizes", "unsafe_split_with_sizes", "split_copy",
-      "tensor_split")  # fmt: skip
+@rule(
+    "split",
+    "unsafe_split",
+    "chunk",
+    "unsafe_chunk",
+    "split_with_sizes",
+    "unsafe_split_with_sizes",
+    "split_copy",
+    "tensor_split",
+)
 def split(call: Call) -> Sequence[Layers]:
     """Pieces of one size stay of one size; pieces of given sizes may shrink each by itself."""
     layers, shape = call.operand(call.args[0])
@@ -169,8 +193,21 @@ def unbind(call: Call) -> Sequence[Layers]:
     ]
 
 
-@rule("index", "index_select", "gather", "take_along_dim", "_unsafe_index", "scatter", "scatter_add", "index_add",
-      "index_put", "_index_put_impl", "index_copy", "index_fill", "masked_scatter")  # fmt: skip
+@rule(
+    "index",
+    "index_select",
+    "gather",
+    "take_along_dim",
+    "_unsafe_index",
+    "scatter",
+    "scatter_add",
+    "index_add",
+    "index_put",
+    "_index_put_impl",
+    "index_copy",
+    "index_fill",
+    "masked_scatter",
+)
 def index(call: Call) -> Sequence[Layers]:
     """Elements by tables of positions: the indexed dimensions and the tables themselves stay as they are."""
     name = call.func._schema.name.partition("::")[2].rstrip("_")

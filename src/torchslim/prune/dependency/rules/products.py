@@ -26,9 +26,12 @@ def product(call: Call) -> Sequence[Layers]:
         return ()
     left, right = call.args[1:3] if added else call.args[:2]
     labels = {
-        "mm": ("nk", "km", "nm"), "bmm": ("bnk", "bkm", "bnm"), "mv": ("nk", "k", "n"), "dot": ("k", "k", ""),
+        "mm": ("nk", "km", "nm"),
+        "bmm": ("bnk", "bkm", "bnm"),
+        "mv": ("nk", "k", "n"),
+        "dot": ("k", "k", ""),
         "vdot": ("k", "k", ""),
-    }  # fmt: skip
+    }
     kind = {"addmm": "mm", "_addmm_activation": "mm", "baddbmm": "bmm", "addmv": "mv"}.get(name, name)
     a, b, out = labels[kind]
     result = call.tagger.contract([(*call.operand(left), a), (*call.operand(right), b)], out)
@@ -215,9 +218,17 @@ def _equal_groups(call: Call, layers: Layers, groups: int) -> None:
             call.tagger.freeze([core], "grouped across another dimension")
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-      "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm", "_native_batch_norm_legit_functional",
-      "miopen_batch_norm")  # fmt: skip
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "batch_norm",
+    "_native_batch_norm_legit_functional",
+    "miopen_batch_norm",
+)
 def batch_norm(call: Call) -> Sequence[Layers]:
     """One scale, shift, mean and variance per channel."""
     value = call.operand(call.args[0])
@@ -229,15 +240,37 @@ def batch_norm(call: Call) -> Sequence[Layers]:
 
 
 SPATIAL = {
-    **{f"{kind}{rank}d": rank for rank in (1, 2, 3) for kind in (
-        "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "reflection_pad",
-        "replication_pad", "upsample_bicubic", "upsample_nearest", "_upsample_nearest_exact", "max_pool",
-        "grid_sampler_")},
-    "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "fractional_max_pool2d": 2,
-    "upsample_linear1d": 1, "upsample_bilinear2d": 2, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
-    "upsample_trilinear3d": 3, "grid_sampler_2d": 2, "grid_sampler_3d": 3, "pool_depthwise": 2,
-    "mkldnn_max_pool2d": 2, "quantized_max_pool2d": 2,
-}  # fmt: skip
+    **{
+        f"{kind}{rank}d": rank
+        for rank in (1, 2, 3)
+        for kind in (
+            "avg_pool",
+            "adaptive_avg_pool",
+            "_adaptive_avg_pool",
+            "adaptive_max_pool",
+            "reflection_pad",
+            "replication_pad",
+            "upsample_bicubic",
+            "upsample_nearest",
+            "_upsample_nearest_exact",
+            "max_pool",
+            "grid_sampler_",
+        )
+    },
+    "max_pool2d_with_indices": 2,
+    "max_pool3d_with_indices": 3,
+    "fractional_max_pool2d": 2,
+    "upsample_linear1d": 1,
+    "upsample_bilinear2d": 2,
+    "_upsample_bilinear2d_aa": 2,
+    "_upsample_bicubic2d_aa": 2,
+    "upsample_trilinear3d": 3,
+    "grid_sampler_2d": 2,
+    "grid_sampler_3d": 3,
+    "pool_depthwise": 2,
+    "mkldnn_max_pool2d": 2,
+    "quantized_max_pool2d": 2,
+}
 
 
 @rule(*SPATIAL)

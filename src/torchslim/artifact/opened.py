@@ -1,0 +1,108 @@
+"""An artifact on disk, opened: every file is read once, and against the hash that the manifest gives."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchslim.artifact.manifest import LIMITS, parse_manifest
+from torchslim.artifact.manifest import SURGERY as SURGERY_SCHEMA
+from torchslim.artifact.signing import Key, verify
+from torchslim.artifact.state import restore
+from torchslim.artifact.writing import MANIFEST, is_file
+from torchslim.core.archives import read_arrays, read_masks
+from torchslim.core.files import sha256
+from torchslim.core.schema import read_file
+from torchslim.errors import ArtifactError
+
+WEIGHTS, MASKS = "weights.safetensors", "masks.safetensors"
+SURGERY = "surgery.json"
+MANIFEST_BYTES = LIMITS.size_bytes
+FILE_BYTES = 2**42
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checked artifact; `signed`: by the key that was asked for.
+
+    What was read `ahead` is given out once from memory, and then read from the folder.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    ahead: dict[str, bytes] = field(default_factory=dict)
+    signed: bool = False
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes, checked again: what is used is what was hashed."""
+        if name not in self.manifest["files"]:
+            raise ArtifactError(f"{self.folder} lists no {name}; it was saved without it")
+        if name in self.ahead:
+            return self.ahead.pop(name)
+        data = read_file(self.folder / name, ArtifactError, size_bytes=FILE_BYTES, links=False)
+        if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
+            raise ArtifactError(f"{self.folder / name} was changed since the artifact was opened; load it again")
+        return data
+
+    def read_ahead(self, *names: str) -> None:
+        """Have files in memory, as far as the artifact has them."""
+        self.ahead.update({name: self.read(name) for name in names if name in self.manifest["files"]})
+
+    def into(self, module: nn.Module) -> nn.Module:
+        """The saved module, made from one of its kind; see `load_module`."""
+        if WEIGHTS not in self.manifest["files"]:
+            raise ArtifactError(f"{self.folder} holds no weights, only a program; use ts.load(folder)")
+        record = None
+        if SURGERY in self.manifest["files"]:
+            record = SURGERY_SCHEMA.parse(self.read(SURGERY), str(self.folder / SURGERY))
+        return restore(module, self.read(WEIGHTS), self.manifest, record)
+
+    def example(self) -> list[Tensor]:
+        """The example inputs, of the types and sizes that the spec has."""
+        what, spec = f"{self.folder}/example.npz", self.manifest["spec"]
+        arrays = read_arrays(self.read("example.npz"), what)
+        found = []
+        for index, (dtype, sizes) in enumerate(zip(spec["dtypes"], spec["sizes"], strict=True)):
+            array = arrays.get(f"in{index:03d}")
+            if (
+                array is None
+                or len(array.shape) != len(sizes)
+                or any(size not in (None, own) for size, own in zip(sizes, array.shape, strict=True))
+            ):
+                raise ArtifactError(f"{what} cannot be read: it does not fit the sizes of the model's inputs")
+            try:
+                found.append(torch.from_numpy(array).to(getattr(torch, dtype)))
+            except (TypeError, RuntimeError, AttributeError) as error:
+                raise ArtifactError(f"{what} cannot be read: {error}; save it again") from error
+        return found
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks, by parameter name."""
+        if MASKS not in self.manifest["files"]:
+            return {}
+        return read_masks(self.read(MASKS), self.manifest["mask_shapes"], f"{self.folder}/{MASKS}")
+
+
+def open_artifact(folder: str | Path, *, public_key: Key | None = None) -> Opened:
+    """Check a folder's manifest, its signature where a key is given, and every file it lists."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not a torchslim artifact: it has no {MANIFEST}")
+    manifest = parse_manifest(read_file(path, ArtifactError, size_bytes=MANIFEST_BYTES, links=False), str(path))
+    if public_key is not None:
+        verify(manifest["digest"], manifest.get("signature"), public_key, str(folder))
+    for name, expected in manifest["files"].items():
+        inside = folder / name
+        if inside.is_symlink():
+            raise ArtifactError(f"{path} names a file outside its folder: {name!r} is a link; copy what it points to")
+        if not is_file(inside):
+            raise ArtifactError(f"{folder} is incomplete: {name} is missing; copy it again")
+        if sha256(inside) != expected:
+            raise ArtifactError(f"{folder / name} was truncated or changed since it was saved; copy it again")
+    return Opened(folder, dict(manifest), signed=public_key is not None)

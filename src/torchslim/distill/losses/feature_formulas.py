@@ -1,0 +1,117 @@
+"""What feature losses compute, as functions of tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from torchslim.distill.features.align import (
+    Masks,
+    align,
+    check_positions,
+    masked,
+    mean_over,
+    pooled,
+    wide,
+)
+from torchslim.distill.ruled_out import comparable
+from torchslim.errors import DistillError
+
+
+def hint(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference over the batch, channels and the positions that count.
+
+    Shapes: (batch, channels, *positions), the same, (batch, *positions) or None -> ().
+    Source: Romero et al. 2015 (FitNets), arXiv:1412.6550, section 2.2, eq. 3, which is half of the sum; Jiao et al.
+    2020 (TinyBERT), arXiv:1909.10351, eq. 8.
+    """
+    student, teacher = _alike(student, teacher, mask)
+    return mean_over((student - teacher).square().mean(1), mask)
+
+
+def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the positions that count of 1 - cosine, of the channels at each.
+
+    Shapes: (batch, channels, *positions), the same, (batch, *positions) or None -> ().
+    Source: Sanh et al. 2019 (DistilBERT), arXiv:1910.01108, section 2.
+    """
+    student, teacher = _alike(student, teacher, mask)
+    return mean_over(1 - functional.cosine_similarity(student, teacher, dim=1), mask)
+
+
+def attention(feature: Tensor, power: float = 2) -> Tensor:
+    """Where a network looks, the sum over channels of |A|^power: (batch, channels, *positions) -> (batch, *positions).
+
+    Source: Zagoruyko & Komodakis 2017, arXiv:1612.03928, section 3.1, F_sum^p.
+    """
+    return wide(feature).abs().pow(power).sum(1)
+
+
+def attention_transfer(student: Tensor, teacher: Tensor, power: float = 2, masks: Masks = (None, None)) -> Tensor:
+    """Mean squared difference of the attention maps, each sample's flattened and divided by its l2 norm.
+
+    The mean is over the batch and the positions that count, as their released code has it; their eq. 2 is the norm of
+    the difference. Channels may differ; of other sizes, the student's attention map is resized.
+
+    Shapes: (batch, channels, *positions), (batch, others, *elsewhere), their masks -> ().
+    Source: Zagoruyko & Komodakis 2017, arXiv:1612.03928, section 3.1.
+    """
+    check_positions("attention transfer", tuple(student.shape[1:]), tuple(teacher.shape[1:]))
+    left, right = (
+        attention(masked(*each), power)[:, None] for each in zip((student, teacher.detach()), masks, strict=True)
+    )
+    left, right, mask = align(left, right, masks)
+    left, right = (functional.normalize(each.flatten(1), dim=1) for each in (left, right))
+    return mean_over((left - right).square(), None if mask is None else mask.flatten(1))
+
+
+def flow(first: Tensor, second: Tensor) -> Tensor:
+    """How one layer's channels go with a later one's: mean over positions of the product of each pair of channels.
+
+    The larger is max-pooled to the size of the smaller.
+
+    Shapes: (batch, channels, *positions), (batch, others, *elsewhere) -> (batch, channels, others).
+    Source: Yim et al. 2017, "A Gift from Knowledge Distillation", CVPR, section 3.2, eq. 1.
+    """
+    left, right = (each.reshape(*each.shape[:2], -1) for each in pooled([wide(first), wide(second)]))
+    return left @ right.mT / left.shape[2]
+
+
+def fsp(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean squared difference of the flows between two layers of the student and two of the teacher.
+
+    The mean is over the batch and all pairs of channels, where the paper's is the sum over these.
+
+    Shapes: two of (batch, channels, *positions), two with the same channels and any positions -> ().
+    Source: Yim et al. 2017, "A Gift from Knowledge Distillation", CVPR, section 3.3, eq. 2.
+    """
+    left, right = flow(*student), flow(*(each.detach() for each in teacher))
+    if left.shape != right.shape:
+        raise DistillError(
+            f"flows (batch, channels, channels) of the student {tuple(left.shape)} and of the teacher "
+            f"{tuple(right.shape)} differ; FSP().build(...) learns a projection"
+        )
+    return functional.mse_loss(left, right)
+
+
+def variational_information(mean: Tensor, variance: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the batch, channels and positions of -log q(teacher | student), a Gaussian's, without the constant.
+
+    log(sigma) + (teacher - mean)^2 / (2 sigma^2), with a variance for each channel.
+
+    Shapes: (batch, channels, *positions), (channels,), that of the mean, (batch, *positions) or None -> ().
+    Source: Ahn et al. 2019, arXiv:1904.05835, section 2, eq. 4-6.
+    """
+    mean, teacher = _alike(mean, teacher, mask)
+    variance = variance.view(-1, *[1] * (mean.dim() - 2))
+    return mean_over((variance.log() + (teacher - mean).square() / variance).mean(1) / 2, mask)
+
+
+def _alike(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both in at least float32, 0 where masked, the teacher without gradient."""
+    if student.shape != teacher.shape or student.dim() < 2:
+        raise DistillError(
+            f"features (batch, channels, *positions) of the student {tuple(student.shape)} and of the teacher "
+            f"{tuple(teacher.shape)} differ; build(...) of a feature loss brings them together"
+        )
+    return comparable(masked(wide(student), mask), masked(wide(teacher.detach()), mask))

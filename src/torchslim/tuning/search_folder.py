@@ -1,0 +1,107 @@
+"""The folder and the studies of a search: what belongs to it, and what cannot be, before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from torchslim.core import distributed
+from torchslim.core.files import clean_temporaries, present, write_json
+from torchslim.core.folder_lock import LOCK, holding
+from torchslim.core.isolation import warn
+from torchslim.core.schema import Schema
+from torchslim.errors import RecipeError, StorageError
+from torchslim.pipeline.work_folder import SHARED_SECONDS, own
+from torchslim.report.records import STRICT, Text
+from torchslim.runtimes import find_runtime
+from torchslim.tuning.sampling import Sampler
+from torchslim.tuning.space import Space
+from torchslim.tuning.storage import open_storage
+from torchslim.tuning.study import Ledger
+
+
+def check_space(space: Space) -> None:
+    """What cannot be, before any work."""
+    budget = space.budget
+    for name in space.runtimes:
+        runtime = find_runtime(name)
+        if "size" in budget.figures and runtime.suffix is None:
+            raise RecipeError(
+                f"budget: runtime {name!r} has no file whose size could be bounded; leave out size, or it"
+            )
+    if budget.finalists > budget.trials:
+        raise RecipeError(
+            f"budget: {budget.finalists} finalists cannot come from {budget.trials} trials; take more trials"
+        )
+
+
+def make_ledgers(
+    space: Space, name: str, key: str, storage: str | Path, sampler: Sampler, beat: float
+) -> tuple[Ledger, Ledger] | None:
+    """The trials' and the finals'; of several processes of one training only the first keeps books."""
+    if not distributed.is_first():
+        return None
+    opened = open_storage(storage)
+    budget = space.budget
+    seed = space.document.get("seed", 0)
+    trials = Ledger(
+        opened,
+        name,
+        key,
+        objectives=len(budget.objectives),
+        parameters=space.parameters,
+        trials=budget.trials,
+        sampler=sampler,
+        seed=seed,
+        bounds=len(budget.bounds),
+        budget=budget,
+        beat=beat,
+    )
+    return trials, Ledger(
+        opened, f"{name}/finals", key, objectives=1, parameters=(), trials=10**9, budget=budget, beat=beat
+    )
+
+
+class Claim(TypedDict):
+    """A `space.json`: what is searched in a folder."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    key: Text
+    document: dict[Text, Any]
+
+
+CLAIM: Schema[Claim] = Schema(Claim, "space.json", StorageError)
+
+
+def mark_folder(folder: Path) -> None:
+    """Mark the folder as one of a search, before anything else is written."""
+    own(folder, RecipeError, "search", (folder / CLAIM.what).is_file, ("study.journal",))
+    with holding(folder / LOCK, nothing):
+        clean_temporaries(folder, older_s=SHARED_SECONDS)
+
+
+def nothing(who: str) -> None:
+    """Other workers hold the folder for moments only."""
+
+
+def claim_folder(folder: Path, key: str, space: Space) -> None:
+    """A folder belongs to one search."""
+    path = folder / CLAIM.what
+    with holding(folder / LOCK, nothing):
+        if present(path):
+            try:
+                other = CLAIM.read(path)["key"]
+            except StorageError as error:
+                warn(f"{error}; the study says what is searched here, and the file is written again")
+            else:
+                if other != key:
+                    raise RecipeError(
+                        f"{folder} holds the search of another recipe, budget, model or data; name another folder"
+                    )
+                return
+        document = json.loads(json.dumps(space.document, default=str))
+        write_json(path, {"key": key, "document": document})

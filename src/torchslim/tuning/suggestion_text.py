@@ -1,0 +1,110 @@
+"""What a suggestion is derived from, the model, the task and the machine, and what it says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torchslim.core.budget import Budget
+from torchslim.core.hardware import instruction_set, saturates
+from torchslim.report.numbers import counted
+
+Document = dict[str, Any]
+
+SHOWN: Mapping[str, str] = {
+    "convolution": "convolutions",
+    "depthwise": "depthwise convolutions",
+    "linear": "linear layers",
+    "attention": "products of activations",
+    "recurrent": "recurrent layers",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What a model is made of; shares are fractions of its MACs.
+
+    Attributes:
+        runs: by runtime and scheme, the share for which the runtime has an integer kernel.
+        removable: the part of the MACs, and of the parameters, that channels which may go take with them.
+        stays: why nothing can be removed; empty where something can.
+    """
+
+    shares: Mapping[str, float]
+    counts: Mapping[str, int]
+    operations: frozenset[str]
+    macs: int
+    parameters: int
+    size_mb: float
+    runs: Mapping[str, Mapping[str, float]]
+    removable: Mapping[str, float]
+    stays: str
+    recalibrates: bool  # has it batch norms, whose statistics are taken again after a cut?
+
+    @property
+    def main(self) -> str:
+        """What most of the work is."""
+        families = {
+            "convolution": self.shares["convolution"] + self.shares["depthwise"],
+            "attention": self.shares["linear"] + self.shares["attention"],
+            "recurrent": self.shares["recurrent"],
+        }
+        return max(families, key=lambda name: families[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schooling:
+    """How the task can train a model: the tables of its trainings, None where it cannot, and why not or on what."""
+
+    table: Document | None
+    epochs: int
+    about: str
+
+
+def about_model(mix: Mix, schooling: Schooling) -> str:
+    parts = [
+        f"{share:.0%} in {SHOWN[kind]} ({mix.counts[kind]})"
+        for kind, share in sorted(mix.shares.items(), key=lambda pair: -pair[1])
+        if share >= 0.005
+    ]
+    reach = f"channels that may go hold {mix.removable['macs']:.0%} of them" if not mix.stays else "no channels may go"
+    return (
+        f"Model: {counted(mix.parameters)} parameters ({mix.size_mb:.3g} MB), {counted(mix.macs)} MACs a sample, "
+        f"{', '.join(parts)}; {reach}; {schooling.about}."
+    )
+
+
+def about_machine(mix: Mix, runtimes: Sequence[str]) -> str:
+    how = "8-bit products take two steps and weights keep 7 bits" if saturates() else "8-bit products are one step"
+    found = []
+    for name in runtimes:
+        runs = {scheme: mix.runs[name][scheme] for scheme in ("int8", "int8-dynamic")}
+        shown = " or ".join(f"{share:.0%} ({scheme})" for scheme, share in runs.items() if share >= 0.005)
+        found.append(f"{name} {shown or 'none'}")
+    return f"Machine: {instruction_set()}, {how}; of these MACs, computes on integers: {', '.join(found)}."
+
+
+def therefore(told: Sequence[str], left: Sequence[str]) -> str:
+    line = f"Therefore: {', then '.join(told)}"
+    return f"{line}; left out: {'; '.join(left)}." if left else f"{line}."
+
+
+def written(budget: Budget) -> Document:
+    """The budget as a recipe has it: what differs from the defaults, and the objectives in full."""
+    given = {
+        field_.name: value
+        for field_ in fields(budget)
+        if (value := getattr(budget, field_.name)) != field_.default and field_.name != "minimize"
+    }
+    return given | {"minimize": list(budget.objectives)} | {"trials": budget.trials}
+
+
+def words(of: str) -> str:
+    return "MACs" if of == "macs" else "parameters"
+
+
+def down(share: float) -> float:
+    """To twentieths."""
+    return math.floor(share * 20) / 20
