@@ -83,17 +83,7 @@ def sensitivity(
     """
     model = usable(model, SensitivityError)
     ratios, schemes = tuple(ratios), tuple(schemes)
-    if measure not in MEASURES:
-        raise SensitivityError(f"measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}")
-    for ratio in ratios:
-        if not 0 < ratio < 1:
-            raise SensitivityError(f"a ratio is the fraction of a group's channels to remove, in (0, 1); got {ratio}")
-    if not ratios and not schemes:
-        raise SensitivityError("neither ratios nor schemes were given; there is nothing to measure")
-    if samples < 1:
-        raise SensitivityError(f"samples must be at least 1, got {samples}")
-    for scheme in schemes:
-        find_scheme(scheme)
+    _check(ratios, schemes, measure, samples)
     find_runtime(runtime)
     check_patterns(model, include, exclude)
     from torchslim.analysis.probe import Sensing  # it loads what exports and quantizes
@@ -113,19 +103,7 @@ def sensitivity(
             seed=seed,
             progress=progress,
         )
-        data = fingerprint([sensing.batches, take_first(task.val, "val") if measure == "metric" else None])
-        about = [measure, runtime, canonical(include), canonical(exclude), canonical(criterion), seed]
-        metric = canonical(task.metric) if measure == "metric" else None
-        key = digest(
-            __version__,
-            instruction_set(),
-            type(model).__qualname__,
-            fingerprint(model.state_dict()),
-            data,
-            fingerprint(inputs),
-            about,
-            metric,
-        )
+        key = _key(sensing)
         folder = Path(workdir) if workdir else cache_folder() / KIND
         shelf = Shelf(folder / f"{key_id(key)[:16]}.points", key)
         points: list[Point] = []
@@ -145,6 +123,37 @@ def sensitivity(
         machines={"this": describe_machine()},
         notes=tuple(shelf.notes),
         **shelf.scale,
+    )
+
+
+def _check(ratios: Sequence[float], schemes: Sequence[str], measure: str, samples: int) -> None:
+    """Raise for arguments out of their range."""
+    if measure not in MEASURES:
+        raise SensitivityError(f"measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}")
+    for ratio in ratios:
+        if not 0 < ratio < 1:
+            raise SensitivityError(f"a ratio is the fraction of a group's channels to remove, in (0, 1); got {ratio}")
+    if not ratios and not schemes:
+        raise SensitivityError("neither ratios nor schemes were given; there is nothing to measure")
+    if samples < 1:
+        raise SensitivityError(f"samples must be at least 1, got {samples}")
+    for scheme in schemes:
+        find_scheme(scheme)
+
+
+def _key(sensing: Sensing) -> str:
+    """Everything that points depend on, but the changes themselves."""
+    chosen = (sensing.include, sensing.exclude, sensing.criterion)
+    of_metric = sensing.measure == "metric"
+    return digest(
+        __version__,
+        instruction_set(),
+        type(sensing.model).__qualname__,
+        fingerprint(sensing.model.state_dict()),
+        fingerprint([sensing.batches, take_first(sensing.task.val, "val") if of_metric else None]),
+        fingerprint(sensing.example_inputs),
+        [sensing.measure, sensing.runtime, *map(canonical, chosen), sensing.seed],
+        canonical(sensing.task.metric) if of_metric else None,
     )
 
 

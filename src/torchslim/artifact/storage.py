@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from torchslim.errors import ArtifactError, TorchslimError
 from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import build
 from torchslim.quantize import QuantizedModule
-from torchslim.runtimes import RUNTIMES, Deployed, Spec, find_runtime
+from torchslim.runtimes import RUNTIMES, Deployed, Runtime, Spec, find_runtime
 from torchslim.runtimes.base import as_array
 from torchslim.runtimes.pt2 import load_program, operators_of
 
@@ -240,12 +240,7 @@ def load_opened(
     with quiet():
         try:
             if chosen.read is not None and stored:
-                files = {suffix: opened.read(f"model{suffix}") for suffix in chosen.suffixes}
-                if chosen.check is not None:
-                    chosen.check(files)
-                if chosen.trial is not None and not (trusted or opened.signed):
-                    chosen.trial(files, example)
-                payload = bundle(files) if chosen.beside else next(iter(files.values()))
+                payload = _checked_payload(opened, chosen, trusted, example)
                 session = chosen.read(payload, spec, threads)
             else:
                 session, payload = chosen.make(_recaptured(opened, spec, example), spec, threads)
@@ -268,6 +263,16 @@ def load_opened(
         no_file=chosen.no_file,
         suffixes=chosen.suffixes,
     )
+
+
+def _checked_payload(opened: Opened, runtime: Runtime, trusted: bool, example: Sequence[Tensor]) -> bytes:
+    """The bytes of the runtime's files, checked, and tried in a child process where the runtime may crash."""
+    files = {suffix: opened.read(f"model{suffix}") for suffix in runtime.suffixes}
+    if runtime.check is not None:
+        runtime.check(files)
+    if runtime.trial is not None and not (trusted or opened.signed):
+        runtime.trial(files, example)
+    return bundle(files) if runtime.beside else next(iter(files.values()))
 
 
 def _check_native(folder: str | Path, spec: Spec, trusted: bool) -> None:

@@ -23,7 +23,7 @@ from torchslim.pipeline.work_folder import own
 from torchslim.prune import Prune
 from torchslim.prune.channel_step import PruneChannels
 from torchslim.prune.latency.table import FORMAT, programs, variants
-from torchslim.runtimes import find_runtime
+from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.base import as_array
 from torchslim.runtimes.kernel_listing import UNWANTED
 
@@ -81,20 +81,13 @@ def pack(
         suffix = whole.suffixes[0]
         whole.save(folder / f"whole{suffix}")
         written = []
-        for done, each in enumerate(wanted, 1):
-            made = each.make()
+        for done, variant in enumerate(wanted, 1):
+            made = variant.make()
             if made is not None:  # else that width is left out, as it is where it is measured here
-                bench.deploy(bench.ended(made)).save(folder / f"{each.name}{suffix}")
-                written.append({"row": each.row.key, "width": each.width, "file": f"{each.name}{suffix}"})
+                bench.deploy(bench.ended(made)).save(folder / f"{variant.name}{suffix}")
+                written.append({"row": variant.row.key, "width": variant.width, "file": f"{variant.name}{suffix}"})
             progress(Event(step="latency", phase="pack", current=done, total=len(wanted)))
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {f"in{index:03d}": as_array(leaf) for index, leaf in enumerate(whole.example)}
-        np.savez(buffer, **arrays)
-        write_bytes(folder / "example.npz", buffer.getvalue())
-        names = [f"whole{suffix}", *(str(each["file"]) for each in written)]
-        exported = [(folder / name).read_bytes() for name in names] if suffix == ".pt2" else []
-        write_bytes(folder / "bench.py", bench_script(exported))
-        names = ["example.npz", *(name.removesuffix(suffix) + each for name in names for each in whole.suffixes)]
+        names = _write_script(folder, whole, [f"whole{suffix}", *(str(row["file"]) for row in written)])
         spec = {"sizes": whole.spec.sizes, "dtypes": whole.spec.dtypes, "batch_axis": whole.spec.batch_axis}
         about = {
             "format": PACK_FORMAT,
@@ -108,6 +101,18 @@ def pack(
         }
         write_json(folder / PACK, about)  # last: a folder that has it is whole
     return folder
+
+
+def _write_script(folder: Path, whole: Deployed, programs: Sequence[str]) -> list[str]:
+    """Write what times the programs: the inputs and bench.py. Returns the names of all files that it reads."""
+    suffix = whole.suffixes[0]
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {f"in{index:03d}": as_array(leaf) for index, leaf in enumerate(whole.example)}
+    np.savez(buffer, **arrays)
+    write_bytes(folder / "example.npz", buffer.getvalue())
+    exported = [(folder / name).read_bytes() for name in programs] if suffix == ".pt2" else []
+    write_bytes(folder / "bench.py", bench_script(exported))
+    return ["example.npz", *(name.removesuffix(suffix) + ending for name in programs for ending in whole.suffixes)]
 
 
 def _step(steps: Sequence[Step]) -> PruneChannels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,14 +68,9 @@ def prepare(
         ExportError: the model cannot be captured; names the line of its code.
     """
     model = usable(model, QuantizeError)
-    if any(isinstance(module, Called) for module in model.modules()):
-        raise QuantizeError("the model is quantized already; quantize the float model instead")
-    choose = chooser(model, scheme, layers or {})
-    if runtime not in PROFILES:
-        raise QuantizeError(f"runtime {runtime!r} has no quantization profile; one of {', '.join(PROFILES)}")
     helpers, given = helpers or Helpers(), list(batches)
-    if helpers.smooth is not None and not given:
-        raise QuantizeError("smoothing looks at activations: give it batches of model inputs")
+    _check(model, runtime, helpers, given)
+    choose = chooser(model, scheme, layers or {})
     copied, _ = copy_model(model)
     trainable = {name for name, each in copied.named_parameters() if each.requires_grad}
     outside = _computed_in_float32(copied)
@@ -130,6 +125,16 @@ def prepare(
     )
     _look_at_weights(prepared)
     return prepared
+
+
+def _check(model: nn.Module, runtime: str, helpers: Helpers, batches: Sequence[Inputs]) -> None:
+    """Raise for what is wrong before any work."""
+    if any(isinstance(module, Called) for module in model.modules()):
+        raise QuantizeError("the model is quantized already; quantize the float model instead")
+    if runtime not in PROFILES:
+        raise QuantizeError(f"runtime {runtime!r} has no quantization profile; one of {', '.join(PROFILES)}")
+    if helpers.smooth is not None and not batches:
+        raise QuantizeError("smoothing looks at activations: give it batches of model inputs")
 
 
 def _computed_in_float32(model: nn.Module) -> torch.dtype | None:

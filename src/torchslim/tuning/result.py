@@ -159,38 +159,42 @@ def data_of(
             "figures": original.get("figures", {})
             | {name: number(base[name], UNITS[name]) for name in UNITS if name in base},
         },
-        "trials": [
-            {
-                "number": chosen,
-                "parameters": given,
-                "state": each["state"],
-                "stage": each["stage"],
-                "reason": each["reason"],
-                "figures": each.get("figures", {}),
-                "seconds": each.get("seconds", 0.0),
-                "within": bool(each.get("figures")) and max(each["excess"].values(), default=0.0) <= 0,
-            }
-            for chosen, given, each in rows
-        ],
+        "trials": [_trial(number, parameters, trial) for number, parameters, trial in rows],
         "failed": [
             {"trial": each["trial"], "reason": each["reason"]}
             for _, _, each in finals
             if each["state"] == "failed" and "trial" in each
         ],
         "front": [
-            {
-                "trial": chosen,
-                "parameters": values[chosen],
-                "recipe": f"front/{chosen:03d}/recipe.toml",
-                "folder": f"front/{chosen:03d}",
-                "metric": done[chosen]["metric"],
-                "figures": done[chosen]["figures"],
-                "within": done[chosen]["within"],
-            }
+            _member(chosen, values[chosen], done[chosen])
             for chosen in sorted(shown, key=lambda chosen: [figures[chosen][name] for name in budget.objectives])
         ],
         "verdict": asdict(verdict) | {"binding": list(verdict.binding)},
         "machines": {"this": describe_machine(target.threads)},
+    }
+
+
+def _trial(number: int, parameters: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's row."""
+    figures = trial.get("figures", {})
+    return {
+        "number": number,
+        "parameters": parameters,
+        **{name: trial[name] for name in ("state", "stage", "reason")},
+        "figures": figures,
+        "seconds": trial.get("seconds", 0.0),
+        "within": bool(figures) and max(trial["excess"].values(), default=0.0) <= 0,
+    }
+
+
+def _member(number: int, parameters: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a member of the front."""
+    return {
+        "trial": number,
+        "parameters": parameters,
+        "recipe": f"front/{number:03d}/recipe.toml",
+        "folder": f"front/{number:03d}",
+        **{name: final[name] for name in ("metric", "figures", "within")},
     }
 
 
