@@ -39,7 +39,7 @@ from torchslim.artifact.opened import open_artifact
 from torchslim.artifact.state import pack_masks
 from torchslim.artifact.storage import write_artifact
 from torchslim.core.archives import read_masks
-from torchslim.core.files import digest
+from torchslim.core.files import digest, sha256
 from torchslim.core.isolation import quiet
 from torchslim.errors import (
     ArtifactError,
@@ -344,7 +344,7 @@ def test_files_outside_the_folder_are_not_read(name: str, float_copy: Path) -> N
     outside.write_bytes(b"secret")
     (float_copy / "link").symlink_to(outside)
     known = json.loads((float_copy / "artifact.json").read_text())["files"]
-    rewritten(float_copy, files={**known, name: storage.sha256(outside)})
+    rewritten(float_copy, files={**known, name: sha256(outside)})
     with pytest.raises(ArtifactError, match="names a file outside its folder"):
         ts.load(float_copy)
 
@@ -518,7 +518,7 @@ def test_an_artifact_with_such_a_program_is_refused(honest: bytes, float_copy: P
     marker = tmp_path / "it ran"
     (float_copy / "model.pt2").write_bytes(evil_programs(honest, marker)["sample inputs"])
     known = json.loads((float_copy / "artifact.json").read_text())["files"]
-    rewritten(float_copy, files={**known, "model.pt2": storage.sha256(float_copy / "model.pt2")})
+    rewritten(float_copy, files={**known, "model.pt2": sha256(float_copy / "model.pt2")})
     with pytest.raises(ArtifactError, match="pickled sample inputs; it is not loaded"):
         ts.load(float_copy)
     assert not marker.exists()
@@ -529,7 +529,7 @@ def test_example_arrays_are_not_unpickled(float_copy: Path, tmp_path: Path) -> N
     with (float_copy / "example.npz").open("wb") as file:
         np.savez(file, in000=np.array([Evil(marker)], dtype=object))
     known = json.loads((float_copy / "artifact.json").read_text())["files"]
-    rewritten(float_copy, files={**known, "example.npz": storage.sha256(float_copy / "example.npz")})
+    rewritten(float_copy, files={**known, "example.npz": sha256(float_copy / "example.npz")})
     with pytest.raises(ArtifactError, match=r"example.npz cannot be read"):
         ts.load(float_copy)
     assert not marker.exists()

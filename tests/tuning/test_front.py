@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchslim.core.budget import Budget
-from torchslim.tuning.pareto import WHOLE, dominates, finalists, front_of, hopeless, judge, near, volume, wanted
+from torchslim.tuning.pareto import WHOLE, dominates, finalists, front_of, hopeless, judge, near, next_finalist, volume
 
 NAMES = ("metric_drop", "latency")
 FIGURES = st.dictionaries(
@@ -75,7 +75,7 @@ def test_a_drop_that_training_will_not_change_is_near_no_bound() -> None:
 def in_full(results: Mapping[int, Mapping[str, Any]], budget: Budget) -> list[int]:
     """What is taken in full, one after the other; each comes out as its trial said."""
     finished: dict[int, Mapping[str, Any] | None] = {}
-    while (number := wanted(results, finished, budget)) is not None:
+    while (number := next_finalist(results, finished, budget)) is not None:
         assert number not in finished
         finished[number] = {"within": max(results[number]["excess"].values(), default=0.0) <= 0}
     return list(finished)
@@ -128,10 +128,10 @@ def test_what_is_worse_than_one_that_trains_nothing_waits() -> None:
 def test_what_is_at_work_elsewhere_is_waited_for() -> None:
     budget = Budget(metric_drop=0.5, minimize=NAMES, finalists=1)
     results = {0: result(9.0, 1.0, budget), 1: result(9.0, 2.0, budget), 2: {"state": "failed", "stage": "cheap"}}
-    assert wanted(results, {}, budget) == 0
-    assert wanted(results, {0: None}, budget) is None
-    assert wanted(results, {0: {"within": False}}, budget) == 1
-    assert wanted(results, {0: {"within": True}}, budget) is None
+    assert next_finalist(results, {}, budget) == 0
+    assert next_finalist(results, {0: None}, budget) is None
+    assert next_finalist(results, {0: {"within": False}}, budget) == 1
+    assert next_finalist(results, {0: {"within": True}}, budget) is None
 
 
 def test_hopeless_is_what_training_cannot_mend() -> None:

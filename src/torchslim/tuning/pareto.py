@@ -88,42 +88,51 @@ def finalists(
     return order
 
 
-def wanted(
+def next_finalist(
     results: Mapping[int, Mapping[str, Any]], finished: Mapping[int, Mapping[str, Any] | None], budget: Budget
 ) -> int | None:
-    """The next trial that deserves its full cost, as far as is known now; None where it is enough.
+    """The trial to train in full next, as far as is known now; None where enough were.
 
-    What trains nothing and keeps the bounds comes first, where none of its kind is better: it costs no training, and
-    the finalists are beside it.
+    Trials that train nothing and keep the bounds come first, where no other of them is better: they cost no training,
+    and do not count as finalists.
 
     Args:
         results: of the trials.
-        finished: what came of those that were taken in full; None where somebody is at work on it.
+        finished: the results of those that were trained in full; None where a worker is at one.
     """
-    figures = {number: each["figures"] for number, each in results.items() if "figures" in each}
+    figures = {number: result["figures"] for number, result in results.items() if "figures" in result}
     short = {number for number in figures if results[number]["state"] == "candidate"}
     whole = {number for number in figures if results[number]["stage"] == WHOLE}
     order = finalists(figures, short, budget, whole)
-    good = [each for each in order if each in whole and max(results[each]["excess"].values(), default=0.0) <= 0]
-    best = front_of({each: figures[each] for each in good}, budget.objectives)
+    sound = [number for number in order if number in whole and _keeps_bounds(results[number])]
+    best = front_of({number: figures[number] for number in sound}, budget.objectives)
     free = _distinct(best, figures, budget.objectives)[: budget.finalists]
     for number in free:
         if number not in finished:
             return number
-    taken = sum(number not in free for number in finished)
-    within = any(each and each.get("within") for each in finished.values())
-    if taken >= budget.finalists and (within or None in finished.values()):
-        return None  # whether more are needed is known when those at work are done
-    if taken >= (budget.finalists if within or not budget.bounds else 2 * budget.finalists):
+    if _enough({number: result for number, result in finished.items() if number not in free}, finished, budget):
         return None
-    rest = [number for number in order if number not in finished and number not in good]
+    remaining = [number for number in order if number not in finished and number not in sound]
     known = [figures[number] for number in finished]
 
-    def can_wait(number: int) -> tuple[bool, bool]:  # no better than one of these, or even equal: values change nothing
+    def can_wait(number: int) -> tuple[bool, bool]:
+        """No better than a finished one, or even equal to one: then its parameters change nothing."""
         mine = figures[number]
-        return any(all(each[name] <= mine[name] for name in budget.objectives) for each in known), mine in known
+        return any(all(other[name] <= mine[name] for name in budget.objectives) for other in known), mine in known
 
-    return min(rest, key=can_wait, default=None)
+    return min(remaining, key=can_wait, default=None)
+
+
+def _keeps_bounds(result: Mapping[str, Any]) -> bool:
+    return max(result["excess"].values(), default=0.0) <= 0
+
+
+def _enough(trained: Mapping[int, Any], finished: Mapping[int, Mapping[str, Any] | None], budget: Budget) -> bool:
+    """Were enough trials trained in full? Twice as many where none keeps the bounds."""
+    within = any(result and result.get("within") for result in finished.values())
+    limit = budget.finalists if within or not budget.bounds else 2 * budget.finalists
+    undecided = None in finished.values()  # whether more are needed is known when those at work are done
+    return len(trained) >= (budget.finalists if undecided else limit)
 
 
 def _distinct(layer: Sequence[int], figures: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> list[int]:

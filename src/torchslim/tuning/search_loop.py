@@ -26,7 +26,7 @@ from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.runner import run_steps
 from torchslim.report import render_search
-from torchslim.tuning.pareto import WHOLE, hopeless, near, wanted
+from torchslim.tuning.pareto import WHOLE, hopeless, near, next_finalist
 from torchslim.tuning.result import SearchResult, data_of, entries_of
 from torchslim.tuning.sampling import Sampler
 from torchslim.tuning.search_folder import check_space, claim_folder, make_ledgers, mark_folder
@@ -267,7 +267,7 @@ class _Search:
             found = {chosen: values for chosen, values, _ in trials.results()}
             results = {chosen: result for chosen, _, result in trials.results()}
             claims = {each: result for each, result in finals.claims().items() if "figures" in results.get(each, {})}
-            chosen = wanted(results, claims, self.budget)
+            chosen = next_finalist(results, claims, self.budget)
             if chosen is not None:
                 trial = finals.claim({"trial": chosen})
                 if trial is not None:
