@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check docs baseline format bench coverage clean
+.PHONY: demo quick test cover check docs baseline format bench coverage clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -27,6 +27,14 @@ demo: $(VENV)/.demo
 	$(BIN)/torchslim demo examples/fashion_mnist/recipe.toml
 
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# what a developer runs at every change
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not (slow or browser or distributed or database)'
+
+# before a release: two thirds more time than make test
+cover: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report term
 
 check: $(VENV)/.dev

@@ -22,7 +22,7 @@ class SelectError(TorchslimError):
 
 
 class TrainError(TorchslimError):
-    """Training cannot start or cannot go on."""
+    """Training cannot start or continue."""
 
 
 class PruneError(TorchslimError):

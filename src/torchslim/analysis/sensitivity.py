@@ -75,7 +75,7 @@ def sensitivity(
         criterion: which channels of a group go first.
         seed: of everything random.
         name: what the model is called; by default its class.
-        progress: called with an `Event` as things go on.
+        progress: called with an `Event` at every phase.
 
     Raises:
         SensitivityError: arguments out of their range, or nothing that could be measured.

@@ -82,9 +82,9 @@ def shown(result: Result, out: Path) -> str:
 @click.option("--study", help="Name of the study in the storage; default: the folder's name.")
 @click.option("--json", "as_json", is_flag=True, help="Print search.json instead of the table.")
 def search(recipe: Path, out: Path | None, storage: str | None, study: str | None, as_json: bool) -> None:
-    """Search a recipe with ranges for the best under its budget; run again after a kill, it goes on.
+    """Search a recipe with ranges for the best results under its budget; an interrupted search resumes.
 
-    Started several times, on any number of machines, with one --storage, all work on one search.
+    Start it several times, on any number of machines, with one --storage: all processes share one search.
     """
     from torchslim.core import distributed
     from torchslim.core.step import ignore_progress

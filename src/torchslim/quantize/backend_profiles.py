@@ -25,7 +25,7 @@ class Profile:
         concats: concatenations get pairs on their inputs and output.
         gates: sigmoids of convolutions, and what they multiply, get pairs: a table, and a product on integers.
         products: products of two activations, those of attention, get pairs on their inputs.
-        why: what a layer without a kernel is told.
+        why: the reason that is recorded for a layer without a kernel.
     """
 
     static: frozenset[str]

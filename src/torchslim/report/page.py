@@ -68,7 +68,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """What the pointer is told: all digits, unit, repeats and spread, or why there is no number."""
+        """The tooltip: all digits, unit, repeats and spread, or why there is no number."""
         if "not_measured" in self.entry:
             return f"not measured: {self.entry['not_measured']}"
         text = with_unit(exact(self.entry["value"]), self.entry["unit"])

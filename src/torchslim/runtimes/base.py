@@ -23,7 +23,7 @@ from torchslim.runtimes.spec import Kernel, Session, Spec
 
 
 def as_array(tensor: Tensor) -> Any:
-    """A tensor as NumPy has it: bfloat16 and smaller floats, which it has not, as float32, which holds them exactly."""
+    """A tensor as a NumPy array; bfloat16 and smaller floats, which NumPy lacks, become float32, which is exact."""
     tensor = tensor.detach().cpu().contiguous()
     try:
         return tensor.numpy()

@@ -184,7 +184,7 @@ def judge(figures: Mapping[int, Mapping[str, float]], budget: Budget, units: Map
         nearest=nearest,
         binding=binding,
         text=f"the budget cannot be met by what was measured; nearest is trial {nearest}: "
-        f"{_told(figures[nearest], budget, units)}; what binds: {', '.join(binding)}",
+        f"{_told(figures[nearest], budget, units)}; bounds that it breaks: {', '.join(binding)}",
     )
 
 

@@ -120,7 +120,7 @@ def data_of(
     finals: Results,
     folder: Path,
 ) -> dict[str, Any]:
-    """As `search.json` has it.
+    """The content of `search.json`.
 
     Args:
         target: the first that was searched on; `base` are the original's figures there.

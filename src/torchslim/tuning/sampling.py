@@ -31,7 +31,7 @@ def draw(
         parameters: what varies.
         rows: the other trials of the study; Optuna sees a study in memory of these alone.
         sampler: "random" learns from none of them.
-        seed: equal seeds and rows give equal values, so a search that was killed goes on as an undisturbed one.
+        seed: equal seeds and rows give equal values, so an interrupted search resumes with the same trials.
         number: how many trials have results.
         trials: how many there will be.
         objectives: how many numbers a trial is judged by.

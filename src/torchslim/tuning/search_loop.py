@@ -59,24 +59,24 @@ def search(
 ) -> SearchResult:
     """Find the best recipes under a budget: a Pareto front of artifacts, each with its recipe.
 
-    Each trial is first taken without training and on a part of the data: what breaks a bound that training cannot
-    mend, or is worse than others in everything, ends there. The others get a part of their training. The best of them
-    are then trained fully, deployed and measured. Steps that candidates share are taken once.
+    Each trial first runs without training and on a part of the data. Trials that violate a bound which training cannot
+    change, or that others beat in everything, stop there. The others are trained in part. The best are then trained in
+    full, deployed and measured. Steps that candidates share run once.
 
-    Run again with the same folder, a search that was killed goes on. Any number of processes that share the storage
-    work on one search.
+    An interrupted search resumes when it is called with the same folder. Any number of processes can share the storage
+    and work on one search.
 
     Args:
         model, task: as for `compress`.
-        recipe: a document as `tomllib` gives it, with `{"search": [...]}` in place of what varies and a "budget" table.
+        recipe: the parsed TOML, with `{"search": [...]}` in place of each value that varies, and a "budget" table.
         teacher, example_inputs, dynamic_shapes: as for `compress`.
-        workdir: where all is kept; the front's artifacts are in `front/`.
+        workdir: folder of the search; the front's artifacts are in `front/`.
         storage: what workers share: an Optuna URL, or a file; by default one in `workdir`.
         study: its name in the storage; by default the folder's name.
-        sampler: "gp" learns from earlier trials by Gaussian processes, which takes few of them; "tpe" by densities, as
-            "gp" does where trials or objectives are many; "random" does not.
+        sampler: "gp" (Gaussian processes) needs few trials; "tpe" (densities) suits many trials or objectives, and "gp"
+            turns to it there; "random" does not learn.
         beat: seconds between a worker's signs of life.
-        progress: called with an `Event` as things go on.
+        progress: called with an `Event` at every phase.
 
     Raises:
         RecipeError: a range or budget that cannot be, or a folder or study that belongs to another search.
@@ -140,7 +140,7 @@ class _Search:
         self.metric = lab.task.as_metric()
 
     def baselines(self) -> None:
-        """The original on every runtime, before any trial: what cannot be deployed is told at once."""
+        """Measure the original on every runtime, before any trial, so that deployment errors come at once."""
         for target in self._targets():
             if distributed.is_first():
                 self.lab.progress(Event(step="search", phase=f"baseline on {target.runtime}"))

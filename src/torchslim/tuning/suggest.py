@@ -272,7 +272,7 @@ def _training(schooling: Schooling, epochs: int, rates: tuple[float, float]) -> 
 
 
 def _pruning(mix: Mix, schooling: Schooling, budget: Budget) -> tuple[Document | None, str, str]:
-    """The step, what is told of it, and why there is none."""
+    """The step, its line in the reasons, and why there is none."""
     of = "macs" if {"latency", "macs"} & set(budget.figures) else "params"
     if mix.stays:
         return None, "", f"pruning (no channels may go: {mix.stays})"

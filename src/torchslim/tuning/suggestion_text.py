@@ -92,7 +92,7 @@ def therefore(told: Sequence[str], left: Sequence[str]) -> str:
 
 
 def written(budget: Budget) -> Document:
-    """The budget as a recipe has it: what differs from the defaults, and the objectives in full."""
+    """The `[budget]` table of a recipe: the fields that differ from the defaults, and all objectives."""
     given = {
         field_.name: value
         for field_ in fields(budget)

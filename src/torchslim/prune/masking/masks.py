@@ -136,7 +136,7 @@ def _units(
 
 
 def pruned_record(path: str, mask: Tensor) -> LayerRecord:
-    """What pruning did to one layer; a layer that gives a constant from now on is said so."""
+    """The record of what pruning did to one layer; it says where the layer now gives a constant."""
     removed = int((~mask).sum())
     reason = "every weight is removed" if removed == mask.numel() else ""
     return LayerRecord(layer=path, action="pruned", reason=reason, sparsity=removed / mask.numel())

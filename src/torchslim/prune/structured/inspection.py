@@ -1,4 +1,4 @@
-"""What could be pruned: the groups of a model, what is at stake in each, and why some must stay."""
+"""List the coupled channel groups of a model, what each would save, and why some must stay."""
 
 from __future__ import annotations
 
