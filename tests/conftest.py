@@ -35,6 +35,15 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a browser or a database, by its fixtures and parameters."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+        if "postgresql" in item.nodeid:
+            item.add_marker(pytest.mark.database)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--processor avx2` runs all tests as if torchslim had detected that processor."""
     parser.addoption("--processor", choices=[*PROCESSORS], help="the processor that torchslim detects in all tests")

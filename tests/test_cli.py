@@ -47,6 +47,7 @@ def test_help_shows_an_example(call: Any, command: str) -> None:
     assert f"torchslim {command}" in done.out
 
 
+@pytest.mark.slow
 def test_run_makes_the_artifact_and_says_where_the_report_is(call: Any, tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
     recipe.write_text(RECIPE)
@@ -89,6 +90,7 @@ def test_check_accepts_and_refuses_without_running(call: Any, tmp_path: Path) ->
     assert "cannot be imported" in call("check", recipe).err
 
 
+@pytest.mark.slow
 def test_bench_compares_saved_artifacts(call: Any, artifact: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(artifact, tmp_path / "copy")
     rows = json.loads(call("bench", artifact, copy, "--rounds", 5, "--json").out)
@@ -99,6 +101,7 @@ def test_bench_compares_saved_artifacts(call: Any, artifact: Path, tmp_path: Pat
     assert call("bench", tmp_path).code == 2
 
 
+@pytest.mark.slow
 def test_inspect_shows_what_may_be_pruned_and_why_the_rest_stays(call: Any) -> None:
     done = call("inspect", "tests.support.toy:model", "--input", "1x1x8x8")
     assert done.code == 0, done.err
@@ -153,6 +156,7 @@ def test_the_current_folder_is_importable(call: Any, tmp_path: Path, monkeypatch
     assert call("check", "r.toml").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "text", "series", "detection"])
 def test_a_starter_is_complete_and_its_model_is_good(
     kind: str, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -173,6 +177,7 @@ def test_a_starter_is_complete_and_its_model_is_good(
     monkeypatch.delitem(sys.modules, "task")
 
 
+@pytest.mark.slow
 def test_the_demo_shows_int8_alone_before_the_whole_recipe(call: Any, tmp_path: Path) -> None:
     """Costs 5 s."""
     recipe = tmp_path / "r.toml"

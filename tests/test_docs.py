@@ -27,6 +27,7 @@ def test_there_are_pages_to_run() -> None:
     assert ROOT / "README.md" in PAGES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_blocks_of_a_page_run(page: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, or where the page says so in one that `torchslim init` has filled."""
@@ -57,6 +58,7 @@ def test_the_readme_in_chinese_has_the_same_commands_links_and_figures() -> None
     assert ROOT / "README.zh-CN.md" not in PAGES
 
 
+@pytest.mark.slow
 def test_the_readme_shows_what_inspect_prints(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs 2 s: the starter trains its model."""
     found = re.search(r"```console\n\$ torchslim (inspect .*)\n((?:.*\n)*?)```", (ROOT / "README.md").read_text())
@@ -68,6 +70,7 @@ def test_the_readme_shows_what_inspect_prints(call: Any, tmp_path: Path, monkeyp
     assert call(*found[1].split()).out == found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, source in SOURCES.items() if ">>> " in source])
 def test_docstring_examples_hold(name: str) -> None:
     done = doctest.testmod(importlib.import_module(name))
@@ -85,6 +88,7 @@ def test_the_public_names_are_those_of_all() -> None:
     assert public - set(torchslim.__all__) <= modules
 
 
+@pytest.mark.slow
 def test_importing_torchslim_loads_no_optional_dependency(tmp_path: Path) -> None:
     import subprocess
     import sys
@@ -98,6 +102,7 @@ def test_importing_torchslim_loads_no_optional_dependency(tmp_path: Path) -> Non
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_the_drawing_of_the_rooms_is_of_this_code() -> None:
     pytest.importorskip("grimp")
     from docs import house

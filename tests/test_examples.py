@@ -95,6 +95,7 @@ def test_debians_package_is_unpacked_as_an_ordinary_user(tmp_path: Path, monkeyp
     assert commands == ["apt-get", "dpkg"]
 
 
+@pytest.mark.slow
 def test_without_any_data_the_demo_runs_on_the_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from torchslim.errors import RecipeError, TorchslimError
 GOOD = documents((*PLAIN, *RANGES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KINDS))
 @settings(max_examples=40)
 @given(data=st.data())
@@ -42,6 +43,7 @@ def keys_of_steps(document: Any) -> list[tuple[Any, ...]]:
 LEAVES = [(number, path) for number, document in enumerate(GOOD) for path in keys_of_steps(document)]
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.sampled_from(LEAVES), st.integers(0, 5))
 def test_a_misspelled_key_is_the_first_thing_to_say(leaf: tuple[int, tuple[Any, ...]], place: int) -> None:

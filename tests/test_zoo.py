@@ -15,6 +15,7 @@ FAMILIES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_counts(name: str) -> None:
     row = measure(find(name), "ours", 240)

@@ -81,6 +81,7 @@ def task(batches: Any, **options: Any) -> ts.Task:
 # a layer by itself ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "int4-weights", "int8-dynamic"])
 @pytest.mark.parametrize("kind", [Chain, Convs])
 def test_a_layer_alone_is_what_a_model_quantized_there_alone_gives(kind: Any, scheme: str) -> None:
@@ -103,6 +104,7 @@ def test_a_layer_alone_is_what_a_model_quantized_there_alone_gives(kind: Any, sc
         assert sqnr(expected, list(passes.outputs(change))) > 100, change.layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [2**30, 0])
 def test_what_is_reused_changes_no_value_and_saves_the_work_in_front(limit: int) -> None:
     model = made(Chain)
@@ -123,6 +125,7 @@ def test_what_is_reused_changes_no_value_and_saves_the_work_in_front(limit: int)
         assert spent == LAYERS * whole
 
 
+@pytest.mark.slow
 def test_the_noise_of_outputs_is_that_of_a_plain_sum() -> None:
     one, two = torch.randn(4, 3), torch.randn(4, 3)
     assert noise_of([one], iter([two])) == pytest.approx(float((one - two).square().sum() / one.square().sum()), 1e-5)
@@ -221,6 +224,7 @@ def test_a_group_is_measured_as_the_model_without_its_channels(measure: Any, tmp
         assert (found.reference, found.unit) == (task(batches).evaluate(model), "%")
 
 
+@pytest.mark.slow
 def test_a_metric_that_calls_otherwise_each_time_still_gets_true_outputs(tmp_path: Path) -> None:
     seen = []
 
@@ -240,6 +244,7 @@ def test_a_metric_that_calls_otherwise_each_time_still_gets_true_outputs(tmp_pat
     assert values["conv1"] == pytest.approx(float((quantized(x + shift) - quantized(x)).sum()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_what_is_known_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +277,7 @@ def test_a_killed_run_goes_on_and_what_is_known_is_not_measured(
     assert b'"done": ["' in file.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_model_and_the_random_state_are_left_as_they_were(tmp_path: Path) -> None:
     model = toy.model().train()
     before = {name: each.clone() for name, each in model.state_dict().items()}
@@ -282,6 +288,7 @@ def test_the_model_and_the_random_state_are_left_as_they_were(tmp_path: Path) ->
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [models.Recurrent, models.Encoder, models.Tied])
 def test_models_of_other_families(kind: Any, tmp_path: Path) -> None:
     model = made(kind)
@@ -294,6 +301,7 @@ def test_models_of_other_families(kind: Any, tmp_path: Path) -> None:
     assert Sensitivity.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
+@pytest.mark.slow
 def test_include_and_exclude_say_what_is_looked_at(tmp_path: Path) -> None:
     model, data = made(toy.Net), task([toy.images(8, 1)])
     only = ts.sensitivity(model, data, include="head", ratios=(), workdir=tmp_path)
@@ -312,6 +320,7 @@ def example(values: dict[str, float], measure: Any = "sqnr", higher: bool = True
     )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text("abc", min_size=1), st.integers(-20, 100), min_size=1))
 def test_priors_have_mean_one_and_the_order_of_the_damage(values: dict[str, float]) -> None:
     found = example(values)
@@ -333,6 +342,7 @@ def test_damage_is_counted_in_the_direction_of_the_measure() -> None:
         metric.most_sensitive("int4-weights")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_what_is_known(tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
 
@@ -399,6 +409,7 @@ def test_a_group_that_no_copy_without_it_runs_is_refused_with_the_reason(tmp_pat
     assert not coupling.units
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_figures_and_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,6 +119,7 @@ def constant(level: float) -> ts.Deployed:
     return ts.deploy(model, (torch.ones(1, 2),), runtime="eager", threads=1)
 
 
+@pytest.mark.slow
 def test_who_reads_while_others_save_finds_a_whole_artifact(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     ts.save(constant(1), folder)
@@ -297,6 +298,7 @@ def test_archives_never_unpack_to_more_than_their_size() -> None:
 # --- mutated artifacts ---
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", KINDS_OF_ARTIFACTS, ids=lambda kind: kind.name)
 def test_a_mutated_artifact_is_accepted_or_refused_and_nothing_else(kind: Kind) -> None:

@@ -40,6 +40,7 @@ class Everything(nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(q, k, y) @ torch.relu(k).transpose(1, 2)
 
 
+@pytest.mark.slow
 def test_macs_are_those_of_closed_forms() -> None:
     x = torch.randn(3, 3, 8, 8)
     captured = capture(Everything().eval(), (x,))
@@ -70,6 +71,7 @@ def test_programs_of_one_structure_are_known_by_it_however_their_tensors_are_sto
     assert digest(4, stored=False) != digest(6, stored=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "int4-weights", "int8-dynamic"])
 def test_bits_and_activations_are_read_from_the_graph(scheme: str) -> None:
     x = torch.randn(4, 3, 8, 8)
@@ -84,6 +86,7 @@ def test_bits_and_activations_are_read_from_the_graph(scheme: str) -> None:
     assert kinds == {{"int8": "static", "int8-dynamic": "dynamic"}.get(scheme, "float")}
 
 
+@pytest.mark.slow
 def test_every_layer_of_a_quantized_network_runs_on_integers() -> None:
     x = torch.randn(4, 3, 8, 8)
     deployed = ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime")
@@ -97,6 +100,7 @@ def test_every_layer_of_a_quantized_network_runs_on_integers() -> None:
     assert {each.why for each in floating.layers} == {"not quantized"}
 
 
+@pytest.mark.slow
 def test_a_layer_in_float_says_why() -> None:
     x = torch.randn(4, 3, 8, 8)
     prepared = prepare(trained_conv(), (x,), layers={"pointwise": "float"})
@@ -109,6 +113,7 @@ def test_a_layer_in_float_says_why() -> None:
     assert "pointwise" in found.table().splitlines()[3], "what is in float comes first"
 
 
+@pytest.mark.slow
 def test_silent_float_is_told() -> None:
     """A graph made for another runtime: the pairs that ONNX Runtime wants are not there."""
     x = torch.randn(4, 3, 8, 8)
@@ -118,6 +123,7 @@ def test_silent_float_is_told() -> None:
     assert any("quantized but computed in float on onnxruntime" in each for each in found.warnings)
 
 
+@pytest.mark.slow
 def test_a_record_never_contradicts_the_kernels() -> None:
     """A layer that is recorded with rounded activations and runs in float says why."""
     x = torch.randn(4, 3, 8, 8)
@@ -130,6 +136,7 @@ def test_a_record_never_contradicts_the_kernels() -> None:
         assert record["integer"] == (not record["reason"])
 
 
+@pytest.mark.slow
 def test_it_survives_saving(tmp_path: Any) -> None:
     x = torch.randn(4, 3, 8, 8)
     deployed = ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime")
@@ -137,6 +144,7 @@ def test_it_survives_saving(tmp_path: Any) -> None:
     assert lowered(ts.load(tmp_path / "artifact")).to_dict() == lowered(deployed).to_dict()
 
 
+@pytest.mark.slow
 def test_the_layer_that_loses_most_comes_first() -> None:
     """A weight with one huge value leaves no resolution for the rest of its channel."""
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
@@ -155,6 +163,7 @@ def test_the_layer_that_loses_most_comes_first() -> None:
         assert records[0].sqnr_db < 15 < records[1].sqnr_db or records[1].layer == "4"
 
 
+@pytest.mark.slow
 def test_the_command_line_tells_of_an_artifact(tmp_path: Any) -> None:
     x = torch.randn(4, 3, 8, 8)
     ts.save(ts.deploy(ts.quantize.static(trained_conv(), [(x,)]), (x,), runtime="onnxruntime"), tmp_path / "artifact")
@@ -165,6 +174,7 @@ def test_the_command_line_tells_of_an_artifact(tmp_path: Any) -> None:
     assert {each["layer"] for each in found["layers"]} == {"stem", "depthwise", "pointwise", "hidden", "head"}
 
 
+@pytest.mark.slow
 def test_eager_tells_of_its_dynamic_kernels(tmp_path: Any) -> None:
     x = torch.randn(4, 3, 8, 8)
     deployed = ts.deploy(ts.quantize.dynamic(trained_conv(), (x,), runtime="eager"), (x,), runtime="eager")
@@ -176,6 +186,7 @@ def test_eager_tells_of_its_dynamic_kernels(tmp_path: Any) -> None:
     assert lowered(ts.load(tmp_path / "artifact")).to_dict() == lowered(deployed).to_dict()
 
 
+@pytest.mark.slow
 def test_a_module_of_the_name_that_captures_wrap_with_keeps_it() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -200,6 +211,7 @@ class Recurrent(nn.Module):
         return self.lstm(x)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runtime", "said"),
     [

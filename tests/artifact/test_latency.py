@@ -127,6 +127,7 @@ def test_deployed_models_are_timed_on_one_sample() -> None:
     assert timings.latency("a").value > 0
 
 
+@pytest.mark.slow
 def test_sizes_that_are_fixed_stay() -> None:
     fixed = deploy(nn.Linear(4, 2), (torch.randn(3, 4),), runtime="eager", dynamic_shapes=None)
     assert [each.shape for each in resized(fixed, 5)] == [(3, 4)]
@@ -147,6 +148,7 @@ def test_tied_weights_count_once() -> None:
     assert nonzeros(model) == 12
 
 
+@pytest.mark.slow
 def test_a_quantized_model_counts_its_integers_and_biases() -> None:
     model = trained_conv()
     with torch.no_grad():
@@ -241,6 +243,7 @@ def test_a_transformer_layer_is_the_sum_of_its_parts() -> None:
     assert found.uncounted == ()
 
 
+@pytest.mark.slow
 def test_a_network_and_its_quantized_graph_count_the_same() -> None:
     model = trained_conv()
     x = torch.randn(1, 3, 8, 8)

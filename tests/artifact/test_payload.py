@@ -77,6 +77,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return model.eval(), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "eager", "openvino"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", MODELS)

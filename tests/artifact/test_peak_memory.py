@@ -11,6 +11,7 @@ from torchslim.artifact.peak_memory import peak_memory
 from torchslim.errors import DeployError
 
 
+@pytest.mark.slow
 def test_a_larger_model_takes_more_and_at_least_its_weights() -> None:
     taken = []
     for width in (64, 2048):
@@ -21,6 +22,7 @@ def test_a_larger_model_takes_more_and_at_least_its_weights() -> None:
     assert taken[1] < 8 * weights
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchslim.artifact.peak_memory.PROGRAM", "raise SystemExit('no such thing')")
     with pytest.raises(DeployError, match="ended with no such thing"):

@@ -98,12 +98,14 @@ for kind in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_outputs_in_a_fresh_process_are_bitwise_the_same(saved: Path) -> None:
     done = fresh_python(FRESH, saved, *KINDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{kind} True" for kind in KINDS]
 
 
+@pytest.mark.slow
 def test_an_artifact_compiles_for_another_runtime(saved: Path) -> None:
     deployed = ts.load(saved / "eager-int8", runtime="onnxruntime", threads=2)
     assert (deployed.runtime, deployed.threads) == ("onnxruntime", 2)
@@ -113,6 +115,7 @@ def test_an_artifact_compiles_for_another_runtime(saved: Path) -> None:
         ts.load(saved / "eager-int8", runtime="tensorrt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "names"), [("onnxruntime-int8", ["model.onnx"]), ("openvino-int8", ["model.xml", "model.bin"])]
 )
@@ -124,6 +127,7 @@ def test_a_loaded_artifact_can_be_saved_again(kind: str, names: list[str], saved
     assert ts.load(tmp_path / "again").spec == first.spec
 
 
+@pytest.mark.slow
 def test_calls_and_answers_keep_their_structure(tmp_path: Path) -> None:
     ids = torch.randint(20, (3, 6))
     model = TokenClassifier().eval()
@@ -246,6 +250,7 @@ def test_weights_alone_are_no_program_and_a_program_no_weights(saved: Path, tmp_
         ts.load_module(saved / "eager-float", trained_conv)
 
 
+@pytest.mark.slow
 def test_a_module_with_example_inputs_is_both(tmp_path: Path) -> None:
     model = trained_conv()
     ts.save(model, tmp_path / "both", example_inputs=(images(),))
@@ -535,6 +540,7 @@ def test_example_arrays_are_not_unpickled(float_copy: Path, tmp_path: Path) -> N
     assert not marker.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", architectures())
 def test_every_program_that_is_saved_passes_the_check(name: str) -> None:
     model, inputs = architectures()[name]
@@ -570,6 +576,7 @@ def test_foreign_folders_and_files_are_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_saving_over_an_artifact_leaves_nothing_of_it(saved: Path, tmp_path: Path) -> None:
     """A stale model.onnx beside a new model.pt2 would be taken for the model; a user's own file stays."""
     folder = shutil.copytree(saved / "onnxruntime-float", tmp_path / "copy")
@@ -603,6 +610,7 @@ except ts.TorchslimError as error:
 """
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_the_old_artifact_is_kept(tmp_path: Path) -> None:
     model = nn.Linear(10, 10)
     folder = ts.save(model, tmp_path / "a")
@@ -688,6 +696,7 @@ def bench(folder: Path, *arguments: str, poisoned: tuple[str, ...] = ()) -> dict
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnxruntime-float", "onnxruntime-int8", "openvino-float", "openvino-int8"])
 def test_an_artifact_of_another_runtime_is_timed_without_torch(kind: str, saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved / kind, tmp_path / "moved")
@@ -700,6 +709,7 @@ def test_an_artifact_of_another_runtime_is_timed_without_torch(kind: str, saved:
     assert not (tmp_path / "home" / "intel").exists(), "importing openvino wrote into the user's home"
 
 
+@pytest.mark.slow
 def test_a_pt2_artifact_is_timed_without_torchslim(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved / "eager-int8", tmp_path / "moved")
     found = bench(folder, poisoned=("torchslim", "onnxruntime"))
@@ -707,6 +717,7 @@ def test_a_pt2_artifact_is_timed_without_torchslim(saved: Path, tmp_path: Path) 
     assert found["inputs"] == [[1, 3, 8, 8]]
 
 
+@pytest.mark.slow
 def test_keyword_only_inputs_and_bfloat16_are_timed_too(tmp_path: Path) -> None:
     """A program takes flat tensors in order, whatever the model's forward looks like."""
     inputs = {"left": torch.randn(3, 4).bfloat16(), "right": torch.randn(3, 5).bfloat16()}

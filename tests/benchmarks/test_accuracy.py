@@ -125,6 +125,7 @@ def test_pages_of_finished_and_of_unfinished_benchmarks() -> None:
             assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
 
 
+@pytest.mark.slow
 def test_one_way_is_measured_converted_and_on_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     labels = (x[:, 0] > 0).long()

@@ -180,6 +180,7 @@ print(json.dumps([result, found]))
 """
 
 
+@pytest.mark.slow
 def test_a_call_that_takes_too_long_is_stopped_even_where_errors_are_swallowed():
     # in a process of its own, as every row is: it sets the alarm of the process
     done = subprocess.run([sys.executable, "-c", STUBBORN], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -190,6 +191,7 @@ def test_a_call_that_takes_too_long_is_stopped_even_where_errors_are_swallowed()
     assert not issubclass(TimeLimit, Exception)
 
 
+@pytest.mark.slow
 def test_a_failed_call_leaves_its_reason():
     def fail():
         raise ValueError("first\nsecond")

@@ -120,6 +120,7 @@ def test_outputs_are_compared_or_it_is_said_why_not():
     assert found["reason"] == "outputs that are not numbers"
 
 
+@pytest.mark.slow
 def test_a_small_network_is_measured_by_our_side_and_a_failure_tells_how_far_it_came(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
     entry = zoo.Entry("toy/net", "toy", lambda: (net, (torch.randn(1, 3, 8, 8),)))

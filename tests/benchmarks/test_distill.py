@@ -53,6 +53,7 @@ def test_settings_come_first_and_several_seeds_last() -> None:
     assert {seed for _, seed in left} == {1, 2, 3, 4}
 
 
+@pytest.mark.slow
 def test_intervals_are_students() -> None:
     stats = pytest.importorskip("scipy.stats")
     values = [0.3, 0.1, 0.4, 0.2, 0.6]

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.deployment_models import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_an_unfinished_page_says_so():
     assert "Not all seeds have been run." in text
 
 
+@pytest.mark.slow
 def test_a_seed_draws_its_own_calibration_from_train():
     first, again, other = (next(iter(seeded_task(seed).calibration)) for seed in (0, 0, 1))
     assert first[0].equal(again[0])

@@ -56,6 +56,7 @@ def test_every_registered_loss_is_of_one_kind_and_in_recipes() -> None:
         assert (found if kind_of(name) == "response" else found[0]) == LOSSES[name]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_teaches_any_pair(name: str, pair: str) -> None:
@@ -80,6 +81,7 @@ def test_a_loss_teaches_any_pair(name: str, pair: str) -> None:
         assert [record.reason for record in outcome.layers if "taught by" in record.reason]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
     class Killed(Exception):

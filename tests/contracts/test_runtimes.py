@@ -45,6 +45,7 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", COMPILED)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_differs_by_at_most_one_step(name: str, runtime: str) -> None:
@@ -65,6 +66,7 @@ def converted() -> nn.Module:
     return static(trained_conv(), [(images(),)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", COMPILED)
 def test_a_network_runs_in_integers_and_says_so(runtime: str, converted: nn.Module) -> None:
     deployed = deploy(converted, (images(3),), runtime=runtime, threads=1)
@@ -77,6 +79,7 @@ def test_a_network_runs_in_integers_and_says_so(runtime: str, converted: nn.Modu
     assert len(working) == len(LAYERS), "each layer is computed once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", COMPILED)
 def test_a_float_network_runs_in_floats_and_says_so(runtime: str) -> None:
     found = kernels(deploy(trained_conv(), (images(3),), runtime=runtime, threads=1))
@@ -84,6 +87,7 @@ def test_a_float_network_runs_in_floats_and_says_so(runtime: str) -> None:
     assert not any(each.integer for each in found)
 
 
+@pytest.mark.slow
 def test_eager_computes_everything_in_floats(converted: nn.Module) -> None:
     found = kernels(deploy(converted, (images(3),), runtime="eager"))
     assert found
@@ -94,6 +98,7 @@ def test_every_runtime_tells() -> None:
     assert all(find_runtime(name).kernels is not None for name in RUNTIMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["inductor", "openvino"])
 @pytest.mark.parametrize("mode", ["static", "dynamic", "weights"])
 def test_linears_agree_with_the_graph_in_every_scheme(mode: Any, runtime: str) -> None:
@@ -112,6 +117,7 @@ def test_linears_agree_with_the_graph_in_every_scheme(mode: Any, runtime: str) -
         assert integers >= {"up", "down", "head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["inductor", "openvino"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_recurrent_layers_agree_with_the_graph(kind: str, runtime: str) -> None:
@@ -130,6 +136,7 @@ class TwoWays(nn.Module):
         return y + self.conv(x), x + self.linear(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", COMPILED)
 def test_inputs_are_not_written_to(runtime: str) -> None:
     """The compiler adds in place, into an input too, if it is let."""

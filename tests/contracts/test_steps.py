@@ -52,6 +52,7 @@ def test_every_registered_step_is_under_contract() -> None:
     assert set(STEPS.values()) <= tested
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSTANCES)
 def test_a_run_leaves_the_model_and_the_process_as_they_were(name: str) -> None:
     model, task = toy.model(), toy.task()
@@ -78,6 +79,7 @@ def test_a_step_is_a_step(name: str) -> None:
     assert step == INSTANCES[name]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSTANCES)
 def test_equal_seeds_give_equal_models(name: str) -> None:
     results = [ts.compress(toy.model(), toy.task(), [INSTANCES[name]()], runtime="eager", seed=4) for _ in range(2)]
@@ -85,6 +87,7 @@ def test_equal_seeds_give_equal_models(name: str) -> None:
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSTANCES)
 def test_masks_of_an_earlier_torch_pruning_hold_through_every_step(name: str) -> None:
     model = toy.model()

@@ -36,6 +36,7 @@ def holder(path: Path, seconds: float) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_who_works_in_the_folder_and_goes_on_when_that_was_killed(tmp_path: Path) -> None:
     first = holder(tmp_path / LOCK, 60)
     try:
@@ -98,6 +99,7 @@ def test_where_there_are_no_locks_a_warning_says_so_and_the_work_goes_on(
     assert done
 
 
+@pytest.mark.slow
 def test_a_killed_process_whose_child_lives_on_is_waited_for(tmp_path: Path) -> None:
     """As the worker of a loader does until it notices."""
     code = HOLD.replace('print("held"', 'import os, threading\n    if not os.fork():\n        time.sleep(1)\n'

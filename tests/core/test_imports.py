@@ -97,6 +97,7 @@ def test_a_recipe_calls_no_function_that_it_names(do: str, place: str, monkeypat
         parse_document(document(step=steps[place]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["-m", "torchslim"], ["-c", "from torchslim.cli import main; main()"]])
 def test_files_of_the_current_folder_do_not_come_before_installed_packages(command: list[str], tmp_path: Path) -> None:
     for name in SHADOWS:

@@ -167,6 +167,7 @@ def test_globals_survive_whatever_happens_inside(error: type[BaseException] | No
     assert state() == before
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**40))
 def test_one_seed_decides_all_three_generators(seed: int) -> None:
     def draw(number: int) -> list[float]:
@@ -278,6 +279,7 @@ class Keeps(nn.Module):
 WRAPPED = [old_weight_norm, old_spectral_norm, new_weight_norm, new_spectral_norm, old_pruning, Keeps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", WRAPPED)
 def test_a_wrapped_module_is_pruned_saved_and_made_again(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)

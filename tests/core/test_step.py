@@ -10,6 +10,7 @@ import torchslim as ts
 from tests.support import toy
 
 
+@pytest.mark.slow
 def test_phases_are_logged_at_info_and_their_progress_at_debug(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "torchslim")
     ts.compress(toy.model(), toy.task(), [ts.Finetune(epochs=1)], runtime="eager")

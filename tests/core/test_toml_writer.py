@@ -28,6 +28,7 @@ VALUES = st.recursive(
 DOCUMENTS = st.dictionaries(TEXT | st.sampled_from(["search", "do", "step"]), VALUES, max_size=4)
 
 
+@pytest.mark.slow
 @given(DOCUMENTS)
 def test_what_is_written_is_read_as_the_same(document):
     text = dumps(document)

@@ -104,6 +104,7 @@ def np_embedded(layer: Any, x: Any) -> Any:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @given(seed=SEEDS)
 def test_the_loss_is_of_both_directions_and_of_other_classes(training: bool, seed: int) -> None:
@@ -240,6 +241,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_banks_of_all_processes_stay_equal(tmp_path: Any) -> None:
     torch.multiprocessing.spawn(_worker, (free_port(), str(tmp_path)), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

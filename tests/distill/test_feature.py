@@ -22,6 +22,8 @@ from torchslim.distill.losses.feature import (
     Hint,
     TokenCosine,
     TokenMSE,
+)
+from torchslim.distill.losses.feature_formulas import (
     attention,
     attention_transfer,
     cosine,
@@ -227,6 +229,7 @@ def test_review_is_the_papers_formula() -> None:
 # ------------------------------------------------------------------------------------------------------- laws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", BARE, ids=lambda each: type(each).__name__)
 @given(seed=SEEDS)
 def test_laws_of_those_that_learn_nothing(loss: Any, seed: int) -> None:
@@ -274,6 +277,7 @@ def test_every_mix_builds_runs_and_teaches(loss: FeatureLoss, mix: str) -> None:
         assert all(bool(each.grad.any()) for each in students if each.grad is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda each: type(each).__name__)
 @pytest.mark.parametrize("mix", ["tokens of other widths and lengths", "maps that shrink"])
 def test_gradients(loss: FeatureLoss, mix: str) -> None:
@@ -347,6 +351,7 @@ def test_features_of_zeros_have_finite_gradients(loss: FeatureLoss) -> None:
     assert all(each.grad is not None and torch.isfinite(each.grad).all() for each in students)
 
 
+@pytest.mark.slow
 def test_the_teachers_feature_is_learned() -> None:
     for loss in LOSSES:
         torch.manual_seed(0)

@@ -197,6 +197,7 @@ def test_the_students_own_average_teaches() -> None:
     assert hooks(model) == 0
 
 
+@pytest.mark.slow
 def test_an_average_goes_on_after_a_kill(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
@@ -221,6 +222,7 @@ def small() -> nn.Module:
     return conv_net(2)
 
 
+@pytest.mark.slow
 def test_a_new_student_takes_the_models_place_and_can_be_pruned_and_quantized(tmp_path: Path) -> None:
     ctx, big = context(), seeded(conv_net, 8)
     steps = [
@@ -255,6 +257,7 @@ def test_a_student_belongs_to_a_step_by_itself() -> None:
 # inside other steps ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pruning_and_quantization_train_on_all_parts_and_say_what_taught_them() -> None:
     ctx = context()
     train = ts.Distill(epochs=1, feature=[Hint(), AttentionTransfer()], relation=RKD())

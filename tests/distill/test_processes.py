@@ -77,6 +77,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_two_processes_have_the_gradient_of_one_on_the_joined_batch(tmp_path: Path) -> None:
     mp.spawn(_worker, (free_port(), str(tmp_path)), nprocs=2)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
@@ -142,6 +143,7 @@ train = { do = "distill", epochs = 2, feature = { do = "attention_transfer" }, t
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_recipe_runs_on_two_processes(tmp_path: Path, killed: bool) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)

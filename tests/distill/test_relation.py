@@ -116,6 +116,7 @@ def test_by_hand() -> None:
     assert rkd_distance(same * 7, same).item() == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MAKES)
 @given(seed=SEEDS)
 def test_laws_of_every_relation(make: Any, seed: int) -> None:

@@ -71,6 +71,7 @@ def test_dist_is_the_papers_formula(seed: int, temperature: float, beta: float, 
     assert found.item() == pytest.approx((beta * inter + gamma * intra) * temperature**2, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.slow
 @given(SEEDS, st.floats(0.2, 5), st.floats(-10, 10))
 def test_dist_does_not_see_shifts_of_logits(seed: int, scale: float, shift: float) -> None:
     student, teacher, _ = logits(seed)
@@ -109,6 +110,7 @@ def test_by_hand() -> None:
     assert second.item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", OPTIONS)
 @given(seed=SEEDS)
 def test_laws_of_every_response(make: Any, seed: int) -> None:

@@ -162,6 +162,7 @@ def test_measures_see_a_change_of_the_legal_actions_alone(measure: Any) -> None:
         assert gauge.value(Runs(), math.nan) == LARGEST_NATS
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_originals_infinities_and_refuses_others() -> None:
     torch.manual_seed(0)
     data = policy_data()

@@ -45,6 +45,7 @@ IMAGES = torch.randn(2, 3, 32, 32)
 TOKENS = torch.randn(2, 7, 6)
 
 
+@pytest.mark.slow
 def test_networks_of_other_making_are_matched_by_the_ends_of_their_stages() -> None:
     student, teacher = (torchvision.models.get_model(name, weights=None) for name in ("resnet18", "resnet50"))
     x = torch.randn(2, 3, 64, 64)
@@ -89,6 +90,7 @@ def test_recurrent_layers_give_channels_before_positions(batch_first: bool) -> N
     assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 def test_maps_with_their_channels_last_are_turned() -> None:
     swin = torchvision.models.get_model("swin_t", weights=None)
     taps = {tap.path: tap for tap in seen(swin, torch.randn(2, 3, 64, 64))}
@@ -195,6 +197,7 @@ def test_hooks_are_gone_after_the_block_even_when_it_raises() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("called_before", [False, True])
 @pytest.mark.parametrize("way", ["wrapped", "in place", "inner"])
 def test_compiled_models_are_tapped(way: str, called_before: bool) -> None:
@@ -224,6 +227,7 @@ def test_compiled_models_are_tapped(way: str, called_before: bool) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_trained_on_its_grid_is_tapped_where_its_modules_were() -> None:
     net = conv_net(4)
     prepared = prepare(net, (IMAGES,), qat=True, runtime="eager")

@@ -63,6 +63,7 @@ def forwards(step: ts.Distill, ctx: ts.Context, monkeypatch: pytest.MonkeyPatch)
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [False, True])
 def test_the_second_epoch_asks_no_teacher_and_learns_the_same(
     features: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +158,7 @@ def test_samples_that_changed_since_are_an_error(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.glob("*.safetensors")] == [shard.name]  # the same answers, the same seal
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True), min_size=1, max_size=6))
 def test_what_is_kept_is_found_by_number(batches: list[list[int]]) -> None:
     import tempfile
@@ -182,6 +184,7 @@ def test_what_is_kept_is_found_by_number(batches: list[list[int]]) -> None:
         assert TeacherCache(Path(folder), "other").find(kept, check) is None
 
 
+@pytest.mark.slow
 def test_indexed_batches_are_the_loaders_own() -> None:
     for batches in (loader(), loader(num_workers=1), loader(shuffle=False, drop_last=True)):
         torch.manual_seed(3)
@@ -208,6 +211,7 @@ def test_a_changed_sample_shows_in_its_check_and_no_other(seed: int) -> None:
     assert moved.tolist() == [False, False, True, False]
 
 
+@pytest.mark.slow
 def test_a_cached_run_can_be_killed_between_epochs(tmp_path: Path) -> None:
     class Killed(Exception):
         pass

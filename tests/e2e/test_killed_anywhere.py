@@ -30,6 +30,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["torchslim.pipeline.runner"], "compare", tiny.compare)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_any_rename_goes_on(tmp_path: Path) -> None:
     found: list[ts.Result] = []
     left = states(lambda: found.append(tiny.run(tmp_path / "whole")), tmp_path / "whole", tmp_path / "album")
@@ -42,6 +43,7 @@ def test_a_run_that_was_killed_before_any_rename_goes_on(tmp_path: Path) -> None
         shutil.rmtree(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 def test_a_save_that_was_killed_before_any_change_is_done_again(before: bool, tmp_path: Path) -> None:
     new, x = tiny.model(), torch.ones(2, 4)
@@ -65,6 +67,7 @@ def test_a_save_that_was_killed_before_any_change_is_done_again(before: bool, tm
         assert not any(TEMPORARY in name or ".saving" in name for name in listing(state)), state.name
 
 
+@pytest.mark.slow
 def test_packing_that_was_killed_before_any_rename_is_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +129,7 @@ def spared(path: str) -> bool:
     return any(each in path for each in ("study.journal", "/runs/", "/stages/", ".saving"))
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At its first and last renames and one between: its runs, stages and saves are gone through by the tests above."""
     found: list[Any] = []

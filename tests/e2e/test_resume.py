@@ -27,6 +27,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ts.
     return cache(lambda runtime: run(tmp_path_factory.mktemp("whole") / runtime))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_goes_on(moment: str, undisturbed: Callable[[str], ts.Result], tmp_path: Path) -> None:
     runtime = "onnx" if moment == "export" else "eager"

@@ -102,6 +102,7 @@ CASES: dict[str, tuple[Any, Any]] = {
 
 
 # OpenVINO reads the ONNX model that ONNX Runtime runs: three kinds are enough
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "runtime"),
     [(name, runtime) for name in CASES for runtime in ("eager", "onnxruntime")]
@@ -119,6 +120,7 @@ def test_masks_stay_inputs_and_the_batch_stays_free(name: str, runtime: str) -> 
         torch.testing.assert_close(deployed(*given), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "inductor"])
 def test_the_layers_of_an_encoder_are_quantized(runtime: str) -> None:
     torch.manual_seed(0)
@@ -127,6 +129,7 @@ def test_the_layers_of_an_encoder_are_quantized(runtime: str) -> None:
     assert {"encoder.layers.0.linear1", "encoder.layers.0.linear2", "encoder.layers.0.self_attn"} <= quantized
 
 
+@pytest.mark.slow
 def test_a_mask_of_infinities_is_calibrated_with() -> None:
     torch.manual_seed(0)
     model = Encoder().eval()

@@ -74,6 +74,7 @@ def quantized(model: nn.Module, scheme: str = "int8", runtime: str = "onnxruntim
     return lowered(deployed, prepared.records), sqnr(expected, deployed(*batches[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.1}, {"masked": True}], ids=str)
 def test_attention_runs_on_integers(options: Any) -> None:
     torch.manual_seed(0)
@@ -83,6 +84,7 @@ def test_attention_runs_on_integers(options: Any) -> None:
     assert decibels > 30
 
 
+@pytest.mark.slow
 def test_sums_of_products_run_on_integers() -> None:
     torch.manual_seed(0)
     found, decibels = quantized(Einsum())
@@ -109,6 +111,7 @@ def test_attention_taken_apart_is_attention(kind: str, causal: bool) -> None:
     assert torch.allclose(expected * reaches, answer * reaches, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_layer_called_several_times_runs_on_integers() -> None:
     torch.manual_seed(0)
     found, decibels = quantized(Repeated())
@@ -116,6 +119,7 @@ def test_a_layer_called_several_times_runs_on_integers() -> None:
     assert decibels > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_an_attention_in_float_is_not_taken_for_the_layers_of_its_module(runtime: str) -> None:
     torch.manual_seed(0)
@@ -183,6 +187,7 @@ class Squeezed(nn.Module):
         return self.last(x * gate).flatten(1)
 
 
+@pytest.mark.slow
 def test_gates_of_convolutions_run_on_integers_where_the_runtime_has_a_table() -> None:
     torch.manual_seed(0)
     model, x = Squeezed().eval(), torch.randn(4, 3, 8, 8)
@@ -224,12 +229,14 @@ class Viewed(nn.Module):
         return self.outside(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).view(x.shape))
 
 
+@pytest.mark.slow
 def test_a_view_of_what_is_taken_apart_need_not_fit_its_memory() -> None:
     found, decibels = quantized(Viewed())
     assert found.integer_share == 1
     assert decibels > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_fixed_sizes_leave_no_layer_in_float(batch: int) -> None:
     """With all sizes known ONNX Runtime makes a Gemm of a product and a bias, which was float unless all was rounded."""
@@ -257,6 +264,7 @@ def test_a_query_without_a_key_gets_nothing(boolean: bool) -> None:
     assert not expected[0, :, 2].any()
 
 
+@pytest.mark.slow
 def test_openvino_computes_masked_attention_as_torch_does() -> None:
     model, x = Heads(masked=True).eval(), torch.randn(2, 16, 32)
     x[1, :, 0] = -5.0  # no key is left

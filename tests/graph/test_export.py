@@ -40,6 +40,7 @@ def run(captured: Captured, model: nn.Module, inputs: Any) -> Any:
     return build(captured.outputs, leaves, captured.classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_program_answers_as_the_model_for_any_batch(name: str) -> None:
     model, inputs = ARCHITECTURES[name]
@@ -51,6 +52,7 @@ def test_the_program_answers_as_the_model_for_any_batch(name: str) -> None:
         assert same_structure(run(captured, model, others), call(predictor(model), others), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 2, 4])
 def test_the_batch_of_a_sequence_first_network_is_its_second_axis(samples: int) -> None:
     model = Recurrent("LSTM", batch_first=False).eval()
@@ -60,6 +62,7 @@ def test_the_batch_of_a_sequence_first_network_is_its_second_axis(samples: int) 
     assert torch.allclose(run(captured, model, (x,)), model(x), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_example_inputs_of_one_value_are_enough(fill: float) -> None:
     captured = capture(Recurrent("GRU"), (torch.full((1, 7, 6), fill),))
@@ -138,6 +141,7 @@ def test_sizes_are_fixed_when_asked() -> None:
     assert captured.example["input"].shape == (3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dict", "tuple", "collection"])
 def test_a_torch_export_spec_is_read_as_torch_reads_it(form: str) -> None:
     model = TokenClassifier().eval()
@@ -166,6 +170,7 @@ def test_other_dynamic_shapes_are_refused(spec: Any) -> None:
         capture(nn.Linear(4, 2), (torch.randn(3, 4),), spec)
 
 
+@pytest.mark.slow
 def test_defaults_may_be_given_or_left_out() -> None:
     model = TokenClassifier().eval()
     ids = torch.randint(20, (3, 6))
@@ -266,6 +271,7 @@ def line_of(mark: str) -> int:
         return next(number for number, line in enumerate(file, 1) if f"# MARK: {mark}" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mark", "words"),
     [
@@ -363,12 +369,14 @@ ts.load("{folder}")(x)
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_in_a_fresh_process(tmp_path: Any) -> None:
     """torchao, the ONNX exporter and torch.export talk at their first import and use; the library keeps silent."""
     done = fresh_python(QUIET.format(folder=tmp_path / "a"), PYTHONWARNINGS="ignore")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_flat_inputs_are_the_inputs_tensors() -> None:
     for name in ("tokens", "structured", "two inputs"):
         model, inputs = ARCHITECTURES[name]

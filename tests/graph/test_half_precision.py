@@ -25,6 +25,7 @@ def images(count: int = 4) -> Tensor:
 RUNTIMES = ["eager", "onnxruntime", "openvino"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "runtime"),
     [*itertools.product((torch.float16, torch.bfloat16), RUNTIMES), (torch.float64, "eager")],
@@ -52,6 +53,7 @@ class Mixed(nn.Module):
         return {"scores": (y.float() * 3).softmax(-1), "raw": (y.float() + 1).to(torch.bfloat16) * scale}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_model_in_bfloat16_is_deployed_and_saved(runtime: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -74,6 +76,7 @@ def test_weights_of_several_types_are_refused() -> None:
         ts.quantize.prepare(model, (images(),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"feature": ts.distill.Hint(), "response": None}], ids=["response", "feature"])
 def test_a_teacher_may_have_another_precision(dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -84,6 +87,7 @@ def test_a_teacher_may_have_another_precision(dtype: torch.dtype, options: dict[
     assert all(0 <= value < 100 for value in history[0].values() if isinstance(value, float))
 
 
+@pytest.mark.slow
 def test_a_student_in_bfloat16_learns_from_a_float_teacher() -> None:
     data = [(images(8).bfloat16(), torch.randint(5, (8,))) for _ in range(2)]
     task = ts.Task(train=data, val=data, metric="accuracy")

@@ -98,6 +98,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own
 @settings(max_examples=60)
 @given(cases())
@@ -113,6 +114,7 @@ def test_padded_batches_give_what_packed_ones_give(case: Case) -> None:
         torch.testing.assert_close(other, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_a_captured_model_serves_other_lengths_and_batch_sizes(kind: type[nn.RNNBase]) -> None:
     """Costs 6 s each."""
@@ -141,11 +143,13 @@ class Classifier(nn.Module):
         return self.head(hidden[-1])  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_an_unused_cell_state_costs_nothing() -> None:
     program = capture(Classifier(), (torch.randint(20, (3, 6)), torch.tensor([6, 2, 4]))).program
     assert len(program.graph.find_nodes(op="call_function", target=torch.ops.aten.lstm.input)) == 1
 
 
+@pytest.mark.slow
 def test_a_classifier_of_packed_sequences_runs_in_int8() -> None:
     """Costs 6 s."""
     torch.manual_seed(0)

@@ -68,6 +68,7 @@ def bags(rng: random.Random, values: int, count: int, *, last: bool) -> tuple[Te
     return torch.tensor(numbers), torch.tensor([*starts, values] if last else starts)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     mode=st.sampled_from(MODES), last=st.booleans(), padding=st.sampled_from([None, 0, -1]), seed=st.integers(0, 10**6),
@@ -93,6 +94,7 @@ def test_a_bag_without_the_operation_is_pytorchs(
         torch.testing.assert_close(found, model(*given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(("mode", "flat"), [("mean", False), ("max", True), ("sum", True)])
 def test_a_bag_runs_everywhere_with_any_batch(mode: str, flat: bool, runtime: str) -> None:
@@ -105,6 +107,7 @@ def test_a_bag_runs_everywhere_with_any_batch(mode: str, flat: bool, runtime: st
     torch.testing.assert_close(deployed(*other), model(*other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_the_table_of_a_bag_is_quantized(runtime: str) -> None:
     torch.manual_seed(0)
@@ -138,6 +141,7 @@ class Modulated(nn.Module):
         return found.reshape(batch, 6, *found.shape[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["eager", "onnxruntime", "openvino"])
 @pytest.mark.parametrize("up", [False, True])
 def test_a_kernel_for_each_sample_leaves_the_batch_free(up: bool, runtime: str) -> None:

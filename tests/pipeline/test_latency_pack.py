@@ -18,6 +18,8 @@ from torchslim.errors import PruneError, RecipeError
 from torchslim.pipeline.latency_pack import pack
 from torchslim.pipeline.recipe import parse_recipe
 
+pytestmark = pytest.mark.slow
+
 INPUTS = (torch.ones(2, 3, 8, 8),)
 TARGET = ts.Target(runtime="onnxruntime", threads=1)
 

@@ -38,6 +38,7 @@ def rows(result: ts.Result) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in result.run["rows"]}
 
 
+@pytest.mark.slow
 def test_a_row_for_each_step_and_one_for_the_artifact(result: ts.Result) -> None:
     assert list(rows(result)) == ["baseline", "prune", "distill", "quantize", "artifact"]
 
@@ -95,6 +96,7 @@ def test_the_table_shows_every_row(result: ts.Result) -> None:
         assert name in printed
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_picked_up_whole(result: ts.Result) -> None:
     phases: list[tuple[str, str]] = []
     again = ts.compress(
@@ -127,6 +129,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_overwrite_keeps_the_steps_that_are_the_same(tmp_path: Path) -> None:
     first = [ts.Prune(sparsity=0.5), ts.Finetune(epochs=1)]
     second = [ts.Prune(sparsity=0.5), ts.Finetune(epochs=2)]
@@ -139,6 +142,7 @@ def test_overwrite_keeps_the_steps_that_are_the_same(tmp_path: Path) -> None:
     assert resumed == ["prune"]
 
 
+@pytest.mark.slow
 def test_other_weights_or_data_are_not_taken_for_a_finished_run(tmp_path: Path) -> None:
     steps = [ts.Prune(sparsity=0.5)]
     ts.compress(toy.model(), toy.task(), steps, runtime="eager", workdir=tmp_path)
@@ -170,6 +174,7 @@ class Widen:
         return ts.Outcome(model=nn.Sequential(model, nn.Linear(toy.CLASSES, toy.CLASSES)), masks={})
 
 
+@pytest.mark.slow
 def test_a_step_of_the_users_own_may_change_the_architecture_and_run_again(tmp_path: Path) -> None:
     for _ in range(2):
         result = ts.compress(
@@ -196,6 +201,7 @@ class Bad:
         return None
 
 
+@pytest.mark.slow
 def test_a_step_that_breaks_the_model_is_named() -> None:
     with pytest.raises(RecipeError, match=r"step 1 \('bad'\) must return an Outcome with a model, got NoneType"):
         ts.compress(toy.model(), toy.task(), [Bad()], runtime="eager")
@@ -232,6 +238,7 @@ class Exhausted:
             yield self.batches.pop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "task", "steps", "error", "message"),
     [
@@ -257,18 +264,21 @@ def test_bad_input_gets_a_clear_error(model: Any, task: Any, steps: Any, error: 
         ts.compress(model(), task(), steps(), runtime="eager")
 
 
+@pytest.mark.slow
 def test_distillation_needs_no_labels() -> None:
     step = ts.Distill(epochs=1, response=ts.KD(alpha=1.0))
     result = ts.compress(toy.model(), no_labels(), [step], runtime="eager")
     assert rows(result)["distill"]["history"][0]["loss_response"] >= 0
 
 
+@pytest.mark.slow
 def test_without_a_test_split_the_report_says_what_was_selected_on() -> None:
     result = ts.compress(toy.model(), replace(toy.task(), test=None), [ts.Prune(sparsity=0.5)], runtime="eager")
     assert result.run["reported_on"] == "val (selected on val)"
     assert "not_measured" in rows(result)["artifact"]["metric"]["test"]
 
 
+@pytest.mark.slow
 def test_the_callers_loaders_draw_on_as_if_nothing_had_run() -> None:
     loaders = [
         DataLoader(
@@ -285,6 +295,7 @@ def test_the_callers_loaders_draw_on_as_if_nothing_had_run() -> None:
     assert all(torch.equal(a, b.generator.get_state()) for a, b in zip(before, loaders, strict=True))
 
 
+@pytest.mark.slow
 def test_layers_are_looked_up_in_the_student_not_in_the_teacher() -> None:
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, toy.CLASSES))
     steps = [ts.Prune(sparsity=0.5, include="conv2"), ts.Distill(epochs=1)]
@@ -292,12 +303,14 @@ def test_layers_are_looked_up_in_the_student_not_in_the_teacher() -> None:
     assert list(result.masks) == ["conv2.weight"]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fails_its_check_claims_no_folder(tmp_path: Path) -> None:
     with pytest.raises(SelectError):
         ts.compress(toy.model(), toy.task(), [ts.Prune(sparsity=0.5, include="con1")], workdir=tmp_path)
     ts.compress(toy.model(), toy.task(), [ts.Prune(sparsity=0.5, include="conv1")], runtime="eager", workdir=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_changed_teacher_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -322,6 +335,7 @@ class Answering(toy.Net):
         return Answer(super().forward(x))
 
 
+@pytest.mark.slow
 def test_a_model_that_returns_a_dataclass_does_so_after_every_step_and_after_a_resume(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Answering()

@@ -87,6 +87,7 @@ def damages(draw: st.DrawFn) -> Callable[[Path], None]:
     return damage
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.data())
 def test_a_damaged_folder_gives_the_same_result_or_a_clear_error(
@@ -134,6 +135,7 @@ def copied(source: Path, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder / "copy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "says"), [
     (lambda record: record["row"]["metric"]["val"].update(value=100.0), "stage.json was changed since it was written"),
     (lambda record: record["row"].update(more=1), "more: Extra inputs are not permitted"),
@@ -153,6 +155,7 @@ def test_an_edited_stage_is_noticed_and_taken_again(
         assert tiny.outcome(tiny.run(folder)) == finished[1]  # mended
 
 
+@pytest.mark.slow
 def test_other_weights_in_a_stage_are_noticed(finished: tuple[Path, Any], tmp_path: Path) -> None:
     """An artifact that is whole in itself, in the place of the one that the run wrote."""
     folder = copied(finished[0], tmp_path)
@@ -166,6 +169,7 @@ def test_other_weights_in_a_stage_are_noticed(finished: tuple[Path, Any], tmp_pa
         assert tiny.outcome(tiny.run(folder)) == finished[1]
 
 
+@pytest.mark.slow
 def test_the_key_is_nowhere_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys: set[str] = set()
     monkeypatch.setattr(
@@ -218,6 +222,7 @@ def hostile(stage: Path) -> None:
     write_json(stage / "stage.json", record)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["eager", "aoti"])
 def test_resuming_runs_no_code_that_was_put_into_a_stage(
     runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,6 +235,7 @@ def test_resuming_runs_no_code_that_was_put_into_a_stage(
     assert "hostile" not in alarm.read
 
 
+@pytest.mark.slow
 def test_machine_code_is_loaded_where_this_user_made_it_and_compiled_again_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +271,7 @@ def test_the_secret_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.Monk
 # ------------------------------------------------------------------------------------------------- folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_leftovers_alone_is_taken_and_cleaned(tmp_path: Path) -> None:
     work = tmp_path / "work"
     (work / "deep").mkdir(parents=True)
@@ -295,6 +302,7 @@ def test_a_copy_without_hidden_files_is_still_a_run(finished: tuple[Path, Any], 
     assert phases.count("resumed") == tiny.STEPS
 
 
+@pytest.mark.slow
 def test_links_in_a_folder_are_not_followed(finished: tuple[Path, Any], tmp_path: Path) -> None:
     folder, thesis = copied(finished[0], tmp_path), tmp_path / "thesis"
     thesis.mkdir()
@@ -307,6 +315,7 @@ def test_links_in_a_folder_are_not_followed(finished: tuple[Path, Any], tmp_path
     assert listing(thesis) == {"years.txt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_OF_FOLDERS, ids=lambda kind: kind.name)
 def test_mutated_files_are_refused_in_words(kind: Kind) -> None:
     """As benchmarks/fuzz.py does for longer; an edited stage that is taken up is an AssertionError."""

@@ -173,6 +173,7 @@ def test_the_check_needs_no_work() -> None:
     step(criterion="l2", exclude="type:Linear").check(unlabeled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["params", "macs", "channels"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
@@ -212,6 +213,7 @@ def test_batch_norms_fit_what_is_left() -> None:
     assert not any(module.training for module in outcome.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["params", "macs", "channels"])
 def test_rounds_end_where_one_shot_does(of: str) -> None:
     one = step(of=of, round_to=1, min_channels=1)(wide(), context())
@@ -225,12 +227,14 @@ def test_rounds_end_where_one_shot_does(of: str) -> None:
     assert [row["round"] for row in many.history] == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_rounds_of_whole_steps_end_where_one_shot_does() -> None:
     one = step(of="channels", scope="layer")(wide(), context())
     many = step(of="channels", scope="layer", schedule="iterative", rounds=2, train=TRAIN)(wide(), context())
     assert widths(one.model) == widths(many.model) == [16, 24, 32]
 
 
+@pytest.mark.slow
 def test_a_round_too_small_for_a_step_is_passed_over() -> None:
     outcome = step(
         sparsity=0.3, of="channels", scope="layer", round_to=16, schedule="iterative", rounds=6, train=TRAIN
@@ -242,6 +246,7 @@ def test_a_round_too_small_for_a_step_is_passed_over() -> None:
         step(sparsity=0.01, round_to=16)(wide(), context())
 
 
+@pytest.mark.slow
 def test_a_target_that_cannot_be_reached_is_said_once_and_of_the_whole() -> None:
     fields = {"sparsity": 0.95, "min_channels": 24, "of": "channels"}
     for more in ({}, {"schedule": "iterative", "rounds": 2, "train": TRAIN}):
@@ -254,6 +259,7 @@ def test_a_target_that_cannot_be_reached_is_said_once_and_of_the_whole() -> None
         assert widths(outcome.model) == [24, 24, 24]
 
 
+@pytest.mark.slow
 def test_later_rounds_obey_what_held_in_the_first() -> None:
     """Units narrower than `round_to` or `min_channels` ignore them; none becomes so."""
     fields = {"sparsity": 0.8, "of": "channels", "schedule": "iterative", "rounds": 4, "train": TRAIN}
@@ -297,6 +303,7 @@ def test_an_operation_without_a_rule_is_named() -> None:
     assert any(each.startswith("no rule for aten._linalg_eigh") for each in outcome.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_ranks_channels(criterion: str) -> None:
     outcome = step(criterion=criterion, of="channels", scope="layer")(wide(), context())
@@ -306,6 +313,7 @@ def test_every_criterion_ranks_channels(criterion: str) -> None:
     assert torch.isfinite(outcome.model(toy.images(4, 0)[0])).all()
 
 
+@pytest.mark.slow
 def test_statistics_are_gathered_again_for_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchslim.prune.criteria import gathering
 
@@ -322,6 +330,7 @@ def test_statistics_are_gathered_again_for_each_round(monkeypatch: pytest.Monkey
     assert sum(seen[1]) < sum(seen[0])
 
 
+@pytest.mark.slow
 def test_masks_of_weights_that_were_pruned_before_are_cut_with_them() -> None:
     steps = [ts.Prune(sparsity=0.5, scope="layer"), step(), ts.Finetune(epochs=1, optimizer="sgd", lr=0.05)]
     result = ts.compress(wide(), toy.task(), steps, runtime="eager", threads=1)
@@ -351,6 +360,7 @@ def test_masks_of_shared_weights_are_found_by_any_name() -> None:
     assert torch.equal(cut_masks({"two.weight": mask}, done, model)["two.weight"], mask[[1, 3]][:, [0, 2]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["group-lasso", "bn-l1"])
 def test_a_penalty_acts_in_every_training_that_a_cut_follows(kind: Any) -> None:
     made = step(
@@ -368,6 +378,7 @@ class Killed(Exception):
     """Stands for whatever ends a process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", [("sparsify", 5), ("cut-1", 1), ("prune-1", 3), ("cut-2", 1), ("prune-2", 2), ("prune-2", 6), ("", 0)]
 )
@@ -408,6 +419,7 @@ def test_a_damaged_round_is_warned_of_and_pruning_starts_over(damage: bytes, tmp
     assert widths(found.model) == widths(step()(wide(), context()).model)
 
 
+@pytest.mark.slow
 def test_a_second_pruning_counts_from_what_it_receives() -> None:
     fields = {"of": "channels", "scope": "layer", "round_to": 1, "min_channels": 1}
     first, second = step(**fields), step(**fields, schedule="iterative", rounds=2, train=TRAIN)
@@ -416,6 +428,7 @@ def test_a_second_pruning_counts_from_what_it_receives() -> None:
     assert len(ts.surgery(result.module)["rounds"]) == 3
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_picked_up_whole(tmp_path: Path) -> None:
     phases: list[tuple[str, str]] = []
 

@@ -89,6 +89,7 @@ def test_more_time_costs_no_more_than_an_item(units):
     assert sum(each[width] for each, width in zip(lost, choose(cost, lost, 1.0), strict=True)) == 0
 
 
+@pytest.mark.slow
 @given(st.lists(UNIT, min_size=2, max_size=4), st.lists(st.floats(0.0, 1.0), min_size=6, max_size=6))
 def test_a_unit_narrowed_alone_takes_what_was_measured(ratios, work):
     count = len(ratios)

@@ -122,6 +122,7 @@ def test_taylor_fisher_and_wanda_are_their_formulas(weight: np.ndarray, dim: int
     )
 
 
+@pytest.mark.slow
 def test_fisher_predicts_what_removing_a_weight_of_a_quadratic_loss_costs() -> None:
     # squared error of a linear model at its optimum: the loss rises by w**2 E[x**2], and Fisher's diagonal is the
     # Hessian's where the noise has variance 1/2 (Gaussian likelihood of the same loss)
@@ -194,6 +195,7 @@ def sensitivity(weight: Tensor, statistics: Statistics) -> Tensor:
 SENSITIVITY = Criterion(name="sensitivity", weights=sensitivity, needs=frozenset({Statistic.SQUARED_GRADIENT}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", [SENSITIVITY, "tests.prune.test_criteria:SENSITIVITY"])
 def test_a_users_criterion_says_what_it_needs_and_gets_it(criterion: Any) -> None:
     assert needs(criterion) == {Statistic.SQUARED_GRADIENT}
@@ -351,6 +353,7 @@ def test_labels_are_asked_for_before_any_work() -> None:
         ts.Prune(sparsity=0.5, criterion="wanda").check(context(calibration=[]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["iterative", "gradual"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_schedules_gather_again_from_the_model_as_it_is(schedule: Any, workers: int, monkeypatch: Any) -> None:
@@ -379,6 +382,7 @@ def test_schedules_gather_again_from_the_model_as_it_is(schedule: Any, workers: 
     train._iterator = None  # ends the worker
 
 
+@pytest.mark.slow
 def test_a_gradual_run_that_resumes_gathers_the_same(tmp_path: Any) -> None:
     step = ts.Prune(
         sparsity=0.6, criterion="fisher", schedule="gradual", train=ts.Finetune(epochs=4, optimizer="sgd", keep="last")

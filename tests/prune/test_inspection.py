@@ -53,6 +53,7 @@ def test_what_is_at_stake_is_what_one_channel_less_saves_times_the_width() -> No
     assert spared * stake.width == stake.macs
 
 
+@pytest.mark.slow
 def test_why_a_group_stays() -> None:
     found = ts.prune.inspect(models.Encoder(), TOKENS)
     assert "reaches an output" in group(found, "head.weight[0]").reason
@@ -63,6 +64,7 @@ def test_why_a_group_stays() -> None:
     assert "excluded" in group(excluded, "encoder.layers.0.linear1.weight[0]").reason
 
 
+@pytest.mark.slow
 def test_heads_are_whole_or_in_parts() -> None:
     name = "encoder.layers.0.self_attn.out_proj.weight[1]"
     widths = {
@@ -107,6 +109,7 @@ def test_extents_and_position_tables_are_told_from_channels() -> None:
     assert all(each.reason and not each.prunable for each in found.groups if each.extent)
 
 
+@pytest.mark.slow
 def test_every_group_may_go_or_has_a_reason() -> None:
     for model, inputs in (
         (trained_conv(), IMAGES), (models.Recurrent(), (torch.randn(2, 4, 5),)), (models.Tied(), TOKENS),

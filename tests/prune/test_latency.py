@@ -101,6 +101,7 @@ def ratio(model: nn.Module, bill: Bill = work) -> float:
     return bill(model) / bill(chain())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.2, 0.4, 0.6])
 def test_the_ceiling_is_kept_and_nearly_reached(sparsity):
     clock = Clock()
@@ -111,6 +112,7 @@ def test_the_ceiling_is_kept_and_nearly_reached(sparsity):
     assert (about["of"], about["left"]) == ("latency", pytest.approx(ratio(model)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [0.6, 0.8, 1.3, 1.7])
 def test_what_is_measured_counts_not_what_the_table_promises(bias):
     clock = Clock(bias=bias)
@@ -151,12 +153,14 @@ def test_single_units_are_predicted_as_measured_and_few_rounds_are_needed():
         assert table.predict(selection, table.choose(selection, ceiling)) <= ceiling + 1e-9
 
 
+@pytest.mark.slow
 def test_fast_widths_are_preferred():
     """Kernels work on whole vectors of 16: 24 channels take as long as 32."""
     model = cut(0.3, Clock())
     assert all(conv.out_channels % 16 == 0 for conv in model.convs[:-1])
 
 
+@pytest.mark.slow
 def test_a_ceiling_that_widths_cannot_meet_is_told():
     clock = Clock()
     with pytest.warns(
@@ -172,6 +176,7 @@ def test_a_ceiling_that_widths_cannot_meet_is_told():
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_best_of_the_rounds_counts():
     """A clock that jumps: never near, so the slowest that keeps the ceiling is taken, not the last."""
     answers = iter([0.3, 0.62, 0.5, 0.7, 0.65])
@@ -192,6 +197,7 @@ def test_the_best_of_the_rounds_counts():
     assert all(each["target"] > 0 for each in found.evidence["rounds"])
 
 
+@pytest.mark.slow
 def test_where_noise_decides_the_slower_of_two_counts():
     answers = iter([0.595, 0.605, 0.57])
 
@@ -231,6 +237,7 @@ def step(**fields: Any) -> ts.Prune:
     return ts.Prune(**{"pattern": "channel", "sparsity": 0.5, "of": "latency", "criterion": "l2", **fields})
 
 
+@pytest.mark.slow
 def test_the_step_tells_what_it_predicted_and_measured():
     clock = Clock(bias=0.8)
     outcome = step()(chain(), context(workbench=clock))
@@ -244,6 +251,7 @@ def test_the_step_tells_what_it_predicted_and_measured():
     assert not outcome.warnings
 
 
+@pytest.mark.slow
 def test_rounds_of_a_schedule_are_fractions_of_the_model_that_the_step_received(tmp_path):
     clock = Clock()
     train = ts.Finetune(epochs=1)
@@ -259,6 +267,7 @@ def test_rounds_of_a_schedule_are_fractions_of_the_model_that_the_step_received(
     assert len(clock.asked) == measured
 
 
+@pytest.mark.slow
 def test_what_is_known_to_hurt_is_spared():
     """All groups cost alike; one that hurts ten times as much keeps more channels, whatever is budgeted."""
     for of, clock in (("latency", Clock()), ("params", None)):
@@ -282,6 +291,7 @@ def table(clock: Clock, path: Path, **changes: Any) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_times_taken_elsewhere_are_used_and_said_to_be(tmp_path):
     clock = Clock()
     path = table(clock, tmp_path / "latency.json")
@@ -294,6 +304,7 @@ def test_times_taken_elsewhere_are_used_and_said_to_be(tmp_path):
     assert outcome.warnings == ["the latency was predicted from times taken on a board, and not measured here"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("about", "message"),
     [
@@ -351,6 +362,7 @@ def test_narrower_is_not_always_faster():
         cut(0.5, Clock(bill=lambda model: 1.0))
 
 
+@pytest.mark.slow
 def test_a_run_measures_on_its_runtime_in_the_numbers_that_it_ends_with(monkeypatch):
     """The real thing, small: what it predicts and measures stands in the run."""
     count_macs(monkeypatch)
@@ -366,6 +378,7 @@ def test_a_run_measures_on_its_runtime_in_the_numbers_that_it_ends_with(monkeypa
     assert result.module.conv1.out_channels < 8
 
 
+@pytest.mark.slow
 def test_a_bench_measures_a_program_once(monkeypatch):
     """What was timed is known before it is a program; only what decides is timed again."""
     timed = count_macs(monkeypatch)
@@ -385,6 +398,7 @@ def test_a_bench_measures_a_program_once(monkeypatch):
     assert int8.about(whole)["ends"] == "int8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("later", "known"), [(1.0, 1.0), (0.7, 0.7), (0.95, 1.0), (3.0, 1.0)])
 def test_a_reference_that_was_timed_on_a_busy_machine_is_mended(monkeypatch, tmp_path, later, known):
     """Of milliseconds; the ratios to it came from paired rounds, and stay."""

@@ -43,6 +43,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
 
+@pytest.mark.slow
 @given(SIZES)
 def test_taylor_and_squared_gradients_are_those_of_a_loop_over_batches(sizes: tuple[int, int]) -> None:
     model, batches = toy.model().eval(), split(*sizes)
@@ -70,6 +71,7 @@ def test_with_one_sample_a_batch_the_squared_gradient_is_the_fisher_diagonal() -
         torch.testing.assert_close(of(found, path).squared_gradient, expected)
 
 
+@pytest.mark.slow
 @given(SIZES)
 def test_outputs_are_measured_sample_by_sample_behind_norm_addition_and_relu(sizes: tuple[int, int]) -> None:
     model = toy.model().eval()

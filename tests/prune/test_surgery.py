@@ -68,6 +68,7 @@ def saved(pruned: nn.Module, tmp_path: Path) -> Path:
     return ts.save(pruned, tmp_path / "saved")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pruned_module_comes_back_bit_for_bit_with_its_record(name: str, tmp_path: Path) -> None:
     make, factory, inputs = MODELS[name]
@@ -110,6 +111,7 @@ for name in sys.argv[3:]:
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_weights_module_and_program(tmp_path: Path) -> None:
     names = ["batch norm", "lstm", "tied", "bfloat16"]
     for name in names:
@@ -342,6 +344,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> ts.Result:
     return ts.compress(toy.model(), toy.task(), STEPS, runtime="eager", threads=1, workdir=work)
 
 
+@pytest.mark.slow
 def test_the_record_goes_through_every_step_into_the_saved_folder(result: ts.Result, tmp_path: Path) -> None:
     record = ts.surgery(result.module)
     assert record is not None
@@ -353,6 +356,7 @@ def test_the_record_goes_through_every_step_into_the_saved_folder(result: ts.Res
     assert any(each["action"] == "pruned" for each in result.run["rows"][1]["layers"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [(), ("04-quantize",), ("03-distill", "04-quantize"), ("02-finetune",), ("01-prune",)])
 def test_a_resumed_run_makes_the_shrunk_models_again(result: ts.Result, lost: tuple[str, ...], tmp_path: Path) -> None:
     work = shutil.copytree(result.folder, tmp_path / "work")
@@ -372,6 +376,7 @@ def test_a_resumed_run_makes_the_shrunk_models_again(result: ts.Result, lost: tu
     assert torch.equal(again.deployed(images), result.deployed(images))
 
 
+@pytest.mark.slow
 def test_a_model_that_was_pruned_before_the_run_goes_on_from_there(tmp_path: Path) -> None:
     given = ts.prune.channels(toy.model(), (toy.images(2, 0)[0],), 0.3, **FINE)
     before = ts.surgery(given)

@@ -53,6 +53,7 @@ def test_whole_slices_of_many_sizes_come_as_near_as_one_slice(sparsity: float) -
     assert abs(removed - sparsity * (5 * 3 + 7 * 11)) <= 11 / 2 + 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:emptied")
 @given(FRACTIONS, st.sampled_from(["layer", "global"]), st.sampled_from(["l1", "random"]))
 def test_a_model_gets_exactly_the_zeros_that_were_asked_for(sparsity: float, scope: str, criterion: str) -> None:
@@ -67,6 +68,7 @@ def test_a_model_gets_exactly_the_zeros_that_were_asked_for(sparsity: float, sco
     assert not any((value == 0).all() for name, value in pruned.named_parameters() if name == "bn1.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:emptied")
 @given(st.floats(0, 1))
 def test_a_threshold_removes_exactly_what_is_below_it(threshold: float) -> None:
@@ -121,6 +123,7 @@ def test_of_every_m_inputs_n_are_kept(layer: nn.Module, dim: int, n: int, m: int
     )
 
 
+@pytest.mark.slow
 def test_a_layer_that_cannot_follow_the_pattern_is_named_with_the_reason() -> None:
     with pytest.warns(UserWarning, match=r"not pruned: conv1.weight: input dimension 1 is not a multiple of 4"):
         pruned = ts.prune.weights(toy.model(), pattern="2:4")
@@ -251,6 +254,7 @@ def test_schedules_need_training_and_end_at_the_target() -> None:
     assert rounds(0.875, 3) == pytest.approx([0.5, 0.75, 0.875])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["iterative", "gradual"])
 def test_a_schedule_ends_at_exactly_the_sparsity(schedule: str) -> None:
     step = ts.Prune(sparsity=0.7, schedule=schedule, rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=0.01))

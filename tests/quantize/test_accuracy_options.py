@@ -56,6 +56,7 @@ class Chain(nn.Module):
         return self.five(torch.relu(self.four(x.mean((2, 3)))))
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(spread=st.floats(1e-3, 1e4), seed=st.integers(0, 100))
 def test_equalisation_changes_no_function(spread: float, seed: int) -> None:
@@ -114,6 +115,7 @@ class Block(nn.Module):
         return self.head(y)
 
 
+@pytest.mark.slow
 def test_smoothing_changes_no_function_and_tames_outliers() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -187,6 +189,7 @@ def loss(integers: Tensor, weight: Tensor, steps: Tensor, moments: Tensor) -> fl
     return float((error @ moments * error).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [gptq, adaround])
 def test_rounding_methods_lose_less(method: Any) -> None:
     ratios = []
@@ -204,6 +207,7 @@ def test_rounding_methods_lose_less(method: Any) -> None:
     assert np.mean(ratios) < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["gptq", "adaround"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounded_models_are_stored_as_chosen(rounding: Any, bits: int) -> None:
@@ -216,6 +220,7 @@ def test_rounded_models_are_stored_as_chosen(rounding: Any, bits: int) -> None:
     assert sqnr(model(x), better(x)) > sqnr(model(x), plain(x))
 
 
+@pytest.mark.slow
 def test_bias_correction_takes_back_the_mean_error() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -317,6 +322,7 @@ def quantized_by(step: Quantize, model: nn.Module, batches: Any) -> Any:
     return step(copy.deepcopy(model), ctx).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int4-weights"])
 @pytest.mark.parametrize("make", [lambda: Chain(1.0), Attention])
 def test_best_accuracy_is_nearer_to_float(make: Any, scheme: str) -> None:
@@ -343,6 +349,7 @@ class Spoken(nn.Module):
         return self.lstm(x)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int8-weights", "int4-weights"])
 @pytest.mark.parametrize(
     "make", [Spoken, lambda: nn.Sequential(nn.Conv1d(4, 4, 1, bias=False), nn.Tanh(), nn.ConvTranspose1d(4, 2, 3))]

@@ -77,6 +77,7 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_scores_beside_boxes_keep_their_bits(runtime: str) -> None:
     model, x = seeded(Head), images(4)
@@ -105,6 +106,7 @@ class Branches(nn.Module):
         return self.last(F.channel_shuffle(torch.cat([z, x], 1), 2)).mean((2, 3))
 
 
+@pytest.mark.slow
 def test_parts_of_similar_ranges_are_joined_as_integers() -> None:
     model, x = seeded(Branches), images(4)
     deployed = deploy(static(model, [(x,)]), (x,), threads=1)
@@ -129,6 +131,7 @@ class Normed(nn.Module):
         return self.last(torch.relu(self.norm(torch.cat([x, self.side(x)], 1))))
 
 
+@pytest.mark.slow
 def test_a_batch_norm_reads_the_parts_as_they_are() -> None:
     model, x = seeded(Normed), images(4)
     deployed = deploy(static(model, [(x,)]), (x,), threads=1)

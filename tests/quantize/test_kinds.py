@@ -79,6 +79,7 @@ def integers(model: Any) -> int:
     return sum(each.numel() for each in model.program.buffers() if each.dtype in (torch.int8, torch.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", PROFILES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,6 +106,7 @@ def test_every_kind_under_every_scheme(kind: str, scheme: str, runtime: str) -> 
     assert sqnr(quantized(x), exported.program.module()(x)[0]) > 100, "exporting changes nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_twins_are_what_ships(kind: str, scheme: str) -> None:
@@ -151,6 +153,7 @@ def quantize_nodes(model: Any) -> int:
     return sum(node.target is QUANTIZED.quantize_per_tensor.default for node in model.program.graph.nodes)
 
 
+@pytest.mark.slow
 def test_a_linear_layer_answers_in_float_where_no_integers_are_wanted() -> None:
     """A pair of its own would cost the stream of a transformer eight bits a layer, and save no time."""
     with torch.random.fork_rng():
@@ -215,6 +218,7 @@ class Patches(nn.Module):
         return self.norms[-1](tokens)[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "inductor"])
 def test_a_class_token_is_not_rounded_on_the_grid_of_the_patches(runtime: str) -> None:
     batches = [(10 * torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)),) for seed in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ TWIN_DB = 60.0  # but for float rounding that turns a half the other way, it is 
 RUNTIME_DB = 40.0
 
 
+@pytest.mark.slow
 @settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.one_of(conv_networks(), token_networks()), st.sampled_from(["int8", "int8", "int8-weights"]))
 def test_twin_graph_and_runtime_agree(network: tuple[Any, Any], scheme: str) -> None:

@@ -108,6 +108,7 @@ def float_sizes(graph: Any) -> list[int]:
 # --- linear layers ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("middle", "bias"), [((), True), ((), False), ((5,), True), ((2, 3), False)])
 @pytest.mark.parametrize("kind", ["dynamic", "int8", "int4"])
 def test_linear_layers_compute_as_the_graph(kind: str, middle: tuple[int, ...], bias: bool) -> None:
@@ -120,6 +121,7 @@ def test_linear_layers_compute_as_the_graph(kind: str, middle: tuple[int, ...], 
     assert worst(found["onnxruntime"]) >= 35
 
 
+@pytest.mark.slow
 def test_dynamic_linear_layers_are_integer_products(tmp_path: Path) -> None:
     x = torch.randn(2, 6, 32)
     graph = int8_graph(Shared(), (x,), dynamic=True)
@@ -136,6 +138,7 @@ def test_dynamic_linear_layers_are_integer_products(tmp_path: Path) -> None:
         assert worst(pairs) >= 35
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weight_only_linear_layers_are_stored_packed_and_multiplied_so(bits: int, tmp_path: Path) -> None:
     x = torch.randn(2, 64)
@@ -149,6 +152,7 @@ def test_weight_only_linear_layers_are_stored_packed_and_multiplied_so(bits: int
     assert max(float_sizes(proto)) <= 64 * 256 // 32
 
 
+@pytest.mark.slow
 def test_a_row_that_no_block_divides_is_a_float_weight_made_once(tmp_path: Path) -> None:
     x = torch.randn(2, 50)
     graph = int8_graph(nn.Linear(50, 40), (x,), dynamic=False)
@@ -162,6 +166,7 @@ def test_a_row_that_no_block_divides_is_a_float_weight_made_once(tmp_path: Path)
 # --- convolutions ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weight_only_convolutions_are_computed_in_float(bits: int, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.ConvTranspose2d(40, 6, 3, stride=2))
@@ -186,6 +191,7 @@ LAYERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layers", LAYERS, ids=lambda each: "-".join(f"{key}{int(value)}" for key, value in each.items())
 )
@@ -203,6 +209,7 @@ def test_recurrent_layers_compute_as_the_graph(kind: str, dynamic: bool, layers:
             assert sqnr(model(*each), answer) >= 34
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_recurrent_networks_take_a_quarter_of_the_bytes_and_less(bits: int, tmp_path: Path) -> None:
     model = Sequence("GRU", layers=2, bi=True, first=True, states=False)
@@ -215,6 +222,7 @@ def test_recurrent_networks_take_a_quarter_of_the_bytes_and_less(bits: int, tmp_
     assert worst(answers(graph, [x])["onnxruntime"]) >= 90
 
 
+@pytest.mark.slow
 def test_a_dynamic_lstm_is_one_node_for_each_layer() -> None:
     model = Sequence("LSTM", layers=2, bi=True, first=True, states=False)
     x = model.inputs(2)
@@ -235,6 +243,7 @@ def lowered(graph: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
     return torch_integer_kernels.lower(capture(graph, inputs).program.module())  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.backends.quantized.engine not in torch_integer_kernels.ENGINES, reason="another engine")
 def test_the_deprecated_kernels_are_still_there_and_right() -> None:
     """When this fails, PyTorch has dropped or changed the kernels that torch.ao.quantization was for: eager sessions
@@ -257,6 +266,7 @@ def test_the_deprecated_kernels_are_still_there_and_right() -> None:
             assert sqnr(graph(x), module(x)) >= 40, "they differ from the graph by more than 1 %"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "linear"])
 def test_without_the_kernels_the_graph_runs_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(24, 8) if kind == "linear" else Sequence(kind, layers=1, bi=False, first=True, states=False)
@@ -270,6 +280,7 @@ def test_without_the_kernels_the_graph_runs_as_it_is(kind: str, monkeypatch: pyt
         assert sqnr(graph(x), module(x)) >= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made_for", ["avx2", "avx512-vnni"])
 def test_activations_are_reduced_only_where_products_overflow(made_for: str, processor: str) -> None:
     """Seven-bit weights, made for such a processor, cannot overflow there."""
@@ -281,6 +292,7 @@ def test_activations_are_reduced_only_where_products_overflow(made_for: str, pro
     assert kernel.reduce_range is (processor in SATURATING and made_for not in SATURATING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_that_no_kernel_reads_become_the_graphs_own_floats(bits: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4))
@@ -299,6 +311,7 @@ def test_weights_that_no_kernel_reads_become_the_graphs_own_floats(bits: int) ->
 # --- files ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "int8", "int4"])
 def test_pt2_files_hold_the_integers_and_run_as_they_were(kind: str) -> None:
     class Model(nn.Module):
@@ -333,6 +346,7 @@ class Turned(nn.Module):
         return self.layer(self.first(x).transpose(0, 1)).transpose(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["inductor", "aoti"])
 def test_integer_layers_read_rows_of_any_order_and_any_number(runtime: str) -> None:
     x = torch.randn(6, 5, 16)

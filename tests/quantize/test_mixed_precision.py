@@ -107,6 +107,7 @@ def context(model: nn.Module, task: ts.Task, **options: Any) -> ts.Context:
     return ts.Context(task=task, teacher=model, example_inputs=(task.val[0][0][:2],), **options)  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_the_layer_that_hurts_stays_and_its_record_says_why(tmp_path: Path) -> None:
     model, task = steep()
     plain = ts.compress(model, task, [ts.Quantize("int8", checks=None)], threads=1)
@@ -120,6 +121,7 @@ def test_the_layer_that_hurts_stays_and_its_record_says_why(tmp_path: Path) -> N
     assert not any("not quantized" in each for each in result.run["rows"][1]["warnings"])
 
 
+@pytest.mark.slow
 def test_four_bits_fall_back_to_eight() -> None:
     model, task = steep(40.0)
     outcome = ts.Quantize("int4-weights", layers="auto", metric_drop=10.0)(model, context(model, task))
@@ -129,6 +131,7 @@ def test_four_bits_fall_back_to_eight() -> None:
     assert {each.weight_bits for each in records.values()} == {4, 8}
 
 
+@pytest.mark.slow
 def test_what_is_known_beforehand_decides_the_order_and_nothing_is_measured_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -143,6 +146,7 @@ def test_what_is_known_beforehand_decides_the_order_and_nothing_is_measured_for_
     assert (informed.most, informed.layers) == (2, ("first", "second", "head"))
 
 
+@pytest.mark.slow
 def test_a_killed_choice_goes_on_from_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, task = steep()
     step = ts.Quantize("int8", layers="auto", metric_drop=5.0)
@@ -162,6 +166,7 @@ def test_a_killed_choice_goes_on_from_what_it_has_measured(tmp_path: Path, monke
         assert step(model, ctx).layers == first.layers
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_kept_gives_the_nearest_and_says_so() -> None:
     model, task = steep()
     outcome = ts.Quantize("int8-weights", layers="auto", metric_drop=0.0)(
@@ -178,6 +183,7 @@ def _strict(predict: Any) -> float:
         return -float((predict(x) - model(x)).abs().sum())
 
 
+@pytest.mark.slow
 def test_with_training_the_choice_is_checked_after_it() -> None:
     model, task = steep()
     step = ts.Quantize(
@@ -227,6 +233,7 @@ class Attention(nn.Module):
         return torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), -1) @ self.value(x)
 
 
+@pytest.mark.slow
 def test_what_is_inside_of_a_layer_that_is_left_out_can_stay() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Attention(), nn.Linear(16, 4)).eval()

@@ -193,6 +193,7 @@ def test_min_max_is_the_formula(form: str, seed: int, kind: str, spread: float) 
     assert zero_point == [zero]
 
 
+@pytest.mark.slow
 @given(seed=SEEDS, constant=st.floats(0.01, 1))
 @example(seed=0, constant=1.0)
 def test_the_moving_average_is_a_mean_and_then_exponential(seed: int, constant: float) -> None:
@@ -222,6 +223,7 @@ def test_percentile_is_the_quantile_of_magnitudes(form: str, seed: int, kind: st
     assert abs(magnitude - np.quantile(np.abs(exact), percentile / 100, method="inverted_cdf")) <= width * 1.0001
 
 
+@pytest.mark.slow
 @EACH_FORM
 @FEWER
 @given(seed=SEEDS, kind=KINDS, bins=st.sampled_from([16, 256]), bits=st.sampled_from([3, 8]))
@@ -245,6 +247,7 @@ def test_no_clip_has_a_smaller_error_than_that_of_mse(form: str, seed: int, kind
     assert error(scale, zero_point) <= best * 1.003 + 1e-9 * len(exact)
 
 
+@pytest.mark.slow
 @EACH_FORM
 @FEWER
 @given(seed=SEEDS, kind=KINDS)
@@ -293,6 +296,7 @@ def test_mse_really_has_a_smaller_error_than_min_max(form: str, outlier: float) 
 # ---------------------------------------------------------------- laws
 
 
+@pytest.mark.slow
 @EACH
 @EACH_FORM
 @FEWER
@@ -333,6 +337,7 @@ def test_the_hundredth_percentile_is_min_max(form: str, seed: int, kind: str, co
         assert np.array_equal(mine, expected)
 
 
+@pytest.mark.slow
 @EACH
 @FEWER
 @given(seed=SEEDS, kind=KINDS, cuts=st.lists(st.integers(0, 300), max_size=5), order=st.randoms(use_true_random=False))
@@ -354,6 +359,7 @@ def test_how_the_data_is_cut_into_batches_does_not_matter(
         assert torch.equal(value, parts.state_dict()[key]), key
 
 
+@pytest.mark.slow
 @EACH
 @EACH_FORM
 @FEWER
@@ -366,6 +372,7 @@ def test_the_scale_scales_with_the_data(name: str, form: str, seed: int, kind: s
     assert np.array_equal(zero_point, same)
 
 
+@pytest.mark.slow
 @EACH_CHANNELS
 @pytest.mark.parametrize("form", CHANNELS)
 @FEWER
@@ -473,6 +480,7 @@ def decibels(reference: Tensor, value: Tensor) -> float:
     return float(10 * torch.log10(reference.square().sum() / (reference - value).square().sum()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", OBSERVERS)
 @pytest.mark.parametrize("weight", [name for name, kind in OBSERVERS.items() if kind.per_channel])
 def test_every_observer_quantizes_a_network(activation: str, weight: str) -> None:

@@ -49,6 +49,7 @@ class Activated(nn.Module):
         return tuple(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "sizes", "product"),
     [((8, 16), "batch", False), ((8, 16), "batch", True), ((8, 16), None, True), ((2, 5, 16), None, False)],

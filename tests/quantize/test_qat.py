@@ -51,6 +51,7 @@ class Loose(nn.Module):
         return self.head(self.drop(x.mean((2, 3))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("make", [trained_conv, Loose])
 def test_what_is_evaluated_is_what_ships(make: Any, runtime: str) -> None:
@@ -83,6 +84,7 @@ def test_negative_and_zero_batch_norm_scales_fold_to_the_same_integers() -> None
     assert sqnr(prepared(x), convert(prepared)(x)) > 90
 
 
+@pytest.mark.slow
 def test_train_and_eval_switch_dropouts_and_batch_norms() -> None:
     x = images(16)
     prepared = ready(Loose(), x)
@@ -101,6 +103,7 @@ def test_train_and_eval_switch_dropouts_and_batch_norms() -> None:
     assert all(torch.equal(before[name], value) for name, value in means.items())
 
 
+@pytest.mark.slow
 def test_a_float_twin_trains_the_same_way() -> None:
     """With the rounding off, a prepared model in training mode is the model in training mode."""
     model = trained_conv().train()
@@ -114,6 +117,7 @@ def test_a_float_twin_trains_the_same_way() -> None:
     torch.testing.assert_close(mean, model.norm.running_mean)
 
 
+@pytest.mark.slow
 def test_ranges_follow_training_data_and_freeze() -> None:
     x = images(16)
     prepared = ready(trained_conv(), x).train()
@@ -134,6 +138,7 @@ def test_ranges_follow_training_data_and_freeze() -> None:
     assert all(torch.equal(a, b) for a, b in zip(second, scales(), strict=True))
 
 
+@pytest.mark.slow
 def test_learned_steps_learn() -> None:
     x = images(16)
     prepared = ready(trained_conv(), x, learned_step=True).train()
@@ -158,6 +163,7 @@ def test_learned_steps_start_no_coarser_than_the_range_needs(high: int) -> None:
     assert error <= 1.01 * nearest
 
 
+@pytest.mark.slow
 def test_steps_of_groups_are_learned_and_are_those_that_ship() -> None:
     x = images(16)
     prepared = ready(trained_conv(), x, learned_step=True, scheme="int4-weights").train()
@@ -200,6 +206,7 @@ def test_lsq_gradient_is_that_of_the_paper() -> None:
     torch.testing.assert_close(step.scale.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_state_dicts_load_into_a_fresh_preparation() -> None:
     x = images(16)
     first = ready(trained_conv(), x)
@@ -209,6 +216,7 @@ def test_state_dicts_load_into_a_fresh_preparation() -> None:
     assert torch.equal(first.eval()(x), second.eval()(x))
 
 
+@pytest.mark.slow
 def test_the_model_stays_as_it_was_and_copies_are_independent() -> None:
     model = trained_conv()
     before = copy.deepcopy(model.state_dict())
@@ -222,6 +230,7 @@ def test_the_model_stays_as_it_was_and_copies_are_independent() -> None:
     assert not torch.equal(prepared.eval()(x), twin.eval()(x))
 
 
+@pytest.mark.slow
 def test_layers_choose_their_schemes() -> None:
     x = images(8)
     prepared = prepare(
@@ -241,6 +250,7 @@ def test_layers_choose_their_schemes() -> None:
         prepare(trained_conv(), (x,), layers={"*": "float"})
 
 
+@pytest.mark.slow
 def test_what_is_not_prepared_is_not_converted() -> None:
     with pytest.raises(QuantizeError, match="convert takes what ts.quantize.prepare returned, got Conv"):
         convert(trained_conv())
@@ -253,6 +263,7 @@ def context(model: nn.Module) -> Context:
     return Context(task=task, teacher=model, example_inputs=(toy.images(4, 0)[0],), engine=Engine(accelerator="cpu"))
 
 
+@pytest.mark.slow
 def test_the_step_trains_and_keeps_zeros() -> None:
     model = toy.model()
     mask = torch.rand(model.conv2.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
@@ -299,6 +310,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_two_processes_have_the_gradient_of_one(tmp_path: Any) -> None:
     mp.spawn(_worker, (free_port(), str(tmp_path)), nprocs=2)
     prepared = ready(toy.model(), toy.images(8, 0)[0])

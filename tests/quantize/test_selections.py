@@ -113,6 +113,7 @@ class Between(nn.Module):
 CASES = [(runtime, group) for runtime in ("onnxruntime", "openvino") for group in GROUPS] + [("eager", "reductions")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("runtime", "group"), CASES)
 def test_a_runtime_answers_as_the_graph_to_one_step(runtime: str, group: str) -> None:
     operations = GROUPS[group]

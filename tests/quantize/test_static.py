@@ -87,6 +87,7 @@ def reference(weight: np.ndarray, low: int, high: int) -> tuple[np.ndarray, np.n
 # --- the numbers ---
 
 
+@pytest.mark.slow
 def test_weights_are_the_reference_integers(model: Any, quantized: nn.Module) -> None:
     folded = model.norm.weight / torch.sqrt(model.norm.running_var + model.norm.eps)
     weights = [
@@ -110,6 +111,7 @@ def test_weights_are_the_reference_integers(model: Any, quantized: nn.Module) ->
         assert (difference != 0).mean() < 0.02
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(seed=st.integers(0, 1000), spread=st.floats(1e-6, 1e6), outputs=st.integers(1, 6))
 def test_any_linear_layer_gets_the_reference_integers(seed: int, spread: float, outputs: int) -> None:
@@ -145,6 +147,7 @@ def test_the_quantized_model_is_close_to_the_float_one(model: nn.Module, quantiz
     assert sqnr(model(x), quantized(x)) >= 25
 
 
+@pytest.mark.slow
 def test_zeros_stay_zeros(model: nn.Module) -> None:
     pruned = copy.deepcopy(model)
     for name, value in pruned.named_parameters():
@@ -158,6 +161,7 @@ def test_zeros_stay_zeros(model: nn.Module) -> None:
         assert torch.equal(integers[layer.weight == 0], torch.zeros_like(integers[layer.weight == 0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_a_channel_without_weights_keeps_its_bias_on_the_runtime(kind: str) -> None:
     """Integer kernels add the bias in steps of input scale x weight scale: a dead channel's must not get lost."""
@@ -186,6 +190,7 @@ def test_no_float_copy_of_the_weights_is_left(quantized: nn.Module) -> None:
 # --- on the runtime ---
 
 
+@pytest.mark.slow
 def test_onnx_runtime_answers_as_the_converted_graph(quantized: nn.Module, deployed: Deployed) -> None:
     x = images(200, seed=9)
     ours, theirs = quantized(x), deployed(x)
@@ -217,6 +222,7 @@ OPERATIONS: dict[str, nn.Module] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_is_at_most_one_step_from_the_converted_graph(name: str) -> None:
     torch.manual_seed(5)
@@ -256,6 +262,7 @@ NETWORKS = {  # every kind of block once
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_torchvision_networks_run_on_integers_alone(name: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
@@ -299,6 +306,7 @@ def test_biases_of_gemms_are_integers_at_the_scale_of_their_products(deployed: D
 # --- the model around it ---
 
 
+@pytest.mark.slow
 def test_the_callers_model_is_unchanged(model: nn.Module) -> None:
     trainee = copy.deepcopy(model).train()
     before = fingerprint(trainee.state_dict())
@@ -321,6 +329,7 @@ def test_a_copy_of_a_quantized_model_answers_the_same(quantized: nn.Module) -> N
     assert torch.equal(copy.deepcopy(quantized)(x), quantized(x))
 
 
+@pytest.mark.slow
 def test_it_is_called_like_the_model() -> None:
     torch.manual_seed(0)
     model = TokenClassifier().eval()
@@ -336,6 +345,7 @@ def test_it_is_called_like_the_model() -> None:
         quantized(ids, scale=2.0)
 
 
+@pytest.mark.slow
 def test_records_name_the_layers_of_a_model_with_a_dataclass_output() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -357,6 +367,7 @@ def test_records_name_the_layers_of_a_model_with_a_dataclass_output() -> None:
     assert "ONNX Runtime has no integer kernel" in on_runtime["up"].reason
 
 
+@pytest.mark.slow
 def test_one_weight_in_two_places_is_stored_once() -> None:
     layer = nn.Linear(6, 6)
     model = nn.Sequential(layer, nn.ReLU(), layer, nn.Tanh())
@@ -366,6 +377,7 @@ def test_one_weight_in_two_places_is_stored_once() -> None:
     assert sqnr(quantized(x), deploy(quantized, (x,))(x)) >= 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
 def test_constant_inputs_calibrate(value: float) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
@@ -377,6 +389,7 @@ def test_constant_inputs_calibrate(value: float) -> None:
     assert torch.isfinite(quantized(images(2))).all()
 
 
+@pytest.mark.slow
 def test_an_all_zero_layer_quantizes() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     nn.init.zeros_(model[0].weight)  # type: ignore[arg-type]
@@ -406,6 +419,7 @@ def test_batches_that_are_no_inputs_are_refused(model: nn.Module) -> None:
         static(model, [images(2)])  # type: ignore[list-item]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_name_their_batch_and_input(model: nn.Module, bad: float) -> None:
     broken = images(4)
@@ -432,6 +446,7 @@ def test_overflow_inside_the_model_names_its_layer_and_batch() -> None:
         static(model, [(1e20 * images(4),)])
 
 
+@pytest.mark.slow
 def test_batches_of_other_sizes_are_refused(model: nn.Module) -> None:
     with pytest.raises(QuantizeError, match=r"batch 2 \(x \(4, 3, 9, 9\)\) does not fit .*same sizes"):
         static(model, [(images(4),), (images(4, 9),)])
@@ -445,6 +460,7 @@ def test_nothing_to_quantize_says_why() -> None:
         static(nn.ReLU(), [(images(2),)])
 
 
+@pytest.mark.slow
 def test_models_of_other_precisions_are_quantized_and_keep_their_type() -> None:
     x = images(16)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
@@ -454,6 +470,7 @@ def test_models_of_other_precisions_are_quantized_and_keep_their_type() -> None:
         assert sqnr(model(x.to(dtype)), quantized(x.to(dtype))) >= 25
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_computed_is_folded_or_refused(processor: str) -> None:
     class FromInput(nn.Module):
         def __init__(self) -> None:
@@ -487,6 +504,7 @@ def test_schemes_and_modes_are_checked() -> None:
         Quantize(learned_step=True)
 
 
+@pytest.mark.slow
 def test_a_recurrent_network_is_quantized_where_it_can_be() -> None:
     quantized, records = recorded(Recurrent("LSTM").eval(), (torch.randn(3, 7, 6),), "onnxruntime")
     assert [(record.layer, record.action) for record in records] == [

@@ -51,6 +51,7 @@ def per_channel(reference, value):
 # the graph ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*went back to float")
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "inductor", "eager", "aoti"])
 @pytest.mark.parametrize("kind", [Heads, Mixed])
@@ -63,6 +64,7 @@ def test_every_channel_of_a_head_with_two_units_comes_back(kind, runtime):
         assert per_channel(model(x), found(x)) > 10
 
 
+@pytest.mark.slow
 def test_scores_in_the_last_dimension_are_seen_too():
     torch.manual_seed(0)
     model, batches = Heads(last=True).eval(), images()
@@ -76,6 +78,7 @@ def test_scores_in_the_last_dimension_are_seen_too():
     assert {each.layer: each.action for each in found.records}["score"] == "refused"
 
 
+@pytest.mark.slow
 @QUICK
 @given(place=st.integers(0, 3), how=st.sampled_from(WAYS))
 @pytest.mark.filterwarnings("ignore:.*went back to float")
@@ -105,6 +108,7 @@ def test_where_nothing_is_off_nothing_changes(net):
     assert len(found.state_dict()) == len(plain.state_dict())
 
 
+@pytest.mark.slow
 def test_what_no_layer_is_to_blame_for_is_an_error(net):
     _, _, prepared = net
 
@@ -118,6 +122,7 @@ def test_what_no_layer_is_to_blame_for_is_an_error(net):
         convert(prepared)
 
 
+@pytest.mark.slow
 def test_checks_can_be_left_out_or_set(net):
     _, _, prepared = net
     with mock.patch.object(rollback_module, "integers", harmful("10", "dead")):
@@ -128,6 +133,7 @@ def test_checks_can_be_left_out_or_set(net):
     assert ts.Quantize("int8", checks={"channel_db": 12.0}).checks == Checks(channel_db=12.0)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 100), data=st.data())
 @settings(max_examples=4, deadline=None)
 def test_units_in_float_compute_what_float_does(seed, data):
@@ -184,6 +190,7 @@ def harmed(runtime, layer, how, inputs):
     return compile_
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("runtime", "how"), [("eager", "dead"), ("onnxruntime", "shifted"), ("openvino", "nan")])
 def test_a_layer_that_a_runtime_gets_wrong_goes_back_to_float(runtime, how):
     torch.manual_seed(1)
@@ -204,6 +211,7 @@ def test_a_layer_that_a_runtime_gets_wrong_goes_back_to_float(runtime, how):
     assert "back in float" in table[layer].why
 
 
+@pytest.mark.slow
 def test_a_deployed_model_that_is_wrong_in_float_too_is_an_error(net):
     _, batches, prepared = net
     quantized = convert(prepared)
@@ -218,6 +226,7 @@ def test_a_deployed_model_that_is_wrong_in_float_too_is_an_error(net):
         deployment.verified(quantized, compile_)
 
 
+@pytest.mark.slow
 def test_a_deployed_model_that_fails_on_its_own_samples_is_an_error(net):
     _, batches, prepared = net
 
@@ -230,6 +239,7 @@ def test_a_deployed_model_that_fails_on_its_own_samples_is_an_error(net):
         deployment.verified(convert(prepared), compile_)
 
 
+@pytest.mark.slow
 def test_the_check_costs_one_pass_of_each(net):
     _, batches, prepared = net
     ran = []
@@ -264,6 +274,7 @@ def test_the_check_costs_one_pass_of_each(net):
         assert torch.equal(deployed(*batches[0]), plain(*batches[0]))
 
 
+@pytest.mark.slow
 def test_other_sizes_than_those_calibrated_on_are_checked_on_the_example():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
@@ -274,6 +285,7 @@ def test_other_sizes_than_those_calibrated_on_are_checked_on_the_example():
     assert deployed.made_from is None
 
 
+@pytest.mark.slow
 def test_calibration_batches_of_several_lengths_are_runs_of_their_own():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3)).eval()
@@ -287,6 +299,7 @@ def test_calibration_batches_of_several_lengths_are_runs_of_their_own():
 # copies, and the other ways of quantizing -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_copy_shares_the_evidence_and_what_comes_later_does_not_reach_it(net):
     model, batches, _ = net
     mine = calibrated(model, batches)
@@ -300,6 +313,7 @@ def test_a_copy_shares_the_evidence_and_what_comes_later_does_not_reach_it(net):
     assert all(id(each) in parameters for each in quantized.evidence.program.parameters())  # no second copy in memory
 
 
+@pytest.mark.slow
 def test_weights_and_dynamic_ranges_are_checked_on_what_there_is():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
@@ -333,6 +347,7 @@ def test_a_model_trained_on_the_grid_is_checked_against_what_was_trained():
     assert found.evidence.off(outputs(found.program, found.evidence.runs)) == []
 
 
+@pytest.mark.slow
 def test_rounded_weights_are_compared_with_those_from_before(net):
     model, batches, _ = net
     helpers = ts.quantize.Helpers(rounding="gptq", correct_biases=True)
@@ -350,6 +365,7 @@ def run_task(batches, targets):
     return ts.Task(train=pairs, val=pairs, metric=lambda predict, given: 1.0)
 
 
+@pytest.mark.slow
 def test_a_run_checks_what_it_deploys_and_what_it_keeps(tmp_path):
     torch.manual_seed(0)
     model, batches = small((6,), 3), images()
@@ -375,6 +391,7 @@ def test_a_run_checks_what_it_deploys_and_what_it_keeps(tmp_path):
     assert torch.equal(again.deployed(*batches[0]), result.deployed(*batches[0]))
 
 
+@pytest.mark.slow
 def test_an_artifact_that_answers_otherwise_is_made_again_with_layers_in_float(tmp_path):
     torch.manual_seed(0)
     model, batches = small((6,), 3), images()
@@ -395,6 +412,7 @@ def test_an_artifact_that_answers_otherwise_is_made_again_with_layers_in_float(t
     assert result.run["rows"][1]["evidence"]["worst_channel"]["sqnr_db"] > 10
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_loaded_and_asked_again(net, tmp_path):
     _, batches, prepared = net
     deployed = ts.deploy(convert(prepared), batches[0], runtime="eager")

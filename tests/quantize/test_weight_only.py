@@ -85,6 +85,7 @@ def test_zeros_stay_zeros(size: tuple[int, int], group_size: int, seed: int, spa
     assert not dequantize_groups(values, scale, group_size)[rows == 0].any()
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(outputs=st.integers(2, 6), inputs=st.integers(1, 70), group_size=groups, seed=st.integers(0, 99))
 def test_the_graph_computes_with_the_dequantized_weight(outputs: int, inputs: int, group_size: int, seed: int) -> None:
@@ -98,6 +99,7 @@ def test_the_graph_computes_with_the_dequantized_weight(outputs: int, inputs: in
     assert sorted(str(each.dtype) for each in stored) == ["torch.float32", "torch.uint8"], "no float copy is left"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer", [nn.Linear(50, 6), nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(5, 3, 3), nn.Conv1d(16, 4, 2)]
 )

@@ -253,6 +253,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
     return run
 
 
+@pytest.mark.slow
 @given(runs())
 def test_table_is_aligned_and_plain(run: dict[str, Any]) -> None:
     headers, rule, rows = block(table(run))
@@ -274,6 +275,7 @@ def test_page_holds_every_number_exactly() -> None:
             assert_same_numbers(cells, row)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(runs())
 def test_page_holds_any_number_exactly_and_any_name_as_text(run: dict[str, Any]) -> None:
@@ -504,6 +506,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_what_loads_can_be_shown_and_what_cannot_is_an_artifact_error(data: st.DataObject) -> None:
@@ -526,6 +529,7 @@ def test_what_loads_can_be_shown_and_what_cannot_is_an_artifact_error(data: st.D
     render(loaded)
 
 
+@pytest.mark.slow
 def test_reading_and_writing_reports_loads_no_torch_and_importing_loads_no_plotly() -> None:
     """The package's own `__init__` imports torch, so a bare stand-in takes its place."""
     code = (
@@ -569,6 +573,7 @@ def boxes(browser: webdriver.Chrome, selector: str) -> list[tuple[float, float, 
     return [tuple(box) for box in browser.execute_script(script, selector)]
 
 
+@pytest.mark.slow
 def test_browser_shows_the_page_alone_and_without_complaint(browser: webdriver.Chrome, tmp_path: Path) -> None:
     address = show(browser, make_run(), tmp_path)
     assert browser.get_log("browser") == []
@@ -577,6 +582,7 @@ def test_browser_shows_the_page_alone_and_without_complaint(browser: webdriver.C
     assert [url for url in sent if url not in (address, "data:,")] == []
 
 
+@pytest.mark.slow
 def test_browser_draws_a_point_for_each_row(browser: webdriver.Chrome, tmp_path: Path) -> None:
     run = make_run()
     show(browser, run, tmp_path)
@@ -590,6 +596,7 @@ def test_browser_draws_a_point_for_each_row(browser: webdriver.Chrome, tmp_path:
     assert points(browser, "history-2-val") == epochs
 
 
+@pytest.mark.slow
 def test_browser_draws_what_was_measured_only(browser: webdriver.Chrome, tmp_path: Path) -> None:
     run = gappy_run()
     show(browser, run, tmp_path)
@@ -599,6 +606,7 @@ def test_browser_draws_what_was_measured_only(browser: webdriver.Chrome, tmp_pat
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_browser_shows_the_numbers_of_the_run(browser: webdriver.Chrome, tmp_path: Path) -> None:
     run = make_run()
     show(browser, run, tmp_path)
@@ -610,6 +618,7 @@ def test_browser_shows_the_numbers_of_the_run(browser: webdriver.Chrome, tmp_pat
         assert all(cell.text for cell in cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_browser_keeps_labels_apart_and_the_page_within_the_window(
     browser: webdriver.Chrome, tmp_path: Path, width: int
@@ -632,6 +641,7 @@ def test_browser_keeps_labels_apart_and_the_page_within_the_window(
                 assert apart, f"labels overlap in {plot}"
 
 
+@pytest.mark.slow
 def test_browser_runs_no_script_of_a_name(browser: webdriver.Chrome, tmp_path: Path) -> None:
     run = hostile_run()
     address = show(browser, run, tmp_path)
@@ -643,6 +653,7 @@ def test_browser_runs_no_script_of_a_name(browser: webdriver.Chrome, tmp_path: P
         assert shown == findings.labels(run["rows"]), "plots show names as they are"
 
 
+@pytest.mark.slow
 def test_browser_follows_the_color_scheme(browser: webdriver.Chrome, tmp_path: Path) -> None:
     found = []
     for scheme in ("light", "dark"):

@@ -212,6 +212,7 @@ def test_a_step_that_is_left_out_says_nothing_of_its_values() -> None:
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(TEXTS, TEXTS, st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=3))
 def test_any_number_is_kept_and_any_name_is_text(name: str, reason: str, figures: list[float]) -> None:
@@ -334,6 +335,7 @@ def test_load_names_a_damaged_row(make: Any, load: Any, parent: str, key: str, v
         load(path)
 
 
+@pytest.mark.slow
 def test_making_the_pages_loads_no_torch() -> None:
     """The package's own `__init__` imports torch, so a bare stand-in takes its place."""
     code = (
@@ -376,6 +378,7 @@ def show(driver: webdriver.Chrome, html: str, folder: Path, *, width: int = 1280
     return path.as_uri()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda: render_search(make_search()), lambda: render_search(hostile(make_search())),
     lambda: render_sensitivity(make_sensitivity()),
@@ -392,6 +395,7 @@ def test_browser_shows_the_pages_alone_and_without_complaint(
     assert wide == 0, "nothing sticks out of a narrow window"
 
 
+@pytest.mark.slow
 def test_browser_plots_the_front_over_axes_that_can_be_chosen(browser: webdriver.Chrome, tmp_path: Path) -> None:
     search = make_search()
     show(browser, render_search(search), tmp_path)
@@ -411,6 +415,7 @@ def test_browser_plots_the_front_over_axes_that_can_be_chosen(browser: webdriver
     assert set(FIGURES) >= {"size", "macs"}
 
 
+@pytest.mark.slow
 def test_browser_leaves_a_bound_outside_that_is_far_from_all_points(browser: webdriver.Chrome, tmp_path: Path) -> None:
     search = make_search()
     search["budget"]["latency_ms"] = 300.0

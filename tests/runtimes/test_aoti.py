@@ -25,6 +25,8 @@ from torchslim.errors import ArtifactError, DeployError
 from torchslim.quantize import QuantizedModule, sqnr, static
 from torchslim.runtimes import Deployed, find_runtime, kernels
 
+pytestmark = pytest.mark.slow
+
 CODE_BYTES = 600_000  # what the machine code of such a network takes
 
 

@@ -39,6 +39,7 @@ print(np.abs(model(np.load(sys.argv[2]))[0] - np.load(sys.argv[3])).max())
 """
 
 
+@pytest.mark.slow
 def test_the_files_need_openvino_alone(deployed: Deployed, tmp_path: Path) -> None:
     x = torch.randn(5, 3, 8, 8)
     np.save(tmp_path / "x.npy", x.numpy())
@@ -49,6 +50,7 @@ def test_the_files_need_openvino_alone(deployed: Deployed, tmp_path: Path) -> No
     assert float(done.stdout) == 0
 
 
+@pytest.mark.slow
 def test_the_files_tell_nothing_of_this_machine_and_are_the_same_again(deployed: Deployed) -> None:
     text = deployed.files[".xml"].decode()
     assert str(Path(__file__).parents[2]) not in text
@@ -67,6 +69,7 @@ print(sorted(str(each) for each in pathlib.Path.home().rglob("*") if each.is_fil
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_written_into_the_users_home_or_printed(tmp_path: Path) -> None:
     done = fresh_python(QUIET, HOME=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
@@ -79,6 +82,7 @@ def test_floats_are_float32_and_threads_ours(deployed: Deployed) -> None:
     assert not session.model.get_property("ENABLE_CPU_PINNING")
 
 
+@pytest.mark.slow
 def test_weights_are_stored_once_and_as_integers() -> None:
     """The size of the data is that of the stored numbers, to two percent; what comes on top is text."""
     x = torch.randn(4, 7, 256)
@@ -89,6 +93,7 @@ def test_weights_are_stored_once_and_as_integers() -> None:
         assert len(found.files[".bin"]) <= 1.02 * stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "width", "size"), [("dynamic", 64, 64), ("dynamic", 32, 32), ("weights", 64, 0)])
 def test_activations_are_rounded_where_the_scheme_asks_for_it(mode: Any, width: int, size: int) -> None:
     x = torch.randn(4, 7, width)
@@ -99,6 +104,7 @@ def test_activations_are_rounded_where_the_scheme_asks_for_it(mode: Any, width: 
     assert all("i8 weights" in each.type for each in kernels(found) if each.layer in ("up", "down"))
 
 
+@pytest.mark.slow
 def test_four_bits_stay_four_bits() -> None:
     x = torch.randn(4, 7, 256)
     graph = int4_graph(Block(256).eval(), (x,))
@@ -108,6 +114,7 @@ def test_four_bits_stay_four_bits() -> None:
     assert all("u4 weights" in each.type for each in kernels(found) if each.layer in ("up", "down"))
 
 
+@pytest.mark.slow
 def test_an_input_that_nothing_uses_is_still_taken() -> None:
     model, inputs = TwoInputs().eval(), {"left": torch.randn(3, 4), "right": torch.randn(3, 5), "unused": torch.ones(3)}
     found = deploy(model, inputs, runtime="openvino")
@@ -116,6 +123,7 @@ def test_an_input_that_nothing_uses_is_still_taken() -> None:
     assert torch.allclose(found(**inputs).first, model.left(inputs["left"]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_infinity_and_nan_come_out_as_they_go_in() -> None:
     found = deploy(torch.nn.ReLU(), (torch.randn(3, 4),), runtime="openvino")
     answer = found(torch.tensor([[math.inf, -math.inf, 1.0, -1.0]]))
@@ -138,6 +146,7 @@ class Residuals(nn.Module):
         return self.last(x)
 
 
+@pytest.mark.slow
 def test_what_a_layer_adds_and_what_is_pooled_stays_in_integers() -> None:
     # the sum of a block is added to the next one: rounded once, for the layer and for the addition
     x = torch.randn(2, 3, 16, 16)

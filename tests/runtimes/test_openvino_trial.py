@@ -70,6 +70,7 @@ class Angles(nn.Module):
         return self.layer(torch.acos(x.clamp(-1, 1)))
 
 
+@pytest.mark.slow
 def test_an_unusual_model_that_runs_is_deployed() -> None:
     model, x = Angles().eval(), torch.linspace(-1, 1, 12).view(4, 3)
     deployed = deploy(model, (x, torch.zeros(4, 2)), runtime="openvino", threads=1)
@@ -89,6 +90,7 @@ class Spectrum(nn.Module):
         return self.layer(parts.log()[:, None])
 
 
+@pytest.mark.slow
 def test_a_spectrum_is_right_or_refused() -> None:
     model, x = Spectrum().eval(), torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
     try:
@@ -110,6 +112,7 @@ def files() -> dict[str, bytes]:
     return deploy(nn.Linear(3, 2).eval(), (INPUT[0],), runtime="openvino", threads=1).files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("child", "message"),
     [
@@ -123,6 +126,7 @@ def test_files_that_end_a_child_are_refused(files: dict[str, bytes], child: str,
         survive_files(files, INPUT, child=child, limit_s=0.5 if "sleep" in child else 60)
 
 
+@pytest.mark.slow
 def test_what_openvino_says_against_files_is_told(files: dict[str, bytes]) -> None:
     wrong = {**files, ".xml": files[".xml"].replace(b'type="MatMul"', b'type="NoSuchOperation"')}
     for _ in range(2):  # what failed is not remembered
@@ -164,6 +168,7 @@ def filled(count: int) -> dict[str, bytes]:
     return {".xml": xml, ".bin": weights.replace(struct.pack("<q", 5), struct.pack("<q", count))}
 
 
+@pytest.mark.slow
 def test_a_sum_that_becomes_the_size_of_a_terabyte_is_refused() -> None:
     assert survive_files(filled(7), INPUT) == ""
     check_ir(*filled(2**38).values())  # the sum is not seen without computing it
@@ -173,6 +178,7 @@ def test_a_sum_that_becomes_the_size_of_a_terabyte_is_refused() -> None:
         survive_files(filled(2**28), INPUT)
 
 
+@pytest.mark.slow
 def test_an_artifact_is_tried_unless_it_is_trusted_or_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -188,6 +194,7 @@ def test_an_artifact_is_tried_unless_it_is_trusted_or_signed(tmp_path: Path, mon
     assert torch.equal(ts.load(tmp_path)(INPUT[0]), deployed(INPUT[0]))
 
 
+@pytest.mark.slow
 def test_an_artifact_with_a_huge_size_ends_nothing(tmp_path: Path) -> None:
     ts.save(deploy(nn.Linear(3, 2).eval(), (INPUT[0],), runtime="openvino", threads=1), tmp_path)
     for suffix, data in filled(2**38).items():

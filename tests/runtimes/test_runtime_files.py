@@ -96,6 +96,7 @@ def test_plain_models_pass() -> None:
     check_onnx(model(helper.make_node("a", ["x"], ["y"], domain="own"), functions=(own,)).SerializeToString())
 
 
+@pytest.mark.slow
 def test_many_empty_parts_are_counted_before_they_are_made() -> None:
     node = b"\x0a\x00" * 1_100_000
     with pytest.raises(ArtifactError, match="more than 1,000,000 parts"):
@@ -169,6 +170,7 @@ def test_a_plain_ir_passes() -> None:
     check_ir(ir(const()), bytes(16))
 
 
+@pytest.mark.slow
 def test_an_artifact_with_such_a_file_is_refused(tmp_path: Path) -> None:
     from tests.support.artifacts import listed
 
@@ -180,6 +182,7 @@ def test_an_artifact_with_such_a_file_is_refused(tmp_path: Path) -> None:
     assert onnx.__name__ == "onnx"
 
 
+@pytest.mark.slow
 def test_bench_runs_nothing_that_was_put_into_a_good_folder(tmp_path: Path) -> None:
     """Neither a changed file, nor one whose hash was made anew."""
     from tests.support.artifacts import listed

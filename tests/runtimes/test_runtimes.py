@@ -47,6 +47,7 @@ def deployed() -> dict[tuple[str, str], Deployed]:
     return Cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", WITH_FILES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_called_like_the_model_and_answering_like_it(name: str, runtime: str, deployed: Any) -> None:
@@ -57,6 +58,7 @@ def test_called_like_the_model_and_answering_like_it(name: str, runtime: str, de
         assert same_structure(answer, call(predictor(model), others), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", WITH_FILES)
 def test_sequence_first_networks_keep_their_batch_free(runtime: str) -> None:
     model = Recurrent("LSTM", batch_first=False).eval()
@@ -67,6 +69,7 @@ def test_sequence_first_networks_keep_their_batch_free(runtime: str) -> None:
         assert torch.allclose(found(x), model(x), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", WITH_FILES)
 def test_defaults_positions_and_names_are_those_of_the_forward(runtime: str) -> None:
     model = TokenClassifier().eval()
@@ -140,6 +143,7 @@ def test_a_value_other_than_the_default_must_be_given_again(deployed: Any) -> No
         deployed["variadic", "eager"](x, more=more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", WITH_FILES)
 def test_threads_are_the_deployments_own(runtime: str) -> None:
     torch.set_num_threads(2)
@@ -165,6 +169,7 @@ def test_threads_are_the_deployments_own(runtime: str) -> None:
     assert found.threads == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", WITH_FILES)
 def test_a_deployed_model_does_not_follow_its_model(runtime: str) -> None:
     model = trained_conv()
@@ -177,6 +182,7 @@ def test_a_deployed_model_does_not_follow_its_model(runtime: str) -> None:
     assert found.program() == program
 
 
+@pytest.mark.slow
 def test_deploying_leaves_the_model_as_it_was() -> None:
     model = trained_conv().train()
     state, random = fingerprint(model.state_dict()), torch.get_rng_state()
@@ -237,6 +243,7 @@ def test_a_dataclass_comes_back_as_itself(deployed: Any) -> None:
         assert answer.values is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["eager", "onnxruntime", "openvino"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_runs_on_every_runtime(dtype: torch.dtype, runtime: str) -> None:
@@ -257,6 +264,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@pytest.mark.slow
 def test_an_operation_that_onnx_has_not_is_named() -> None:
     class Custom(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -296,6 +304,7 @@ def test_an_unknown_runtime_is_refused_with_the_known_ones() -> None:
     assert {find_runtime(name).name for name in RUNTIMES} == set(RUNTIMES)
 
 
+@pytest.mark.slow
 def test_inductor_computes_integers_as_the_converted_graph_does(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

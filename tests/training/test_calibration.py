@@ -41,6 +41,7 @@ def values(inputs: list[Any]) -> Tensor:
     return torch.cat([each[0] for each in inputs])
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 1000), other=st.integers(0, 1000), samples=st.integers(1, 64))
 def test_equal_seeds_give_equal_samples_and_the_first_are_the_first(seed: int, other: int, samples: int) -> None:
     torch.manual_seed(other)  # what ran before changes nothing
@@ -58,6 +59,7 @@ def test_equal_seeds_give_equal_samples_and_the_first_are_the_first(seed: int, o
     assert other == seed or not torch.equal(values(CalibrationData(task, other).inputs), whole)
 
 
+@pytest.mark.slow
 def test_a_step_draws_once() -> None:
     data, task = shuffled()
     ctx = ts.Context(
@@ -76,6 +78,7 @@ def test_schemes_that_need_no_ranges_draw_no_more_than_the_checks_take(options: 
     assert data.drawn == (0 if options else 32)
 
 
+@pytest.mark.slow
 def test_every_candidate_of_a_bisection_sees_the_same_samples() -> None:
     """Resumed or not: a process that starts in the middle draws what the first one drew."""
     _, task = shuffled()

@@ -112,6 +112,7 @@ def model() -> nn.Module:
         return Dropping()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", SETTINGS)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_resumed_training_ends_with_the_same_weights(loader: str, optimizer: str, tmp_path: Path) -> None:
@@ -269,12 +270,13 @@ class Fill(Hook):
 
 task = toy.task()
 try:
-    ts.fit(toy.model(), LabelLoss(task), task.train, epochs=3, hooks=[Fill()], state=Path(sys.argv[1]))
+    ts.fit(toy.model(), task.train, LabelLoss(task), epochs=3, hooks=[Fill()], state=Path(sys.argv[1]))
 except ts.TorchslimError as error:
     print(type(error).__name__, error)
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_keeps_the_checkpoint_of_the_epoch_before(tmp_path: Path) -> None:
     state = tmp_path / "c.ckpt"
     done = subprocess.run([sys.executable, "-c", FULL_DISK, state], capture_output=True, text=True, check=True)

@@ -277,6 +277,7 @@ train = { do = "finetune", epochs = 2, optimizer = "sgd", lr = 0.01 }
 """
 
 
+@pytest.mark.distributed
 def test_a_recipe_runs_under_torchrun_as_with_copies(tmp_path: Path) -> None:
     runs: dict[str, dict[str, Any]] = {}
     for strategy in ("ddp", "fsdp"):
@@ -297,6 +298,7 @@ def test_a_recipe_runs_under_torchrun_as_with_copies(tmp_path: Path) -> None:
             assert epoch == pytest.approx(same, rel=1e-3), before["name"]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [*CASES, *STEPS])
 def test_a_spread_model_ends_as_a_copied_one(runs: list[dict[str, Any]], name: str) -> None:
     copied, spread = (runs[0]["found"][f"{name}/{strategy}"] for strategy in ("ddp", "fsdp"))
@@ -312,6 +314,7 @@ def test_a_spread_model_ends_as_a_copied_one(runs: list[dict[str, Any]], name: s
     assert moved > 1e-3
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [*CASES, *STEPS])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_every_process_ends_with_the_same_weights(runs: list[dict[str, Any]], name: str, strategy: str) -> None:
@@ -320,12 +323,14 @@ def test_every_process_ends_with_the_same_weights(runs: list[dict[str, Any]], na
     assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
 
 
+@pytest.mark.distributed
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(runs: list[dict[str, Any]]) -> None:
     undisturbed, resumed = runs[0]["found"]["masks/fsdp"], runs[0]["found"]["resumed"]
     assert resumed["history"] == undisturbed["history"]
     assert all(torch.equal(each, resumed["weights"][key]) for key, each in undisturbed["weights"].items())
 
 
+@pytest.mark.distributed
 def test_a_process_holds_half_of_the_weights_and_of_what_the_optimizer_remembers(runs: list[dict[str, Any]]) -> None:
     held = [run["bytes"] for run in runs]
     assert held[0]["ddp"] == held[1]["ddp"]

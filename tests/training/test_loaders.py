@@ -78,6 +78,7 @@ def test_training_leaves_the_process_and_the_loaders_as_they_were(index: int, fa
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_epochs_see_the_data_in_different_orders_and_seeds_decide_which() -> None:
     owner = Generators()
 

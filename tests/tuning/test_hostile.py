@@ -47,6 +47,7 @@ CODE = optuna.distributions.CategoricalDistribution([EVIL, "os:system"])
 GOOD = json.dumps({"state": "candidate", "stage": "short", "figures": FIGURES})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("params", "result", "distributions"),
     [
@@ -95,6 +96,7 @@ def test_a_flood_of_values_that_do_not_fit_ends(tmp_path: Path, monkeypatch: pyt
         book.ask()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attribute", ["constraints", "constraints:x", "fixed_params"])
 def test_samplers_never_see_what_others_have_stored(storage: Any, attribute: str) -> None:
     book = ledger(storage, 8, seed=1, bounds=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import optuna
+import pytest
 
 from tests.support.postgres import database
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_study_and_the_server_is_gone_afterwards() -> None:
     with database() as url:
         folder = Path(url.partition("host=")[2])

@@ -20,6 +20,8 @@ from torchslim.errors import RecipeError
 from torchslim.tuning import make_space
 from torchslim.tuning.trial import Effort, Lab, cut_short, data_share
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

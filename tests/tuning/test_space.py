@@ -32,6 +32,7 @@ def test_names_say_where_a_parameter_stands() -> None:
     assert space().runtimes == ("onnxruntime", "eager")
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000))
 def test_any_values_make_a_recipe_without_ranges(seed: int) -> None:
     found, generator = space(), random.Random(seed)

@@ -42,6 +42,7 @@ def outcomes(book: Ledger) -> list[Any]:
     return [values for _, values, _ in book.results()]
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_trials(storage: str) -> None:
     open_storage(storage)  # two that make a database's tables at once get in each other's way
     workers = [start(storage, 8, 0.2) for _ in range(2)]
@@ -53,6 +54,7 @@ def test_two_workers_share_the_trials(storage: str) -> None:
     assert not book.waiting()
 
 
+@pytest.mark.slow
 def test_a_killed_workers_trial_is_taken_over_with_its_values(storage: str) -> None:
     open_storage(storage)
     victim = start(storage, 4, 0.0, "--hang")
@@ -68,6 +70,7 @@ def test_a_killed_workers_trial_is_taken_over_with_its_values(storage: str) -> N
     assert [dict(trial.params) for trial in book.study.trials if "instead_of" in trial.user_attrs] == [lost]
 
 
+@pytest.mark.slow
 def test_a_worker_of_another_machine_is_dead_when_its_beats_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +103,7 @@ def test_who_is_taken_for_dead_and_is_not_goes_on(tmp_path: Path) -> None:
     assert len(quick.results()) == 2
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_as_an_undisturbed_one(tmp_path: Path) -> None:
     whole = ledger(open_storage(tmp_path / "whole"), 14, seed=3)
     work(whole)
@@ -117,6 +121,7 @@ def test_a_study_that_is_killed_goes_on_as_an_undisturbed_one(tmp_path: Path) ->
     assert outcomes(again) == outcomes(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 def test_equal_seeds_give_equal_trials_and_others_do_not(tmp_path: Path, sampler: Any) -> None:
     found = []
@@ -143,6 +148,7 @@ def test_starts_are_tried_first_and_failures_count(tmp_path: Path) -> None:
     assert len(book.results()) == 3
 
 
+@pytest.mark.slow
 def test_after_a_repeat_it_looks_elsewhere(tmp_path: Path) -> None:
     book = ledger(open_storage(tmp_path / "study"), 12, seed=5, bounds=1)
     best = {"x": 0.0, "kind": {"do": "b"}}
@@ -161,6 +167,7 @@ def test_after_a_repeat_it_looks_elsewhere(tmp_path: Path) -> None:
     assert book.repeats() < 12
 
 
+@pytest.mark.slow
 def test_few_trials_are_enough_to_find_what_keeps_a_bound(tmp_path: Path) -> None:
     book = ledger(open_storage(tmp_path / "study"), 16, seed=2, bounds=1)
     while (trial := book.ask()) is not None:

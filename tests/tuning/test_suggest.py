@@ -119,6 +119,7 @@ def derived(name: str, budget: ts.Budget = FAST, **more: Any) -> tuple[ts.Sugges
     return found, {table["do"]: table for table in found.document["step"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("budget", [FAST, SMALL, ts.Budget()], ids=["fast", "small", "free"])
 def test_a_suggestion_is_a_recipe_that_a_search_takes(name: str, budget: ts.Budget) -> None:
@@ -131,6 +132,7 @@ def test_a_suggestion_is_a_recipe_that_a_search_takes(name: str, budget: ts.Budg
     assert str(found).splitlines()[:3] == [f"# {line}" for line in found.reasons]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "budget"), [
     ("convolutions", FAST), ("convolutions", SMALL), ("untrained", FAST), ("untrained", SMALL), ("lstm", FAST),
     ("gru", FAST), ("gru", SMALL), ("perceptron", FAST), ("perceptron", SMALL), ("encoder", FAST), ("encoder", SMALL),
@@ -168,6 +170,7 @@ def test_convolutions_lose_channels_learn_again_and_are_trained_on_the_grid() ->
     assert "100% (int8)" in found.reasons[1]
 
 
+@pytest.mark.slow
 def test_depthwise_layers_may_be_better_off_in_float() -> None:
     found, steps = derived("depthwise")
     assert "depthwise convolutions (1)" in found.reasons[0]
@@ -186,6 +189,7 @@ def test_without_vnni_int8_is_on_trial(name: str) -> None:
     assert "gain little without VNNI" in found.reasons[2]
 
 
+@pytest.mark.slow
 def test_without_training_data_little_is_cut_and_nothing_is_trained() -> None:
     found, steps = derived("untrained")
     assert list(steps) == ["prune", "quantize"]
@@ -198,6 +202,7 @@ def test_without_training_data_little_is_cut_and_nothing_is_trained() -> None:
     assert "nothing would mend the cut" in bare.reasons[2]
 
 
+@pytest.mark.slow
 def test_linear_layers_have_a_choice_of_static_and_dynamic() -> None:
     for name in ("perceptron", "encoder"):
         found, steps = derived(name)
@@ -207,6 +212,7 @@ def test_linear_layers_have_a_choice_of_static_and_dynamic() -> None:
     assert max(slow) <= min(fast)
 
 
+@pytest.mark.slow
 def test_an_lstm_is_dynamic_first_and_a_gru_keeps_floating_sums() -> None:
     assert derived("lstm")[1]["quantize"]["scheme"] == {"search": ["int8-dynamic", "int8-weights"]}
     found, steps = derived("gru")
@@ -228,6 +234,7 @@ def test_where_bytes_alone_count_weights_alone_become_integers() -> None:
     )
 
 
+@pytest.mark.slow
 def test_counts_are_no_matter_of_bits() -> None:
     found, steps = derived("convolutions", ts.Budget(macs=1e5))
     assert "quantize" not in steps
@@ -275,6 +282,7 @@ def test_outputs_without_logits_are_taught_by_labels_or_not_at_all() -> None:
     assert [table["do"] for table in found.document["step"]] == ["quantize"]
 
 
+@pytest.mark.slow
 def test_few_batches_are_seen_more_often() -> None:
     many = ts.Task(train=[images().val[0]] * 400, val=images().val, metric="accuracy")
     assert ts.suggest(Convolutional(), many, FAST).document["step"][1]["epochs"] == 3
@@ -327,6 +335,7 @@ def test_installed_runtimes_are_found_without_being_imported(monkeypatch: pytest
     assert suggesting.installed(speed=False) == BOTH[:1]
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_recipe_or_writes_it(call: Any, tmp_path: Path) -> None:
     arguments = (
         "suggest",

@@ -36,6 +36,7 @@ def alone(model: nn.Module, inputs: tuple[object, ...], wanted: Sequence[Channel
     return plan
 
 
+@pytest.mark.slow
 @given(NETWORKS, st.data())
 @settings(max_examples=6)
 def test_what_may_go_goes_when_one_channel_of_it_is_asked_for(
@@ -62,6 +63,7 @@ def test_what_may_go_goes_when_one_channel_of_it_is_asked_for(
     assert lost <= {member for each in together for member in each.members}
 
 
+@pytest.mark.slow
 @given(NETWORKS, st.sampled_from([0.2, 0.6]))
 @settings(max_examples=6)
 def test_what_does_not_go_stays_by_the_same_reason(made: tuple[nn.Module, tuple[object, ...]], sparsity: float) -> None:

@@ -32,6 +32,7 @@ class Translation(nn.Module):
         return self.head(self.core(source, target, tgt_mask=mask, **more))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("causal", "padded", "fields"),
     [(False, False, {}), (True, True, {}), (False, True, {"include": "core.*.linear1"}), (True, True, {"exclude": "source"})],

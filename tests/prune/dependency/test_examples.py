@@ -124,6 +124,7 @@ def test_what_no_example_reaches_still_runs_and_is_named(name: str) -> None:
     assert "no example reached" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_examples_bring_in_what_one_call_does_not_reach(name: str) -> None:
     make, examples, _ = CASES[name]

@@ -127,6 +127,7 @@ CASES: dict[str, tuple[Callable[[], Made], float]] = {  # with the least ratio o
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_half_of_a_hard_model(name: str) -> None:
     make, least = CASES[name]
@@ -142,6 +143,7 @@ def test_half_of_a_hard_model(name: str) -> None:
     assert_runs(model, shrunk, inputs)
 
 
+@pytest.mark.slow
 def test_heads_used_only_in_training_are_cut_as_well() -> None:
     model = tv.models.GoogLeNet(num_classes=5, aux_logits=True, init_weights=False).eval()
     shrunk = ts.prune.channels(model, (image(),), 0.5).train()
@@ -162,6 +164,7 @@ DETECTORS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_whose_number_of_boxes_depends_on_data(name: str) -> None:
     model = DETECTORS[name]().eval()

@@ -168,6 +168,7 @@ def partition(coupling: Coupling) -> set[tuple[int, int, bool]]:
     return {(len(each.classes), len(each.members), bool(each.reason)) for each in coupling.groups}
 
 
+@pytest.mark.slow
 def test_names_of_attributes_and_layers_do_not_matter() -> None:
     class Renamed(nn.Module):
         def __init__(self, attention: net.Attention) -> None:
@@ -195,6 +196,7 @@ def test_names_of_attributes_and_layers_do_not_matter() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @given(st.permutations(range(8)), st.integers(0, 9))
 @settings(max_examples=15)
 def test_the_order_of_channels_does_not_matter(order: list[int], seed: int) -> None:
@@ -232,6 +234,7 @@ def test_excluded_layers_keep_all_and_only_included_groups_lose() -> None:
         ts.prune.channels(model, inputs, 0.4, include="frist")
 
 
+@pytest.mark.slow
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 4, 8]), st.sampled_from([0.2, 0.5, 0.8]))
 @settings(max_examples=20)
 def test_widths_are_multiples_and_no_less_than_the_least(round_to: int, least: int, sparsity: float) -> None:
@@ -254,6 +257,7 @@ def budget_model() -> tuple[nn.Module, Any]:
     return scramble(net.Flow(2, net.ConvAct(2, 2, 24), blocks, 32)), (torch.randn(1, 2, 6, 6),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["params", "macs", "channels"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.75])
@@ -278,6 +282,7 @@ def test_budgets_are_met_within_one_step_by_another_count(of: Any, scope: Any, s
     assert counts["macs"] == [model_size.macs(model, inputs).total, model_size.macs(shrunk, inputs).total]
 
 
+@pytest.mark.slow
 def test_more_asked_for_is_never_more_left() -> None:
     model, inputs = budget_model()
     left = [
@@ -299,6 +304,7 @@ def token_model() -> tuple[nn.Module, Any]:
     return scramble(net.Tokens(12, blocks, tied=True, norm="layer")), (torch.randint(11, (2, 5)),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [budget_model, token_model])
 def test_pruning_twice_is_recorded_as_two_rounds_that_can_be_replayed(make: Any) -> None:
     model, inputs = make()
@@ -317,6 +323,7 @@ def test_pruning_twice_is_recorded_as_two_rounds_that_can_be_replayed(make: Any)
     assert_runs(model, twice, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [budget_model, token_model])
 def test_a_shrunk_model_can_be_exported(make: Any) -> None:
     model, inputs = make()

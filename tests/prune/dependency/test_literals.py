@@ -39,6 +39,7 @@ class Folded(nn.Module):
         return self.out(torch.tanh(self.up(x).view(-1, 4, 10)) * scale).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "shape", "number"), [(States, (2, 5, 6), 12), (Folded, (3, 6), 10)])
 def test_a_number_in_the_code_follows_the_channels(
     make: type[nn.Module], shape: tuple[int, ...], number: int, tmp_path: Path

@@ -99,6 +99,7 @@ def between(name: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor]]:
     return scramble(Between((MADE | NOISE)[name]), seed), (torch.randn(4, 8),)
 
 
+@pytest.mark.slow
 @given(st.sampled_from([*MADE, *NOISE]), st.integers(0, 20), st.data())
 @settings(max_examples=40)
 def test_whatever_is_made_or_drawn_on_the_way_is_checked_in_float64(name: str, seed: int, data: st.DataObject) -> None:
@@ -113,6 +114,7 @@ def test_whatever_is_made_or_drawn_on_the_way_is_checked_in_float64(name: str, s
     assert_untouched(model, before)
 
 
+@pytest.mark.slow
 @given(st.sampled_from([*MADE, *NOISE]), st.data())
 @settings(max_examples=30)
 def test_a_wrong_cut_is_noticed_there_too(name: str, data: st.DataObject) -> None:
@@ -210,6 +212,7 @@ class Reduced(nn.Module):
         return self.head(self.recurrent(h)[0][:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_in_half_precision_are_pruned_and_stay_so(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

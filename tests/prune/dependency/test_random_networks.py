@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -43,12 +44,14 @@ def obeys(network: tuple[nn.Module, Any], seed: int, sparsity: float, plain: boo
         assert_equals_masked(model, done, as_double(inputs))
 
 
+@pytest.mark.slow
 @given(conv_networks(), st.integers(0, 9), sparsities)
 @settings(max_examples=60)
 def test_convolutional_networks(network: Any, seed: int, sparsity: float) -> None:
     obeys(network, seed, sparsity, plain=False)
 
 
+@pytest.mark.slow
 @given(conv_networks(plain=True), st.integers(0, 9), sparsities)
 @settings(max_examples=60)
 def test_where_zero_is_as_good_as_nothing_the_result_equals_zeroed_weights(
@@ -57,12 +60,14 @@ def test_where_zero_is_as_good_as_nothing_the_result_equals_zeroed_weights(
     obeys(network, seed, sparsity, plain=True)
 
 
+@pytest.mark.slow
 @given(token_networks(), st.integers(0, 9), sparsities)
 @settings(max_examples=60)
 def test_networks_of_tokens(network: Any, seed: int, sparsity: float) -> None:
     obeys(network, seed, sparsity, plain=False)
 
 
+@pytest.mark.slow
 @given(token_networks(plain=True), st.integers(0, 9), sparsities)
 @settings(max_examples=40)
 def test_gates_and_recurrence_equal_zeroed_weights(network: Any, seed: int, sparsity: float) -> None:

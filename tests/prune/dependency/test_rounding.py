@@ -54,6 +54,7 @@ def unet(wide: int, wider: int, groups: int) -> tuple[nn.Module, Any]:
     return scramble(UNet(wide, wider, groups)), (torch.randn(1, 3, 4, 4),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wide", "wider", "groups"), [(32, 64, 8), (64, 64, 32), (48, 96, 16)])
 def test_half_of_a_network_of_group_norms_goes_with_the_default_rounding(wide: int, wider: int, groups: int) -> None:
     model, inputs = unet(wide, wider, groups)
@@ -64,6 +65,7 @@ def test_half_of_a_network_of_group_norms_goes_with_the_default_rounding(wide: i
     assert_runs(model, shrunk, inputs, sizes=(2,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wide", "wider", "groups"), [(20, 40, 5), (24, 48, 3), (36, 60, 12)])
 def test_rounding_gives_way_where_groups_forbid_multiples_and_the_user_is_told(
     wide: int, wider: int, groups: int
@@ -92,6 +94,7 @@ def test_rounding_gives_way_group_by_group() -> None:
     assert done.model[2].out_channels in (15, 20, 25)
 
 
+@pytest.mark.slow
 def test_the_least_channels_are_counted_in_channels() -> None:
     model, inputs = unet(32, 64, 8)
     shrunk = ts.prune.channels(model, inputs, 0.9, min_channels=16, round_to=1)
@@ -99,6 +102,7 @@ def test_the_least_channels_are_counted_in_channels() -> None:
     assert min(each.out_channels for each in convolutions) == 16
 
 
+@pytest.mark.slow
 def test_a_target_is_missed_by_more_than_one_step_of_one_unit_only_with_a_warning() -> None:
     model, inputs = unet(32, 64, 8)
     plan = analyze(model, inputs)

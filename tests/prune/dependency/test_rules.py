@@ -76,6 +76,7 @@ BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {  # and how many c
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BETWEEN)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_channels_pass_through(name: str, seed: int) -> None:
@@ -129,6 +130,7 @@ class Packed(nn.Module):
         return self.head(self.hidden(x).relu())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize(("both", "layers", "last", "ordered", "batch_first"), [
     (False, 1, True, False, True), (True, 2, False, False, True), (True, 1, True, True, False),

@@ -80,12 +80,14 @@ def choices(names: Sequence[str] = tuple(MODELS)) -> Any:
     return st.tuples(st.sampled_from(list(names)), st.integers(0, 3)).map(lambda pair: removal(*pair))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_right_surgery_passes(name: str) -> None:
     plan, done = removal(name, 0)
     assert not noticed(plan, done, done.surgery)
 
 
+@pytest.mark.slow
 @given(choices(), st.data())
 @settings(max_examples=60)
 def test_another_index_in_the_place_of_a_kept_one(made: tuple[Plan, Shrunk], data: st.DataObject) -> None:
@@ -97,6 +99,7 @@ def test_another_index_in_the_place_of_a_kept_one(made: tuple[Plan, Shrunk], dat
     assert noticed(plan, done, with_cut(done.surgery, cut, replace(cut, kept=kept)))
 
 
+@pytest.mark.slow
 @given(choices(), st.data())
 @settings(max_examples=40)
 def test_two_kept_indices_in_the_wrong_order(made: tuple[Plan, Shrunk], data: st.DataObject) -> None:
@@ -108,6 +111,7 @@ def test_two_kept_indices_in_the_wrong_order(made: tuple[Plan, Shrunk], data: st
     assert noticed(plan, done, with_cut(done.surgery, cut, replace(cut, kept=tuple(kept))))
 
 
+@pytest.mark.slow
 @given(choices(), st.data())
 @settings(max_examples=40)
 def test_one_cut_of_those_that_go_together_is_missing(made: tuple[Plan, Shrunk], data: st.DataObject) -> None:
@@ -128,6 +132,7 @@ def matters(plan: Plan, right: Surgery, wrong: Surgery) -> bool:
     return one is None or two is None or not all(map(torch.equal, one, two))
 
 
+@pytest.mark.slow
 @given(choices(), st.data())
 @settings(max_examples=60)
 def test_a_wrong_attribute_that_matters(made: tuple[Plan, Shrunk], data: st.DataObject) -> None:
@@ -142,6 +147,7 @@ def test_a_wrong_attribute_that_matters(made: tuple[Plan, Shrunk], data: st.Data
     assert noticed(plan, done, wrong)
 
 
+@pytest.mark.slow
 @given(choices(), st.data())
 @settings(max_examples=60)
 def test_an_attribute_changed_that_should_not_be(made: tuple[Plan, Shrunk], data: st.DataObject) -> None:
@@ -170,6 +176,7 @@ def test_an_output_that_loses_elements(name: str) -> None:
     assert diverged is not None or noticed(plan, replace(done, removed=removed), surgery)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_head_of_zeros_hides_nothing(name: str) -> None:
     torch.manual_seed(0)

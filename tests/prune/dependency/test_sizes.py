@@ -56,6 +56,7 @@ class FixedSize(nn.Module):
         return self.head(torch.tanh(self.hidden(torch.tanh(self.stem(x)).flatten(1))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Mixing, Heads])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_pruned_model_equals_the_masked_one_at_other_sizes(make: Any, seed: int) -> None:

@@ -144,6 +144,7 @@ LAYOUTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "pixel shuffle"])
 @given(st.data())
 @settings(max_examples=12)
@@ -244,6 +245,7 @@ def einsums(draw: Any) -> tuple[str, list[tuple[int, ...]]]:
     return equation, [tuple(sizes[label] for label in operand) for operand in operands]
 
 
+@pytest.mark.slow
 @given(einsums(), st.integers(0, 9))
 @settings(max_examples=150)
 def test_einsum_on_small_operands_equals_einsum_on_zeroed_ones(case: tuple[str, Any], seed: int) -> None:
@@ -251,6 +253,7 @@ def test_einsum_on_small_operands_equals_einsum_on_zeroed_ones(case: tuple[str, 
     assert_compact_equals_masked(lambda *each: torch.einsum(equation, *each), shapes, seed)
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 3]), st.integers(0, 9)
 )
@@ -265,6 +268,7 @@ def test_convolutions_lose_groups_or_a_part_of_each(rank: int, groups: int, inne
     assert_compact_equals_masked(function, shapes, seed)
 
 
+@pytest.mark.slow
 @given(st.tuples(*[st.sampled_from([1, 2, 4])] * 3), st.tuples(*[st.booleans()] * 6), st.integers(0, 9))
 @settings(max_examples=60)
 def test_broadcasting(shape: tuple[int, ...], ones: tuple[bool, ...], seed: int) -> None:
