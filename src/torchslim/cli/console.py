@@ -87,7 +87,7 @@ def progress_shown(steps: Sequence[Step] = ()) -> Iterator[Callable[[Event], Non
             line = f"{name} {tenth * 10} %" if event.total else name
             if line != last[0]:
                 last[0] = line
-                console.print(f"{time.monotonic() - started:6.0f} s  {line}  {note}", highlight=False)
+                console.print(f"{time.monotonic() - started:6.0f} s  {line}  {note}", highlight=False, soft_wrap=True)
 
         yield show
 
