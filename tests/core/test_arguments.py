@@ -66,3 +66,16 @@ def test_wrong_arguments_that_fit_in_no_order_or_several_name_no_call() -> None:
         with pytest.raises(RecipeError) as refused:
             look(*arguments)
         assert "another order" not in str(refused.value)
+
+
+@checks_arguments(RecipeError)
+def pair(student: nn.Module, teacher: nn.Module) -> None:
+    """Takes two of a kind."""
+
+
+def test_an_argument_of_the_right_kind_that_is_wrong_otherwise_names_no_other_order() -> None:
+    broken = nn.Linear(2, 2)
+    nn.init.constant_(broken.weight, float("nan"))
+    with pytest.raises(RecipeError, match="holds NaN") as refused:
+        pair(broken, MODEL)
+    assert "another order" not in str(refused.value)

@@ -19,13 +19,18 @@ def default_name(recipe: Path) -> str:
     return recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name
 
 
+def with_report(found: object, report: Path) -> str:
+    """What a command has found, as text, and where its report is."""
+    return printable(f"{found}\n\nreport: {report}", lines=True)
+
+
 class TimeLeft:
     """How long the trainings of a recipe will still take, at the pace of those that have run."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
-        self.trainings = [
-            (step_name(step), epochs) for step in steps if isinstance(step, Trains) for epochs in step.trainings()
-        ]
+        trainings = [(step_name(step), step.trainings()) for step in steps if isinstance(step, Trains)]
+        self.names = [name for name, counts in trainings for _ in counts]
+        self.epochs = [count for _, counts in trainings for count in counts]
         self.place, self.running = -1, ("", "")
         self.begun: tuple[float, float] | None = None  # when the first training was seen, and after how many epochs
 
@@ -34,16 +39,14 @@ class TimeLeft:
         if not event.total or "epoch" not in event.values:
             return None
         if (event.step, event.phase) != self.running:
-            names = [name for name, _ in self.trainings]
-            if event.step not in names[self.place + 1 :]:
+            if event.step not in self.names[self.place + 1 :]:
                 return None
-            self.running, self.place = (event.step, event.phase), names.index(event.step, self.place + 1)
-        epochs = [count for _, count in self.trainings]
-        done = sum(epochs[: self.place]) + epochs[self.place] * event.current / event.total
+            self.running, self.place = (event.step, event.phase), self.names.index(event.step, self.place + 1)
+        done = sum(self.epochs[: self.place]) + self.epochs[self.place] * event.current / event.total
         now = time.monotonic()
         self.begun = self.begun or (now, done)
         started, before = self.begun
-        return (sum(epochs) - done) * (now - started) / (done - before) if done > before else None
+        return (sum(self.epochs) - done) * (now - started) / (done - before) if done > before else None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from torchslim.cli.console import EXAMPLE, default_name, progress_shown
+from torchslim.cli.console import EXAMPLE, default_name, progress_shown, with_report
 from torchslim.core.search_path import current_folder_last
 from torchslim.core.terminal import printable
 
@@ -97,7 +97,7 @@ def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> 
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=1))
     else:
-        click.echo(printable(f"{found}\n\nreport: {path.with_suffix('.html')}", lines=True))
+        click.echo(with_report(found, path.with_suffix(".html")))
 
 
 @click.command(epilog=f"{EXAMPLE}torchslim latency recipe.toml --pack board/")

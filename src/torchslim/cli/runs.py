@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from torchslim.cli.console import EXAMPLE, default_name, progress_shown
+from torchslim.cli.console import EXAMPLE, default_name, progress_shown, with_report
 from torchslim.core.search_path import current_folder_last
 from torchslim.core.step import step_name
-from torchslim.core.terminal import printable
 
 if TYPE_CHECKING:
     from torchslim.pipeline.recipe import Recipe
@@ -35,7 +34,7 @@ def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_js
     out = out or Path("runs") / default_name(recipe)
     result = carried_out(load_recipe(recipe), out, overwrite=overwrite, key=key)
     if result is not None:
-        click.echo(json.dumps(result.run, indent=1) if as_json else shown(result, out))
+        click.echo(json.dumps(result.run, indent=1) if as_json else with_report(result, out / "report.html"))
 
 
 def carried_out(
@@ -68,11 +67,6 @@ def carried_out(
             return None
         result.save(out, key=key)
     return result
-
-
-def shown(result: Result, out: Path) -> str:
-    """The table of a result, and where its report is."""
-    return printable(f"{result}\n\nreport: {out / 'report.html'}", lines=True)
 
 
 @click.command(epilog=f"{EXAMPLE}torchslim search recipe.toml --storage postgresql+psycopg://user@host/studies")
@@ -109,8 +103,7 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
             progress=progress if distributed.is_first() else ignore_progress,
         )
     if distributed.is_first():
-        report = printable(f"{found}\n\nreport: {out / 'report.html'}", lines=True)
-        click.echo(json.dumps(found.data, indent=1) if as_json else report)
+        click.echo(json.dumps(found.data, indent=1) if as_json else with_report(found, out / "report.html"))
 
 
 @click.command(epilog=f"{EXAMPLE}torchslim suggest package.module:model package.module:task --latency-ms 3")

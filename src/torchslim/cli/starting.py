@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from torchslim.cli.console import EXAMPLE, default_name
-from torchslim.cli.runs import carried_out, shown
+from torchslim.cli.console import EXAMPLE, default_name, with_report
+from torchslim.cli.runs import carried_out
 from torchslim.core.search_path import current_folder_last
 from torchslim.core.step import step_name
 
@@ -76,7 +76,7 @@ def demo(recipe: Path | None, out: Path | None) -> None:
         click.echo(f"{about}: {' -> '.join(step_name(step) for step in steps.steps)}", err=True)
         result = carried_out(steps, folder, stages=out / "stages")
         if result is not None:
-            click.echo(f"\n{about}\n{shown(result, folder)}\n")
+            click.echo(f"\n{about}\n{with_report(result, folder / 'report.html')}\n")
     if recipe is None:
         click.echo("next, your own model: torchslim init")
 

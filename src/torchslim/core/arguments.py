@@ -19,6 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NAMED: Mapping[str, Any] = {"threads": Threads | None, "seed": Seed}  # what these are called everywhere
+MOST = 4  # more positional arguments than any public function takes
 TREES = ("example_inputs",)  # arguments that hold tensors, of which none may be empty or without values
 
 
@@ -75,14 +76,11 @@ def _fitting_order(values: Sequence[Any], kinds: Sequence[Any]) -> tuple[int, ..
             return False
         return True
 
+    places = tuple(range(len(values)))
     grid = [[fits(value, kind) for value in values] for kind in kinds]
-    if len(values) > 4:  # as many positional arguments as no public function takes
+    if len(values) > MOST or all(grid[place][place] for place in places):  # else the kinds are not what is wrong
         return None
-    orders = [
-        order
-        for order in itertools.permutations(range(len(values)))
-        if all(grid[kind][place] for kind, place in enumerate(order)) and order != tuple(range(len(values)))
-    ]
+    orders = [order for order in itertools.permutations(places) if all(map(list.__getitem__, grid, order))]
     return orders[0] if len(orders) == 1 else None
 
 

@@ -13,8 +13,8 @@ import sys
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -199,33 +199,33 @@ def _numpy_random() -> Any:
         return None
 
 
-class _Quiet:
-    """Python's process-wide output, counted: the last to leave sets it back, in whatever order they leave."""
+class Shared:
+    """A context of process-wide settings that several uses share: the first to enter sets, the last to leave sets back.
 
-    def __init__(self) -> None:
-        self.lock, self.inside, self.hidden = threading.Lock(), 0, ExitStack()
+    Uses may end in any order and in any thread. Calling it gives a use, for `with`.
+    """
 
-    def enter(self) -> None:
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        functools.update_wrapper(self, make)
+        self.make = make
+        self.lock, self.inside, self.entered = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
         with self.lock:
             if not self.inside:
-                self.hidden.callback(logging.disable, logging.root.manager.disable)
-                logging.disable(logging.CRITICAL)
-                self.hidden.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")
-                self.hidden.enter_context(redirect_stderr(io.StringIO()))
-                self.hidden.enter_context(redirect_stdout(io.StringIO()))
+                self.entered.enter_context(self.make())
             self.inside += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.inside -= 1
-            if not self.inside:
-                self.hidden.close()
-
-
-_QUIET = _Quiet()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if not self.inside:
+                    self.entered.close()
 
 
+@Shared
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide what torch, torchao and the exporters print, log and warn of inside: nobody can act on it.
@@ -233,52 +233,17 @@ def quiet() -> Iterator[None]:
     Errors are raised as ever; only use it around calls of libraries. Output is a process's: what other threads print
     meanwhile is hidden, too.
     """
-    _QUIET.enter()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        _QUIET.leave()
+        logging.disable(disabled)
 
 
-class _UnfusedAttention:
-    """PyTorch's process-wide switches of attention, counted: the last of several threads to leave sets them back."""
-
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
-        self.fast_path, self.detect = True, transformer._detect_is_causal_mask
-
-    def enter(self) -> None:
-        with self.lock:
-            if not self.inside:
-                self.fast_path, self.detect = (
-                    torch.backends.mha.get_fastpath_enabled(),
-                    transformer._detect_is_causal_mask,
-                )
-                torch.backends.mha.set_fastpath_enabled(False)
-                transformer._detect_is_causal_mask = self.causal
-            self.inside += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.inside -= 1
-            if not self.inside:
-                torch.backends.mha.set_fastpath_enabled(self.fast_path)
-                transformer._detect_is_causal_mask = self.detect
-
-    def causal(self, mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
-        """Whether a mask may be left out for a causal kernel: while capturing only where the caller says so.
-
-        PyTorch compares the mask's numbers, which a capture does not have. A mask that is kept is right whatever it
-        holds, in the capture and for masks that are given later.
-        """
-        if torch.compiler.is_compiling():
-            return is_causal is True
-        return self.detect(mask, is_causal, size)
-
-
-_UNFUSED = _UnfusedAttention()
-
-
+@Shared
 @contextmanager
 def unfused_attention() -> Iterator[None]:
     """Inside, `nn.TransformerEncoder` and `nn.MultiheadAttention` call their submodules, and take any mask as data.
@@ -286,11 +251,25 @@ def unfused_attention() -> Iterator[None]:
     In eval mode PyTorch computes both in one kernel, which no runtime, hook or quantizer sees into. Other threads
     compute the same meanwhile, without that kernel.
     """
-    _UNFUSED.enter()
+    fast_path, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
+
+    def causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        """Whether a mask may be left out for a causal kernel: while capturing only where the caller says so.
+
+        PyTorch compares the mask's numbers, which a capture does not have. A mask that is kept is right whatever it
+        holds, in the capture and for masks that are given later.
+        """
+        if torch.compiler.is_compiling():
+            return is_causal is True
+        return detect(mask, is_causal, size)
+
+    torch.backends.mha.set_fastpath_enabled(False)
+    transformer._detect_is_causal_mask = causal
     try:
         yield
     finally:
-        _UNFUSED.leave()
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        transformer._detect_is_causal_mask = detect
 
 
 @contextmanager

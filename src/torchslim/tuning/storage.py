@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torchslim.core.checks import shown
+from torchslim.core.isolation import Shared
 from torchslim.errors import StorageError, TorchslimError
 
 
+@Shared
 @contextmanager
 def hushed() -> Iterator[None]:
     """Optuna tells nothing, and warns of nothing that is experimental."""
