@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.support.distributed import free_port
+from tests.support.distributed import two_processes
 from torchslim.distill.losses.crd import CRD, contrast
 from torchslim.errors import DistillError
 
@@ -229,10 +228,8 @@ def test_the_student_comes_to_tell_samples_apart() -> None:
     assert (nearest == torch.arange(32)).float().mean() > 0.5
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _worker(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     module = built()
     student, teacher = batch(rank)
     module(student, teacher, torch.tensor([2 * rank, 2 * rank + 1]), torch.tensor([rank, 5]))
@@ -243,7 +240,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_banks_of_all_processes_stay_equal(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_worker, (free_port(), str(tmp_path)), nprocs=2)
+    two_processes(_worker, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, each in one.items():
         assert torch.equal(each, two[name]), name

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
-from tests.support.distributed import free_port
+from tests.support.distributed import torchslim_on_two, two_processes
 from torchslim import distill
 from torchslim.core import distributed
 from torchslim.training.loaders import shared
@@ -63,9 +59,7 @@ def gradients(name: str, mine: slice) -> dict[str, Tensor]:
     return {each: parameter.grad for each, parameter in trained if parameter.grad is not None}
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _worker(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     found = {name: gradients(name, slice(rank * 4, rank * 4 + 4)) for name in PARTS}
     uneven = torch.arange(3.0 + rank).requires_grad_()
@@ -79,7 +73,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_have_the_gradient_of_one_on_the_joined_batch(tmp_path: Path) -> None:
-    mp.spawn(_worker, (free_port(), str(tmp_path)), nprocs=2)
+    two_processes(_worker, str(tmp_path))
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert found["joined"].tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert found["uneven"].tolist() == [0, 2, 4]  # summed over both processes: each holds the whole loss
@@ -147,16 +141,10 @@ train = { do = "distill", epochs = 2, feature = { do = "attention_transfer" }, t
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_recipe_runs_on_two_processes(tmp_path: Path, killed: bool) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
-        "-m", "torchslim", "run", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out"), "--json",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["run", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out"), "--json"]
 
     def run() -> dict[str, Any]:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found: dict[str, Any] = json.loads(done.stdout)  # one process prints
+        found: dict[str, Any] = json.loads(torchslim_on_two(command, tmp_path))  # one process prints
         return found
 
     first = run()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import torchslim as ts
 from tests.support import toy
 from tests.support.deployment_models import trained_conv
-from tests.support.distributed import free_port
+from tests.support.distributed import two_processes
 from torchslim.core.step import Context, Engine
 from torchslim.errors import QuantizeError, SelectError
 from torchslim.quantize import Prepared, Quantize, convert, prepare, sqnr
@@ -291,10 +289,8 @@ def test_it_distils_by_default() -> None:
     quantize.check(context(toy.model()))
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _worker(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     prepared = ready(toy.model(), toy.images(8, 0)[0])
     prepared.freeze_norms()
     prepared.freeze_ranges()
@@ -312,7 +308,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_have_the_gradient_of_one(tmp_path: Any) -> None:
-    mp.spawn(_worker, (free_port(), str(tmp_path)), nprocs=2)
+    two_processes(_worker, str(tmp_path))
     prepared = ready(toy.model(), toy.images(8, 0)[0])
     prepared.freeze_norms()
     prepared.freeze_ranges()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 import torchslim as ts
 from tests.support import toy
+from tests.support.forked import become, context
 
 STEPS = [
     ts.Prune(sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=1e-2)),
@@ -99,18 +100,14 @@ def run(folder: Path, moment: str = "") -> ts.Result:
 
 
 def end(moment: str, folder: Path) -> int | None:
-    """The exit code of a process that runs the recipe and kills itself.
-
-    Processes are forked from one that has imported all this and has no threads.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_run_alone, args=(folder, moment))
+    """The exit code of a process that runs the recipe and kills itself."""
+    process = context().Process(target=_run_alone, args=(folder, moment, dict(os.environ)))
     process.start()
     process.join(timeout=300)
     return process.exitcode
 
 
-def _run_alone(folder: Path, moment: str) -> None:
+def _run_alone(folder: Path, moment: str, environment: Mapping[str, str]) -> None:
+    become(environment)
     torch.set_num_threads(1)
     run(folder, moment)

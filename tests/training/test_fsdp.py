@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
-from tests.support.distributed import free_port
+from tests.support.distributed import torchslim_on_two, two_processes
 from torchslim import distill
 from torchslim.core import distributed
 from torchslim.errors import TrainError
@@ -169,12 +165,7 @@ def take(step: Any, strategy: str) -> dict[str, Any]:
     return {"weights": dict(outcome.model.state_dict()), "history": [dict(row) for row in outcome.history]}
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def _worker(rank: int, folder: str) -> None:
     distributed.connect()
     found: dict[str, Any] = {}
     for strategy in ("ddp", "fsdp"):
@@ -205,7 +196,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("fsdp")
-    mp.spawn(_worker, (free_port(), str(folder)), nprocs=2)
+    two_processes(_worker, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -278,19 +269,13 @@ train = { do = "finetune", epochs = 2, optimizer = "sgd", lr = 0.01 }
 
 
 @pytest.mark.distributed
-def test_a_recipe_runs_under_torchrun_as_with_copies(tmp_path: Path) -> None:
+def test_a_recipe_runs_as_with_copies(tmp_path: Path) -> None:
     runs: dict[str, dict[str, Any]] = {}
     for strategy in ("ddp", "fsdp"):
         recipe, out = tmp_path / f"{strategy}.toml", tmp_path / strategy
         recipe.write_text(RECIPE.replace("STRATEGY", strategy))
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
-            "-m", "torchslim", "run", str(recipe), "--out", str(out), "--json",
-        ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        runs[strategy] = json.loads(done.stdout)
+        printed = torchslim_on_two(["run", str(recipe), "--out", str(out), "--json"], tmp_path)
+        runs[strategy] = json.loads(printed)
     for before, after in zip(runs["ddp"]["rows"], runs["fsdp"]["rows"], strict=True):
         assert before["name"] == after["name"]
         assert before["nonzero"]["value"] == after["nonzero"]["value"]
