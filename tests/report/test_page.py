@@ -469,7 +469,7 @@ def test_load_names_a_ratio_that_is_missing(of: str, key: str, tmp_path: Path) -
 def test_load_takes_no_spread_with_one_end(end: str, tmp_path: Path) -> None:
     run = make_run()
     del run["rows"][1]["speedup"]["over_baseline"][end]
-    with pytest.raises(ArtifactError, match=r"damaged: rows\[1\]\.speedup\.over_baseline must be .* low and high or"):
+    with pytest.raises(ArtifactError, match=r"damaged: rows\[1\]\.speedup\.over_baseline needs both low and high"):
         load_run(written(tmp_path, run))
 
 
@@ -495,7 +495,7 @@ def test_load_wants_the_figures_that_the_report_is_about(tmp_path: Path) -> None
     for parent, key in (("metric", "test"), ("latency_ms", "onnxruntime")):
         run = make_run()
         del run["rows"][1][parent][key]
-        with pytest.raises(ArtifactError, match=rf"rows\[1\]\.{parent}\.{key}"):
+        with pytest.raises(ArtifactError, match=rf"rows\[1\]\.{parent} has no {key}"):
             load_run(written(tmp_path, run))
 
 

@@ -306,7 +306,7 @@ def test_load_takes_what_was_written_and_refuses_what_is_damaged(
         damaged = make()
         del damaged[key]
         path.write_text(json.dumps(damaged))
-        with pytest.raises(ArtifactError, match=rf"is damaged: {key} must be .*, got nothing; run again"):
+        with pytest.raises(ArtifactError, match=rf"is damaged: {key}: Field required; run again"):
             load(tmp_path)
     path.write_text(json.dumps(make() | {"kind": "other"}))
     with pytest.raises(ArtifactError, match=rf'is no {kind} but a "other"'):
@@ -323,6 +323,8 @@ def test_load_takes_what_was_written_and_refuses_what_is_damaged(
     (make_search, load_search, "trials", "within", 1),
     (make_search, load_search, "front", "figures", {"latency": {"value": 1.0}}),
     (make_search, load_search, "front", "recipe", None),
+    (make_search, load_search, "trials", "number", -1),
+    (make_search, load_search, "space", "name", 3),
     (make_sensitivity, load_sensitivity, "points", "value", "3"),
     (make_sensitivity, load_sensitivity, "points", "kind", "other"),
 ])  # fmt: skip
@@ -331,8 +333,57 @@ def test_load_names_a_damaged_row(make: Any, load: Any, parent: str, key: str, v
     data[parent][1][key] = value
     path = tmp_path / "data.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(ArtifactError, match=rf"is damaged: {parent}\[1\]\.{key} must be"):
+    with pytest.raises(ArtifactError, match=rf"is damaged: {parent}\.1\.(\w+\.)?{key}\S*: "):
         load(path)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda data: data["verdict"].update(binding=["macs"]), r"verdict\.binding names \['macs'\]"),
+    (lambda data: data.update(objectives=["speed"]), r"objectives\.0: "),
+    (lambda data: data["budget"].update(latency_ms="fast"), r"budget\.latency_ms\S*: "),
+    (lambda data: data.update(failed=[{"trial": 1}]), r"failed\.0\.reason: Field required"),
+    (lambda data: data["front"][0]["figures"]["latency"].pop("low"), r"front\[0\]\.figures\.latency needs both low and"),
+])  # fmt: skip
+def test_load_refuses_what_the_page_could_not_show(change: Any, message: str, tmp_path: Path) -> None:
+    data = make_search()
+    change(data)
+    (tmp_path / "search.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match=f"is damaged: {message}"):
+        load_search(tmp_path)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every table and list inside of a value with each of its keys or indices."""
+    if not isinstance(value, (dict, list)):
+        return []
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
+
+
+ODD = [None, True, -1, 0, 10**18, 1.5, 1e39, "", "latency", "x" * 200, [], [1], {}, {"latency": 1}, {"value": 1}]
+
+
+@settings(max_examples=200)
+@pytest.mark.parametrize("kind", ["search", "sensitivity"])
+@given(data=st.data())
+def test_what_load_accepts_is_shown(kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Costs 6 s: any change of a file is refused as damaged, or the page and the table can show it."""
+    load, render, table = REPORTS[kind]
+    value = copy.deepcopy(make_search() if kind == "search" else make_sensitivity())
+    for _ in range(data.draw(st.integers(1, 2))):
+        parent, key = data.draw(st.sampled_from(places(value)))
+        if data.draw(st.booleans()):
+            parent[key] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
+        else:
+            del parent[key]
+    path = tmp_path_factory.mktemp("file") / f"{kind}.json"
+    path.write_text(json.dumps(value))
+    try:
+        checked = load(path)
+    except ArtifactError:
+        return
+    assert render(checked)
+    assert table(checked)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What torchslim has measured, as a page and as a table: a run, a search, a sensitivity analysis. Imports no torch."""
+"""Show a run, a search or a sensitivity analysis as an HTML page or a text table. Imports no torch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the page's plots are drawn from."""
+"""Data for the plots of the page."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torchslim.report.numbers import (
 
 
 def common_unit(run: Run) -> tuple[str, int]:
-    """One unit of size for all rows, and its bytes."""
+    """Unit of size for all rows, and the unit's bytes."""
     return byte_unit(max((value_of(row["size_bytes"]) or 0 for row in run["rows"]), default=0))
 
 
 def tradeoffs(run: Run) -> list[dict[str, Any]]:
-    """Two plots: the metric against size and against latency, a point per row that has both figures."""
+    """Two plots, the metric against size and against latency, with a point for each row that has both figures."""
     unit, unit_bytes = common_unit(run)
     axis = metric_axis(run, reported_split(run))
     named = list(zip(labels(run["rows"]), run["rows"], strict=True))
@@ -68,23 +68,23 @@ def _point(run: Run, label: str, row: Row) -> dict[str, Any] | None:
 
 
 def histories(run: Run) -> list[dict[str, Any]]:
-    """For each step that trained: the parts of its loss by epoch, and the validation metric by epoch."""
-    found = []
+    """Plots of every step that trained: parts of the loss by epoch, and the validation metric by epoch."""
+    plots = []
     for index, row in enumerate(run["rows"]):
         history = row["history"]
         if not history:
             continue
-        keys = list(dict.fromkeys(key for each in history for key in each))
+        keys = list(dict.fromkeys(key for epoch in history for key in epoch))
         losses = [key for key in keys if key.startswith(("loss", "penalty"))]
-        where = [_where(each) for each in history]
-        found += [
+        where = [_where(epoch) for epoch in history]
+        plots += [
             {
                 "id": f"history-{index}-{kind}",
                 "row": index,
                 "x": "epoch",
                 "y": title,
                 "where": where,
-                "lines": [{"name": _line_name(run, key), "y": [each.get(key) for each in history]} for key in chosen],
+                "lines": [{"name": _line_name(run, key), "y": [epoch.get(key) for epoch in history]} for key in chosen],
             }
             for kind, title, chosen in (
                 ("loss", "loss", losses),
@@ -92,11 +92,11 @@ def histories(run: Run) -> list[dict[str, Any]]:
             )
             if chosen
         ]
-    return found
+    return plots
 
 
 def metric_axis(run: Run, split: str) -> str:
-    """The metric as the name of an axis: "accuracy on val, %"."""
+    """Axis title of the metric: "accuracy on val, %"."""
     name = f"{run['metric']['name']} on {split}"
     return f"{name}, {run['metric']['unit']}" if run["metric"]["unit"] else name
 
@@ -110,7 +110,7 @@ def _line_name(run: Run, key: str) -> str:
 
 
 def history_column(run: Run, key: str) -> str:
-    """A column of the history, by the name that the reader knows."""
+    """Heading of a history column."""
     if key == "val":
         return metric_axis(run, "val")
     if key == "lr":
@@ -119,7 +119,7 @@ def history_column(run: Run, key: str) -> str:
 
 
 def history_text(run: Run, key: str, value: float) -> str:
-    """A figure of the history, for the eye."""
+    """A figure of the history, rounded for display."""
     if key in ("epoch", "round"):
         return f"{value:g}"
     return metric_text(value, run["metric"]["unit"]) if key == "val" else significant(value, 4)

@@ -1,4 +1,4 @@
-"""What a run has to say, in words: told once, and shown by the page and the table alike."""
+"""Findings of a run, in words, for both the page and the table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """What one step did, against the step before it."""
+    """Effect of one step, compared with the row before it."""
 
     label: str
     size: str
@@ -35,25 +35,25 @@ class Gain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceiling:
-    """One round of a cut to a ceiling of latency; times are over that of the model that the step received."""
+    """One attempt to reach a latency ceiling; times are over the time of the model that the step received."""
 
-    label: str  # of the step, and of its cut where there are several
+    label: str  # of the step, and of the cut if the step has several
     round: int
     ceiling: float
     predicted: float
     measured: float | None
     chosen: bool
-    about: str  # of the cut as a whole
+    about: str  # programs and machine of the cut's times
 
     @property
     def share(self) -> float | None:
-        """Of the ceiling, what was measured."""
+        """Measured time over the ceiling; None if not measured."""
         return None if self.measured is None else self.measured / self.ceiling
 
 
 @dataclass(slots=True, kw_only=True)
 class Layer:
-    """What all steps together did to one layer."""
+    """Combined effect of all steps on one layer."""
 
     name: str
     sparsity: float | None = None
@@ -70,12 +70,12 @@ class Layer:
 
 
 def reported_split(run: Run) -> str:
-    """The split that the report's metric is on."""
+    """Name of the split on which the metric is reported."""
     return str(run["reported_on"]).partition(" ")[0]
 
 
 def provenance(run: Run) -> str:
-    """Which data chose the model and which data judged it."""
+    """Splits on which the model was selected and reported, in words."""
     split = reported_split(run)
     line = f"selected on {run['selected_on']}, reported on {split}"
     if split == run["selected_on"]:
@@ -84,7 +84,7 @@ def provenance(run: Run) -> str:
 
 
 def batch_words(run: Run) -> str:
-    """How many samples a timed call takes."""
+    """Number of samples in a timed call, in words."""
     batch = run["batch"]
     if batch == 1:
         return "one sample a call"
@@ -92,7 +92,7 @@ def batch_words(run: Run) -> str:
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """The rows' names; where a step is taken twice, numbered."""
+    """Names of the rows, numbered if a step occurs several times."""
     names = [str(row["name"]) for row in rows]
     return [
         name if names.count(name) == 1 else f"{name} #{names[: index + 1].count(name)}"
@@ -101,43 +101,43 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 
 def metric_entry(run: Run, row: Row) -> Entry:
-    """The row's metric on the split that is reported."""
+    """Metric of the row on the reported split."""
     entry: Entry = row["metric"][reported_split(run)]
     return entry
 
 
 def latency_entry(run: Run, row: Row) -> Entry:
-    """The row's latency on the runtime that it is deployed on."""
+    """Latency of the row on the target runtime."""
     entry: Entry = row["latency_ms"][run["target"]["runtime"]]
     return entry
 
 
 def warnings(run: Run) -> list[tuple[str, list[str]]]:
-    """Each warning once, with the steps that gave it."""
-    found: dict[str, list[str]] = {}
+    """Distinct warnings, with the steps that gave them."""
+    steps_by_warning: dict[str, list[str]] = {}
     for label, row in zip(labels(run["rows"]), run["rows"], strict=True):
         for warning in row["warnings"]:
-            steps = found.setdefault(warning, [])
+            steps = steps_by_warning.setdefault(warning, [])
             if label not in steps:
                 steps.append(label)
-    return list(found.items())
+    return list(steps_by_warning.items())
 
 
 def gaps(run: Run, entries: Iterable[tuple[str, str, Entry]]) -> list[str]:
-    """Why what is missing is missing, once a reason: "size of prune, distill: no file"."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Missing entries, one text for each name and reason: "size of prune, distill: no file"."""
+    rows_by_gap: dict[tuple[str, str], list[str]] = {}
     for label, what, entry in entries:
         if "not_measured" in entry:
-            found.setdefault((what, entry["not_measured"]), []).append(label)
-    every = len(run["rows"])
+            rows_by_gap.setdefault((what, entry["not_measured"]), []).append(label)
+    total = len(run["rows"])
     return [
-        f"{what} of {'all rows' if len(rows) == every else ', '.join(rows)}: {reason}"
-        for (what, reason), rows in found.items()
+        f"{what} of {'all rows' if len(rows) == total else ', '.join(rows)}: {reason}"
+        for (what, reason), rows in rows_by_gap.items()
     ]
 
 
 def gains(run: Run) -> list[Gain]:
-    """What each step alone gained, "none" included."""
+    """Gain of every step alone, including "none"."""
     rows = run["rows"]
     return [
         Gain(
@@ -174,12 +174,12 @@ def _latency_change(speedup: Entry) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio: "1.80x"."""
+    """`ratio` as text: "1.80x"."""
     return f"{ratio_text(ratio)}x"
 
 
 def metric_change(run: Run, before: Row, after: Row) -> str:
-    """The metric's difference between two rows, and whether it is for the better."""
+    """Difference of the metric between two rows, and whether it is better or worse."""
     old, new = value_of(metric_entry(run, before)), value_of(metric_entry(run, after))
     if old is None or new is None:
         return "not measured"
@@ -194,72 +194,72 @@ def metric_change(run: Run, before: Row, after: Row) -> str:
 
 
 def summary(run: Run) -> str:
-    """The whole run in a sentence: the metric before and after, how much smaller, how much faster."""
+    """The whole run in one sentence: metric before and after, size ratio, speed-up."""
     first, last = run["rows"][0], run["rows"][-1]
     metric, unit, runtime = run["metric"]["name"], run["metric"]["unit"], run["target"]["runtime"]
     old, new = value_of(metric_entry(run, first)), value_of(metric_entry(run, last))
     if old is None or new is None:
-        told = [f"{metric} on {reported_split(run)} was not measured"]
+        clauses = [f"{metric} on {reported_split(run)} was not measured"]
     else:
-        told = [
+        clauses = [
             f"{metric} on {reported_split(run)} goes from {with_unit(metric_text(old, unit), unit)} to "
             f"{with_unit(metric_text(new, unit), unit)} ({metric_change(run, first, last)})"
         ]
     before, after = value_of(first["size_bytes"]), value_of(last["size_bytes"])
     if before is None or after is None:
-        told.append("its size was not measured")
+        clauses.append("its size was not measured")
     else:
         change = smaller(before, after)
-        told.append("what ships is as large as before" if change == "none" else f"what ships is {change}")
+        clauses.append("what ships is as large as before" if change == "none" else f"what ships is {change}")
     ratio = value_of(last["speedup"]["over_baseline"])
     if ratio is None:
-        told.append(f"its latency on {runtime} was not measured")
+        clauses.append(f"its latency on {runtime} was not measured")
     elif last["speedup"]["over_baseline"]["verdict"] == "no difference":
-        told.append(f"its latency on {runtime} shows no difference")
+        clauses.append(f"its latency on {runtime} shows no difference")
     else:
-        told.append(f"it runs {faster(ratio)} on {runtime}")
-    return f"{told[0]}; {told[1]}, and {told[2]}."
+        clauses.append(f"it runs {faster(ratio)} on {runtime}")
+    return f"{clauses[0]}; {clauses[1]}, and {clauses[2]}."
 
 
 def layers(run: Run) -> list[Layer]:
-    """A line per layer, in the order in which the steps touched them; the last step's figure counts."""
-    found: dict[str, Layer] = {}
+    """One `Layer` for each changed layer, in the order in which steps changed them; later steps replace figures."""
+    by_name: dict[str, Layer] = {}
     for label, row in zip(labels(run["rows"]), run["rows"], strict=True):
         for record in row["layers"]:
             if not record["layer"]:
-                continue  # about the model as a whole
-            # pruning names the parameter and quantization its module: one layer, one line
+                continue  # a record of the whole model
+            # pruning names the parameter, quantization its module: merge them
             name = record["layer"].removesuffix(".weight")
-            layer = found.setdefault(name, Layer(name=name))
+            layer = by_name.setdefault(name, Layer(name=name))
             for key in ("sparsity", "weight_bits", "activation_bits", "sqnr_db", "kernel", "integer"):
                 if record.get(key) not in (None, ""):
                     setattr(layer, key, record[key])
             note = (label, record["action"], record["reason"])
             if (record["reason"] or record["action"] == "refused") and note not in layer.notes:
                 layer.notes.append(note)
-    return list(found.values())
+    return list(by_name.values())
 
 
 def ceilings(run: Run) -> list[Ceiling]:
-    """What was predicted of latencies and what was measured, a line for each round."""
-    found = []
+    """Predicted and measured latencies, one `Ceiling` for each round."""
+    rounds = []
     for label, row in zip(labels(run["rows"]), run["rows"], strict=True):
         cuts = row.get("evidence", {}).get("latency", [])
-        for number, cut in enumerate(cuts, 1):
+        for cut_number, cut in enumerate(cuts, 1):
             about = f"times of {cut['programs']} narrowed programs, taken {_taken(cut['elsewhere'])}"
-            found += [
+            rounds += [
                 Ceiling(
-                    label=f"{label}, cut {number}" if len(cuts) > 1 else label,
-                    round=place,
+                    label=f"{label}, cut {cut_number}" if len(cuts) > 1 else label,
+                    round=number,
                     ceiling=cut["ceiling"],
-                    predicted=each["predicted"],
-                    measured=each["measured"],
-                    chosen=place == cut["best"],
+                    predicted=attempt["predicted"],
+                    measured=attempt["measured"],
+                    chosen=number == cut["best"],
                     about=about,
                 )
-                for place, each in enumerate(cut["rounds"], 1)
+                for number, attempt in enumerate(cut["rounds"], 1)
             ]
-    return found
+    return rounds
 
 
 def _taken(elsewhere: str) -> str:

@@ -1,4 +1,4 @@
-"""What every page shares: one file that needs nothing but itself, and runs no script but its own."""
+"""Render pages as single self-contained HTML files that run only their own scripts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FOLDER = Path(__file__).parent
 
 
 def fill(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
-    """A page from its template and its scripts, which draw with plotly; without scripts it carries none.
+    """Render a page from its template and scripts; plotly is included if there are scripts.
 
-    The page loads nothing: its Content-Security-Policy forbids every request, and every script but its own.
+    The page loads nothing: its Content-Security-Policy forbids all requests, and all scripts except its own.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -45,14 +45,14 @@ def _plotly() -> str:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """Nothing may be fetched and no script may run but these: a name that slips through is harmless."""
+    """Content-Security-Policy that allows only `scripts` and no requests: an unescaped name could do no harm."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def machine_facts(machines: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]], list[tuple[str, str]]]]:
-    """Name, facts and package versions of each machine."""
+    """Name, facts and package versions of every machine."""
     return [
         (
             name,

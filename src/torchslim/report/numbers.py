@@ -1,4 +1,4 @@
-"""How numbers are written: a few digits for the eye; the exact value travels beside it."""
+"""Format numbers for reports: a few significant digits, or all of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Entry = dict[str, Any]  # {"value", "unit", "repeats", "low", "high", "machine"}
 
 
 def value_of(entry: Entry) -> float | None:
-    """The number as it stands in the run; None where it was not measured."""
+    """Exact number of an entry; None if it was not measured."""
     return entry.get("value")
 
 
 def decimals_for(value: float, digits: int) -> int:
-    """How many decimals show `digits` significant digits of the value; 0 from there on up."""
+    """Number of decimals that show `digits` significant digits of `value`; 0 if its integer part has enough."""
     if value == 0:
         return 0
     exponent = int(f"{abs(value):.{digits - 1}e}".partition("e")[2])  # after rounding: 9.996 is 10.0
@@ -25,7 +25,7 @@ def decimals_for(value: float, digits: int) -> int:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """The value with at least `digits` significant digits and no exponent, unless it is very small or large.
+    """`value` with at least `digits` significant digits, and an exponent only if it is very small or large.
 
     >>> significant(47.8905), significant(0.163636), significant(12345.6), significant(3e-9)
     ('47.9', '0.164', '12346', '3.00e-09')
@@ -36,7 +36,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def counted(value: float) -> str:
-    """A count with three digits and an SI suffix.
+    """A count with three significant digits and an SI suffix.
 
     >>> counted(708), counted(873412), counted(999_960), counted(1.8e9)
     ('708', '873k', '1.00M', '1.80G')
@@ -51,23 +51,23 @@ def counted(value: float) -> str:
 
 
 def exact(value: float) -> str:
-    """All digits, whole numbers grouped in thousands."""
+    """`value` with all digits; whole numbers are grouped in thousands."""
     return f"{value:,}" if isinstance(value, int) else repr(value)
 
 
 def byte_unit(size: float) -> tuple[str, int]:
-    """The unit that shows a size with one to four digits before the point, and its bytes."""
+    """Unit that shows a size with one to four digits before the point, and the unit's bytes."""
     power = min(int(math.log(size, 1024)), len(BYTE_UNITS) - 1) if size >= 1 else 0
     return BYTE_UNITS[power], 1024**power
 
 
 def in_unit(size: float, unit_bytes: int) -> str:
-    """A size in a given unit; bytes are never split."""
+    """A size in a unit, as text; bytes have no decimals."""
     return str(int(size)) if unit_bytes == 1 else significant(size / unit_bytes)
 
 
 def sized(size: float) -> str:
-    """A size in the unit that suits it.
+    """A size in a suitable unit, as text.
 
     >>> sized(3730), sized(12), sized(46804351)
     ('3.64 KiB', '12 bytes', '44.6 MiB')
@@ -77,7 +77,7 @@ def sized(size: float) -> str:
 
 
 def spread(entry: Entry) -> tuple[str, str, str]:
-    """Median, p10 and p90 of a measured entry, to the same decimals, so that they can be compared by eye."""
+    """Median, p10 and p90 of a measured entry, with equal numbers of decimals for easy comparison."""
     middle = entry["value"]
     decimals = min(decimals_for(middle, 3), 9)
     low, high = entry.get("low", middle), entry.get("high", middle)
@@ -85,23 +85,23 @@ def spread(entry: Entry) -> tuple[str, str, str]:
 
 
 def metric_text(value: float, unit: str) -> str:
-    """A metric without its unit: two decimals where it is a percentage, else four significant digits."""
+    """A metric without its unit: two decimals for a percentage, else four significant digits."""
     text = f"{value:.2f}" if unit == "%" else significant(value, 4)
     return text.removeprefix("-") if float(text) == 0 else text
 
 
 def with_unit(text: str, unit: str) -> str:
-    """A number's text and its unit; "" and "1" are no unit."""
+    """`text` followed by its unit; "" and "1" mean no unit."""
     return text if unit in ("", "1") else f"{text} {unit}"
 
 
 def ratio_text(ratio: float) -> str:
-    """A ratio with two decimals, so that a spread around one can be read; more where it is tiny."""
+    """A ratio with two decimals, which show a spread around 1; below 0.1 with three significant digits."""
     return f"{ratio:.2f}" if ratio >= 0.1 else significant(ratio)
 
 
 def faster(ratio: float) -> str:
-    """A speed-up in words, never below one.
+    """A speed-up in words, with a factor of at least 1.
 
     >>> faster(1.8), faster(0.5)
     ('1.80 times faster', '2.00 times slower')
@@ -110,7 +110,7 @@ def faster(ratio: float) -> str:
 
 
 def smaller(before: float, after: float) -> str:
-    """Two sizes compared in words.
+    """Comparison of two sizes in words.
 
     >>> smaller(4096, 1024), smaller(1000, 1000), smaller(3730, 3804), smaller(100_000, 99_990)
     ('4.00 times smaller', 'none', '2.0 % larger', '0.010 % smaller')

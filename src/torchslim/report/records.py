@@ -1,6 +1,6 @@
-"""What `run.json` and `stage.json` hold, as types that pydantic checks: no unknown keys, no number without bounds.
+"""Types of the files that reports read, for pydantic: no unknown keys, and every number has bounds.
 
-They are plain dicts where they are used. Nothing here imports pydantic: it is loaded where a file is checked.
+Values are plain dicts where they are used. This module does not import pydantic, which is loaded to check a file.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal, NotRequired
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from typing_extensions import TypedDict
 
+from torchslim.core.budget import Objective
+
 STRICT = {"extra": "forbid", "strict": True}
-OPEN = {"extra": "allow", "strict": True}  # what steps of the user's own, and their metrics, may add to
+OPEN = {"extra": "allow", "strict": True}  # for tables that a user's own steps and metrics may extend
 LONGEST = 100_000  # characters of a text: a reason may quote a compiler
 
 Text = Annotated[str, MaxLen(LONGEST)]
@@ -34,7 +36,7 @@ class Measured(TypedDict):
 
 
 class Compared(Measured):
-    """A ratio, and in words whether it lies outside of the noise."""
+    """A ratio, and in words whether it differs from 1 by more than the noise."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -42,7 +44,7 @@ class Compared(Measured):
 
 
 class NotMeasured(TypedDict):
-    """In a number's place, with the reason."""
+    """The reason why there is no number, in its place."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -54,7 +56,7 @@ Ratio = Compared | NotMeasured
 
 
 class Layer(TypedDict):
-    """A `steps.LayerRecord`."""
+    """A `core.step.LayerRecord`."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -71,7 +73,7 @@ class Layer(TypedDict):
 
 
 class Round(TypedDict):
-    """One cut on the way to a ceiling of latency."""
+    """One attempt to cut a model to a latency ceiling."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
 
@@ -81,7 +83,7 @@ class Round(TypedDict):
 
 
 class Cut(TypedDict):
-    """The cuts to one ceiling of latency; `best` counts the rounds from 1."""
+    """The attempts for one latency ceiling; `best` counts the rounds from 1."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
 
@@ -93,7 +95,7 @@ class Cut(TypedDict):
 
 
 class Evidence(TypedDict):
-    """What a step found out besides; steps of the user's own add what they like."""
+    """Further findings of a step; a user's own steps may add any keys."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
 
@@ -101,7 +103,7 @@ class Evidence(TypedDict):
 
 
 class StageRow(TypedDict):
-    """A stage, before its latency is known: in `stage.json`."""
+    """A stage without its latency, as in `stage.json`."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -120,7 +122,7 @@ class StageRow(TypedDict):
 
 
 class Speedup(TypedDict):
-    """Times over those of the baseline, and of the row before."""
+    """Speed-up over the baseline, and over the previous row."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -129,7 +131,7 @@ class Speedup(TypedDict):
 
 
 class Shrink(TypedDict):
-    """Times smaller than the baseline, and than the row before."""
+    """How many times smaller than the baseline, and than the previous row."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -138,7 +140,7 @@ class Shrink(TypedDict):
 
 
 class Row(StageRow):
-    """A stage, or the artifact, beside the others: in `run.json`."""
+    """A stage, or the artifact, compared with the other rows, as in `run.json`."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -148,7 +150,7 @@ class Row(StageRow):
 
 
 class MetricOf(TypedDict):
-    """What the metric is called, and which way it is better."""
+    """Name, unit and direction of the metric."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -158,7 +160,7 @@ class MetricOf(TypedDict):
 
 
 class TargetOf(TypedDict):
-    """Where the model runs."""
+    """Runtime and threads of the deployed model."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -167,7 +169,7 @@ class TargetOf(TypedDict):
 
 
 class Machine(TypedDict):
-    """What a machine is called, and the versions of packages on it."""
+    """Description of a machine, and the versions of packages on it."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
 
@@ -175,7 +177,7 @@ class Machine(TypedDict):
 
 
 class RecipeOf(TypedDict):
-    """What a run was asked for: in `recipe.json`, and in `run.json`. Its steps are as `steps.canonical` gives them."""
+    """The recipe of a run, in `recipe.json` and `run.json`; its steps are those of `core.fingerprint.canonical`."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -187,7 +189,7 @@ class RecipeOf(TypedDict):
 
 
 class BudgetOf(TypedDict):
-    """Whether a search kept its bounds, in words."""
+    """Whether a search kept its bounds, with a text."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
 
@@ -196,7 +198,7 @@ class BudgetOf(TypedDict):
 
 
 class Run(TypedDict):
-    """A `run.json`."""
+    """Content of `run.json`."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -212,3 +214,148 @@ class Run(TypedDict):
     machines: dict[Text, Machine]
     rows: Annotated[list[Row], MinLen(1)]
     budget: NotRequired[BudgetOf]
+
+
+class SearchRange(TypedDict):
+    """A parameter of a search between two numbers."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    name: Text
+    kind: Literal["float", "int"]
+    low: Number
+    high: Number
+
+
+class SearchChoice(TypedDict):
+    """A parameter of a search with listed values."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    name: Text
+    kind: Literal["choice"]
+    choices: list[Any]
+
+
+class SearchBudget(TypedDict):
+    """Bounds of a search, by the fields of `core.budget.Budget`, which has more than these."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    metric_drop: NotRequired[Number]
+    latency_ms: NotRequired[Number]
+    size_mb: NotRequired[Number]
+    peak_memory_mb: NotRequired[Number]
+    macs: NotRequired[Number]
+    params: NotRequired[Number]
+
+
+class Trial(TypedDict):
+    """A tried candidate."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    number: Count
+    parameters: dict[Text, Any]
+    state: Text
+    stage: Text
+    reason: Text
+    figures: dict[Text, Number]
+    within: bool
+    seconds: Number
+
+
+class Original(TypedDict):
+    """Figures of a search's original model."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    metric: dict[Text, Entry]
+    figures: dict[Text, Entry]
+
+
+class FrontMember(Original):
+    """A candidate that was trained fully and measured as an artifact; paths begin in the folder of the search."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    trial: Count
+    parameters: dict[Text, Any]
+    recipe: Text
+    folder: NotRequired[Text]
+    within: bool
+
+
+class FailedFinal(TypedDict):
+    """A candidate that could not be measured as an artifact."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    trial: Count
+    reason: Text
+
+
+class VerdictOf(TypedDict):
+    """Whether a search kept its bounds, the nearest trial, and the bounds that this trial breaks."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    met: bool
+    text: Text
+    nearest: Count | None
+    binding: list[Objective]
+
+
+class SearchFile(TypedDict):
+    """Content of `search.json`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    format: Literal[1]
+    kind: Literal["search"]
+    torchslim: Text
+    recipe: dict[Text, Any]
+    space: list[SearchRange | SearchChoice]
+    budget: SearchBudget
+    objectives: list[Objective]
+    metric: MetricOf
+    target: NotRequired[dict[Text, Any]]
+    baseline: Original
+    trials: list[Trial]
+    failed: NotRequired[list[FailedFinal]]
+    front: list[FrontMember]
+    verdict: VerdictOf
+    machines: dict[Text, Machine]
+
+
+class PointOf(TypedDict):
+    """A change of one layer or channel group and its measured effect, as `analysis.result.Point`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    name: Text
+    kind: Literal["channels", "layer"]
+    change: Text
+    amount: NotRequired[Number | None]
+    value: Number | None
+    refused: Text
+    groups: NotRequired[list[Text]]
+
+
+class SensitivityFile(TypedDict):
+    """Content of `sensitivity.json`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    format: Literal[1]
+    kind: Literal["sensitivity"]
+    torchslim: Text
+    model: Text
+    measure: Text
+    unit: Text
+    higher_is_better: bool
+    reference: Number | None
+    runtime: Text
+    points: list[PointOf]
+    notes: NotRequired[list[Text]]
+    machines: dict[Text, Machine]

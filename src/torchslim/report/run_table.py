@@ -1,4 +1,4 @@
-"""A run as plain text: an aligned table, and the findings below it."""
+"""Show a run as plain text: an aligned table, and findings below."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ ABSENT = "-"
 
 
 def table(run: dict[str, Any]) -> str:
-    """The run as a plain-text table: a row per step, one for the artifact, and what each step alone gained.
+    """The run as a plain-text table: a row for each step and for the artifact, and the gain of every step alone.
 
     Args:
-        run: what `run.json` holds.
+        run: content of `run.json`.
     """
     rows, runtime, metric = run["rows"], run["target"]["runtime"], run["metric"]
     names = labels(rows)
@@ -66,7 +66,7 @@ def table(run: dict[str, Any]) -> str:
 
 
 def plain(text: str) -> str:
-    """One line, and nothing that a terminal would take for a command."""
+    """`text` on one line, with spaces in place of unprintable characters, which a terminal might obey."""
     return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
 
 
@@ -76,7 +76,7 @@ def _clip(text: str, width: int) -> str:
 
 
 def aligned(headers: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Two lines of headers, a rule and the rows; names to the left, figures to the right."""
+    """Two header lines, a rule and the rows; the first column is aligned to the left, the others to the right."""
     columns = list(zip(*headers, strict=True)) + list(rows)
     widths = [max(len(line[index]) for line in columns) for index in range(len(headers))]
     lines = [
@@ -95,7 +95,7 @@ def _cells(run: Run, row: Row) -> list[str]:
     nonzero, total = (value_of(row[key]) for key in ("nonzero", "parameters"))
     return [
         ABSENT if metric is None else metric_text(metric, run["metric"]["unit"]),
-        " / ".join(ABSENT if each is None else counted(each) for each in (nonzero, total)),
+        " / ".join(ABSENT if count is None else counted(count) for count in (nonzero, total)),
         ABSENT if macs is None else counted(macs),
         ABSENT if size is None else sized(size),
         _latency(latency_entry(run, row)),
@@ -127,15 +127,17 @@ def _eager(row: Row) -> str:
 
 
 def _rounds(run: Run) -> str:
-    repeats = sorted({each["repeats"] for row in run["rows"] for each in row["latency_ms"].values() if "value" in each})
+    repeats = sorted(
+        {entry["repeats"] for row in run["rows"] for entry in row["latency_ms"].values() if "value" in entry}
+    )
     if not repeats:
         return "not measured"
-    return f"{'-'.join(str(fromkey) for fromkey in dict.fromkeys((repeats[0], repeats[-1])))} interleaved rounds"
+    return f"{'-'.join(str(count) for count in dict.fromkeys((repeats[0], repeats[-1])))} interleaved rounds"
 
 
 def _gain_lines(run: Run) -> list[str]:
-    found = gains(run)
-    if not found:
+    step_gains = gains(run)
+    if not step_gains:
         return ["  no step was taken"]
     lines = [
         (
@@ -144,7 +146,7 @@ def _gain_lines(run: Run) -> list[str]:
             f"latency {gain.latency}",
             f"metric {gain.metric}",
         )
-        for gain in found
+        for gain in step_gains
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
@@ -153,25 +155,25 @@ def _gain_lines(run: Run) -> list[str]:
 
 
 def _ceiling_lines(run: Run) -> list[str]:
-    found = ceilings(run)
-    if not found:
+    rounds = ceilings(run)
+    if not rounds:
         return []
     lines = [
         (
-            f"{_clip(each.label, NAME_WIDTH)}, round {each.round}",
-            f"at most {significant(each.ceiling)}",
-            f"predicted {significant(each.predicted)}",
-            f"measured {ABSENT}" if each.measured is None else f"measured {significant(each.measured)}",
-            "" if each.share is None else f"{significant(each.share)} of the ceiling",
-            "taken" if each.chosen else "",
+            f"{_clip(attempt.label, NAME_WIDTH)}, round {attempt.round}",
+            f"at most {significant(attempt.ceiling)}",
+            f"predicted {significant(attempt.predicted)}",
+            f"measured {ABSENT}" if attempt.measured is None else f"measured {significant(attempt.measured)}",
+            "" if attempt.share is None else f"{significant(attempt.share)} of the ceiling",
+            "taken" if attempt.chosen else "",
         )
-        for each in found
+        for attempt in rounds
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "",
         "latency, over that of the model that the step received; "
-        f"{plain('; '.join(dict.fromkeys(each.about for each in found)))}:",
+        f"{plain('; '.join(dict.fromkeys(attempt.about for attempt in rounds)))}:",
         *(
             "  " + "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
@@ -180,11 +182,11 @@ def _ceiling_lines(run: Run) -> list[str]:
 
 
 def _shown(run: Run) -> list[tuple[str, str, Entry]]:
-    """Every entry that the table has a cell for."""
+    """All entries that the table shows, with label and name."""
     runtime = run["target"]["runtime"]
-    found = []
+    entries = []
     for label, row in zip(labels(run["rows"]), run["rows"], strict=True):
-        found += [
+        entries += [
             (label, run["metric"]["name"], metric_entry(run, row)),
             (label, "non-zero parameters", row["nonzero"]),
             (label, "parameters", row["parameters"]),
@@ -194,5 +196,5 @@ def _shown(run: Run) -> list[tuple[str, str, Entry]]:
             (label, "speed-up", row["speedup"]["over_baseline"]),
         ]
         if runtime != "eager" and "eager" in row["latency_ms"]:
-            found.append((label, "eager latency", row["latency_ms"]["eager"]))
-    return found
+            entries.append((label, "eager latency", row["latency_ms"]["eager"]))
+    return entries

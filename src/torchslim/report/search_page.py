@@ -1,4 +1,4 @@
-"""A search as a page and as a table: the verdict, the front of artifacts, and every trial."""
+"""Show a search as a page or a table: verdict, front of artifacts, and all trials."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIGURES: Mapping[str, str] = {
     "macs": "MACs",
     "params": "parameters",
 }
-COUNTS = ("macs", "params")  # their names say what they count
+COUNTS = ("macs", "params")  # without a unit: the names say what is counted
 STATES: Mapping[str, str] = {"candidate": "tried", "stopped": "given up early", "failed": "failed"}
 
 
@@ -31,7 +31,7 @@ def render_search(data: Search) -> str:
     """The search as a self-contained HTML page.
 
     Args:
-        data: what `search.json` holds.
+        data: content of `search.json`.
     """
     metric = data["metric"]
     columns = [
@@ -64,21 +64,21 @@ def render_search(data: Search) -> str:
             ),
         ],
         bounds=[f"{_name(data, name)} at most {_text(data, name, bound)}" for name, bound in _bounds(data).items()],
-        parameters=[each["name"] for each in data["space"]],
+        parameters=[parameter["name"] for parameter in data["space"]],
         figures=[(name, _capital(FIGURES[name]), _heading_unit(data, name)) for name in _trial_figures(data)],
         trials=[_trial(data, trial) for trial in data["trials"]],
         failed=data.get("failed", []),
-        space=[(each["name"], _range(each)) for each in data["space"]],
+        space=[(parameter["name"], _range(parameter)) for parameter in data["space"]],
         machines=machine_facts(data["machines"]),
         data=_plot(data),
     )
 
 
 def search_table(data: Search) -> str:
-    """The search as plain text: the verdict, a row for each member of the front, and what each of them is.
+    """The search as plain text: the verdict, and a row and the parameters of every member of the front.
 
     Args:
-        data: what `search.json` holds.
+        data: content of `search.json`.
     """
     metric, shown = data["metric"], _figures(data)
     headers = [
@@ -102,7 +102,7 @@ def search_table(data: Search) -> str:
         for what, entry in _entries(data, row)
         if "not_measured" in entry
     )
-    failed = [f"failed in full: trial {each['trial']}: {plain(each['reason'])}" for each in data.get("failed", [])]
+    failed = [f"failed in full: trial {trial['trial']}: {plain(trial['reason'])}" for trial in data.get("failed", [])]
     return "\n".join([*lines, *missing, *failed, _counts(data)])
 
 
@@ -127,15 +127,15 @@ def _bounds(data: Search) -> dict[str, float]:
 
 
 def _figures(data: Search) -> list[str]:
-    """The figures of artifacts: those that are searched for first."""
-    known = {name for point in (data["baseline"], *data["front"]) for name in point["figures"]}
+    """Names of the artifacts' figures: objectives and bounds first."""
+    present = {name for point in (data["baseline"], *data["front"]) for name in point["figures"]}
     first = dict.fromkeys((*data["objectives"], *_bounds(data)))
-    return [name for name in (*first, *(name for name in FIGURES if name not in first)) if name in known]
+    return [name for name in (*first, *(name for name in FIGURES if name not in first)) if name in present]
 
 
 def _trial_figures(data: Search) -> list[str]:
-    known = {name for trial in data["trials"] for name in trial["figures"]}
-    return [name for name in FIGURES if name in known]
+    present = {name for trial in data["trials"] for name in trial["figures"]}
+    return [name for name in FIGURES if name in present]
 
 
 def _unit(data: Search, name: str) -> str:
@@ -153,7 +153,7 @@ def _name(data: Search, name: str) -> str:
 
 
 def _write(data: Search, name: str, value: float) -> str:
-    """A figure for the eye, without its unit."""
+    """A figure rounded for display, without its unit."""
     if name == "metric_drop":
         return metric_text(value, data["metric"]["unit"])
     return counted(value) if name in COUNTS else significant(value)
@@ -164,7 +164,7 @@ def _text(data: Search, name: str, value: float) -> str:
 
 
 def _entries(data: Search, row: Member) -> list[tuple[str, Entry]]:
-    """What the tables show of a row, in order, and what each is called."""
+    """Names and entries of a row that the tables show, in order."""
     metric = data["metric"]["name"]
     absent = {"not_measured": "no figure of it was kept"}
     return [
@@ -180,32 +180,33 @@ def _cells(data: Search, row: Member) -> list[Cell]:
         value = value_of(entry)
         if value is None:
             cells.append(Cell(field=field, entry=entry, text="not measured", tone="absent"))
-        elif field.startswith("metric."):
+            continue
+        tone = "bad" if value > _bounds(data).get(field, float("inf")) else ""
+        if field.startswith("metric."):
             cells.append(Cell(field=field, entry=entry, text=metric_text(value, data["metric"]["unit"])))
         elif "low" in entry:
             middle, low, high = spread(entry)
-            cells.append(Cell(field=field, entry=entry, text=middle, note=f"{low}{TO}{high}"))
+            cells.append(Cell(field=field, entry=entry, text=middle, note=f"{low}{TO}{high}", tone=tone))
         else:
-            over = value > _bounds(data).get(field, float("inf"))
-            cells.append(Cell(field=field, entry=entry, text=_write(data, field, value), tone="bad" if over else ""))
+            cells.append(Cell(field=field, entry=entry, text=_write(data, field, value), tone=tone))
     return cells
 
 
 def _row(data: Search, row: Member) -> list[str]:
     fields = ["", "", *_figures(data)]
-    found = []
+    texts = []
     for field, (_, entry) in zip(fields, _entries(data, row), strict=True):
         value = value_of(entry)
         if value is None:
-            found.append(ABSENT)
+            texts.append(ABSENT)
         elif not field:
-            found.append(metric_text(value, data["metric"]["unit"]))
+            texts.append(metric_text(value, data["metric"]["unit"]))
         elif "low" in entry:
             middle, low, high = spread(entry)
-            found.append(f"{middle} [{low}-{high}] {_unit(data, field)}".rstrip())
+            texts.append(f"{middle} [{low}-{high}] {_unit(data, field)}".rstrip())
         else:
-            found.append(_text(data, field, value))
-    return found
+            texts.append(_text(data, field, value))
+    return texts
 
 
 def _named(member: Member) -> str:
@@ -219,10 +220,10 @@ def _shown(value: Any) -> str:
 
 
 def _values(parameters: Mapping[str, Any]) -> list[str]:
-    """The parameters as a reader wants them; those of a step that is left out say nothing."""
+    """Parameters as text; a skipped step is named once, without its other parameters."""
     skipped = {name.partition(".")[0] for name, value in parameters.items() if name.endswith(".skip") and value}
-    found = [f"{name} skipped" for name in sorted(skipped)]
-    return found + [
+    texts = [f"{name} skipped" for name in sorted(skipped)]
+    return texts + [
         f"{name} = {_shown(value)}"
         for name, value in parameters.items()
         if name.partition(".")[0] not in skipped and not name.endswith(".skip")
@@ -253,19 +254,19 @@ def _trial(data: Search, trial: dict[str, Any]) -> dict[str, Any]:
 
 
 def _binding(data: Search) -> list[str]:
-    """Each bound that the nearest breaks, with what it came to."""
+    """Bounds that the nearest trial breaks, with the values that it reached."""
     verdict, bounds = data["verdict"], _bounds(data)
     nearest = next((point for point in data["front"] if point["trial"] == verdict["nearest"]), None)
-    found = []
+    lines = []
     for name in verdict["binding"]:
         value = value_of(nearest["figures"].get(name, {})) if nearest else None
         reached = "not measured" if value is None else _text(data, name, value)
-        found.append(f"{_name(data, name)}: {reached}, at most {_text(data, name, bounds[name])} was asked for")
-    return found
+        lines.append(f"{_name(data, name)}: {reached}, at most {_text(data, name, bounds[name])} was asked for")
+    return lines
 
 
 def _tiles(data: Search) -> list[tuple[str, str, str]]:
-    """The best, or the nearest, at a glance: heading, figure, and the original's."""
+    """Summary of the best or nearest trial: heading, figure, and a note with the original's figure."""
     best = next((point for point in data["front"] if point["trial"] == data["verdict"]["nearest"]), None)
     if best is None:
         return []
@@ -275,14 +276,14 @@ def _tiles(data: Search) -> list[tuple[str, str, str]]:
         before = value_of(data["baseline"]["figures"].get(name, {}))
         note = f"of {_named(best)}" if before is None else f"of {_named(best)}; was {_text(data, name, before)}"
         if name == "metric_drop":
-            got = value_of(best["metric"].get("val", {}))
-            note = f"of {_named(best)}" + ("" if got is None else f", which has {_text(data, name, got)} on val")
+            metric = value_of(best["metric"].get("val", {}))
+            note = f"of {_named(best)}" + ("" if metric is None else f", which has {_text(data, name, metric)} on val")
         tiles.append((_name(data, name), "not measured" if value is None else _text(data, name, value), note))
     return tiles
 
 
 def _plot(data: Search) -> dict[str, Any]:
-    """What the plot is drawn from: axes to choose, and points with their figures."""
+    """Data of the plot: axes to choose from, and points with their figures."""
     names = list(dict.fromkeys((*data["objectives"], *_figures(data))))
     front = [
         _point(data, _named(point), point["parameters"], _plain_figures(point), point["within"])
@@ -316,12 +317,12 @@ def _plain_figures(row: Member) -> dict[str, float]:
 def _point(
     data: Search, label: str, parameters: Mapping[str, Any], figures: Mapping[str, float], within: bool
 ) -> dict[str, Any]:
-    known = {name: value for name, value in figures.items() if name in FIGURES}
+    shown = {name: value for name, value in figures.items() if name in FIGURES}
     return {
         "label": label,
         "within": within,
-        "figures": known,
-        "lines": [f"{_name(data, name)} {_text(data, name, value)}" for name, value in known.items()]
+        "figures": shown,
+        "lines": [f"{_name(data, name)} {_text(data, name, value)}" for name, value in shown.items()]
         + _values(parameters),
     }
 

@@ -1,4 +1,4 @@
-"""A sensitivity analysis as a heat map and as a table: a row for each layer, a column for each change."""
+"""Show a sensitivity analysis as a heat map or a table: a row for each layer, a column for each change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEASURES: Mapping[str, str] = {
     "kl": "KL divergence of the outputs from the unchanged model's",
     "metric": "the metric on val",
 }
-HARMLESS_DB = 45.0  # from here up nobody sees a difference; 0 dB is as much noise as signal
+HARMLESS_DB = 45.0  # above this, differences are invisible; at 0 dB there is as much noise as signal
 REFUSED = "refused"
 
 
@@ -26,7 +26,7 @@ def render_sensitivity(data: Sensitivity) -> str:
     """The analysis as a self-contained HTML page.
 
     Args:
-        data: what `sensitivity.json` holds.
+        data: content of `sensitivity.json`.
     """
     rows, changes = _rows(data), _changes(data)
     largest = max((_damage(data, point) for point in data["points"]), default=0.0)
@@ -35,7 +35,9 @@ def render_sensitivity(data: Sensitivity) -> str:
         data=data,
         title="What each layer can take",
         about=_about(data),
-        columns=[(each, "channels removed" if each in _of(data, "channels") else "layer in it") for each in changes],
+        columns=[
+            (change, "channels removed" if change in _of(data, "channels") else "layer in it") for change in changes
+        ],
         rows=[(name, [_cell(data, cells.get(change), largest) for change in changes]) for name, cells in rows],
         ends=_ends(data, largest),
         tiles=_tiles(data),
@@ -49,13 +51,13 @@ def sensitivity_table(data: Sensitivity) -> str:
     """The analysis as plain text.
 
     Args:
-        data: what `sensitivity.json` holds.
+        data: content of `sensitivity.json`.
     """
     changes = _changes(data)
     headers = [("layer", ""), *((plain(change), _unit(data)) for change in changes)]
     rows = [[plain(name), *(_text(data, cells.get(change)) for change in changes)] for name, cells in _rows(data)]
     refused = [f"refused: {plain(name)}: {plain(reason)}" for name, reason in _refused(data)]
-    notes = [plain(each) for each in data.get("notes", [])]
+    notes = [plain(note) for note in data.get("notes", [])]
     lines = [f"{plain(data['model'])}: {_about(data)}", "", *aligned(headers, rows)]
     return "\n".join([*lines, *([""] if refused or notes else []), *refused, *notes])
 
@@ -74,7 +76,7 @@ def _unit(data: Sensitivity) -> str:
 
 
 def _changes(data: Sensitivity) -> list[str]:
-    """Of channels first, each kind in the order in which it was measured."""
+    """All changes, those of channels first, in the order in which they were measured."""
     return list(dict.fromkeys((*_of(data, "channels"), *_of(data, "layer"))))
 
 
@@ -83,31 +85,31 @@ def _of(data: Sensitivity, kind: str) -> list[str]:
 
 
 def _rows(data: Sensitivity) -> list[tuple[str, dict[str, Point]]]:
-    """Layers in model order, each with the group of its own channels; other groups follow the group before them."""
-    found: dict[str, dict[str, Point]] = {}
+    """Layers in model order with their points, merged with their own channel group; other groups follow it."""
+    layers: dict[str, dict[str, Point]] = {}
     for point in data["points"]:
         if point["kind"] == "layer":
-            found.setdefault(point["name"], {})[point["change"]] = point
+            layers.setdefault(point["name"], {})[point["change"]] = point
     groups: dict[str, dict[str, Point]] = {}
     for point in data["points"]:
         if point["kind"] == "channels":
             groups.setdefault(point["name"], {})[point["change"]] = point
-    order, taken, place = list(found), set(), 0
+    order, merged, place = list(layers), set(), 0
     for name, cells in groups.items():
         layer = name.partition("[")[0].removesuffix(".weight")
-        if layer in found and layer not in taken:
-            taken.add(layer)
-            found[layer] |= cells
+        if layer in layers and layer not in merged:
+            merged.add(layer)
+            layers[layer] |= cells
             place = order.index(layer) + 1
         else:
-            found[name] = cells
+            layers[name] = cells
             order.insert(place, name)
             place += 1
-    return [(name, found[name]) for name in order]
+    return [(name, layers[name]) for name in order]
 
 
 def _damage(data: Sensitivity, point: Point | None) -> float:
-    """How bad a point is, from 0; 0 where it was refused."""
+    """Damage of a point, at least 0; 0 if there is no value."""
     if point is None or point["value"] is None:
         return 0.0
     if data["measure"] == "sqnr":
@@ -117,10 +119,10 @@ def _damage(data: Sensitivity, point: Point | None) -> float:
 
 
 def _heat(data: Sensitivity, point: Point, largest: float) -> float:
-    """From 0, harmless, to 1."""
+    """Color intensity of a point, from 0 (harmless) to 1."""
     scale = HARMLESS_DB if data["measure"] == "sqnr" else largest
     share = min(_damage(data, point) / scale, 1.0) if scale else 0.0
-    return float(share if data["measure"] == "sqnr" else share**0.5)  # a few large ones must not hide the rest
+    return float(share if data["measure"] == "sqnr" else share**0.5)  # the root keeps small values visible
 
 
 def _cell(data: Sensitivity, point: Point | None, largest: float) -> dict[str, str]:
@@ -146,19 +148,19 @@ def _text(data: Sensitivity, point: Point | None) -> str:
 
 
 def _write(data: Sensitivity, value: float) -> str:
-    """A figure for the eye, without its unit."""
+    """`value` rounded for display, without its unit."""
     return metric_text(value, _unit(data)) if data["measure"] == "metric" else significant(value, 3)
 
 
 def _ends(data: Sensitivity, largest: float) -> tuple[str, str]:
-    """What the palest and the deepest color stand for."""
+    """Meanings of the palest and the deepest color."""
     if data["measure"] == "sqnr":
         return f"{HARMLESS_DB:.0f} dB and more", "0 dB and less"
     return "nothing lost", f"{with_unit(significant(largest), _unit(data))} lost" if largest else "nothing lost"
 
 
 def _refused(data: Sensitivity) -> list[tuple[str, str]]:
-    """Each reason once for a name."""
+    """Distinct pairs of name and reason for points without a value."""
     pairs = [(point["name"], point["refused"] or "not measured") for point in data["points"] if point["value"] is None]
     return list(dict.fromkeys(pairs))
 
@@ -167,9 +169,9 @@ def _tiles(data: Sensitivity) -> list[tuple[str, str, str]]:
     measured = [point for point in data["points"] if point["value"] is not None]
     tiles = [("points measured", str(len(measured)), f"{len(data['points']) - len(measured)} refused")]
     for kind, heading in (("channels", "channels that hurt most"), ("layer", "layer that hurts most")):
-        own = [each for each in measured if each["kind"] == kind and _damage(data, each) > 0]
-        if own:
-            worst = max(own, key=lambda each: _damage(data, each))
+        harmful = [point for point in measured if point["kind"] == kind and _damage(data, point) > 0]
+        if harmful:
+            worst = max(harmful, key=lambda point: _damage(data, point))
             text = with_unit(_write(data, worst["value"]), _unit(data))
             tiles.append((heading, worst["name"], f"{worst['change']}: {text}"))
     return tiles
