@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, taken again from data: what every change of the layers before them puts out."""
+"""Recalibration of the running statistics of batch norms, which any change of the layers before them invalidates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def tracked(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms that keep running statistics."""
+    """List the batch norms that keep running statistics."""
     return [
         module
         for module in model.modules()
@@ -30,11 +30,11 @@ def tracked(model: nn.Module) -> list[_BatchNorm]:
 def recalibrate_batch_norm(
     model: nn.Module, forward: Callable[[nn.Module, Batch], Any], batches: Iterable[Batch]
 ) -> int:
-    """Replace the running statistics of all batch norms by the average over `batches`; returns how many were reached.
+    """Replace the running statistics of batch norms by averages over `batches`; return the number of norms replaced.
 
-    The mean and the unbiased variance of each batch count the same: batches should be of one size, and of at least some
-    ten samples. Everything else runs in eval mode, so that nothing but these statistics changes: neither modes nor
-    momenta, nor the statistics of a norm that no batch reaches. When `forward` raises, the old ones come back.
+    The mean and the unbiased variance of each batch have equal weight: batches should have one size, of at least about
+    ten samples. All other modules run in eval mode, so that only these statistics change. Modes, momenta and the
+    statistics of a norm that no batch reaches stay the same. When `forward` raises, the old statistics are restored.
 
     Args:
         model: changed in place.
@@ -42,7 +42,7 @@ def recalibrate_batch_norm(
         batches: inputs; labels are not needed.
 
     Raises:
-        TaskError: no batches.
+        TaskError: there are no batches.
     """
     norms = tracked(model)
     modes = [(module, module.training) for module in model.modules()]

@@ -1,4 +1,4 @@
-"""Calibration data: what observers, statistics, mixed precision and sensitivity look at."""
+"""Calibration data for observers, statistics, mixed precision and sensitivity."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torchslim.training.loaders import seeded
 
 
 class CalibrationData:
-    """The batches that a task's statistics are taken from: drawn once, and the same ones for equal seeds.
+    """The calibration batches of a task, drawn once; equal seeds give equal batches.
 
-    Loaders that shuffle and data sets that draw at random are seeded for the drawing, and are afterwards as before.
+    Loaders that shuffle and data sets that draw at random are seeded while the batches are drawn, and restored after.
 
     Args:
-        task: whose `calibration` is taken, or else the first samples of train, or of val.
-        seed: of everything random in its loaders.
-        samples: at least so many, in whole batches, where the task has no `calibration`.
+        task: its `calibration` is used, or else the first samples of train, or of val.
+        seed: seed of everything random in the task's loaders.
+        samples: minimum number of samples, in whole batches, where the task has no `calibration`.
     """
 
     def __init__(self, task: Task, seed: int, samples: int = 512) -> None:
@@ -29,28 +29,28 @@ class CalibrationData:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """As the loader gives them, labels and all.
+        """The batches as the loader gives them, with labels.
 
-        A list: in the middle of a training the loader is busy, and one with persistent workers cannot start another
-        pass.
+        They are stored in a list, because a loader in use by a training cannot start another pass if it has persistent
+        workers.
         """
         return list(self._drawn())
 
     @cached_property
     def inputs(self) -> list[Inputs]:
-        """What the model is called with."""
+        """The model's inputs of each batch."""
         return [self.task.inputs(batch) for batch in self.batches]
 
     def first(self, samples: int) -> list[Inputs]:
-        """The first of `inputs` that hold so many samples; no more batches are drawn."""
-        found, count = [], 0
+        """Return the first of `inputs` that hold at least `samples` samples; further batches are not drawn."""
+        inputs, count = [], 0
         with closing(self._drawn()) as batches:
             for batch in self.batches if "batches" in self.__dict__ else batches:
-                found.append(self.task.inputs(batch))
-                count += batch_size(found[-1])
+                inputs.append(self.task.inputs(batch))
+                count += batch_size(inputs[-1])
                 if count >= samples:
                     break
-        return found
+        return inputs
 
     def _drawn(self) -> Generator[Batch, None, None]:
         with preserved_globals(self.seed), seeded(getattr(self.task, self.task.calibration_split), 0, self.seed):
@@ -58,6 +58,6 @@ class CalibrationData:
 
 
 def calibration_of(ctx: Context) -> CalibrationData:
-    """The calibration data of a step: the one that the runner has given it, or else one of the context's seed."""
-    found = ctx.calibration
-    return found if isinstance(found, CalibrationData) else CalibrationData(ctx.task, ctx.seed)
+    """Return the calibration data of a step: the runner's, or else data drawn with the context's seed."""
+    data = ctx.calibration
+    return data if isinstance(data, CalibrationData) else CalibrationData(ctx.task, ctx.seed)

@@ -1,4 +1,4 @@
-"""Where training runs: Lightning Fabric for the devices that are asked for, and the model laid out on them."""
+"""Devices of training: Lightning Fabric for the requested devices, and the placement of the model on them."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ FSDP = "fsdp"
 
 @dataclass
 class Placement:
-    """A model on its devices, and what a training step does there. Without `shards` each process has all weights."""
+    """A model on its devices, and the operations of a training step; without `shards` each process has all weights."""
 
     fabric: Any
     model: nn.Module
-    wrapped: nn.Module  # what is called in training
+    wrapped: nn.Module  # called in training in place of `model`
     companion: nn.Module
     optimizer: Optimizer
     stepper: Any
     shards: Shards | None
 
     def whole(self) -> AbstractContextManager[None]:
-        """The model with all its weights in each process meanwhile."""
+        """Gather all weights of the model in each process for the duration of a block."""
         return self.shards.whole() if self.shards else nullcontext()
 
     def computing(self) -> AbstractContextManager[None]:
-        """Around the computation of a training step's loss."""
+        """Return the context in which a training step's loss is computed."""
         if self.shards is None:
             return nullcontext()
-        share(self.model.buffers())  # as DistributedDataParallel does: statistics and ranges are the first one's
+        share(self.model.buffers())  # as DistributedDataParallel does: the first process's statistics and ranges
         return explained()
 
     def backward(self, losses: Sequence[Tensor], penalties: Sequence[Tensor]) -> None:
-        """The gradients of the sum of all; penalties are computed from the weights alone."""
+        """Compute the gradients of the sum of losses and penalties; penalties depend on the weights alone."""
         if self.shards is None:
             self.fabric.backward(_sum([*losses, *penalties]))
         else:
-            # penalties first: a block adds its own gradients to those that are there
+            # penalties first: a block adds its own gradients to the existing ones
             for part in (penalties, losses):
                 if part and (total := _sum(part)).requires_grad:
                     self.fabric.backward(total)
@@ -60,7 +60,7 @@ class Placement:
         average_gradients(self.companion.parameters())
 
     def clip(self, max_norm: float) -> float | None:
-        """Scale the gradients so that their joint norm is at most `max_norm`; the norm before, where it is known."""
+        """Scale the gradients to a joint norm of at most `max_norm`; return the norm before, None where unknown."""
         if self.shards is not None:
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             return float(clip(parameters, max_norm))
@@ -68,7 +68,7 @@ class Placement:
         return None if norm is None else float(norm)
 
     def weights(self, module: nn.Module) -> dict[str, Any]:
-        """A copy of the module's state on the CPU; of spread tensors, in the first process alone."""
+        """Copy the module's state to the CPU; spread tensors are copied in the first process only, None elsewhere."""
         state = collected(module.state_dict(), self.fabric.is_global_zero)
         return {
             name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
@@ -76,16 +76,16 @@ class Placement:
         }
 
     def load_weights(self, weights: Mapping[str, Any]) -> None:
-        """Give the model, which is whole again, what `weights` has copied."""
+        """Load a copy made by `weights` into the model, which must hold all its weights again."""
         if self.shards is None or self.fabric.is_global_zero:
             self.model.load_state_dict(weights)
         if self.shards is not None:
             share((*self.model.parameters(), *self.model.buffers()), through=self.fabric.device)
 
     def broken(self) -> list[str]:
-        """The parameters with values that are not finite, in any process."""
+        """Return the names of parameters with values that are not finite in any process."""
         named = dict(self.model.named_parameters())
-        flags = torch.stack([(~torch.isfinite(local(each))).any() for each in named.values()]).to(torch.int32)
+        flags = torch.stack([(~torch.isfinite(local(parameter))).any() for parameter in named.values()]).to(torch.int32)
         flags = flags if self.shards is None else summed(flags)
         return [name for name, flag in zip(named, flags.tolist(), strict=True) if flag]
 
@@ -98,10 +98,10 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 def placed(
     fabric: Any, engine: Engine, model: nn.Module, companion: nn.Module, settings: OptimizerSettings
 ) -> Iterator[Placement]:
-    """The model on Fabric's devices with its optimizer; afterwards it is where it was, all weights in each process."""
+    """Place the model on Fabric's devices with its optimizer; afterwards all its weights are back on its own device."""
     home = device_of(model)
     companion = companion.to(fabric.device)
-    if engine.strategy != FSDP or fabric.world_size == 1:  # one process has nothing to share out
+    if engine.strategy != FSDP or fabric.world_size == 1:  # one process has no other to spread weights to
         optimizer = settings.build(model, companion)
         try:
             wrapped, stepper = fabric.setup(model, optimizer)
@@ -113,15 +113,15 @@ def placed(
     wrapped = fabric.setup_module(model)
     share(model.parameters(), through=fabric.device)  # all start from the same weights
     shards = Shards(model, fabric.strategy.device_mesh["data_parallel"], fabric.device)
-    done = True
+    intact = True
     try:
         optimizer = settings.build(model, companion)
         stepper = fabric.setup_optimizers(optimizer)
-        done = False
+        intact = False
         yield Placement(fabric, model, wrapped, companion, optimizer, stepper, shards)
-        done = True
+        intact = True
     finally:
-        shards.close(home if done else None)
+        shards.close(home if intact else None)
         for buffer in (*shards.kept, *model.buffers()):
             buffer.data = buffer.data.to(home)
 
@@ -133,7 +133,7 @@ def _precision(engine: Engine) -> Any:
 
 @contextmanager
 def fabric_for(engine: Engine) -> Iterator[Any]:
-    """Fabric for these devices, without its hints about devices that nobody asked for."""
+    """Yield Fabric for these devices, without its log messages about other devices."""
     logger = logging.getLogger("lightning_fabric")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -142,7 +142,7 @@ def fabric_for(engine: Engine) -> Iterator[Any]:
 
         precision: Any = engine.precision or _precision(engine)
         devices, nodes, strategy = engine.devices, 1, engine.strategy
-        if launched() > 1:  # torchrun has said how many there are
+        if launched() > 1:  # torchrun sets the number of processes
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
             nodes = launched() // devices
             strategy = "ddp" if strategy == "auto" else strategy
@@ -157,7 +157,7 @@ def fabric_for(engine: Engine) -> Iterator[Any]:
             )
         except TrainError:
             raise
-        except Exception as error:  # Fabric raises many kinds, all about what the engine asks for
+        except Exception as error:  # Fabric raises many types, all about the engine's settings
             raise TrainError(f"{engine} cannot be used here: {error}") from error
         if fabric.world_size > 1:
             fabric.launch()
@@ -167,7 +167,7 @@ def fabric_for(engine: Engine) -> Iterator[Any]:
 
 
 def _spread(devices: int | str, nodes: int) -> Any:
-    """Fabric's strategy for modules that are spread without it, as `placed` does; its own FSDP asks for CUDA."""
+    """Return Fabric's strategy for modules that `placed` spreads itself; Fabric's own FSDP requires CUDA."""
     if devices == 1 and nodes == 1:
         return "auto"
     if not isinstance(devices, int) or devices < 1:

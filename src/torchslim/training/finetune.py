@@ -1,4 +1,4 @@
-"""The steps that are nothing but training, and what every step that trains shares."""
+"""Fine-tuning, and the fields and methods that all training steps share."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from torchslim.training.optimizer import OptimizerSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lesson:
-    """What a model is trained on.
+    """The loss, data and hooks of a training.
 
     Attributes:
         objective: the loss.
-        batches: of training.
-        companion: is trained along with the model and kept in its checkpoints, but is no part of it.
-        hooks: of the training loop.
-        layers: which layers are taught by what.
+        batches: training batches.
+        companion: module trained jointly with the model and stored in its checkpoints, but not part of the model.
+        hooks: hooks of the training loop.
+        layers: records of which losses train which layers.
     """
 
     objective: Objective
@@ -40,7 +40,7 @@ class Lesson:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The fields that every training step shares; the optimizer's are those of `OptimizerSettings`."""
+    """The fields that all training steps share; those of the optimizer are documented in `OptimizerSettings`."""
 
     written: ClassVar[str] = "Finetune(...) or Distill(...)"
 
@@ -60,21 +60,21 @@ class Training:
         check_epochs(self.epochs)
 
     def settings(self) -> OptimizerSettings:
-        """The optimizer's part of the fields, checked."""
+        """Return the checked fields of the optimizer."""
         return OptimizerSettings(**{field_.name: getattr(self, field_.name) for field_ in fields(OptimizerSettings)})
 
     @contextmanager
     def lesson(self, model: nn.Module, ctx: Context) -> Iterator[Lesson]:
-        """What `model` is trained on; what it needs inside the model is gone after the block."""
+        """Yield the lesson of `model`; whatever the lesson adds to the model is removed after the block."""
         raise NotImplementedError
         yield
 
     def trainings(self) -> list[int]:
-        """The epochs of the one training."""
+        """Return the number of epochs of each training: here, of the only one."""
         return [self.epochs]
 
     def check_training(self, ctx: Context) -> None:
-        """Raise for what training would fail on: no data, no optimizer."""
+        """Raise early for errors that training would meet: no data, no optimizer."""
         first_batch(ctx.task)
         self.settings().factory()
 
@@ -120,15 +120,15 @@ class Finetune(Training):
 
     @contextmanager
     def lesson(self, model: nn.Module, ctx: Context) -> Iterator[Lesson]:
-        """The task's loss."""
+        """Yield the task's loss and training batches."""
         yield Lesson(objective=LabelLoss(ctx.task), batches=ctx.task.train if ctx.task.train is not None else ())
 
     def check(self, ctx: Context) -> None:
-        """Needs training batches with labels."""
+        """Raise unless the task has training batches with labels, or its own loss."""
         self.check_training(ctx)
 
     def check_training(self, ctx: Context) -> None:
-        """As `check`, for other steps that train on labels."""
+        """Check as `check` does, for other steps that train on labels."""
         Training.check_training(self, ctx)
         if ctx.task.loss is None and ctx.task.target(first_batch(ctx.task)) is None:
             raise TrainError(
@@ -140,7 +140,7 @@ class Finetune(Training):
 
 
 def trained(model: nn.Module, ctx: Context, report: FitReport) -> Outcome:
-    """The outcome of a step that only trains."""
-    kept = "last epoch" if report.best_epoch is None else f"best epoch {report.best_epoch}"
-    record = LayerRecord(layer="", action="trained", reason=kept)
+    """Make the outcome of a step that only trains."""
+    reason = "last epoch" if report.best_epoch is None else f"best epoch {report.best_epoch}"
+    record = LayerRecord(layer="", action="trained", reason=reason)
     return Outcome(model=model, masks=ctx.masks, layers=[record, *report.layers], history=report.history)

@@ -1,4 +1,4 @@
-"""A model that FSDP spreads over the processes: weights, gradients and what the optimizer remembers; and back again."""
+"""FSDP: spreads a model's weights, gradients and optimizer state over the processes, and gathers them again."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from torchslim.core.distributed import is_spread, local, spread, summed, whole
 from torchslim.errors import TrainError
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-LARGE = 4  # a block with more than this part of all weights is taken apart where it holds blocks itself
+LARGE = 4  # a block with more than 1/LARGE of all weights is split if it contains blocks itself
 
 
 @dataclass
 class _Trace:
-    """What `fully_shard` leaves in a module."""
+    """Changes that `fully_shard` made to a module: its class, attributes and hooks."""
 
     module: nn.Module
     before: type
     after: type
     attributes: dict[str, Any]
-    hooks: dict[str, dict[int, Any]]  # by table
-    order: dict[str, list[int]]  # of all hooks, those that were there among them
+    hooks: dict[str, dict[int, Any]]  # added hooks by table
+    order: dict[str, list[int]]  # keys of all hooks by table, earlier ones included
 
 
 class Shards:
-    """A module in place of whose parameters every process holds its own rows of them, until `close`.
+    """A module whose parameters are spread until `close`: each process holds its own rows of them.
 
-    Blocks are put together one after another, each for the time that it computes. Parameters without a dimension stay
-    whole in every process.
+    The weights of a block are gathered while it computes, one block after another. Parameters without a dimension, or
+    not of a floating-point type, stay whole in every process.
     """
 
     def __init__(self, model: nn.Module, mesh: Any, device: torch.device) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        self.kept = [each for each in model.parameters() if not _can_be_spread(each)]
-        for each in self.kept:
-            each.data = each.data.to(device)
+        self.kept = [parameter for parameter in model.parameters() if not _can_be_spread(parameter)]
+        for kept_parameter in self.kept:
+            kept_parameter.data = kept_parameter.data.to(device)
         places = [
             (module, name, parameter)
             for module in model.modules()
@@ -52,19 +52,19 @@ class Shards:
         self.strides = {parameter: parameter.stride() for _, _, parameter in places}
         for parameter in self.strides:
             parameter.data = parameter.data.contiguous()
-        seen = [(module, type(module), set(vars(module)), _tables(module)) for module in model.modules()]
+        snapshots = [(module, type(module), set(vars(module)), _tables(module)) for module in model.modules()]
         for module in [*blocks(model), model]:
             module.register_forward_hook(_without_views, prepend=True)
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(self.kept))
-        self.traces = [_trace(*each) for each in seen]
-        # the parameters themselves stay, without their numbers: whoever holds one finds it trained in the end
+        self.traces = [_trace(*snapshot) for snapshot in snapshots]
+        # the original parameters stay, without their values: other references to them see the trained values at the end
         self.places = [(module, name, module._parameters[name], parameter) for module, name, parameter in places]
         self.together = False
         self._empty()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Meanwhile the model is an ordinary one with all its weights in each process; changes are kept."""
+        """Make the model an ordinary one with all its weights in each process inside the block; changes are kept."""
         if self.together:
             yield
             return
@@ -78,29 +78,29 @@ class Shards:
         self._empty()
 
     def close(self, home: torch.device | None) -> None:
-        """Make the model an ordinary one, its weights at `home`; None after an error: they are lost.
+        """Make the model an ordinary one with its weights at `home`; with None, after an error, the weights are lost.
 
-        Processes put weights together jointly, which one with an error cannot count on.
+        All processes must gather weights together, and after an error in one, the others may not take part.
         """
         from torch.distributed import _composable_state
 
         if home is not None:
             self._gather(home)
         self._detach()
-        for trace in self.traces:  # else the module could not be spread again
+        for trace in self.traces:  # otherwise the module could not be spread again
             _composable_state._module_state_mapping.pop(trace.module, None)
 
     @torch.no_grad()
     def _gather(self, home: torch.device | None) -> None:
-        done: set[Tensor] = set()
+        gathered: set[Tensor] = set()
         for _, _, piece, parameter in self.places:
-            if parameter not in done:
+            if parameter not in gathered:
                 full = whole(piece)
                 target = torch.empty_strided(
                     full.shape, self.strides[parameter], dtype=full.dtype, device=home or full.device
                 )
                 parameter.data = target.copy_(full)
-                done.add(parameter)
+                gathered.add(parameter)
 
     def _empty(self) -> None:
         for parameter in self.strides:
@@ -116,7 +116,7 @@ class Shards:
                 for key in added:
                     vars(trace.module)[table].pop(key, None)
         for module, name, _, parameter in self.places:
-            setattr(module, name, parameter)  # recurrent layers keep a list of theirs, which follows
+            setattr(module, name, parameter)  # setattr also updates the list of parameters that recurrent layers keep
 
     def _attach(self) -> None:
         self.together = False
@@ -127,14 +127,14 @@ class Shards:
             vars(trace.module).update(trace.attributes)
             for table, added in trace.hooks.items():
                 hooks = vars(trace.module)[table]
-                found = {**hooks, **added}
-                known = [key for key in trace.order[table] if key in found]
-                hooks.clear()  # in place: handles know the table
-                hooks.update({key: found[key] for key in dict.fromkeys([*known, *found])})
+                merged = {**hooks, **added}
+                ordered = [key for key in trace.order[table] if key in merged]
+                hooks.clear()  # in place: hook handles refer to the table
+                hooks.update({key: merged[key] for key in dict.fromkeys([*ordered, *merged])})
 
 
 def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
-    """Copies of outputs that are views: written over in place, a view would lose the hook that calls for weights."""
+    """Copy outputs that are views: a view that is modified in place would lose the hook that gathers weights."""
 
     def plain(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) and value.requires_grad and value._is_view() else value
@@ -160,29 +160,29 @@ def _can_be_spread(parameter: Tensor) -> bool:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that are put together by themselves: those in lists and sequences, the repeated parts of a model.
+    """Return the modules whose weights are gathered separately: those in lists and sequences, a model's repeated parts.
 
-    A block with weights that others share stays with the rest.
+    A block that shares weights with other modules is not separate.
     """
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), set()).add(id(module))
-    large = sum(each.numel() for each in model.parameters()) // LARGE
-    found: dict[int, nn.Module] = {}
+    large = sum(parameter.numel() for parameter in model.parameters()) // LARGE
+    block_by_id: dict[int, nn.Module] = {}
 
     def visit(module: nn.Module) -> None:
         inside = type(module) in CONTAINERS
         for child in module.children():
             if inside and type(child) not in CONTAINERS and _callable(child) and _alone(child, owners):
-                holds = any(type(each) in CONTAINERS for each in child.modules())
-                if not holds or sum(parameter.numel() for parameter in child.parameters()) <= large:
-                    found[id(child)] = child
+                has_container = any(type(module) in CONTAINERS for module in child.modules())
+                if not has_container or sum(parameter.numel() for parameter in child.parameters()) <= large:
+                    block_by_id[id(child)] = child
                     continue
             visit(child)
 
     visit(model)
-    return list(found.values())
+    return list(block_by_id.values())
 
 
 def _callable(module: nn.Module) -> bool:
@@ -190,15 +190,15 @@ def _callable(module: nn.Module) -> bool:
 
 
 def _alone(module: nn.Module, owners: dict[int, set[int]]) -> bool:
-    own = {id(each) for each in module.modules()}
+    own = {id(child) for child in module.modules()}
     mine = [parameter for parameter in module.parameters() if _can_be_spread(parameter)]
     return bool(mine) and all(owners[id(parameter)] <= own for parameter in mine)
 
 
 def check_shardable(model: nn.Module, precision: str) -> None:
-    """Raise TrainError for what cannot be spread: weights of several formats, compiled code, a scaled loss."""
+    """Raise TrainError for a model that cannot be spread: weights of several formats, compiled code, a scaled loss."""
     formats = sorted({str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad})
-    compiled = [path for path, each in model.named_modules() if hasattr(each, "_orig_mod")]
+    compiled = [path for path, module in model.named_modules() if hasattr(module, "_orig_mod")]
     for wrong, what, mend in (
         (
             len(formats) > 1,
@@ -218,7 +218,7 @@ def check_shardable(model: nn.Module, precision: str) -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Say what to do where a model's code does not get along with weights that come and go."""
+    """Explain errors of models whose code does not work with weights that are gathered and freed."""
     try:
         yield
     except RuntimeError as error:
@@ -232,9 +232,9 @@ def explained() -> Iterator[None]:
 
 @torch.no_grad()
 def clip(parameters: list[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients so that their joint norm is at most `max_norm`; the norm before: ().
+    """Scale the gradients to a joint norm of at most `max_norm`; return the norm before: ().
 
-    What is not spread is the same in all processes and counts once.
+    Gradients that are not spread are the same in all processes and count once.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares: dict[bool, Any] = {True: torch.zeros((), dtype=torch.float64, device=gradients[0].device), False: 0.0}
@@ -249,9 +249,9 @@ def clip(parameters: list[Tensor], max_norm: float) -> Tensor:
 
 
 def collected(state: Any, keep: bool) -> Any:
-    """A state with spread tensors as one with whole ones, on the CPU; without `keep`, None in their place.
+    """Replace the spread tensors of a state by whole ones on the CPU, or by None without `keep`.
 
-    All processes must ask for it; those without `keep` never hold more than one tensor.
+    All processes must call this function; those without `keep` never hold more than one whole tensor.
     """
 
     def collect(value: Any) -> Any:
@@ -264,13 +264,13 @@ def collected(state: Any, keep: bool) -> Any:
 
 
 def load_spread(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Load whole tensors into a module, spread or not."""
+    """Load whole tensors into a module, whether it is spread or not."""
     likes = model.state_dict()
     model.load_state_dict({name: spread(value, likes.get(name)) for name, value in saved.items()})
 
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load whole tensors into an optimizer, whose parameters are spread or not."""
+    """Load whole tensors into an optimizer, whether its parameters are spread or not."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=True))

@@ -1,4 +1,4 @@
-"""The user's loaders in training: seeded for each epoch, shared between processes, and given back as they were."""
+"""The user's loaders in training: seeded for each epoch, shared between processes, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ LOADER_OPTIONS = (
     "prefetch_factor",
     "persistent_workers",
 )
-SAMPLES = 8  # that are drawn to see whether they come out the same
+SAMPLES = 8  # drawn twice to test whether they are the same
 
 
 @contextmanager
 def seeded(batches: Any, epoch: int, seed: int) -> Iterator[None]:
-    """Seed the loader's own generators for this epoch, and give them back as they were.
+    """Seed the loader's own generators for this epoch, and restore them after the block.
 
-    A loader that has none draws from the global generators; those are the caller's to seed.
+    A loader without a generator draws from the global ones, which the caller must seed.
     """
     owners = _parts(batches)
     generators = {
@@ -44,17 +44,17 @@ def seeded(batches: Any, epoch: int, seed: int) -> Iterator[None]:
         for owner in owners
         if isinstance(getattr(owner, "generator", None), torch.Generator)
     }
-    states = {key: each.get_state() for key, each in generators.items()}
+    states = {key: generator.get_state() for key, generator in generators.items()}
     shufflers = [(owner, getattr(owner, "epoch", None)) for owner in owners if hasattr(owner, "set_epoch")]
     try:
-        for index, each in enumerate(generators.values()):
-            each.manual_seed(seed + index)
+        for index, generator in enumerate(generators.values()):
+            generator.manual_seed(seed + index)
         for owner, _ in shufflers:
             owner.set_epoch(epoch)
         yield
     finally:
-        for key, each in generators.items():
-            each.set_state(states[key])
+        for key, generator in generators.items():
+            generator.set_state(states[key])
         for owner, before in shufflers:
             if isinstance(before, int):
                 owner.set_epoch(before)
@@ -62,33 +62,33 @@ def seeded(batches: Any, epoch: int, seed: int) -> Iterator[None]:
 
 @contextmanager
 def seeded_splits(task: Task, seed: int) -> Iterator[None]:
-    """Every loader of a task, seeded for one pass and given back as it was."""
+    """Seed all loaders of a task for one pass, and restore them after the block."""
     with ExitStack() as stack:
-        for batches in {id(each): each for each in (task.train, task.val, task.test, task.calibration)}.values():
+        for batches in {id(loader): loader for loader in (task.train, task.val, task.test, task.calibration)}.values():
             if batches is not None:
                 stack.enter_context(seeded(batches, 0, seed))
         yield
 
 
 def _parts(batches: Any) -> list[Any]:
-    """A loader, its samplers and its datasets, however they are nested: whoever may own randomness."""
-    found = [batches]
-    for owner in found:
+    """List a loader, its samplers and its datasets, however nested: all objects that may own a random generator."""
+    owners = [batches]
+    for owner in owners:
         for name in ("sampler", "batch_sampler", "dataset"):
             inner = getattr(owner, name, None)
-            if inner is not None and not any(inner is each for each in found):
-                found.append(inner)
-    return found
+            if inner is not None and not any(inner is known_owner for known_owner in owners):
+                owners.append(inner)
+    return owners
 
 
 def first_batch(task: Task) -> Batch:
-    """The first training batch; neither the loader's own generators nor the global ones move on."""
+    """Return the first training batch, leaving the state of the loader's and the global generators unchanged."""
     with preserved_globals(), seeded(task.train, 0, 0):
         return take_first(task.train, "train")
 
 
 def length(batches: Iterable[Batch], world_size: int) -> int | None:
-    """How many batches each process gets in an epoch; None for a loader without a length."""
+    """Number of batches that each process gets in an epoch; None for a loader without a length."""
     try:
         return max(len(batches) // world_size, 1)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):  # an iterable dataset
@@ -96,7 +96,7 @@ def length(batches: Iterable[Batch], world_size: int) -> int | None:
 
 
 def shared(batches: Iterator[Batch], fabric: Any) -> Iterator[Batch]:
-    """Every process sees its own batches of the one seeded order; those that are too few for all are left out."""
+    """Yield this process's batches of the one seeded order; the last ones are left out if too few for all processes."""
     while len(group := list(islice(batches, fabric.world_size))) == fabric.world_size:
         yield group[fabric.global_rank]
 
@@ -105,18 +105,18 @@ def shared(batches: Iterator[Batch], fabric: Any) -> Iterator[Batch]:
 
 
 class Indexed(NamedTuple):
-    """A batch, and the place of each of its samples in the data set: (samples,)."""
+    """A batch, and the index of each of its samples in the data set: (samples,)."""
 
     places: Tensor
     batch: Batch
 
 
 def indexed(batches: Iterable[Batch], size: Callable[[Batch], int]) -> Iterable[Indexed]:
-    """The same batches with the numbers of their samples: those of the data set, or of their order.
+    """Add to batches the numbers of their samples: their indices in the data set, or their position in the order.
 
     Args:
-        batches: a DataLoader over a data set that has places, shuffled or not, or batches in one order.
-        size: of a batch.
+        batches: a DataLoader over a data set with integer indices, shuffled or not, or batches in a fixed order.
+        size: returns the number of samples of a batch.
     """
     if not _has_places(batches):
         return _Counted(batches, size)
@@ -129,7 +129,7 @@ def indexed(batches: Iterable[Batch], size: Callable[[Batch], int]) -> Iterable[
 
 
 def _has_places(batches: Any) -> bool:
-    """Does it draw its samples by whole numbers? The first ones tell."""
+    """Whether a loader draws its samples by integer indices, judged by the first batch."""
     if type(batches) is not DataLoader or batches.batch_sampler is None or isinstance(batches.dataset, IterableDataset):
         return False
     with preserved_globals(), seeded(batches, 0, 0):
@@ -141,7 +141,7 @@ def _has_places(batches: Any) -> bool:
 
 
 def sample_count(batches: Iterable[Batch], size: Callable[[Batch], int]) -> int:
-    """How many samples the numbers of `indexed` reach to."""
+    """Number of samples that `indexed` numbers."""
     numbered = indexed(batches, size)
     if isinstance(numbered, DataLoader):
         return len(numbered.dataset)
@@ -149,7 +149,7 @@ def sample_count(batches: Iterable[Batch], size: Callable[[Batch], int]) -> int:
 
 
 class _Placed(Dataset[Any]):
-    """A data set whose samples come with their places."""
+    """A data set whose samples come with their indices."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -162,7 +162,7 @@ class _Placed(Dataset[Any]):
 
 
 class _Collated:
-    """Collates samples that come with their places."""
+    """Collates samples that come with their indices."""
 
     def __init__(self, collate: Callable[[list[Any]], Batch]) -> None:
         self.collate = collate
@@ -173,10 +173,10 @@ class _Collated:
 
 
 class _Counted:
-    """Batches in one order, with the running number of each sample."""
+    """Batches in a fixed order, with the running number of each sample."""
 
     def __init__(self, batches: Iterable[Batch], size: Callable[[Batch], int]) -> None:
-        self.dataset, self.size = batches, size  # under this name its own generators are found and seeded
+        self.dataset, self.size = batches, size  # `seeded` finds generators of `batches` by this name
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -190,9 +190,9 @@ class _Counted:
 
 
 def why_not_repeatable(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:
-    """Why equal numbers would not mean equal samples; None where nothing speaks against it.
+    """Return the reason why equal numbers may not mean equal samples; None where the test finds none.
 
-    A few samples are drawn twice, under other random states, and each by itself.
+    The test draws a few samples twice, under different random states, and those of a shuffling loader also one by one.
     """
     numbered = indexed(batches, size)
     drawn: list[Any] = []
@@ -211,8 +211,8 @@ def why_not_repeatable(batches: Iterable[Batch], size: Callable[[Batch], int]) -
         and type(getattr(numbered.batch_sampler, "sampler", None)) is not SequentialSampler
     ):
         with preserved_globals(1), seeded(batches, 1, 1):
-            alone = [numbered.collate_fn([numbered.dataset[place]]) for place in few]
-        if any(_sample_shapes(each) != _sample_shapes(drawn[0]) for each in alone):
+            singles = [numbered.collate_fn([numbered.dataset[place]]) for place in few]
+        if any(_sample_shapes(single) != _sample_shapes(drawn[0]) for single in singles):
             return (
                 "the training loader shuffles, and pads each batch to its longest sample: the same sample comes out "
                 "differently in other company; pad all to one length"
@@ -225,7 +225,7 @@ def _sample_shapes(batch: Any) -> list[Any]:
 
 
 def why_not_numbered(batches: Iterable[Batch], size: Callable[[Batch], int]) -> str | None:
-    """Why samples cannot be told apart by number; None where they can. Samples that are augmented keep theirs."""
+    """Return the reason why samples cannot be identified by number, or None; augmented samples keep their numbers."""
     return None if _has_places(batches) else why_not_repeatable(batches, size)
 
 
@@ -233,9 +233,9 @@ def why_not_numbered(batches: Iterable[Batch], size: Callable[[Batch], int]) -> 
 
 
 def part_of(batches: Any, share: float) -> Any:
-    """A share of the batches, spread evenly over each pass and at least one; all of a loader without a length.
+    """Return a share of the batches, spread evenly over each pass, at least one; all of a loader without a length.
 
-    A DataLoader stays one, over the same data set.
+    The part of a DataLoader is a DataLoader over the same data set.
     """
     try:
         count = len(batches)
@@ -251,7 +251,7 @@ def part_of(batches: Any, share: float) -> Any:
 
 
 class _Part:
-    """Those of several things at which a running share becomes one more."""
+    """The items at which the running share, rounded down, grows by one."""
 
     def __init__(self, batches: Any, share: float, count: int) -> None:
         self.dataset, self.kept = batches, {i for i in range(count) if int((i + 1) * share) > int(i * share)} or {0}
@@ -261,4 +261,4 @@ class _Part:
         return len(self.kept)
 
     def __iter__(self) -> Iterator[Any]:
-        return (each for place, each in enumerate(self.dataset) if place in self.kept)
+        return (batch for place, batch in enumerate(self.dataset) if place in self.kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,17 +16,16 @@ from torch.optim import Optimizer
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.batches import Batch, checked, predictor
 from torchslim.core.checks import shown
-from torchslim.core.distributed import is_first, share
-from torchslim.core.files import present
-from torchslim.core.isolation import preserved_globals, seed_everything, warn
-from torchslim.core.seals import read_sealed, write_sealed
+from torchslim.core.distributed import share
+from torchslim.core.isolation import preserved_globals, seed_everything
 from torchslim.core.step import Engine, Event, LayerRecord, log_progress
 from torchslim.core.task import Task
+from torchslim.core.train_modes import modes_restored
 from torchslim.core.trees import device_of
 from torchslim.core.usable import usable
-from torchslim.errors import StorageError, TrainError
+from torchslim.errors import TrainError
+from torchslim.training.checkpoint import Record
 from torchslim.training.devices import Placement, fabric_for, placed
-from torchslim.training.fsdp import collected, load_optimizer, load_spread
 from torchslim.training.loaders import length, seeded, shared
 from torchslim.training.masks import MaskKeeper
 from torchslim.training.optimizer import OptimizerSettings
@@ -169,56 +167,25 @@ def fit(
     model = usable(model, TrainError)
     companion = None if companion is None else usable(companion, TrainError, "the companion")
     settings, engine = settings or OptimizerSettings(), engine or Engine()
-    modes = {module: module.training for module in model.modules()}
-    home, metric = device_of(model), evaluate.as_metric() if evaluate else None
-    history: list[dict[str, float]] = []
-    best = _Best()
+    home = device_of(model)
     # a caller who only evaluates may have switched gradients off
-    with preserved_globals(), torch.enable_grad(), fabric_for(engine) as fabric:
+    with preserved_globals(), torch.enable_grad(), fabric_for(engine) as fabric, modes_restored(model):
         with placed(fabric, engine, model, companion or nn.Module(), settings) as place:
+            per_epoch = length(batches, fabric.world_size)
+            loop = Loop(model, place.optimizer, epochs, dict(masks or {}), per_epoch, whole=place.whole)
+            record = Record(place, state, key)
+            record.resume(loop)
             trainee = _Trainee(place, objective, settings, hooks, progress, step_name, phase)
-            loop = Loop(
-                model, place.optimizer, epochs, dict(masks or {}), length(batches, fabric.world_size), whole=place.whole
-            )
-            keeper = MaskKeeper(dict(model.named_parameters()), place.optimizer, loop.masks)
-            if state is not None and (kept := _unsealed(state, key)) is not None:
-                history, best = _restore(state, kept, loop, place.companion)
-            for hook in hooks:
-                hook.on_start(loop)
-            keeper.follow(loop.masks)
-            keeper.after_step()  # weights that arrive non-zero under a mask are zeroed before the first forward
-            try:
-                for epoch in range(loop.epoch, epochs):
-                    epoch_seed = seed * 100_003 + epoch
-                    seed_everything(epoch_seed)
-                    with seeded(batches, epoch, epoch_seed):
-                        row = trainee.epoch(shared(checked(batches, "train"), fabric), loop, keeper)
-                    share(model.buffers())  # each has seen batches of its own; all are to keep the same best epoch
-                    if evaluate is not None and metric is not None:
-                        with seeded(evaluate.val, epoch, epoch_seed):
-                            row["val"] = evaluate.evaluate(predictor(model), "val")
-                        if all(hook.settled(loop) for hook in hooks) and metric.better(row["val"], best.value):
-                            best = _Best(loop.epoch, row["val"], place.weights(model), dict(loop.masks))
-                    history.append(row)
-                    if state is not None:
-                        _checkpoint(state, key, loop, place, history, best)
-            finally:
-                for module, training in modes.items():
-                    module.training = training
-                model.zero_grad(set_to_none=True)
-        if best.weights is not None and best.masks is not None:
-            place.load_weights(best.weights)
-            loop.masks = best.masks
-    held = {name: mask.to(home) for name, mask in loop.masks.items()}
-    return FitReport(history=history, masks=held, best_epoch=best.epoch, best_value=best.value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Best:
-    epoch: int | None = None
-    value: float | None = None
-    weights: dict[str, Any] | None = None
-    masks: dict[str, Tensor] | None = None
+            trainee.run(batches, loop, record, evaluate, seed)
+        if record.best.weights is not None and record.best.masks is not None:
+            place.load_weights(record.best.weights)
+            loop.masks = record.best.masks
+    return FitReport(
+        history=record.history,
+        masks={name: mask.to(home) for name, mask in loop.masks.items()},
+        best_epoch=record.best.epoch,
+        best_value=record.best.value,
+    )
 
 
 @dataclass
@@ -233,6 +200,30 @@ class _Trainee:
     step_name: str
     phase: str
     last_finite: float = math.nan
+
+    def run(self, batches: Iterable[Batch], loop: Loop, record: Record, evaluate: Task | None, seed: int) -> None:
+        """Train from where `loop` stands to its last epoch."""
+        keeper = MaskKeeper(dict(loop.model.named_parameters()), loop.optimizer, loop.masks)
+        for hook in self.hooks:
+            hook.on_start(loop)
+        keeper.follow(loop.masks)
+        keeper.after_step()  # weights that arrive non-zero under a mask are zeroed before the first forward
+        metric = evaluate.as_metric() if evaluate else None
+        try:
+            for epoch in range(loop.epoch, loop.epochs):
+                epoch_seed = seed * 100_003 + epoch
+                seed_everything(epoch_seed)
+                with seeded(batches, epoch, epoch_seed):
+                    row = self.epoch(shared(checked(batches, "train"), self.place.fabric), loop, keeper)
+                share(loop.model.buffers())  # each process has seen other batches; all must keep the same best epoch
+                if evaluate is not None and metric is not None:
+                    with seeded(evaluate.val, epoch, epoch_seed):
+                        row["val"] = evaluate.evaluate(predictor(loop.model), "val")
+                    if all(hook.settled(loop) for hook in self.hooks) and metric.better(row["val"], record.best.value):
+                        record.keep(loop, row["val"])
+                record.add(loop, row)
+        finally:
+            loop.model.zero_grad(set_to_none=True)
 
     def epoch(self, batches: Iterator[Batch], loop: Loop, keeper: MaskKeeper) -> dict[str, float]:
         """One pass over the batches: a history row of mean losses."""
@@ -341,49 +332,3 @@ def check_epochs(epochs: int) -> None:
     """Raise TrainError unless it is a whole number of at least 1."""
     if not isinstance(epochs, int) or epochs < 1:
         raise TrainError(f"epochs must be a whole number of at least 1, got {epochs!r}")
-
-
-def _checkpoint(
-    state: Path, key: str, loop: Loop, place: Placement, history: list[dict[str, float]], best: _Best
-) -> None:
-    """The same file whatever the strategy and the number of processes; one writes it."""
-    saved = {
-        "epoch": loop.epoch,
-        "step": loop.step,
-        "model": place.weights(loop.model),
-        "masks": loop.masks,
-        "companion": place.weights(place.companion),
-        "history": history,
-        "steps_per_epoch": loop.steps_per_epoch,
-        "optimizer": collected(loop.optimizer.state_dict(), place.fabric.is_global_zero),
-        "best": [best.epoch, best.value, best.weights, best.masks],
-    }
-    if place.fabric.is_global_zero:
-        buffer = io.BytesIO()
-        torch.save(saved, buffer)
-        write_sealed(state, buffer.getvalue(), key)
-
-
-def _unsealed(state: Path | None, key: str) -> bytes | None:
-    """The checkpoint as it was written; None where there is none, or with a warning where it is damaged."""
-    if state is None or not present(state):
-        return None
-    try:
-        return read_sealed(state, key)
-    except StorageError as error:
-        if is_first():
-            warn(f"{error}; the training starts over")
-        return None
-
-
-def _restore(state: Path, saved_bytes: bytes, loop: Loop, companion: nn.Module) -> tuple[list[dict[str, float]], _Best]:
-    try:
-        saved = torch.load(io.BytesIO(saved_bytes), map_location="cpu", weights_only=True)
-        load_spread(loop.model, saved["model"])
-        companion.load_state_dict(saved["companion"])
-        load_optimizer(loop.optimizer, saved["optimizer"])
-        loop.masks, loop.epoch, loop.step = saved["masks"], saved["epoch"], saved["step"]
-        loop.steps_per_epoch = saved["steps_per_epoch"]
-        return saved["history"], _Best(*saved["best"])
-    except Exception as error:
-        raise TrainError(f"the checkpoint {state} cannot be resumed from ({error}); delete it to start over") from error

@@ -1,4 +1,4 @@
-"""Weights that stay zero while an optimizer steps."""
+"""Masked weights, held at zero while an optimizer steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchslim.errors import TrainError
 
 
 class MaskKeeper:
-    """Holds masked weights at zero: gradients, weights, and what the optimizer remembers of them."""
+    """Holds masked weights at zero, with their gradients and optimizer state."""
 
     def __init__(self, parameters: Mapping[str, Tensor], optimizer: Optimizer, masks: Mapping[str, Tensor]) -> None:
         self.optimizer = optimizer
@@ -24,26 +24,26 @@ class MaskKeeper:
         self.follow(masks)
 
     def follow(self, masks: Mapping[str, Tensor]) -> None:
-        """Hold these masks from now on; costs nothing while they are the same tensors."""
+        """Use these masks from now on; does nothing while they are the same tensors."""
         if masks.keys() == self.masks.keys() and all(masks[name] is self.masks[name] for name in masks):
             return
         check_masks(masks, self.parameters)
         self.masks = dict(masks)
-        for name, mask in masks.items():  # each process may have chosen by what it alone has seen
+        for name, mask in masks.items():  # the masks of a process may come from its own batches only
             share([mask], through=self.parameters[name].device)
-        held = [(self.parameters[name], mask) for name, mask in masks.items()]
-        self.dropped = [(each, local(spread(~mask.to(each.device), each))) for each, mask in held]
+        pairs = [(self.parameters[name], mask) for name, mask in masks.items()]
+        self.dropped = [(parameter, local(spread(~mask.to(parameter.device), parameter))) for parameter, mask in pairs]
 
     @torch.no_grad()
     def before_step(self, *_: Any) -> None:
-        """Clear the gradients of held weights, so that momentum and clipping never see them."""
+        """Zero the gradients of masked weights, so that they do not count in momentum and clipping."""
         for parameter, dropped in self.dropped:
             if parameter.grad is not None:
                 local(parameter.grad).masked_fill_(dropped, 0)
 
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:
-        """Clear held weights and their optimizer state (weight decay and old momentum included)."""
+        """Zero masked weights and their optimizer state (weight decay and old momentum included)."""
         for parameter, dropped in self.dropped:
             local(parameter).masked_fill_(dropped, 0)
             for value in self.optimizer.state.get(parameter, {}).values():
@@ -52,7 +52,7 @@ class MaskKeeper:
 
 
 def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Raise TrainError for a mask that fits no parameter: an unknown name, another shape, or not boolean."""
+    """Raise TrainError for a mask that fits no parameter: unknown name, other shape, not boolean, or without values."""
     unknown = sorted(set(masks) - set(parameters))
     if unknown:
         raise TrainError(f"masks name parameters that the model does not have: {', '.join(unknown)}")

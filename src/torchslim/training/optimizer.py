@@ -1,4 +1,4 @@
-"""How weights are updated: the optimizer, its learning rate, and the masks that hold weights at zero."""
+"""Settings of the optimizer and its learning rate."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SCHEDULES = ("cosine", "constant")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """How weights are updated.
+    """Settings of the optimizer and its learning rate.
 
     `optimizer` is "sgd" (Nesterov momentum), "adamw", or a factory `params -> Optimizer` (in a recipe
-    "package.module:name"). Weight decay leaves biases and norms (tensors of one dimension) alone. `warmup` is the
+    "package.module:name"). Biases and norms (tensors of at most one dimension) have no weight decay. `warmup` is the
     fraction of the training in which the learning rate rises linearly from zero.
     """
 
@@ -55,16 +55,16 @@ class OptimizerSettings:
                 raise TrainError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
     def factory(self) -> Callable[[Iterable[Any]], Optimizer] | None:
-        """The user's own optimizer factory, imported where it is named; None for those by name."""
+        """Return the user's optimizer factory, imported if it is given by name; None for the built-in optimizers."""
         if callable(self.optimizer):
             return self.optimizer
         if self.optimizer in OPTIMIZERS:
             return None
-        found: Callable[[Iterable[Any]], Optimizer] = resolve(self.optimizer, "optimizer", TrainError)
-        return found
+        factory: Callable[[Iterable[Any]], Optimizer] = resolve(self.optimizer, "optimizer", TrainError)
+        return factory
 
     def build(self, model: nn.Module, companion: nn.Module | None = None) -> Optimizer:
-        """The optimizer over the model's trainable parameters, and those of a companion."""
+        """Make the optimizer of the trainable parameters of a model and its companion."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters:
             raise TrainError("the model has no trainable parameter; set requires_grad on what should be trained")
@@ -89,7 +89,7 @@ class OptimizerSettings:
         return AdamW(groups, lr=self.lr)
 
     def factor(self, progress: float) -> float:
-        """What the learning rate is multiplied by at a progress in [0, 1]."""
+        """Return the factor of the learning rate at a progress in [0, 1]."""
         if progress < self.warmup:
             return progress / self.warmup
         if self.schedule == "constant":

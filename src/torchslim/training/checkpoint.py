@@ -1,0 +1,104 @@
+"""The history and the best epoch of a training, kept in a checkpoint from which it resumes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchslim.core.distributed import is_first
+from torchslim.core.files import present
+from torchslim.core.isolation import warn
+from torchslim.core.seals import read_sealed, write_sealed
+from torchslim.errors import StorageError, TrainError
+from torchslim.training.devices import Placement
+from torchslim.training.fsdp import collected, load_optimizer, load_spread
+
+if TYPE_CHECKING:
+    from torchslim.training.loop import Loop
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The epoch with the best validation metric; all None before the first evaluation."""
+
+    epoch: int | None = None
+    value: float | None = None
+    weights: Mapping[str, Any] | None = None
+    masks: dict[str, Tensor] | None = None
+
+
+@dataclass
+class Record:
+    """What a training has measured so far. With a `path`, `add` writes a checkpoint after every epoch.
+
+    The file is the same for every strategy and number of processes; the first process writes it, sealed with `key`.
+    """
+
+    place: Placement
+    path: Path | None
+    key: str
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: Best = Best()
+
+    def keep(self, loop: Loop, value: float) -> None:
+        """Keep the weights as they are now as the best ones."""
+        self.best = Best(loop.epoch, value, self.place.weights(loop.model), dict(loop.masks))
+
+    def add(self, loop: Loop, row: dict[str, float]) -> None:
+        """Append a finished epoch to the history, and write the checkpoint."""
+        self.history.append(row)
+        if self.path is None:
+            return
+        checkpoint = {
+            "epoch": loop.epoch,
+            "step": loop.step,
+            "model": self.place.weights(loop.model),
+            "masks": loop.masks,
+            "companion": self.place.weights(self.place.companion),
+            "history": self.history,
+            "steps_per_epoch": loop.steps_per_epoch,
+            "optimizer": collected(loop.optimizer.state_dict(), self.place.fabric.is_global_zero),
+            "best": [self.best.epoch, self.best.value, self.best.weights, self.best.masks],
+        }
+        if self.place.fabric.is_global_zero:
+            buffer = io.BytesIO()
+            torch.save(checkpoint, buffer)
+            write_sealed(self.path, buffer.getvalue(), self.key)
+
+    def resume(self, loop: Loop) -> None:
+        """Set model, optimizer and loop to the checkpoint, where there is an intact one.
+
+        Raises:
+            TrainError: the checkpoint belongs to another model.
+        """
+        if (payload := self._payload()) is None:
+            return
+        try:
+            saved = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+            load_spread(loop.model, saved["model"])
+            self.place.companion.load_state_dict(saved["companion"])
+            load_optimizer(loop.optimizer, saved["optimizer"])
+            loop.masks, loop.epoch, loop.step = saved["masks"], saved["epoch"], saved["step"]
+            loop.steps_per_epoch = saved["steps_per_epoch"]
+            self.history, self.best = saved["history"], Best(*saved["best"])
+        except Exception as error:
+            raise TrainError(
+                f"the checkpoint {self.path} cannot be resumed from ({error}); delete it to start over"
+            ) from error
+
+    def _payload(self) -> bytes | None:
+        """The bytes of the checkpoint; None where there is none, or, with a warning, where it is damaged."""
+        if self.path is None or not present(self.path):
+            return None
+        try:
+            return read_sealed(self.path, self.key)
+        except StorageError as error:
+            if is_first():
+                warn(f"{error}; the training starts over")
+            return None
