@@ -25,7 +25,7 @@ from torchslim.quantize import Quantize, QuantizedModule, sqnr, static
 from torchslim.quantize.backend_profiles import PROFILES
 from torchslim.quantize.preparation import convert, prepare
 from torchslim.quantize.schemes import weight_range
-from torchslim.runtimes import Deployed
+from torchslim.runtimes import Deployed, kernels
 
 LOW, HIGH = weight_range("onnxruntime")
 QUANTIZED = torch.ops.quantized_decomposed
@@ -549,3 +549,34 @@ def test_the_onnx_file_is_integers_too(deployed: Deployed) -> None:
     graph = onnx.load_from_string(deployed.payload or b"").graph
     large = [each for each in graph.initializer if int(np.prod(each.dims)) >= 64]
     assert {each.data_type for each in large} == {onnx.TensorProto.INT8}
+
+
+class Bounded(nn.Module):
+    """A linear layer, an activation that bounds its output, and a reader: in float, or on integers behind a move."""
+
+    def __init__(self, activation: nn.Module, *, bias: bool, reader: str) -> None:
+        super().__init__()
+        self.layer, self.activation = nn.Linear(8, 8, bias=bias), activation
+        self.last, self.reader = nn.Linear(6 if reader == "moved" else 8, 4), reader
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.activation(self.layer(x))
+        if self.reader == "float":
+            return y.softmax(-1)
+        return self.last(y.transpose(1, 2) if self.reader == "moved" else y).softmax(-1)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Hardtanh(-0.5, 0.7)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reader", ["float", "integers", "moved"])
+def test_a_linear_layer_with_bounds_runs_on_integers_whatever_reads_it(
+    activation: nn.Module, bias: bool, reader: str
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 8)
+    quantized = static(Bounded(activation, bias=bias, reader=reader).eval(), [(x,)])
+    deployed = deploy(quantized, (x,))
+    types = [kernel.type for kernel in kernels(deployed)]
+    assert "MatMul" not in types
+    assert "Gemm" not in types
+    assert sqnr(quantized(x), deployed(x)) > 90

@@ -9,6 +9,7 @@ import struct
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,3 +207,18 @@ def test_an_artifact_with_a_huge_size_ends_nothing(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="takes more than"):
         ts.load(tmp_path)
     assert ts.load(tmp_path, runtime="eager")(INPUT[0]).shape == (2, 2)
+
+
+def test_files_with_bfloat16_inputs_are_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    deployed = deploy(nn.Linear(3, 2).bfloat16().eval(), (x,), runtime="openvino", threads=1)
+    tried: list[torch.dtype] = []
+
+    def record(files: Any, inputs: Any) -> str:
+        tried.extend(each.dtype for each in inputs)
+        return survive_files(files, inputs)
+
+    monkeypatch.setattr(openvino, "survive_files", record)
+    assert openvino.RUNTIME.trial is not None
+    openvino.RUNTIME.trial(deployed.files, [x])
+    assert tried == [torch.float32]

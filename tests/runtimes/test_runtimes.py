@@ -321,3 +321,27 @@ def test_inductor_computes_integers_as_the_converted_graph_does(
         found.save(tmp_path / "model")
     assert not os.listdir(tmp_path)  # noqa: PTH208
     assert capfd.readouterr() == ("", "")
+
+
+class Clipped(nn.Module):
+    """One value between three pairs of bounds, as after a shared scaling in front of several layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        for index in range(3):
+            self.register_buffer(f"low{index}", torch.tensor(-0.1 * (index + 1)))
+            self.register_buffer(f"high{index}", torch.tensor(0.2 * (index + 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 2 * self.layer(x)
+        bounds = [(getattr(self, f"low{index}"), getattr(self, f"high{index}")) for index in range(3)]
+        return torch.cat([y.clamp(low, high) for low, high in bounds], -1)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_several_clips_of_one_value_keep_their_bounds(runtime: str) -> None:
+    torch.manual_seed(0)
+    model, x = Clipped().eval(), torch.randn(64, 4)
+    deployed = deploy(model, (x,), runtime=runtime, threads=1)
+    torch.testing.assert_close(deployed(x), model(x).detach(), rtol=0, atol=1e-5)

@@ -1,1 +1,1 @@
-"""What is saved, deployed and measured."""
+"""Deploy, measure, save and load models."""

@@ -1,12 +1,12 @@
 """Times the model in this folder on this machine: python bench.py [--threads N] [--rounds N] [--batch N]
 
-In a folder that `torchslim latency` packed, all its programs are timed against the whole model, in turn, and
-latency.json is written, which `latency_table` of a recipe takes.
+In a folder that `torchslim latency` packed, bench.py times all programs in turn against the whole model, and
+writes latency.json for `latency_table` of a recipe.
 
 Needs numpy and the runtime of the model (onnxruntime for model.onnx, openvino for model.xml, torch for model.pt2 and
-model.aoti.pt2), and nothing else. Files are read once and checked against their recorded SHA-256; nothing is unpickled,
-and of a program those operators alone are called that it had when it was saved. model.aoti.pt2 is machine code: it is
-only run with --trusted.
+model.aoti.pt2), and nothing else. Files are read once and checked against their recorded SHA-256. Nothing is unpickled,
+and a program may call only the operators that it had when it was saved. model.aoti.pt2 is machine code, which runs only
+with --trusted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 
 Run = Callable[[list[Any]], list[Any]]
 HERE = Path(__file__).resolve().parent
-OPERATORS: tuple[str, ...] = ()  # those of the programs in this folder, written when it was saved
+OPERATORS: tuple[str, ...] = ()  # of the programs in this folder, written when it was saved
 ROUND_SECONDS = 0.002  # a round repeats short calls until it lasts this long
 TOGETHER = 8  # programs in memory at a time, besides the whole model
 
@@ -43,7 +43,7 @@ class Folder:
         self.hashes, self.trusted = hashes, trusted
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file that are those that were saved."""
+        """The bytes of a file, checked to be those that were saved."""
         path = HERE / name
         if not isinstance(name, str) or Path(name).name != name or name not in self.hashes:
             sys.exit(f"{name!r} is not listed among the files of this folder; copy it again")
@@ -55,12 +55,12 @@ class Folder:
         return data
 
     def arrays(self) -> dict[str, Any]:
-        """The example inputs and outputs."""
+        """The example inputs and outputs, by name."""
         loaded = np.load(io.BytesIO(self.read("example.npz")), allow_pickle=False)
         return {name: loaded[name] for name in sorted(loaded.files)}
 
     def load(self, name: str, threads: int | None, dtypes: list[str], without: Sequence[str] | None = None) -> Run:
-        """A function from a list of arrays to a list of arrays."""
+        """The model in a file, as a function from a list of arrays to a list of arrays."""
         data = self.read(name)
         if name.endswith(".onnx"):
             return load_onnx(data, threads, without)
@@ -72,20 +72,20 @@ class Folder:
             sys.exit(f"{name} is machine code, which can do anything: if you trust who made it, add --trusted")
         import torch
 
-        with tempfile.TemporaryDirectory() as folder:  # what was checked, and not what lies there by now
+        with tempfile.TemporaryDirectory() as folder:  # the checked bytes: the file may have changed
             path = Path(folder) / "model.pt2"
             path.write_bytes(data)
             return of_torch(torch._inductor.aoti_load_package(str(path)), threads, dtypes)
 
 
 def load_onnx(data: bytes, threads: int | None, without: Sequence[str] | None = None) -> Run:
-    """A function from a list of arrays to a list of arrays; `without` some optimizers and idle spinning, if given."""
+    """An ONNX model as a function on arrays; with `without`, these optimizers and idle spinning are off."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     if threads:
         options.intra_op_num_threads = threads
-    if without is not None:  # as torchslim runs it
+    if without is not None:  # the settings of torchslim
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         data, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without or ())
@@ -95,7 +95,7 @@ def load_onnx(data: bytes, threads: int | None, without: Sequence[str] | None = 
 
 
 def load_xml(xml: bytes, weights: bytes, threads: int | None) -> Run:
-    """The same for OpenVINO; floats stay float32 on processors that have bfloat16 as well."""
+    """An OpenVINO model as a function on arrays; floats stay float32 even on processors with bfloat16."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # else the import reports to its makers
     import openvino
 
@@ -106,14 +106,14 @@ def load_xml(xml: bytes, weights: bytes, threads: int | None) -> Run:
     request = model.create_infer_request()
 
     def run(arrays: list[Any]) -> list[Any]:
-        found = request.infer(arrays, share_inputs=True)
-        return [found[index] for index in range(len(model.outputs))]
+        results = request.infer(arrays, share_inputs=True)
+        return [results[index] for index in range(len(model.outputs))]
 
     return run
 
 
 def of_torch(program: Any, threads: int | None, dtypes: list[str]) -> Run:
-    """The same for what takes and gives flat tensors of torch."""
+    """A torch program on flat tensors as a function on arrays."""
     import torch
 
     if threads:
@@ -132,7 +132,7 @@ def of_torch(program: Any, threads: int | None, dtypes: list[str]) -> Run:
 
 
 def load_pt2(data: bytes) -> Any:
-    """An exported program as a module. `torch.export.load` is not used: it unpickles, evaluates and calls anything."""
+    """Module of an exported program, without `torch.export.load`, which unpickles, evaluates and calls anything."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         infos = archive.infolist()
         if any(info.compress_type for info in infos) or sum(info.file_size for info in infos) > len(data):
@@ -162,10 +162,10 @@ class Program:
     def module(self) -> Any:
         """The module; it takes flat tensors."""
         values: dict[str, Any] = {}
-        held = self.held("weights", "model_weights") | self.held("constants", "model_constants")
+        tensors = self.held("weights", "model_weights") | self.held("constants", "model_constants")
         signature = self.described["signature"]
-        for index, each in enumerate(signature["input_specs"]):
-            ((kind, about),) = each.items()
+        for index, input_spec in enumerate(signature["input_specs"]):
+            ((kind, about),) = input_spec.items()
             if kind == "user_input":
                 name = self.name(about["arg"])
                 values[name] = self.graph.placeholder(f"x{index}")
@@ -173,7 +173,7 @@ class Program:
                 values[about["name"]] = None
             else:
                 path = about.get("parameter_name") or about.get("buffer_name") or about["tensor_constant_name"]
-                self.root.register_buffer(f"w{index}", held[path])
+                self.root.register_buffer(f"w{index}", tensors[path])
                 values[self.name(about["arg"])] = self.graph.get_attr(f"w{index}")
         self.calls(self.described["graph"], values)
         outputs = [spec["user_output"]["arg"] for spec in signature["output_specs"] if "user_output" in spec]
@@ -182,24 +182,24 @@ class Program:
         return self.torch.fx.GraphModule(self.root, self.graph)
 
     def held(self, folder: str, config: str) -> dict[str, Any]:
-        """Tensors by the paths that the program calls them by."""
-        found = {}
-        for path, each in json.loads(self.entries[f"data/{folder}/{config}_config.json"])["config"].items():
-            meta = each["tensor_meta"]
+        """The tensors of a folder, by their paths in the program."""
+        tensors = {}
+        for path, entry in json.loads(self.entries[f"data/{folder}/{config}_config.json"])["config"].items():
+            meta = entry["tensor_meta"]
             dtype = self.tables["as_scalar_type"][meta["dtype"]]
             sizes, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))
-            stored = self.entries[f"data/{folder}/{each['path_name']}"]
+            stored = self.entries[f"data/{folder}/{entry['path_name']}"]
             if stored:
                 flat = self.torch.frombuffer(bytearray(stored), dtype=dtype)
-                found[path] = flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"])
+                tensors[path] = flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"])
             elif 0 in sizes:
-                found[path] = self.torch.empty(sizes, dtype=dtype)
+                tensors[path] = self.torch.empty(sizes, dtype=dtype)
             else:
                 sys.exit(f"model.pt2 holds no numbers for {path!r}; it is not read")
-        return found
+        return tensors
 
     def calls(self, graph: dict[str, Any], values: dict[str, Any]) -> None:
-        """Add the nodes of a graph."""
+        """Add the nodes of a part of the program to the graph."""
         for node in graph["nodes"]:
             args: list[Any] = []
             kwargs = {}
@@ -216,55 +216,55 @@ class Program:
             self.assign(node, result, values)
 
     def target(self, name: str) -> Any:
-        """An operator that the program had when it was saved."""
+        """The operator `name`, which the program must have had when it was saved."""
         root, *parts = name.split(".")
         if name not in OPERATORS or root not in ("torch", "math", "_operator"):
             sys.exit(f"model.pt2 calls {name!r}, which it did not when it was saved; copy the folder again")
-        found: Any = {"torch": self.torch, "math": math, "_operator": operator}[root]
+        function: Any = {"torch": self.torch, "math": math, "_operator": operator}[root]
         for part in parts:
-            found = getattr(found, part)
-        return found
+            function = getattr(function, part)
+        return function
 
     def inside(self, kind: str, args: list[Any], values: dict[str, Any]) -> list[Any]:
-        """The outputs of a part of the program that is called with gradients or automatic types off."""
-        place = next(index for index, each in enumerate(args) if isinstance(each, dict) and "as_graph" in each)
+        """Outputs of a part of the program that is called with gradients or autocast off."""
+        place = next(index for index, item in enumerate(args) if isinstance(item, dict) and "as_graph" in item)
         off = kind == "wrap_with_set_grad_enabled" or (kind == "wrap_with_autocast" and args[2] is False)
         if not off:
             sys.exit(f"this program holds {kind}, which bench.py cannot run; time it with torchslim bench")
         part = args[place]["as_graph"]["graph"]
         inner = dict(values)
-        for given, value in zip(part["inputs"], args[place + 1 :], strict=True):
-            inner[self.name(given)] = value
+        for inner_input, value in zip(part["inputs"], args[place + 1 :], strict=True):
+            inner[self.name(inner_input)] = value
         self.calls(part, inner)
         return [self.value(output, inner) for output in part["outputs"]]
 
     def assign(self, node: dict[str, Any], result: Any, values: dict[str, Any]) -> None:
-        """Call the results of a node as the program calls them."""
+        """Store the results of a node under their names in the program."""
         if isinstance(result, list):
-            names = [self.name(each) for given in node["outputs"] for each in self.spread(given)]
+            names = [self.name(tensor) for output in node["outputs"] for tensor in self.spread(output)]
             values.update(zip(names, result, strict=True))
             return
         outputs = node["outputs"]
-        for index, each in enumerate(outputs):
+        for index, output in enumerate(outputs):
             own = result if len(outputs) == 1 else self.graph.call_function(operator.getitem, (result, index))
-            if next(iter(each)) in ("as_tensors", "as_optional_tensors"):
-                for place, part in enumerate(self.spread(each)):
+            if next(iter(output)) in ("as_tensors", "as_optional_tensors"):
+                for place, part in enumerate(self.spread(output)):
                     values[self.name(part)] = self.graph.call_function(operator.getitem, (own, place))
-            elif "as_none" not in each:
-                values[self.name(each)] = own
+            elif "as_none" not in output:
+                values[self.name(output)] = own
 
     def spread(self, argument: dict[str, Any]) -> list[Any]:
-        """The tensors of a list, or the one."""
+        """The tensors of an argument: those of a list, or the argument itself."""
         content = next(iter(argument.values()))
-        return [{"as_tensor": each} for each in content] if isinstance(content, list) else [argument]
+        return [{"as_tensor": item} for item in content] if isinstance(content, list) else [argument]
 
     def name(self, argument: dict[str, Any]) -> str:
-        """What the program calls a value."""
+        """The name of a value in the program."""
         own = argument.get("name", argument.get("as_name"))
         return str(own) if own is not None else self.name(next(iter(argument.values())))
 
     def value(self, argument: dict[str, Any], values: dict[str, Any]) -> Any:
-        """An argument of a node."""
+        """The value of a node's argument, as it is described in the program."""
         ((kind, content),) = argument.items()
         if kind in self.tables:
             return self.tables[kind][content]
@@ -276,14 +276,14 @@ class Program:
             return values[content]
         if kind == "as_tensor":
             return values[content["name"]]
-        if kind in ("as_float", "as_floats"):  # those that JSON has no number for are texts
-            return [float(each) for each in content] if isinstance(content, list) else float(content)
+        if kind in ("as_float", "as_floats"):  # numbers that JSON lacks are texts
+            return [float(item) for item in content] if isinstance(content, list) else float(content)
         if isinstance(content, list):
             return [
-                self.value(each if len(each) == 1 and "name" not in each else {"as_tensor": each}, values)
-                if isinstance(each, dict)
-                else each
-                for each in content
+                self.value(item if len(item) == 1 and "name" not in item else {"as_tensor": item}, values)
+                if isinstance(item, dict)
+                else item
+                for item in content
             ]
         return self.value(content, values) if isinstance(content, dict) else content
 
@@ -302,13 +302,13 @@ def resized(arrays: list[Any], spec: dict[str, Any], batch: int | None) -> list[
         return arrays
     index = np.arange(batch or 1)
     return [
-        np.take(each, index % each.shape[axis], axis) if len(size) > axis and size[axis] is None else each
-        for each, size in zip(arrays, sizes, strict=True)
+        np.take(array, index % array.shape[axis], axis) if len(size) > axis and size[axis] is None else array
+        for array, size in zip(arrays, sizes, strict=True)
     ]
 
 
 def in_turn(runs: dict[str, Run], arrays: list[Any], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, A B A B ..., so that a machine that drifts drifts for all; short calls are repeated."""
+    """Seconds a call, timed A B A B ..., so that drift of the machine affects all; short calls are repeated."""
     repeats = {}
     for name, run in runs.items():
         fastest = float("inf")
@@ -317,20 +317,20 @@ def in_turn(runs: dict[str, Run], arrays: list[Any], rounds: int) -> dict[str, l
             run(arrays)
             fastest = min(fastest, time.perf_counter() - start)
         repeats[name] = max(1, round(ROUND_SECONDS / max(fastest, 1e-7)))
-    took: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 run(arrays)
-            took[name].append((time.perf_counter() - start) / repeats[name])
-    return took
+            seconds[name].append((time.perf_counter() - start) / repeats[name])
+    return seconds
 
 
 def time_pack(
     pack: dict[str, Any], folder: Folder, threads: int | None, rounds: int, batch: int | None
 ) -> dict[str, Any]:
-    """The table of a packed folder: by row and width, the time over the whole model's, from paired rounds."""
+    """Table of a packed folder: by row and width, the time divided by the whole model's, from paired rounds."""
     about, spec = dict(pack["about"]), pack["spec"]
     about["threads"] = threads or about["threads"]
     arrays = resized(list(folder.arrays().values()), spec, batch)
@@ -338,22 +338,22 @@ def time_pack(
     def load(name: str) -> Run:
         return folder.load(name, about["threads"], spec["dtypes"], pack["disabled_optimizers"])
 
-    whole = load(pack["whole"])
+    whole_model = load(pack["whole"])
     rows: dict[str, dict[str, float]] = {}
     programs = pack["programs"]
     for start in range(0, len(programs), TOGETHER):
         group = programs[start : start + TOGETHER]
-        runs = {"whole": whole} | {each["file"]: load(each["file"]) for each in group}
-        took = in_turn(runs, arrays, rounds)
-        for each in group:
-            ratio = float(np.median(np.array(took[each["file"]]) / np.array(took["whole"])))
-            rows.setdefault(each["row"], {})[str(each["width"])] = ratio
+        runs = {"whole": whole_model} | {program["file"]: load(program["file"]) for program in group}
+        seconds = in_turn(runs, arrays, rounds)
+        for program in group:
+            ratio = float(np.median(np.array(seconds[program["file"]]) / np.array(seconds["whole"])))
+            rows.setdefault(program["row"], {})[str(program["width"])] = ratio
         print(f"{start + len(group)} of {len(programs)} programs timed", file=sys.stderr)
     return {"format": pack["gives"], "about": about, "machine": processor(), "rows": rows}
 
 
 def processor() -> str:
-    """What this machine calls its processor."""
+    """The name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else ():
         if line.startswith("model name"):
@@ -362,10 +362,10 @@ def processor() -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: another process never reads a half of it."""
+    """Write a file under a temporary name, then rename it: another process never reads a part of it."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".torchslim-tmp-") as folder:
         written = Path(folder, path.name)
-        written.write_text(text)  # a plain file in there gets the rights that the umask gives
+        written.write_text(text)  # a plain file in the folder gets the permissions of the umask
         written.replace(path)
 
 
@@ -377,13 +377,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=None, help="samples a call; default 1 where the batch is free")
     parser.add_argument("--trusted", action="store_true", help="run machine code, model.aoti.pt2, too")
     arguments = parser.parse_args()
-    if any(each is not None and each < 1 for each in (arguments.rounds, arguments.batch, arguments.threads)):
+    if any(number is not None and number < 1 for number in (arguments.rounds, arguments.batch, arguments.threads)):
         parser.error("rounds, batch and threads must be at least 1")
     if (HERE / "pack.json").is_file():
         pack = json.loads((HERE / "pack.json").read_text())
         folder = Folder(pack["files"], arguments.trusted)
-        found = time_pack(pack, folder, arguments.threads, arguments.rounds, arguments.batch)
-        write_whole(HERE / "latency.json", json.dumps(found, indent=1) + "\n")
+        table = time_pack(pack, folder, arguments.threads, arguments.rounds, arguments.batch)
+        write_whole(HERE / "latency.json", json.dumps(table, indent=1) + "\n")
         print(HERE / "latency.json")
         return
     manifest = json.loads((HERE / "artifact.json").read_text())
@@ -409,7 +409,7 @@ def main() -> None:
             {
                 "latency_ms": {"median": median, "p10": p10, "p90": p90, "rounds": arguments.rounds},
                 "threads": threads,
-                "inputs": [list(each.shape) for each in arrays],
+                "inputs": [list(array.shape) for array in arrays],
                 "largest_difference_to_recorded_outputs": worst,
             }
         )

@@ -1,4 +1,4 @@
-"""A deployed model is compared with the graph that it was made from; layers that a runtime gets wrong go to float."""
+"""Deploy a model and compare it with its graph; layers that the runtime computes wrongly go back to float."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchslim.quantize.rollback import BROKEN, Evidence, Released, concluded, g
 from torchslim.quantize.samples import Run, float_outputs, outputs, part, samples_in
 from torchslim.runtimes import Deployed, find_runtime
 
-NEAR = 1e-3  # of the largest value: what two runs of one program on one machine may differ by
+NEAR = 1e-3  # of the largest value: allowed difference between two runs of one program on one machine
 Compile = Callable[[nn.Module], Deployed]
 Outputs = Sequence[Sequence[Tensor]]
 
@@ -38,21 +38,21 @@ def deploy(
 ) -> Deployed:
     """Compile `model` for a runtime; the result is called like the model and returns like the model.
 
-    A model that `ts.quantize` made is compared with its graph on the samples that it was checked on itself. Layers
-    that the runtime computes otherwise go back to float, with a warning; `deployed.records` says which, and why.
+    A model that `ts.quantize` made is compared with its graph, on the samples of its own checks. Layers that the
+    runtime computes differently go back to float, with a warning; `deployed.records` lists them with the reasons.
 
     Args:
-        model: a module, quantized or not; it is left as it was.
+        model: a module, quantized or not; never modified.
         example_inputs: a tuple of positional or a dict of keyword arguments.
         runtime: one of `ts.runtimes.RUNTIMES`.
-        threads: a setting of this deployment alone; None leaves it to the runtime.
+        threads: number of threads of this deployment only; None leaves it to the runtime.
         dynamic_shapes: "batch" leaves the batch dimension free, None fixes all sizes, or a torch.export spec.
-        checks: what must hold; None: what the model was quantized with.
+        checks: thresholds; None takes those that the model was quantized with.
 
     Raises:
         ExportError: the model cannot be captured; names the line of its code.
         RuntimeUnavailable: a package or compiler is missing; says what to install.
-        DeployError: the runtime computes something else than the model does, whichever layers are in float.
+        DeployError: the runtime computes something else than the model, whichever layers are in float.
     """
 
     model = usable(model, DeployError)
@@ -69,16 +69,16 @@ def deploy(
 def verified(
     model: nn.Module, compile_: Compile, *, checks: Checks | None = None, reload: Compile | None = None
 ) -> Deployed:
-    """A model deployed, with as many layers in float as it takes to compute what its graph computes.
+    """The deployed model, with as many layers in float as needed to compute what its graph computes.
 
     Args:
-        model: one that carries its evidence is checked.
+        model: checked if it carries its evidence.
         compile_: deploys a model.
-        checks: what must hold; None: what the model was quantized with.
-        reload: deploys a model, saves it, and reads it back; what it gives is checked in the place of the deployed one.
+        checks: thresholds; None takes those that the model was quantized with.
+        reload: deploys a model, saves it, and reads it back; its result is checked in place of the deployed model.
 
     Raises:
-        DeployError: nothing that was tried holds.
+        DeployError: the checks fail with every set of float layers that was tried.
     """
     deployed = compile_(model)
     if not isinstance(model, QuantizedModule):
@@ -87,23 +87,23 @@ def verified(
     if model.evidence is None:
         return deployed
     evidence = model.evidence if checks is None else replace(model.evidence, checks=checks)
-    given = _Given.of(evidence, model, deployed)
-    found = given.off(given.graph, deployed if reload is None else reload(model))
-    return deployed if not found else _repaired(model, given, compile_, reload or compile_, found, deployed.runtime)
+    basis = _Given.of(evidence, model, deployed)
+    flaws = basis.off(basis.graph, deployed if reload is None else reload(model))
+    return deployed if not flaws else _repaired(model, basis, compile_, reload or compile_, flaws, deployed.runtime)
 
 
 def off(model: nn.Module, deployed: Deployed) -> list[Fault]:
-    """What a deployed model computes otherwise than the quantized model that it was made from."""
+    """Faults of a deployed model against the quantized model that it was made from."""
     if not isinstance(model, QuantizedModule) or model.evidence is None:
         return []
-    given = _Given.of(model.evidence, model, deployed)
-    return given.off(given.graph, deployed)
+    basis = _Given.of(model.evidence, model, deployed)
+    return basis.off(basis.graph, deployed)
 
 
 def alike(deployed: Deployed, loaded: Deployed) -> bool:
-    """Do two deployed models answer the same to the example of the first?"""
-    pairs = zip(deployed.run(list(deployed.example)), loaded.run(list(deployed.example)), strict=True)
-    return all(
+    """Whether two deployed models give nearly the same outputs on the example of the first."""
+    outputs, reloaded = deployed.run(list(deployed.example)), loaded.run(list(deployed.example))
+    return len(outputs) == len(reloaded) and all(
         one.shape == other.shape
         and torch.allclose(
             one.double(),
@@ -112,12 +112,12 @@ def alike(deployed: Deployed, loaded: Deployed) -> bool:
             equal_nan=True,
             atol=NEAR * float(one.double().nan_to_num(0, 0, 0).abs().max() if one.numel() else 0),
         )
-        for one, other in pairs
+        for one, other in zip(outputs, reloaded, strict=True)
     )
 
 
 def new_notes(model: nn.Module, deployed: Deployed) -> list[str]:
-    """A line for all that went back to float when a model was deployed."""
+    """Notes on the layers that went back to float when `model` was deployed."""
     made = deployed.made_from
     if not isinstance(made, QuantizedModule) or not isinstance(model, QuantizedModule):
         return []
@@ -125,18 +125,18 @@ def new_notes(model: nn.Module, deployed: Deployed) -> list[str]:
 
 
 def merged(layers: Sequence[LayerRecord], deployed: Deployed) -> list[LayerRecord]:
-    """Records of a step, with what went back to float when its model was deployed."""
+    """Records of a step, updated with the layers that went back to float when its model was deployed."""
     if deployed.made_from is None:
         return list(layers)
     latest = {record.layer: record for record in deployed.records if record.action == "refused"}
-    found = [latest.get(layer.layer, layer) if layer.action == "quantized" else layer for layer in layers]
-    known = {layer.layer for layer in layers}
-    return found + [each for name, each in latest.items() if name not in known]
+    updated = [latest.get(layer.layer, layer) if layer.action == "quantized" else layer for layer in layers]
+    names = {layer.layer for layer in layers}
+    return updated + [record for name, record in latest.items() if name not in names]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Given:
-    """What a deployed model is compared on: the runs of the evidence, as far as its sizes allow, and the answers."""
+    """Inputs and reference outputs that a deployed model is compared on, from the evidence as far as sizes allow."""
 
     evidence: Evidence
     runs: Sequence[Run]
@@ -146,7 +146,7 @@ class _Given:
 
     @classmethod
     def of(cls, evidence: Evidence, model: QuantizedModule, deployed: Deployed) -> _Given:
-        """The runs that fit a deployed model; its example where none does."""
+        """The evidence's runs if they fit a deployed model, else slices that fit, else its example."""
         if all(_fits(deployed, run) for run in evidence.runs):
             return cls(
                 evidence=evidence,
@@ -165,7 +165,7 @@ class _Given:
         )
 
     def off(self, graph: Outputs, deployed: Deployed) -> list[Fault]:
-        """What a deployed model computes otherwise than its graph."""
+        """Faults of a deployed model against its graph."""
         answers = [deployed.run(list(run)) for run in self.runs]
         axes, checks = self.evidence.prepared.output_axes, self.evidence.checks
         already = {(fault.kind, fault.place) for fault in faults(self.reference, graph, axes, checks)}
@@ -178,28 +178,28 @@ class _Given:
 
 
 def _sliced(evidence: Evidence, deployed: Deployed) -> _Given | None:
-    """As many samples as a fixed batch takes, twice, of different batches; None where sizes do not fit."""
-    inputs, given = evidence.prepared.samples.axes, evidence.prepared.output_axes
-    pairs = zip(deployed.spec.sizes, inputs, strict=True)
+    """Two slices of the evidence's runs, of the fixed batch size and different samples; None if sizes do not fit."""
+    input_axes, output_axes = evidence.prepared.samples.axes, evidence.prepared.output_axes
+    pairs = zip(deployed.spec.sizes, input_axes, strict=True)
     counts = {sizes[axis] for sizes, axis in pairs if axis is not None and len(sizes) > axis}
     count = counts.pop() if len(counts) == 1 else None
-    if count is None or None in given:
+    if count is None or None in output_axes:
         return None
     runs = evidence.runs
-    starts = [(0, 0), (1, 0)] if len(runs) > 1 else [(0, 0), (0, samples_in(runs[0], inputs) // 2)]
+    starts = [(0, 0), (1, 0)] if len(runs) > 1 else [(0, 0), (0, samples_in(runs[0], input_axes) // 2)]
 
     def cut(several: Outputs, axes: Sequence[int | None]) -> list[list[Tensor]]:
         return [part(list(several[run]), axes, start, count) for run, start in starts]
 
-    chosen = cut(runs, inputs)
+    chosen = cut(runs, input_axes)
     if not all(_fits(deployed, run) for run in chosen):
         return None
     return _Given(
         evidence=evidence,
         runs=chosen,
-        reference=cut(evidence.reference, given),
-        trained=cut(evidence.trained, given),
-        graph=cut(evidence.graph, given),
+        reference=cut(evidence.reference, output_axes),
+        trained=cut(evidence.trained, output_axes),
+        graph=cut(evidence.graph, output_axes),
     )
 
 
@@ -216,7 +216,7 @@ def _fits(deployed: Deployed, run: Run) -> bool:
 def _repaired(
     model: QuantizedModule, given: _Given, compile_: Compile, check: Compile, found: Sequence[Fault], runtime: str
 ) -> Deployed:
-    """The model deployed with layers in float."""
+    """The model, deployed with the layers in float that the checks need."""
     evidence = given.evidence
 
     def look(released: Released) -> Sequence[Fault]:

@@ -1,4 +1,4 @@
-"""Size, work and speed: parameters, MACs, bytes, and latency with its spread."""
+"""Latency of deployed models with its spread, from interleaved rounds."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def interleave(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 50, seconds: float = 60.0) -> Timings:
-    """Time the candidates in turn, A B A B ..., so that a machine that drifts drifts for all of them.
+    """Time the candidates in turn, A B A B ..., so that drift of the machine affects all of them.
 
     Args:
-        candidates: what to call, by name.
-        rounds: how many rounds at most.
-        seconds: after at least five rounds, stop when this much time is over.
+        candidates: functions to call, by name.
+        rounds: largest number of rounds.
+        seconds: time after which to stop, though not before five rounds.
     """
     if rounds < 1:
         raise TorchslimError(f"rounds must be at least 1, got {rounds}; 50 give a spread that can be trusted")

@@ -1,4 +1,4 @@
-"""Times of programs on one machine, runtime and number of threads: measured once, known by structure."""
+"""Cache of latencies on one machine, runtime and number of threads, by the structure of the program."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from torchslim.runtimes import Deployed
 FORMAT = "torchslim-latency"
 ROUNDS = 40
 SECONDS = 20.0  # for all programs of one comparison
-BUSY = 0.9  # of a reference's time: what is measured below was measured on a quieter machine
+BUSY = 0.9  # of a reference's cached time: a time below this shows that the machine was busy before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """The time of a program over that of a reference, from paired rounds, and its milliseconds beside it."""
+    """Ratio of a program's time to that of a reference, from paired rounds, and the program's milliseconds."""
 
     ratio: Measurement
     latency: Measurement
 
     def to_entry(self) -> dict[str, Any]:
-        """The timing as the file keeps it."""
+        """The timing as an entry of the file."""
         ratio, low, high = self.ratio.value, self.ratio.p10, self.ratio.p90
         assert low is not None, "a ratio from paired rounds has a spread"
         assert high is not None
         return {"ratio": ratio, "low": low, "high": high, "ms": self.latency.value, "rounds": self.latency.rounds}
 
     def as_kept(self) -> Timing:
-        """The timing as it is read again: without the spread of its milliseconds, which the file does not keep."""
+        """The timing as the file returns it: without the spread of the milliseconds, which the file does not store."""
         return Timing.from_entry(self.to_entry())
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> Timing:
-        """The timing that the file keeps."""
+        """The timing of an entry of the file."""
         ratio = Measurement(value=entry["ratio"], unit="x", p10=entry["low"], p90=entry["high"], rounds=entry["rounds"])
         return cls(ratio=ratio, latency=Measurement(value=entry["ms"], unit="ms", rounds=entry["rounds"]))
 
@@ -64,7 +64,7 @@ class _Entry(TypedDict):
 
 
 class _Table(TypedDict):
-    """The file: by the reference's structure, and the program's."""
+    """Content of the file; `entries` are by the reference's structure, then by the program's."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -77,11 +77,11 @@ TABLE: Schema[_Table] = Schema(_Table, "a table of latencies", ArtifactError, me
 
 
 class LatencyTable:
-    """What is known of a machine: by the reference's structure, the timings of programs by their structure.
+    """Timings of programs on a machine: by the reference's structure, then by the program's.
 
     Args:
-        runtime: whose programs are timed.
-        threads: of the deployment; None leaves it to the runtime.
+        runtime: runtime of the programs.
+        threads: number of threads of the deployment; None leaves it to the runtime.
         path: the file; by default one in `cache_folder()` for this machine, runtime and number of threads.
         batch: samples a call.
     """
@@ -97,15 +97,15 @@ class LatencyTable:
             "batch": batch,
             **{key: machine[key] for key in ("processor", "instruction_set", "cores", "versions")},
         }
-        self.given = path is not None  # a file that the user has named is not replaced where it is something else
+        self.given = path is not None  # a file that the user has named is not replaced if it holds something else
         self.path = Path(path) if path else cache_folder() / "latency" / f"{runtime}-{digest(self.about)[:16]}.json"
 
     def known(self, reference: str) -> dict[str, Timing]:
-        """Timings over a reference, by structure.
+        """Timings relative to a reference, by structure.
 
         Raises:
-            ArtifactError: the file that was named as `path` is damaged, or no table of this machine and runtime. One in
-                `cache_folder()` is measured again instead, with a warning.
+            ArtifactError: the file named as `path` is damaged, or no table of this machine and runtime. A file in
+                `cache_folder()` counts as empty instead, with a warning.
         """
         return {key: Timing.from_entry(entry) for key, entry in self._read().get(reference, {}).items()}
 
@@ -118,37 +118,37 @@ class LatencyTable:
         rounds: int = ROUNDS,
         seconds: float = SECONDS,
     ) -> dict[str, Timing]:
-        """Timings of deployed models over the reference's; what the file knows is not measured, unless `again`."""
+        """Timings of deployed models relative to the reference; those in the file are used, unless `again`."""
         first = reference.spec.structure
-        known = {} if again else self.known(first)
+        by_structure = {} if again else self.known(first)
         structures = {name: model.spec.structure for name, model in deployed.items()}
-        missing = {key: deployed[name] for name, key in structures.items() if key not in known and key != first}
-        if first not in known or missing:
+        missing = {key: deployed[name] for name, key in structures.items() if key not in by_structure and key != first}
+        if first not in by_structure or missing:
             timings = compare({first: reference} | missing, batch=self.batch, rounds=rounds, seconds=seconds)
-            new = [*missing] if first in known else [first, *missing]  # a reference keeps its first figure
+            new = [*missing] if first in by_structure else [first, *missing]  # a reference keeps its first figure
             for key in new:
-                known[key] = Timing(ratio=timings.speedup(first, key), latency=timings.latency(key)).as_kept()
-            self.add(first, {key: known[key] for key in new})
-        return {name: known[key] for name, key in structures.items()}
+                by_structure[key] = Timing(ratio=timings.speedup(first, key), latency=timings.latency(key)).as_kept()
+            self.add(first, {key: by_structure[key] for key in new})
+        return {name: by_structure[key] for name, key in structures.items()}
 
     def settle(self, reference: Deployed) -> Timing:
-        """The reference's own time, measured once more: markedly lower than what is known, the machine was busy then.
+        """The reference's own timing, measured once more and replaced if it is markedly lower: the machine was busy.
 
-        Ratios from paired rounds bear a busy machine, milliseconds do not. What is within the noise changes nothing,
-        so that the same search finds the same figures again.
+        A busy machine changes milliseconds, but not ratios from paired rounds. A difference within the noise changes
+        nothing, so that a repeated search gets the same figures.
         """
         first = reference.spec.structure
         before = self.measure({"it": reference}, reference)["it"]
-        took = compare({first: reference}, batch=self.batch, rounds=ROUNDS, seconds=SECONDS).latency(first)
-        if took.value >= BUSY * before.latency.value:
+        measured = compare({first: reference}, batch=self.batch, rounds=ROUNDS, seconds=SECONDS).latency(first)
+        if measured.value >= BUSY * before.latency.value:
             return before
-        latency = Measurement(value=took.value, unit="ms", rounds=took.rounds)
-        timing = Timing(ratio=replace(before.ratio, rounds=took.rounds), latency=latency)
+        latency = Measurement(value=measured.value, unit="ms", rounds=measured.rounds)
+        timing = Timing(ratio=replace(before.ratio, rounds=measured.rounds), latency=latency)
         self.add(first, {first: timing})
         return timing
 
     def add(self, reference: str, timings: Mapping[str, Timing]) -> None:
-        """Keep timings; what other processes have added meanwhile stays."""
+        """Add timings to the file; those that other processes added meanwhile stay."""
         with holding(self.path.with_name(f".{self.path.name}.lock"), lambda who: None):  # held for a moment only
             entries = self._read()
             entries.setdefault(reference, {}).update({key: timing.to_entry() for key, timing in timings.items()})
@@ -158,13 +158,13 @@ class LatencyTable:
         if not present(self.path):
             return {}
         try:
-            found = TABLE.read(self.path)
-            if found["about"] != json.loads(json.dumps(self.about)):
+            table = TABLE.read(self.path)
+            if table["about"] != json.loads(json.dumps(self.about)):
                 raise ArtifactError(f"{self.path} is about another machine or runtime; delete it, or name another")
         except ArtifactError as error:
             if self.given:
                 raise
             warn(f"{error}; it is measured again")
             return {}
-        entries: dict[str, dict[str, Any]] = found["entries"]
+        entries: dict[str, dict[str, Any]] = table["entries"]
         return entries

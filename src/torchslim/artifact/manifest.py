@@ -1,7 +1,7 @@
-"""What `artifact.json` and `surgery.json` may say: one strict schema each, parsed here and nowhere else.
+"""Strict schemas of `artifact.json` and `surgery.json`, which are parsed here and nowhere else.
 
-Everything in them is data: names, numbers and shapes. Unknown keys, other types, and numbers that no model has are
-refused, so that what reads the parsed values need not look at them again.
+Everything in the files is data: names, numbers and shapes. Unknown keys, other types, and numbers that no model has are
+refused, so that code which uses the parsed values need not check them again.
 """
 
 from __future__ import annotations
@@ -96,19 +96,19 @@ class ManifestJson(TypedDict):
     files: Annotated[dict[str, Hash], Field(max_length=10_000)]
     digest: Hash
     signature: NotRequired[Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]]
-    # of a program
+    # of a saved program
     runtime: NotRequired[Name]
     threads: NotRequired[Threads | None]
     spec: NotRequired[SpecJson]
     quantized: NotRequired[bool]
-    # of weights
+    # of saved weights
     aliases: NotRequired[dict[Name, Name]]
     channels_last: NotRequired[list[Name]]
     mask_shapes: NotRequired[dict[Name, Shape]]
 
 
 class CutJson(TypedDict):
-    """Which indices of one dimension of a weight stay."""
+    """The indices of one dimension of a weight that are kept."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
     weight: Name
@@ -118,7 +118,7 @@ class CutJson(TypedDict):
 
 
 class PatchJson(TypedDict):
-    """One attribute of a module that carries a size."""
+    """The change of a module's attribute that holds a size."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
     module: Name
@@ -129,7 +129,7 @@ class PatchJson(TypedDict):
 
 
 class RoundJson(TypedDict):
-    """What one pruning removed."""
+    """The channels that one pruning removed."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
     cuts: list[CutJson]
@@ -145,7 +145,7 @@ class SurgeryJson(TypedDict):
     """What channel pruning removed from a module; see `torchslim.surgery`."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
-    version: Annotated[int, Field(ge=1)]  # a newer one is named where the record is used
+    version: Annotated[int, Field(ge=1)]  # a newer one is refused where the record is used
     base: BaseJson
     rounds: Annotated[list[RoundJson], Field(max_length=10_000)]
 
@@ -194,7 +194,7 @@ def parse_manifest(data: bytes, what: str) -> ManifestJson:
     """The manifest of an artifact, checked against its own digest.
 
     Raises:
-        ArtifactError: damaged, not torchslim's, of a newer format, or changed since it was saved.
+        ArtifactError: the manifest is damaged, not torchslim's, of a newer format, or changed since it was saved.
     """
     raw = parse_json(data, what, ArtifactError, limits=LIMITS)
     version = raw.get("version") if isinstance(raw, dict) and raw.get("format") == FORMAT else None
@@ -208,10 +208,10 @@ def parse_manifest(data: bytes, what: str) -> ManifestJson:
 
 
 def manifest_digest(manifest: Any) -> str:
-    """The digest of all that a manifest says, without the digest itself and its signature."""
+    """Digest of all entries of a manifest except its digest and its signature."""
     return digest({key: value for key, value in manifest.items() if key not in ("digest", "signature")})
 
 
 def checked_manifest(manifest: Any) -> ManifestJson:
-    """The same for a manifest that is about to be written."""
+    """The manifest, checked against the schema before it is written."""
     return MANIFEST.check(manifest)

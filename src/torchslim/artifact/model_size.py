@@ -1,4 +1,4 @@
-"""What a model holds and computes: parameters, nonzeros, multiply-accumulates."""
+"""Count a model's parameters, nonzeros and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from torchslim.runtimes.base import Deployed
 
 
 def stored_weights(model: nn.Module) -> list[Tensor]:
-    """The tensors that a model learnt, tied ones once; the integers of a quantized graph, but not its scales."""
+    """Learned tensors of a model, tied ones once; of a quantized graph the integers, without the scales."""
     frozen = [value for name, value in model.named_buffers() if "_frozen_param" in name]
     return list({id(value): value for value in (*model.parameters(), *frozen)}.values())
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers the model learnt."""
+    """Number of parameters of `model`, shared ones counted once."""
     return sum(value.numel() for value in stored_weights(model))
 
 
 def nonzeros(model: nn.Module) -> int:
-    """How many of them are not exactly zero."""
+    """Number of parameters of `model` that are not exactly zero, shared ones counted once."""
     return sum(int(torch.count_nonzero(value)) for value in stored_weights(model))
 
 
 @dataclass(frozen=True, slots=True)
 class Macs:
-    """Multiply-accumulate operations of one call, and the operations that nobody counts."""
+    """Multiply-accumulate operations of one call, and the operations that are not counted."""
 
     total: int
     uncounted: tuple[str, ...]
@@ -46,7 +46,7 @@ def macs(model: nn.Module, inputs: Inputs) -> Macs:
     """Multiply-accumulates of one forward pass in eval mode, on the inputs as given.
 
     Counted by `torch.utils.flop_counter` (two operations each), with the fused kernels that it counts as zero
-    (LSTM and GRU, scaled dot-product attention on CPU, multi-head attention in eval mode) taken apart first.
+    (LSTM and GRU, scaled dot-product attention on CPU, multi-head attention in eval mode) split into parts first.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -77,7 +77,7 @@ class _Positional(nn.Module):
 
 
 class _Operations(TorchDispatchMode):
-    """Collects the operations that do more than a step for each element, or that torch knows nothing of."""
+    """Collects operations that may take more than one step per element, or that do not belong to torch."""
 
     KNOWN = ("aten", "prim", "prims", "quantized_decomposed")
     HEAVY = (

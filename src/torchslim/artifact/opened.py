@@ -1,4 +1,4 @@
-"""An artifact on disk, opened: every file is read once, and against the hash that the manifest gives."""
+"""Open an artifact on disk: every file that is read is checked against its hash in the manifest."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ FILE_BYTES = 2**42
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checked artifact; `signed`: by the key that was asked for.
+    """A checked artifact; `signed` if its signature was verified with a given key.
 
-    What was read `ahead` is given out once from memory, and then read from the folder.
+    `read` returns a file of `ahead` from memory once, and then reads it from the folder.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Opened:
     signed: bool = False
 
     def read(self, name: str) -> bytes:
-        """A file's bytes, checked again: what is used is what was hashed."""
+        """Bytes of a file, hashed again, so that exactly the checked bytes are used."""
         if name not in self.manifest["files"]:
             raise ArtifactError(f"{self.folder} lists no {name}; it was saved without it")
         if name in self.ahead:
@@ -50,11 +50,11 @@ class Opened:
         return data
 
     def read_ahead(self, *names: str) -> None:
-        """Have files in memory, as far as the artifact has them."""
+        """Read files into memory, as far as the artifact has them."""
         self.ahead.update({name: self.read(name) for name in names if name in self.manifest["files"]})
 
     def into(self, module: nn.Module) -> nn.Module:
-        """The saved module, made from one of its kind; see `load_module`."""
+        """The saved module, restored in a module of its kind; see `load_module`."""
         if WEIGHTS not in self.manifest["files"]:
             raise ArtifactError(f"{self.folder} holds no weights, only a program; use ts.load(folder)")
         record = None
@@ -63,10 +63,10 @@ class Opened:
         return restore(module, self.read(WEIGHTS), self.manifest, record)
 
     def example(self) -> list[Tensor]:
-        """The example inputs, of the types and sizes that the spec has."""
+        """The example inputs, with the types and sizes of the spec."""
         what, spec = f"{self.folder}/example.npz", self.manifest["spec"]
         arrays = read_arrays(self.read("example.npz"), what)
-        found = []
+        tensors = []
         for index, (dtype, sizes) in enumerate(zip(spec["dtypes"], spec["sizes"], strict=True)):
             array = arrays.get(f"in{index:03d}")
             if (
@@ -76,10 +76,10 @@ class Opened:
             ):
                 raise ArtifactError(f"{what} cannot be read: it does not fit the sizes of the model's inputs")
             try:
-                found.append(torch.from_numpy(array).to(getattr(torch, dtype)))
+                tensors.append(torch.from_numpy(array).to(getattr(torch, dtype)))
             except (TypeError, RuntimeError, AttributeError) as error:
                 raise ArtifactError(f"{what} cannot be read: {error}; save it again") from error
-        return found
+        return tensors
 
     def masks(self) -> dict[str, Tensor]:
         """The masks, by parameter name."""
@@ -89,7 +89,7 @@ class Opened:
 
 
 def open_artifact(folder: str | Path, *, public_key: Key | None = None) -> Opened:
-    """Check a folder's manifest, its signature where a key is given, and every file it lists."""
+    """The artifact in a folder, after a check of its manifest, its signature if a key is given, and all its files."""
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""How much memory a deployed model takes where it ships: measured in a process of its own."""
+"""Measure the memory that a deployed model takes, in a process of its own."""
 
 from __future__ import annotations
 
@@ -46,13 +46,15 @@ def peak_memory(deployed: Deployed) -> int:
     The runtime itself is loaded before, with a model of one weight.
 
     Raises:
-        DeployError: the process failed; says how.
+        DeployError: the process failed; names its last message.
     """
     with tempfile.TemporaryDirectory(prefix="torchslim-") as folder:
         write_artifact(folder, deployed=deployed)
-        given = json.dumps([folder, deployed.threads, deployed.runtime, RUNS])
-        done = subprocess.run([sys.executable, "-c", PROGRAM, given], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        arguments = json.dumps([folder, deployed.threads, deployed.runtime, RUNS])
+        process = subprocess.run(
+            [sys.executable, "-c", PROGRAM, arguments], capture_output=True, text=True, check=False
+        )
+    if process.returncode:
+        last = (process.stderr.strip() or "no message").splitlines()[-1]
         raise DeployError(f"the memory of the model could not be measured: its process ended with {last}")
-    return int(json.loads(done.stdout.strip().splitlines()[-1]))
+    return int(json.loads(process.stdout.strip().splitlines()[-1]))

@@ -1,4 +1,4 @@
-"""Does the artifact of a stage compute what its model does?"""
+"""Check that the artifact of a stage computes what its model does."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torchslim.runtimes import Deployed
 
 
 def kept_right(model: nn.Module, deployed: Deployed, folder: Path) -> bool:
-    """Does the artifact in a folder compute what the model does that it was made from?
+    """Whether the artifact in a folder computes what `model`, which it was made from, does.
 
-    Where a runtime has no file, and where the model does not carry its evidence, there is nothing to compare.
+    True without a comparison if the runtime has no file or the model does not carry its evidence.
     """
     if not isinstance(model, QuantizedModule) or model.evidence is None or not deployed.suffixes:
         return True
-    return not off(model, load(folder, trusted=True))  # machine code, where it is such, was made by this very run
+    return not off(model, load(folder, trusted=True))  # machine code in it was made by this run
 
 
 def as_saved(compile_: Compile) -> Compile:
-    """Deploys a model, saves it, and loads it."""
+    """A function that deploys a model, saves it, and loads it again."""
 
     def saved(model: nn.Module) -> Deployed:
         with tempfile.TemporaryDirectory(prefix="torchslim-") as folder:

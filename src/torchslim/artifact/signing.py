@@ -1,6 +1,6 @@
-"""Signatures of an artifact's manifest by Ed25519: who has the public key can tell who saved it.
+"""Ed25519 signatures of an artifact's manifest: the public key verifies who saved it.
 
-What is signed is the manifest's digest, and through it the hash of every file. `cryptography` is an extra:
+A signature covers the manifest's digest, and through it the hash of every file. `cryptography` is an extra:
 pip install 'torchslim[sign]'.
 """
 
@@ -28,7 +28,7 @@ def sign(digest: str, key: Key) -> str:
     """The signature of a manifest's digest by a private key, as hex.
 
     Raises:
-        ArtifactError: it is no unencrypted private key of Ed25519.
+        ArtifactError: `key` is no unencrypted private key of Ed25519.
         RuntimeUnavailable: `cryptography` is not installed.
     """
     private = _ed25519().Ed25519PrivateKey
@@ -48,7 +48,7 @@ def verify(digest: str, signature: str | None, public_key: Key, what: str) -> No
     """Check the signature of a manifest's digest.
 
     Raises:
-        ArtifactError: not signed, or by another key.
+        ArtifactError: the manifest is not signed, or signed by another key.
         RuntimeUnavailable: `cryptography` is not installed.
     """
     public = _ed25519().Ed25519PublicKey
@@ -80,14 +80,14 @@ def _loaded(key: Key, name: str, load: Any) -> Any:
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{name} {key} cannot be read: {getattr(error, 'strerror', error)}") from error
     if type(key).__module__.startswith("cryptography."):
-        return key  # of another kind, which the caller names
+        return key  # a key of another kind: the caller raises, and names its type
     if not isinstance(key, bytes):
         raise ArtifactError(
             f"{name} must be the path or the bytes of a PEM file, or a key object, got {type(key).__name__}"
         )
     try:
         return load(key)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it is encrypted
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: the key is encrypted
         raise ArtifactError(
             f"{name} is no unencrypted PEM of the right kind: {str(error).splitlines()[0]}; decrypt it, or give the "
             "key object"

@@ -1,4 +1,4 @@
-"""A module's weights, masks and surgery as bytes, and back into a module: safetensors and JSON, never pickle."""
+"""Pack a module's weights, masks and surgery as bytes, and restore them: safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def pack_state(module: nn.Module) -> tuple[bytes, dict[str, str], list[str]]:
-    """Contiguous tensors, each storage once; the other names of tied ones; and which were channels-last."""
+    """Contiguous tensors as bytes, each storage once; aliases of tied tensors; names of channels-last tensors."""
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -43,10 +43,10 @@ def pack_state(module: nn.Module) -> tuple[bytes, dict[str, str], list[str]]:
 def restore(
     module: nn.Module, weights: bytes, manifest: Mapping[str, Any], record: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """A saved state in a module of the same architecture, or of that from before its surgery.
+    """A module with a saved state, made from one of the same architecture, or of the one before its surgery.
 
     Raises:
-        ArtifactError: the module is another one; names the difference.
+        ArtifactError: the module does not fit the state; names the difference.
     """
     state = read_tensors(weights, "weights.safetensors")
     tied: Mapping[str, str] = manifest["aliases"]
@@ -57,16 +57,16 @@ def restore(
     odd = [name for name in manifest["channels_last"] if name not in state or state[name].dim() not in CHANNELS_LAST]
     if odd:
         raise ArtifactError(f"the manifest calls {odd[0]!r} channels-last, which it cannot be; save the model again")
-    wanted = {name: list(value.shape) for name, value in state.items()}
-    if difference(shapes(module), wanted) and not is_plain(module):
-        module, _ = copy_model(module)  # what was saved had its masks of torch.nn.utils.prune as zeros
+    saved_shapes = {name: list(value.shape) for name, value in state.items()}
+    if difference(shapes(module), saved_shapes) and not is_plain(module):
+        module, _ = copy_model(module)  # masks of torch.nn.utils.prune were saved as zeros
     if record is not None:
         try:
-            module = rebuild(module, record, wanted, tied)
-        # a record that does not fit the module: names of parts, dimensions and sizes that it lacks
+            module = rebuild(module, record, saved_shapes, tied)
+        # a record that does not fit: parts, dimensions or sizes that the module lacks
         except (PruneError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise ArtifactError(f"the saved surgery cannot be done: {error}") from error
-    misfit = difference(shapes(module), wanted)
+    misfit = difference(shapes(module), saved_shapes)
     if misfit:
         raise ArtifactError(f"the factory's model does not fit the saved weights; {misfit}")
     try:
@@ -94,13 +94,13 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], channels_last: Sequenc
 
 
 def pack_surgery(module: nn.Module) -> bytes | None:
-    """What channel pruning removed from a module, as JSON; None where it never did."""
-    found = surgery(module)
-    return None if found is None else (json.dumps(found, indent=1, allow_nan=False) + "\n").encode()
+    """The surgery of channel pruning on a module, as JSON; None if there was none."""
+    record = surgery(module)
+    return None if record is None else (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
 
 
 def pack_masks(masks: Mapping[str, Tensor]) -> tuple[bytes, dict[str, list[int]]]:
-    """Masks as packed bits, eight weights a byte, and their shapes."""
+    """Masks as packed bits, eight weights in a byte, and their shapes."""
     packed = {
         name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1).astype(bool))) for name, mask in masks.items()
     }

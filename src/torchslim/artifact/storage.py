@@ -1,4 +1,4 @@
-"""What is saved can be loaded: weights as safetensors, programs beside them, the rest JSON, every file hashed.
+"""Save and load artifacts: weights as safetensors, programs beside them, the rest JSON, every file hashed.
 
 artifact.json         format version, runtime, how the model is called, SHA-256 of every other file
 model.onnx, .xml ...  the runtime's file or files, and the exported program, model.pt2
@@ -41,7 +41,7 @@ from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import build
 from torchslim.quantize import QuantizedModule
 from torchslim.runtimes import RUNTIMES, Deployed, Runtime, Spec, find_runtime
-from torchslim.runtimes.base import as_array
+from torchslim.runtimes.base import Program, as_array
 from torchslim.runtimes.pt2 import load_program, operators_of
 
 PROGRAM = "model.pt2"
@@ -65,14 +65,14 @@ def save(
     Args:
         model: what to save.
         folder: a new or an empty one, or one that holds an artifact, which is replaced.
-        example_inputs: of the module, to save its program.
-        masks: weights that stay zero, by parameter name.
+        example_inputs: inputs of the module, for saving its program.
+        masks: masks of pruned weights, by parameter name.
         key: a private key of Ed25519 that signs the manifest, and so all files: the path or the bytes of a PEM file, or
             a key object of `cryptography`.
 
     Raises:
         ArtifactError: the folder holds something else, or `key` is no private key.
-        StorageError: the disk is full; what was there before is kept.
+        StorageError: the disk is full; the artifact that was there before is kept.
     """
     if isinstance(model, Deployed):
         confirm(folder, model, write_artifact(folder, deployed=model, masks=masks, key=key))
@@ -86,7 +86,7 @@ def save(
             )
         write_artifact(folder, module=model, masks=masks, key=key)
         return Path(folder)
-    deployed = verified(model, lambda each: find_runtime("eager").compile(each, example_inputs))
+    deployed = verified(model, lambda module: find_runtime("eager").compile(module, example_inputs))
     for note in new_notes(model, deployed):
         warn(note)
     write_artifact(folder, deployed=deployed, module=None if quantized else model, masks=masks, key=key)
@@ -94,22 +94,22 @@ def save(
 
 
 def confirm(folder: str | Path, deployed: Deployed, digest: str) -> None:
-    """Load the quantized model that was just written, and ask both for the answers to the example.
+    """Load a quantized model that was just written, and compare its outputs on the example with those of `deployed`.
 
     Args:
-        folder: where it was written.
-        deployed: what was written.
-        digest: of its manifest. Where another process has saved there since, it is its artifact, and its to confirm.
+        folder: folder that the model was written to.
+        deployed: the model that was written.
+        digest: digest of its manifest. If another process has saved there since, that process confirms its artifact.
 
     Raises:
-        ArtifactError: they differ.
+        ArtifactError: the outputs differ.
     """
     if not deployed.quantized or not deployed.suffixes:
         return
     opened = _opened(folder, None, None)
     if opened.manifest["digest"] != digest:
         return
-    loaded = load_opened(opened, trusted=True)  # machine code, where it is such, was just written here
+    loaded = load_opened(opened, trusted=True)  # machine code in it was just written here
     if not alike(deployed, loaded):
         raise ArtifactError(
             f"what was saved to {folder} answers otherwise than the model on {deployed.runtime!r} did; save it "
@@ -126,13 +126,13 @@ def write_artifact(
     extra: Mapping[str, bytes] | None = None,
     key: Key | None = None,
 ) -> str:
-    """Write an artifact folder, in the place of the artifact that is there; other files in it stay.
+    """Write an artifact to a folder, in place of the artifact that is there; other files in the folder stay.
 
-    Everything is written beside first and then renamed, the manifest last: on a full disk the old artifact is kept,
-    and a folder that has a manifest is whole.
+    All files are written to a staging folder first and then renamed, the manifest last: on a full disk the old artifact
+    is kept, and a folder that has a manifest is complete.
 
     Returns:
-        The digest of the manifest, and so of all files, as they were meant to be.
+        The digest of the manifest, and so of the intended contents of all files.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -158,7 +158,7 @@ def write_artifact(
     manifest["digest"] = manifest_digest(manifest)
     if key is not None:
         manifest["signature"] = sign(manifest["digest"], key)
-    checked_manifest(manifest)  # what could not be read is not written
+    checked_manifest(manifest)  # a manifest that could not be read is not written
     replace_files(folder, files, manifest)
     return str(manifest["digest"])
 
@@ -178,12 +178,12 @@ def load(
     compiled for another runtime than the one it was saved for.
 
     Args:
-        folder: what `save` wrote.
+        folder: folder that `save` wrote.
         runtime: None takes the one that it was saved for.
         threads: None takes those that it was saved with.
-        trusted: load a file of machine code too (runtime "aoti"): whoever made the artifact can do here what you can.
-            A model of OpenVINO is then not tried in a child process first.
-        public_key: refuse an artifact that was not saved with the private key of this one: the path or the bytes of a
+        trusted: load machine code too (runtime "aoti"), which can do on this machine whatever you can. A model of
+            OpenVINO is then not tried in a child process first.
+        public_key: refuse an artifact that was not signed with the private key of this one: the path or the bytes of a
             PEM file, or a key object of `cryptography`. None takes unsigned artifacts too, and checks no signature.
 
     Raises:
@@ -196,13 +196,13 @@ def load(
 
 
 def _opened(folder: str | Path, public_key: Key | None, runtime: str | None) -> Opened:
-    """A checked artifact, with all in memory that is needed to load it: another may be saved in its place meanwhile."""
+    """A checked artifact, with the files for loading in memory: another process may replace them meanwhile."""
     with reading(Path(folder)):
         opened = open_artifact(folder, public_key=public_key)
         own = opened.manifest.get("runtime")
         stored = own is not None and own in RUNTIMES and runtime in (None, own)
-        kept = [f"model{suffix}" for suffix in find_runtime(str(own)).suffixes] if stored else []
-        opened.read_ahead("example.npz", *(kept or [PROGRAM]))
+        files = [f"model{suffix}" for suffix in find_runtime(str(own)).suffixes] if stored else []
+        opened.read_ahead("example.npz", *(files or [PROGRAM]))
     return opened
 
 
@@ -214,7 +214,7 @@ def load_opened(
     trusted: bool = False,
     compiled_again: bool = False,
 ) -> Deployed:
-    """As `load`, of an artifact that was checked already; `compiled_again`: from its program, not from the file."""
+    """`load` for an opened artifact; `compiled_again` compiles its program instead of reading the runtime's files."""
     folder, manifest = opened.folder, opened.manifest
     if "spec" not in manifest:
         raise ArtifactError(f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)")
@@ -251,22 +251,12 @@ def load_opened(
                 f"{folder} cannot be loaded on runtime {chosen.name!r}: {type(error).__name__}: {str(error)[:300]}; "
                 "save the model again"
             ) from error
-    return Deployed(
-        session,
-        spec,
-        runtime=chosen.name,
-        threads=threads,
-        payload=payload,
-        example=example,
-        program=lambda: opened.read(PROGRAM),
-        quantized=manifest["quantized"],
-        no_file=chosen.no_file,
-        suffixes=chosen.suffixes,
-    )
+    program = Program(spec=spec, example=example, pack=lambda: opened.read(PROGRAM), quantized=manifest["quantized"])
+    return Deployed(session, program, chosen, threads=threads, payload=payload)
 
 
 def _checked_payload(opened: Opened, runtime: Runtime, trusted: bool, example: Sequence[Tensor]) -> bytes:
-    """The bytes of the runtime's files, checked, and tried in a child process where the runtime may crash."""
+    """Bytes of the runtime's files, checked, and tried in a child process first if the runtime may crash on them."""
     files = {suffix: opened.read(f"model{suffix}") for suffix in runtime.suffixes}
     if runtime.check is not None:
         runtime.check(files)
@@ -276,7 +266,7 @@ def _checked_payload(opened: Opened, runtime: Runtime, trusted: bool, example: S
 
 
 def _check_native(folder: str | Path, spec: Spec, trusted: bool) -> None:
-    """Machine code: it must be trusted, and for such a processor."""
+    """Raise ArtifactError for machine code that is not trusted, or that is for another instruction set."""
     if not trusted:
         raise ArtifactError(
             f"{folder} holds machine code, which can do anything when it is loaded; if you trust who made it, load it "
@@ -294,13 +284,13 @@ def load_module(folder: str | Path, factory: Callable[[], nn.Module], *, public_
     """A module from `factory` with the saved weights, in their saved precision.
 
     Args:
-        folder: what `save` wrote.
-        factory: makes the model as it was before channels were pruned, the removal is done again on it; or one of the
-            pruned architecture. Its weights do not matter. What it returns is taken over.
-        public_key: as of `load`.
+        folder: folder that `save` wrote.
+        factory: makes the model as it was before channels were pruned, whose channels are then removed again, or a
+            model of the pruned architecture. Its weights do not matter, and the returned model may be modified.
+        public_key: as for `load`.
 
     Raises:
-        ArtifactError: when the factory's model has other parameters than the saved one; names them.
+        ArtifactError: the factory's model has other parameters than the saved one; names them.
     """
     with reading(Path(folder)):
         opened = open_artifact(folder, public_key=public_key)
@@ -345,17 +335,17 @@ def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
 
 
 def bench_script(programs: Iterable[bytes]) -> bytes:
-    """The script that times the models of a folder; of these programs it calls the operators that they have now."""
-    known = sorted({name for program in programs for name in operators_of(program)})
+    """The script that times the models of a folder; it may call only the operators that these programs have now."""
+    operators = sorted({name for program in programs for name in operators_of(program)})
     text = BENCH.read_text()
     empty = "OPERATORS: tuple[str, ...] = ()"
     assert text.count(empty) == 1, "bench.py has one place for the operators"
-    lines = "".join(f"    {name!r},\n" for name in known)
-    return text.replace(empty, f"OPERATORS: tuple[str, ...] = (\n{lines})" if known else empty).encode()
+    lines = "".join(f"    {name!r},\n" for name in operators)
+    return text.replace(empty, f"OPERATORS: tuple[str, ...] = (\n{lines})" if operators else empty).encode()
 
 
 def _recaptured(opened: Opened, spec: Spec, example: list[Tensor]) -> Captured:
-    """What a runtime without files compiles from: the saved program."""
+    """The saved program in the form that a runtime compiles."""
     return Captured(
         program=load_program(io.BytesIO(opened.read(PROGRAM))),
         names=tuple(spec.kinds),

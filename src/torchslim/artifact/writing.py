@@ -1,8 +1,8 @@
-"""Writing an artifact's files in the place of those of the artifact that is there, and of no others.
+"""Write an artifact's files to a folder, in place of the files of the artifact there and of no others.
 
-Everything is written beside first and then renamed, the manifest last: on a full disk the old artifact is kept, and a
-folder that has a manifest is whole. What goes away are files whose names and hashes the old manifest has; what a
-manifest says of other files, or of places outside of its folder, is not believed.
+All files are written to a staging folder first and then renamed, the manifest last: on a full disk the old artifact is
+kept, and a folder that has a manifest is complete. A file is deleted only if the old manifest has its name and hash; a
+manifest that names other files, or places outside of its folder, is not trusted.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ OURS = re.compile(
 def replace_files(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
     """Put `files` and their manifest into a folder.
 
-    Others that save there, or read, wait until it is done.
+    Other processes that save or read there wait until this is done.
 
     Raises:
         ArtifactError: the folder holds something else.
-        StorageError: the disk is full, or another process is saving there; what was there before is kept.
+        StorageError: the disk is full, or another process is saving there; the artifact that was there before is kept.
     """
     try:
         with writing(folder):
-            # not before: what another process is just saving would look like somebody else's files
+            # under the lock: files that another process is just saving would look like somebody else's
             if any(folder.iterdir()) and not _ours(folder):
                 raise ArtifactError(
                     f"{folder} holds something that torchslim did not save; name an empty or a new folder"
@@ -67,7 +67,7 @@ def replace_files(folder: Path, files: Mapping[str, bytes], manifest: Mapping[st
 
 
 def is_file(path: Path) -> bool:
-    """Is there an ordinary file, and no link to one?"""
+    """Whether `path` is an ordinary file, not a link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except (OSError, ValueError):
@@ -75,7 +75,7 @@ def is_file(path: Path) -> bool:
 
 
 def _ours(folder: Path) -> bool:
-    """Did a save, be it one that was killed, or a run leave what is in the folder?"""
+    """Whether the contents of the folder come from a save, even a killed one, or from a run."""
     return (
         (folder / MANIFEST).is_file()
         or any(path.is_dir() and not path.is_symlink() for path in folder.glob(f"{STAGING}*"))
@@ -85,7 +85,7 @@ def _ours(folder: Path) -> bool:
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """Hashes of the files of the artifact that is in a folder; none where its manifest is damaged."""
+    """Hashes of the files of the artifact in a folder; none if its manifest is missing or damaged."""
     try:
         data = read_file(folder / MANIFEST, ArtifactError, size_bytes=LIMITS.size_bytes)
         return dict(parse_manifest(data, MANIFEST)["files"])
@@ -99,11 +99,11 @@ def _clear_staging(folder: Path) -> None:
 
 
 def _clear(staging: Path) -> None:
-    """Delete a staging folder with the files that a save writes; one with other files stays."""
+    """Delete a staging folder's files that a save writes; delete the folder if nothing else is in it."""
     if staging.is_symlink() or not staging.is_dir():
         return
     for path in staging.iterdir():
         if OURS.fullmatch(path.name) and is_file(path):
             path.unlink(missing_ok=True)
-    with suppress(OSError):  # it holds something else, which is not ours to delete
+    with suppress(OSError):  # the folder holds other files, which are not ours to delete
         staging.rmdir()

@@ -1,4 +1,4 @@
-"""Where a model runs: one file for each runtime, loaded when it is used."""
+"""Runtimes that deployed models run on: one module for each, imported when it is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUNTIMES: Mapping[str, str] = {
 
 
 def find_runtime(name: str) -> Runtime:
-    """A runtime by name; its packages are only imported when it compiles."""
+    """Runtime named `name`; its packages are imported only when it compiles or reads a model."""
     if name not in RUNTIMES:
         raise RecipeError(f"runtime {name!r} is not known; one of {', '.join(RUNTIMES)}")
     runtime: Runtime = importlib.import_module(f"torchslim.runtimes.{name}").RUNTIME
@@ -27,10 +27,10 @@ def find_runtime(name: str) -> Runtime:
 
 
 def kernels(deployed: Deployed) -> list[Kernel]:
-    """What a deployed model really executes, kernel by kernel, asked of its runtime."""
-    find = find_runtime(deployed.runtime).kernels
-    assert find is not None, "every runtime tells"
-    return find(deployed)
+    """Kernels that a deployed model really executes, as its runtime lists them."""
+    list_kernels = find_runtime(deployed.runtime).kernels
+    assert list_kernels is not None, "every runtime tells"
+    return list_kernels(deployed)
 
 
 __all__ = ["RUNTIMES", "Deployed", "Kernel", "Runtime", "Spec", "find_runtime", "kernels"]

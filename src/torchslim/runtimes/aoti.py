@@ -1,6 +1,6 @@
-"""AOTInductor: the fused kernels of `torch.compile` as machine code in a file, which runs where no compiler is.
+"""AOTInductor: the fused kernels of `torch.compile` as machine code in a file, which runs without a compiler.
 
-The file is a `.pt2` package that `torch._inductor.aoti_load_package` loads. Whoever loads it runs what is in it.
+The file is a `.pt2` package that `torch._inductor.aoti_load_package` loads. Loading it runs the code inside.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
     settings: dict[str, Any] = {
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.enable_frame_pointer": False,
-        # threads are those of the machine that loads it, not of this one
+        # the machine that loads the file sets the number of threads, not this one
         "cpp.dynamic_threads": True,
     }
     weights = [node for node in program.graph.nodes if decomposed(node) == DEQUANTIZE]
-    waiting = [node for node in weights if not all(map(has_integer_kernel, node.users))]
-    stored = [value.dtype for value in (*program.state_dict.values(), *program.constants.values())]
-    if not any(has_integer_kernel(node) for node in program.graph.nodes) and {torch.int8, torch.uint8} & set(stored):
-        # stored as integers, and dequantized once when the file is loaded; freezing would store them as floats
+    fallbacks = [node for node in weights if not all(map(has_integer_kernel, node.users))]
+    dtypes = [value.dtype for value in (*program.state_dict.values(), *program.constants.values())]
+    if not any(has_integer_kernel(node) for node in program.graph.nodes) and {torch.int8, torch.uint8} & set(dtypes):
+        # store weights as integers, dequantized once when the file is loaded; freezing would store them as floats
         settings |= {"freezing": False, "aot_inductor.use_runtime_constant_folding": True}
         program = _foldable(program)
-    elif waiting:
+    elif fallbacks:
         spec.notes.append(
-            f"aoti: {len(waiting)} integer weights have no integer kernel and are dequantized in every call; runtime "
+            f"aoti: {len(fallbacks)} integer weights have no integer kernel and are dequantized in every call; runtime "
             "'inductor' does so once"
         )
     shifts = (node.target is aten.bitwise_right_shift.Tensor_Scalar for node in program.graph.nodes)
@@ -82,7 +82,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
 
 
 def _foldable(program: ExportedProgram) -> ExportedProgram:
-    """The program with weights dequantized by plain arithmetic, which the compiler takes out of the calls."""
+    """Copy of the program that dequantizes weights by plain arithmetic, which the compiler moves out of the calls."""
     program = program.run_decompositions({})  # a copy; nothing is decomposed
     graph = program.graph_module.graph
     for node in list(graph.nodes):
@@ -102,7 +102,7 @@ def _foldable(program: ExportedProgram) -> ExportedProgram:
 
 
 def _packed(data: bytes, captured: Captured) -> bytes:
-    """The package without its source code and without traces of this machine, and with a list of its kernels."""
+    """Bytes of the package without source code or traces of this machine, with a list of its kernels."""
     buffer, code = io.BytesIO(), ""
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(buffer, "w") as target:
         for info in source.infolist():
@@ -114,14 +114,15 @@ def _packed(data: bytes, captured: Captured) -> bytes:
             if not name.endswith(SOURCES):
                 target.writestr(zipfile.ZipInfo(name), content)
         kernels = [
-            {"node": each.node, "type": each.type, "integer": each.integer} for each in called(code, captured.program)
+            {"node": kernel.node, "type": kernel.type, "integer": kernel.integer}
+            for kernel in called(code, captured.program)
         ]
         target.writestr(zipfile.ZipInfo(f"model/{KERNELS}"), json.dumps(kernels))
     return buffer.getvalue()
 
 
 def _without_paths(library: bytes) -> bytes:
-    """Machine code whose messages name no folders of this machine."""
+    """Machine code with the folders of this machine overwritten by slashes."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for folder in (cache_dir(), sysconfig.get_paths()["purelib"], str(Path(torch.__file__).parents[1])):
@@ -130,11 +131,11 @@ def _without_paths(library: bytes) -> bytes:
 
 
 class _Loaded:
-    """A package that was loaded."""
+    """A loaded package."""
 
     def __init__(self, payload: bytes, threads: int | None) -> None:
         with zipfile.ZipFile(io.BytesIO(payload)) as archive:
-            self.kernels = [Kernel(**load) for load in json.loads(archive.read(f"model/{KERNELS}"))]
+            self.kernels = [Kernel(**fields) for fields in json.loads(archive.read(f"model/{KERNELS}"))]
         with tempfile.TemporaryDirectory() as folder, quiet():
             path = Path(folder) / "model.pt2"
             path.write_bytes(payload)
@@ -143,8 +144,8 @@ class _Loaded:
 
     def __call__(self, leaves: list[Tensor], /) -> Sequence[Tensor]:
         with torch.no_grad(), torch_threads(self.threads):
-            found = self.model(*leaves)
-        return list(found)
+            outputs = self.model(*leaves)
+        return list(outputs)
 
 
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,41 +31,66 @@ def as_array(tensor: Tensor) -> Any:
         return tensor.float().numpy()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """The captured program that a deployed model computes.
+
+    Attributes:
+        spec: how it is called.
+        example: flat input tensors of the captured sizes.
+        pack: gives the program as the bytes of a `.pt2`.
+        quantized: does it hold quantized values?
+        classes: the classes of its structured outputs, by name; outputs of other classes come back as plain dicts.
+    """
+
+    spec: Spec
+    example: Sequence[Tensor]
+    pack: Callable[[], bytes]
+    quantized: bool
+    classes: Mapping[str, type] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, captured: Captured, spec: Spec) -> Program:
+        """The program of a capture."""
+        return cls(
+            spec=spec,
+            example=flatten(captured.inputs, captured.example),
+            pack=lambda: pack_program(captured.program),
+            quantized=any("quantized_decomposed" in str(node.target) for node in captured.program.graph.nodes),
+            classes=captured.classes,
+        )
+
+
 class Deployed:
-    """A model on a runtime. Called like the model, on tensors of any device; answers on the CPU without gradients."""
+    """A model on a runtime. Called like the model, on tensors of any device; answers on the CPU without gradients.
+
+    Attributes:
+        runtime: the runtime's name.
+        threads: how many threads compute, None for the runtime's own choice.
+        payload: the bytes of the runtime's files, None where it has no file format.
+        records: what the quantization did to each layer, where that is known.
+        made_from: the model that was deployed in place of the one that was given, if any.
+    """
 
     def __init__(
-        self,
-        session: Session,
-        spec: Spec,
-        *,
-        runtime: str,
-        threads: int | None,
-        payload: bytes | None,
-        example: Sequence[Tensor],
-        program: Callable[[], bytes],
-        quantized: bool,
-        classes: Mapping[str, type] | None = None,
-        no_file: str = "",
-        suffixes: Sequence[str] = (),
+        self, session: Session, program: Program, on: Runtime, *, threads: int | None, payload: bytes | None
     ) -> None:
-        self.session, self.spec, self.runtime, self.threads = session, spec, runtime, threads
-        self.payload, self.example, self.classes = payload, list(example), dict(classes or {})
-        self.program, self.quantized = program, quantized  # the exported program as the bytes of a .pt2
-        self.suffixes = tuple(suffixes)
-        self._no_file = no_file
-        self.records: list[LayerRecord] = []  # of the quantization, where it is known
-        self.made_from: nn.Module | None = None  # the model in the place of the one that was given to be deployed
+        self.session, self.threads, self.payload = session, threads, payload
+        self.runtime, self.suffixes, self._no_file = on.name, on.suffixes, on.no_file
+        self.spec, self.example, self.program = program.spec, list(program.example), program.pack
+        self.quantized, self.classes = program.quantized, dict(program.classes)
+        self.records: list[LayerRecord] = []
+        self.made_from: nn.Module | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = [leaf.detach().cpu() for leaf in self.spec.leaves(args, kwargs)]
-        found, count = self.run(leaves), tensors_of(self.spec.outputs)
-        if len(found) != count:
-            raise DeployError(f"the model gives {len(found)} tensors, its spec lists {count}; deploy it again")
-        return build(self.spec.outputs, found, self.classes)
+        outputs, count = self.run(leaves), tensors_of(self.spec.outputs)
+        if len(outputs) != count:
+            raise DeployError(f"the model gives {len(outputs)} tensors, its spec lists {count}; deploy it again")
+        return build(self.spec.outputs, outputs, self.classes)
 
     def run(self, leaves: list[Tensor]) -> list[Tensor]:
-        """Flat tensors in, flat tensors out, unchecked: what the benchmark times.
+        """Compute flat output tensors from flat input tensors without checks; benchmarks time this call.
 
         Raises:
             DeployError: the runtime cannot compute these inputs.
@@ -83,18 +108,18 @@ class Deployed:
 
     @property
     def size_bytes(self) -> int | None:
-        """The bytes on disk of what ships; None where the runtime has no file."""
+        """Bytes of the runtime's files on disk; None where it has no file format."""
         return None if self.payload is None else sum(map(len, self.files.values()))
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What ships, by the suffixes of the files; one of several files is a bundle in `payload`."""
+        """The runtime's files by suffix; several of them travel as one bundle in `payload`."""
         if self.payload is None:
             return {}
         return unbundle(self.payload) if len(self.suffixes) > 1 else dict.fromkeys(self.suffixes or [""], self.payload)
 
     def save(self, path: str | Path) -> Path:
-        """Write the runtime's file; where it has several, those beside it are called like it.
+        """Write the runtime's file; further files get the same name with another suffix.
 
         Raises:
             DeployError: where the runtime has no file format.
@@ -118,14 +143,22 @@ class Deployed:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """A way to run a model: how it is compiled, and how its file is read back.
+    """A way to run a model: how programs are compiled, and how files are read back.
 
-    `make` turns a captured program into a session and the bytes of its file (None where there is no format; a
-    `bundle` where there are several files, `suffix` and those `beside`); `read` makes a session of such bytes.
-    A `native` file is machine code: it is loaded only where it is trusted. `check` looks at files that others may have
-    written, by their suffixes, before `read` does; `trial` then runs them on example inputs in a child process, where
-    the runtime may end the process. `kernels` tells what is executed. What `converts` programs to a format of its own
-    may fix sizes in silence: a free batch is tried.
+    Attributes:
+        name: the key in `RUNTIMES`.
+        suffix: of the main file; None where the runtime has no file format.
+        make: turns a captured program into a session and the bytes of its files (None without a format, a `bundle` of
+            several files).
+        read: makes a session of such bytes.
+        no_file: why there is no file format.
+        beside: suffixes of the further files.
+        native: is the file machine code? It is then loaded only where it is trusted.
+        check: refuses harmful files, given by suffix, before `read` sees them.
+        trial: runs files on example inputs in a child process, because the runtime may crash.
+        converts: does it convert programs to a format of its own, which may fix sizes in silence? A free batch is then
+            tried with another size.
+        kernels: lists the kernels that are executed.
     """
 
     name: str
@@ -142,7 +175,7 @@ class Runtime:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of the files that it writes, the main one first."""
+        """Suffixes of the files that it writes, the main one first."""
         return () if self.suffix is None else (self.suffix, *self.beside)
 
     def compile(
@@ -161,22 +194,10 @@ class Runtime:
         else:
             captured, original = capture(model, example_inputs, dynamic_shapes), model
 
-        def make(program: Captured) -> tuple[Spec, Session, bytes | None]:
-            described = Spec.of(program, original)
+        def make(variant: Captured) -> tuple[Spec, Session, bytes | None]:
+            described = Spec.of(variant, original)
             with quiet(), torch.no_grad():
-                return described, *self.make(program, described, threads)
+                return described, *self.make(variant, described, threads)
 
         captured, spec, session, payload = compiled(make, captured, original, trial=self.converts)
-        return Deployed(
-            session,
-            spec,
-            runtime=self.name,
-            threads=threads,
-            payload=payload,
-            example=flatten(captured.inputs, captured.example),
-            program=lambda: pack_program(captured.program),
-            quantized=any("quantized_decomposed" in str(node.target) for node in captured.program.graph.nodes),
-            classes=captured.classes,
-            no_file=self.no_file,
-            suffixes=self.suffixes,
-        )
+        return Deployed(session, Program.of(captured, spec), self, threads=threads, payload=payload)

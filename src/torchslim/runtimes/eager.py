@@ -1,4 +1,4 @@
-"""PyTorch itself: the exported program, run op by op; its integer kernels where it has some. The file is a `.pt2`."""
+"""PyTorch: runs the exported program op by op, with its integer kernels where it has some; saves a `.pt2`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
     session = session_of(lower(captured.program.module()), threads)
     try:
         return session, pack_program(captured.program)
-    except ExportError:  # operators of the user's own run here, but no file may call them
+    except ExportError:  # custom operators run here, but a file may not call them
         return session, None
 
 
@@ -44,9 +44,9 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
 
 def _kernels(deployed: Deployed) -> list[Kernel]:
     module = load_program(io.BytesIO(deployed.program())).module()
-    names = iter(deployed.spec.layers)  # a saved program has no names of layers; they are in its order
+    layers = iter(deployed.spec.layers)  # a saved program has no layer names; the spec lists them in its order
     for node in module.graph.nodes:
-        if multiplies(node) and (layer := next(names, None)) is not None:
+        if multiplies(node) and (layer := next(layers, None)) is not None:
             node.meta["nn_module_stack"] = {"": (WRAPPED + layer["layer"], "")}
     return eager_kernels(lower(module))
 

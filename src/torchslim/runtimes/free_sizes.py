@@ -1,4 +1,4 @@
-"""Sizes that are free: tried where a converter may fix them in silence, and fixed where a runtime needs them so."""
+"""Free sizes: tried where a converter may fix them silently, and fixed where a runtime cannot keep them free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchslim.graph.io_structure import flatten
 if TYPE_CHECKING:
     from torchslim.runtimes.spec import Session, Spec
 
-SAMPLES = 3  # of the trial; programs are captured with two
+SAMPLES = 3  # batch size of the trial; programs are captured with 2
 
 
 def compiled(
@@ -26,74 +26,78 @@ def compiled(
     *,
     trial: bool,
 ) -> tuple[Captured, Spec, Session, bytes | None]:
-    """The program that was compiled, and what `make` gives for it; free sizes are fixed where they do not work.
+    """Compiled program, and the result of `make` for it; free sizes are fixed where they do not work.
 
     Args:
         make: compiles a program.
         captured: the program.
-        source: the model that it was captured from, which is captured again.
-        trial: run another batch size once, for runtimes whose converter may fix a size in silence.
+        source: the model that `captured` was made from; it is captured again to fix sizes.
+        trial: run another batch size once, for runtimes whose converter may fix a size silently.
 
     Raises:
-        TorchslimError: the program cannot be compiled with fixed sizes either, or the caller has named the free sizes;
-            then the message says that `dynamic_shapes=None` would do.
+        TorchslimError: the program cannot be compiled with fixed sizes either, or the caller named the free sizes; in
+            that case the message suggests `dynamic_shapes=None`.
     """
-    # looked at before: an exporter may fix a size in the program itself
+    # read before `make`: an exporter may fix a size in the program itself
     free = [[_is_free(size) for size in input_.shape] for input_ in captured.inputs_of_program()]
     axis = captured.batch_axis
-    batched = [axis is not None and len(each) > axis and each[axis] for each in free]
+    batched = [axis is not None and len(flags) > axis and flags[axis] for flags in free]
     symbols = {
-        str(value.shape[axis]) for value, each in zip(captured.inputs_of_program(), batched, strict=True) if each
+        str(value.shape[axis])
+        for value, is_batched in zip(captured.inputs_of_program(), batched, strict=True)
+        if is_batched
     }
     try:
-        made = make(captured)
+        result = make(captured)
         if trial and axis is not None:
-            _try_batch(captured, axis, batched, symbols, made[1])
-        return captured, *made
+            _try_batch(captured, axis, batched, symbols, result[1])
+        return captured, *result
     except (RuntimeUnavailable, AssertionError):
         raise
     except Exception as error:
-        told = error if isinstance(error, TorchslimError) else _refused(error)
+        failure = error if isinstance(error, TorchslimError) else _refused(error)
         if not any(map(any, free)):
-            raise told from error
+            raise failure from error
         fixed = capture_bound(source, captured.given, None)
         try:
-            made = make(fixed)
-        except Exception:  # noqa: BLE001 - the sizes are not the reason, so the first error tells more
-            raise told from error
+            result = make(fixed)
+        except Exception:  # noqa: BLE001 - the sizes are not the cause, so the first error says more
+            raise failure from error
         if axis is None:
-            raise type(told)(f"{told}; it can be compiled with all sizes fixed: dynamic_shapes=None") from error
-        given = zip(batched, flatten(captured.inputs, captured.given), strict=True)
-        size = next(leaf.shape[axis] for each, leaf in given if each)
-        reason = str(told).partition("; ")[0]
+            raise type(failure)(f"{failure}; it can be compiled with all sizes fixed: dynamic_shapes=None") from error
+        batched_leaves = zip(batched, flatten(captured.inputs, captured.given), strict=True)
+        size = next(leaf.shape[axis] for is_batched, leaf in batched_leaves if is_batched)
+        reason = str(failure).partition("; ")[0]
         note = f"the runtime needs a fixed batch size ({reason}): captured with batch size {size}"
-        made[0].notes[:0] = [*captured.notes, note]
-        return replace(fixed, notes=tuple(made[0].notes)), *made
+        result[0].notes[:0] = [*captured.notes, note]
+        return replace(fixed, notes=tuple(result[0].notes)), *result
 
 
 def _try_batch(
     captured: Captured, axis: int, batched: Sequence[bool], symbols: Collection[str], session: Session
 ) -> None:
-    """Run another batch size. Raises DeployError where that fails, or gives outputs of other sizes than the program."""
+    """Run another batch size; raise DeployError if that fails or the outputs have other sizes than the program's."""
     leaves = [
-        leaf.index_select(axis, torch.arange(SAMPLES) % leaf.shape[axis]) if each else leaf
-        for leaf, each in zip(flatten(captured.inputs, captured.example), batched, strict=True)
+        leaf.index_select(axis, torch.arange(SAMPLES) % leaf.shape[axis]) if is_batched else leaf
+        for leaf, is_batched in zip(flatten(captured.inputs, captured.example), batched, strict=True)
     ]
     try:
-        answers = list(session([leaf.contiguous() for leaf in leaves]))
+        outputs = list(session([leaf.contiguous() for leaf in leaves]))
     except Exception as error:
         raise DeployError(f"a batch of {SAMPLES} fails where one of 2 was captured: {_first(error)}") from error
-    output = next(node for node in reversed(captured.program.graph.nodes) if node.op == "output")
-    for node, answer in zip(output.args[0], answers, strict=True):
+    output_node = next(node for node in reversed(captured.program.graph.nodes) if node.op == "output")
+    for node, output in zip(output_node.args[0], outputs, strict=True):
         value: Any = getattr(node, "meta", {}).get("val")
         if not isinstance(value, Tensor):
             continue
         sizes = [SAMPLES if str(size) in symbols else None if _is_free(size) else int(size) for size in value.shape]
-        if len(sizes) != answer.dim() or any(a not in (None, b) for a, b in zip(sizes, answer.shape, strict=True)):
-            wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+        if len(sizes) != output.dim() or any(
+            size not in (None, got) for size, got in zip(sizes, output.shape, strict=True)
+        ):
+            expected = ", ".join("any" if size is None else str(size) for size in sizes)
             raise DeployError(
-                f"output {node} has the shape {tuple(answer.shape)} for a batch of {SAMPLES}, where the model gives "
-                f"({wanted})"
+                f"output {node} has the shape {tuple(output.shape)} for a batch of {SAMPLES}, where the model gives "
+                f"({expected})"
             )
 
 

@@ -1,4 +1,4 @@
-"""`torch.compile`: fused C++ kernels, made on this machine. It keeps no file."""
+"""`torch.compile`: fused C++ kernels, compiled on this machine; saves no file."""
 
 from __future__ import annotations
 
@@ -56,25 +56,25 @@ CALL = re.compile(
 SETTINGS: Mapping[str, Any] = {
     # folds the weights into the kernels' layouts; without it no integer kernel is chosen
     "freezing": True,
-    # sizes are checked before a call; these checks also write addresses of this process into the code
+    # sizes are checked before a call; these asserts also write addresses of this process into the code
     "size_asserts": False,
     "alignment_asserts": False,
 }
 
 
 def need_compiler(name: str) -> None:
-    """Raises: RuntimeUnavailable: there is no C++ compiler."""
+    """Raise RuntimeUnavailable if there is no C++ compiler."""
     if not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
         raise RuntimeUnavailable(f"runtime {name!r} needs a C++ compiler: apt-get install g++")
 
 
 @contextmanager
 def compiling(**settings: Any) -> Iterator[None]:
-    """Inside, torch compiles graphs of integers to integer kernels."""
+    """Let torch compile graphs of integers to integer kernels in the block."""
     import torch._inductor.config as inductor_config
 
     with quiet():
-        # registers the passes that lower int8 graphs; without them such a graph runs several times slower, in silence
+        # registers the passes that lower int8 graphs; without them such a graph runs several times slower, silently
         import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
         with torch.no_grad(), inductor_config.patch({**SETTINGS, **settings}):
@@ -82,17 +82,17 @@ def compiling(**settings: Any) -> Iterator[None]:
 
 
 def inputs_kept(program: ExportedProgram) -> ExportedProgram:
-    """The program, made so that its kernels do not write into its inputs.
+    """The program, changed so that its kernels do not write into its inputs.
 
-    A linear layer or convolution that adds its result to another tensor is compiled to one kernel that adds in place,
-    into the caller's tensor where that is an input of the program. So additions take what comes out of an operation
-    that changes nothing, and that the compiler does not know to be one: it becomes part of another kernel.
+    torch compiles a linear layer or convolution and the addition of another tensor to one kernel that adds in place:
+    into the caller's tensor if that tensor is an input of the program. So additions read the input through a clamp at
+    infinity, which changes no value. The compiler does not remove the clamp; it becomes part of another kernel.
     """
-    wanted = set(program.graph_signature.user_inputs)
+    input_names = set(program.graph_signature.user_inputs)
 
     def written(node: Node) -> list[Node]:
         value = node.meta.get("val")
-        if node.op != "placeholder" or node.name not in wanted or not isinstance(value, Tensor):
+        if node.op != "placeholder" or node.name not in input_names or not isinstance(value, Tensor):
             return []
         users = [user for user in node.users if user.op == "call_function" and user.target not in WEIGHTED]
         return [user for user in users if not decomposed(user)] if value.is_floating_point() else []
@@ -100,29 +100,29 @@ def inputs_kept(program: ExportedProgram) -> ExportedProgram:
     if not any(node.target in WEIGHTED for node in program.graph.nodes) or not any(map(written, program.graph.nodes)):
         return program
     program = program.run_decompositions({})  # a copy; nothing is decomposed
-    wanted = set(program.graph_signature.user_inputs)
+    input_names = set(program.graph_signature.user_inputs)
     graph = program.graph_module.graph
     first = next(node for node in graph.nodes if node.op == "call_function")
     for node in list(graph.nodes):
         users = written(node)
         if users:
             with graph.inserting_before(first):
-                same = graph.call_function(aten.clamp_max.default, (node, float("inf")))
-            same.meta = dict(node.meta)
+                clamped = graph.call_function(aten.clamp_max.default, (node, float("inf")))
+            clamped.meta = dict(node.meta)
             for user in users:
-                user.replace_input_with(node, same)
+                user.replace_input_with(node, clamped)
     program.graph_module.recompile()
     return program
 
 
 def rows_gathered(program: ExportedProgram) -> ExportedProgram:
-    """The program, made so that integer linear layers read rows that lie one behind another in memory.
+    """The program, changed so that integer linear layers read rows that are contiguous in memory.
 
-    Others are multiplied as batches of matrices, for which torchao's pass fails where a size is not fixed.
+    Other rows are multiplied as batches of matrices, for which torchao's pass fails where a size is not fixed.
     """
 
     def scattered(node: Node) -> Node | None:
-        """The rounding of a layer's input, where that is a view of another order."""
+        """The node that quantizes a layer's input, if the input is a view that is not contiguous."""
         if node.target is not aten.linear.default or not has_integer_kernel(node):
             return None
         rounded = node.args[0].args[0]  # type: ignore[union-attr]
@@ -145,7 +145,7 @@ def rows_gathered(program: ExportedProgram) -> ExportedProgram:
 
 
 def fold_weights(module: GraphModule) -> None:
-    """Dequantize once, here, the weights that no integer kernel takes; the compiler would do it in every call."""
+    """Dequantize weights that no integer kernel reads, once; compiled code would dequantize them in every call."""
     for node in list(module.graph.nodes):
         if decomposed(node) != DEQUANTIZE or all(map(has_integer_kernel, node.users)):
             continue
@@ -165,7 +165,7 @@ def fold_weights(module: GraphModule) -> None:
 
 
 def has_integer_kernel(node: Node) -> bool:
-    """Is this a layer with an integer weight that an integer kernel computes?"""
+    """Whether `node` is a layer with an integer weight that an integer kernel computes."""
     if node.target not in (*CONVOLUTIONS, aten.linear.default):
         return False
     source, weight = map(decomposed, node.args[:2])
@@ -174,7 +174,7 @@ def has_integer_kernel(node: Node) -> bool:
 
 
 class _Compiled:
-    """A compiled module that remembers the code that was made for it."""
+    """A compiled module and the code that was generated for it."""
 
     def __init__(self, captured: Captured, threads: int | None) -> None:
         module = rows_gathered(inputs_kept(captured.program)).module()
@@ -190,14 +190,14 @@ class _Compiled:
             return list(self.run(leaves))
         # torch.compile reads the settings while it compiles: at the first call, and again when a size changes
         with compiling(), codes_kept(self.codes):
-            answer = list(self.run(leaves))
+            outputs = list(self.run(leaves))
         self.seen.add(sizes)
-        return answer
+        return outputs
 
 
 @contextmanager
 def codes_kept(codes: list[str]) -> Iterator[None]:
-    """Inside, the code of every graph that is compiled is added to `codes`."""
+    """Append the generated code of every graph that is compiled in the block to `codes`."""
     from torch._inductor.graph import GraphLowering
 
     with mock.patch.object(GraphLowering, "save_output_code", codes.append):
@@ -205,9 +205,9 @@ def codes_kept(codes: list[str]) -> Iterator[None]:
 
 
 def called(code: str, program: ExportedProgram) -> list[Kernel]:
-    """The library kernels and the fused loops that generated code calls, by the layers of the program."""
+    """Library kernels and fused loops that generated code calls, named by the layers of the program."""
     nodes = {node.name: node for node in program.graph.nodes}
-    found, taken = [], set[Node]()
+    kernels, assigned = [], set[Node]()
     sources: list[Node] = []
     for line in code.splitlines():
         text = line.strip()
@@ -215,31 +215,32 @@ def called(code: str, program: ExportedProgram) -> list[Kernel]:
             names = text.partition(COMMENT)[2].partition("]")[0].split(", ")
             sources = [nodes[name] for name in names if name in nodes]
         elif loop := LOOP.match(text):
-            found.append(Kernel(node=loop[1], type="C++ loop", integer=False))
+            kernels.append(Kernel(node=loop[1], type="C++ loop", integer=False))
         elif call := CALL.match(text):
             kind = next(filter(None, call.groups())).strip("_")
             kind = re.sub("_(binary_)?tensor$", "", kind)
-            origin = _origin(program, kind, sources, taken)
+            origin = _origin(program, kind, sources, assigned)
             path = layer_of(origin) if origin else ""
-            found.append(Kernel(node=f"{path}/{kind}" if path else kind, type=kind, integer=kind.endswith(INTEGER)))
+            kernels.append(Kernel(node=f"{path}/{kind}" if path else kind, type=kind, integer=kind.endswith(INTEGER)))
             sources = []
-    return found
+    return kernels
 
 
 def _origin(program: ExportedProgram, kind: str, sources: Sequence[Node], taken: set[Node]) -> Node | None:
-    """The node whose layer a kernel computes: from the last that was fused into it, back to the first with weights.
+    """Node whose layer a kernel computes; a node with weights is added to `taken`.
 
-    Where the code does not tell, it is the next with weights that is left.
+    The search goes back from the last node that was fused into the kernel to the first one with weights. If the code
+    names none, it is the program's next node with weights that is not in `taken`.
     """
-    todo, seen = list(reversed(sources)), set[Node]()
+    queue, seen = list(reversed(sources)), set[Node]()
     weighted: list[Node] = [node for node in program.graph.nodes if node.target in WEIGHTED and node not in taken]
-    while todo and WORK.search(kind):
-        node = todo.pop(0)
+    while queue and WORK.search(kind):
+        node = queue.pop(0)
         if node in weighted:
             taken.add(node)
             return node
         if node not in seen and node.target not in WEIGHTED:
-            todo += [each for each in node.all_input_nodes if each.op == "call_function"]
+            queue += [input_ for input_ in node.all_input_nodes if input_.op == "call_function"]
         seen.add(node)
     if WORK.search(kind) and weighted and "rnn" not in kind:
         taken.add(weighted[0])
@@ -255,7 +256,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
 
 
 def _kernels(deployed: Deployed) -> list[Kernel]:
-    """Those of the code that was made last."""
+    """Kernels of the code that was generated last."""
     session = deployed.session
     assert isinstance(session, _Compiled)
     return called(session.codes[-1], session.program) if session.codes else []

@@ -1,4 +1,4 @@
-"""What a deployed model really executes: the kernels that a runtime made of a graph, by the layers they compute."""
+"""Lists the kernels that a runtime really executes for a graph, by the layers that they compute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchslim.runtimes.spec import Kernel
 if TYPE_CHECKING:
     from torchslim.runtimes.base import Deployed
 
-# of ONNX Runtime's operations, those whose names alone do not tell that they compute on integers
+# ONNX Runtime's operations on integers, without those that `_onnx_integer` recognizes by their names' beginnings
 ONNX_INTEGER = (
     "ConvInteger",
     "MatMulInteger",
@@ -31,7 +31,7 @@ ONNX_INTEGER = (
     "MatMulBnb4",
     "GatherBlockQuantized",
 )
-# it quantizes the weights of layers between quantized ones, also of those that were left in float on purpose
+# this optimizer quantizes the weights of layers between quantized ones, also if they were left in float on purpose
 UNWANTED = ["WeightBiasQuantization"]
 ONNX_WORK = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention")
 SAME_NUMBERS = (
@@ -49,32 +49,32 @@ SAME_NUMBERS = (
 
 
 def decomposed(node: Any) -> str:
-    """The name of an operation between floats and integers, `quantize_per_tensor.default`; empty for any other.
+    """Name of an operation between floats and integers, as `quantize_per_tensor.default`; empty for other nodes.
 
-    By name, since torch knows these operations only where torchao was imported.
+    The name is compared as text, since torch has these operations only after torchao was imported.
     """
-    found = re.fullmatch(r"quantized_decomposed\.(.*)", str(getattr(node, "target", "")))
-    return found[1] if found else ""
+    match = re.fullmatch(r"quantized_decomposed\.(.*)", str(getattr(node, "target", "")))
+    return match[1] if match else ""
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """The names, with a number behind all but the first of those that repeat."""
-    count: Counter[str] = Counter()
-    taken = set(names)
-    found = []
+    """The names, made unique: a number is appended to all but the first of equal names."""
+    counts: Counter[str] = Counter()
+    used = set(names)
+    unique_names = []
     for name in names:
-        count[name] += 1
+        counts[name] += 1
         new = name
-        while count[name] > 1 and (new := f"{name}_{count[name] - 1}") in taken:
-            count[name] += 1
-        taken.add(new)
-        found.append(new)
-    return found
+        while counts[name] > 1 and (new := f"{name}_{counts[name] - 1}") in used:
+            counts[name] += 1
+        used.add(new)
+        unique_names.append(new)
+    return unique_names
 
 
 def eager_kernels(module: GraphModule) -> list[Kernel]:
-    """Op by op, on floats that were dequantized, but for the integer kernels that `integer_kernels.lower` put in."""
-    found = []
+    """One kernel on floats for each operation, and the integer kernels that `torch_integer_kernels.lower` inserted."""
+    kernels = []
     for node in module.graph.nodes:
         if node.op == "call_function":
             operation, integer = str(node.target).removesuffix(".default"), False
@@ -82,12 +82,12 @@ def eager_kernels(module: GraphModule) -> list[Kernel]:
             operation, integer = type(module.get_submodule(str(node.target))).__name__, True
         else:
             continue
-        found.append(Kernel(node=f"{layer_of(node)}/{operation}", type=operation, integer=integer))
-    return found
+        kernels.append(Kernel(node=f"{layer_of(node)}/{operation}", type=operation, integer=integer))
+    return kernels
 
 
 def onnx_kernels(deployed: Deployed) -> list[Kernel]:
-    """The nodes of the graph that ONNX Runtime makes of the model when it loads it, on the CPU."""
+    """Nodes of the optimized graph that ONNX Runtime makes when it loads the model, on the CPU."""
     import onnx
     import onnxruntime
 
@@ -95,49 +95,51 @@ def onnx_kernels(deployed: Deployed) -> list[Kernel]:
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        # weights beside the model: it may be above protobuf's limit
+        # weights in a file of their own: the model may be above protobuf's limit
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         onnxruntime.InferenceSession(
             deployed.payload, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
         )
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    narrow, names = _narrow(graph), _Origins(onnx.load_from_string(deployed.payload).graph, graph)
-    found = []
+    narrow, origins = _narrow(graph), _Origins(onnx.load_from_string(deployed.payload).graph, graph)
+    kernels = []
     for node in graph.node:
-        name, fused = names.of(node)
-        found.append(Kernel(node=name, type=node.op_type, integer=_onnx_integer(node, narrow), fused=fused))
-    return found
+        name, fused = origins.of(node)
+        kernels.append(Kernel(node=name, type=node.op_type, integer=_onnx_integer(node, narrow), fused=fused))
+    return kernels
 
 
 class _Origins:
-    """Which nodes of an ONNX model became a node of its optimized graph: those between its output and its inputs.
+    """Finds the nodes of an ONNX model that became a node of its optimized graph: those between its output and inputs.
 
-    The optimizer keeps the names of most values; to those that it lays out anew it adds an ending.
+    The optimizer keeps the names of most values; it adds a suffix to the names of values in a new memory layout.
     """
 
     def __init__(self, before: Any, after: Any) -> None:
         self.producers = {name: node for node in before.node for name in node.output}
         self.names = {node.name for node in before.node}
-        # a node in another layout is called like the value that it gave
+        # a node in another layout has the name of the value that it made
         self.kept = {_plain(name) for node in after.node for name in (*node.output, node.name)}
         self.kept |= {input_.name for input_ in after.input}
 
     def of(self, node: Any) -> tuple[str, tuple[str, ...]]:
-        """The name of the node that does the work, and of all that it is made of."""
+        """Name of the node that does the main work, and names of all nodes that were fused into `node`, if several."""
         own = _plain(node.name).removeprefix("fused ")
         if node.op_type.startswith("Reorder") or (node.op_type == "Transpose" and own not in self.names):
             return own, ()
-        todo, nodes = [own, *map(_plain, node.output)], []
-        while todo:
-            producer = self.producers.get(todo.pop(0))
-            if producer is not None and producer not in nodes:
-                nodes.append(producer)
-                todo += [name for name in producer.input if name not in self.kept]
+        queue, originals = [own, *map(_plain, node.output)], []
+        while queue:
+            producer = self.producers.get(queue.pop(0))
+            if producer is not None and producer not in originals:
+                originals.append(producer)
+                queue += [name for name in producer.input if name not in self.kept]
         if own not in self.names:
-            works = [each.name for each in nodes if each.op_type in ONNX_WORK]
-            own = works[0] if works else nodes[0].name if nodes else own
-        made = tuple(each.name for each in nodes if not each.op_type.endswith(("DequantizeLinear", "Constant")))
-        return own, made if own in made and len(made) > 1 else ()
+            main_names = [original.name for original in originals if original.op_type in ONNX_WORK]
+            own = main_names[0] if main_names else originals[0].name if originals else own
+        fused = tuple(
+            original.name for original in originals if not original.op_type.endswith(("DequantizeLinear", "Constant"))
+        )
+        return own, fused if own in fused and len(fused) > 1 else ()
 
 
 def _plain(name: str) -> str:
@@ -151,7 +153,7 @@ def _onnx_integer(node: Any, narrow: set[str]) -> bool:
 
 
 def _narrow(graph: Any) -> set[str]:
-    """The names of values that are 8-bit integers: what is quantized, and what follows from it unchanged."""
+    """Names of 8-bit integer values: results of quantization, and results of `SAME_NUMBERS` operations on them."""
     narrow: set[str] = set()
     for node in graph.node:
         quantized = node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear", "QGemm") or "QLinear" in node.op_type

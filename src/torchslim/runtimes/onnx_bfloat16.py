@@ -1,6 +1,6 @@
-"""bfloat16 in ONNX models as float32, which holds every one of its values: CPU runtimes have no kernels for it.
+"""Replaces bfloat16 in ONNX models by float32, which holds all its values: CPU runtimes have no kernels for it.
 
-The caller still passes and gets bfloat16: sessions convert at the boundary, as NumPy has no such type either.
+Callers still pass and get bfloat16: sessions convert inputs and outputs, as NumPy has no such type either.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def widen(proto: Any) -> None:
-    """Make every bfloat16 of a model a float32: inputs, outputs, weights, and what nodes convert to."""
+    """Replace bfloat16 by float32 in a model: in inputs, outputs, weights, and the types that nodes convert to."""
     import onnx
 
     for graph in _graphs(proto.graph):
@@ -27,7 +27,7 @@ def widen(proto: Any) -> None:
 
 
 def _graphs(graph: Any) -> Iterator[Any]:
-    """A graph, and those inside its nodes."""
+    """Yield a graph and the graphs inside its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:

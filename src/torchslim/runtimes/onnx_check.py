@@ -1,8 +1,8 @@
-"""An `.onnx` file, looked at byte by byte before a runtime parses it: known fields, known operations, bounded sizes.
+"""Checks an `.onnx` file byte by byte before a runtime parses it: known fields, known operations, bounded sizes.
 
-The form is that of onnx.proto. What a file of ours never has is refused: data in other files, operations of other
-libraries, loops, sparse or text tensors, training parts, fields that come twice where one counts. Parts are counted
-before any is made: an empty node of two bytes takes a hundred in memory.
+The format is that of onnx.proto. Contents that our files never have are refused: data in other files, operations of
+other libraries, loops, sparse or text tensors, training parts, single fields that come twice. Parts are counted before
+any object is made: an empty node of two bytes takes a hundred in memory.
 
 Source: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 """
@@ -25,7 +25,7 @@ ELEMENTS = 2**28
 """Of a value whose sizes stand in the file: what fills, repeats or counts is computed when a session is made."""
 
 NUMBER, BYTES = "number", "bytes"
-# by message: fields by number, with their kind; those with a star may come more than once
+# kinds of the fields of each message, by number; fields with a star may come more than once
 FIELDS: dict[str, dict[int, str]] = {
     "model": {
         1: NUMBER,
@@ -97,7 +97,7 @@ FIELDS: dict[str, dict[int, str]] = {
 }
 STANDARD = frozenset({"", "ai.onnx"})
 MICROSOFT = "com.microsoft"
-# what the ONNX exporter of torch and its optimizer write, and the passes of ours
+# operations that torch's ONNX exporter, its optimizer and our own passes write
 OPERATIONS = frozenset(
     re.findall(
         r"\S+",
@@ -136,20 +136,20 @@ GROWING = frozenset(
 
 @dataclass
 class _Seen:
-    """What one walk over a file counts and remembers."""
+    """Counts and findings of one walk over a file."""
 
     parts: int = 0
-    small: dict[bytes, list[int]] = field(default_factory=dict)  # whole numbers that stand in the file, by name
+    small: dict[bytes, list[int]] = field(default_factory=dict)  # integers stored in the file, by the name of the value
     growing: list[tuple[str, list[bytes]]] = field(default_factory=list)
     calls: set[tuple[str, str]] = field(default_factory=set)
     functions: set[tuple[str, str]] = field(default_factory=set)
 
 
 def check_onnx(data: bytes) -> None:
-    """Look at a whole file.
+    """Check a whole file.
 
     Raises:
-        ArtifactError: damaged, or with what no model of ours has; says what was found.
+        ArtifactError: the file is damaged, or has something that no model of ours has; the message says what.
     """
     seen = _Seen()
     try:
@@ -157,21 +157,21 @@ def check_onnx(data: bytes) -> None:
     except (IndexError, struct.error, ValueError, OverflowError) as error:
         raise ArtifactError(f"the .onnx file is damaged: {error}; copy it again") from error
     for domain, name in sorted(seen.calls):
-        known = (domain in STANDARD and name in OPERATIONS) or (domain == MICROSOFT and name in MICROSOFT_OPERATIONS)
-        if not known and (domain, name) not in seen.functions:
+        allowed = (domain in STANDARD and name in OPERATIONS) or (domain == MICROSOFT and name in MICROSOFT_OPERATIONS)
+        if not allowed and (domain, name) not in seen.functions:
             raise ArtifactError(
                 f"the .onnx file calls {shorten(name)} of the library {shorten(domain)}, which no model of ours does; "
                 "it is not loaded"
             )
     for name, inputs in seen.growing:
-        numbers = [seen.small.get(input_, []) for input_ in inputs]
-        largest = max((math.prod(abs(number) for number in each if number) for each in numbers), default=1)
+        constants = [seen.small.get(input_, []) for input_ in inputs]
+        largest = max((math.prod(abs(number) for number in values if number) for values in constants), default=1)
         if largest > ELEMENTS:
             raise ArtifactError(f"the .onnx file has {name} of {largest:,} elements; it is not loaded")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int, Any]]:
-    """Number, wire type and content of the fields of a message."""
+    """Yield number, wire type and content of the fields of a message."""
     place, end = 0, len(data)
     while place < end:
         key, place = _varint(data, place)
@@ -206,38 +206,40 @@ def _varint(data: memoryview, place: int) -> tuple[int, int]:
 
 
 def _message(data: memoryview, kind: str, seen: _Seen, depth: int) -> dict[int, list[Any]]:
-    """Walk over a message and what is inside; returns its plain fields."""
+    """Check a message and the messages inside; return those of its fields that the callers need, by number."""
     if depth > DEPTH:
         raise ValueError(f"nested deeper than {DEPTH} levels")
-    found: dict[int, list[Any]] = {}
+    fields: dict[int, list[Any]] = {}
     for number, wire, content in _fields(data):
         seen.parts += 1
         if seen.parts > PARTS:
             raise ValueError(f"more than {PARTS:,} parts")
-        known = FIELDS[kind].get(number)
-        if known is None:
+        declared = FIELDS[kind].get(number)
+        if declared is None:
             reason = "data in another file" if (kind, number) == ("tensor", 13) else f"the field {number} of a {kind}"
             raise ValueError(f"it has {reason}, which no model of ours has")
-        inner = known.rstrip("*")
-        if number in found and inner == known:
+        field_kind = declared.rstrip("*")
+        if number in fields and field_kind == declared:
             raise ValueError(f"the field {number} of a {kind} comes twice")
-        if inner != NUMBER and wire != 2:
-            raise ValueError(f"the field {number} of a {kind} is no {inner}")
-        if inner in (NUMBER, BYTES):
-            below: Any = content
+        if field_kind != NUMBER and wire != 2:
+            raise ValueError(f"the field {number} of a {kind} is no {field_kind}")
+        if field_kind in (NUMBER, BYTES):
+            value: Any = content
         else:
-            below = _message(content, inner, seen, depth + 1)
-        found.setdefault(number, []).append(below)
+            value = _message(content, field_kind, seen, depth + 1)
+        fields.setdefault(number, []).append(value)
     if kind == "node":
-        _node(found, seen)
+        _node(fields, seen)
     elif kind == "tensor":
-        _tensor(found, len(data), seen)
+        _tensor(fields, len(data), seen)
     elif kind == "function":
-        seen.functions.add((_text(found.get(10)), _text(found.get(1))))
-        nested = {_text(node.get(7)) for node in found.get(7, [])} - STANDARD - {MICROSOFT}
+        seen.functions.add((_text(fields.get(10)), _text(fields.get(1))))
+        nested = {_text(node.get(7)) for node in fields.get(7, [])} - STANDARD - {MICROSOFT}
         if nested:
             raise ValueError("a function calls another one")
-    return found if kind in ("tensor", "node", "attribute") else {key: found[key] for key in (1, 7, 10) if key in found}
+    return (
+        fields if kind in ("tensor", "node", "attribute") else {key: fields[key] for key in (1, 7, 10) if key in fields}
+    )
 
 
 def _text(values: list[Any] | None) -> str:
@@ -248,36 +250,36 @@ def _node(node: dict[int, list[Any]], seen: _Seen) -> None:
     name = _text(node.get(4))
     seen.calls.add((_text(node.get(7)), name))
     if name in GROWING:
-        seen.growing.append((name, [bytes(each[:1000]) for each in node.get(1, [])]))
-    for each in node.get(5, []):
-        values = each.get(5) if name == "Constant" else None
+        seen.growing.append((name, [bytes(input_[:1000]) for input_ in node.get(1, [])]))
+    for attribute in node.get(5, []):
+        values = attribute.get(5) if name == "Constant" else None
         numbers = values[0].get(0) if values else None
         if numbers:
             for output in node.get(2, []):
                 seen.small[bytes(output[:1000])] = numbers
-        if name in ("RandomNormal", "RandomUniform") and _text(each.get(1)) == "shape":
-            seen.small[b"shape of a random value"] = _numbers(each.get(8, []))
+        if name in ("RandomNormal", "RandomUniform") and _text(attribute.get(1)) == "shape":
+            seen.small[b"shape of a random value"] = _numbers(attribute.get(8, []))
             seen.growing.append((name, [b"shape of a random value"]))
 
 
 def _numbers(fields: list[Any]) -> list[int]:
-    """Whole numbers, packed or one by one."""
-    found: list[int] = []
-    for each in fields:
-        if isinstance(each, int):
-            found.append(each)
+    """Integers of a repeated field, packed or one by one."""
+    numbers: list[int] = []
+    for content in fields:
+        if isinstance(content, int):
+            numbers.append(content)
             continue
         place = 0
-        while place < len(each):
-            value, place = _varint(each, place)
-            found.append(value)
-        if len(found) > 4096:
+        while place < len(content):
+            value, place = _varint(content, place)
+            numbers.append(value)
+        if len(numbers) > 4096:
             break
-    return [each - 2**64 if each >= 2**63 else each for each in found]
+    return [number - 2**64 if number >= 2**63 else number for number in numbers]
 
 
 def _tensor(tensor: dict[int, list[Any]], length: int, seen: _Seen) -> None:
-    """A tensor holds what its sizes say; small ones of 64-bit numbers are remembered."""
+    """Check that a tensor holds as many values as its sizes say; remember small tensors of 64-bit integers."""
     sizes = _numbers(tensor.get(1, []))
     count = math.prod(sizes)
     if len(sizes) > 64 or min(sizes, default=0) < 0 or count > 2 * length:
@@ -291,4 +293,4 @@ def _tensor(tensor: dict[int, list[Any]], length: int, seen: _Seen) -> None:
         )
         if 8 in tensor:
             seen.small[bytes(tensor[8][0][:1000])] = numbers
-        tensor[0] = numbers  # for the node that it is a constant of
+        tensor[0] = numbers  # for the `Constant` node that holds the tensor

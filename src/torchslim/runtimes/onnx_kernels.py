@@ -1,6 +1,6 @@
-"""The integer kernels of ONNX Runtime that QDQ patterns do not reach: dynamic linear and LSTM, weights of 8 and 4 bits.
+"""Integer kernels of ONNX Runtime that QDQ patterns do not reach: dynamic linear and LSTM, weights of 8 and 4 bits.
 
-A program is rewritten before its export, where the forms of `torchslim.graph.integer_patterns` are found.
+`lower` rewrites a program before its export, at the patterns of `torchslim.graph.integer_patterns`.
 
 Weights are reordered as integers, so that the file holds them as integers.
 """
@@ -26,13 +26,13 @@ from torchslim.graph.rewrite import graft
 MICROSOFT = "com.microsoft::"
 PACKED = "Int4Weight"  # our own marker: the passes over the ONNX model replace it
 GATES = (0, 3, 1, 2)  # ONNX has i, o, f, c; torch i, f, g, o
-BLOCKS = (256, 128, 64, 32, 16)  # how many weights of 8 bits share a scale in MatMulNBits: larger is faster
-GROUPS = (16, 32, 64, 128, 256)  # what it takes with 4 bits
+BLOCKS = (256, 128, 64, 32, 16)  # number of 8-bit weights that share a scale in MatMulNBits: larger is faster
+GROUPS = (16, 32, 64, 128, 256)  # numbers of 4-bit weights that may share a scale in MatMulNBits
 ACCURACY = 4  # MatMulNBits may round a block of activations to 8 bits: twice as fast as float, 46 dB and more
 
 
 def lower(program: ExportedProgram) -> ExportedProgram:
-    """The program with the operations of ONNX Runtime where it has better ones; the same one where it has not."""
+    """The program with ONNX Runtime's own operations where they are better; `program` itself if none is."""
     editor = Editor(program)
     for node in list(editor.graph.nodes):
         linear, recurrent = find_linear(node, editor.constant), find_recurrent(node, editor.constant)
@@ -41,7 +41,7 @@ def lower(program: ExportedProgram) -> ExportedProgram:
         elif recurrent is not None and recurrent.kind == "LSTM" and recurrent.source is not None:
             _lstm(editor, node, recurrent)
     editor.graph.eliminate_dead_code()
-    # what is left: convolutions, recurrent layers, embeddings
+    # remaining 4-bit weights: those of convolutions, recurrent layers and embeddings
     for node, weight in int4_weights(editor.graph, editor.constant).items():
         stored = [editor.store(weight.packed, "packed"), editor.store(weight.scale, "scale")]
         editor.replace(node, _four_bits(weight), stored)
@@ -49,7 +49,7 @@ def lower(program: ExportedProgram) -> ExportedProgram:
 
 
 class Editor:
-    """A copy of an exported program that is being rewritten."""
+    """Rewrites a copy of an exported program."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
@@ -65,33 +65,33 @@ class Editor:
         self.activations: dict[Node, Sequence[Node]] = {}
 
     def constant(self, node: Node) -> Tensor | None:
-        """The stored tensor that a node stands for."""
+        """The stored tensor that a node stands for, if any."""
         return self.stored.get(node.name) if node.op == "placeholder" else None
 
     def store(self, value: Tensor, purpose: str, make: Callable[[Tensor], Tensor] = lambda value: value) -> Node:
-        """A node for a tensor made from a stored one; the same one for the same `purpose`."""
+        """Input node of a tensor made from a stored one; the same node for the same tensor and `purpose`."""
         key = (id(value), purpose)
         if key not in self.added:
             first = next(iter(self.graph.nodes))
-            made = make(value).contiguous()
+            tensor = make(value).contiguous()
             mode = next(
                 node.meta["val"].fake_mode for node in self.graph.nodes if hasattr(node.meta.get("val"), "fake_mode")
             )
             with self.graph.inserting_before(first):
                 node = self.graph.placeholder(f"{purpose}_{len(self.added)}")
-            node.meta["val"] = mode.from_tensor(made, static_shapes=True)
-            self.state[node.name] = made
-            self.stored[node.name] = made
+            node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+            self.state[node.name] = tensor
+            self.stored[node.name] = tensor
             spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), target=node.name, persistent=True)
             self.specs.insert(0, spec)
             self.added[key] = node
-            self.alive.append(value)  # so that no other tensor gets its id
+            self.alive.append(value)  # keep it alive, so that no other tensor gets its id
         return self.added[key]
 
     def trace(self, before: Node, function: Callable[..., Any], inputs: Sequence[Node | None], owner: Node) -> Any:
-        """Insert what `function` does to `inputs`, as of the layer of `owner`; returns the nodes of what it returns."""
-        given = [input_ for input_ in inputs if input_ is not None]
-        values = [each.meta["val"] for each in given]
+        """Insert the operations of `function` on `inputs` into the layer of `owner`; return the result's nodes."""
+        nodes = [input_ for input_ in inputs if input_ is not None]
+        values = [node.meta["val"] for node in nodes]
 
         def positional(*tensors: Any) -> Any:
             rest = iter(tensors)
@@ -101,10 +101,10 @@ class Editor:
         with mode:
             traced = make_fx(positional)(*values)
         self.changed = True
-        return graft(self.graph, traced.graph, given, before, owner)
+        return graft(self.graph, traced.graph, nodes, before, owner)
 
     def replace(self, node: Node, function: Callable[..., Any], inputs: Sequence[Node | None]) -> None:
-        """Let `function` of `inputs` stand where `node` was."""
+        """Replace `node` by `function` of `inputs`."""
         result = self.trace(node, function, inputs, node)
         if isinstance(result, Node):
             node.replace_all_uses_with(result)
@@ -115,25 +115,25 @@ class Editor:
         self.graph.erase_node(node)
 
     def quantize(self, source: Node, owner: Node) -> Sequence[Node]:
-        """Bytes, scale and zero point of a value: found once, however many layers read it."""
+        """Bytes, scale and zero point of a value, computed once for all layers that read it."""
         if source not in self.activations:
-            inputs = (node for node in self.graph.nodes if node.op != "placeholder")
-            place = next(inputs) if source.op == "placeholder" else source.next
-            self.activations[source] = self.trace(place, _quantized, [source], owner)
+            operations = (node for node in self.graph.nodes if node.op != "placeholder")
+            before = next(operations) if source.op == "placeholder" else source.next
+            self.activations[source] = self.trace(before, _quantized, [source], owner)
         return self.activations[source]
 
     def finished(self) -> ExportedProgram:
-        """The rewritten program, without the weights that nothing reads any more."""
+        """The rewritten program, without weights that are no longer read; the original if nothing changed."""
         if not self.changed:
             return self.program
         program = self.program
         self.graph.eliminate_dead_code()
-        used = {node.name for node in self.graph.nodes if node.op != "placeholder" or node.users}
-        kept = [spec for spec in self.specs if spec.kind == InputKind.USER_INPUT or spec.arg.name in used]
+        used_names = {node.name for node in self.graph.nodes if node.op != "placeholder" or node.users}
+        kept_specs = [spec for spec in self.specs if spec.kind == InputKind.USER_INPUT or spec.arg.name in used_names]
         for node in list(self.graph.nodes):
-            if node.op == "placeholder" and not node.users and node.name not in {spec.arg.name for spec in kept}:
+            if node.op == "placeholder" and not node.users and node.name not in {spec.arg.name for spec in kept_specs}:
                 self.graph.erase_node(node)
-        targets = {spec.target for spec in kept}
+        targets = {spec.target for spec in kept_specs}
         results: Sequence[Any] = self.graph.output_node().args[0]
         outputs = [
             replace(spec, arg=TensorArgument(name=result.name)) if isinstance(result, Node) else spec
@@ -143,7 +143,7 @@ class Editor:
         return ExportedProgram(
             root=self.module,
             graph=self.graph,
-            graph_signature=ExportGraphSignature(kept, outputs),
+            graph_signature=ExportGraphSignature(kept_specs, outputs),
             state_dict={name: value for name, value in self.state.items() if name in targets},
             range_constraints=program.range_constraints,
             module_call_graph=program.module_call_graph,
@@ -226,7 +226,7 @@ def _four_bits(weight: Int4Weight) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
-    """A dynamic LSTM as one `DynamicQuantizeLSTM` for each layer, which quantizes its input and hidden state itself."""
+    """Replace a dynamic LSTM by a `DynamicQuantizeLSTM` per layer, which quantizes input and hidden state itself."""
     assert found.source is not None
     directions, hidden = found.directions, found.hidden
     stored: list[Node | None] = []
@@ -240,7 +240,7 @@ def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
                 editor.store(torch.zeros(scale.shape, dtype=torch.int8), "zero_point"),
             ]
         biases = [
-            torch.cat([_gates(each) for each in cell[2:] if each is not None]) for cell in cells if cell[2] is not None
+            torch.cat([_gates(bias) for bias in cell[2:] if bias is not None]) for cell in cells if cell[2] is not None
         ]
         stored.append(editor.store(torch.stack(biases), "bias") if biases else None)
 
@@ -249,11 +249,11 @@ def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
         finals = []
         for layer in range(found.layers):
             w, w_scale, w_zero, r, r_scale, r_zero, bias = rest[7 * layer : 7 * layer + 7]
-            own = slice(layer * directions, (layer + 1) * directions)
+            layer_states = slice(layer * directions, (layer + 1) * directions)
             steps, batch = y.shape[:2]
             y, *last = torch.onnx.ops.symbolic_multi_out(
                 f"{MICROSOFT}DynamicQuantizeLSTM",
-                (y, w, r, bias, None, h[own], c[own], None, w_scale, w_zero, r_scale, r_zero),
+                (y, w, r, bias, None, h[layer_states], c[layer_states], None, w_scale, w_zero, r_scale, r_zero),
                 {"direction": "bidirectional" if found.bidirectional else "forward", "hidden_size": hidden},
                 dtypes=(torch.float32,) * 3,
                 shapes=((steps, directions, batch, hidden), *[(directions, batch, hidden)] * 2),
@@ -268,6 +268,6 @@ def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
 
 
 def _gates(rows: Tensor) -> Tensor:
-    """Rows of torch's gates in ONNX's order."""
-    parts = rows.chunk(4)
-    return torch.cat([parts[index] for index in GATES])
+    """Rows of the four gates, moved from torch's order to ONNX's."""
+    gates = rows.chunk(4)
+    return torch.cat([gates[index] for index in GATES])

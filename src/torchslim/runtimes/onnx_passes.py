@@ -1,7 +1,7 @@
-"""What is changed in an exported ONNX model before it is saved, so that ONNX Runtime computes it as it is meant.
+"""Passes over an exported ONNX model before it is saved, so that ONNX Runtime computes it as intended.
 
-Weights that the runtime is to hold as floats are written as integers with a Cast and a Mul: ONNX Runtime computes
-these once, when it loads the model, where it would run a DequantizeLinear at every call.
+Weights that the runtime should hold as floats are written as integers with a Cast and a Mul. ONNX Runtime computes
+these once, when it loads the model; it would run a DequantizeLinear at every call.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torchslim.errors import ExportError
 from torchslim.graph.integer_patterns import is_dynamic
 from torchslim.runtimes.onnx_kernels import PACKED
 
-MOVES = ("Transpose", "Reshape", "Unsqueeze", "Slice", "Concat", "Squeeze", "Split")  # keep values as they are
+MOVES = ("Transpose", "Reshape", "Unsqueeze", "Slice", "Concat", "Squeeze", "Split")  # they do not change values
 BYTES = ("INT8", "UINT8")
 
 
 def translations(graph: torch.fx.Graph) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How operations are exported that torch has no translation of."""
+    """Translations to ONNX of operations that torch has no translation for, by operation."""
     if not is_dynamic(graph):
         return {}
     from onnxscript import opset18 as op
@@ -49,7 +49,7 @@ def translations(graph: torch.fx.Graph) -> dict[Callable[..., Any], Callable[...
 
 
 def finish(proto: Any) -> None:
-    """All passes; no constant left that nothing reads, and no shape of an inner value."""
+    """Run all passes; drop constants that they leave without a reader, and the shapes of inner values."""
     graph = Graph(proto.graph)
     integer_biases(graph)
     float_activations(graph)
@@ -59,63 +59,63 @@ def finish(proto: Any) -> None:
     if graph.changed:
         graph.write()
     del proto.graph.value_info[:]
-    kept = [each for each in proto.opset_import if each.domain != "torchslim"]
+    imports = [opset for opset in proto.opset_import if opset.domain != "torchslim"]
     del proto.opset_import[:]
-    proto.opset_import.extend(kept)
+    proto.opset_import.extend(imports)
 
 
 @dataclass
 class Graph:
-    """The nodes of an ONNX graph in order, and who makes, reads and stores what."""
+    """An ONNX graph to edit: its nodes in order, its constants, and the ranks of its values."""
 
     proto: Any
     nodes: list[Any] = field(init=False)
     constants: dict[str, Any] = field(init=False)
-    ranks: dict[str, int] = field(init=False)  # of the values whose shapes the model tells
-    fixed: bool = field(init=False)  # have all inputs fixed sizes?
+    ranks: dict[str, int] = field(init=False)  # of the values whose shapes are in the model, by name
+    fixed: bool = field(init=False)  # whether all inputs have fixed sizes
     changed: bool = False
 
     def __post_init__(self) -> None:
         self.nodes = list(self.proto.node)
         self.constants = {initializer.name: initializer for initializer in self.proto.initializer}
-        told = (*self.proto.value_info, *self.proto.output)
-        self.ranks = {each.name: len(each.type.tensor_type.shape.dim) for each in told}
+        values = (*self.proto.value_info, *self.proto.output)
+        self.ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
         sizes = (size for input_ in self.proto.input for size in input_.type.tensor_type.shape.dim)
         self.fixed = all(size.HasField("dim_value") for size in sizes)
 
     def makers(self) -> Mapping[str, Any]:
-        """The node that makes each value."""
+        """Nodes, by the names of the values that they make."""
         return {name: node for node in self.nodes for name in node.output}
 
     def array(self, name: str) -> Any:
-        """The numbers of a constant."""
+        """Values of a constant, as a NumPy array."""
         from onnx import numpy_helper
 
         return numpy_helper.to_array(self.constants[name])
 
     def store(self, array: Any, name: str) -> str:
-        """A new constant."""
+        """Add a constant; return its name."""
         from onnx import numpy_helper
 
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
         return name
 
     def insert(self, before: Any, *nodes: Any) -> None:
-        """Put nodes in front of another."""
+        """Insert `nodes` in front of the node `before`."""
         place = next(index for index, node in enumerate(self.nodes) if node is before)
         self.nodes[place:place] = nodes
         self.changed = True
 
     def replace(self, node: Any, *nodes: Any) -> None:
-        """Put nodes in the place of another."""
+        """Replace `node` by `nodes`."""
         self.insert(node, *nodes)
-        self.nodes = [each for each in self.nodes if each is not node]
+        self.nodes = [other for other in self.nodes if other is not node]
 
     def write(self) -> None:
-        """Change the model."""
+        """Write the nodes and the constants that are read to the model."""
         nodes, proto = [type(node).FromString(node.SerializeToString()) for node in self.nodes], self.proto
-        read = {name for node in nodes for name in node.input} | {output.name for output in proto.output}
-        constants = [each for name, each in self.constants.items() if name in read]
+        read_names = {name for node in nodes for name in node.input} | {output.name for output in proto.output}
+        constants = [constant for name, constant in self.constants.items() if name in read_names]
         constants = [type(constant).FromString(constant.SerializeToString()) for constant in constants]
         del proto.node[:], proto.initializer[:]
         proto.node.extend(nodes)
@@ -123,11 +123,11 @@ class Graph:
 
 
 def integer_biases(graph: Graph) -> None:
-    """Give the biases of quantized layers as integers, at the scale of the products that they are added to.
+    """Store the biases of quantized layers as integers, at the scale of the products that they are added to.
 
-    ONNX Runtime runs a Gemm with a float output (a network's last layer) in float otherwise, and where all sizes are
-    fixed it makes a Gemm of every product and sum. It has a pass that does so where the output is quantized, but that
-    pass quantizes the weights of layers that were left in float, too.
+    Otherwise ONNX Runtime runs a Gemm with a float output (a network's last layer) in float, and where all sizes are
+    fixed it makes a Gemm of every product and sum. It has a pass that converts the bias where the output is quantized,
+    but that pass also quantizes the weights of layers that were left in float.
     """
     from onnx import helper
 
@@ -135,33 +135,35 @@ def integer_biases(graph: Graph) -> None:
     makers, readers = graph.makers(), _readers(graph)
     for node in list(graph.nodes):
         if node.op_type in ("Gemm", "Conv") and len(node.input) == 3:
-            owner, place, left, right = node, 2, node.input[0], node.input[1]
-        elif node.op_type == "MatMul" and (found := _sum_of(node, graph, readers)) is not None:
+            owner, place, left_name, right_name = node, 2, node.input[0], node.input[1]
+        elif node.op_type == "MatMul" and (addition := _sum_of(node, graph, readers)) is not None:
             if not _becomes_gemm(node, graph):
                 continue
-            (owner, place), left = found, node.input[0]
-            moved = makers.get(node.input[1])
-            right = moved.input[0] if moved is not None and moved.op_type == "Transpose" else node.input[1]
+            (owner, place), left_name = addition, node.input[0]
+            maker = makers.get(node.input[1])
+            right_name = maker.input[0] if maker is not None and maker.op_type == "Transpose" else node.input[1]
         else:
             continue
-        if any(each not in dequantized for each in (left, right)):
+        if any(operand not in dequantized for operand in (left_name, right_name)):
             continue
-        scales = [dequantized[each].input[1] for each in (left, right)]
-        if owner.input[place] not in graph.constants or any(each not in graph.constants for each in scales):
+        scale_names = [dequantized[operand].input[1] for operand in (left_name, right_name)]
+        if owner.input[place] not in graph.constants or any(
+            scale_name not in graph.constants for scale_name in scale_names
+        ):
             continue
-        # in float64: the product of two small scales must not vanish before it is divided by
-        one, other = (graph.array(each).astype(np.float64) for each in scales)
-        steps = np.rint(graph.array(owner.input[place]) / (one * other)).clip(-(2**31) + 1, 2**31 - 1)
+        # in float64: the product of two small scales must not become 0 before the division by it
+        left_scale, right_scale = (graph.array(scale_name).astype(np.float64) for scale_name in scale_names)
+        steps = np.rint(graph.array(owner.input[place]) / (left_scale * right_scale)).clip(-(2**31) + 1, 2**31 - 1)
         integers = graph.store(steps.astype(np.int32), f"{node.name}_bias")
-        scale = graph.store((one * other).astype(np.float32), f"{node.name}_bias_scale")
-        axis = {"axis": 0} if other.ndim else {}
+        scale = graph.store((left_scale * right_scale).astype(np.float32), f"{node.name}_bias_scale")
+        axis = {"axis": 0} if right_scale.ndim else {}
         name = f"{node.name}_bias_float"
         graph.insert(node, helper.make_node("DequantizeLinear", [integers, scale], [name], name=name, **axis))
         owner.input[place] = name
 
 
 def _sum_of(product: Any, graph: Graph, readers: Mapping[str, list[Any]]) -> tuple[Any, int] | None:
-    """The addition of a stored vector to a product that nothing else reads, and which of its inputs the vector is."""
+    """The node that adds a stored vector to `product` and is its only reader, and the index of the vector's input."""
     users = readers.get(product.output[0], [])
     if len(users) != 1 or users[0].op_type != "Add":
         return None
@@ -171,15 +173,14 @@ def _sum_of(product: Any, graph: Graph, readers: Mapping[str, list[Any]]) -> tup
 
 
 def float_activations(graph: Graph) -> None:
-    """Write a ReLU or clip between a quantized Gemm and what reads it in float as Max and Min.
+    """Write a ReLU or clip after a quantized Gemm or MatMul as Max and Min, unless only roundings read it.
 
-    ONNX Runtime looks for a rounding behind a clip. Where none follows, it leaves the Gemm in float, with weights that
-    are dequantized at every call; it knows no other activation as a clip.
+    ONNX Runtime looks for a rounding after a clip. If none follows, it leaves the layer in float, with weights that are
+    dequantized at every call. It treats no other activation as a clip.
     """
     makers, readers = graph.makers(), _readers(graph)
     for node in list(graph.nodes):
-        users = readers.get(node.output[0], [])
-        if node.op_type not in ("Relu", "Clip") or (users and all(user.op_type == "QuantizeLinear" for user in users)):
+        if node.op_type not in ("Relu", "Clip") or _rounded(node, readers):
             continue
         layer = makers.get(node.input[0])
         if layer is not None and layer.op_type == "Add":
@@ -187,35 +188,44 @@ def float_activations(graph: Graph) -> None:
             layer = next(
                 (product for product in products if product.op_type == "MatMul" and _becomes_gemm(product, graph)), None
             )
-        elif layer is not None and layer.op_type != "Gemm":
+        elif layer is not None and layer.op_type not in ("Gemm", "MatMul"):
             layer = None
         if layer is None or len(readers[node.input[0]]) > 1 or not _quantized_inputs(layer, makers, graph):
             continue
         if node.op_type == "Relu":
-            dtype = graph.array(makers[layer.input[0]].input[1]).dtype  # of the scale
+            dtype = graph.array(makers[layer.input[0]].input[1]).dtype  # of the input's scale
             bounds = [("Max", graph.store(np.zeros((), dtype), f"{node.name}_zero"))]
         else:
-            bounds = [(kind, each) for kind, each in zip(("Max", "Min"), node.input[1:], strict=False) if each]
+            bounds = [(kind, bound) for kind, bound in zip(("Max", "Min"), node.input[1:], strict=False) if bound]
         if bounds:
             graph.replace(node, *_bounded(node, bounds))
 
 
+def _rounded(node: Any, readers: Mapping[str, list[Any]]) -> bool:
+    """Whether all that is read of a node is its rounded output; ONNX Runtime rounds before it moves values."""
+    users = readers.get(node.output[0], [])
+    return bool(users) and all(
+        user.op_type == "QuantizeLinear" or (user.op_type in ("Transpose", "Reshape") and _rounded(user, readers))
+        for user in users
+    )
+
+
 def _bounded(node: Any, bounds: list[tuple[str, str]]) -> list[Any]:
-    """Nodes of the same layer that bound what a node reads, one after another."""
+    """Nodes in the layer of `node` that bound its input, one after another."""
     from onnx import helper
 
-    made, value = [], node.input[0]
+    nodes, value = [], node.input[0]
     path, slash, _ = node.name.rpartition("/")
     for index, (kind, bound) in enumerate(bounds, 1):
         output = node.output[0] if index == len(bounds) else f"{node.output[0]}_{kind}"
         name = f"{path}/{kind}" if slash else f"{node.name}_{kind}"
-        made.append(helper.make_node(kind, [value, bound], [output], name=name))
+        nodes.append(helper.make_node(kind, [value, bound], [output], name=name))
         value = output
-    return made
+    return nodes
 
 
 def _becomes_gemm(product: Any, graph: Graph) -> bool:
-    """Will ONNX Runtime make a Gemm of a product and the addition of a vector?
+    """Whether ONNX Runtime makes a Gemm of a product and the addition of a vector.
 
     It does so for matrices, and where all sizes are fixed.
     """
@@ -223,11 +233,11 @@ def _becomes_gemm(product: Any, graph: Graph) -> bool:
 
 
 def float_weights(graph: Graph) -> None:
-    """Weights that no integer kernel will read: computed once at load instead of at every call."""
+    """Rewrite weights that no integer kernel reads, so that they are computed at load instead of at every call."""
     from onnx import TensorProto, helper
 
     makers, readers = graph.makers(), _readers(graph)
-    kinds = [TensorProto.DataType.Value(each) for each in BYTES]
+    kinds = [TensorProto.DataType.Value(kind) for kind in BYTES]
     for node in list(graph.nodes):
         weight = graph.constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if weight is None or weight.data_type not in kinds or node.input[1] not in graph.constants:
@@ -247,9 +257,9 @@ def float_weights(graph: Graph) -> None:
 
 
 def weights_of_their_own(graph: Graph) -> None:
-    """A DequantizeLinear for each layer that reads a weight, the integers shared: ONNX Runtime fuses no other.
+    """Give each layer that reads a weight its own DequantizeLinear of shared integers: ONNX Runtime fuses no other.
 
-    One layer called several times, or tied weights, would compute in float.
+    Otherwise a layer that is called several times, or tied weights, would compute in float.
     """
     dequantized: set[str] = set()
     for node in graph.nodes:
@@ -258,13 +268,13 @@ def weights_of_their_own(graph: Graph) -> None:
             dequantized.add(node.output[0])
     outputs = {output.name for output in graph.proto.output}
     readers = _readers(graph)
-    taken = {name for node in graph.nodes for name in (*node.output, node.name)} | set(graph.constants)
-    for node in reversed(list(graph.nodes)):  # what moves a weight gets copies first, then each copy a weight
+    used_names = {name for node in graph.nodes for name in (*node.output, node.name)} | set(graph.constants)
+    for node in reversed(list(graph.nodes)):  # copy nodes that move a weight first, then the weight for each copy
         name = node.output[0]
         users = readers.get(name, []) if name in dequantized and name not in outputs else []
         for number, user in enumerate(users[1:], 1):
             copied = type(node).FromString(node.SerializeToString())
-            copied.name, copied.output[0] = (_free(f"{each}_{number}", taken) for each in (node.name, name))
+            copied.name, copied.output[0] = (_free(f"{base}_{number}", used_names) for base in (node.name, name))
             user.input[:] = [copied.output[0] if input_ == name else input_ for input_ in user.input]
             readers.setdefault(copied.input[0], []).append(copied)
             graph.insert(node, copied)
@@ -286,7 +296,7 @@ def _readers(graph: Graph) -> dict[str, list[Any]]:
 
 
 def _users(node: Any, readers: Mapping[str, list[Any]]) -> Iterator[Any]:
-    """Who computes with what a node makes, wherever it is moved to."""
+    """Yield the nodes that compute with the outputs of `node`, directly or after `MOVES`."""
     for name in node.output:
         for user in readers.get(name, ()):
             if user.op_type in MOVES:
@@ -296,7 +306,7 @@ def _users(node: Any, readers: Mapping[str, list[Any]]) -> Iterator[Any]:
 
 
 def _quantized_inputs(node: Any, makers: Mapping[str, Any], graph: Graph) -> bool:
-    """Does the node read an activation with a fixed scale? Then the runtime has an integer kernel for it."""
+    """Whether the node reads an activation with a fixed scale; the runtime has an integer kernel for such a node."""
     for name in node.input:
         maker = makers.get(name)
         while maker is not None and maker.op_type in MOVES:
@@ -307,7 +317,7 @@ def _quantized_inputs(node: Any, makers: Mapping[str, Any], graph: Graph) -> boo
 
 
 def four_bit_weights(graph: Graph) -> None:
-    """Two values of a byte taken apart, in operations that every version of ONNX Runtime computes at load."""
+    """Unpack the two values of each byte, with operations that every version of ONNX Runtime computes at load."""
     from onnx import TensorProto, helper
 
     for node in list(graph.nodes):
@@ -317,7 +327,7 @@ def four_bit_weights(graph: Graph) -> None:
         shape = next(list(attribute.ints) for attribute in node.attribute if attribute.name == "shape")
         rows, groups = graph.constants[scale].dims
         size, length, name = 2 * graph.constants[packed].dims[1] // groups, int(np.prod(shape[1:])), node.output[0]
-        numbers = {
+        constants = {
             "mask": np.uint8(15),
             "four": np.uint8(4),
             "eight": np.float32(8),
@@ -330,13 +340,13 @@ def four_bit_weights(graph: Graph) -> None:
             "axis": np.array([1]),
             "scale": graph.array(scale)[:, :, None],
         }
-        for key, value in numbers.items():
+        for key, value in constants.items():
             graph.store(value, f"{name}_{key}")
 
         def step(operation: str, inputs: list[str], output: str, name: str = name, **attributes: Any) -> Any:
-            named = [input_[1:] if input_.startswith("=") else f"{name}_{input_}" for input_ in inputs]
-            made = f"{name}_{output}" if output else name
-            return helper.make_node(operation, named, [made], name=made, **attributes)
+            input_names = [input_[1:] if input_.startswith("=") else f"{name}_{input_}" for input_ in inputs]
+            output_name = f"{name}_{output}" if output else name
+            return helper.make_node(operation, input_names, [output_name], name=output_name, **attributes)
 
         graph.replace(
             node,

@@ -1,4 +1,4 @@
-"""ONNX Runtime. The file is a `.onnx`; quantized programs become QDQ graphs that it fuses into int8 kernels."""
+"""ONNX Runtime: saves a `.onnx`; quantized programs become QDQ graphs, which it fuses into int8 kernels."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
 
 
 def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
-    """The program as an ONNX model: weights inside, no traces of the source code, the batch named "batch".
+    """Bytes of the program as an ONNX model: weights inside, no traces of the source code, the batch named "batch".
 
-    Inputs and outputs are called like those of the model: `x`, `logits`, `pair_0`; a lone output is `output`. It is
-    `lowered` to operations that ONNX Runtime has beyond the standard.
+    Inputs and outputs have the model's names: `x`, `logits`, `pair_0`; a single output is `output`. `lowered`
+    uses operations that ONNX Runtime has beyond the standard.
     """
     try:
         import onnx  # noqa: F401
@@ -61,6 +61,7 @@ def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
             custom_translation_table=translations(program.graph),
         )
         assert exported is not None
+        _register_constants(exported.model.graph)
         proto = exported.model_proto
     except Exception as error:
         raise ExportError(
@@ -77,11 +78,27 @@ def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
         raise ExportError(f"the ONNX model is above protobuf's limit of 2 GiB: {error}; use runtime 'eager'") from error
 
 
-def _strip(proto: Any) -> None:
-    """Drop what no runtime reads, as stack traces of the exporting machine.
+def _register_constants(graph: Any) -> None:
+    """Add the constants that the exporter's optimizer made and failed to list among the graph's initializers.
 
-    Before, nodes are named by the layers that they come from, `layer1.0.conv1/Conv`, so that the profiles and reports
-    of every runtime that reads the model show them.
+    onnxscript 0.7 names the bounds of a fused clip by the clip's input: where several clips read one value, only the
+    last pair of bounds is listed.
+    """
+    listed = {id(value) for value in graph.initializers.values()}
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is None or id(value) in listed or value.const_value is None or value.producer() is not None:
+                continue
+            listed.add(id(value))
+            while value.name in graph.initializers:
+                value.name += "_"
+            graph.register_initializer(value)
+
+
+def _strip(proto: Any) -> None:
+    """Name nodes by their layers, then drop metadata that no runtime reads, as stack traces of the exporting machine.
+
+    Profiles and reports of every runtime that reads the model show these names, `layer1.0.conv1/Conv`.
     """
     graph = proto.graph
     owners = {initializer.name: initializer.name.rpartition(".")[0] for initializer in graph.initializer}
@@ -100,7 +117,7 @@ def _strip(proto: Any) -> None:
 
 
 def _layer_name(node: Any, owners: dict[str, str]) -> str:
-    """The path of a node's layer and its operation; the node of the program where it belongs to no layer."""
+    """Path of a node's layer and its operation; without a layer, the program's node takes the place of the path."""
     texts = {prop.key: prop.value for prop in node.metadata_props}
     try:
         scopes = list(ast.literal_eval(texts["pkg.torch.onnx.name_scopes"]))
@@ -108,33 +125,33 @@ def _layer_name(node: Any, owners: dict[str, str]) -> str:
         return str(node.name or node.op_type)
     path = scope_path(scopes[:-1])
     if "rule_name" in str(list(texts)) and len(node.input) > 1:
-        # several nodes made one, a batch norm say that went into its convolution: the weight tells which
+        # a fusion of several nodes, as of a batch norm and its convolution: the weight's name gives the layer
         path = scope_path([owners.get(node.input[1], "")]) or path
     return f"{path or scopes[-1]}/{node.op_type}"
 
 
 def _name(proto: Any, captured: Captured) -> None:
-    """Call inputs and outputs as the model does, and the free batch size "batch"."""
+    """Give inputs and outputs the model's names, and the free batch size the name "batch"."""
     graph = proto.graph
-    taken = {name for node in graph.node for name in (*node.input, *node.output)}
-    taken |= {initializer.name for initializer in (*graph.initializer, *graph.input, *graph.output)}
-    wanted = [
+    used_names = {name for node in graph.node for name in (*node.input, *node.output)}
+    used_names |= {initializer.name for initializer in (*graph.initializer, *graph.input, *graph.output)}
+    new_names = [
         *zip(graph.input, leaf_names(captured.inputs), strict=True),
         *zip(graph.output, map(_output_name, leaf_names(captured.outputs)), strict=True),
     ]
     renamed: dict[str, str] = {}
-    for value, name in wanted:
-        if value.name in renamed:  # given back as it came, or given twice
+    for value, name in new_names:
+        if value.name in renamed:  # an input that is returned unchanged, or a value that is returned twice
             continue
-        while name in taken:
+        while name in used_names:
             name += "_"
-        taken.add(name)
+        used_names.add(name)
         renamed[value.name] = name
-    for value, _ in wanted:
+    for value, _ in new_names:
         value.name = renamed[value.name]
     for node in graph.node:
         for names in (node.input, node.output):
-            names[:] = [renamed.get(each, each) for each in names]
+            names[:] = [renamed.get(old_name, old_name) for old_name in names]
     axis = captured.batch_axis
     if axis is None:
         return
@@ -160,8 +177,8 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-    # idle threads that spin steal the cores from whatever else runs: on two shared cores the median call of the demo's
-    # network took three times as long with spinning as without
+    # idle threads that spin take the cores from other work: on two shared cores the median call of the demo's network
+    # took three times as long with spinning as without
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = runtime.InferenceSession(

@@ -1,8 +1,8 @@
-"""OpenVINO. The files are its IR, a `.xml` and a `.bin`; quantized programs run on its int8 kernels.
+"""OpenVINO: saves its IR, a `.xml` and a `.bin`; quantized programs run on its int8 kernels.
 
-It reads the ONNX form of a program: its own reader of exported programs does not know per-channel int8 weights. An
-activation that is quantized dynamically is left to OpenVINO, which quantizes what goes into a linear layer with integer
-weights itself, in groups, while it runs.
+OpenVINO reads a program as an ONNX model: its own reader of exported programs does not support per-channel int8
+weights. Dynamic quantization of activations is left to OpenVINO, which quantizes the inputs of linear layers with
+integer weights itself, in groups, while it runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 PIP = "pip install 'torchslim[openvino]'"
 XML, BIN = ".xml", ".bin"
-GROUPS = (128, 64, 32)  # 128 is a tenth faster than its default of 32, and 1.5 dB off that
+GROUPS = (128, 64, 32)  # 128 is a tenth faster than OpenVINO's default of 32, and 1.5 dB off that
 COMPUTES = (
     "Convolution",
     "Deconvolution",
@@ -54,7 +54,7 @@ COMPUTES = (
     "MVN",
 )
 NARROW = ("i8", "u8", "i4", "u4")
-BOOLEAN = ("Where", "And", "Or", "Not", "Xor", "Equal", "Less", "Great", "IsNaN")  # they are 8 bits wide as well
+BOOLEAN = ("Where", "And", "Or", "Not", "Xor", "Equal", "Less", "Great", "IsNaN")  # booleans are 8 bits wide as well
 
 
 def _import() -> Any:
@@ -68,7 +68,7 @@ def _import() -> Any:
 
 @contextmanager
 def no_telemetry() -> Iterator[None]:
-    """Importing openvino writes an identity into the user's home and reports to its makers, unless this is missing."""
+    """Hide `openvino_telemetry` in the block, or openvino writes an ID to the user's home and reports to its makers."""
     name = "openvino_telemetry"
     if name in sys.modules:
         yield
@@ -83,7 +83,7 @@ def no_telemetry() -> Iterator[None]:
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
     openvino = _import()
     program = _open_attention(_without_dynamic(captured.program))
-    # of ONNX Runtime's operations only the one for 4-bit weights is needed; in 8 bits it stores more scales
+    # lower to ONNX Runtime's operations for 4-bit weights only: with 8 bits they would store more scales
     packed = any(node.target is torch.ops.aten.bitwise_right_shift.Tensor_Scalar for node in program.graph.nodes)
     onnx = to_onnx(replace(captured, program=program), lowered=packed)
     survive(onnx, flatten(captured.inputs, captured.example))
@@ -95,7 +95,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
         ) from error
     model = _restore(model, onnx, openvino)
     guard_extremes(model)
-    # by default OpenVINO rounds what weights of 8 and 4 bits are multiplied with, asked for or not
+    # by default OpenVINO rounds the activations of all layers with 8- or 4-bit weights, asked for or not
     model.set_rt_info(str(_group(captured.program)), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     with tempfile.TemporaryDirectory() as folder:
         files = {suffix: Path(folder) / f"model{suffix}" for suffix in (XML, BIN)}
@@ -105,7 +105,10 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
 
 
 def _group(program: Any) -> int:
-    """How many activations share a scale: the most that divide the input of every dynamic layer; 0 for none at all."""
+    """Number of activations that share a scale; 0 if the program has no dynamic layers.
+
+    It is the largest of `GROUPS` that divides the input width of every dynamic layer; 32 if none does.
+    """
     widths = [
         node.meta["val"].shape[-1]
         for node in program.graph.nodes
@@ -113,7 +116,7 @@ def _group(program: Any) -> int:
     ]
     if not widths:
         return 0
-    return next((each for each in GROUPS if all(isinstance(width, int) and width % each == 0 for width in widths)), 32)
+    return next((size for size in GROUPS if all(isinstance(width, int) and width % size == 0 for width in widths)), 32)
 
 
 def _without_dynamic(program: Any) -> Any:
@@ -133,10 +136,10 @@ def _without_dynamic(program: Any) -> Any:
 
 
 def _open_attention(program: Any) -> Any:
-    """The program with attention as products and a softmax.
+    """The program with attention written as two products and a softmax.
 
-    What torch exports looks for queries that no key is left to between the two products, and so keeps OpenVINO from
-    computing these in one kernel; ours does so behind them.
+    torch's export handles queries without any key between the two products, which keeps OpenVINO from computing both
+    in one kernel; ours handles these queries after the products.
     """
     if all(node.target is not ATTENTION for node in program.graph_module.graph.nodes):
         return program
@@ -146,9 +149,10 @@ def _open_attention(program: Any) -> Any:
 
 
 def _restore(model: Any, payload: bytes, openvino: Any) -> Any:
-    """The model with what reading its ONNX form loses: inputs that nothing uses, and the names of operations.
+    """Restore what OpenVINO loses when it reads an ONNX model: unused inputs and the names of operations.
 
-    An output takes its operation's name; parts of an operation are called by numbers that count over the whole process.
+    Operations that are named after an ONNX output get the name of its node. OpenVINO numbers parts of an operation over
+    the whole process; they get the layer of their readers and their index in the model.
     """
     import onnx
 
@@ -181,7 +185,7 @@ def _restore(model: Any, payload: bytes, openvino: Any) -> Any:
 
 
 class _Compiled:
-    """A compiled model and the one request that runs it; calls from several threads take turns."""
+    """A compiled model and its only inference request; calls from several threads take turns."""
 
     def __init__(self, model: Any, spec: Spec) -> None:
         self.model, self.spec = model, spec
@@ -190,17 +194,17 @@ class _Compiled:
 
     def __call__(self, leaves: list[Tensor], /) -> Sequence[Tensor]:
         with self.lock:
-            found = self.request.infer([as_array(leaf) for leaf in leaves], share_inputs=True)
-            return self.spec.narrowed([torch.from_numpy(found[index]) for index in range(len(self.model.outputs))])
+            results = self.request.infer([as_array(leaf) for leaf in leaves], share_inputs=True)
+            return self.spec.narrowed([torch.from_numpy(results[index]) for index in range(len(self.model.outputs))])
 
 
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     openvino = _import()
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
-        # else floats are computed in bfloat16 on processors that have it
+        # otherwise floats are computed in bfloat16 on processors that have it
         "INFERENCE_PRECISION_HINT": "f32",
-        # pinned threads of two models share a core while another is idle
+        # pinned threads of two models share a core while another core is idle
         "ENABLE_CPU_PINNING": False,
     }
     if threads is not None:
@@ -220,21 +224,23 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
 
 
 def _kernels(deployed: Deployed) -> list[Kernel]:
-    """The nodes of the graph that runs, without constants, inputs and outputs."""
+    """Nodes of the compiled graph, without constants, inputs and outputs."""
     session = deployed.session
     assert isinstance(session, _Compiled)
-    found = []
+    kernels = []
     for operation in session.model.get_runtime_model().get_ordered_ops():
-        about = {key: str(value.value) for key, value in operation.get_rt_info().items() if hasattr(value, "value")}
-        kind, primitive = about.get("layerType", ""), about.get("primitiveType", "")
+        properties = {
+            key: str(value.value) for key, value in operation.get_rt_info().items() if hasattr(value, "value")
+        }
+        kind, primitive = properties.get("layerType", ""), properties.get("primitiveType", "")
         constant = operation.get_friendly_name().endswith("_flatten_reshape")  # scales, folded when the model is read
         if not kind or kind in ("Const", "Input", "Output") or constant:
             continue
-        names = tuple(dict.fromkeys(map(_plain, about.get("originalLayersNames", "").split(","))))
+        names = tuple(dict.fromkeys(map(_plain, properties.get("originalLayersNames", "").split(","))))
         parts = tuple(name for name in names if "/" in name and "QuantizeLinear" not in name) or names
-        precision = about.get("runtimePrecision", "")
+        precision = properties.get("runtimePrecision", "")
         weights = f", {precision} weights" if kind == "FullyConnected" and primitive.endswith("f32") else ""
-        found.append(
+        kernels.append(
             Kernel(
                 node=parts[0] or operation.get_friendly_name(),
                 type=f"{kind}: {primitive}{weights}",
@@ -244,11 +250,11 @@ def _kernels(deployed: Deployed) -> list[Kernel]:
                 fused=names if len(names) > 1 else (),
             )
         )
-    return found
+    return kernels
 
 
 def _plain(name: str) -> str:
-    """A node's name without what OpenVINO's passes put behind it."""
+    """A node's name without the suffixes of OpenVINO's passes."""
     return re.sub(r"/(WithoutBiases|Dequantization|transpose_[ab]).*", "", name)
 
 
@@ -258,8 +264,8 @@ def _unfit(message: str) -> DeployError:
 
 def _brief(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return (told or lines or [""])[0][:300]
+    specific = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (specific or lines or [""])[0][:300]
 
 
 def _check(files: Mapping[str, bytes]) -> None:
@@ -268,9 +274,8 @@ def _check(files: Mapping[str, bytes]) -> None:
 
 def _try(files: Mapping[str, bytes], example: Sequence[Tensor]) -> None:
     _import()
-    if any(each.dtype is torch.bfloat16 for each in example):
-        return  # `_read` refuses the model before OpenVINO sees it
-    if message := survive_files({suffix: files[suffix] for suffix in (XML, BIN)}, example):
+    inputs = [tensor.float() if tensor.dtype is torch.bfloat16 else tensor for tensor in example]  # as `as_array` does
+    if message := survive_files({suffix: files[suffix] for suffix in (XML, BIN)}, inputs):
         raise _unfit(message)
 
 

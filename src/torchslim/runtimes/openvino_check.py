@@ -1,7 +1,7 @@
-"""OpenVINO's `.xml` and `.bin`, checked before OpenVINO parses them: plain XML, known operations, data inside.
+"""Checks `.xml` and `.bin` before OpenVINO parses them: plain XML, known operations, data inside.
 
-Refused are document types and entities (a kilobyte of which expands to gigabytes), extensions, options that are not
-ours, and constants that lie outside of the `.bin` or are larger than what is stored.
+The check refuses document types and entities (a kilobyte of them expands to gigabytes), extensions, options that we do
+not set, and constants that lie outside of the `.bin` or are larger than their stored bytes.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ BITS = {
 
 
 def check_ir(xml: bytes, weights: bytes) -> None:
-    """Look at a model's files.
+    """Check a model's files.
 
     Raises:
-        ArtifactError: damaged, or with what no model of ours has; says what was found.
+        ArtifactError: the files are damaged, or have something that no model of ours has; the message says what.
     """
     try:
         text = xml.decode()
@@ -109,13 +109,13 @@ def _layers(layers: Any, edges: Any, weights: bytes) -> None:
             growing[layer.get("id", "")] = kind
     for edge in [] if edges is None else edges:
         if edge.get("to-layer") in growing:
-            count = math.prod(abs(each) for each in small.get(edge.get("from-layer", ""), []) if each)
+            count = math.prod(abs(number) for number in small.get(edge.get("from-layer", ""), []) if number)
             if count > ELEMENTS:
                 raise ValueError(f"it has {growing[edge.get('to-layer')]} of {count:,} elements")
 
 
 def _constant(data: Any, weights: bytes) -> list[int]:
-    """Where a constant lies and how large it is; its numbers if they are few and whole."""
+    """Check place and size of a constant; return its numbers if they are few 64-bit integers, else an empty list."""
     if data is None:
         raise ValueError("a constant has no data")
     offset, size = int(data.get("offset", "x")), int(data.get("size", "x"))

@@ -1,4 +1,4 @@
-"""What is changed in a model that OpenVINO has read, so that its kernels compute what the model says."""
+"""Passes over a model that OpenVINO has read, so that its kernels compute the model correctly."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ FLOATS: dict[str, Any] = {"f16": np.float16, "f32": np.float32, "f64": np.float6
 
 
 def guard_extremes(model: Any) -> None:
-    """Keep a rounding to 8 bits out of the kernel that computes a maximum or minimum over dimensions.
+    """Keep OpenVINO from fusing a rounding to 8 bits into a maximum or minimum over dimensions.
 
-    The kernel keeps its intermediate results in the memory of its output. Where a rounding is fused into it, that
-    memory has 8 bits, and the values are cut to whole numbers before they are scaled: 0.7 becomes 0. It fuses what
-    follows by scale and shift, activations and roundings, but no maximum with a constant; one with the lowest float
-    changes no value. Sums, means, norms and products have an intermediate memory of their own. Seen in 2026.4.1.
+    The kernel stores intermediate results in the memory of its output. With a fused rounding that memory has 8 bits,
+    and values are truncated to integers before they are scaled: 0.7 becomes 0. The kernel fuses scales and shifts,
+    activations and roundings that follow it, but no maximum with a constant; a maximum with the lowest float changes no
+    value. Sums, means, norms and products have their own intermediate memory. Seen in OpenVINO 2026.4.1.
     """
     operations = model.get_ordered_ops()
-    if all(each.get_type_name() != ROUNDING for each in operations):
+    if all(candidate.get_type_name() != ROUNDING for candidate in operations):
         return
     from openvino import opset13
 

@@ -1,11 +1,11 @@
-"""Compile and run a model in a child process first, where OpenVINO may end the process instead of raising an error.
+"""Compiles and runs a model in a child process first, where OpenVINO may crash instead of raising an error.
 
-OpenVINO 2026.4.1 ends with a segmentation fault when it reads an ONNX `STFT`. No error can be caught then: a child
-process reads, compiles and runs such a model once, and its exit status tells. Models that were made here of ordinary
-operations, those in `ORDINARY`, are not tried: they cost nothing more.
+OpenVINO 2026.4.1 ends with a segmentation fault when it reads an ONNX `STFT`, which cannot be caught as an error. A
+child process reads, compiles and runs such a model once, and its exit status shows whether that worked. Models made
+here from ordinary operations, those in `ORDINARY`, are not tried, which saves time.
 
-The files of an artifact may have been written by anyone. They are tried whatever their operations are, once: files that
-ran are remembered in the cache folder under a seal of this user's secret, so that no other user can vouch for them.
+The files of an artifact may come from anyone, so they are tried once whatever their operations are. Files that ran are
+recorded in the cache folder under a seal of this user's secret, so that no other user can vouch for them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from torchslim.errors import ArtifactError, DeployError
 from torchslim.runtimes.base import as_array
 
 LIMIT_S = 900.0  # to read, compile and run a model once
-RAN, UNREADY, RAISED, NO_MEMORY = 0, 1, 3, 4  # the exit status of a child that ends by itself
+RAN, UNREADY, RAISED, NO_MEMORY = 0, 1, 3, 4  # exit statuses of a child that ends by itself
 GROWTH = 2**30
 RELATIVE = 64
 """Bytes that the files of an artifact may take to read, compile and run: `GROWTH`, and so many times their own size and
 that of their inputs; on Linux."""
-STACK = 2**23  # bytes of a thread, of which OpenVINO has one for each processor core
-REMEMBERED = "openvino"  # in the cache folder: empty files whose names are seals
-# operations of ONNX that ordinary networks consist of; none of them was seen to end the process
+STACK = 2**23  # bytes of a thread's stack; OpenVINO has one thread for each processor core
+REMEMBERED = "openvino"  # subfolder of the cache folder: empty files whose names are seals
+# ONNX operations of ordinary networks; none of them was seen to crash the process
 _NAMES = """
     Abs Add And ArgMax ArgMin AveragePool BatchNormalization BitShift BitwiseAnd Cast Ceil Clip Concat Constant
     ConstantOfShape Conv ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div DynamicQuantizeLinear Elu Equal Erf
@@ -50,7 +50,7 @@ _NAMES = """
     Slice Softmax Softplus Softsign Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
 """
 ORDINARY = frozenset(_NAMES.split())
-# what the child runs: it imports no torch, which would take seconds, and leaves no core file
+# the child's program: it does not import torch, which would take seconds, and leaves no core file
 CHILD = """
 import json, sys
 folder, path = sys.argv[1], json.loads(sys.argv[2])
@@ -83,25 +83,25 @@ except Exception as error:
 
 
 def unusual(operations: Iterable[Any]) -> list[str]:
-    """The operations of an ONNX graph that are not known to be safe, sorted."""
+    """Types of operations in an ONNX graph that are not known to be safe, sorted."""
     return sorted(
         {operation.op_type for operation in operations if operation.op_type not in ORDINARY or operation.domain}
     )
 
 
 def survive(model: bytes, inputs: Sequence[Tensor], *, child: str = CHILD, limit_s: float = LIMIT_S) -> None:
-    """Read, compile and run an ONNX model once in a child process, where it has unusual operations.
+    """Read, compile and run an ONNX model once in a child process, if it has unusual operations.
 
-    An error that OpenVINO raises there is left to be raised here.
+    An error that OpenVINO raises in the child is ignored; OpenVINO raises it again in this process.
 
     Args:
         model: the bytes of a `.onnx`.
         inputs: tensors in the order of the model's inputs.
         child: the program that the child runs.
-        limit_s: the time that it may take, in seconds.
+        limit_s: the time that the child may take, in seconds.
 
     Raises:
-        DeployError: the child was ended by a signal, or did not end in time.
+        DeployError: the child crashed, or did not end in time.
     """
     import onnx
 
@@ -110,15 +110,15 @@ def survive(model: bytes, inputs: Sequence[Tensor], *, child: str = CHILD, limit
     if not suspects:
         return
     try:
-        done = _run({"model.onnx": model}, inputs, [input_.name for input_ in graph.input], child, limit_s, growth=0)
+        result = _run({"model.onnx": model}, inputs, [input_.name for input_ in graph.input], child, limit_s, growth=0)
     except subprocess.TimeoutExpired as error:
         raise DeployError(
             f"OpenVINO did not compile and run the model within {limit_s:g} s in a child process "
             f"(operations: {', '.join(suspects)}); use runtime 'onnxruntime', or 'eager'"
         ) from error
-    if done.returncode not in (RAN, UNREADY, RAISED, NO_MEMORY):
+    if result.returncode not in (RAN, UNREADY, RAISED, NO_MEMORY):
         raise DeployError(
-            f"OpenVINO crashes on the model: a child process that ran it ended {_ending(done.returncode)}. "
+            f"OpenVINO crashes on the model: a child process that ran it ended {_ending(result.returncode)}. "
             f"The cause is probably one of the operations {', '.join(suspects)}; use runtime 'onnxruntime', or 'eager'"
         )
 
@@ -132,39 +132,39 @@ def survive_files(
         files: `.xml` and `.bin`.
         inputs: tensors in the order of the model's inputs.
         child: the program that the child runs.
-        limit_s: the time that it may take, in seconds.
+        limit_s: the time that the child may take, in seconds.
 
     Returns:
-        What OpenVINO says against the model; empty where it runs.
+        OpenVINO's error message; empty if the model runs.
 
     Raises:
-        ArtifactError: the child was ended by a signal, could not begin, did not end in time, or ran out of memory.
+        ArtifactError: the child crashed, could not begin, did not end in time, or ran out of memory.
     """
     mark = _mark(files)
     if mark is not None and mark.exists():
         return ""
-    instead = "the file is damaged, or made to do this; load it with runtime='eager', which reads its program instead"
+    advice = "the file is damaged, or made to do this; load it with runtime='eager', which reads its program instead"
     size = sum(map(len, files.values())) + sum(input_.numel() * input_.element_size() for input_ in inputs)
     growth = GROWTH + RELATIVE * size
-    named = {f"model{suffix}": data for suffix, data in files.items()}
+    named_files = {f"model{suffix}": data for suffix, data in files.items()}
     try:
-        done = _run(named, inputs, range(len(inputs)), child, limit_s, growth=growth)
+        result = _run(named_files, inputs, range(len(inputs)), child, limit_s, growth=growth)
     except subprocess.TimeoutExpired as error:
         raise ArtifactError(
-            f"OpenVINO did not compile and run the model within {limit_s:g} s in a child process; {instead}"
+            f"OpenVINO did not compile and run the model within {limit_s:g} s in a child process; {advice}"
         ) from error
-    if done.returncode == RAISED:
-        return done.stdout.decode(errors="replace") or "an error without a message"
-    if done.returncode == NO_MEMORY:
-        raise ArtifactError(f"the OpenVINO model takes more than {growth:,} bytes to compile and run; {instead}")
-    if done.returncode == UNREADY:
+    if result.returncode == RAISED:
+        return result.stdout.decode(errors="replace") or "an error without a message"
+    if result.returncode == NO_MEMORY:
+        raise ArtifactError(f"the OpenVINO model takes more than {growth:,} bytes to compile and run; {advice}")
+    if result.returncode == UNREADY:
         raise ArtifactError(
             "a child process to try the OpenVINO model in could not begin: "
-            f"{shorten(done.stderr.decode(errors='replace')[-300:], 300)}; load it with trusted=True if you trust it"
+            f"{shorten(result.stderr.decode(errors='replace')[-300:], 300)}; load it with trusted=True if you trust it"
         )
-    if done.returncode != RAN:
+    if result.returncode != RAN:
         raise ArtifactError(
-            f"OpenVINO crashes on the model: a child process that ran it ended {_ending(done.returncode)}; {instead}"
+            f"OpenVINO crashes on the model: a child process that ran it ended {_ending(result.returncode)}; {advice}"
         )
     if mark is not None:
         _remember(mark)
@@ -180,23 +180,23 @@ def _run(
     *,
     growth: int,
 ) -> subprocess.CompletedProcess[bytes]:
-    """The ended child that was given files, the first of them to be read, and inputs by their names or places.
+    """Run a child on files, of which OpenVINO reads the first, and inputs by name or position; return its result.
 
-    It may take `growth` bytes on top of what it begins with; 0 is no limit.
+    The child may take `growth` bytes on top of those at its start; 0 sets no limit.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
-        for index, each in enumerate(inputs):
-            np.save(Path(folder) / f"{index}.npy", as_array(each))
+        for index, input_ in enumerate(inputs):
+            np.save(Path(folder) / f"{index}.npy", as_array(input_))
         limit = growth and growth + STACK * (os.cpu_count() or 1)
-        about = [folder, json.dumps(sys.path), json.dumps(list(names)), next(iter(files)), str(limit)]
-        command = [sys.executable, "-W", "ignore", "-c", child, *about]
+        arguments = [folder, json.dumps(sys.path), json.dumps(list(names)), next(iter(files)), str(limit)]
+        command = [sys.executable, "-W", "ignore", "-c", child, *arguments]
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False)
 
 
 def _mark(files: Mapping[str, bytes]) -> Path | None:
-    """Where it is remembered that these files ran, with this OpenVINO on such a processor; None without a secret."""
+    """Path that records that these files ran with this OpenVINO on such a processor; None without a secret."""
     secret = own_secret()
     if secret is None:
         return None
@@ -209,7 +209,7 @@ def _remember(mark: Path) -> None:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
     except OSError:
-        return  # a cache that cannot be written: the files are tried again next time
+        return  # the cache cannot be written: the files are tried again next time
 
 
 def _ending(status: int) -> str:

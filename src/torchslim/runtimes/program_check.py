@@ -1,7 +1,7 @@
-"""The graph of a saved program, checked before torch reads it: known fields, known operators, bounded numbers.
+"""Checks the graph of a saved program before torch reads it: known fields, known operators, bounded numbers.
 
-The form is torch's own schema of exported programs, strictly: torch itself ignores unknown fields and takes any value
-for any type. Of that schema nothing is taken that unpickles, loads, calls or executes.
+The format is torch's own schema of exported programs, checked strictly: torch itself ignores unknown fields and takes
+any value for any type. Parts of the schema that unpickle, load, call or execute something are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ELEMENTS = 2**33
 """Of a tensor whose sizes stand in the program."""
 SYMBOLS = 10_000
 NAME = re.compile(r"\w{0,200}")
-# paths of weights may hold what a key of a ModuleDict may, but nothing that ends a quoted text in generated code
+# paths of weights may hold what a key of a ModuleDict may, except what ends a quoted text in generated code
 PATH = re.compile(r"[^\"'\\\x00-\x1f\x7f\u2028\u2029]{0,1000}")
 RANGE = re.compile(r"[A-Za-z_]{1,20}\d{0,4}")
 DIALECTS = frozenset({"ATEN", "TRAINING", "EDGE", ""})
@@ -40,34 +40,34 @@ ASSERTED = "an assertion of the program does not hold"
 
 
 class _Checker:
-    """One walk over a program; it replaces the texts of assertions and counts what it meets."""
+    """Checks a program in one walk, replaces the texts of assertions, and counts parts and arguments."""
 
     def __init__(self) -> None:
         self.parts = self.arguments = 0
         self.expressions: set[str] = set()
-        self.bits: dict[str, int] = {}  # of the numbers that a program computes, by name
+        self.bits: dict[str, int] = {}  # bits of the numbers that a program computes, by name
 
     def check(self, value: Any, kind: Any, where: str) -> None:
-        """Is `value` of this type of torch's schema?"""
+        """Check that `value` has the type `kind` of torch's schema."""
         self.parts += 1
         if self.parts > PARTS:
             raise Unfit(f"it has more than {PARTS:,} parts")
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
         if type(None) in inner:
             if value is not None:
-                self.check(value, next(each for each in inner if each is not type(None)), where)
+                self.check(value, next(option for option in inner if option is not type(None)), where)
         elif origin is list:
             if not isinstance(value, list):
                 raise Unfit(f"{where} is no list")
-            for each in value:
-                self.check(each, inner[0], where)
+            for element in value:
+                self.check(element, inner[0], where)
         elif origin is dict:
             if not isinstance(value, dict):
                 raise Unfit(f"{where} is no object")
-            for key, each in value.items():
+            for key, element in value.items():
                 if not PATH.fullmatch(key):
                     raise Unfit(f"{where} has the unsafe key {shorten(key)}")
-                self.check(each, inner[1], where)
+                self.check(element, inner[1], where)
         elif dataclasses.is_dataclass(kind):
             self._record(value, typing.cast(type, kind), where)
         else:
@@ -87,15 +87,15 @@ class _Checker:
         missing = [] if union else [name for name, (_, needed) in fields.items() if needed and name not in value]
         if missing:
             raise Unfit(f"{where} lacks {missing[0]!r}")
-        special = RULES.get(kind.__name__)
-        for name, each in value.items():
+        rule = RULES.get(kind.__name__)
+        for name, content in value.items():
             if name not in fields or name in PICKLED:
                 raise Unfit(f"{where} has {shorten(name)}, which no program has that can be loaded")
-            self.check(each, fields[name][0], name)
-        if special is not None:
-            special(self, value)
+            self.check(content, fields[name][0], name)
+        if rule is not None:
+            rule(self, value)
 
-    # --- rules of single kinds, after their fields have the right types ---
+    # --- rules of single kinds, applied after the types of their fields are checked ---
 
     def graph(self, value: dict[str, Any]) -> None:
         if value.get("custom_obj_values"):
@@ -107,10 +107,14 @@ class _Checker:
         if operator is None:
             raise Unfit(f"it calls {shorten(target)}, which no exported program may call")
         value["metadata"] = {}
-        schema_of = getattr(operator, "_schema", None)
-        known = None if schema_of is None else {argument.name: str(argument.type) for argument in schema_of.arguments}
+        operator_schema = getattr(operator, "_schema", None)
+        argument_types = (
+            None
+            if operator_schema is None
+            else {argument.name: str(argument.type) for argument in operator_schema.arguments}
+        )
         for input_ in value["inputs"]:
-            if known is not None and input_["name"] not in known:
+            if argument_types is not None and input_["name"] not in argument_types:
                 raise Unfit(f"{shorten(target)} has no argument {shorten(input_['name'])}")
             self._argument(target, input_, higher=target.split(".")[-1] in HIGHER_ORDER)
         if target in SYMBOLIC:
@@ -124,7 +128,7 @@ class _Checker:
             if name in MESSAGES and kind == "as_string":
                 given["arg"] = {kind: ASSERTED}
             elif not higher and all(
-                text_allowed(name, each) for each in ([content] if kind == "as_string" else content)
+                text_allowed(name, text) for text in ([content] if kind == "as_string" else content)
             ):
                 return
             elif not (higher and content == "cpu"):  # the device type of autocast
@@ -132,7 +136,7 @@ class _Checker:
         numbers = (
             content
             if kind == "as_ints"
-            else [each.get("as_int", 1) for each in content]
+            else [size.get("as_int", 1) for size in content]
             if kind == "as_sym_ints"
             else []
         )
@@ -140,11 +144,11 @@ class _Checker:
             raise Unfit(f"{shorten(target)} has sizes of more than {ELEMENTS:,} elements")
 
     def _magnitude(self, target: str, value: dict[str, Any]) -> None:
-        """How long the number can get that a program computes from sizes; whole numbers have no end in Python."""
-        each = [self._bits(given["arg"]) for given in value["inputs"]]
-        operation, total = target.rpartition(".")[2], max(each, default=1) + 1
+        """Bound the bits of a number that the program computes from sizes; Python's integers have no limit."""
+        input_bits = [self._bits(input_["arg"]) for input_ in value["inputs"]]
+        operation, total = target.rpartition(".")[2], max(input_bits, default=1) + 1
         if operation == "mul":
-            total = sum(each)
+            total = sum(input_bits)
         elif operation in ("pow", "lshift"):
             last = value["inputs"][-1]["arg"]
             exponent = next((last[key] for key in ("as_int", "as_float") if key in last), None)
@@ -152,7 +156,11 @@ class _Checker:
                 exponent = last["as_sym_int"].get("as_int")
             if exponent is None or not abs(float(exponent)) <= 64:
                 raise Unfit("a power of sizes has an exponent above 64")
-            total = each[0] * max(1, math.ceil(abs(float(exponent)))) if operation == "pow" else each[0] + int(exponent)
+            total = (
+                input_bits[0] * max(1, math.ceil(abs(float(exponent))))
+                if operation == "pow"
+                else input_bits[0] + int(exponent)
+            )
         if total > BITS:
             raise Unfit(f"a size can have more than {BITS} bits")
         for output in value["outputs"]:
@@ -163,7 +171,7 @@ class _Checker:
     def _bits(self, argument: dict[str, Any]) -> int:
         content = next(iter(argument.values()))
         if isinstance(content, list):
-            return max((self._bits({"": each}) for each in content), default=1) + len(content)
+            return max((self._bits({"": element}) for element in content), default=1) + len(content)
         if isinstance(content, dict):
             content = content.get("as_name", content.get("as_int", 1))
         return self.bits.get(content, 63) if isinstance(content, str) else 63
@@ -178,7 +186,7 @@ class _Checker:
             self.expressions.add(text)
 
     def tensor(self, value: dict[str, Any]) -> None:
-        sizes = [each["as_int"] for each in value["sizes"] if "as_int" in each]
+        sizes = [size["as_int"] for size in value["sizes"] if "as_int" in size]
         if any(size < 0 for size in sizes) or math.prod(size for size in sizes if size) > ELEMENTS:
             raise Unfit(f"a tensor has the sizes {sizes[:8]}")
         if len(value["sizes"]) != len(value["strides"]) or len(value["sizes"]) > 64:
@@ -206,8 +214,8 @@ class _Checker:
             raise Unfit("it has named tuples")
 
     def program(self, value: dict[str, Any]) -> None:
-        value["guards_code"] = []  # Python that torch would execute; sizes are checked by `Spec`
-        unknown = [each for each in value.get("verifiers", []) if each not in DIALECTS]
+        value["guards_code"] = []  # Python that torch would execute; `Spec` checks sizes
+        unknown = [dialect for dialect in value.get("verifiers", []) if dialect not in DIALECTS]
         if unknown:
             raise Unfit(f"it has the dialect {shorten(unknown[0])}")
         ranges = value["range_constraints"]
@@ -256,24 +264,24 @@ RULES: dict[str, Callable[[_Checker, dict[str, Any]], None]] = {
 
 
 def check_program(program: Any) -> None:
-    """Check the parsed JSON of a program; texts for people in it are replaced, and guards dropped.
+    """Check the parsed JSON of a program, replace its texts for people, and drop its guards.
 
     Raises:
-        Unfit: says what the program has that exporting never writes.
+        Unfit: the program has something that exporting never writes; the message says what.
     """
     _Checker().check(program, schema.ExportedProgram, "the program")
 
 
 def check_payloads(config: Any, files: set[str]) -> dict[str, dict[str, Any]]:
-    """Check the parsed JSON of a list of tensors, which lie in `files`; returns what is said of them, by name."""
+    """Check the parsed JSON of a list of tensors, which lie in `files`; return the list's entries by tensor name."""
     _Checker().check(config, schema.PayloadConfig, "the list of tensors")
     payloads: dict[str, dict[str, Any]] = config["config"]
-    for name, each in payloads.items():
-        if each["use_pickle"] or each["tensor_meta"] is None:
+    for name, payload in payloads.items():
+        if payload["use_pickle"] or payload["tensor_meta"] is None:
             raise Unfit(f"{shorten(name)} asks for unpickling")
-        if each["path_name"] not in files:
-            raise Unfit(f"{shorten(name)} lies in {shorten(each['path_name'])}, which is missing")
-        meta = each["tensor_meta"]
+        if payload["path_name"] not in files:
+            raise Unfit(f"{shorten(name)} lies in {shorten(payload['path_name'])}, which is missing")
+        meta = payload["tensor_meta"]
         if any("as_int" not in size for size in (*meta["sizes"], *meta["strides"], meta["storage_offset"])):
             raise Unfit(f"{shorten(name)} has a size that is no number")
     return payloads
@@ -281,7 +289,7 @@ def check_payloads(config: Any, files: set[str]) -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
-    """The fields of a class of torch's schema: type, and whether it must be there."""
+    """Fields of a class of torch's schema, by name: type, and whether the field is required."""
     hints = typing.get_type_hints(kind, globalns=vars(schema))
     missing = dataclasses.MISSING
     return {
@@ -292,11 +300,11 @@ def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
 
 def _plain(value: Any, kind: Any, where: str) -> None:
     if isinstance(kind, type) and issubclass(kind, IntEnum):
-        fits = type(value) is int and value in {int(each) for each in kind}
+        fits = type(value) is int and value in {int(member) for member in kind}
     elif kind is float:
         fits = type(value) in (float, int) or value in ("NaN", "Infinity", "-Infinity")
     elif kind is str:
-        # what stands between quotes in generated code, and what is none of it
+        # texts may stand between quotes in generated code, except those of `TEXTS`
         fits = isinstance(value, str) and (where in TEXTS or bool(PATH.fullmatch(value)))
     elif kind in (bool, int):
         fits = type(value) is kind
@@ -311,7 +319,7 @@ TEXTS = frozenset({"metadata", "guards_code", "in_spec", "out_spec", "as_string"
 
 
 def _tree(value: Any, where: str) -> None:
-    """Is this the structure of a call: tuples, lists and dicts of tensors?"""
+    """Check that `value` is the structure of a call: tuples, lists and dicts of tensors."""
     if not isinstance(value, dict) or set(value) != {"type", "context", "children_spec"}:
         raise Unfit(f"{where} is no tree of tuples, lists and dicts")
     kind, context, children = value["type"], value["context"], value["children_spec"]

@@ -1,8 +1,8 @@
-"""Which operators a saved program may call: those that exporting emits, from torch's own tables, where they are pure.
+"""Operators that a saved program may call: those that exporting emits, from torch's own tables, if they are pure.
 
-An operator of ATen is allowed where torch tags it as core, decomposes it, or defines it by other operators, or where
-the ONNX exporter translates it; and where it takes tensors and numbers, gives tensors or numbers, and touches nothing
-else: no file, no storage, no global state, no random seed. Texts are taken from lists, by the name of the argument.
+An operator of ATen is allowed if torch tags it as core, decomposes it, or defines it by other operators, or if the ONNX
+exporter translates it. It must also take tensors and numbers, return tensors or numbers, and touch nothing else: no
+file, no storage, no global state, no random seed. Text arguments must have a value that is listed for their name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SYMBOLIC = frozenset(
 HIGHER_ORDER = frozenset({"cond", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast"})
 """Operators that call a part of the program; those of an unknown number of rounds are not among them."""
 
-# exporting keeps these, and the ONNX exporter translates most of them, though no table of torch's own has them
+# exporting keeps these and the ONNX exporter translates most of them, but no table of torch has them
 ALSO = frozenset(
     re.findall(
         r"\S+",
@@ -128,25 +128,25 @@ def resolve(target: str) -> Target | None:
     namespace, name, overload = parts[2], parts[3], parts[4] if len(parts) == 5 else ""
     if namespace == "higher_order":
         return target if name in HIGHER_ORDER and not overload else None
-    known: dict[str, Callable[[str], Any]] = {"aten": _emitted, "quantized_decomposed": QUANTIZED.fullmatch}
-    if namespace not in known or not overload or not known[namespace](name):
+    matchers: dict[str, Callable[[str], Any]] = {"aten": _emitted, "quantized_decomposed": QUANTIZED.fullmatch}
+    if namespace not in matchers or not overload or not matchers[namespace](name):
         return None
     packet = getattr(getattr(torch.ops, namespace), name, None)
     if packet is None or overload not in packet.overloads():
         return None
-    found = getattr(packet, overload)
-    return found if torch._C._dispatch_has_kernel(found.name()) and _pure(found._schema) else None
+    operator = getattr(packet, overload)
+    return operator if torch._C._dispatch_has_kernel(operator.name()) and _pure(operator._schema) else None
 
 
 def text_allowed(argument: str, text: str) -> bool:
-    """May an argument of this name have this text?"""
+    """Whether an argument of this name may have this text."""
     if argument == "equation":
         return bool(EQUATION.fullmatch(text))
     return text in TEXTS.get(argument, ())
 
 
 def _emitted(name: str) -> bool:
-    """Do torch's own tables of what is exported have this operator of ATen?"""
+    """Whether exporting emits this operator of ATen, by torch's own tables and the lists of this module."""
     if IMPURE.fullmatch(name):
         return False
     if name.startswith("_"):
@@ -161,7 +161,7 @@ def _emitted(name: str) -> bool:
 
 
 def _in_tables(operator: Any) -> bool:
-    if not torch._C._dispatch_has_kernel(operator.name()):  # of TorchScript alone
+    if not torch._C._dispatch_has_kernel(operator.name()):  # an operator of TorchScript only
         return False
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
     return bool(composite) or torch.Tag.core in operator.tags or torch.Tag.pointwise in operator.tags
@@ -171,23 +171,25 @@ def _in_tables(operator: Any) -> bool:
 def _decomposed() -> frozenset[str]:
     from torch._decomp import decomposition_table
 
-    return frozenset(str(each).split(".")[1] for each in decomposition_table if str(each).startswith("aten."))
+    return frozenset(
+        str(operator).split(".")[1] for operator in decomposition_table if str(operator).startswith("aten.")
+    )
 
 
 def _pure(schema: Any) -> bool:
-    """Takes and gives tensors and numbers only, and writes to no argument but the one it is called on."""
+    """Whether an operator takes and returns tensors and numbers only, and writes at most to what it is called on."""
     for argument in schema.arguments:
         if argument.name == "generator":
-            continue  # a program has no way to hold one
+            continue  # a program cannot hold a generator
         if not _plain(str(argument.type)) or (argument.is_out and argument.alias_info is not None):
             return False
-    tensors = any("Tensor" in str(each.type) for each in (*schema.arguments, *schema.returns))
-    sizes = schema.name.startswith("aten::sym_constrain_range") or schema.name == "aten::_assert_scalar"
-    return (tensors or sizes) and all(_plain(str(return_.type)) for return_ in schema.returns)
+    has_tensors = any("Tensor" in str(value.type) for value in (*schema.arguments, *schema.returns))
+    checks_sizes = schema.name.startswith("aten::sym_constrain_range") or schema.name == "aten::_assert_scalar"
+    return (has_tensors or checks_sizes) and all(_plain(str(return_.type)) for return_ in schema.returns)
 
 
 def _plain(kind: str) -> bool:
     inner = kind
-    while (found := re.fullmatch(r"(?:Optional|List)\[(.*)\]", inner)) is not None:
-        inner = found[1]
+    while (match := re.fullmatch(r"(?:Optional|List)\[(.*)\]", inner)) is not None:
+        inner = match[1]
     return inner == "Tensor" or inner in NUMBERS or inner == "NoneType"

@@ -1,8 +1,8 @@
-"""Sizes of a saved program: expressions by a strict grammar, and how large what they say can get.
+"""Checks size expressions of a saved program: they follow a strict grammar, and their values are bounded.
 
-torch gives the text of an expression to sympy, which evaluates it as Python. What exporting writes is the `srepr` of
-an expression: calls of functions from a list, symbols, and numbers, nothing else. Numbers and their powers are
-bounded: `9**9**9**9` as a size would be computed without end.
+torch gives the text of an expression to sympy, which evaluates it as Python. Exporting writes the `srepr` of an
+expression: calls of functions from a list, symbols and numbers, nothing else. Numbers and their powers are bounded:
+computing `9**9**9**9` as a size would never end.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ EXPONENT = 16
 
 
 class Unfit(ValueError):
-    """An expression that no program of ours has."""
+    """A part of a saved program that no program of ours has."""
 
 
 def check_expression(text: str) -> None:
-    """Is this the `srepr` of an expression of bounded size?
+    """Check that `text` is the `srepr` of an expression with a bounded value.
 
     Raises:
-        Unfit: says why not.
+        Unfit: it is not; the message says why.
     """
     if len(text) > LENGTH:
         raise Unfit(f"it is longer than {LENGTH} characters")
@@ -52,7 +52,7 @@ def check_expression(text: str) -> None:
 
 
 def bits(node: ast.expr, budget: list[int], depth: int = 0) -> int:
-    """How many bits the value of a checked expression can have."""
+    """Check an expression; return the number of bits that its value can have."""
     budget[0] -= 1
     if budget[0] < 0 or depth > DEPTH:
         raise Unfit(f"it has more than {NODES} parts or {DEPTH} levels")
@@ -71,23 +71,23 @@ def bits(node: ast.expr, budget: list[int], depth: int = 0) -> int:
     if node.keywords:
         raise Unfit(f"{name} takes no named arguments")
     if name in ("Integer", "Rational"):
-        numbers = [_number(each) for each in arguments]
+        numbers = [_number(argument) for argument in arguments]
         if len(numbers) != (1 if name == "Integer" else 2) or None in numbers or numbers[-1] == 0 != len(numbers) - 1:
             raise Unfit(f"{name} takes whole numbers")
-        return max(1, *(abs(each or 0).bit_length() for each in numbers))
+        return max(1, *(abs(number or 0).bit_length() for number in numbers))
     if name not in FUNCTIONS or not arguments:
         raise Unfit(f"{name[:40]!r} is no function of sizes")
-    each = [bits(argument, budget, depth + 1) for argument in arguments]
-    total = sum(each) if name == "Mul" else max(each) + len(each)
+    argument_bits = [bits(argument, budget, depth + 1) for argument in arguments]
+    total = sum(argument_bits) if name == "Mul" else max(argument_bits) + len(argument_bits)
     if name in POWERS:
-        total = _power(arguments, each)
+        total = _power(arguments, argument_bits)
     if total > BITS:
         raise Unfit(f"its value can have more than {BITS} bits")
     return total
 
 
 def _power(arguments: list[ast.expr], each: list[int]) -> int:
-    """Bits of a power; its exponent is a number."""
+    """Number of bits that a power can have; its exponent must be a number."""
     if len(arguments) != 2:
         raise Unfit("a power takes two arguments")
     exponent = arguments[1]

@@ -1,8 +1,8 @@
-"""A loaded program run once on tensors that have sizes but no numbers: do its operators fit, and what would they take?
+"""Runs a loaded program once on fake tensors (sizes without numbers), to check its operators and its memory use.
 
-A saved program says itself which sizes its values have. Whether that is true shows when its operators compute the
-sizes: a graph that does not fit together is refused before it is used, and so is one whose values are enormous, such
-as a constant of a terabyte that is filled from one number.
+A saved program states the sizes of its values; running its operators on fake tensors shows whether they are true. A
+graph whose operators do not fit together is refused before it is used, and so is a graph with enormous values, such as
+a constant of a terabyte that is filled from one number.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ UNKNOWN: tuple[type[Exception], ...] = (
 
 
 def try_program(program: ExportedProgram) -> None:
-    """Run a program on sizes alone, with the batch that it was exported with.
+    """Run a program on fake tensors, with the batch size that it was exported with.
 
     Raises:
         ArtifactError: its operators do not fit together, or a value is larger than any that a model computes.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
-    held = {**program.state_dict, **program.constants}
+    stored = {**program.state_dict, **program.constants}
     specs = program.graph_signature.input_specs
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
     if len(specs) != len(nodes):
         raise ArtifactError("the program has other inputs than its signature")
     values = [
-        _like(node.meta["val"] if spec.target is None else held[spec.target], mode)
+        _like(node.meta["val"] if spec.target is None else stored[spec.target], mode)
         for node, spec in zip(nodes, specs, strict=True)
     ]
     size = sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
@@ -65,9 +65,9 @@ def try_program(program: ExportedProgram) -> None:
 def _like(value: Any, mode: FakeTensorMode) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    sizes = [_concrete(each) for each in value.shape]
+    sizes = [_concrete(size) for size in value.shape]
     with mode:
-        return torch.empty_strided(sizes, [_concrete(each) for each in value.stride()], dtype=value.dtype)
+        return torch.empty_strided(sizes, [_concrete(stride) for stride in value.stride()], dtype=value.dtype)
 
 
 def _concrete(size: Any) -> int:
@@ -80,7 +80,7 @@ def _concrete(size: Any) -> int:
 
 
 class _Trial(Interpreter):
-    """Runs node by node, and looks at what comes out."""
+    """Runs a program node by node and checks the size of every value."""
 
     def __init__(self, module: Any, limit: int) -> None:
         super().__init__(module)

@@ -1,9 +1,9 @@
-"""`.pt2` files: exported programs, written and read without the parts that could run code.
+"""Writes and reads `.pt2` files, exported programs, without the parts that could run code.
 
-`torch.export.load` unpickles what it finds (sample inputs, legacy weights, custom objects), evaluates the expressions
-of symbolic sizes, executes guards, resolves any operator, and pastes names into generated code. So a file is taken
-apart first: only the entries that `pack_program` writes are known, the graph is checked field by field, and torch reads
-an archive that is put together anew from what has passed.
+`torch.export.load` unpickles parts of a file (sample inputs, legacy weights, custom objects), evaluates the expressions
+of symbolic sizes, executes guards, resolves any operator, and pastes names into generated code. So this module takes a
+file apart first: it accepts only the entries that `pack_program` writes, checks the graph field by field, and lets
+torch read a new archive of the parts that passed.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ EXPANDED = 256 * MIB
 
 
 def pack_program(program: ExportedProgram) -> bytes:
-    """The bytes of a `.pt2`: weights and operations, no example inputs, no traces of the exporting machine.
+    """Bytes of a `.pt2`: weights and operations, no example inputs, no traces of the exporting machine.
 
     Raises:
         ExportError: the program holds something that cannot be read back without unpickling.
     """
     buffer = io.BytesIO()
     example = program.example_inputs
-    program._example_inputs = None  # they may be views that drag a data set along
+    program._example_inputs = None  # they may be views of a data set, which would be saved too
     try:
         with quiet():
             torch.export.save(program, buffer)
@@ -64,7 +64,7 @@ def load_program(file: BinaryIO) -> ExportedProgram:
     """Read a `.pt2`; nothing in it is unpickled or run.
 
     Raises:
-        ArtifactError: the file is damaged, or holds what `pack_program` never writes; says what was found.
+        ArtifactError: the file is damaged, or holds something that `pack_program` never writes; the message says what.
     """
     with quiet():
         import torchao.quantization.pt2e  # noqa: F401 - registers the operations of quantized programs
@@ -83,7 +83,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _repacked(file: BinaryIO, limits: Limits) -> bytes:
-    """The same program in a new archive that holds nothing but what has been checked."""
+    """Bytes of a new archive of the same program that holds only checked parts."""
     entries = _entries(file)
     program = _json(entries, PROGRAM, limits)
     try:
@@ -106,11 +106,11 @@ def _repacked(file: BinaryIO, limits: Limits) -> bytes:
 
 
 def _check_tensor(name: str, payload: dict[str, Any], stored: int) -> None:
-    """Does a tensor lie inside of its bytes, and stand for about as many?"""
+    """Check that a tensor lies inside its stored bytes, and does not stand for many more."""
     from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE  # loads torch._dynamo: two seconds
 
     meta = payload["tensor_meta"]
-    sizes, strides = ([each["as_int"] for each in meta[key]] for key in ("sizes", "strides"))
+    sizes, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))
     width = _SERIALIZE_TO_TORCH_DTYPE[meta["dtype"]].itemsize
     count, first = math.prod(sizes), meta["storage_offset"]["as_int"]
     last = first + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
@@ -121,18 +121,18 @@ def _check_tensor(name: str, payload: dict[str, Any], stored: int) -> None:
 
 
 def _entries(file: BinaryIO) -> dict[str, bytes]:
-    """The files of the archive, without the folder that all of them are in."""
-    found: dict[str, bytes] = {}
+    """Contents of the archive's files, by name without the folder that all of them are in."""
+    entries: dict[str, bytes] = {}
     for path, data in unzip(file.read(), "the .pt2 file").items():
         name = path.partition("/")[2]
-        if not KNOWN.fullmatch(name) or name in found:
+        if not KNOWN.fullmatch(name) or name in entries:
             raise ArtifactError(
                 f"the .pt2 file holds {path!r}, which could be a pickle or native code; it is not loaded"
             )
-        found[name] = data
-    if found.get(SAMPLES):
+        entries[name] = data
+    if entries.get(SAMPLES):
         raise ArtifactError("the .pt2 file holds pickled sample inputs; it is not loaded")
-    return found
+    return entries
 
 
 def _json(entries: dict[str, bytes], name: str, limits: Limits) -> Any:
@@ -142,11 +142,11 @@ def _json(entries: dict[str, bytes], name: str, limits: Limits) -> Any:
 
 
 def operators_of(data: bytes) -> set[str]:
-    """The names of all operators that a checked `.pt2` calls, in its parts too."""
+    """Names of all operators that a checked `.pt2` calls, also in nested graphs."""
     graphs = [_json(_entries(io.BytesIO(data)), PROGRAM, OWN)["graph_module"]["graph"]]
-    found = set()
+    names = set()
     while graphs:
         for node in graphs.pop()["nodes"]:
-            found.add(node["target"])
+            names.add(node["target"])
             graphs += [input_["arg"]["as_graph"]["graph"] for input_ in node["inputs"] if "as_graph" in input_["arg"]]
-    return found
+    return names

@@ -1,4 +1,4 @@
-"""What a deployment takes and gives: the part of a program that an artifact's manifest holds."""
+"""Inputs, outputs and layers of a deployed model, as an artifact's manifest holds them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class Session(Protocol):
 class Spec:
     """How a deployed model is called; JSON-able.
 
-    `kinds` maps the names of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `optional` are
-    those that were captured with their default; `sizes` and `dtypes` are those of the flat input tensors, a size None
-    where it is free; `bfloat16` are the numbers of the output tensors of that type; `layers` are the operations that
-    multiply, as `torchslim.graph.layers.Layer` has them; `structure` is the digest of the program without its numbers.
+    `kinds` maps the arguments of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `optional`
+    lists those that were captured with their default; `sizes` and `dtypes` are those of the flat input tensors, with
+    None for a free size; `bfloat16` holds the indices of output tensors of that type; `layers` lists the operations
+    that multiply, as dicts of `torchslim.graph.layers.Layer`; `structure` is the digest of the program without its
+    numbers.
     """
 
     kinds: dict[str, str]
@@ -49,7 +50,7 @@ class Spec:
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module) -> Spec:
-        """The spec of a captured program."""
+        """Spec of a captured program."""
         parameters = signature_of(model).parameters
         _, keywords = positional(model, captured.example)
         varying: dict[Any, str] = {
@@ -79,22 +80,22 @@ class Spec:
             notes=list(captured.notes),
             layers=[layer.to_dict() for layer in layers_of(captured.program, captured.batch_axis)],
             structure=structure_of(captured.program),
-            bfloat16=[n for n, each in enumerate(captured.outputs_of_program()) if each.dtype == torch.bfloat16],
+            bfloat16=[n for n, output in enumerate(captured.outputs_of_program()) if output.dtype == torch.bfloat16],
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As a plain dict."""
+        """Return the fields as a plain dict."""
         return asdict(self)
 
     def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The flat tensors of a call, checked against the sizes and dtypes that the program was made for.
+        """Flat tensors of a call, checked against the sizes and dtypes that the program was made for.
 
         Raises:
-            DeployError: saying which input does not fit, and how to mend it.
+            DeployError: an input does not fit; the message says which, and how to fix it.
         """
         leaves = flatten(self.inputs, self._bind(args, kwargs), "inputs")
         names = leaf_names(self.inputs)
-        free: dict[int, str] = {}
+        batch_sizes: dict[int, str] = {}
         for name, leaf, sizes, dtype in zip(names, leaves, self.sizes, self.dtypes, strict=True):
             if str(leaf.dtype) != f"torch.{dtype}":
                 got = str(leaf.dtype).removeprefix("torch.")
@@ -103,24 +104,24 @@ class Spec:
                 size is not None and size != got for size, got in zip(sizes, leaf.shape, strict=True)
             )
             if wrong:
-                wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+                shape = ", ".join("any" if size is None else str(size) for size in sizes)
                 raise DeployError(
-                    f"input {name!r} must have the shape ({wanted}), got {tuple(leaf.shape)}; deploy again with other "
+                    f"input {name!r} must have the shape ({shape}), got {tuple(leaf.shape)}; deploy again with other "
                     "example inputs, or with dynamic_shapes"
                 )
             if self.batch_axis is not None and len(sizes) > self.batch_axis and sizes[self.batch_axis] is None:
-                free.setdefault(leaf.shape[self.batch_axis], name)
-        if len(free) > 1:
-            got = ", ".join(f"{size} in {name!r}" for size, name in free.items())
+                batch_sizes.setdefault(leaf.shape[self.batch_axis], name)
+        if len(batch_sizes) > 1:
+            got = ", ".join(f"{size} in {name!r}" for size, name in batch_sizes.items())
             raise DeployError(f"the inputs must have one batch size, got {got}; give every input the same samples")
         return leaves
 
     def narrowed(self, outputs: list[Tensor]) -> list[Tensor]:
-        """The outputs of a runtime without bfloat16, in the types that the model gives."""
-        return [each.bfloat16() if n in self.bfloat16 else each for n, each in enumerate(outputs)]
+        """The outputs of a runtime without bfloat16, converted to the model's types."""
+        return [output.bfloat16() if n in self.bfloat16 else output for n, output in enumerate(outputs)]
 
     def call_arguments(self, leaves: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """Flat tensors as the arguments that the model itself takes."""
+        """Positional and keyword arguments of the model, made from flat tensors."""
         named = build(self.inputs, leaves)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
@@ -152,24 +153,24 @@ class Spec:
                 named[name], extra = extra, {}
         missing = [name for name in self.kinds if name not in named]
         if missing or rest or extra:
-            wrong = [
+            problems = [
                 f"{', '.join(missing)} missing" if missing else "",
                 f"{len(rest)} too many by position" if rest else "",
                 f"{', '.join(extra)} not known or given twice" if extra else "",
             ]
             raise DeployError(
                 f"the model was captured with the inputs {', '.join(self.kinds)}; got {len(args)} by position"
-                f"{''.join(f', {name}' for name in kwargs)}: {'; '.join(filter(None, wrong))}; call it as it was "
+                f"{''.join(f', {name}' for name in kwargs)}: {'; '.join(filter(None, problems))}; call it as it was "
                 "captured, or capture it again with these inputs"
             )
         return named
 
 
 def _is_default(captured: Captured, name: str, default: Any) -> bool:
-    """Was the input captured with the value that it has when it is left out?"""
+    """Whether the input was captured with its default value."""
     try:
         return bool(describe(default, [], {}) == captured.inputs["dict"][name])
-    except ExportError:  # a default that is no plain value, or none at all
+    except ExportError:  # the default is no plain value, or there is none
         return False
 
 
@@ -179,14 +180,14 @@ def _free_sizes(value: Tensor) -> list[int | None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """One thing that a runtime executes.
+    """A kernel that a runtime executes.
 
     Attributes:
-        node: its name: the path of the layer and the operation, `layer1.0.conv1/Conv`; the runtime's own where it
-            belongs to no layer.
-        type: what the runtime calls it.
+        node: name of the kernel: the path of the layer and the operation, `layer1.0.conv1/Conv`; the runtime's own name
+            if the kernel belongs to no layer.
+        type: the runtime's name for what the kernel computes.
         integer: whether it computes on 8-bit integers or on integer weights (conversions do not count).
-        fused: the names of all nodes that it does at once, its own included, where the runtime tells.
+        fused: names of all nodes that the kernel computes at once, its own included, if the runtime lists them.
     """
 
     node: str
@@ -196,11 +197,11 @@ class Kernel:
 
     @property
     def layer(self) -> str:
-        """The path of its layer; empty where the runtime made it for itself."""
+        """Path of the kernel's layer; empty if it belongs to none."""
         return self.node.rpartition("/")[0]
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The paths of all layers that it computes."""
+        """Paths of all layers that the kernel computes."""
         paths = (name.rpartition("/")[0] for name in (self.node, *self.fused))
         return tuple(dict.fromkeys(path for path in paths if path))

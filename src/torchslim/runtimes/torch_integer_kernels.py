@@ -1,8 +1,8 @@
-"""PyTorch's own integer kernels for dynamic linear layers, LSTMs and GRUs, put into a program that is about to run.
+"""Puts PyTorch's own integer kernels for dynamic linear layers, LSTMs and GRUs into a program before it runs.
 
 These kernels (`quantized::linear_dynamic`, `aten::quantized_lstm`, `aten::quantized_gru`) belong to the deprecated
-`torch.ao.quantization`, and nothing in eager PyTorch is as fast for recurrent networks. This file alone knows them.
-Where they are missing, the graph runs as it is: right, and slower. A test tells the day that they go.
+`torch.ao.quantization`, but nothing in eager PyTorch is as fast for recurrent networks. Only this file uses them.
+Where they are missing, the graph runs unchanged: correct, but slower. A test fails once PyTorch drops them.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from torchslim.graph.integer_patterns import (
 )
 from torchslim.graph.rewrite import strip_unused
 
-ENGINES = ("x86", "fbgemm")  # others take other weights, and are not tested
+ENGINES = ("x86", "fbgemm")  # other engines take other weights, and are not tested
 
 
 def missing() -> list[str]:
-    """The kernels that this PyTorch or processor has not; empty where all are there."""
-    wanted = {
+    """Names of the kernels that this PyTorch or processor lacks; empty if it has all."""
+    required = {
         "quantized": ("linear_prepack", "linear_dynamic", "make_quantized_cell_params_dynamic"),
         "aten": ("quantized_lstm", "quantized_gru"),
     }
-    gone = [
+    absent = [
         f"{space}::{name}"
-        for space, names in wanted.items()
+        for space, names in required.items()
         for name in names
         if not hasattr(getattr(torch.ops, space), name)
     ]
     if not hasattr(torch, "_make_per_channel_quantized_tensor"):
-        gone.append("tensors of dtype qint8")
+        absent.append("tensors of dtype qint8")
     if torch.backends.quantized.engine not in ENGINES:
-        gone.append(f"torch.backends.quantized.engine {' or '.join(ENGINES)}")
-    return gone
+        absent.append(f"torch.backends.quantized.engine {' or '.join(ENGINES)}")
+    return absent
 
 
 def lower(module: GraphModule) -> GraphModule:
-    """Make a program's module compute on integers where there are kernels; weights that none reads become floats once.
+    """Insert integer kernels into a program's module, and dequantize once the weights that no kernel reads.
 
-    The module is changed. Its outputs differ from the graph's by rounding alone.
+    Changes the module in place. Its outputs differ from the graph's only by rounding.
     """
     stored: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
@@ -72,20 +72,20 @@ def lower(module: GraphModule) -> GraphModule:
             name = _free(module, "integer_kernel")
             module.add_submodule(name, kernel)
             with graph.inserting_before(node):
-                made = graph.call_module(name, tuple(arguments))
-            made.meta = dict(node.meta)
-            node.replace_all_uses_with(made)
-            graph.erase_node(node)  # drawing random numbers in training, it counts as one that may not be dropped
+                call = graph.call_module(name, tuple(arguments))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)  # dead code elimination would keep it: it may draw random numbers in training
     graph.eliminate_dead_code()
-    eight = {node: find_int8(node, constant) for node in graph.nodes}
-    for node, weight in (*eight.items(), *int4_weights(graph, constant).items()):
+    int8_weights = {node: find_int8(node, constant) for node in graph.nodes}
+    for node, weight in (*int8_weights.items(), *int4_weights(graph, constant).items()):
         if weight is not None:
             name = _free(module, "float_weight")
             module.register_buffer(name, weight.dequantized(), persistent=False)
             with graph.inserting_before(node):
-                kept = graph.get_attr(name)
-            kept.meta["val"] = node.meta.get("val")
-            node.replace_all_uses_with(kept)
+                floats = graph.get_attr(name)
+            floats.meta["val"] = node.meta.get("val")
+            node.replace_all_uses_with(floats)
     graph.eliminate_dead_code()
     strip_unused(module)
     module.recompile()
@@ -116,7 +116,7 @@ class DynamicRecurrent(nn.Module):
         for input_weight, hidden_weight, input_bias, hidden_bias in layer.cells:
             # the kernel adds the biases that the cells hold, whatever `has_biases` says
             zeros = torch.zeros(input_weight.values.shape[0])
-            biases = [(zeros if each is None else each).detach() for each in (input_bias, hidden_bias)]
+            biases = [(zeros if bias is None else bias).detach() for bias in (input_bias, hidden_bias)]
             weights = [_packed(input_weight, biases[0]), _packed(hidden_weight, biases[1])]
             reduce_range = _must_reduce(input_weight) or _must_reduce(hidden_weight)
             make = torch.ops.quantized.make_quantized_cell_params_dynamic
@@ -133,7 +133,7 @@ class DynamicRecurrent(nn.Module):
 def _packed(weight: Int8Weight, bias: Tensor | None) -> Any:
     scale = weight.scale.detach().double()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that such tensors will go: see above
+        warnings.simplefilter("ignore")  # they announce the end of such tensors: see above
         quantized = torch._make_per_channel_quantized_tensor(
             weight.values, scale, torch.zeros(scale.shape, dtype=torch.int64), weight.axis
         )
@@ -141,7 +141,7 @@ def _packed(weight: Int8Weight, bias: Tensor | None) -> Any:
 
 
 def _must_reduce(weight: Int8Weight) -> bool:
-    """Must activations be 7-bit, lest sums of two products overflow 16 bits on this processor?"""
+    """Whether activations must be 7-bit, so that sums of two products fit into 16 bits on this processor."""
     return saturates() and int(weight.values.abs().max()) > 64
 
 
