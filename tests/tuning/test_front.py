@@ -69,7 +69,9 @@ def test_a_drop_that_training_will_not_change_is_near_no_bound() -> None:
     figures = {0: {"metric_drop": 0.9, "latency": 1.0}, 1: {"metric_drop": 0.9, "latency": 2.0}}
     assert finalists(figures, {0, 1}, budget) == [0, 1]
     assert finalists(figures, {0, 1}, budget, whole={0}) == [1, 0]
-    assert near({"metric_drop": 1.5, "latency": 0.1}) == {"metric_drop": 0.5, "latency": 0.1}
+    budget = Budget(metric_drop=2.0, latency_ms=10.0)
+    assert near({"metric_drop": 5.0, "latency": 11.0}, budget) == pytest.approx({"metric_drop": 0.5, "latency": 0.1})
+    assert near({"metric_drop": 0.25}, Budget(metric_drop=0.0)) == {"metric_drop": 0.25}
 
 
 def in_full(results: Mapping[int, Mapping[str, Any]], budget: Budget) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,3 +182,11 @@ def test_no_storage_of_ours_unpickles() -> None:
     columns = [column for table in models.BaseModel.metadata.tables.values() for column in table.columns]
     assert columns
     assert not any(isinstance(column.type, PickleType) for column in columns)
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_number_beyond_any_float_is_unusable(kind: str) -> None:
+    parameter = replace(next(each for each in PARAMETERS if each.kind == "float"), kind=kind)
+    given = TRIALS[0] | {"state": TrialState.RUNNING, "params": {parameter.name: 10**400}}
+    with pytest.raises(Unusable, match="beyond its range"):
+        read_row(SimpleNamespace(**given), [parameter], 2, BUDGET)

@@ -1,4 +1,4 @@
-"""The best recipes under a budget: what may vary, how candidates are tried, and which of them are worth their cost."""
+"""Search for the best recipes under a budget: search spaces, trials, and the Pareto front of their results."""
 
 from torchslim.tuning.pareto import Verdict
 from torchslim.tuning.result import Member, SearchResult

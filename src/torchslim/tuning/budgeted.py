@@ -1,4 +1,4 @@
-"""A model within a budget, without a recipe: one is suggested, searched, and its best candidate returned."""
+"""Compress a model within a budget without a recipe: suggest one, search it, and return its best result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = {"model": "your.package:model", "task": "your.package:task"}
 
 
 def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOptions) -> Result:
-    """Suggest a recipe, search it, and return the best result within the budget, or the nearest to it."""
+    """Suggest a recipe, search it, and return the best result within the budget, or else the nearest to it."""
     target = options.target
     suggestion = suggest(
         model,
@@ -36,10 +36,10 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
     document = {**suggestion.document, "seed": options.seed}
     if target.threads is not None:
         document["threads"] = target.threads
-    keep = None if options.workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
-    folder = Path(options.workdir or keep.name)  # type: ignore[union-attr]
+    temporary = None if options.workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
+    folder = Path(options.workdir or temporary.name)  # type: ignore[union-attr]
     space = make_space(document, "the suggested recipe")
-    found = search(
+    outcome = search(
         model,
         task,
         space,
@@ -49,21 +49,21 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
         dynamic_shapes=options.dynamic_shapes,
         progress=options.progress,
     )
-    best = found.best
+    best = outcome.best
     if best is None:
-        raise RecipeError(f"{found.verdict.text}; see {folder / 'search.json'} for why each trial failed")
+        raise RecipeError(f"{outcome.verdict.text}; see {folder / 'search.json'} for why each trial failed")
     result = best.result
-    if result is None:  # an earlier process, or another worker, has made it: its finished steps are reused
+    if result is None:  # made by an earlier process or another worker: run it again on its finished steps
         recipe = space.recipe(best.values)
-        again = replace(
+        rerun_options = replace(
             options,
             target=Target(runtime=recipe.target.runtime, threads=target.threads),
             workdir=folder / "runs" / f"{best.trial:03d}",
             stages=folder / "stages",
             names={"model": recipe.model, "task": recipe.task},
         )
-        result = run_steps(model, task, recipe.steps, again)
-    result.run["budget"] = found.data["verdict"]
-    if not found.verdict.met:
-        result.run["rows"][-1]["warnings"].append(found.verdict.text)
-    return replace(result, _keep=(result._keep, keep))
+        result = run_steps(model, task, recipe.steps, rerun_options)
+    result.run["budget"] = outcome.data["verdict"]
+    if not outcome.verdict.met:
+        result.run["rows"][-1]["warnings"].append(outcome.verdict.text)
+    return replace(result, _keep=(result._keep, temporary))

@@ -1,7 +1,8 @@
-"""Whether every end of every range and every choice can be used in some recipe, told before any work.
+"""Check before a search that some recipe can use each end of a range and each choice.
 
-A value is looked at in three rounds, and the first fault found is told: alone, against its field; with the others of
-its step; with all others. What holds in a step is put together for the whole recipe, so that few combinations show it.
+Each value is checked in three rounds, and the first round with an error raises it: alone, against its field; with the
+other values of its step; with all other values. The last round combines the valid combinations of the steps, so that
+few tries are enough.
 """
 
 from __future__ import annotations
@@ -20,35 +21,35 @@ if TYPE_CHECKING:
     from torchslim.tuning.space import Parameter, Space
 
 Values = dict[str, Any]
-TRIES = 200  # combinations that are looked at for one in which a value can be used
-ENOUGH = 20  # combinations of a step that hold, from which whole recipes are put together
-FAULTS = 5  # values that cannot be used, of which the clearest is told
+TRIES = 200  # combinations tried to find one in which a value can be used
+ENOUGH = 20  # valid combinations of a step, from which whole recipes are built
+FAULTS = 5  # unusable values to collect before the clearest error is raised
 
 
 def check_values(space: Space) -> None:
-    """Raise RecipeError for a value that no recipe can use, whatever the others have to be for that."""
+    """Raise RecipeError for a value that none of the recipes tried can use, whatever the other values."""
     for parameter in space.parameters:
         _check_alone(space, parameter)
-    held: list[list[Values]] = []
+    valid: list[list[Values]] = []
     for number in range(len(space.document["step"])):
-        mine = [each for each in space.parameters if each.path[:2] == ("step", number)]
-        held.append(_held(mine, functools.partial(_try_step, space, number), _drawn(mine)))
-    rest = [each for each in space.parameters if each.path[0] != "step"]
-    _held(space.parameters, space.recipe, _put_together(rest, held))
+        step_parameters = [parameter for parameter in space.parameters if parameter.path[:2] == ("step", number)]
+        valid.append(_held(step_parameters, functools.partial(_try_step, space, number), _drawn(step_parameters)))
+    rest = [parameter for parameter in space.parameters if parameter.path[0] != "step"]
+    _held(space.parameters, space.recipe, _put_together(rest, valid))
 
 
 def _check_alone(space: Space, parameter: Parameter) -> None:
-    """The ends of a range, or its choices, against the field that they stand for."""
-    *inside, key = parameter.path
+    """Check the ends of a range, or the choices, against the type of their field."""
+    *parents, key = parameter.path
     table: Any = space.document
-    for part in inside:
+    for part in parents:
         table = table[part]
     do = table.get("do") if isinstance(table, Mapping) else None
     if not isinstance(key, str) or not isinstance(do, str) or parameter.skips or key == "do":
         return
     kind = KINDS.get(do) or find_kind(do, space.where)
     if key not in names_of(kind):
-        return  # a table of names, as of layers
+        return  # the key of a table of names, such as layers
     where = f"{parameter.name} = "
     for value in parameter.ends:
         try:
@@ -58,15 +59,15 @@ def _check_alone(space: Space, parameter: Parameter) -> None:
 
 
 def _try_step(space: Space, number: int, values: Values) -> None:
-    """Make one step of the recipe; one that is skipped says nothing of its values."""
-    whole = space.first | values
-    table = space.chosen_step(number, whole)
+    """Parse one step of the recipe with these values; `skip` is ignored, so that a skipped step is checked too."""
+    all_values = space.first | values
+    table = space.chosen_step(number, all_values)
     table.pop("skip", None)
     parse_step(table, f"{space.where}: step {number + 1}", space._steps)
 
 
 def _drawn(parameters: Sequence[Parameter]) -> Iterator[Values]:
-    """Combinations: the first ends, then at random."""
+    """Yield combinations of values: all first ends, then random ones."""
     generator = random.Random(0)
     yield {parameter.name: parameter.ends[0] for parameter in parameters}
     while True:
@@ -74,25 +75,27 @@ def _drawn(parameters: Sequence[Parameter]) -> Iterator[Values]:
 
 
 def _put_together(rest: Sequence[Parameter], held: Sequence[Sequence[Values]]) -> Iterator[Values]:
-    """Whole recipes from what holds in each step."""
+    """Yield values of whole recipes: a valid combination of each step, and values of the parameters in `rest`."""
     generator = random.Random(0)
     for number in itertools.count():
         first = number == 0
-        values: Values = {each.name: each.ends[0] if first else each.drawn(generator) for each in rest}
-        for known in held:
-            values |= known[0] if first else generator.choice(known)
+        values: Values = {
+            parameter.name: parameter.ends[0] if first else parameter.drawn(generator) for parameter in rest
+        }
+        for combinations in held:
+            values |= combinations[0] if first else generator.choice(combinations)
         yield values
 
 
 def _held(
     parameters: Sequence[Parameter], attempt: Callable[[Values], object], drawn: Iterator[Values]
 ) -> list[Values]:
-    """Combinations that hold, among them one with every value of every parameter.
+    """Valid combinations, in which each end and each choice of each parameter occurs.
 
     Raises:
-        RecipeError: no combination holds, or none with some value.
+        RecipeError: no combination is valid, or none with some value.
     """
-    held: list[Values] = []
+    valid: list[Values] = []
     first_error: RecipeError | None = None
     proven: set[tuple[str, str]] = set()
 
@@ -101,39 +104,40 @@ def _held(
             attempt(values)
         except RecipeError as error:
             return error
-        new = {(parameter.name, repr(values[parameter.name])) for parameter in parameters}
-        if len(held) < ENOUGH or not new <= proven:
-            held.append(values)
-        proven.update(new)
+        used = {(parameter.name, repr(values[parameter.name])) for parameter in parameters}
+        if len(valid) < ENOUGH or not used <= proven:
+            valid.append(values)
+        proven.update(used)
         return None
 
     tried = [next(drawn) for _ in range(TRIES if parameters else 1)]
     for values in tried:
         error = holds(values)
         first_error = first_error or error
-        if len(held) >= ENOUGH:
+        if len(valid) >= ENOUGH:
             break
-    if not held:
+    if not valid:
         assert first_error is not None
         raise first_error
     faults: list[tuple[bool, RecipeError]] = []
-    for parameter in parameters:
-        for value in parameter.ends:
-            if (parameter.name, repr(value)) in proven:
-                continue
-            errors = []
-            for values in [*held, *tried]:
-                error = holds(values | {parameter.name: value})
-                if error is None:
-                    break
-                errors.append(error)
-            else:
-                named = repr(parameter.path[-1]) in str(errors[0])  # where one is wrong, others may fail with it
-                told = RecipeError(f"{parameter.name} = {shown(value)} cannot be used: {errors[0]}")
-                told.__cause__ = errors[0]
-                faults.append((not named, told))
-            if len(faults) >= FAULTS:
+    ends = [(parameter, value) for parameter in parameters for value in parameter.ends]
+    for parameter, value in ends:
+        if (parameter.name, repr(value)) in proven:
+            continue
+        errors = []
+        for values in [*valid, *tried]:
+            error = holds(values | {parameter.name: value})
+            if error is None:
                 break
+            errors.append(error)
+        else:
+            # a wrong value makes others fail with it: prefer errors that name their own key
+            names_key = repr(parameter.path[-1]) in str(errors[0])
+            unusable = RecipeError(f"{parameter.name} = {shown(value)} cannot be used: {errors[0]}")
+            unusable.__cause__ = errors[0]
+            faults.append((not names_key, unusable))
+        if len(faults) >= FAULTS:
+            break
     if faults:
         raise min(faults, key=lambda fault: fault[0])[1]
-    return held
+    return valid

@@ -1,4 +1,4 @@
-"""The values of the next trial, from a sampler that sees nothing of a storage but the checked trials."""
+"""Draw the values of the next trial with a sampler that sees only checked trials, never the storage itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torchslim.tuning.shared import Row
 from torchslim.tuning.space import Parameter
 
 Sampler = Literal["gp", "tpe", "random"]
-CONSTRAINTS = "constraints"  # where Optuna's samplers look for how bad a trial is; above 0 is a violation
-GP_TRIALS, GP_OBJECTIVES = 150, 3  # beyond, Gaussian processes take too long
-STARTUP = 10  # trials at random before the sampler learns from them, or a third of all where that is less
+CONSTRAINTS = "constraints"  # attribute in which Optuna's samplers read constraints; above 0 is a violation
+GP_TRIALS, GP_OBJECTIVES = 150, 3  # beyond these numbers, Gaussian processes take too long
+STARTUP = 10  # random trials before the sampler learns from results, or a third of all trials if that is less
 
 
 def draw(
@@ -25,17 +25,17 @@ def draw(
     objectives: int,
     bounds: int,
 ) -> dict[str, Any]:
-    """Values as Optuna keeps them: choices by their places.
+    """Values of the next trial as Optuna stores them: choices as indices.
 
     Args:
-        parameters: what varies.
-        rows: the other trials of the study; Optuna sees a study in memory of these alone.
-        sampler: "random" learns from none of them.
+        parameters: of the space.
+        rows: the other trials of the study; Optuna sees only these, in a study in memory.
+        sampler: "random" learns from none of the rows.
         seed: equal seeds and rows give equal values, so an interrupted search resumes with the same trials.
-        number: how many trials have results.
-        trials: how many there will be.
-        objectives: how many numbers a trial is judged by.
-        bounds: how many constraints there are.
+        number: number of trials with results.
+        trials: number of trials in the budget.
+        objectives: number of objectives.
+        bounds: number of constraints.
     """
     import optuna
 
@@ -43,18 +43,18 @@ def draw(
     options: Any = {
         "seed": seed,
         "n_startup_trials": min(STARTUP, max(4, trials // 3)),
-        "constraints_func": (lambda trial: ()) if bounds else None,  # they come with the trials
+        "constraints_func": (lambda trial: ()) if bounds else None,  # the constraints come with the trials
     }
     if sampler == "random":
-        chosen: Any = optuna.samplers.RandomSampler(seed=seed)
+        optuna_sampler: Any = optuna.samplers.RandomSampler(seed=seed)
     elif sampler == "gp" and number < GP_TRIALS and objectives <= GP_OBJECTIVES:
-        chosen = optuna.samplers.GPSampler(**options)
+        optuna_sampler = optuna.samplers.GPSampler(**options)
     else:
-        chosen = optuna.samplers.TPESampler(**options, multivariate=True)
-    study = optuna.create_study(directions=["minimize"] * objectives, sampler=chosen)
+        optuna_sampler = optuna.samplers.TPESampler(**options, multivariate=True)
+    study = optuna.create_study(directions=["minimize"] * objectives, sampler=optuna_sampler)
     for row in rows:
-        bad = list((row.result or {}).get("bad", {}).values())
-        judged = row.objectives is not None and (not bounds or len(bad) == bounds)
+        violations = list((row.result or {}).get("bad", {}).values())
+        judged = row.objectives is not None and (not bounds or len(violations) == bounds)
         if row.values is None or not (judged or row.running):
             continue
         state = optuna.trial.TrialState.COMPLETE if judged else optuna.trial.TrialState.RUNNING
@@ -64,25 +64,25 @@ def draw(
                 values=row.objectives if judged else None,
                 params=row.values,
                 distributions=kinds,
-                system_attrs={CONSTRAINTS: bad} if judged and bounds else {},
+                system_attrs={CONSTRAINTS: violations} if judged and bounds else {},
             )
         )
     return dict(study.ask(kinds).params)
 
 
 def distributions(parameters: Sequence[Parameter]) -> dict[str, Any]:
-    """What Optuna knows of each parameter, by name."""
+    """Optuna's distribution of each parameter, by name."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for parameter in parameters:
-        if parameter.kind == "choice":  # by their places, as choices may be tables
-            found[parameter.name] = CategoricalDistribution(list(range(len(parameter.choices))))
+        if parameter.kind == "choice":  # as indices: choices may be tables
+            by_name[parameter.name] = CategoricalDistribution(list(range(len(parameter.choices))))
         elif parameter.kind == "int":
             low, high, step = int(parameter.low), int(parameter.high), int(parameter.step or 1)
-            found[parameter.name] = IntDistribution(low, high, log=parameter.log, step=step)
+            by_name[parameter.name] = IntDistribution(low, high, log=parameter.log, step=step)
         else:
-            found[parameter.name] = FloatDistribution(
+            by_name[parameter.name] = FloatDistribution(
                 parameter.low, parameter.high, log=parameter.log, step=parameter.step
             )
-    return found
+    return by_name

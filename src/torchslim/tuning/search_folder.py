@@ -1,4 +1,4 @@
-"""The folder and the studies of a search: what belongs to it, and what cannot be, before any work."""
+"""Check a search before any work, and open its folder and its studies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchslim.tuning.study import Ledger
 
 
 def check_space(space: Space) -> None:
-    """What cannot be, before any work."""
+    """Raise RecipeError if a runtime has no file to bound the size of, or the trials are fewer than the finalists."""
     budget = space.budget
     for name in space.runtimes:
         runtime = find_runtime(name)
@@ -41,7 +41,7 @@ def check_space(space: Space) -> None:
 def make_ledgers(
     space: Space, name: str, key: str, storage: str | Path, sampler: Sampler, beat: float
 ) -> tuple[Ledger, Ledger] | None:
-    """The trials' and the finals'; of several processes of one training only the first keeps books."""
+    """Ledgers of the trials and of the finals; None in all but the first process of a distributed training."""
     if not distributed.is_first():
         return None
     opened = open_storage(storage)
@@ -66,7 +66,7 @@ def make_ledgers(
 
 
 class Claim(TypedDict):
-    """A `space.json`: what is searched in a folder."""
+    """Content of `space.json`: what is searched in the folder."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -85,20 +85,20 @@ def mark_folder(folder: Path) -> None:
 
 
 def nothing(who: str) -> None:
-    """Other workers hold the folder for moments only."""
+    """Do nothing while waiting: other workers hold the folder only for moments."""
 
 
 def claim_folder(folder: Path, key: str, space: Space) -> None:
-    """A folder belongs to one search."""
+    """Write `space.json`, or raise RecipeError if the folder belongs to another search."""
     path = folder / CLAIM.what
     with holding(folder / LOCK, nothing):
         if present(path):
             try:
-                other = CLAIM.read(path)["key"]
+                stored_key = CLAIM.read(path)["key"]
             except StorageError as error:
                 warn(f"{error}; the study says what is searched here, and the file is written again")
             else:
-                if other != key:
+                if stored_key != key:
                     raise RecipeError(
                         f"{folder} holds the search of another recipe, budget, model or data; name another folder"
                     )

@@ -232,7 +232,7 @@ class _Search:
                 "reason": why,
                 "figures": figures,
                 "excess": excess,
-                "bad": excess if result["stage"] == WHOLE else near(excess),
+                "bad": excess if result["stage"] == WHOLE else near(figures, self.budget),
             }
         except TorchslimError as error:  # these values do not go together, or diverge: the search learns of it
             return result | {"reason": str(error)}

@@ -1,13 +1,12 @@
-"""What other workers have written into a study, as far as it can be used.
+"""Read and check what other workers have written into a study.
 
-A storage is shared: any worker, and whoever else can write to it, may put anything there. Only what is read here
-reaches a search: numbers within the ranges of their parameters, choices by their places in the recipe that this worker
-was started with, and results of known keys and types. No name, path or object ever comes from a storage.
+A storage is shared: any worker, and anyone else who can write to it, may put anything there. A search uses only what is
+checked here: numbers within the ranges of their parameters, choices as indices into the recipe that this worker was
+started with, and results with known keys and types. No name, path or object ever comes from a storage.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torchslim.errors import StorageError
 from torchslim.tuning.pareto import WHOLE, near
 from torchslim.tuning.space import Parameter
 
-SAME = "same_as"  # in the result of a trial whose recipe was tried before: it does not count
+SAME = "same_as"  # key in the result of a trial whose recipe was tried before: such a trial does not count
 Json = dict[str, Any]
 NUMBERS = frozenset({*UNITS, "metric"})
 STATES = ("failed", "stopped", "candidate", "measured")
@@ -30,23 +29,23 @@ LIMITS = Limits(size_bytes=MIB // 4, values=5_000, depth=6)
 
 
 class Unusable(Exception):
-    """What is stored does not fit; the message says what."""
+    """A stored trial does not fit the search; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A trial of a study.
+    """A checked trial of a study.
 
     Attributes:
-        number: its place in the study.
-        running: somebody is at work on it, or was.
-        values: by parameter, as Optuna keeps them: choices by their places; None where some are missing.
-        queued: likewise, of a trial that was asked for with its values.
-        objectives: what it is judged by, where it has any.
-        result: what came of it; None while there is none.
-        about: the number of the trial that it was claimed for.
-        worker: who has it: host, pid, started.
-        beat: changes while its worker lives.
+        number: index in the study.
+        running: a worker runs the trial, or died while running it.
+        values: by parameter, as Optuna stores them: choices as indices; None if some are missing.
+        queued: values that the trial was enqueued with, in the same form.
+        objectives: values of the objectives, if there are any.
+        result: the result; None until there is one.
+        about: number of the trial that this one was claimed for.
+        worker: the worker that has the trial: host, pid, started.
+        beat: a count that changes while the worker lives.
     """
 
     number: int
@@ -61,49 +60,49 @@ class Row:
 
 
 def read_row(trial: Any, parameters: Sequence[Parameter], objectives: int, budget: Budget | None = None) -> Row:
-    """A trial as Optuna gives it, checked.
+    """A checked `Row` of a trial of Optuna.
 
     Args:
         trial: of the study.
-        parameters: what varies.
-        objectives: how many numbers it is judged by.
-        budget: of the search; what follows from a trial's figures under it is computed here, and not believed.
+        parameters: of the space.
+        objectives: number of objectives.
+        budget: of the search; what it implies for a trial's figures is computed here, not read from the storage.
 
     Raises:
-        Unusable: it has values or a result that no worker of this search writes.
+        Unusable: the trial has values or a result that no worker of this search writes.
     """
     import optuna
 
-    known = _table(trial.user_attrs, "attributes")
-    system = _table(trial.system_attrs, "attributes")
+    attributes = _table(trial.user_attrs, "attributes")
+    system_attributes = _table(trial.system_attrs, "attributes")
     finished = trial.state.is_finished()
-    result = known.get("result") if finished else None  # while it runs nobody looks at it
+    result = attributes.get("result") if finished else None  # not used while the trial runs
     params = _table(trial.params, "parameters")
     complete = all(parameter.name in params for parameter in parameters)
     if finished and result is not None and not complete:
         raise Unusable("its parameters are not those of the recipe")
-    queued = system.get("fixed_params")
-    judged = trial.values if finished and result is not None else None
-    if judged is not None and (not isinstance(judged, (list, tuple)) or len(judged) != objectives):
+    queued = system_attributes.get("fixed_params")
+    numbers = trial.values if finished and result is not None else None
+    if numbers is not None and (not isinstance(numbers, (list, tuple)) or len(numbers) != objectives):
         raise Unusable(f"it is not judged by {objectives} numbers")
     return Row(
         number=_whole(trial.number, "number"),
         running=trial.state == optuna.trial.TrialState.RUNNING,
         values=stored_values(params, parameters) if complete else None,
         queued=stored_values(_table(queued, "parameters"), parameters) if queued else None,
-        objectives=None if judged is None else tuple(_number(each, "figure") for each in judged),
+        objectives=None if numbers is None else tuple(_number(number, "figure") for number in numbers),
         result=None if result is None else _judged(read_result(result), budget),
-        about=None if "about" not in known else _whole(_table(known["about"], "about").get("trial"), "about"),
-        worker=_worker(known.get("worker")),
-        beat=beat if type(beat := known.get("beat")) is int and 0 <= beat < 2**63 else None,
+        about=None if "about" not in attributes else _whole(_table(attributes["about"], "about").get("trial"), "about"),
+        worker=_worker(attributes.get("worker")),
+        beat=beat if type(beat := attributes.get("beat")) is int and 0 <= beat < 2**63 else None,
     )
 
 
 def stored_values(given: Mapping[str, Any], parameters: Sequence[Parameter]) -> Json | None:
-    """Values as Optuna keeps them, each within its range; None where some are missing.
+    """Values in Optuna's form, each checked against its range; None if some are missing.
 
     Raises:
-        Unusable: naming the parameter whose value is beyond its range.
+        Unusable: a value is beyond the range of its parameter; names the parameter.
     """
     if not all(parameter.name in given for parameter in parameters):
         return None
@@ -111,21 +110,20 @@ def stored_values(given: Mapping[str, Any], parameters: Sequence[Parameter]) -> 
 
 
 def _stored(value: Any, parameter: Parameter) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
     if parameter.kind == "choice":
         fits = type(value) is int and 0 <= value < len(parameter.choices)
     elif parameter.kind == "int":
-        fits = number and value == int(value) if number and math.isfinite(value) else False
-        fits = fits and parameter.low <= value <= parameter.high
+        fits = numeric and parameter.low <= value <= parameter.high and value == int(value)
     else:
-        fits = number and parameter.low <= value <= parameter.high  # NaN is not
+        fits = numeric and parameter.low <= value <= parameter.high  # NaN is not
     if not fits:
         raise Unusable(f"its parameter {parameter.name} is beyond its range")
     return value if parameter.kind == "choice" else int(value) if parameter.kind == "int" else float(value)
 
 
 def read_result(text: Any) -> Json:
-    """A result of a trial or of a full training, with its known keys alone.
+    """Result of a trial or of a full training, with its known keys only.
 
     Raises:
         Unusable: a key has a value of another type, or beyond its limits.
@@ -133,22 +131,22 @@ def read_result(text: Any) -> Json:
     if not isinstance(text, str):
         raise Unusable("its result is no text")
     try:
-        given = _table(parse_json(text, "its result", StorageError, limits=LIMITS), "result")
+        stored = _table(parse_json(text, "its result", StorageError, limits=LIMITS), "result")
     except StorageError as error:
         raise Unusable(str(error)) from error
-    found: Json = {}
-    for key, value in given.items():
+    result: Json = {}
+    for key, value in stored.items():
         if key in _KEYS:
-            found[key] = _KEYS[key](value, key)
-    return found
+            result[key] = _KEYS[key](value, key)
+    return result
 
 
 def _judged(result: Json, budget: Budget | None) -> Json:
-    """With how far the figures are over the bounds; those that the budget needs must be there."""
+    """The result with its excess over the bounds; raises Unusable if figures that the budget needs are missing."""
     if budget is None or SAME in result:
         return result
-    least: Json = {"state": "failed", "stage": "cheap", "reason": ""}
-    result = least | result
+    defaults: Json = {"state": "failed", "stage": "cheap", "reason": ""}
+    result = defaults | result
     needs = set(budget.figures)
     if not needs <= set(result.get("cheap", {})):
         result.pop("cheap", None)
@@ -156,15 +154,16 @@ def _judged(result: Json, budget: Budget | None) -> Json:
         result.pop("figures", None)
         return result
     figures = result.get("figures", {})
-    entries = result["state"] == "measured"
-    if not needs <= set(figures) or entries != all(isinstance(figure, Mapping) for figure in figures.values()):
+    measured = result["state"] == "measured"
+    if not needs <= set(figures) or measured != all(isinstance(figure, Mapping) for figure in figures.values()):
         raise Unusable("it lacks figures that the budget needs")
-    excess = budget.excess({name: each["value"] if entries else each for name, each in figures.items()})
-    if entries:
+    values = {name: entry["value"] if measured else entry for name, entry in figures.items()}
+    excess = budget.excess(values)
+    if measured:
         if "trial" not in result or "metric" not in result:
             raise Unusable("it does not say what was measured")
         return result | {"within": max(excess.values(), default=0.0) <= 0}
-    return result | {"excess": excess, "bad": excess if result["stage"] == WHOLE else near(excess)}
+    return result | {"excess": excess, "bad": excess if result["stage"] == WHOLE else near(values, budget)}
 
 
 def _table(value: Any, what: str) -> Mapping[str, Any]:
@@ -210,41 +209,41 @@ def _numbers(value: Any, what: str) -> Json:
     table = _table(value, what)
     if not set(table) <= NUMBERS:
         raise Unusable(f"its {what} are of other things than a budget knows")
-    return {key: _number(each, f"{what}.{key}") for key, each in table.items()}
+    return {key: _number(number, f"{what}.{key}") for key, number in table.items()}
 
 
 def _excess(value: Any, what: str) -> Json:
-    return {_text(key, what)[:60]: _number(each, what) for key, each in list(_table(value, what).items())[:20]}
+    return {_text(key, what)[:60]: _number(number, what) for key, number in list(_table(value, what).items())[:20]}
 
 
 def _entry(value: Any, what: str) -> Json:
-    """A number with its unit, as `evidence.number` writes it."""
+    """A number with its unit, in the form that `evidence.number` writes."""
     table = _table(value, what)
     if "not_measured" in table:
         return {"not_measured": _text(table["not_measured"], what)}
-    found: Json = {"value": _number(table.get("value"), what), "unit": _text(table.get("unit"), what)[:30]}
+    entry: Json = {"value": _number(table.get("value"), what), "unit": _text(table.get("unit"), what)[:30]}
     for key in ("repeats", "low", "high"):
         if key in table:
-            found[key] = _number(table[key], f"{what}.{key}")
+            entry[key] = _number(table[key], f"{what}.{key}")
     for key in ("machine", "verdict"):
         if key in table:
-            found[key] = _text(table[key], f"{what}.{key}")[:60]
-    return found
+            entry[key] = _text(table[key], f"{what}.{key}")[:60]
+    return entry
 
 
 def _figures(value: Any, what: str) -> Json:
-    """Numbers of a trial; of a full training entries with units."""
+    """Figures of a trial as numbers, or those of a full training as entries with units."""
     table = _table(value, what)
-    if table and all(isinstance(each, Mapping) for each in table.values()):
-        if not set(table) <= NUMBERS or any("not_measured" in each for each in table.values()):
+    if table and all(isinstance(entry, Mapping) for entry in table.values()):
+        if not set(table) <= NUMBERS or any("not_measured" in entry for entry in table.values()):
             raise Unusable(f"its {what} are of other things than a budget knows")
-        return {key: _entry(each, f"{what}.{key}") for key, each in table.items()}
+        return {key: _entry(entry, f"{what}.{key}") for key, entry in table.items()}
     return _numbers(table, what)
 
 
 def _metric(value: Any, what: str) -> Json:
     table = _table(value, what)
-    return {key: _entry(each, f"{what}.{key}") for key, each in table.items() if key in ("train", "val", "test")}
+    return {key: _entry(entry, f"{what}.{key}") for key, entry in table.items() if key in ("train", "val", "test")}
 
 
 _KEYS: Mapping[str, Callable[[Any, str], Any]] = {
@@ -264,7 +263,7 @@ _KEYS: Mapping[str, Callable[[Any, str], Any]] = {
 
 
 def _worker(value: Any) -> Json | None:
-    """Who has a trial; None where that does not tell a process."""
+    """The worker that has a trial; None if `value` does not identify a process."""
     if not isinstance(value, Mapping):
         return None
     host, pid, started = (value.get(key) for key in ("host", "pid", "started"))

@@ -1,4 +1,4 @@
-"""What may vary in a recipe: every `{ search = [...] }` is a parameter, and a choice for each makes a plain recipe."""
+"""Search space of a recipe: each `{ search = [...] }` is a parameter; with a value for each, the recipe is plain."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from torchslim.pipeline.recipe import Recipe, check_keys, parse_document, parse_
 from torchslim.tuning.feasible import check_values
 
 Path = tuple[str | int, ...]
-PARAMETERS, CHOICES = 100, 100  # at most so many that vary, and so many choices of one
-STEPS = 10**6  # values of a range that has a step
+PARAMETERS, CHOICES = 100, 100  # at most so many parameters, and so many choices of one parameter
+STEPS = 10**6  # at most so many steps from the low to the high end of a range
 FIXED = ("model", "task", "teacher", "budget", "seed", "sensitivity", "engine", "step")  # the same in every trial
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One thing that varies: a range of numbers, or choices.
+    """A value of a recipe that varies: a range of numbers, or choices.
 
     Attributes:
         name: as reports show it: "2-quantize.scheme".
-        path: where it stands in the document.
+        path: keys and indices that lead to it in the document.
         kind: "float" and "int" have `low`, `high`, `log` and `step`; "choice" has `choices`.
     """
 
@@ -44,16 +44,16 @@ class Parameter:
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """Values that must all be possible for the whole parameter to be: the ends of a range, or all choices."""
+        """Values that must be usable for the parameter to be valid: the ends of a range, or all choices."""
         return self.choices if self.kind == "choice" else (self.low, self.high)
 
     @property
     def skips(self) -> bool:
-        """Does it say whether a step is left out?"""
+        """Whether the parameter decides if a step is skipped."""
         return self.path[-1] == "skip"
 
     def at(self, part: float) -> Any:
-        """A value at a part of the way from the first to the last."""
+        """The value at the fraction `part` of the way from the first to the last."""
         if self.kind == "choice":
             return self.choices[int(part * (len(self.choices) - 1) + 0.5)]
         value = self.low * (self.high / self.low) ** part if self.log else self.low + part * (self.high - self.low)
@@ -63,11 +63,11 @@ class Parameter:
         return int(value) if self.kind == "int" else value
 
     def drawn(self, generator: random.Random) -> Any:
-        """A value at random, for checks."""
+        """A random value for checks: an end, a choice or the middle."""
         return generator.choice((*self.ends, self.at(0.5)))
 
     def to_dict(self) -> dict[str, Any]:
-        """For reports."""
+        """The parameter as a dict for reports."""
         if self.kind == "choice":
             return {"name": self.name, "kind": self.kind, "choices": list(self.choices)}
         return {"name": self.name, "kind": self.kind, "low": self.low, "high": self.high}
@@ -75,16 +75,16 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """A recipe with ranges, checked: each value of each parameter can be used in some recipe."""
+    """A checked recipe with ranges: each end of a range and each choice can be used in some recipe."""
 
     document: Mapping[str, Any]
     parameters: tuple[Parameter, ...]
     budget: Budget
     where: str = "recipe"
-    _steps: dict[str, Any] = field(default_factory=dict, repr=False)  # that were made, by their tables
+    _steps: dict[str, Any] = field(default_factory=dict, repr=False)  # steps parsed so far, by their tables
 
     def chosen(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The document of one recipe, without ranges, budget and steps that are skipped."""
+        """The document of the recipe with these values, without ranges, budget and skipped steps."""
         document = {key: value for key, value in self.document.items() if key not in ("budget", "step")}
         for parameter in self.parameters:
             if parameter.path[0] != "step":
@@ -94,7 +94,7 @@ class Space:
         return copy.deepcopy(document)
 
     def chosen_step(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The table of one step, its number counted from 0, without ranges."""
+        """The table of step `number`, counted from 0, with these values in place of its ranges."""
         table = dict(self.document["step"][number])
         for parameter in self.parameters:
             if parameter.path[:2] == ("step", number):
@@ -102,20 +102,20 @@ class Space:
         return table
 
     def recipe(self, values: Mapping[str, Any]) -> Recipe:
-        """One recipe of the space, validated.
+        """The validated recipe with these values.
 
         Raises:
-            RecipeError: these values do not go together.
+            RecipeError: the values do not fit together.
         """
         return parse_document(self.chosen(values), self.where, may_be_empty=True, known=self._steps)
 
     @property
     def first(self) -> dict[str, Any]:
-        """The first end of all parameters."""
+        """The first end or choice of every parameter."""
         return {parameter.name: parameter.ends[0] for parameter in self.parameters}
 
     def whole(self, part: float) -> dict[str, Any]:
-        """No step is skipped, the numbers are at a part of their ways, everything else is the first choice."""
+        """Values that skip no step: numbers at the fraction `part` of their ranges, first choices of all else."""
         return {
             parameter.name: False
             if parameter.skips
@@ -127,11 +127,11 @@ class Space:
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """Where a search begins: at most half of the budget's trials, if that is three or more.
+        """Values of the first trials: at most half of the budget's trials, or three if that is more.
 
-        The first of everything; the whole recipe at the middle and the end of its numbers; the first with each step
-        that may be skipped the other way; the whole at the quarters; the first with each other choice. So it sees how
-        far the numbers can go, and each technique by itself.
+        In order: `first`; the recipe without skips, its numbers at the middle and at the end; `first` with one skip
+        changed; the recipe without skips at the quarters; `first` with one other choice changed. These trials show how
+        far the numbers can go, and what each technique does alone.
         """
         alone = [
             (parameter.skips, {**self.first, parameter.name: choice})
@@ -148,39 +148,39 @@ class Space:
             self.whole(0.75),
             *(values for skips, values in alone if not skips),
         ]
-        known: set[str] = set()
-        found: list[dict[str, Any]] = []
+        texts: set[str] = set()
+        distinct: list[dict[str, Any]] = []
         for values in ordered:
-            if len(found) == max(3, self.budget.trials // 2):
+            if len(distinct) == max(3, self.budget.trials // 2):
                 break
             try:
                 self.recipe(values)
-            except RecipeError:  # a choice needs another beside it
+            except RecipeError:  # a choice may fit only together with another one
                 continue
             text = json.dumps(self.chosen(values), sort_keys=True)
-            if text not in known:
-                known.add(text)
-                found.append(values)
-        return found
+            if text not in texts:
+                texts.add(text)
+                distinct.append(values)
+        return distinct
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """All that the recipe may be deployed on."""
-        found = [parameter.choices for parameter in self.parameters if parameter.path == ("runtime",)]
-        return tuple(found[0]) if found else (self.recipe(self.first).target.runtime,)
+        """All runtimes that the recipe may be deployed on."""
+        choices = [parameter.choices for parameter in self.parameters if parameter.path == ("runtime",)]
+        return tuple(choices[0]) if choices else (self.recipe(self.first).target.runtime,)
 
     @property
     def key(self) -> str:
-        """A digest of what is searched, for which bounds; how long one looks is no part of it."""
+        """Digest of the recipe and its bounds; `trials` and `hours` do not change it."""
         budget = {name: value for name, value in vars(self.budget).items() if name not in ("trials", "hours")}
         return digest({**self.document, "budget": budget})
 
 
 def make_space(document: Mapping[str, Any], where: str = "recipe") -> Space:
-    """A space from a document as `tomllib` gives it.
+    """The space of a document as `tomllib` gives it.
 
     Raises:
-        RecipeError: nothing to search, a range that is none, or one that leaves the domain of its field.
+        RecipeError: there is nothing to search, or a range is invalid or leaves the domain of its field.
     """
     document = sound(document, where)
     check_keys(document, where, ranges=True)
@@ -201,7 +201,7 @@ def make_space(document: Mapping[str, Any], where: str = "recipe") -> Space:
 
 
 def _put(container: Any, path: Path, value: Any) -> Any:
-    """A copy with another value at a path; what is beside the path is shared."""
+    """A copy of `container` with `value` at `path`; all parts beside the path are shared."""
     if not path:
         return value
     copied: Any = dict(container) if isinstance(container, Mapping) else list(container)
@@ -210,7 +210,7 @@ def _put(container: Any, path: Path, value: Any) -> Any:
 
 
 def has_ranges(document: Any) -> bool:
-    """Is it a recipe for a search?"""
+    """Whether a document is a recipe for a search: it has a budget or a range."""
     document = sound(document)
     return "budget" in document or any(True for _ in _tables(document, ()))
 
@@ -220,27 +220,27 @@ def _tables(value: Any, path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
         if "search" in value and path:
             yield path, value
             return
-        for key, each in value.items():
-            yield from _tables(each, (*path, key))
+        for key, item in value.items():
+            yield from _tables(item, (*path, key))
     elif isinstance(value, list):
-        for index, each in enumerate(value):
-            yield from _tables(each, (*path, index))
+        for index, item in enumerate(value):
+            yield from _tables(item, (*path, index))
 
 
 def _found(document: Mapping[str, Any], where: str) -> list[Parameter]:
-    found: dict[str, Parameter] = {}
+    by_name: dict[str, Parameter] = {}
     for path, table in _tables(document, ()):
         name = _name(path, document)
         if path[0] in FIXED and len(path) <= (2 if path[0] == "step" else len(path)):
             raise RecipeError(f"{where}: {name} cannot be searched over; name one")
-        if name in found:
+        if name in by_name:
             raise RecipeError(f"{where}: two ranges are called {name}; keys of tables must not look like paths")
-        found[name] = _parameter(name, path, table, where)
-        if found[name].skips and not all(isinstance(end, bool) for end in found[name].ends):
+        by_name[name] = _parameter(name, path, table, where)
+        if by_name[name].skips and not all(isinstance(end, bool) for end in by_name[name].ends):
             raise RecipeError(f"{where}: {name}: skip is true or false, got {shown(table['search'])}")
-    if len(found) > PARAMETERS:
-        raise RecipeError(f"{where} has {len(found):,} ranges; a search takes at most {PARAMETERS}")
-    return list(found.values())
+    if len(by_name) > PARAMETERS:
+        raise RecipeError(f"{where} has {len(by_name):,} ranges; a search takes at most {PARAMETERS}")
+    return list(by_name.values())
 
 
 def _name(path: Path, document: Mapping[str, Any]) -> str:
@@ -251,33 +251,33 @@ def _name(path: Path, document: Mapping[str, Any]) -> str:
 
 
 def _parameter(name: str, path: Path, table: Mapping[str, Any], where: str) -> Parameter:
-    given, log, step = table["search"], table.get("log", False), table.get("step")
+    values, log, step = table["search"], table.get("log", False), table.get("step")
     where = f"{where}: {name}"
-    if not isinstance(given, list) or not 2 <= len(given) <= CHOICES:
-        raise RecipeError(f"{where}: search takes [low, high] or 2 to {CHOICES} choices, got {shown(given)}")
-    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in given)
-    if not numbers or len(given) > 2:
+    if not isinstance(values, list) or not 2 <= len(values) <= CHOICES:
+        raise RecipeError(f"{where}: search takes [low, high] or 2 to {CHOICES} choices, got {shown(values)}")
+    numbers = all(isinstance(choice, (int, float)) and not isinstance(choice, bool) for choice in values)
+    if not numbers or len(values) > 2:
         if log is not False or step is not None:
-            raise RecipeError(f"{where}: log and step belong to a range [low, high], got {shown(given)}")
-        texts = [json.dumps(each, sort_keys=True) for each in given]
+            raise RecipeError(f"{where}: log and step belong to a range [low, high], got {shown(values)}")
+        texts = [json.dumps(choice, sort_keys=True) for choice in values]
         if len(set(texts)) < len(texts):
-            raise RecipeError(f"{where}: search names a choice twice: {shown(given)}")
-        return Parameter(name=name, path=path, kind="choice", choices=tuple(given))
-    low, high = given
+            raise RecipeError(f"{where}: search names a choice twice: {shown(values)}")
+        return Parameter(name=name, path=path, kind="choice", choices=tuple(values))
+    low, high = values
     if not -LARGEST <= low < high <= LARGEST:
-        raise RecipeError(f"{where}: a range goes from low to high, both finite numbers, got {shown(given)}")
+        raise RecipeError(f"{where}: a range goes from low to high, both finite numbers, got {shown(values)}")
     if not isinstance(log, bool) or (log and (low <= 0 or step is not None)):
         raise RecipeError(f"{where}: log = true needs a low end above 0 and no step, got {shown(dict(table))}")
-    whole = all(isinstance(each, int) for each in given)
+    integers = all(isinstance(choice, int) for choice in values)
     if step is not None and (
         isinstance(step, bool)
-        or not isinstance(step, int if whole else (int, float))
+        or not isinstance(step, int if integers else (int, float))
         or not (high - low) / STEPS <= step <= high - low
         or step <= 0
     ):
-        kind = "whole number" if whole else "number"
+        kind = "whole number" if integers else "number"
         raise RecipeError(
             f"{where}: step must be a {kind} above 0, at most {high - low}, and at least a millionth of that, got "
             f"{shown(step)}"
         )
-    return Parameter(name=name, path=path, kind="int" if whole else "float", low=low, high=high, log=log, step=step)
+    return Parameter(name=name, path=path, kind="int" if integers else "float", low=low, high=high, log=log, step=step)

@@ -1,4 +1,4 @@
-"""The storage that the workers of a search share, by its address."""
+"""Open the storage that the workers of a search share, and use it with clear errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchslim.errors import StorageError, TorchslimError
 @Shared
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Optuna tells nothing, and warns of nothing that is experimental."""
+    """Silence Optuna's messages and all warnings, such as those about experimental features, in the block."""
     import optuna
 
     level = optuna.logging.get_verbosity()
@@ -32,25 +32,25 @@ def hushed() -> Iterator[None]:
 
 @contextmanager
 def consulting(name: str) -> Iterator[None]:
-    """Around the use of a storage: what its own code raises, as over a damaged journal, is one clear error."""
+    """Turn errors of the storage's own code in the block, as over a damaged journal, into one clear StorageError."""
     with hushed():
         try:
             yield
         except TorchslimError:
             raise
         except Exception as error:
-            what = " ".join(str(error).split())[:200] or "no message"
+            text = " ".join(str(error).split())[:200] or "no message"
             raise StorageError(
-                f"the study {name!r} cannot be read or written: {type(error).__name__}: {shown(what)[1:-1]}; check the "
+                f"the study {name!r} cannot be read or written: {type(error).__name__}: {shown(text)[1:-1]}; check the "
                 "storage, or choose another with --storage or --study"
             ) from error
 
 
 def open_storage(storage: str | Path) -> Any:
-    """An Optuna storage: a URL of a database, or the path of a journal file.
+    """Optuna's storage at the URL of a database or the path of a journal file.
 
     Raises:
-        StorageError: it cannot be reached, or a package for it is missing.
+        StorageError: the storage cannot be reached, or a package for it is missing.
     """
     try:
         import optuna
@@ -65,14 +65,14 @@ def open_storage(storage: str | Path) -> Any:
                 if path.is_file():
                     with path.open("rb") as file:
                         first = file.readline()
-                    if first.endswith(b"\n"):  # Optuna forgives a last line, which a killed worker may have cut off
+                    if first.endswith(b"\n"):  # Optuna skips a last line that a killed worker has cut off
                         json.loads(first)
                 journal = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-                journal.get_all_studies()  # reads what is there
+                journal.get_all_studies()  # reads the file, so that damage shows now
                 return journal
-            except Exception as error:  # of lines that are no journal, each in its own way
-                what = shown(" ".join(str(error).split())[:200] or type(error).__name__)[1:-1]
-                raise StorageError(f"the study {path} cannot be opened: {what}; name another storage") from error
+            except Exception as error:  # lines that are no journal raise errors of many kinds
+                text = shown(" ".join(str(error).split())[:200] or type(error).__name__)[1:-1]
+                raise StorageError(f"the study {path} cannot be opened: {text}; name another storage") from error
         try:
             return optuna.storages.RDBStorage(str(storage))
         except ImportError as error:
@@ -80,10 +80,10 @@ def open_storage(storage: str | Path) -> Any:
                 f"the driver of {_without_password(str(storage))} is missing: {error}; for PostgreSQL, pip install "
                 "'torchslim[postgresql]'"
             ) from error
-        except Exception as error:  # of the database's own kinds
-            what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except Exception as error:  # databases raise errors of their own kinds
+            text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise StorageError(
-                f"the storage {_without_password(str(storage))} cannot be reached: {what}; check the URL and that its "
+                f"the storage {_without_password(str(storage))} cannot be reached: {text}; check the URL and that its "
                 "server runs"
             ) from error
 

@@ -1,4 +1,4 @@
-"""What a suggestion is derived from, the model, the task and the machine, and what it says of them."""
+"""Facts about model and task that a suggestion is derived from, and the lines that explain it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SHOWN: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """What a model is made of; shares are fractions of its MACs.
+    """Composition of a model; shares are fractions of its MACs.
 
     Attributes:
-        runs: by runtime and scheme, the share for which the runtime has an integer kernel.
-        removable: the part of the MACs, and of the parameters, that channels which may go take with them.
-        stays: why nothing can be removed; empty where something can.
+        runs: by runtime and scheme, the share for which the runtime has integer kernels.
+        removable: the fractions of the MACs and of the parameters that removable channels hold.
+        stays: why no channel can be removed; empty if some can.
     """
 
     shares: Mapping[str, float]
@@ -41,11 +41,11 @@ class Mix:
     runs: Mapping[str, Mapping[str, float]]
     removable: Mapping[str, float]
     stays: str
-    recalibrates: bool  # has it batch norms, whose statistics are taken again after a cut?
+    recalibrates: bool  # it has batch norms, whose statistics are computed again after pruning
 
     @property
     def main(self) -> str:
-        """What most of the work is."""
+        """The family of layers with the largest share of the MACs."""
         families = {
             "convolution": self.shares["convolution"] + self.shares["depthwise"],
             "attention": self.shares["linear"] + self.shares["attention"],
@@ -56,7 +56,7 @@ class Mix:
 
 @dataclass(frozen=True, kw_only=True)
 class Schooling:
-    """How the task can train a model: the tables of its trainings, None where it cannot, and why not or on what."""
+    """How the task can train a model: the table of a step, None if it cannot, and on what it trains, or why not."""
 
     table: Document | None
     epochs: int
@@ -78,12 +78,12 @@ def about_model(mix: Mix, schooling: Schooling) -> str:
 
 def about_machine(mix: Mix, runtimes: Sequence[str]) -> str:
     how = "8-bit products take two steps and weights keep 7 bits" if saturates() else "8-bit products are one step"
-    found = []
+    parts = []
     for name in runtimes:
-        runs = {scheme: mix.runs[name][scheme] for scheme in ("int8", "int8-dynamic")}
-        shown = " or ".join(f"{share:.0%} ({scheme})" for scheme, share in runs.items() if share >= 0.005)
-        found.append(f"{name} {shown or 'none'}")
-    return f"Machine: {instruction_set()}, {how}; of these MACs, computes on integers: {', '.join(found)}."
+        shares = {scheme: mix.runs[name][scheme] for scheme in ("int8", "int8-dynamic")}
+        shown = " or ".join(f"{share:.0%} ({scheme})" for scheme, share in shares.items() if share >= 0.005)
+        parts.append(f"{name} {shown or 'none'}")
+    return f"Machine: {instruction_set()}, {how}; of these MACs, computes on integers: {', '.join(parts)}."
 
 
 def therefore(told: Sequence[str], left: Sequence[str]) -> str:
@@ -92,13 +92,13 @@ def therefore(told: Sequence[str], left: Sequence[str]) -> str:
 
 
 def written(budget: Budget) -> Document:
-    """The `[budget]` table of a recipe: the fields that differ from the defaults, and all objectives."""
-    given = {
+    """The `[budget]` table of a recipe: fields that differ from their defaults, all objectives, and the trials."""
+    changed = {
         field_.name: value
         for field_ in fields(budget)
         if (value := getattr(budget, field_.name)) != field_.default and field_.name != "minimize"
     }
-    return given | {"minimize": list(budget.objectives)} | {"trials": budget.trials}
+    return changed | {"minimize": list(budget.objectives)} | {"trials": budget.trials}
 
 
 def words(of: str) -> str:
@@ -106,5 +106,5 @@ def words(of: str) -> str:
 
 
 def down(share: float) -> float:
-    """To twentieths."""
+    """`share`, rounded down to a multiple of 1/20."""
     return math.floor(share * 20) / 20

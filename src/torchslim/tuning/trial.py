@@ -1,4 +1,4 @@
-"""A candidate tried at less than its full cost: its steps without training, or with a part of it, then measured."""
+"""Trials at less than full cost: run a recipe's steps without training, or with part of it, then measure."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much of a recipe's cost is spent.
+    """How much of a recipe's cost a trial spends.
 
     Args:
-        training: the share of every training's epochs; 0: steps that train are left out, or only prune and round.
-        data: the share of the validation batches.
+        training: share of every training's epochs; 0 leaves training steps out, and makes others only prune and round.
+        data: share of the validation batches.
     """
 
     name: Literal["cheap", "short"]
@@ -51,7 +51,7 @@ class Effort:
 
 
 def cut_short(step: Any, effort: Effort) -> Any:
-    """The step at less cost; None where nothing is left of it."""
+    """The step at less cost; None if it is left out."""
     if isinstance(step, Training):
         if effort.training:
             return _shorter(step, effort)
@@ -83,13 +83,15 @@ def _shorter(step: Any, effort: Effort) -> Any:
         return step
     if isinstance(step, Quantize) and step.mode == "qat" and step.train is None:
         return replace(step, train=_shorter(step.training(), effort))
-    inner = {name: _shorter(each, effort) for name, each in vars(step).items() if isinstance(each, Training)}
+    inner = {
+        name: _shorter(training, effort) for name, training in vars(step).items() if isinstance(training, Training)
+    }
     return replace(step, **inner) if inner else step
 
 
 @dataclass(frozen=True)
 class Untrained:
-    """In place of a training that starts from a network of its own: that network."""
+    """Step that replaces a distillation into a new student: returns the student without training it."""
 
     accepts: ClassVar[Form] = Form.MODULE
     produces: ClassVar[Form] = Form.MODULE
@@ -97,10 +99,10 @@ class Untrained:
     step: Distill
 
     def check(self, ctx: Context) -> None:
-        """Nothing is needed."""
+        """Accept every context."""
 
     def initial_model(self, model: nn.Module, seed: int) -> nn.Module:
-        """The student."""
+        """The student, as the distillation creates it."""
         return self.step.initial_model(model, seed)
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
@@ -109,7 +111,7 @@ class Untrained:
 
 @dataclass
 class Lab:
-    """Where candidates are tried; what they share is done once and kept in `folder`."""
+    """Runs trials; steps that several trials share run once, and their results are kept in `folder`."""
 
     model: nn.Module
     task: Task
@@ -123,17 +125,18 @@ class Lab:
     progress: Callable[[Event], None] = log_progress
     _origins: dict[str, str] = field(default_factory=dict)
     _baselines: dict[Target, tuple[Deployed, dict[str, float]]] = field(default_factory=dict)
+    _metrics: dict[tuple[Target, float], float] = field(default_factory=dict)  # of the original, by share of val
     _memories: dict[str, float] = field(default_factory=dict)
 
     def efforts(self) -> tuple[Effort, Effort]:
-        """The two that come before the full one."""
+        """The two efforts before a full training."""
         return Effort(name="cheap", training=0.0, data=0.25), Effort(name="short", training=self.short, data=1.0)
 
     def attempt(self, recipe: Recipe, effort: Effort) -> dict[str, float]:
-        """A candidate's figures at an effort.
+        """Figures of a recipe at an effort.
 
         Raises:
-            TorchslimError: a step of it cannot be taken.
+            TorchslimError: a step of the recipe cannot run.
         """
         ctx = self._context(recipe)
         with preserved_globals(self.seed):
@@ -141,7 +144,7 @@ class Lab:
             return self._figures(model, recipe.target, effort)
 
     def baseline(self, target: Target, effort: Effort | None = None) -> dict[str, float]:
-        """The original's figures on a runtime."""
+        """Figures of the original model on a runtime."""
         if target not in self._baselines:
             model, _ = copy_model(self.model)
             bench = self._bench(target, ())
@@ -150,14 +153,13 @@ class Lab:
             if "latency" in self.budget.figures:
                 LatencyTable(target.runtime, target.threads).settle(deployed)
             self._baselines[target] = deployed, {}
-        deployed, known = self._baselines[target]
-        share = effort.data if effort is not None else 1.0
-        name = f"metric of {share}"
-        if name not in known:
             with preserved_globals(self.seed):
-                known[name] = self._metric(deployed, share)
-                known |= self._sizes(deployed, self.model, target)
-        return {**known, "metric": known[name], "metric_drop": 0.0}
+                self._baselines[target][1].update(self._sizes(deployed, self.model, target))
+        deployed, sizes = self._baselines[target]
+        share = effort.data if effort is not None else 1.0
+        if (target, share) not in self._metrics:
+            self._metrics[target, share] = self._metric(deployed, share)
+        return {**sizes, "metric": self._metrics[target, share], "metric_drop": 0.0}
 
     def _bench(self, target: Target, steps: Sequence[Step]) -> Bench:
         return Bench(
@@ -181,26 +183,26 @@ class Lab:
             engine=recipe.engine,
             seed=self.seed,
             progress=self.progress,
-            priors={} if (known := recipe.known_sensitivity()) is None else known.priors(),
+            priors={} if (sensitivity := recipe.known_sensitivity()) is None else sensitivity.priors(),
         )
 
     def _taken(self, recipe: Recipe, ctx: Context, effort: Effort) -> nn.Module:
-        """The model after the steps; those that another candidate has taken before are read from its folder."""
+        """The model after the steps; the results of steps that an earlier trial ran are read from its folder."""
         assert ctx.model is not None
         model, masks = ctx.model, ctx.masks
-        first = f"{recipe.engine} {recipe.sensitivity}"
-        if first not in self._origins:
-            self._origins[first] = origin(ctx, model, take_first(self.task.val, "val"))
-        key = self._origins[first]
+        origin_key = f"{recipe.engine} {recipe.sensitivity}"
+        if origin_key not in self._origins:
+            self._origins[origin_key] = origin(ctx, model, take_first(self.task.val, "val"))
+        key = self._origins[origin_key]
         ctx = replace(ctx, workbench=self._bench(recipe.target, recipe.steps))
-        for index, whole in enumerate(recipe.steps, 1):
-            step = cut_short(whole, effort)
+        for index, full_step in enumerate(recipe.steps, 1):
+            step = cut_short(full_step, effort)
             if step is None:
                 continue
-            share = data_share(whole, effort) if trainings(step) else 1.0
-            seen = asdict(recipe.target) if _looks_at_target(step) else None
-            key = digest(stage_key(key, step, recipe.steps, self.seed), share, seen)
-            mine = replace(
+            share = data_share(full_step, effort) if trainings(step) else 1.0
+            target_fields = asdict(recipe.target) if _looks_at_target(step) else None
+            key = digest(stage_key(key, step, recipe.steps, self.seed), share, target_fields)
+            step_ctx = replace(
                 ctx,
                 task=replace(self.task, train=part_of(self.task.train, share)),
                 masks=masks,
@@ -209,20 +211,20 @@ class Lab:
                 seed=self.seed + 1_000 * index,
             )
             if step.produces is Form.MODULE:
-                model, masks = self._known(step, model, mine, key)
+                model, masks = self._known(step, model, step_ctx, key)
             else:
-                outcome = _outcome(step, model, mine)
+                outcome = _outcome(step, model, step_ctx)
                 model, masks = outcome.model, outcome.masks
         trim()
         return model
 
     def _known(self, step: Step, model: nn.Module, ctx: Context, key: str) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """What a step gives: read from its folder, where a candidate has taken it before; else taken, and kept."""
+        """Model and masks after a step: read from its folder if an earlier trial ran it, else computed and kept."""
         folder = self.folder / key_id(key)[:24]
         with alone(folder, self.progress):
-            found = _restored(folder, key, begun(step, model, self.seed) or model)
-            if distributed.agreed(found is not None) and found is not None:
-                return found
+            stored = _restored(folder, key, begun(step, model, self.seed) or model)
+            if distributed.agreed(stored is not None) and stored is not None:
+                return stored
             outcome = _outcome(step, model, ctx)
             if distributed.is_first():
                 keep(folder, key, module=outcome.model, masks=outcome.masks)
@@ -230,7 +232,7 @@ class Lab:
             return outcome.model, outcome.masks
 
     def _figures(self, model: nn.Module, target: Target, effort: Effort) -> dict[str, float]:
-        """Of a model on the target; one process measures, all know."""
+        """Figures of a model on the target; the first process measures them and sends them to the others."""
         figures: dict[str, float] = {}
         if distributed.is_first():
             base = self.baseline(target, effort)
@@ -239,8 +241,8 @@ class Lab:
             higher = self.task.as_metric().higher_is_better
             figures = self._sizes(deployed, deployed.made_from or model, target)
             figures |= {"metric": value, "metric_drop": base["metric"] - value if higher else value - base["metric"]}
-        found: dict[str, float] = distributed.told(figures)
-        return found
+        shared: dict[str, float] = distributed.told(figures)
+        return shared
 
     def _metric(self, deployed: Deployed, share: float) -> float:
         task = replace(self.task, val=part_of(self.task.val, share))
@@ -248,7 +250,7 @@ class Lab:
             return task.evaluate(deployed, "val")
 
     def _sizes(self, deployed: Deployed, model: nn.Module, target: Target) -> dict[str, float]:
-        """All figures that the budget asks for but the metric."""
+        """All figures that the budget asks for, except the metric's."""
         figures: dict[str, float] = {}
         if "latency" in self.budget.figures:
             reference = self._baselines[target][0]
@@ -267,26 +269,26 @@ class Lab:
         if "params" in self.budget.figures:
             figures["params"] = float(parameters(model))
         if "peak_memory" in self.budget.figures:
-            known = deployed.spec.structure
-            if known not in self._memories:
-                self._memories[known] = peak_memory(deployed) / 1e6
-            figures["peak_memory"] = self._memories[known]
+            structure = deployed.spec.structure
+            if structure not in self._memories:
+                self._memories[structure] = peak_memory(deployed) / 1e6
+            figures["peak_memory"] = self._memories[structure]
         return figures
 
 
 def trainings(step: Step) -> list[Training]:
-    """The trainings that a step is, or takes."""
+    """The trainings of a step: the step itself, or those among its fields."""
     if isinstance(step, Training):
         return [step]
     if isinstance(step, Quantize):
         return [step.training()] if step.mode == "qat" else []
-    return [var for var in vars(step).values() if isinstance(var, Training)] if hasattr(step, "__dict__") else []
+    return [value for value in vars(step).values() if isinstance(value, Training)] if hasattr(step, "__dict__") else []
 
 
 def data_share(step: Step, effort: Effort) -> float:
-    """The share of the training batches in the epochs that are left: below one epoch, a part of the data is seen."""
-    wanted = [training.epochs * effort.training for training in trainings(step)]
-    return min((min(1.0, each / max(1, int(each))) for each in wanted if each), default=1.0)
+    """Share of the training batches in the remaining epochs: for less than one epoch, a part of the data."""
+    epochs = [training.epochs * effort.training for training in trainings(step)]
+    return min((min(1.0, count / max(1, int(count))) for count in epochs if count), default=1.0)
 
 
 def _looks_at_target(step: Any) -> bool:
@@ -300,11 +302,11 @@ def _outcome(step: Step, model: nn.Module, ctx: Context) -> Outcome:
 
 
 def _restored(folder: Path, key: str, model: nn.Module) -> tuple[nn.Module, Mapping[str, Tensor]] | None:
-    found = kept(folder, key)
-    if found is None:
+    stage = kept(folder, key)
+    if stage is None:
         return None
     try:
-        return found.opened.into(copy_model(model)[0]), found.opened.masks()
+        return stage.opened.into(copy_model(model)[0]), stage.opened.masks()
     except TorchslimError as error:
         taken_again(error)
         return None

@@ -1,4 +1,4 @@
-"""What a sensitivity analysis tells a search beforehand: a place to begin."""
+"""Derive the first trial of a search from a sensitivity analysis."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torchslim.analysis.result import Sensitivity
 from torchslim.core.budget import Budget
 from torchslim.tuning.space import Parameter, Space
 
-MILDEST = "int8"  # what it does to the outputs is taken for bearable, where the metric itself was not measured
+MILDEST = "int8"  # scheme whose total damage counts as bearable if the metric itself was not measured
 
 
 def informed_start(space: Space, found: Sensitivity) -> dict[str, Any]:
-    """The strongest values whose damages, added up over the model, are still bearable; the rest as `Space.whole`.
+    """Values with the strongest bearable sparsities and the least damaging schemes; all others as `Space.whole(0.5)`.
 
-    Bearable is the budget's drop where the metric was measured, and else what static int8 of all layers does. Damages
-    of single changes add up to the model's only roughly: it is a place to begin, not a prediction.
+    A damage is bearable up to the budget's drop if the metric was measured, else up to that of static int8 of all
+    layers. Damages of single changes add up to the model's only roughly: the values are a start, not a prediction.
     """
     totals = total_damage(found)
     limit = _bearable(found, totals, space.budget)
@@ -25,20 +25,20 @@ def informed_start(space: Space, found: Sensitivity) -> dict[str, Any]:
         if parameter.path[-1] == "sparsity" and parameter.kind == "float":
             values[parameter.name] = _sparsity(parameter, totals, limit)
         elif parameter.path[-1] == "scheme":
-            known = [choice for choice in parameter.choices if choice in totals]
-            if known:
-                values[parameter.name] = min(known, key=totals.__getitem__)
+            schemes = [choice for choice in parameter.choices if choice in totals]
+            if schemes:
+                values[parameter.name] = min(schemes, key=totals.__getitem__)
     return values
 
 
 def total_damage(found: Sensitivity) -> dict[Any, float]:
-    """By scheme, and by the fraction of channels removed, the sum of the damages of all single changes."""
+    """Sum of the damages of all single changes, by scheme and by fraction of channels removed."""
     totals: dict[Any, float] = {}
     for point in found.points:
-        hurt = found.damage(point)
-        if hurt is not None:
+        damage = found.damage(point)
+        if damage is not None:
             key = point.change if point.amount is None else point.amount
-            totals[key] = totals.get(key, 0.0) + hurt
+            totals[key] = totals.get(key, 0.0) + damage
     return totals
 
 
@@ -49,10 +49,10 @@ def _bearable(found: Sensitivity, totals: Mapping[Any, float], budget: Budget) -
 
 
 def _sparsity(parameter: Parameter, totals: Mapping[Any, float], limit: float) -> float:
-    amounts = sorted(total for total in totals if isinstance(total, float))
+    amounts = sorted(amount for amount in totals if isinstance(amount, float))
     bearable = [amount for amount in amounts if totals[amount] <= limit]
-    wanted = max(bearable, default=parameter.low)
-    kept = min(max(wanted, parameter.low), parameter.high)
+    strongest = max(bearable, default=parameter.low)
+    sparsity = min(max(strongest, parameter.low), parameter.high)
     if parameter.step:
-        kept = parameter.low + round((kept - parameter.low) / parameter.step) * parameter.step
-    return float(kept)
+        sparsity = parameter.low + round((sparsity - parameter.low) / parameter.step) * parameter.step
+    return float(sparsity)
