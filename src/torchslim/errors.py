@@ -1,8 +1,8 @@
-"""The exception tree. Whatever the user can mend is a TorchslimError; anything else is a bug of ours."""
+"""The exception tree: errors that the user can fix are TorchslimErrors; any other exception is a bug in torchslim."""
 
 
 class TorchslimError(Exception):
-    """Base of every error that the user can mend; the message says what, got, and how."""
+    """Base of all errors that the user can fix; the message says what is wrong, which value was passed, and the fix."""
 
 
 class TaskError(TorchslimError):
@@ -10,7 +10,7 @@ class TaskError(TorchslimError):
 
 
 class ModelError(TorchslimError):
-    """The model itself cannot be used: it cannot be copied."""
+    """The model cannot be used, because it cannot be copied."""
 
 
 class RecipeError(TorchslimError):
@@ -38,7 +38,7 @@ class QuantizeError(TorchslimError):
 
 
 class SensitivityError(TorchslimError):
-    """Sensitivity was asked for something impossible, or its file holds something else."""
+    """Sensitivity was asked for something impossible, or a file is not a sensitivity analysis."""
 
 
 class ExportError(TorchslimError):
@@ -46,7 +46,7 @@ class ExportError(TorchslimError):
 
 
 class DeployError(TorchslimError):
-    """The deployed model was called or saved in a way that it cannot serve."""
+    """The deployed model was called or saved in a way that it does not support."""
 
 
 class RuntimeUnavailable(TorchslimError):

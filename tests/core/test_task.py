@@ -58,6 +58,8 @@ def test_ready_metrics_equal_their_definition() -> None:
     errors = ts.Task(val=[(logits[:, :1], labels.float())], metric="mae").evaluate(lambda x: x)
     assert errors == pytest.approx((logits[:, 0] - labels).abs().mean().item())
     assert not ts.Task(val=[1], metric="mae").as_metric().higher_is_better
+    with pytest.raises(TaskError, match="do not fit real targets"):
+        ts.Task(val=[(logits, labels.float())], metric="mae").evaluate(lambda x: x)
 
 
 class Counting:

@@ -1,1 +1,1 @@
-"""How sensitive a model is to each compression, and what that is measured with."""
+"""Sensitivity of a model to pruning and quantization, and its measures."""

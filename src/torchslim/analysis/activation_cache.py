@@ -1,8 +1,9 @@
-"""Runs of changed copies of a model, in which modules that ran wholly before the change answer from memory.
+"""Runs changed copies of a model, with cached outputs for modules that finish before the change takes effect.
 
-The model is any module with any Python code in it. One watched run tells when each module was entered and left, and
-when each weight was first used; a module that was called once, and was left before the first changed weight was used,
-answers as it did. Of those, only outputs that something reads are held: the others stand for their shapes.
+The model may be any module with any Python code in it. One watched run records when each module was entered and left,
+and when each weight was first used. A module that was called once, and was left before the first changed weight was
+used, returns its cached output. Only outputs that something reads are cached; the others are replaced by placeholders
+of their shapes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from torchslim.core.batches import call, predictor
 from torchslim.core.trees import changed, tensors
 from torchslim.prune.dependency.leaves import leaves
 
-LIMIT = 2**30  # bytes of outputs that are held
+LIMIT = 2**30  # bytes of cached outputs
 
 
 @dataclass
 class Call:
-    """One call of a module in a run: when it began and ended, and the calls inside."""
+    """One call of a module in a run: its start, its end, and the calls inside."""
 
     path: str
     entered: int
@@ -36,47 +37,47 @@ class Call:
 
 @dataclass(frozen=True)
 class Story:
-    """What one run of a model showed, in ticks of its own clock."""
+    """Record of one run of a model, with times in ticks of its own clock."""
 
     root: Call
-    used: dict[str, int]  # by weight, when it was first used
-    able: frozenset[str]  # modules that were called once, and answered with tensors
+    used: dict[str, int]  # time of first use by weight
+    able: frozenset[str]  # modules that were called once and returned only tensors
 
     def begins(self, weights: Collection[str], modules: Collection[str]) -> int:
-        """When something may first be otherwise, where these weights and these modules' attributes change.
+        """First time at which a change of these weights and of these modules' attributes may take effect.
 
-        0 where that is not known.
+        0 if it is not known.
         """
-        entered = {each.path: each.entered for each in reversed(list(_walk(self.root)))}
+        entered = {record.path: record.entered for record in reversed(list(_walk(self.root)))}
         times = [self.used.get(name, 0) for name in weights]
         for path in modules:
-            while path and path not in entered:  # its parent reads from it
+            while path and path not in entered:  # never called: its parent reads from it
                 path = path.rpartition(".")[0]
             times.append(entered.get(path, 0))
         return min(times, default=0)
 
     def before(self, time: int) -> list[str]:
-        """The outermost modules that can answer from memory and were left before a time."""
-        found: list[str] = []
+        """Paths of the outermost modules that can return a cached output and were left before a time."""
+        paths: list[str] = []
 
         def look(each: Call) -> None:
             if each.left <= time and each.path in self.able:
-                found.append(each.path)
+                paths.append(each.path)
             elif each.entered < time:
                 for inner in each.inside:
                     look(inner)
 
         look(self.root)
-        return found
+        return paths
 
 
 def story_of(model: nn.Module, inputs: Any) -> Story:
-    """Run a model once and watch it."""
+    """Run a model once and record the times of its calls and of the first use of its weights."""
     clock = [0]
     root = Call("", 0)
     stack, calls = [root], Counter[str]()
     opaque: set[str] = set()
-    names = {id(each): name for name, each in (*model.named_parameters(), *model.named_buffers())}
+    names = {id(weight): name for name, weight in (*model.named_parameters(), *model.named_buffers())}
     used: dict[str, int] = {}
 
     def tick() -> int:
@@ -121,7 +122,7 @@ def story_of(model: nn.Module, inputs: Any) -> Story:
 
 @dataclass(frozen=True, kw_only=True)
 class Changed:
-    """A changed copy of a model, and when in its run the change begins (see `Story.begins`)."""
+    """A changed copy of a model, and the time at which the change takes effect (see `Story.begins`)."""
 
     model: nn.Module
     begins: int = 0
@@ -132,50 +133,50 @@ class Replays:
     """Runs of changed copies of a model on several inputs.
 
     Args:
-        model: in eval mode; its modules are called otherwise for the time of a run.
+        model: in eval mode; calls of its modules are replaced during a run.
         inputs: model inputs, one for each run.
-        example: small inputs, on which it is found out what may answer from memory.
-        limit: bytes of outputs that may be held.
+        example: small inputs, on which it is tested which modules can return cached outputs.
+        limit: bytes of outputs that may be cached.
     """
 
     model: nn.Module
     inputs: Sequence[Any]
     example: Any
     limit: int = LIMIT
-    held: list[dict[str, Any]] = field(init=False)  # by input: by module, what it answers
-    time: int = field(default=0, init=False)  # what ended before it is held
+    held: list[dict[str, Any]] = field(init=False)  # cached outputs by module path, for each of the inputs
+    time: int = field(default=0, init=False)  # modules that were left before it are cached
 
     def __post_init__(self) -> None:
         self.held = [{} for _ in self.inputs]
-        self.known: dict[str, Any] = {}  # as `held`, of the example
+        self.known: dict[str, Any] = {}  # cached outputs on the example, by module path
         self.story = story_of(self.model, self.example)
         self.expected = call(predictor(self.model), self.example)
 
     def outputs(self, change: Changed | None = None) -> Iterator[Any]:
-        """The outputs of a copy, or those of the model itself; changes are cheapest in the order of their times."""
+        """Outputs of a copy, or of the model itself; changes are cheapest in the order of their times."""
         if change is None:
             yield from (call(predictor(self.model), input_) for input_ in self.inputs)
             return
         if change.begins > self.time:
             self._advance(change.begins)
         for inputs, held in zip(self.inputs, self.held, strict=True):
-            known = held if change.begins >= self.time else {}
-            with answering(change.model, known):
+            cached = held if change.begins >= self.time else {}
+            with answering(change.model, cached):
                 output = call(predictor(change.model), inputs)
-            if known and not _finite(output):  # what stands for a shape was read after all
+            if cached and not _finite(output):  # a placeholder was read after all
                 output = call(predictor(change.model), inputs)
             yield output
 
     def answer(self, change: Changed | None, inputs: Any) -> Any:
-        """The outputs on any inputs."""
+        """Outputs on any inputs, without cached outputs."""
         return call(predictor(self.model if change is None else change.model), inputs)
 
     def _advance(self, time: int) -> None:
-        """Hold what the modules before a time answer, where memory allows."""
+        """Cache the outputs of the modules that were left before a time, if memory allows."""
         paths = self.story.before(time)
-        wanted = [path for path in paths if path not in self.known]
-        first = self._record(self.example, self.known, wanted)
-        if not wanted or first is None:
+        missing = [path for path in paths if path not in self.known]
+        first = self._record(self.example, self.known, missing)
+        if not missing or first is None:
             return
         everything = {path: first[path] if path in first else self.known[path] for path in paths}
         read, output = self._read(everything)
@@ -184,10 +185,10 @@ class Replays:
             return
         later: list[dict[str, Any]] = []
         for inputs, held in zip(self.inputs, self.held, strict=True):
-            found = self._record(inputs, held, [path for path in wanted if path in read])
-            if found is None:
+            recorded = self._record(inputs, held, [path for path in missing if path in read])
+            if recorded is None:
                 return
-            answers = {path: found[path] if path in found else held[path] for path in paths if path in read}
+            answers = {path: recorded[path] if path in recorded else held[path] for path in paths if path in read}
             size = sum(tensor.untyped_storage().nbytes() for answer in answers.values() for tensor in tensors(answer))
             if size * len(self.inputs) > self.limit:
                 return
@@ -195,16 +196,16 @@ class Replays:
         self.held, self.known, self.time = later, everything, time
 
     def _record(self, inputs: Any, held: dict[str, Any], wanted: Collection[str]) -> dict[str, Any] | None:
-        """What modules answer, in a run that ends when the last has; None where one gives something else."""
-        found: dict[str, Any] = {}
+        """Outputs of modules by path, from a run that stops after the last of them; None if one of them did not run."""
+        outputs: dict[str, Any] = {}
         if not wanted:
-            return found
+            return outputs
         handles = []
 
         def keep(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                found[path] = changed(output, lambda each: each.detach().clone())  # the next may work in place
-                if len(found) == len(wanted):
+                outputs[path] = changed(output, lambda tensor: tensor.detach().clone())  # the next may work in place
+                if len(outputs) == len(wanted):
                     raise _Enough
 
             return hook
@@ -219,16 +220,16 @@ class Replays:
         finally:
             for handle in handles:
                 handle.remove()
-        return found if len(found) == len(wanted) else None
+        return outputs if len(outputs) == len(wanted) else None
 
     def _read(self, held: dict[str, Any]) -> tuple[set[str], Any]:
-        """Which of the answers something reads in a run on the first input, and its output."""
+        """Paths of the cached outputs that are read in a run on the example, and the output of this run."""
         read: set[str] = set()
         owners: dict[int, str] = {}
-        kept = []
+        alive = []
 
         def given(path: str, answer: Any) -> None:
-            kept.append(answer)  # alive, so that no other tensor gets its id
+            alive.append(answer)  # so that no other tensor gets its id
             owners.update({id(tensor): path for tensor in tensors(answer)})
 
         class Reading(TorchFunctionMode):
@@ -246,21 +247,21 @@ class Replays:
 def answering(
     model: nn.Module, held: dict[str, Any], given: Callable[[str, Any], None] | None = None
 ) -> Iterator[None]:
-    """Inside, these modules answer from memory; each answer is a copy, since what reads it may work in place."""
+    """Let modules return copies of cached outputs inside the block; copies, because a reader may work in place."""
     modules = [(path, model.get_submodule(path)) for path in held]
 
     def answer(path: str) -> Callable[..., Any]:
         def respond(*args: Any, **kwargs: Any) -> Any:
-            found = changed(held[path], _copy)
+            output = changed(held[path], _copy)
             if given is not None:
-                given(path, found)
-            return found
+                given(path, output)
+            return output
 
         return respond
 
     try:
         for path, module in modules:
-            vars(module)["_call_impl"] = answer(path)  # not `forward`: hooks have had their say in what is held
+            vars(module)["_call_impl"] = answer(path)  # not `forward`: cached outputs include the effect of hooks
         yield
     finally:
         for _, module in modules:
@@ -268,20 +269,20 @@ def answering(
 
 
 class _Enough(BaseException):
-    """Ends a run; not an Exception, which the model's own code may catch."""
+    """Stops a run; no Exception, because the model's own code may catch those."""
 
 
 def _plain(output: Any) -> bool:
-    """Nothing but tensors, in plain containers: what a copy is as good as."""
+    """Is the output only tensors and None in plain containers, so that a copy can replace it?"""
     if isinstance(output, Tensor):
         return True
     if isinstance(output, (tuple, list)):
-        return all(each is None or _plain(each) for each in output)
-    return isinstance(output, dict) and all(each is None or _plain(each) for each in output.values())
+        return all(item is None or _plain(item) for item in output)
+    return isinstance(output, dict) and all(item is None or _plain(item) for item in output.values())
 
 
 def _standing_for(output: Any) -> Any:
-    """The shapes of an output without its memory; whoever computes with it gets no numbers."""
+    """Placeholders with the shapes of an output but not its memory: NaN for floats, else 0."""
 
     def empty(each: Tensor) -> Tensor:
         value = float("nan") if each.is_floating_point() else 0
@@ -291,8 +292,8 @@ def _standing_for(output: Any) -> Any:
 
 
 def _copy(each: Tensor) -> Tensor:
-    stands = each.numel() > 1 and not any(each.stride())
-    return each if stands else each.clone()
+    is_placeholder = each.numel() > 1 and not any(each.stride())
+    return each if is_placeholder else each.clone()
 
 
 def _finite(output: Any) -> bool:

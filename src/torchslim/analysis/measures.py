@@ -1,4 +1,4 @@
-"""What a change of a model does to its outputs or to its metric, whoever runs it."""
+"""Measures of how a change of a model affects its outputs or its metric, with any code that runs the model."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ MEASURES: Mapping[str, str] = {
     "kl": "KL(softmax of the float logits || those of the changed model) on calibration data, in nats",
     "metric": "the task's metric on val, in its own unit",
 }
-LARGEST_NATS = 1e4  # what an infinite divergence is reported as
-LARGEST_DB = 200.0  # what no change at all is reported as; float64 sums tell no more
+LARGEST_NATS = 1e4  # reported for an infinite divergence
+LARGEST_DB = 200.0  # reported for no change at all; float64 sums are no more precise
 
 
 class Runs(Protocol):
-    """Runs of a model with one change at a time: `quantize.single.Passes`, `replay.Replays`."""
+    """Runs of a model with one change at a time: `quantize.layerwise.Passes`, `activation_cache.Replays`."""
 
     def outputs(self, change: Any = None) -> Iterator[Any]:
-        """The outputs on each of the inputs that it was made with."""
+        """Outputs on each of the inputs that the runs were made with."""
         ...
 
     def answer(self, change: Any, inputs: Any) -> Any:
-        """The outputs on other inputs."""
+        """Outputs on other inputs."""
         ...
 
 
@@ -47,19 +47,19 @@ class Gauge(Protocol):
     unit: str
     higher_is_better: bool
     reference: float | None
-    inputs: Sequence[Any]  # what runs are to be made with
+    inputs: Sequence[Any]  # inputs that `Runs` must be made with
 
     def start(self, runs: Runs) -> None:
-        """Look at the model without a change."""
+        """Measure the model without a change, where that is needed."""
         ...
 
     def value(self, runs: Runs, change: Any) -> float:
-        """The measure with a change."""
+        """Value of the measure with a change."""
         ...
 
 
 class OutputGauge:
-    """Compares outputs on calibration batches: "sqnr" or "kl"."""
+    """Compares outputs on calibration batches, by "sqnr" or "kl"."""
 
     reference: float | None
 
@@ -71,24 +71,24 @@ class OutputGauge:
         self.before: list[Any] = []
 
     def start(self, runs: Runs) -> None:
-        """Keep the outputs."""
+        """Keep the outputs, or their log probabilities, without a change."""
         self.before = list(runs.outputs())
         if self.measure == "kl":
-            self.before = [self._logs(batch, each) for batch, each in zip(self.batches, self.before, strict=True)]
+            self.before = [self._logs(batch, output) for batch, output in zip(self.batches, self.before, strict=True)]
 
     def value(self, runs: Runs, change: Any) -> float:
-        """dB, or nats a position."""
+        """SQNR in dB, or divergence in nats per position."""
         if self.measure == "sqnr":
             return decibels(noise_of(self.before, runs.outputs(change)))
         total, count = 0.0, 0
         for batch, before, output in zip(self.batches, self.before, runs.outputs(change), strict=True):
             after = self._logs(batch, output)
-            ruled_out = torch.isneginf(before)  # 0 * -inf: such a class counts nothing
+            ruled_out = torch.isneginf(before)  # such a class counts 0, not 0 * -inf
             terms = before.exp() * (before - after).masked_fill(ruled_out, 0.0)
             total += float(terms.masked_fill(ruled_out, 0.0).sum())
             count += len(before)
         nats = total / max(count, 1)
-        # a class that the change rules out, or NaN
+        # infinite where the change rules out a class, or NaN
         return max(nats, 0.0) if math.isfinite(nats) else LARGEST_NATS
 
     def _logs(self, batch: Batch, outputs: Any) -> Tensor:
@@ -103,19 +103,19 @@ class OutputGauge:
         tokens = logits.dim() == 3 and (target is None or target.shape == logits.shape[:2])
         rows = logits if tokens else logits.movedim(1, -1)
         rows = rows.reshape(-1, rows.shape[-1]).double()
-        empty = torch.isneginf(rows).all(-1, keepdim=True)  # a position that a mask rules out as a whole
+        empty = torch.isneginf(rows).all(-1, keepdim=True)  # positions whose classes are all ruled out by a mask
         return functional.log_softmax(rows.masked_fill(empty, 0.0), -1).masked_fill(empty, -torch.inf)
 
 
 class MetricGauge:
     """Evaluates the task's metric on val.
 
-    One evaluation writes down what the metric calls the model with; later ones get outputs that were computed batch by
-    batch, as long as it calls with the same.
+    The first evaluation records the inputs that the metric calls the model with; later ones get outputs computed batch
+    by batch on the recorded inputs, as long as the metric calls with the same inputs.
     """
 
     def __init__(self, task: Task, model: nn.Module, seed: int, limit: int = LIMIT) -> None:
-        self.task, self.seed = task, seed
+        self.task, self.model, self.seed = task, model, seed
         metric = task.as_metric()
         self.unit, self.higher_is_better = metric.unit, metric.higher_is_better
         calls: list[Any] = []
@@ -124,31 +124,30 @@ class MetricGauge:
 
         def predict(*args: Any, **kwargs: Any) -> Any:
             nonlocal held
-            given: Any = bind_call(signature_of(model), args, kwargs) if args and kwargs else (kwargs or args)
-            held += sum(tensor.numel() * tensor.element_size() for tensor in tensors(given))
+            inputs = _inputs(model, args, kwargs)
+            held += sum(tensor.numel() * tensor.element_size() for tensor in tensors(inputs))
             if held <= limit:
-                calls.append(given)
+                calls.append(inputs)
             return run(*args, **kwargs)
 
         self.reference: float | None = self._evaluate(predict)
         self.inputs: Sequence[Any] = calls if held <= limit else []
 
     def start(self, runs: Runs) -> None:
-        """Nothing to keep."""
+        """Do nothing: the reference is measured at construction."""
 
     def value(self, runs: Runs, change: Any) -> float:
-        """The metric."""
-        known, answers = iter(self.inputs), runs.outputs(change) if self.inputs else iter(())
+        """Metric of the changed model."""
+        recorded, answers = iter(self.inputs), runs.outputs(change) if self.inputs else iter(())
         astray = False
 
         def predict(*args: Any, **kwargs: Any) -> Any:
             nonlocal astray
-            given = kwargs or args
-            wanted = next(known, None)
-            astray = astray or wanted is None or not _equal(wanted, (args, kwargs))
+            inputs, expected = _inputs(self.model, args, kwargs), next(recorded, None)
+            astray = astray or expected is None or not _equal(expected, inputs)
             if not astray:
                 return next(answers)
-            return runs.answer(change, given)
+            return runs.answer(change, inputs)
 
         return self._evaluate(predict)
 
@@ -157,8 +156,13 @@ class MetricGauge:
             return self.task.evaluate(predict, "val")
 
 
+def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a call in the form that batches have: a tuple, or a dict by the names of `forward`."""
+    return bind_call(signature_of(model), args, kwargs) if args and kwargs else kwargs or args
+
+
 def decibels(noise: float) -> float:
-    """10 log10 of signal over noise, within +-`LARGEST_DB`."""
+    """SQNR in dB of a noise-to-signal ratio: -10 log10(noise), within +-`LARGEST_DB`."""
     if noise <= 0:
         return LARGEST_DB
     if not math.isfinite(noise):
@@ -168,6 +172,6 @@ def decibels(noise: float) -> float:
 
 def _equal(one: Any, two: Any) -> bool:
     pairs = tensors(one), tensors(two)
-    return [pair.shape for pair in pairs[0]] == [pair.shape for pair in pairs[1]] and all(
+    return [tensor.shape for tensor in pairs[0]] == [tensor.shape for tensor in pairs[1]] and all(
         torch.equal(left, right) for left, right in zip(*pairs, strict=True)
     )

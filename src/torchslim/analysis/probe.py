@@ -1,4 +1,4 @@
-"""The work behind `sensitivity`: one group pruned, or one layer quantized, at a time, and the rest as it was."""
+"""Measurements behind `sensitivity`: prunes one group or quantizes one layer at a time, the rest is unchanged."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ class Sensing:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """Calibration data, labels and all."""
+        """Calibration batches, labels included."""
         return CalibrationData(self.task, self.seed, self.samples).batches
 
     @cached_property
     def gauge(self) -> Gauge:
-        """What measures the points."""
+        """Gauge that measures the points."""
         if self.measure == "metric":
             return MetricGauge(self.task, self.model, self.seed)
         return OutputGauge(self.measure, self.task, self.batches)
@@ -78,7 +78,7 @@ class Sensing:
     # channel groups ---------------------------------------------------------------------------------------------------
 
     def channels(self, changes: Sequence[str], known: Known) -> Iterator[Point]:
-        """A point for each unit of groups and each ratio, written as `percent` does."""
+        """Yield a point for each unit of groups and each ratio; `changes` are ratios as `percent` writes them."""
         few = small(self.model, self.example_inputs)
         try:
             plan = analyze(self.model, few, include=self.include, exclude=self.exclude)
@@ -93,9 +93,9 @@ class Sensing:
         for place, (name, unit) in enumerate(_named(coupling)):
             for change in changes:
                 if (name, change) not in known:
-                    kept, removed = self._removal(plan, coupling, selection, place, float(change.rstrip(" %")) / 100)
+                    count, removed = self._removal(plan, coupling, selection, place, float(change.rstrip(" %")) / 100)
                     begins = runs.story.begins({cut.weight for cut in cuts_of(coupling, removed)}, ())
-                    rows.append((begins, place, name, unit, change, kept, removed))
+                    rows.append((begins, place, name, unit, change, count, removed))
         rows.sort(key=lambda row: row[:2])
         if rows:
             self.gauge.start(runs)
@@ -131,14 +131,14 @@ class Sensing:
     def _removal(
         self, plan: Plan, coupling: Coupling, selection: Selection, place: int, ratio: float
     ) -> tuple[int, Mask]:
-        """How many channels of one unit go, and what that removes."""
+        """Number of channels to remove from one unit, and the mask of everything that is removed with them."""
         kept = [unit.width for unit in coupling.units]
         gone = min(max(round(ratio * kept[place]), 1), kept[place] - plan.narrowest)
         kept[place] -= max(gone, 0)
         return max(gone, 0), selection.removed(kept)
 
     def _pruned(self, plan: Plan, coupling: Coupling, removed: Mask, runs: Replays) -> tuple[float | None, str]:
-        """The measure without these channels, or why they cannot go."""
+        """Value of the measure without these channels, or the reason why they cannot be removed."""
         surgery, diverged = mend(plan.model, coupling, removed, plan.inputs)
         if diverged is not None:
             return None, f"{diverged.path}: {diverged.what}"
@@ -149,13 +149,13 @@ class Sensing:
             return self.gauge.value(runs, change), ""
         except TorchslimError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever the user's code raises on other shapes is the finding
+        except Exception as error:  # noqa: BLE001 - any error of the user's code on other shapes is the result
             return None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
     # layers -----------------------------------------------------------------------------------------------------------
 
     def layers(self, schemes: Sequence[str], known: Known) -> Iterator[Point]:
-        """A point for each layer and each scheme."""
+        """Yield a point for each layer and each scheme."""
         for scheme in schemes:
             yield from self._scheme(scheme, known)
 
@@ -171,9 +171,9 @@ class Sensing:
         for record in prepared.records:
             if record.action == "refused" and record.reason != Reason.AS_ASKED and (record.layer, scheme) not in known:
                 yield Point(name=record.layer, kind="layer", change=scheme, refused=record.reason)
-        wanted = self._wanted()
+        included = self._wanted()
         changes = [
-            single for single in singles(prepared) if wanted(single.layer) and (single.layer, scheme) not in known
+            single for single in singles(prepared) if included(single.layer) and (single.layer, scheme) not in known
         ]
         if not changes:
             return
@@ -197,9 +197,9 @@ class Sensing:
 
 
 def settled(plan: Plan) -> Coupling:
-    """The groups of a plan, each such that half of its channels alone can be removed.
+    """Coupling of a plan in which half of the channels of any single group can be removed.
 
-    What pruning gives up only when everything shrinks in step, a single group may have to give up before.
+    Pruning retreats only when the joint removal fails; the removal from a single group may fail before.
     """
     fine: set[tuple[str, int]] = set()
     for _ in range(RETREATS):
@@ -210,7 +210,7 @@ def settled(plan: Plan) -> Coupling:
         for place, (name, unit) in enumerate(_named(coupling)):
             if (name, unit.width) in fine:
                 continue
-            kept = [each.width for each in coupling.units]
+            kept = [coupled.width for coupled in coupling.units]
             kept[place] = min(max(unit.width // 2, plan.narrowest), unit.width)
             removed = selection.removed(kept)
             diverged = mend(plan.model, coupling, removed, plan.inputs)[1] if removed.any() else None
@@ -220,7 +220,7 @@ def settled(plan: Plan) -> Coupling:
             if plan.narrowest == 1 and kept[place] == 1:
                 plan.narrowest = 2
             elif not plan.retreat(diverged, coupling, removed):
-                fine.add((name, unit.width))  # its points will say what is wrong
+                fine.add((name, unit.width))  # its points will be refused with the reason
                 continue
             break
         else:
@@ -229,7 +229,7 @@ def settled(plan: Plan) -> Coupling:
 
 
 def small(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Two samples of the inputs, where the batch can be found."""
+    """Two samples of the inputs; the inputs as they are if the batch dimension cannot be found."""
     bound = to_device(bind(model, inputs), device_of(model))
     classes: dict[str, type] = {}
     leaves: list[Any] = []
@@ -247,18 +247,18 @@ def small(model: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def _named(coupling: Coupling) -> list[tuple[str, Unit]]:
-    """Units by the name of their first group; units that share it are numbered."""
-    found: list[tuple[str, Unit]] = []
+    """Units with the name of their first group; units that share a name are numbered."""
+    units: list[tuple[str, Unit]] = []
     seen: dict[str, int] = {}
     for unit in coupling.units:
         name = coupling.groups[unit.groups[0]].name
         seen[name] = seen.get(name, 0) + 1
-        found.append((name if seen[name] == 1 else f"{name} ({seen[name]})", unit))
-    return found
+        units.append((name if seen[name] == 1 else f"{name} ({seen[name]})", unit))
+    return units
 
 
 def _unverified(coupling: Coupling, changes: Sequence[str], known: Known) -> Iterator[Point]:
-    """Groups that would have to be cut in a way that does not run."""
+    """Yield a refused point for each group whose removal could not be verified, and each change."""
     reasons: Mapping[str, str] = {
         group.name: group.reason for group in coupling.groups if Reason.NOT_VERIFIED.given_in(group.reason)
     }

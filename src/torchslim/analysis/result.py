@@ -1,4 +1,4 @@
-"""How sensitive a model is to each compression: what was measured, by layer or group."""
+"""Results of a sensitivity analysis: the measured points, by layer or channel group."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Known = Mapping[tuple[str, str], "Point"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One change and what it does.
+    """One change of a model and its measured effect.
 
     Attributes:
-        name: of the channel group, as "conv1.weight[0]", or of the layer.
-        change: what was done to it: "25 %" of its channels removed, or the scheme it was quantized with.
-        amount: the fraction of its channels that was removed; None for a layer.
-        value: of the measure, None where it could not be built.
-        refused: why not; empty otherwise.
-        groups: all channel groups that lost channels in step.
+        name: of the channel group, such as "conv1.weight[0]", or of the layer.
+        change: the removed share of channels, such as "25 %", or the scheme that the layer was quantized with.
+        amount: fraction of the group's channels that was removed; None for a layer.
+        value: of the measure; None if the changed model could not be built.
+        refused: the reason why not; empty otherwise.
+        groups: all channel groups that lost channels together.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Sensitivity:
     """All points of a model; `print` shows them as a table.
 
     Attributes:
-        model: what it is called.
+        model: name of the model.
         measure: a name of `MEASURES`, in `unit`.
-        reference: the measure of the unchanged model; None where it has none.
-        runtime: whose profile the layers were quantized for.
-        notes: what could not be looked at, and why.
+        reference: the measure of the unchanged model; None if there is none.
+        runtime: runtime whose profile the layers were quantized for.
+        notes: parts of the model that could not be measured, with the reason.
     """
 
     model: str
@@ -63,7 +63,7 @@ class Sensitivity:
     notes: tuple[str, ...] = ()
 
     def damage(self, point: Point) -> float | None:
-        """How much a change hurts, 0 for not at all: noise over signal, nats, or what of the metric is lost."""
+        """Damage of a change, 0 for none: noise over signal, nats, or the drop of the metric."""
         if point.value is None:
             return None
         if self.measure == "sqnr":
@@ -72,30 +72,30 @@ class Sensitivity:
         return max(-lost if self.higher_is_better else lost, 0.0)
 
     def priors(self) -> dict[str, float]:
-        """Relative damage by channel group and by layer, each kind with mean 1: what `Context.priors` takes.
+        """Relative damage by channel group and by layer, with mean 1 within each kind, for `Context.priors`.
 
-        Each ratio, and each scheme, counts as much as every other.
+        All ratios count alike, and all schemes count alike.
         """
-        found: dict[str, float] = {}
+        priors: dict[str, float] = {}
         for kind in ("channels", "layer"):
             shares: dict[str, list[float]] = {}
-            for change in dict.fromkeys(each.change for each in self.points if each.kind == kind):
-                known: dict[str, list[float]] = {}
+            for change in dict.fromkeys(point.change for point in self.points if point.kind == kind):
+                damages: dict[str, list[float]] = {}
                 for point in self.points:
-                    if point.kind == kind and point.change == change and (hurt := self.damage(point)) is not None:
+                    if point.kind == kind and point.change == change and (damage := self.damage(point)) is not None:
                         for name in point.groups or (point.name,):
-                            known.setdefault(name, []).append(hurt)
-                means = {name: sum(values) / len(values) for name, values in known.items()}
+                            damages.setdefault(name, []).append(damage)
+                means = {name: sum(values) / len(values) for name, values in damages.items()}
                 mean = sum(means.values()) / max(len(means), 1)
                 for name, value in means.items():
                     shares.setdefault(name, []).append(value / mean if mean else 1.0)
             rows = {name: sum(values) / len(values) for name, values in shares.items()}
             mean = sum(rows.values()) / max(len(rows), 1)
-            found |= {name: value / mean for name, value in rows.items()}
-        return found
+            priors |= {name: value / mean for name, value in rows.items()}
+        return priors
 
     def most_sensitive(self, scheme: str) -> list[str]:
-        """Layers by what a scheme does to them, the worst first.
+        """Layers sorted by the damage of a scheme, the worst first.
 
         Raises:
             SensitivityError: the scheme was not measured.
@@ -104,13 +104,13 @@ class Sensitivity:
             (point, self.damage(point)) for point in self.points if point.kind == "layer" and point.change == scheme
         ]
         if not rows:
-            known = dict.fromkeys(point.change for point in self.points if point.kind == "layer")
-            raise SensitivityError(f"scheme {scheme!r} was not measured; there is {', '.join(known) or 'none'}")
-        measured = [(each.name, hurt) for each, hurt in rows if hurt is not None]
+            schemes = dict.fromkeys(point.change for point in self.points if point.kind == "layer")
+            raise SensitivityError(f"scheme {scheme!r} was not measured; there is {', '.join(schemes) or 'none'}")
+        measured = [(point.name, damage) for point, damage in rows if damage is not None]
         return [name for name, _ in sorted(measured, key=lambda row: -row[1])]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain lists, numbers and text."""
+        """The result as plain lists, numbers and text."""
         points = [{**asdict(point), "groups": list(point.groups)} for point in self.points]
         head = {"format": FORMAT, "kind": KIND, "torchslim": __version__}
         own = {
@@ -121,10 +121,10 @@ class Sensitivity:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
-        """The inverse of `to_dict`.
+        """Result from what `to_dict` returns.
 
         Raises:
-            SensitivityError: it is something else.
+            SensitivityError: `data` is something else.
         """
         try:
             if (data["format"], data["kind"]) != (FORMAT, KIND):
@@ -139,13 +139,13 @@ class Sensitivity:
             raise SensitivityError(f"no sensitivity of format {FORMAT}: {error}; measure it again") from error
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON."""
+        """Write the result as JSON, and return the path."""
         write_json(Path(path), self.to_dict())
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
-        """What `save` wrote, or `torchslim sensitivity`.
+        """Result from a file that `save` or `torchslim sensitivity` wrote, or from the folder that holds it.
 
         Raises:
             SensitivityError: no such file, or something else in it.
@@ -162,22 +162,22 @@ class Sensitivity:
             raise SensitivityError(f"{path} holds {error}") from error
 
     def table(self) -> str:
-        """As text: a row for each group and layer, a column for each change."""
+        """Text table with a row for each group and layer, and a column for each change."""
         lines = [f"{self.model}: {MEASURES[self.measure]}" + _reference(self)]
         for kind, title in (("channels", "channel groups, so much of them removed"), ("layer", "layers")):
-            own = [point for point in self.points if point.kind == kind]
-            if not own:
+            points = [point for point in self.points if point.kind == kind]
+            if not points:
                 continue
-            changes = list(dict.fromkeys(each.change for each in own))
-            cells = {(each.name, each.change): each for each in own}
-            names = list(dict.fromkeys(each.name for each in own))
+            changes = list(dict.fromkeys(point.change for point in points))
+            cells = {(point.name, point.change): point for point in points}
+            names = list(dict.fromkeys(point.name for point in points))
             width = max(map(len, names))
             lines += ["", title, f"  {'':<{width}}  " + "  ".join(f"{change:>12}" for change in changes)]
             lines += [
                 f"  {name:<{width}}  " + "  ".join(_cell(cells.get((name, change))) for change in changes)
                 for name in names
             ]
-            refused = dict.fromkeys((each.name, each.refused) for each in own if each.refused)
+            refused = dict.fromkeys((point.name, point.refused) for point in points if point.refused)
             lines += [f"  {name}: {why}" for name, why in refused]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
 
@@ -198,7 +198,7 @@ def _cell(point: Point | None) -> str:
 
 
 def percent(ratio: float) -> str:
-    """A ratio as points call it."""
+    """A ratio as written in `Point.change`."""
     return f"{100 * ratio:.4g} %"
 
 

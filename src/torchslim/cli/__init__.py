@@ -1,4 +1,4 @@
-"""The command line: everything is a thin call of the library; only here is anything drawn."""
+"""The command line: thin calls of the library, and the only code that draws on the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ for _command in COMMANDS:
 
 
 def main() -> None:
-    """Exit code 0 on success, 2 on the user's error (one line), 1 on ours."""
+    """Run the command line; exit with 0 on success, 2 on the user's error (one line), 1 on an internal error."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -45,7 +45,7 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:  # noqa: BLE001 - the last resort, which says whose mistake it is
+    except Exception as error:  # noqa: BLE001 - the last resort: tells user errors from internal ones
         from torchslim.errors import TorchslimError
 
         if debug:

@@ -1,4 +1,4 @@
-"""Commands that take what a run has left: artifacts and records."""
+"""Commands for the results of a run: artifacts and records."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def bench(
     click.echo(f"{'artifact':<{width}}  {'latency ms [p10-p90]':>26}  {'speed-up [p10-p90]':>24}")
     for row in rows:
         row["artifact"] = printable(row["artifact"])
-        took, ratio = row["latency_ms"], row["speedup"]
-        latency = f"{took['median']:.3f} [{took['p10']:.3f}-{took['p90']:.3f}]"
+        latency_ms, ratio = row["latency_ms"], row["speedup"]
+        latency = f"{latency_ms['median']:.3f} [{latency_ms['p10']:.3f}-{latency_ms['p90']:.3f}]"
         speedup = f"{ratio['median']:.2f}x [{ratio['p10']:.2f}-{ratio['p90']:.2f}]"
         click.echo(f"{row['artifact']:<{width}}  {latency:>26}  {speedup:>24}  {ratio['verdict']}")
 
@@ -73,13 +73,13 @@ def bench(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Default: report.html beside it.")
 def report(folder: Path, out: Path | None) -> None:
-    """Make the report page again from run.json, search.json or sensitivity.json, and print the table."""
+    """Rebuild the report page from run.json, search.json or sensitivity.json, and print the table."""
     from torchslim.core.files import write_bytes
     from torchslim.report import REPORTS, kind_of
 
     load, render, table = REPORTS[kind_of(folder)]
-    found = load(folder)
+    record = load(folder)
     out = out or (folder if folder.is_dir() else folder.parent) / "report.html"
-    write_bytes(out, render(found).encode())
-    click.echo(printable(table(found), lines=True))
+    write_bytes(out, render(record).encode())
+    click.echo(printable(table(record), lines=True))
     click.echo(f"\nreport: {out}")

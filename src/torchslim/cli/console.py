@@ -1,4 +1,4 @@
-"""What the commands share: how they draw progress and name results."""
+"""Helpers of the commands: progress bars and names of results."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ EXAMPLE = "\b\nExample:\n  "
 
 
 def default_name(recipe: Path) -> str:
-    """What a recipe's results are called: as its file, or as the folder of a plain recipe.toml."""
+    """Return the name of a recipe's results: that of its file, or of its folder for a plain recipe.toml."""
     return recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name
 
 
 def with_report(found: object, report: Path) -> str:
-    """What a command has found, as text, and where its report is."""
+    """Return the result of a command as text, with the path of its report."""
     return printable(f"{found}\n\nreport: {report}", lines=True)
 
 
 class TimeLeft:
-    """How long the trainings of a recipe will still take, at the pace of those that have run."""
+    """Estimates the remaining time of a recipe's trainings from the pace of the epochs so far."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         trainings = [(step_name(step), step.trainings()) for step in steps if isinstance(step, Trains)]
         self.names = [name for name, counts in trainings for _ in counts]
         self.epochs = [count for _, counts in trainings for count in counts]
         self.place, self.running = -1, ("", "")
-        self.begun: tuple[float, float] | None = None  # when the first training was seen, and after how many epochs
+        self.begun: tuple[float, float] | None = None  # time of the first event, and epochs done by then
 
     def after(self, event: Event) -> float | None:
-        """Seconds that are left after an event; None where no training has run that could tell."""
+        """Return the seconds left after an event; None where no training has run yet to estimate from."""
         if not event.total or "epoch" not in event.values:
             return None
         if (event.step, event.phase) != self.running:
             if event.step not in self.names[self.place + 1 :]:
                 return None
             self.running, self.place = (event.step, event.phase), self.names.index(event.step, self.place + 1)
-        done = sum(self.epochs[: self.place]) + self.epochs[self.place] * event.current / event.total
+        finished = sum(self.epochs[: self.place]) + self.epochs[self.place] * event.current / event.total
         now = time.monotonic()
-        self.begun = self.begun or (now, done)
+        self.begun = self.begun or (now, finished)
         started, before = self.begun
-        return (sum(self.epochs) - done) * (now - started) / (done - before) if done > before else None
+        return (sum(self.epochs) - finished) * (now - started) / (finished - before) if finished > before else None
 
 
 @contextmanager
 def progress_shown(steps: Sequence[Step] = ()) -> Iterator[Callable[[Event], None]]:
-    """A bar on a terminal, a line for each tenth of a phase elsewhere; on stderr, so that stdout stays the result.
+    """Show progress on stderr, apart from the result on stdout: bars on a terminal, else a line per tenth of a phase.
 
-    With the steps of a run, how long their trainings will still take is shown.
+    With the steps of a run, the remaining time of their trainings is shown.
     """
     from rich import progress as rich
     from rich.console import Console
@@ -75,8 +75,8 @@ def progress_shown(steps: Sequence[Step] = ()) -> Iterator[Callable[[Event], Non
             name = escape(printable(f"{event.step}: {event.phase}"))  # rich reads [...] as markup
             values = [f"{key} {value:.4g}" for key, value in event.values.items()]
             seconds = time_left.after(event)
-            left = [] if seconds is None else [f"about {_duration(seconds)} of training left"]
-            note = escape(printable("  ".join([*values, *left])))
+            remaining = [] if seconds is None else [f"about {_duration(seconds)} of training left"]
+            note = escape(printable("  ".join([*values, *remaining])))
             if console.is_terminal:
                 if name not in bars:
                     for bar in bars.values():

@@ -1,4 +1,4 @@
-"""Commands that look into a model: its channel groups, its sensitive layers, its latency elsewhere."""
+"""Commands that analyze a model: its channel groups, its sensitive layers, its latency on another machine."""
 
 from __future__ import annotations
 
@@ -48,9 +48,11 @@ def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, m
     if (Path(model) / "artifact.json").is_file():
         raise click.UsageError(f"{model} is an artifact; list its kernels with: torchslim kernels {model}")
     current_folder_last()
-    made, example_inputs = load_model(model, inputs)
-    found = look(made, example_inputs, heads=heads)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else printable(found.table(all=everything), lines=True))
+    network, example_inputs = load_model(model, inputs)
+    groups = look(network, example_inputs, heads=heads)
+    click.echo(
+        json.dumps(groups.to_dict(), indent=1) if as_json else printable(groups.table(all=everything), lines=True)
+    )
 
 
 @click.command(epilog=f"{EXAMPLE}torchslim sensitivity recipe.toml --measure kl")
@@ -79,11 +81,11 @@ def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> 
     document = load_document(recipe)
     model, task, _ = made(document)
     runtime = document.get("runtime", "onnxruntime")
-    if isinstance(runtime, dict):  # of a search: the first that it would try
+    if isinstance(runtime, dict):  # a range of a search: take its first runtime
         runtime = next(iter(runtime.get("search", ())), "onnxruntime")
     out = out or Path("runs") / default_name(recipe)
     with progress_shown() as progress:
-        found = analyze(
+        result = analyze(
             model,
             task,
             measure=measure,
@@ -92,19 +94,19 @@ def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> 
             name=document["model"],
             progress=progress,
         )
-    path = found.save(out / "sensitivity.json")
-    write_bytes(out / "sensitivity.html", render_sensitivity(found.to_dict()).encode())
+    path = result.save(out / "sensitivity.json")
+    write_bytes(out / "sensitivity.html", render_sensitivity(result.to_dict()).encode())
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=1))
+        click.echo(json.dumps(result.to_dict(), indent=1))
     else:
-        click.echo(with_report(found, path.with_suffix(".html")))
+        click.echo(with_report(result, path.with_suffix(".html")))
 
 
 @click.command(epilog=f"{EXAMPLE}torchslim latency recipe.toml --pack board/")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--pack", "folder", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 def latency(recipe: Path, folder: Path) -> None:
-    """Pack what another machine must time, so that a recipe can prune to a latency there.
+    """Pack the programs that another machine must time, so that a recipe can prune to a latency there.
 
     Copy the folder, run `python bench.py` in it (it needs numpy and the runtime alone), and name the latency.json that
     it writes in the recipe: latency_table = "board/latency.json".

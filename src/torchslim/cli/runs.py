@@ -1,4 +1,4 @@
-"""Commands that run a recipe, search one, or derive one."""
+"""Commands that run, search, derive or check a recipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_js
 def carried_out(
     recipe: Recipe, out: Path, *, overwrite: bool = False, key: Path | None = None, stages: Path | None = None
 ) -> Result | None:
-    """Run a recipe and save its result in `out`; None in all processes but the first, which writes for all."""
+    """Run a recipe and save its result in `out`; returns None in all processes except the first, which writes."""
     from torchslim.core import distributed
     from torchslim.core.step import ignore_progress
     from torchslim.facade import compress
@@ -92,7 +92,7 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
     model, task, teacher = made(space.document)
     out = out or Path("runs") / f"{default_name(recipe)}-search"
     with progress_shown() as progress:
-        found = look(
+        result = look(
             model,
             task,
             space,
@@ -103,7 +103,7 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
             progress=progress if distributed.is_first() else ignore_progress,
         )
     if distributed.is_first():
-        click.echo(json.dumps(found.data, indent=1) if as_json else with_report(found, out / "report.html"))
+        click.echo(json.dumps(result.data, indent=1) if as_json else with_report(result, out / "report.html"))
 
 
 @click.command(epilog=f"{EXAMPLE}torchslim suggest package.module:model package.module:task --latency-ms 3")
@@ -117,7 +117,7 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
 def suggest(model: str, task: str, runtime: str | None, out: Path | None, **bounds: float | None) -> None:
     """Derive a recipe to search from a MODEL and a TASK, each module:callable, and this machine; nothing is trained.
 
-    torchslim search takes it as it is.
+    torchslim search runs the recipe unchanged.
     """
     from torchslim.core.budget import Budget
     from torchslim.core.files import write_bytes
@@ -127,13 +127,13 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
     current_folder_last()
     budget = Budget(**{name: value for name, value in bounds.items() if value is not None})  # type: ignore[arg-type]
     names = {"model": model, "task": task}
-    own, given, _ = made(names)
-    found = derive(own, given, budget, runtime=runtime, names=names)
+    network, loaded_task, _ = made(names)
+    suggestion = derive(network, loaded_task, budget, runtime=runtime, names=names)
     if out is None:
-        click.echo(found.toml, nl=False)
+        click.echo(suggestion.toml, nl=False)
         return
-    write_bytes(out, found.toml.encode())
-    click.echo("\n".join(found.reasons))
+    write_bytes(out, suggestion.toml.encode())
+    click.echo("\n".join(suggestion.reasons))
     click.echo(f"\nrecipe: {out}")
 
 
@@ -141,7 +141,7 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
 def check(recipe: Path, as_json: bool) -> None:
-    """Say whether a recipe would start: its keys, its order, and that what it names can be imported."""
+    """Check a recipe without running it: its keys, the order of its steps, and the imports of the names in it."""
     from torchslim.core.fingerprint import canonical
     from torchslim.pipeline.document import load_document
     from torchslim.pipeline.recipe import check_names, parse_document

@@ -1,4 +1,4 @@
-"""Commands to start with: a demo, a starter of one's own, and the list of names."""
+"""Commands to start with: a demo, a starter project, and the list of names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchslim.core.search_path import current_folder_last
 from torchslim.core.step import step_name
 
 STARTERS = ("images", "text", "series", "detection")
-CLASSES, NUMBERS = '{ do = "kd", temperature = 4.0, alpha = 0.9 }', '{ do = "mse" }'  # what a student is compared in
+CLASSES, NUMBERS = '{ do = "kd", temperature = 4.0, alpha = 0.9 }', '{ do = "mse" }'  # response losses of a student
 
 
 @click.command(epilog=f"{EXAMPLE}torchslim init my_project --from text")
@@ -58,7 +58,7 @@ def _starters() -> Traversable:
 def demo(recipe: Path | None, out: Path | None) -> None:
     """Show a first result within a minute, int8 alone; then run the whole RECIPE. An interrupted demo resumes.
 
-    Without RECIPE: the starter of `torchslim init --from images`, on images that it draws.
+    Without RECIPE: the starter of `torchslim init --from images`, on generated images.
     """
     from torchslim.pipeline.recipe import load_recipe, parse_recipe
     from torchslim.quantize import Quantize
@@ -92,7 +92,7 @@ def list_(as_json: bool) -> None:
     from torchslim.quantize import SCHEMES
     from torchslim.runtimes import RUNTIMES
 
-    known = {
+    tables = {
         "steps": {name: _about(kind) for name, kind in STEPS.items()},
         "criteria": {name: criterion.about for name, criterion in CRITERIA.items()},
         "patterns": dict(PATTERNS),
@@ -102,10 +102,10 @@ def list_(as_json: bool) -> None:
         "runtimes": dict(RUNTIMES),
     }
     if as_json:
-        click.echo(json.dumps(known, indent=1))
+        click.echo(json.dumps(tables, indent=1))
         return
-    width = max(len(name) for rows in known.values() for name in rows)
-    for kind, rows in known.items():
+    width = max(len(name) for rows in tables.values() for name in rows)
+    for kind, rows in tables.items():
         click.echo(click.style(kind, bold=True))
         for name, about in rows.items():
             click.echo(f"  {name:<{width}}  {about}")

@@ -1,1 +1,1 @@
-"""What every room uses: steps, tasks, files, checks of values. It imports torch alone."""
+"""Code that every part of the package uses: steps, tasks, files, checks. Imports no other part except `errors`."""

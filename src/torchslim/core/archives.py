@@ -1,7 +1,7 @@
-"""Archives that others may have written: what is unpacked is never larger than what is packed.
+"""Read archives from untrusted writers: unpacked data is never larger than the archive.
 
-Zip files are read where nothing in them is compressed, as torch, numpy and `files.bundle` write them: a compressed
-megabyte can hold gigabytes. Arrays and weights have the sizes that their bytes have, before memory is taken for them.
+Only zip files without compression are read, as torch, numpy and `files.bundle` write them: a compressed megabyte can
+hold gigabytes. The size of an array or weight is compared with its bytes before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ HEADERS = Limits(depth=6)
 
 
 def unzip(data: bytes, what: str) -> dict[str, bytes]:
-    """The files of an uncompressed zip, by name and in their order.
+    """Files of an uncompressed zip by name, in their order.
 
     Raises:
-        ArtifactError: damaged, compressed, encrypted, a name given twice, or files that overlap.
+        ArtifactError: damaged, compressed, encrypted, too many files, a duplicate name, or files that overlap.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -43,10 +43,10 @@ def unzip(data: bytes, what: str) -> dict[str, bytes]:
                 raise ArtifactError(f"{what} holds compressed files, which torchslim never writes; save it again")
             if sum(info.file_size for info in infos) > len(data):
                 raise ArtifactError(f"{what} would unpack to more than its own size; it is not read")
-            found = {info.filename: archive.read(info) for info in infos}
+            files = {info.filename: archive.read(info) for info in infos}
     except ArtifactError:
         raise
-    # ValueError, LookupError, OverflowError and struct.error: fields of a damaged directory
+    # ValueError, LookupError and OverflowError: fields of a damaged directory
     except (
         zipfile.BadZipFile,
         OSError,
@@ -59,24 +59,24 @@ def unzip(data: bytes, what: str) -> dict[str, bytes]:
         MemoryError,
     ) as error:
         raise ArtifactError(f"{what} is damaged: {type(error).__name__}: {error}; copy it again") from error
-    if len(found) < len(infos):
+    if len(files) < len(infos):
         raise ArtifactError(f"{what} holds a file twice; it is not read")
-    return found
+    return files
 
 
 def read_arrays(data: bytes, what: str) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of an `.npz` of numbers, by name; nothing is unpickled.
+    """Arrays of an `.npz` of numbers, by name; never unpickles.
 
     Raises:
         ArtifactError: damaged, compressed, objects in place of numbers, or a shape that does not fit its bytes.
     """
-    found = {}
+    arrays = {}
     for name, content in unzip(data, what).items():
         try:
-            found[name.removesuffix(".npy")] = _array(content)
+            arrays[name.removesuffix(".npy")] = _array(content)
         except (ValueError, SyntaxError, KeyError, TypeError, OverflowError, RecursionError, MemoryError) as error:
             raise ArtifactError(f"{what} cannot be read: {name!r}: {error}; save it again") from error
-    return found
+    return arrays
 
 
 def _array(content: bytes) -> np.ndarray[Any, Any]:
@@ -101,10 +101,10 @@ def _array(content: bytes) -> np.ndarray[Any, Any]:
 
 
 def read_tensors(data: bytes, what: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name.
+    """Tensors of a safetensors file, by name.
 
     Raises:
-        ArtifactError: damaged, or a header that is absurdly large.
+        ArtifactError: damaged, or its header is beyond the limits of JSON.
     """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
@@ -119,10 +119,10 @@ def read_tensors(data: bytes, what: str) -> dict[str, Tensor]:
 
 
 def read_masks(data: bytes, shapes: Mapping[str, list[int]], what: str) -> dict[str, Tensor]:
-    """Boolean tensors from packed bits, eight a byte.
+    """Boolean tensors from packed bits, eight per byte.
 
     Raises:
-        ArtifactError: damaged, other names than `shapes` has, or bits that do not fit a shape.
+        ArtifactError: damaged, names other than those of `shapes`, or bits that do not fit a shape.
     """
     packed = read_tensors(data, what)
     if set(packed) != set(shapes):

@@ -1,4 +1,4 @@
-"""Batches as models take them: inputs, targets, masks, and calls of a model."""
+"""Split batches into inputs, targets and masks, and call models with them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MASKS = ("attention_mask", "mask")  # 1 where a token is real; torch's own paddi
 
 
 def batch_inputs(batch: Batch) -> tuple[Any, ...] | dict[str, Any]:
-    """What of a batch goes into the model: of `(x, ..., y)` all but the last, of a dict all but the labels."""
+    """Model inputs of a batch: all of `(x, ..., y)` except the last, all of a dict except the labels."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in LABELS}
     if isinstance(batch, (tuple, list)):
@@ -30,7 +30,7 @@ def batch_inputs(batch: Batch) -> tuple[Any, ...] | dict[str, Any]:
 
 
 def batch_target(batch: Batch) -> Tensor | None:
-    """The labels of a batch: the last of a tuple, or a dict's `labels`; None where there are none."""
+    """Labels of a batch: the last element of a tuple, or a dict's `labels`; None if it has none."""
     if isinstance(batch, Mapping):
         return next((batch[key] for key in LABELS if key in batch), None)
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
@@ -39,12 +39,12 @@ def batch_target(batch: Batch) -> Tensor | None:
 
 
 def batch_mask(batch: Batch) -> Tensor | None:
-    """The padding mask of a dict batch, where it has one."""
+    """Padding mask of a dict batch; None if it has none."""
     return next((batch[key] for key in MASKS if key in batch), None) if isinstance(batch, Mapping) else None
 
 
 def output_logits(outputs: Outputs) -> Tensor:
-    """The tensor that a response loss compares: the output, its `logits`, or its first element."""
+    """Tensor that a response loss compares: the output, its `logits`, or its first element."""
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping) and "logits" in outputs:
@@ -57,14 +57,14 @@ def output_logits(outputs: Outputs) -> Tensor:
 
 
 def call(function: Callable[..., Outputs], inputs: Any) -> Outputs:
-    """Call with a tuple of positional or a dict of keyword arguments."""
+    """Call `function` with a tuple of positional or a dict of keyword arguments."""
     if isinstance(inputs, Mapping):
         return function(**inputs)
     return function(*inputs) if isinstance(inputs, (tuple, list)) else function(inputs)
 
 
 def checked(batches: Iterable[Batch] | None, name: str) -> Iterator[Batch]:
-    """Iterate over batches; a split that is missing or empty raises TaskError."""
+    """Iterate over batches; raise TaskError if the split is missing or empty."""
     if batches is None:
         raise TaskError(f"the task has no {name} batches; give Task({name}=...)")
     empty = True
@@ -76,7 +76,7 @@ def checked(batches: Iterable[Batch] | None, name: str) -> Iterator[Batch]:
 
 
 class _Checked:
-    """A split as a metric sees it: iterated as often as it likes, with the loader's length, and not empty."""
+    """A split for a metric: can be iterated several times, has the loader's length, raises TaskError if empty."""
 
     def __init__(self, batches: Iterable[Batch] | None, name: str) -> None:
         self.batches, self.name = batches, name
@@ -89,26 +89,26 @@ class _Checked:
 
 
 def take_first(batches: Iterable[Batch] | None, name: str) -> Batch:
-    """The first batch of a split."""
+    """First batch of a split."""
     return next(islice(checked(batches, name), 1))
 
 
 def batch_size(inputs: Any) -> int:
-    """The size of the first dimension of the first tensor that has one."""
+    """Size of the first dimension of the first tensor that has one; 1 if none has."""
     return next((int(tensor.shape[0]) for tensor in tensors(inputs) if tensor.dim()), 1)
 
 
 def predictor(model: nn.Module) -> Predict:
-    """`model` in eval mode without gradients, called with inputs on any device and answering on theirs."""
+    """Function that runs `model` in eval mode without gradients, with inputs and outputs on any one device."""
 
     def predict(*args: Any, **kwargs: Any) -> Outputs:
         modes = [(module, module.training) for module in model.modules() if module.training]
-        given = tensors((args, kwargs))
-        home, away = device_of(model), given[0].device if given else None
+        arguments = tensors((args, kwargs))
+        home, away = device_of(model), arguments[0].device if arguments else None
         for module, _ in modes:
             module.training = False
         try:
-            # in eval mode PyTorch's fused kernel for encoders gives 0 at padded positions, as no other way does
+            # in eval mode PyTorch's fused encoder kernel gives 0 at padded positions; no other implementation does
             with torch.no_grad(), unfused_attention():
                 if away is None or away == home:
                     return model(*args, **kwargs)

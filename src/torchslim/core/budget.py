@@ -1,4 +1,4 @@
-"""What the user wants: bounds that a compressed model must keep, and what is to be as small as can be."""
+"""Budget of a search: bounds that a compressed model must keep, and objectives to minimize."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchslim.errors import RecipeError
 
 Objective = Literal["metric_drop", "latency", "size", "peak_memory", "macs", "params"]
 
-BOUNDS: Mapping[str, str] = {  # what each bound is a bound of
+BOUNDS: Mapping[str, str] = {  # the figure that each bound limits
     "metric_drop": "metric_drop",
     "latency_ms": "latency",
     "size_mb": "size",
@@ -37,24 +37,24 @@ MOST = 10**6  # trials
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bounds, objectives, and how long to look for them.
+    """Bounds and objectives of a search, and its length.
 
     Args:
         metric_drop: how much worse than the original the metric may be on val, in the metric's own unit: 0.5 is half a
             point of an accuracy in per cent.
-        latency_ms: of one sample a call on the runtime, in milliseconds.
-        size_mb: of the files that ship, in megabytes (10**6 bytes).
-        peak_memory_mb: by how much loading and running the artifact raises a process's memory at most, in megabytes.
-        macs: multiply-accumulates of a sample.
-        params: how many numbers the model holds.
-        minimize: what is to be small; by default the metric's drop and whatever else is bounded, or the latency where
-            nothing else is.
-        trials: how many to take; those that a killed worker lost do not count.
-        finalists: how many of the best are trained fully and measured as artifacts; up to twice as many while none of
-            them keeps the bounds. Of those that train nothing and keep the bounds, as many come on top, where no other
-            of them is better.
-        short: the share of its training that a trial gets before.
-        hours: after which no further trial begins; None: no limit.
+        latency_ms: latency of one sample per call on the runtime, in milliseconds.
+        size_mb: size of the files that ship, in megabytes (10**6 bytes).
+        peak_memory_mb: how much loading and running the artifact may raise a process's memory, in megabytes.
+        macs: multiply-accumulates of one sample.
+        params: number of the model's parameters.
+        minimize: the objectives; by default the metric's drop and every other bounded figure, or the latency if no
+            other figure is bounded.
+        trials: number of trials; those that a killed worker lost do not count.
+        finalists: number of best trials that are trained in full and measured as artifacts; up to twice as many while
+            none of them keeps the bounds. As many come on top from trials that train nothing and keep the bounds, if no
+            other of these is better.
+        short: fraction of its training that a trial gets before finalists are chosen.
+        hours: time after which no further trial begins; None: no limit.
     """
 
     metric_drop: float | None = None
@@ -75,11 +75,11 @@ class Budget:
             value = getattr(self, name)
             low = 0 if name == "metric_drop" else math.ulp(0.0)
             if value is not None and not (isinstance(value, (int, float)) and low <= value < math.inf):
-                wanted = "a finite number of at least 0" if name == "metric_drop" else "a finite number above 0"
-                raise RecipeError(f"budget: {name} must be {wanted}, got {value!r}")
-        for each in self.minimize:
-            if each not in UNITS:
-                raise RecipeError(f"budget: minimize knows {', '.join(UNITS)}; got {each!r}")
+                expected = "a finite number of at least 0" if name == "metric_drop" else "a finite number above 0"
+                raise RecipeError(f"budget: {name} must be {expected}, got {value!r}")
+        for objective in self.minimize:
+            if objective not in UNITS:
+                raise RecipeError(f"budget: minimize knows {', '.join(UNITS)}; got {objective!r}")
         if len(set(self.minimize)) < len(self.minimize):
             raise RecipeError(f"budget: minimize names one thing twice: {', '.join(self.minimize)}")
         for name in ("trials", "finalists"):
@@ -93,12 +93,12 @@ class Budget:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """The bounds that are given, by what they bound, in the units of `UNITS`."""
+        """Bounds that are set, by the figure that they limit, in the units of `UNITS`."""
         return {BOUNDS[name]: value for name in BOUNDS if (value := getattr(self, name)) is not None}
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        """What is made small, in order."""
+        """Figures to minimize, in order."""
         if self.minimize:
             return self.minimize
         others = [bound for bound in self.bounds if bound != "metric_drop"] or ["latency"]
@@ -106,13 +106,13 @@ class Budget:
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """All that must be measured of each candidate."""
+        """Figures to measure for every trial: objectives and bounded figures."""
         return tuple(dict.fromkeys((*self.objectives, *self.bounds)))
 
     def excess(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """By how much of each bound the figures are over it; 0 or less where it is kept.
+        """Relative excess of each figure over its bound; 0 or less if the bound is kept.
 
-        A bound of 0 is exceeded by the figure itself.
+        For a bound of 0 the excess is the figure itself.
         """
         return {name: (figures[name] - bound) / (bound or 1.0) for name, bound in self.bounds.items()}
 

@@ -1,7 +1,7 @@
-"""Values against the types that functions and dataclasses declare, in Python calls and in recipes alike.
+"""Check values against the declared types of functions and dataclasses, in Python calls and in recipes.
 
-Numbers are checked beyond their type: a boolean is no number, NaN and infinity are refused, and so is what is larger
-than any sensible setting, by default `WHOLE` and `REAL`. `Annotated[float, Range(low, high)]` sets a field's limits.
+Numbers are checked beyond their type: a boolean is no number; NaN, infinity and numbers larger than any sensible
+setting (by default `WHOLE` and `REAL`) are refused. `Annotated[float, Range(low, high)]` sets the limits of a field.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 from torchslim.core.terminal import printable
 from torchslim.errors import TorchslimError
 
-WHOLE, REAL = 10**9, 1e9  # the largest number that a field takes by default, of either sign
-TEXT, VALUES, DEPTH = 10_000, 10_000, 32  # characters of a text, entries of a list or a table, levels of them
+WHOLE, REAL = 10**9, 1e9  # default limits of a field's absolute value
+TEXT, VALUES, DEPTH = 10_000, 10_000, 32  # characters of a text, entries of a list or table, nesting levels
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The lowest and the highest number that a field takes, in place of the default limits.
+    """Lowest and highest number that a field accepts, instead of the default limits.
 
-    `least` is the smallest size of a number other than 0.
+    `least` is the smallest absolute value of a number other than 0.
     """
 
     low: float
@@ -50,12 +50,12 @@ Threads = Annotated[int, Range(1, 1024)]
 
 
 class Misfit(Exception):
-    """A value is not of a type; the message says what belongs there."""
+    """A value does not fit a type; the message says what is expected."""
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, on one line, without control characters."""
-    if not isinstance(value, type):  # torch is not imported for a message
+    """`value` as text for a message: short, on one line, without control characters."""
+    if not isinstance(value, type):  # by attributes: torch is not imported for a message
         if hasattr(value, "named_parameters"):
             return f"the module {type(value).__name__}"
         if hasattr(value, "is_meta") and hasattr(value, "shape"):
@@ -72,30 +72,30 @@ def shown(value: Any) -> str:
     brief.maxlevel, brief.maxstring, brief.maxother = 3, 60, 80
     try:
         text = brief.repr(value)
-    except Exception:  # noqa: BLE001 - the value's own repr is broken; its type says enough
+    except Exception:  # noqa: BLE001 - the value's own repr is broken; the type is enough
         text = f"a {type(value).__name__}"
     return printable(text)[:300]
 
 
 def got(value: Any) -> str:
-    """The end of a message: what was passed, and where it is a class of modules, what to pass in its place."""
+    """End of a message: the value that was passed; for a module class, the remedy too."""
     if isinstance(value, type) and hasattr(value, "named_parameters"):
         return f"got {shown(value)}; make an instance: {value.__name__}(...)"
     return f"got {shown(value)}"
 
 
 class _Brief(reprlib.Repr):
-    """Modules in a list by the name of their class: their own text has a line for every layer."""
+    """Repr that shows modules in a list by class name: their own repr has a line for every layer."""
 
     def repr_instance(self, x: Any, level: int) -> str:
         return f"{type(x).__name__}(...)" if hasattr(x, "named_parameters") else super().repr_instance(x, level)
 
 
 def fitting(value: Any, kind: Any) -> Any:
-    """The value as a declared type has it: whole numbers become floats, and lists tuples, where those are declared.
+    """`value` converted to the declared type: whole numbers to floats, and lists to tuples, if those are declared.
 
     Raises:
-        Misfit: it is of another type, or beyond the limits.
+        Misfit: `value` is of another type, or beyond the limits.
     """
     return _fitting(value, kind, None, DEPTH)
 
@@ -105,7 +105,7 @@ def _fitting(value: Any, kind: Any, limits: Range | None, depth: int) -> Any:
         raise Misfit(f"must be nested at most {DEPTH} levels deep")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        own = next((each for each in kind.__metadata__ if isinstance(each, Range)), limits)
+        own = next((note for note in kind.__metadata__ if isinstance(note, Range)), limits)
         return _fitting(value, arguments[0], own, depth)
     if origin in (Union, types.UnionType):
         return _one_of(value, kind, arguments, limits, depth)
@@ -121,7 +121,7 @@ def _fitting(value: Any, kind: Any, limits: Range | None, depth: int) -> Any:
 
 
 def _check_member(value: Any, kind: Any, origin: Any, choices: Sequence[Any]) -> None:
-    """Of types whose values stay as they are: choices, functions and classes; whatever else is declared fits."""
+    """Check a value that is not converted: a choice, function or class instance; every other type accepts any value."""
     if origin is Literal:
         fits = any(type(value) is type(choice) and value == choice for choice in choices)
     elif kind is None or kind is type(None):
@@ -142,7 +142,7 @@ def _check_member(value: Any, kind: Any, origin: Any, choices: Sequence[Any]) ->
 
 
 def _is_call(kind: Any) -> bool:
-    """Is it a protocol that declares a call and nothing else?"""
+    """Whether `kind` is a protocol that declares only `__call__`."""
     if not getattr(kind, "_is_protocol", False) or kind is typing.Protocol:
         return False
     return "__call__" in vars(kind) and all(var.startswith("_") for var in {*vars(kind), *_annotated(kind)})
@@ -153,15 +153,15 @@ def _annotated(kind: type) -> Mapping[str, Any]:
 
 
 def _one_of(value: Any, kind: Any, members: Sequence[Any], limits: Range | None, depth: int) -> Any:
-    """By the first member that the value fits; of numbers, one that takes it as it is."""
+    """`value` converted to the first member that it fits; a whole number stays whole if `int` is a member."""
     if type(value) is int and int in members:
-        members = [each for each in members if each is not float]
+        members = [member for member in members if member is not float]
     reasons = []
     for member in members:
         try:
             return _fitting(value, member, limits, depth)
         except Misfit as misfit:
-            if _close(value, member):  # it is what was meant, and its own finding says more than the union's
+            if _close(value, member):  # the member that was meant: its message says more than the union's
                 reasons.append(str(misfit))
     raise Misfit(reasons[0] if reasons else f"must be {described(kind)}")
 
@@ -202,7 +202,7 @@ def _real(value: Any, limits: Range | None) -> float:
         value = float(value)
     except OverflowError as error:  # a whole number beyond all floats
         raise Misfit(f"must be a number of at most {high:.12g}") from error
-    if not low <= value <= high:  # NaN neither
+    if not low <= value <= high:  # NaN fails, too
         finite = "a finite number" if high < math.inf else "a number"
         if limits is not None and not limits.least:
             raise Misfit(f"must be {finite} from {low:.12g} to {high:.12g}")
@@ -249,13 +249,13 @@ def _items(value: Any, arguments: Sequence[Any], limits: Range | None, depth: in
         kinds = list(arguments)
     else:
         kinds = [arguments[0]] * len(value)
-    found = []
-    for number, (each, kind) in enumerate(zip(value, kinds, strict=True), 1):
+    items = []
+    for number, (item, kind) in enumerate(zip(value, kinds, strict=True), 1):
         try:
-            found.append(_fitting(each, kind, limits, depth - 1))
+            items.append(_fitting(item, kind, limits, depth - 1))
         except Misfit as misfit:
-            raise Misfit(f"entry {number}, {shown(each)}, {misfit}") from misfit
-    return tuple(found)
+            raise Misfit(f"entry {number}, {shown(item)}, {misfit}") from misfit
+    return tuple(items)
 
 
 def _table(value: Any, arguments: Sequence[Any], limits: Range | None, depth: int) -> Mapping[Any, Any]:
@@ -263,17 +263,17 @@ def _table(value: Any, arguments: Sequence[Any], limits: Range | None, depth: in
         raise Misfit("must be a table of keys and values")
     if len(value) > VALUES:
         raise Misfit(f"must be a table of at most {VALUES:,} keys")
-    found = {}
-    for key, each in value.items():
+    table = {}
+    for key, entry in value.items():
         try:
             key = _fitting(key, arguments[0], None, depth - 1)
         except Misfit as misfit:
             raise Misfit(f"the key {shown(key)} {misfit}") from misfit
         try:
-            found[key] = _fitting(each, arguments[1], limits, depth - 1)
+            table[key] = _fitting(entry, arguments[1], limits, depth - 1)
         except Misfit as misfit:
-            raise Misfit(f"entry {shown(key)}, {shown(each)}, {misfit}") from misfit
-    return found
+            raise Misfit(f"entry {shown(key)}, {shown(entry)}, {misfit}") from misfit
+    return table
 
 
 def described(kind: Any) -> str:
@@ -322,12 +322,12 @@ def _or(words: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=512)
 def types_of(kind: type | Callable[..., Any]) -> Mapping[str, Any]:
-    """The declared types of a class's fields, or of a function's parameters, by name."""
+    """Declared types of a class's fields, or of a function's parameters, by name."""
     return typing.get_type_hints(kind, include_extras=True)
 
 
 def check_fields(config: Any, error: type[TorchslimError], what: str = "", *, only: Sequence[str] = ()) -> None:
-    """Bring every field of a dataclass, or `only` some, to its declared type; messages begin with `what`.
+    """Check and convert the fields of a dataclass (all, or those in `only`); messages begin with `what`.
 
     Raises:
         TorchslimError: of the type `error`, for a field of another type or beyond the limits.
@@ -338,8 +338,8 @@ def check_fields(config: Any, error: type[TorchslimError], what: str = "", *, on
         if value is field_.default or (only and field_.name not in only):
             continue
         try:
-            found = fitting(value, hints[field_.name])
+            fitted = fitting(value, hints[field_.name])
         except Misfit as misfit:
             raise error(f"{what}{field_.name} {misfit}, {got(value)}") from misfit
-        if found is not value:
-            object.__setattr__(config, field_.name, found)
+        if fitted is not value:
+            object.__setattr__(config, field_.name, fitted)

@@ -1,4 +1,4 @@
-"""Several processes that train one model, as torchrun starts them: who is who, and what they do together."""
+"""Processes that train one model together, as torchrun starts them: ranks and collective operations."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-PATIENCE = timedelta(hours=6)  # of those that wait while one deploys and measures
+PATIENCE = timedelta(hours=6)  # timeout of processes that wait while another one deploys and measures
 
 
 def launched() -> int:
-    """How many processes torchrun has started; 1 without it."""
+    """Number of processes that torchrun has started; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
 
 
 def connect() -> None:
-    """Let the processes that torchrun has started know each other; nothing where there is one."""
+    """Connect the processes that torchrun has started; does nothing for a single process."""
     if launched() > 1 and not distributed.is_initialized():
-        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # weights rest on the CPU
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # weights are kept on the CPU
         distributed.init_process_group(backends, timeout=PATIENCE)
 
 
 def count() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Is this the process that writes files and reports?"""
+    """Whether this is the process that writes files and reports."""
     if count() > 1:
         return distributed.get_rank() == 0
     return launched() == 1 or os.environ["RANK"] == "0"
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Block until all processes have called this."""
     if count() > 1:
         distributed.barrier()
 
 
 def leave() -> None:
-    """Wait for the last, then close what connects the processes: one that is gone early may take others with it."""
+    """Wait for all processes, then disconnect them: a process that ends early may make others fail."""
     if count() > 1:
         wait()
         distributed.destroy_process_group()
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks, with gradients: (n, ...) -> (sum of n, ...).
+    """Rows of all processes, in the order of their ranks, with gradients: (n, ...) -> (sum of n, ...).
 
-    The processes may have different numbers of rows. Where each computes its loss from all rows and the gradients of
-    the processes are averaged, as DistributedDataParallel does, the result is the gradient of that loss.
+    Processes may have different numbers of rows. If every process computes its loss from all rows, and gradients are
+    averaged over processes as DistributedDataParallel does, the result is the gradient of that loss.
     """
     if count() == 1:
         return rows
@@ -75,7 +75,7 @@ def _plain(rows: Tensor) -> list[Tensor]:
 
 
 def told(value: Any) -> Any:
-    """The first process's value, in all of them."""
+    """Value of the first process, broadcast to all processes."""
     if count() == 1:
         return value
     box = [value]
@@ -84,13 +84,13 @@ def told(value: Any) -> Any:
 
 
 def agreed(value: bool) -> bool:
-    """Is it so in all processes? What each has looked up by itself may have changed in between."""
+    """Whether `value` is true in all processes; each may have looked it up at a different moment."""
     return count() == 1 or int(summed(torch.tensor(int(value)))) == count()
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """The mean of all processes' gradients, in each."""
+    """Replace the gradients of every process by their mean over all processes."""
     for parameter in parameters if count() > 1 else ():
         if parameter.grad is not None:
             distributed.all_reduce(parameter.grad)
@@ -99,7 +99,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of the processes' tensors, in each."""
+    """Sum of `tensor` over all processes, in every process; changes `tensor` in place."""
     if count() > 1:
         distributed.all_reduce(tensor)
     return tensor
@@ -107,7 +107,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def share(tensors: Iterable[Tensor], through: torch.device | None = None) -> None:
-    """Give every process the first one's values; by way of a device where the backend asks for it."""
+    """Copy the first process's values to every process, through a device if the backend needs one."""
     for tensor in tensors if count() > 1 else ():
         sent = tensor if through is None else tensor.to(through)
         distributed.broadcast(sent, 0)
@@ -115,26 +115,26 @@ def share(tensors: Iterable[Tensor], through: torch.device | None = None) -> Non
             tensor.copy_(sent)
 
 
-# tensors that FSDP has spread: each process holds some rows -----------------------------------------------------------
+# tensors that FSDP has sharded: each process holds some rows ----------------------------------------------------------
 
 
 def is_spread(tensor: Any) -> bool:
-    """Does each process hold only its part of it?"""
+    """Whether the tensor is sharded: each process holds only its part."""
     return hasattr(tensor, "full_tensor")  # a DTensor, whose class is slow to import
 
 
 def local(tensor: Any) -> Any:
-    """This process's part; a tensor that is not spread as it is."""
+    """This process's part of a sharded tensor; other tensors unchanged."""
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
 def whole(tensor: Any) -> Any:
-    """The tensor with all its rows, with gradients; all processes must ask. One that is not spread as it is."""
+    """All rows of a sharded tensor, with gradients; all processes must call this. Other tensors unchanged."""
     return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def spread(tensor: Any, like: Any) -> Any:
-    """A whole tensor as `like` is: each process takes its part of it, where that is spread and has its shape."""
+    """Shard of `tensor` for this process if `like` is sharded and has its shape; else `tensor` unchanged."""
     if not (is_spread(like) and isinstance(tensor, Tensor) and tensor.shape == like.shape):
         return tensor
     from torch.distributed.tensor import distribute_tensor

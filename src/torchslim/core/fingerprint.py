@@ -1,4 +1,4 @@
-"""Digests of steps, functions and weights, that tell runs apart."""
+"""Digests of steps, functions and weights, to tell runs apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchslim.core.files import digest
 
 
 def canonical(value: Any) -> Any:
-    """A value as JSON that stays the same while its meaning does: what two runs are compared by.
+    """`value` as JSON that changes only if its meaning does; two runs are compared by it.
 
     Dataclasses become {"do": class, fields}, functions their name and a digest of their code, modules a digest of
     their weights.
@@ -28,9 +28,9 @@ def canonical(value: Any) -> Any:
         name = f"{type(value).__module__}:{type(value).__qualname__}"
         return {"do": name, **{field_.name: canonical(getattr(value, field_.name)) for field_ in fields(value)}}
     if isinstance(value, Mapping):
-        return {str(key): canonical(each) for key, each in value.items()}
+        return {str(key): canonical(entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        return [canonical(each) for each in value]
+        return [canonical(item) for item in value]
     if isinstance(value, nn.Module):
         return {"module": type(value).__qualname__, "weights": fingerprint(value.state_dict())}
     name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
@@ -44,7 +44,7 @@ def canonical(value: Any) -> Any:
         return {"tensor": fingerprint(value)}
     code = getattr(value, "__code__", None)
     if code is not None:
-        # what a closure has captured and its defaults decide what it does as much as its code
+        # captured variables and defaults decide a function's behaviour as much as its code does
         captured = [_cell(cell) for cell in value.__closure__ or ()]
         return {
             "function": name,
@@ -57,7 +57,7 @@ def canonical(value: Any) -> Any:
         return name
     return {
         "object": name,
-        "state": canonical({key: each for key, each in state.items() if each is not value}),
+        "state": canonical({key: attribute for key, attribute in state.items() if attribute is not value}),
     }
 
 
@@ -74,7 +74,7 @@ def _cell(cell: Any) -> Any:
 
 
 def fingerprint(tree: Any) -> str:
-    """A digest of all tensors in nested containers, and of the other leaves' text."""
+    """Digest of all tensors in nested containers, and of the text of all other leaves."""
     leaves, structure = torch.utils._pytree.tree_flatten(tree)
     parts: list[Any] = [str(structure)]
     for leaf in leaves:

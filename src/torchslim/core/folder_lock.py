@@ -1,11 +1,11 @@
-"""One process at a time: a lock on a folder, which the system releases when its holder ends, however it ends.
+"""Lock a folder for one process; the system releases the lock when the process ends, even if it is killed.
 
-A run holds its working folder; a save, or a load, holds the folder of an artifact for as long as it touches files.
+A run locks its working folder; a save or a load locks the folder of an artifact while it touches files.
 
 The lock of a run is `flock` on the file `.torchslim.lock`. That file is written first and never deleted, so it also
-marks the folder as one of torchslim's: a run that is killed before it wrote anything else can go on. NFS since Linux
-2.6.12 keeps `flock` between machines. On a file system that has no locks a warning says so, and the work goes on. An
-artifact is locked by its folder, beside whose files no lock file may stand.
+marks the folder as one of torchslim's: a run that is killed before it wrote anything else can resume. NFS since Linux
+2.6.12 keeps `flock` between machines. On a file system without locks, torchslim warns and continues. For an artifact
+the folder itself is locked, because no lock file may be among its files.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".torchslim.lock"
-LOOK_SECONDS = 0.2  # between two tries of one that waits
+LOOK_SECONDS = 0.2  # between two tries of a waiting process
 FOLDER_SECONDS = 60.0  # a folder is locked for one write or read, which takes seconds
-ORPHAN_SECONDS = 15.0  # loader workers of a killed process hold its lock until they notice that it is gone
+ORPHAN_SECONDS = 15.0  # loader workers of a killed process hold its lock until they notice its end
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 TAKEN = (errno.EAGAIN, errno.EACCES)
 INFO_BYTES = 4096
@@ -43,11 +43,11 @@ def holding(path: Path, waiting: Callable[[str], None] | None = None) -> Iterato
     """Hold the lock file `path` while the block runs.
 
     Args:
-        path: the lock file; made where it is missing.
-        waiting: called once with who holds it, where another process does; then the lock is waited for. None: an error.
+        path: the lock file, created if it is missing.
+        waiting: called once with a message that names the holder, before waiting for the lock; None: an error instead.
 
     Raises:
-        StorageError: another process holds it, and says which; or the file cannot be made.
+        StorageError: another process, named in the message, holds the lock; or the file cannot be created.
     """
     handle = _opened(path)
     try:
@@ -66,7 +66,7 @@ def holding(path: Path, waiting: Callable[[str], None] | None = None) -> Iterato
             yield
         finally:
             if locked:
-                fcntl.flock(handle, fcntl.LOCK_UN)  # of forked children too, which share it
+                fcntl.flock(handle, fcntl.LOCK_UN)  # also for forked children, which share the lock
     finally:
         os.close(handle)
 
@@ -74,7 +74,7 @@ def holding(path: Path, waiting: Callable[[str], None] | None = None) -> Iterato
 def _opened(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # never through a link: what it points to would be overwritten
+        # never through a link: its target would be overwritten
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         return os.open(path, flags, 0o666)
     except OSError as error:
@@ -84,8 +84,8 @@ def _opened(path: Path) -> int:
 
 
 def _lock(handle: int, path: Path, waiting: Callable[[str], None] | None) -> bool:
-    """Take the lock; False on a file system without locks."""
-    since, told = time.monotonic(), False
+    """Take the lock and return True; return False on a file system without locks."""
+    since, announced = time.monotonic(), False
     while True:
         try:
             if fcntl is None:
@@ -104,14 +104,14 @@ def _lock(handle: int, path: Path, waiting: Callable[[str], None] | None) -> boo
             raise StorageError(
                 f"{path.parent} is in use by {_named(holder)}; wait until it ends, or name another folder"
             )
-        if waiting is not None and not told:
+        if waiting is not None and not announced:
             waiting(f"waiting for {_named(holder)}")
-            told = True
+            announced = True
         time.sleep(LOOK_SECONDS)
 
 
 def _say(handle: int, path: Path, holder: Mapping[str, Any]) -> None:
-    """Write who holds the lock. No seal and no rename: only the one who holds it writes, and nobody relies on it."""
+    """Write the lock's holder. No seal and no rename: only the holder writes, and nothing depends on the text."""
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(holder).encode(), 0)
@@ -121,15 +121,15 @@ def _say(handle: int, path: Path, holder: Mapping[str, Any]) -> None:
 
 def _holder(handle: int) -> dict[str, Any] | None:
     try:
-        found = json.loads(os.pread(handle, INFO_BYTES, 0))
+        info = json.loads(os.pread(handle, INFO_BYTES, 0))
         return {
-            "host": str(found["host"])[:80],
-            "pid": int(found["pid"]),
-            "since": str(found["since"])[:40],
-            "started": found["started"],
+            "host": str(info["host"])[:80],
+            "pid": int(info["pid"]),
+            "since": str(info["since"])[:40],
+            "started": info["started"],
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # it is just being written, or damaged: the lock itself tells that somebody is there
+        return None  # just being written, or damaged: the lock itself shows that there is a holder
 
 
 def _named(holder: Mapping[str, Any] | None) -> str:
@@ -141,7 +141,7 @@ def _named(holder: Mapping[str, Any] | None) -> str:
 
 
 def started(pid: int) -> str | None:
-    """When a process of this machine was started; None where it is gone or nobody can tell."""
+    """Start time of a process of this machine; None if the process has ended or the system does not tell."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -149,7 +149,7 @@ def started(pid: int) -> str | None:
 
 
 def is_dead(process: Mapping[str, Any]) -> bool | None:
-    """Is a process, given by host, pid and started, gone? None for those of other machines."""
+    """Whether a process, identified by host, pid and start time, has ended; None for other machines' processes."""
     if process["host"] != socket.gethostname():
         return None
     try:
@@ -163,12 +163,12 @@ def is_dead(process: Mapping[str, Any]) -> bool | None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Make a folder, and be the only one who writes there while the block runs, with nobody `reading`.
+    """Create a folder, and lock it against other writers and readers while the block runs.
 
     On a file system without locks the block runs at once.
 
     Raises:
-        StorageError: it cannot be made, or another process is writing there, or reading, for long.
+        StorageError: the folder cannot be created, or another process writes or reads there for long.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,12 +180,12 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Wait until nobody is `writing` to a folder, and have others wait to write there while the block runs.
+    """Wait until no process is `writing` to a folder, and lock it against writers while the block runs.
 
-    Where the folder is missing, or may not be opened, the block runs at once.
+    If the folder is missing or cannot be opened, the block runs at once.
 
     Raises:
-        StorageError: another process is writing there, for long.
+        StorageError: another process writes there for long.
     """
     with _locked(folder, "writing to", shared=True):
         yield
@@ -209,7 +209,7 @@ def _locked(folder: Path, others: str, *, shared: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            _taken(handle, fcntl.LOCK_UN)  # of forked children too, which share it
+            _taken(handle, fcntl.LOCK_UN)  # also for forked children, which share the lock
     finally:
         os.close(handle)
 
@@ -219,7 +219,7 @@ def _folder(folder: Path) -> int | None:
         return None
     try:
         return os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    except OSError:  # whoever reads or writes there says more
+    except OSError:  # the caller's own read or write reports the error
         return None
 
 
@@ -227,5 +227,5 @@ def _taken(handle: int, how: int) -> bool:
     try:
         fcntl.flock(handle, how | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in TAKEN  # else a file system without locks
+        return error.errno not in TAKEN  # other errors: a file system without locks
     return True

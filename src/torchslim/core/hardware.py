@@ -1,4 +1,4 @@
-"""The machine that numbers are measured on, and what its processor can do."""
+"""Description of this machine, and instruction set of its processor."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PACKAGES = ("torchslim", "torch", "torchao", "onnxruntime", "onnx", "lightning-f
 
 @cache
 def instruction_set() -> str:
-    """What decides how int8 runs here: "amx", "avx512-vnni", "avx-vnni", "avx512", "avx2", or the architecture."""
+    """Instruction set for int8: "amx", "avx512-vnni", "avx-vnni", "avx512", "avx2", or the architecture."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not capabilities:  # torch before it could tell
+    if not capabilities:  # versions of torch without get_capabilities
         capabilities = {
             "avx512_vnni": torch.cpu._is_vnni_supported(),
             "avx512_f": torch.cpu._is_avx512_supported(),
@@ -38,7 +38,7 @@ def instruction_set() -> str:
 
 
 def saturates() -> bool:
-    """On x86 without VNNI, sums of two u8 x s8 products saturate at 16 bits: weights must stay within 7 bits.
+    """Whether sums of two u8 x s8 products saturate at 16 bits (x86 without VNNI): weights must stay within 7 bits.
 
     Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "When and why do I need to
     try U8U8".
@@ -78,5 +78,5 @@ def _processor() -> str:
 
 
 def cache_folder() -> Path:
-    """Where figures of this machine are kept: `torchslim` in $XDG_CACHE_HOME, or in ~/.cache."""
+    """Folder for cached data of this machine: `torchslim` in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchslim"

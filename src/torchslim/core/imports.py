@@ -1,4 +1,4 @@
-"""Objects that a recipe or a command line names: "package.module:name", imported because the user named them."""
+"""Import objects that a recipe or a command line names as "package.module:name"."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OURS = str(Path(__file__).parents[1])
 
 
 def resolve(spec: Any, what: str, error: type[TorchslimError] = RecipeError) -> Any:
-    """The object that "package.module:name" names; its module is imported, and the object is not called.
+    """Object that "package.module:name" names; imports its module, and does not call the object.
 
     Args:
-        spec: the name; below the module it may have several parts, "package.module:Class.method".
-        what: says in messages what is named.
-        error: the type of what is raised.
+        spec: the name; after the colon it may have several parts, "package.module:Class.method".
+        what: description of the object in messages.
+        error: the type of the error.
 
     Raises:
         TorchslimError: of the type `error`: no such name, or the module's own code failed or tried to exit.
@@ -39,50 +39,50 @@ def resolve(spec: Any, what: str, error: type[TorchslimError] = RecipeError) -> 
     if hidden:
         raise error(f"{what} {spec!r}: {hidden!r} is internal to Python; name a class, a function or an object")
     with foreign(f"{what} {spec!r} cannot be imported", error):
-        found: Any = importlib.import_module(module_name)
-    module = found
+        resolved: Any = importlib.import_module(module_name)
+    module = resolved
     for part in attribute.split("."):
         with foreign(f"{what} {spec!r} cannot be read", error):
             try:
-                found = getattr(found, part)
+                resolved = getattr(resolved, part)
             except AttributeError as missing:
                 hint = _elsewhere(module)
                 raise error(f"{what} {spec!r}: module {module_name!r} has no {attribute!r}{hint}") from missing
-    return found
+    return resolved
 
 
 @contextmanager
 def foreign(what: str, error: type[TorchslimError]) -> Iterator[None]:
-    """Around the user's own code: its exceptions, and `SystemExit`, become one error with the line that failed.
+    """Turn exceptions of the user's own code, and `SystemExit`, into `error` with the line that failed.
 
-    `KeyboardInterrupt` passes, and so does what is a `TorchslimError` already.
+    `KeyboardInterrupt` and every `TorchslimError` pass unchanged.
     """
     try:
         yield
     except TorchslimError:
         raise
     except (Exception, SystemExit) as cause:
-        said = " ".join(str(cause).split())[:300]
-        told = f"{type(cause).__name__}: {said}" if said else type(cause).__name__
-        raise error(f"{what}: {printable(told)}{_line(cause)}") from cause
+        text = " ".join(str(cause).split())[:300]
+        message = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+        raise error(f"{what}: {printable(message)}{_line(cause)}") from cause
 
 
 def _line(cause: BaseException) -> str:
-    """Where the user's code failed: the innermost line that is neither ours nor of Python's import system."""
+    """File and line where the user's code failed: the innermost outside of torchslim and Python's import system."""
     if isinstance(cause, SyntaxError) and cause.filename:
         return f" ({cause.filename}, line {cause.lineno})"
     own = (OURS, "<frozen importlib", importlib.__file__)
-    frames = [each for each in traceback.extract_tb(cause.__traceback__) if not each.filename.startswith(own)]
+    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if not frame.filename.startswith(own)]
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def _elsewhere(module: ModuleType) -> str:
-    """A hint where the current folder has a module of the same name, which an installed one comes before."""
+    """Hint for the case that an installed module hides one of the same name in the current folder; else empty."""
     name = module.__name__.partition(".")[0]
     origin = getattr(sys.modules.get(name), "__file__", None)
-    here = Path.cwd()
-    if origin is None or here in Path(origin).parents:
+    folder = Path.cwd()
+    if origin is None or folder in Path(origin).parents:
         return ""
-    if not ((here / f"{name}.py").is_file() or (here / name / "__init__.py").is_file()):
+    if not ((folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()):
         return ""
     return f"; it was taken from {origin}, which comes before {name!r} in the current folder: rename yours"

@@ -1,4 +1,4 @@
-"""Outputs compared where some are infinite: what two models have in the same places is no difference."""
+"""Compare outputs with infinities and NaN: equal ones in the same place are no difference."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def difference(reference: Tensor, value: Tensor) -> Tensor:
 
 
 def energy(reference: Tensor) -> float:
-    """The sum of squares of the finite values."""
+    """Sum of squares of the finite values of `reference`."""
     values = reference.double()
     return float(values.masked_fill(~values.isfinite(), 0.0).square().sum())
 
 
 def spoiled(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
-    """How many values are not finite where the reference has another value.
+    """Number of non-finite values in `outputs` that differ from the reference's value in the same place.
 
-    Where the shapes differ from the reference's, every value that is not finite counts.
+    Where the shapes differ from the reference's, every non-finite value counts.
     """
     count = 0
     comparable = [expected.shape for expected in reference] == [output.shape for output in outputs]

@@ -1,4 +1,4 @@
-"""Nothing of the caller's changes: copies of models, and global state that is left as it was found."""
+"""Protect the caller's state: copy models, and restore global state."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from torchslim.errors import ModelError
 
 
 def duplicate(model: nn.Module, weights: Mapping[int, Tensor] | None = None) -> nn.Module:
-    """A deep copy of `model` as it stands: the one way in which models are copied.
+    """Deep copy of `model` in its present state. All code copies models with it.
 
-    Computed tensors among its attributes, which deepcopy refuses, are detached; those that an old-style weight norm or
-    spectral norm keeps are computed anew. Tensors in `weights`, by the identity of the originals, take their places.
+    Computed tensors among the attributes, which deepcopy refuses, are detached. Tensors in `weights` replace the
+    originals with these ids; weights that an old-style weight norm or spectral norm computes are then computed again.
 
     Raises:
-        ModelError: an attribute cannot be copied; the message names it.
+        ModelError: an attribute cannot be copied; the message names the attribute.
     """
-    # deepcopy takes what the memo holds: non-leaf attributes (of lists and dicts too) are replaced by detached clones
-    memo: dict[int, Any] = empty_hooks(model) | {id(each): each.detach().clone() for each in _computed(model)}
+    # deepcopy uses the memo's values: it replaces non-leaf attributes (in lists and dicts too) by detached clones
+    memo: dict[int, Any] = empty_hooks(model) | {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
     memo |= weights or {}
     try:
         copied = copy.deepcopy(model, memo)
@@ -45,7 +45,7 @@ def duplicate(model: nn.Module, weights: Mapping[int, Tensor] | None = None) -> 
         raise ModelError(_uncopyable(model, error)) from error
     for old, new in zip(model.modules(), copied.modules(), strict=True):
         for name, value in vars(old).items():
-            if name.startswith("_torchslim_"):  # a torch.fx.GraphModule forgets attributes that it did not make
+            if name.startswith("_torchslim_"):  # copying a torch.fx.GraphModule loses attributes added from outside
                 vars(new).setdefault(name, copy.deepcopy(value))
     if weights:
         for module in copied.modules():
@@ -57,7 +57,7 @@ def duplicate(model: nn.Module, weights: Mapping[int, Tensor] | None = None) -> 
 
 
 def _renewed(module: nn.Module, hook: Any) -> None:
-    """Compute the weight that an old-style norm keeps as an attribute, without a step of its power iteration."""
+    """Compute the weight that an old-style norm stores as an attribute, without a step of power iteration."""
     training, module.training = module.training, False
     try:
         hook(module, None)
@@ -66,16 +66,16 @@ def _renewed(module: nn.Module, hook: Any) -> None:
 
 
 def _uncopyable(model: nn.Module, error: Exception) -> str:
-    """Which attribute deepcopy refuses."""
+    """Error message that names the attribute which deepcopy refuses."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", "_modules"):
                 continue
-            memo: dict[int, Any] = {id(each): each for each in model.modules()}
-            memo |= {id(each): each.detach() for each in _computed(model)}
+            memo: dict[int, Any] = {id(submodule): submodule for submodule in model.modules()}
+            memo |= {id(tensor): tensor.detach() for tensor in _computed(model)}
             try:
                 copy.deepcopy(value, memo)
-            except Exception as cause:  # noqa: BLE001 - whatever a user's class raises; it is what the message is about
+            except Exception as cause:  # noqa: BLE001 - a user's class may raise anything; the message quotes it
                 where = f"{path}.{name}" if path else name
                 return (
                     f"{type(model).__name__} cannot be copied: its attribute {where!r}, a {type(value).__name__}, "
@@ -86,11 +86,11 @@ def _uncopyable(model: nn.Module, error: Exception) -> str:
 
 
 def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A deep copy of `model`, and the masks it was pruned with.
+    """Deep copy of `model`, and the masks of `torch.nn.utils.prune` in it.
 
-    Modules that `torch.nn.utils.prune` has touched keep a computed, non-leaf `weight` that deepcopy refuses:
-    the copy gets plain parameters instead, with zeros where the mask was zero, and the masks are returned by
-    parameter name (boolean, True where kept). A parameter that an unpruned layer shares is given a copy of its own.
+    Modules that `torch.nn.utils.prune` has changed hold a computed, non-leaf `weight` that deepcopy refuses. The copy
+    has plain parameters instead, with zeros where the mask is zero. The masks are returned by parameter name (boolean,
+    True where kept). If an unpruned layer shares the parameter, the pruned layer gets a copy of its own.
     """
     copied = duplicate(model)
     owners = Counter(id(parameter) for module in copied.modules() for parameter in module._parameters.values())
@@ -111,23 +111,23 @@ def copy_model(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Has no module been pruned by `torch.nn.utils.prune`, and does none hold a computed tensor? Deepcopy takes it."""
+    """Whether deepcopy accepts `model`: it has no mask of `torch.nn.utils.prune` and no computed tensor."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return not any(isinstance(each, prune.BasePruningMethod) for each in hooks) and next(_computed(model), None) is None
+    return not any(isinstance(hook, prune.BasePruningMethod) for hook in hooks) and next(_computed(model), None) is None
 
 
 def _computed(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
-        for held in vars(module).values():
-            if isinstance(held, (bool, int, float, str)) or (isinstance(held, (dict, list, tuple)) and not held):
+        for value in vars(module).values():
+            if isinstance(value, (bool, int, float, str)) or (isinstance(value, (dict, list, tuple)) and not value):
                 continue
-            for value in torch.utils._pytree.tree_leaves(held):
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    yield value
+            for leaf in torch.utils._pytree.tree_leaves(value):
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                    yield leaf
 
 
 def empty_hooks(model: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy, which spends most of its time on the empty tables of hooks that every module has."""
+    """Memo with the empty hook tables of all modules, on which deepcopy would spend most of its time."""
     return {
         id(value): OrderedDict()
         for module in model.modules()
@@ -137,16 +137,16 @@ def empty_hooks(model: nn.Module) -> dict[int, Any]:
 
 
 def trim() -> None:
-    """Give freed memory back to the system, where the C library holds on to it: large models come and go here."""
+    """Return freed memory to the system: the C library may keep the memory of large models that were deleted."""
     if sys.platform == "linux" and (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         give_back(0)
 
 
 @contextmanager
 def preserved_globals(seed: int | None = None) -> Iterator[None]:
-    """Leave the random state of torch, numpy and Python, and torch's global settings, as they were.
+    """Restore the random state of torch, numpy and Python, and torch's global settings, after the block.
 
-    With a seed, all three generators are seeded inside.
+    With a seed, all three generators are seeded before the block.
     """
     numpy_random = _numpy_random()
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
@@ -169,7 +169,7 @@ def preserved_globals(seed: int | None = None) -> Iterator[None]:
             torch.set_default_dtype(dtype)
             if torch.backends.quantized.engine != engine:
                 torch.backends.quantized.engine = engine
-            if (deterministic, warn_only) != _determinism():  # setting it imports all of torch._inductor
+            if (deterministic, warn_only) != _determinism():  # setting determinism imports all of torch._inductor
                 torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
@@ -179,7 +179,7 @@ def _determinism() -> tuple[bool, bool]:
 
 @functools.cache
 def _cuda_devices() -> int:
-    """How many there are; without a driver, torch looks for one at every call."""
+    """Number of CUDA devices, cached: without a driver, torch looks for one at every call."""
     return torch.cuda.device_count()
 
 
@@ -192,7 +192,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _numpy_random() -> Any:
-    # looked up, not imported: this module needs torch alone, and a user's loader may still use numpy's state
+    # imported on use: this module works without numpy, but a user's loader may use numpy's random state
     try:
         return importlib.import_module("numpy.random")
     except ImportError:
@@ -200,9 +200,9 @@ def _numpy_random() -> Any:
 
 
 class Shared:
-    """A context of process-wide settings that several uses share: the first to enter sets, the last to leave sets back.
+    """Context of process-wide settings that several users share: the first to enter sets, the last to leave restores.
 
-    Uses may end in any order and in any thread. Calling it gives a use, for `with`.
+    Users may leave in any order and in any thread. A call returns a context manager for `with`.
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
@@ -228,10 +228,10 @@ class Shared:
 @Shared
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what torch, torchao and the exporters print, log and warn of inside: nobody can act on it.
+    """Hide output, logs and warnings of torch, torchao and the exporters in the block: users cannot act on them.
 
-    Errors are raised as ever; only use it around calls of libraries. Output is a process's: what other threads print
-    meanwhile is hidden, too.
+    Errors are raised as usual. Use it only around calls of libraries. Output belongs to the whole process, so the
+    output of other threads is hidden meanwhile, too.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -246,18 +246,18 @@ def quiet() -> Iterator[None]:
 @Shared
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """Inside, `nn.TransformerEncoder` and `nn.MultiheadAttention` call their submodules, and take any mask as data.
+    """Make `nn.TransformerEncoder` and `nn.MultiheadAttention` call their submodules, and treat any mask as data.
 
-    In eval mode PyTorch computes both in one kernel, which no runtime, hook or quantizer sees into. Other threads
-    compute the same meanwhile, without that kernel.
+    In eval mode PyTorch computes both in one fused kernel, which is opaque to runtimes, hooks and quantizers. Other
+    threads also run without that kernel meanwhile; their results are the same.
     """
     fast_path, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
 
     def causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
-        """Whether a mask may be left out for a causal kernel: while capturing only where the caller says so.
+        """Whether a causal kernel may replace the mask; during a capture only if the caller passes `is_causal`.
 
-        PyTorch compares the mask's numbers, which a capture does not have. A mask that is kept is right whatever it
-        holds, in the capture and for masks that are given later.
+        PyTorch compares the mask's values, which are not available in a capture. Keeping the mask is correct for every
+        value, in the capture and for later masks.
         """
         if torch.compiler.is_compiling():
             return is_causal is True
@@ -274,7 +274,7 @@ def unfused_attention() -> Iterator[None]:
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Run with this many intra-op threads, then set them back; None changes nothing."""
+    """Run the block with `count` intra-op threads, then restore the number; None changes nothing."""
     before = torch.get_num_threads()
     if count is None or count == before:
         yield
@@ -287,7 +287,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Warn in the name of the first caller outside of this package."""
+    """Issue a warning that points at the first caller outside of this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torchslim":
         level, frame = level + 1, frame.f_back
@@ -296,7 +296,7 @@ def warn(message: str) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's mode is as before afterwards."""
+    """Run the block with `model` in eval mode and without gradients, then restore every module's mode."""
     modes = [module for module in model.modules() if module.training]
     for module in modes:
         module.training = False
@@ -310,7 +310,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """`evaluating`, and afterwards the buffers and the random state are as before: a forward pass may change both."""
+    """Run the block like `evaluating`, then restore buffers and random state, which a forward pass may change."""
     before = [
         (module, name, buffer, buffer._version, buffer.clone())
         for module in model.modules()

@@ -1,7 +1,7 @@
-"""Which layers: one matcher for every method.
+"""Select layers by patterns, with one matcher for every method.
 
-A pattern is a glob over module or parameter paths (`layer4.*`, `conv1`, `encoder.*.mlp`), where `*` also crosses
-dots and a module stands for all that is inside it, or `type:NAME` with the name of a class (`type:LSTM`).
+A pattern is a glob over module or parameter paths (`layer4.*`, `conv1`, `encoder.*.mlp`), where `*` also matches
+dots and a module includes everything inside it, or `type:NAME` with the name of a class (`type:LSTM`).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ Patterns = str | Sequence[str] | None
 
 
 def as_list(patterns: Patterns) -> list[str]:
-    """One pattern or several, as a list."""
+    """One pattern, several or None, as a list."""
     return [patterns] if isinstance(patterns, str) else list(patterns or ())
 
 
 def matches(pattern: str, path: str, types: Mapping[str, Sequence[str]]) -> bool:
-    """Does a pattern cover the parameter or module at `path`? `types` maps module paths to their class names."""
+    """Whether a pattern covers the parameter or module at `path`; `types` maps module paths to their class names."""
     parts = path.split(".")
     prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     if pattern.startswith("type:"):
-        wanted = pattern.removeprefix("type:")
-        return any(wanted in types.get(prefix, ()) for prefix in (*prefixes, ""))
+        class_name = pattern.removeprefix("type:")
+        return any(class_name in types.get(prefix, ()) for prefix in (*prefixes, ""))
     return any(fnmatchcase(prefix, pattern) for prefix in prefixes)
 
 
 def class_names(model: nn.Module) -> dict[str, list[str]]:
-    """The class names of each module, bases included up to `Module`, by path."""
+    """Class names of each module and its bases, without `Module` and `object`, by path."""
     return {
         path: [base.__name__ for base in type(module).__mro__ if base not in (nn.Module, object)]
         for path, module in model.named_modules(remove_duplicate=False)
@@ -47,7 +47,7 @@ def class_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def parameter_paths(model: nn.Module) -> dict[str, list[str]]:
-    """All paths of each parameter, a shared one has several, by the path that `named_parameters` gives it."""
+    """All paths of each parameter (a shared one has several), by its path in `named_parameters`."""
     by_tensor: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         by_tensor.setdefault(id(parameter), []).append(path)
@@ -55,14 +55,14 @@ def parameter_paths(model: nn.Module) -> dict[str, list[str]]:
 
 
 def prunable_by_default(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Weights of conv, linear, recurrent and attention layers; never biases, norms or embeddings."""
+    """Whether a parameter is a weight of a conv, linear, recurrent or attention layer: no bias, norm or embedding."""
     return (
         parameter.dim() >= 2
         and parameter.numel() > 0
         and "weight" in name
         and parameter.is_floating_point()
         and not isinstance(owner, (*NORMS, *EMBEDDINGS))
-        and not (name.endswith("_g") and hasattr(owner, f"{name[:-2]}_v"))  # the lengths of `weight_norm`
+        and not (name.endswith("_g") and hasattr(owner, f"{name[:-2]}_v"))  # magnitudes of `weight_norm`
         and "Norm" not in type(owner).__name__  # a user's own norm
         and "Embedding" not in type(owner).__name__
     )
@@ -71,19 +71,19 @@ def prunable_by_default(owner: nn.Module, name: str, parameter: nn.Parameter) ->
 def check_patterns(model: nn.Module, include: Patterns, exclude: Patterns) -> None:
     """Raise SelectError for a pattern that matches no layer or parameter, with the nearest names."""
     types = class_names(model)
-    names = [*types, *(each for known in parameter_paths(model).values() for each in known)]
+    names = [*types, *(path for paths in parameter_paths(model).values() for path in paths)]
     for pattern in (*as_list(include), *as_list(exclude)):
         if not any(matches(pattern, path, types) for path in names):
             raise SelectError(_unmatched(pattern, names, types))
 
 
 def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, nn.Parameter]:
-    """Parameters by path, each tensor once: the default ones that are included, and those named in full.
+    """Selected parameters by path, each tensor once: included default weights, and parameters named in full.
 
-    A tensor that two layers share is known by all of its paths, and is touched by default only where both allow it.
+    A tensor that two layers share matches by any of its paths, and is a default weight only if both layers allow it.
 
     Raises:
-        SelectError: when a pattern matches nothing, with the nearest names.
+        SelectError: a pattern matches nothing (with the nearest names), or nothing can be selected.
     """
     types = class_names(model)
     owners = dict(model.named_modules(remove_duplicate=False))
@@ -91,44 +91,44 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
     paths = parameter_paths(model)
     if not everything:
         raise SelectError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
-    shapeless = [path for path, each in everything.items() if is_lazy(each)]
+    shapeless = [path for path, parameter in everything.items() if is_lazy(parameter)]
     if shapeless:
         raise SelectError(f"{shapeless[0]!r} has no shape yet; run one batch through the model first")
     default = {
         path: parameter
         for path, parameter in everything.items()
         if all(
-            prunable_by_default(owners[each.rpartition(".")[0]], each.rpartition(".")[2], parameter)
-            for each in paths[path]
+            prunable_by_default(owners[alias.rpartition(".")[0]], alias.rpartition(".")[2], parameter)
+            for alias in paths[path]
         )
     }
 
     def covered(pattern: str, path: str) -> bool:
-        return any(matches(pattern, each, types) for each in paths[path])
+        return any(matches(pattern, alias, types) for alias in paths[path])
 
     check_patterns(model, include, exclude)
-    wanted, unwanted = as_list(include), as_list(exclude)
+    included, excluded = as_list(include), as_list(exclude)
     chosen = set(default) if include is None else set()
-    for pattern in wanted:
-        # biases, norms and embeddings only by a pattern that ends in the parameter's own name
-        named = {path for path in everything if any(_names(pattern, each) for each in paths[path])}
-        found = {path for path in default if covered(pattern, path)} | named
-        if not found:
+    for pattern in included:
+        # biases, norms and embeddings need a pattern that ends in the parameter's own name
+        named = {path for path in everything if any(_names(pattern, alias) for alias in paths[path])}
+        matching = {path for path in default if covered(pattern, path)} | named
+        if not matching:
             inside = [path for path in everything if covered(pattern, path)]
             hint = f"to prune it all the same, name the parameter: {', '.join(inside[:5])}"
             raise SelectError(
                 f"pattern {pattern!r} matches no weight that is pruned by default; "
                 f"{hint if inside else 'the layers that it matches have no parameters'}"
             )
-        chosen |= found
-    chosen = {path for path in chosen if not any(covered(pattern, path) for pattern in unwanted)}
+        chosen |= matching
+    chosen = {path for path in chosen if not any(covered(pattern, path) for pattern in excluded)}
     if not chosen:
         raise SelectError("no layer is left to compress: every included layer is excluded, or there is none")
-    return {path: each for path, each in everything.items() if path in chosen}
+    return {path: parameter for path, parameter in everything.items() if path in chosen}
 
 
 def computed_weights(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> list[str]:
-    """Paths of chosen weights that a parametrization computes: there is no parameter in which zeros would stay."""
+    """Paths of selected weights that a parametrization computes; they have no parameter that could keep zeros."""
     types = class_names(model)
     paths = [
         f"{path}.{name}".lstrip(".")
@@ -145,25 +145,29 @@ def computed_weights(model: nn.Module, include: Patterns = None, exclude: Patter
 
 
 def by_pattern(patterns: Iterable[str], chosen: Iterable[str], model: nn.Module) -> dict[str, str]:
-    """For each chosen parameter the last pattern that covers it; every pattern must cover one."""
+    """Last pattern that covers each chosen parameter, by parameter.
+
+    Raises:
+        SelectError: a pattern covers no chosen parameter.
+    """
     types, paths, chosen = class_names(model), parameter_paths(model), list(chosen)
-    names = [*types, *(each for known in paths.values() for each in known)]
+    names = [*types, *(alias for aliases in paths.values() for alias in aliases)]
     covered: dict[str, str] = {}
     for pattern in patterns:
-        found = [path for path in chosen if any(matches(pattern, each, types) for each in paths[path])]
-        if not found and any(matches(pattern, path, types) for path in names):
+        matching = [path for path in chosen if any(matches(pattern, alias, types) for alias in paths[path])]
+        if not matching and any(matches(pattern, path, types) for path in names):
             raise SelectError(
                 f"pattern {pattern!r} matches no weight that is chosen for pruning; there are {', '.join(chosen[:5])}; "
                 "choose others with include=..."
             )
-        if not found:
+        if not matching:
             raise SelectError(_unmatched(pattern, [*chosen, *names], types))
-        covered.update(dict.fromkeys(found, pattern))
+        covered.update(dict.fromkeys(matching, pattern))
     return covered
 
 
 def _names(pattern: str, path: str) -> bool:
-    """Does the pattern spell out this parameter's own name, as `*.bias` does and `*` does not?"""
+    """Whether the pattern spells out the parameter's own name, as `*.bias` does and `*` does not."""
     if pattern.startswith("type:") or pattern.endswith("*"):
         return False
     return fnmatchcase(path, pattern) and fnmatchcase(path.rpartition(".")[2], pattern.rpartition(".")[2])
@@ -172,6 +176,6 @@ def _names(pattern: str, path: str) -> bool:
 def _unmatched(pattern: str, names: Iterable[str], types: Mapping[str, Sequence[str]]) -> str:
     if pattern.startswith("type:"):
         names = (f"type:{name}" for kind in types.values() for name in kind)
-    known = {name.lower(): name for name in names if name}
-    near = difflib.get_close_matches(pattern.lower(), known, n=3, cutoff=0.4) or list(known)[:5]
-    return f"pattern {pattern!r} matches no layer; near names: {', '.join(known[each] for each in near)}"
+    by_lower = {name.lower(): name for name in names if name}
+    near = difflib.get_close_matches(pattern.lower(), by_lower, n=3, cutoff=0.4) or list(by_lower)[:5]
+    return f"pattern {pattern!r} matches no layer; near names: {', '.join(by_lower[name] for name in near)}"

@@ -1,4 +1,4 @@
-"""A number with its unit, spread and machine: one type from the timer to the report."""
+"""Numbers with unit, spread and machine: one type from the timer to the report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Measurement:
     """A number with its unit; a timed one has a spread over its rounds.
 
     Args:
-        value: the median where there are several rounds.
+        value: the number; the median if there are several rounds.
         unit: "ms", "x", "bytes", ...; "1" for a number without one.
         p10, p90: percentiles of the rounds; both or neither.
-        rounds: how many rounds were measured.
+        rounds: number of measured rounds.
         machine: a key of the run's machines; "" for a number that does not depend on the machine.
     """
 
@@ -44,7 +44,7 @@ class Measurement:
             raise TorchslimError(f"p10 and p90 of a measurement must both be numbers, or neither, got {spread!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurement as run.json and search.json write it."""
+        """The measurement as stored in run.json and search.json."""
         written: dict[str, Any] = {"value": self.value, "unit": self.unit, "repeats": self.rounds}
         if self.p10 is not None:
             written |= {"low": self.p10, "high": self.p90}
@@ -53,19 +53,19 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speedup(Measurement):
-    """How many times faster than the baseline, from paired rounds."""
+    """Speed-up over the baseline, from paired rounds."""
 
     unit: str = "x"
 
     @property
     def verdict(self) -> str:
-        """ "faster", "slower", or "no difference" where the spread holds 1."""
+        """ "faster", "slower", or "no difference" if the spread includes 1."""
         if self.p10 is not None and self.p90 is not None and self.p10 <= 1 <= self.p90:
             return "no difference"
         return "faster" if self.value > 1 else "slower"
 
     def to_dict(self) -> dict[str, Any]:
-        """The speed-up as run.json writes it, with its verdict."""
+        """The speed-up as stored in run.json, with its verdict."""
         return Measurement.to_dict(self) | {"verdict": self.verdict}
 
 

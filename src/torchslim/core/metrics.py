@@ -19,7 +19,7 @@ from torchslim.errors import TaskError
 
 @runtime_checkable
 class TorchMetric(Protocol):
-    """What is used of a `torchmetrics.Metric`."""
+    """The methods of `torchmetrics.Metric` that torchslim calls."""
 
     def update(self, preds: Tensor, target: Tensor) -> None: ...
     def compute(self) -> Any: ...
@@ -28,9 +28,9 @@ class TorchMetric(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """How good a model is: `fn(predict, batches)` returns one number.
+    """A measure of a model's accuracy: `fn(predict, batches)` returns one number.
 
-    `predict` is called like the model and returns like the model; the same metric therefore runs on the
+    `predict` is called like the model and returns what the model returns; the same metric therefore runs on the
     original, on every intermediate model and on the deployed artifact.
     """
 
@@ -43,7 +43,7 @@ class Metric:
         check_fields(self, TaskError, "Metric: ")
 
     def better(self, value: float, than: float | None) -> bool:
-        """Is `value` strictly better?"""
+        """Whether `value` is strictly better than `than`; True if `than` is None."""
         return than is None or (value > than if self.higher_is_better else value < than)
 
 
@@ -54,12 +54,7 @@ def default_loss(logits: Tensor, target: Tensor) -> Tensor:
     Label -100 is ignored.
     """
     if target.is_floating_point():
-        if target.numel() != logits.numel():
-            raise TaskError(
-                f"outputs of shape {tuple(logits.shape)} do not fit real targets of shape {tuple(target.shape)}; give "
-                "Task(loss=...) or Task(logits=...)"
-            )
-        return functional.mse_loss(logits, target.reshape(logits.shape).to(logits.dtype))
+        return functional.mse_loss(logits, _like(target, logits).to(logits.dtype))
     target = target.long()
     logits, target = _classes_second(logits, target)
     classes = logits.shape[1]
@@ -70,13 +65,23 @@ def default_loss(logits: Tensor, target: Tensor) -> Tensor:
             f"{int(counted.max())}; mark labels to leave out with -100"
         )
     if not counted.numel():
-        return logits.flatten()[:0].sum()  # nothing to learn from: a mean over no label would be NaN
+        return logits.flatten()[:0].sum()  # no labels: their mean would be NaN
     return functional.cross_entropy(logits, target)
 
 
+def _like(target: Tensor, logits: Tensor) -> Tensor:
+    """Real targets in the shape of the outputs."""
+    if target.numel() != logits.numel():
+        raise TaskError(
+            f"outputs of shape {tuple(logits.shape)} do not fit real targets of shape {tuple(target.shape)}; give "
+            "Task(loss=...) or Task(logits=...)"
+        )
+    return target.reshape(logits.shape)
+
+
 def _classes_second(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    alike = logits.shape[:1] == target.shape[:1] and logits.shape[2:] == target.shape[1:]
-    if logits.dim() == target.dim() + 1 and alike:
+    same_sizes = logits.shape[:1] == target.shape[:1] and logits.shape[2:] == target.shape[1:]
+    if logits.dim() == target.dim() + 1 and same_sizes:
         return logits, target
     if logits.dim() == target.dim() + 1 and logits.shape[:-1] == target.shape:  # tokens: (batch, time, vocab)
         return logits.movedim(-1, 1), target
@@ -86,7 +91,7 @@ def _classes_second(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-# Ready metrics see each batch's (logits, target) and return (sum, count).
+# Built-in metrics take a batch's (logits, target) and return (sum, count).
 def _accuracy(logits: Tensor, target: Tensor) -> tuple[float, int]:
     logits, target = _classes_second(logits, target)
     counted = target != -100
@@ -94,7 +99,7 @@ def _accuracy(logits: Tensor, target: Tensor) -> tuple[float, int]:
 
 
 def _absolute_error(logits: Tensor, target: Tensor) -> tuple[float, int]:
-    return float((logits - target.reshape(logits.shape)).abs().sum()), target.numel()
+    return float((logits - _like(target, logits)).abs().sum()), target.numel()
 
 
 METRICS: Mapping[str, tuple[Callable[[Tensor, Tensor], tuple[float, int]], bool, float, str]] = {

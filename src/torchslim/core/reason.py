@@ -1,4 +1,4 @@
-"""Why a channel or a layer stays as it is, for the reasons that decisions depend on."""
+"""Reasons why a channel or a layer stays unchanged, for the reasons that decisions depend on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from enum import StrEnum
 class Reason(StrEnum):
     """A reason that decisions depend on; its value is the text that users read, which details may follow.
 
-    Whoever gives such a reason writes it as `Reason.X` or `Reason.X.with_detail(...)`, and whoever decides asks
-    `Reason.X.given_in(text)`: no sentence stands in two places.
+    Code that gives a reason writes `Reason.X` or `Reason.X.with_detail(...)`; code that decides calls
+    `Reason.X.given_in(text)`. No text is repeated.
     """
 
     # channels
@@ -26,9 +26,9 @@ class Reason(StrEnum):
     BACK_IN_FLOAT = "back in float"
 
     def with_detail(self, detail: str, separator: str = ": ") -> str:
-        """The text and what a user must know besides."""
+        """Text of the reason, followed by a detail."""
         return f"{self.value}{separator}{detail}"
 
     def given_in(self, text: str) -> bool:
-        """Is this the reason that a text gives?"""
+        """Whether `text` gives this reason."""
         return text.startswith(self.value)

@@ -1,11 +1,11 @@
-"""The one boundary for JSON that others may have written: bounded bytes in, checked values out, one kind of error.
+"""Read JSON from untrusted writers: bounded bytes in, checked values out, one kind of error.
 
     MANIFEST = Schema(Manifest, "artifact.json", ArtifactError)
     manifest = MANIFEST.read(folder / "artifact.json")
 
-A schema is a pydantic model or any type that pydantic can check; `Strict` is the base class for models of ours. Every
-failure becomes the schema's `TorchslimError`: a missing file, one that is no file, too many bytes, no UTF-8, no JSON,
-a key given twice, NaN and infinity, numbers beyond 64 bits, deep nesting, wrong types, unknown keys.
+A schema is a pydantic model or any type that pydantic can check. Every failure becomes the schema's `TorchslimError`:
+a missing file, no ordinary file, too many bytes, no UTF-8, no JSON, a duplicate key, NaN and infinity, numbers beyond
+64 bits, deep nesting, wrong types, unknown keys.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much JSON is read. A list of two bytes takes a hundred in memory, so values are bounded besides bytes."""
+    """Limits of JSON that is read. Values are limited besides bytes: a list of two bytes takes a hundred in memory."""
 
     size_bytes: int = 16 * MIB
     values: int = 1_000_000
@@ -45,7 +45,7 @@ LIMITS = Limits()
 def read_file(
     path: Path, error: type[TorchslimError], *, size_bytes: int, mend: str = "copy it again", links: bool = True
 ) -> bytes:
-    """The bytes of an ordinary file of at most `size_bytes`; a pipe or a device is never waited for.
+    """Bytes of an ordinary file of at most `size_bytes`; never waits for a pipe or a device.
 
     With `links=False` a symbolic link is not followed.
 
@@ -56,10 +56,10 @@ def read_file(
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         handle = os.open(path, flags | (0 if links else getattr(os, "O_NOFOLLOW", 0)))
         with os.fdopen(handle, "rb") as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise error(f"{path} is not an ordinary file; {mend}")
-            data = file.read(min(size_bytes, about.st_size) + 1)  # python takes memory for all that is asked for
+            data = file.read(min(size_bytes, status.st_size) + 1)  # Python allocates as much as is asked for
     except FileNotFoundError as missing:
         raise error(f"{path} does not exist; {mend}") from missing
     except (OSError, ValueError) as failure:  # ValueError: a NUL in the path
@@ -72,17 +72,17 @@ def read_file(
 def parse_json(
     data: bytes | str, what: str, error: type[TorchslimError], *, limits: Limits = LIMITS, mend: str = "copy it again"
 ) -> Any:
-    """The value of a JSON text, as plain dicts, lists, texts and numbers.
+    """Value of a JSON text, as plain dicts, lists, texts and numbers.
 
     Args:
         data: the text; bytes are UTF-8.
-        what: names the file in messages.
-        error: the type of what is raised.
-        limits: how large the text and its value may be.
-        mend: what the reader of the message should do.
+        what: name of the file in messages.
+        error: the type of the error.
+        limits: of the text and its value.
+        mend: remedy that messages end with.
 
     Raises:
-        TorchslimError: of the type `error`: not JSON, a key given twice, NaN or infinity, a number beyond 64 bits, text
+        TorchslimError: of the type `error`: not JSON, a duplicate key, NaN or infinity, a number beyond 64 bits, text
             that is no valid Unicode, or more than the limits allow.
     """
     try:
@@ -95,18 +95,18 @@ def parse_json(
         _check(value, limits.depth)
     except RecursionError as failure:
         raise error(f"{what} is damaged: nested deeper than {limits.depth} levels; {mend}") from failure
-    except ValueError as failure:  # not UTF-8, not JSON, and what is raised here
+    except ValueError as failure:  # not UTF-8, not JSON, or a ValueError raised above
         raise error(f"{what} is damaged: {failure}; {mend}") from failure
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {shorten(twice)} is given twice")
-    return found
+    return table
 
 
 def _refuse(constant: str) -> Any:
@@ -114,21 +114,21 @@ def _refuse(constant: str) -> Any:
 
 
 def _check(value: Any, depth: int) -> None:
-    """Depth, sizes of numbers and Unicode of a parsed value; without recursion."""
+    """Raise ValueError for depth, sizes of numbers or Unicode beyond the limits; without recursion."""
     level: list[Any] = [value]
     for _ in range(depth + 1):
         following: list[Any] = []
-        for each in level:
-            if isinstance(each, dict):
-                following += each
-                following += each.values()
-            elif isinstance(each, list):
-                following += each
-            elif isinstance(each, str):
-                each.isascii() or each.encode()  # a lone surrogate cannot be encoded, which is a ValueError
-            elif isinstance(each, float) and not math.isfinite(each):
+        for node in level:
+            if isinstance(node, dict):
+                following += node
+                following += node.values()
+            elif isinstance(node, list):
+                following += node
+            elif isinstance(node, str):
+                node.isascii() or node.encode()  # a lone surrogate cannot be encoded, which is a ValueError
+            elif isinstance(node, float) and not math.isfinite(node):
                 raise ValueError("a number is too large")
-            elif isinstance(each, int) and not -(2**63) <= each < 2**63:
+            elif isinstance(node, int) and not -(2**63) <= node < 2**63:
                 raise ValueError("a whole number is beyond 64 bits")
         if not following:
             return
@@ -137,7 +137,7 @@ def _check(value: Any, depth: int) -> None:
 
 
 def shorten(value: Any, length: int = 60) -> str:
-    """A value as text for a message, quoted, without control characters, and short."""
+    """`value` as text for a message: quoted, without control characters, at most `length` long."""
     text = ascii(value[: 4 * length]) if isinstance(value, str) else ascii(type(value).__name__)
     if isinstance(value, (bool, int, float)) or value is None:
         text = ascii(value)
@@ -146,9 +146,9 @@ def shorten(value: Any, length: int = 60) -> str:
 
 @dataclass(frozen=True)
 class Schema(Generic[T]):
-    """A kind of JSON file: the type of its value, its name in messages, and the error that a damaged one is.
+    """A kind of JSON file: the type of its value, its name in messages, and its error.
 
-    Values must have the type's own JSON types: no text is taken for a number, and no number for a text.
+    Values are checked strictly: a text is never converted to a number, nor a number to a text.
     """
 
     type: Any
@@ -166,17 +166,17 @@ class Schema(Generic[T]):
         return TypeAdapter(self.type)
 
     def parse(self, data: bytes | str, what: str | None = None) -> T:
-        """The checked value of a JSON text.
+        """Checked value of a JSON text.
 
         Raises:
-            TorchslimError: the schema's own type; says where, what was found, and what belongs there.
+            TorchslimError: the schema's own type; the message names the place, the value there and what is expected.
         """
         what = what or self.what
         parse_json(data, what, self.error, limits=self.limits, mend=self.mend)
         return self._checked(lambda: self._adapter.validate_json(data, strict=True), what)
 
     def check(self, value: Any, what: str | None = None) -> T:
-        """The same for a value that was parsed already, of plain dicts, lists, texts and numbers."""
+        """Checked value of parsed JSON: plain dicts, lists, texts and numbers."""
         what = what or self.what
         try:
             data = json.dumps(value, allow_nan=False)
@@ -185,10 +185,10 @@ class Schema(Generic[T]):
         return self.parse(data, what)
 
     def read(self, path: Path) -> T:
-        """The checked value of a file.
+        """Checked value of a file.
 
         Raises:
-            TorchslimError: the schema's own type, for what `parse` raises and for a file that cannot be read.
+            TorchslimError: the schema's own type, if `parse` raises or the file cannot be read.
         """
         return self.parse(read_file(path, self.error, size_bytes=self.limits.size_bytes, mend=self.mend), str(path))
 
@@ -199,16 +199,16 @@ class Schema(Generic[T]):
             value = validate()
         except ValidationError as failure:
             raise self.error(f"{what} is damaged: {_first(failure)}; {self.mend}") from failure
-        wrong = self.also(value)
-        if wrong:
-            raise self.error(f"{what} is damaged: {wrong}; {self.mend}")
+        message = self.also(value)
+        if message:
+            raise self.error(f"{what} is damaged: {message}; {self.mend}")
         return value
 
 
 def _first(failure: Any) -> str:
-    """The first of pydantic's findings: where, what belongs there, and what stands there."""
+    """First of pydantic's errors: its place, the expected value and the actual one."""
     errors = failure.errors(include_url=False, include_context=False)
-    # where a union matches nowhere, the finding that lies deepest is about what was meant
+    # if no member of a union matches, the deepest error is about the member that was meant
     first = max(errors[:50], key=lambda error: len(error["loc"])) if errors else {"loc": (), "msg": str(failure)}
     where = ".".join(ascii(str(part))[1:-1][:60] for part in first["loc"][:12])
     got = "" if "input" not in first or first.get("type") == "missing" else f", got {shorten(first['input'])}"

@@ -1,4 +1,4 @@
-"""The one abstraction: a step takes a model and returns a model, with the evidence of what it did."""
+"""The central abstraction: a step takes a model and returns a model, with evidence of its changes."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ LOGGER = logging.getLogger("torchslim")
 
 
 class Form(Enum):
-    """What can still be done with a model."""
+    """Form of a model, which decides what steps can still do with it."""
 
     MODULE = "module"  # an ordinary nn.Module: editable, trainable
-    QUANTIZED = "quantized"  # numbers fixed; only deploy, save and measure remain
+    QUANTIZED = "quantized"  # weights fixed; it can only be deployed, saved and measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecord:
-    """What one step did to one layer, or why it left the layer alone."""
+    """Effect of one step on one layer, or the reason why the step left the layer unchanged."""
 
     version: ClassVar[int] = 1
 
     layer: str
     action: Literal["pruned", "quantized", "trained", "refused"]
     reason: str = ""
-    sparsity: float | None = None  # fraction of this layer's weights that are gone, or held at zero
+    sparsity: float | None = None  # fraction of this layer's weights that are removed or fixed at zero
     weight_bits: int | None = None
     activation_bits: int | None = None
-    sqnr_db: float | None = None  # of its output against float, errors of the layers before it included
-    kernel: str = ""  # what the target runtime computes it with
-    integer: bool | None = None  # does that kernel compute on integers?
+    sqnr_db: float | None = None  # of its output against float; includes errors of the layers before it
+    kernel: str = ""  # kernel that computes the layer on the target runtime
+    integer: bool | None = None  # whether that kernel computes on integers
 
     def __post_init__(self) -> None:
         check_fields(
@@ -55,7 +55,7 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A step's model and its evidence.
+    """Model that a step returns, with its evidence.
 
     `masks` maps parameter names to boolean tensors of the parameter's shape, True where the weight is kept.
     `history` holds one row per trained epoch.
@@ -66,7 +66,7 @@ class Outcome:
     layers: Sequence[LayerRecord] = ()
     warnings: Sequence[str] = ()
     history: Sequence[Mapping[str, float]] = ()
-    evidence: Mapping[str, Any] = field(default_factory=dict)  # whatever else was found out, as JSON, for the report
+    evidence: Mapping[str, Any] = field(default_factory=dict)  # further findings, as JSON, for the report
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError, "Outcome: ", only=("model", "masks", "layers", "warnings"))
@@ -74,7 +74,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where the model will run. `threads` None leaves the choice to the runtime."""
+    """Runtime and threads for deployment. With `threads` None the runtime chooses."""
 
     runtime: str = "onnxruntime"
     threads: Threads | None = None
@@ -85,16 +85,16 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """On which devices training runs; the names are Lightning Fabric's.
+    """Devices on which training runs; the names are Lightning Fabric's.
 
-    Where several processes train (torchrun), `strategy` "ddp" gives each a copy of the model, and "fsdp" spreads
-    weights, gradients and the optimizer's state over them.
+    If several processes train (torchrun), `strategy` "ddp" gives every process a copy of the model, and "fsdp" shards
+    weights, gradients and the optimizer's state over the processes.
     """
 
     accelerator: str = "auto"
     devices: int | str = 1
     strategy: str = "auto"
-    precision: str | None = None  # None: full precision on CPU, bf16 mixed where the device has it
+    precision: str | None = None  # None: full precision on CPU, bf16 mixed if the device supports it
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError)
@@ -104,7 +104,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Progress: `phase` of the step runs at `current` of `total` (None: unknown)."""
+    """Progress of a step: `phase` has reached `current` of `total` (None: unknown)."""
 
     step: str
     phase: str
@@ -117,9 +117,9 @@ class Event:
 
 
 def log_progress(event: Event) -> None:
-    """The default progress callback: log phases at level INFO and what happens within one at DEBUG, to "torchslim".
+    """Log phases at level INFO and progress within a phase at DEBUG, to "torchslim"; the default progress callback.
 
-    Nothing is shown where the program has not set up logging.
+    Nothing is shown unless the program has set up logging.
     """
     level = logging.DEBUG if event.total is not None else logging.INFO
     if LOGGER.isEnabledFor(level):
@@ -129,7 +129,7 @@ def log_progress(event: Event) -> None:
 
 
 def ignore_progress(event: Event) -> None:
-    """For processes that are not the first: they say nothing."""
+    """Progress callback of all processes except the first: does nothing."""
 
 
 Makers = Mapping[str, Callable[[], nn.Module | None]]
@@ -137,22 +137,22 @@ Makers = Mapping[str, Callable[[], nn.Module | None]]
 
 
 class Workbench(Protocol):
-    """What a runner lends to its steps: models on the target, as they will ship."""
+    """Service of a runner for its steps: deploys and times models on the target, as they will ship."""
 
     def deploy(self, model: nn.Module) -> Callable[..., Any]:
-        """The model on the target runtime, called like the model."""
+        """Deploy `model` on the target runtime; the result is called like the model."""
         ...
 
     def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:
-        """Time of each model over the reference's, both ended as the recipe ends, from paired rounds.
+        """Time of each model over the reference's, both finished as the recipe ends, from paired rounds.
 
-        What a name stands for is made only when it is timed; where that gives None, it is left out. What was timed
-        before on this machine, under this name and for a reference of this structure, is not timed `again` unasked.
+        A model is made only when it is timed; if its maker returns None, it is left out. A name that was timed before
+        on this machine, for a reference of the same structure, is not timed again unless `again` is set.
         """
         ...
 
     def about(self, reference: nn.Module) -> Mapping[str, Any]:
-        """What times over a reference are times of, wherever they are taken: runtime, threads, and structure."""
+        """Key of times over `reference`, the same on every machine: runtime, threads, and structure."""
         ...
 
 
@@ -161,12 +161,12 @@ CHECKED = ("task", "teacher", "example_inputs", "model", "target", "engine", "se
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """All that a step may look at besides the model."""
+    """Everything that a step may use besides the model."""
 
     task: Task
     teacher: nn.Module
     example_inputs: Inputs
-    model: nn.Module | None = None  # what the run starts from, for `check`; None: the teacher has its architecture
+    model: nn.Module | None = None  # the run's first model, for `check`; None: the teacher has its architecture
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     target: Target = field(default_factory=Target)
     engine: Engine = field(default_factory=Engine)
@@ -174,10 +174,10 @@ class Context:
     progress: Callable[[Event], None] = log_progress
     name: str = "step"
     state: Path | None = None  # folder for checkpoints inside the step; None: nothing to resume from
-    key: str = ""  # of the run up to this step: what it keeps in `state` is sealed with it
-    workbench: Workbench | None = None  # None outside of a run: then nothing can be measured on the target
-    priors: Mapping[str, float] = field(default_factory=dict)  # by layer, how much its changes are known to hurt
-    calibration: object = None  # of the step, as `torchslim.training.calibration.calibration_of` gives it
+    key: str = ""  # of the run up to this step; seals the step's files in `state`
+    workbench: Workbench | None = None  # None outside of a run: models cannot be measured on the target
+    priors: Mapping[str, float] = field(default_factory=dict)  # relative damage, by channel group and layer
+    calibration: object = None  # as `torchslim.training.calibration.calibration_of` returns it
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError, "Context: ", only=CHECKED)
@@ -185,16 +185,16 @@ class Context:
 
 @runtime_checkable
 class Step(Protocol):
-    """Implemented by frozen dataclasses, at once config, recipe schema and code.
+    """A step of a recipe: a frozen dataclass that is config, recipe schema and code at once.
 
-    A step may change the model that it is handed: the runner owns a copy.
+    A step may change the model that it receives, because the runner passes a copy.
     """
 
     accepts: ClassVar[Form]
     produces: ClassVar[Form]
 
     def check(self, ctx: Context) -> None:
-        """Raise for all that can be known before any work."""
+        """Raise for every error that can be detected before the step runs."""
         ...
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome: ...
@@ -202,10 +202,10 @@ class Step(Protocol):
 
 @runtime_checkable
 class MakesModel(Protocol):
-    """A step that may train another network than the one that it is handed."""
+    """A step that may train a network other than the one that it receives."""
 
     def initial_model(self, model: nn.Module, seed: int) -> nn.Module:
-        """What the step starts from: the model, or a network of its own, alike for equal seeds."""
+        """Model that the step starts from: `model`, or a network of its own, the same for equal seeds."""
         ...
 
 
@@ -214,7 +214,7 @@ class Trains(Protocol):
     """A step that may train the model."""
 
     def trainings(self) -> Sequence[int]:
-        """The epochs of each training, in the order in which they run."""
+        """Number of epochs of each training, in the order in which they run."""
         ...
 
 
@@ -223,17 +223,17 @@ class DependsOnMore(Protocol):
     """A step whose result depends on more than its own fields."""
 
     def cache_inputs(self, steps: Sequence[Step]) -> Sequence[Any]:
-        """What else a kept result depends on, of the whole recipe and of files; each as `digest` takes it."""
+        """Further inputs of the cached result, from the whole recipe and from files, as values for `digest`."""
         ...
 
 
 def step_name(step: object) -> str:
-    """The name of a step in reports and messages: its class, in lower case."""
+    """Name of a step in reports and messages: its class name in lower case."""
     return type(step).__name__.lower()
 
 
 def check_order(steps: Sequence[Step]) -> None:
-    """Raise RecipeError when a step gets a model in a form that it does not accept."""
+    """Raise RecipeError if a step would get a model in a form that it does not accept."""
     form, producer = Form.MODULE, None
     for index, step in enumerate(steps, 1):
         if isinstance(step, type):

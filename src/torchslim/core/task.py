@@ -1,4 +1,4 @@
-"""What the user brings: data, a metric, and how a batch goes into the model."""
+"""The user's task: data, a metric, and how a batch is passed to the model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from torchslim.errors import TaskError
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Data, metric, and the reading of a batch. Everything but `val` and `metric` has a default.
+    """Data, metric, and functions that read a batch. Everything except `val` and `metric` has a default.
 
     The defaults understand `(x, y)` tuples, dicts and Hugging Face batches and outputs. `metric` is a name of
-    `METRICS`, a `Metric`, a `torchmetrics.Metric`, or a plain function `metric(predict, batches) -> float`, which
-    counts as higher-is-better. `examples` are further calls of the model, of branches and methods that a batch does not
-    reach, such as `[(x, 1), {"method": "embed", "args": (x,)}]`: channel pruning looks at all of them.
+    `METRICS`, a `Metric`, a `torchmetrics.Metric`, or a plain function `metric(predict, batches) -> float`, for
+    which higher is better. `examples` are further calls of the model, for branches and methods that a batch does not
+    reach, such as `[(x, 1), {"method": "embed", "args": (x,)}]`; channel pruning runs all of them.
     """
 
     val: Iterable[Batch]
@@ -76,18 +76,18 @@ class Task:
         check_fields(self, TaskError, only=("loss", "inputs", "logits", "target", "mask"))
 
     def forward(self, model: Callable[..., Outputs], batch: Batch) -> Outputs:
-        """The model's outputs on a batch."""
+        """Outputs of `model` on a batch."""
         return call(model, self.inputs(batch))
 
     def compute_loss(self, outputs: Outputs, batch: Batch) -> Tensor | None:
-        """The label loss, a scalar; None where the batch has no labels and no `loss` was given."""
+        """Label loss, a scalar; None if the batch has no labels and the task has no `loss`."""
         if self.loss is not None:
             return self.loss(outputs, batch)
         target = self.target(batch)
         return None if target is None else default_loss(self.logits(outputs), target)
 
     def as_metric(self) -> Metric:
-        """The task's metric in one form."""
+        """The task's metric as a `Metric`, in whichever form it was given."""
         if isinstance(self.metric, Metric):
             return self.metric
         if isinstance(self.metric, str):
@@ -103,10 +103,10 @@ class Task:
         return Metric(fn=self.metric, name=getattr(self.metric, "__name__", "metric"))
 
     def evaluate(self, predict: Predict, split: str = "val") -> float:
-        """The metric of `predict` on a split.
+        """Value of the metric for `predict` on a split.
 
         Raises:
-            TaskError: when the split has no batches, or the metric is not one finite number.
+            TaskError: the split has no batches, or the metric is not one finite number.
         """
         batches = _Checked(getattr(self, split), split)
         value = self.as_metric().fn(predict, batches)
@@ -125,7 +125,7 @@ class Task:
         return [self.inputs(batch) for batch in self.first_batches(samples)]
 
     def first_batches(self, samples: int = 512) -> Iterator[Batch]:
-        """Whole batches, labels and all: `calibration`, or the first `samples` of train (of val without train)."""
+        """Whole batches, labels included: `calibration`, or the first `samples` of train (of val without train)."""
         split, count = self.calibration_split, 0
         for batch in checked(getattr(self, split), split):
             yield batch
@@ -135,7 +135,7 @@ class Task:
 
     @property
     def calibration_split(self) -> str:
-        """The split that statistics are taken from."""
+        """Name of the split that calibration and statistics use."""
         return next(name for name in ("calibration", "train", "val") if getattr(self, name) is not None)
 
     def _pairs(self, predict: Predict, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -150,8 +150,8 @@ class Task:
         per_batch, _, scale, _ = METRICS[str(self.metric)]
         total, count = 0.0, 0
         for logits, target in self._pairs(predict, batches):
-            part, size = per_batch(logits, target)
-            total, count = total + part, count + size
+            batch_sum, size = per_batch(logits, target)
+            total, count = total + batch_sum, count + size
         return scale * total / count if count else math.nan
 
     def _torchmetric(self, predict: Predict, batches: Iterable[Batch]) -> float:

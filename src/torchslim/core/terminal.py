@@ -1,4 +1,4 @@
-"""Names that others chose, as text for a terminal: what a terminal would obey is shown, not sent."""
+"""Names that others chose, as text for a terminal: control sequences are shown as codes, never sent."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""Text without control characters: a sequence that moves the cursor, colors or reorders letters becomes its code.
+    r"""`text` with control characters as escape codes, so that it cannot move the cursor, color or reorder letters.
 
     Args:
-        text: of any origin.
-        lines: keep line ends and tabs, for text of several lines that was put together from escaped parts.
+        text: text of any origin.
+        lines: keep line ends and tabs, for text of several lines whose parts are escaped already.
 
     >>> printable("layer\x1b[2J")
     'layer\\x1b[2J'
     """
-    return UNSAFE.sub(lambda found: found[0] if lines and found[0] in "\n\t" else ascii(found[0])[1:-1], text)
+    return UNSAFE.sub(lambda match: match[0] if lines and match[0] in "\n\t" else ascii(match[0])[1:-1], text)

@@ -1,4 +1,4 @@
-"""Documents as TOML text: what `tomllib` reads, written."""
+"""Write documents as TOML text that `tomllib` reads back."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BARE = re.compile(r"[A-Za-z0-9_-]+")
 def dumps(document: Mapping[str, Any]) -> str:
     """TOML that `tomllib.loads` reads as the same document.
 
-    Tables and lists of tables get a header of their own at the top level; below it, and where they stand for one value
-    (`{ search = ... }`, `{ do = ... }`), they are written in a line.
+    Tables and lists of tables at the top level get a header of their own. Nested ones, and tables that stand for one
+    value (`{ search = ... }`, `{ do = ... }`), are written inline.
 
     Raises:
-        RecipeError: a value that TOML has no type for (None too), or a key that is no text.
+        RecipeError: a value that TOML has no type for, such as None, or a key that is no text.
     """
     lines = list(_pairs((key, value) for key, value in document.items() if not _headed(value)))
     for key, value in document.items():
@@ -35,7 +35,7 @@ def dumps(document: Mapping[str, Any]) -> str:
 def _headed(value: Any) -> bool:
     if isinstance(value, Mapping):
         return not ("search" in value or "do" in value)
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, Mapping) for each in value)
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _pairs(items: Iterable[tuple[Any, Any]]) -> Iterable[str]:
@@ -58,7 +58,7 @@ def _text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise RecipeError(f"{text!r} is no valid Unicode, which TOML must be") from error
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON lets it stand, TOML does not
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON allows DEL, TOML does not
 
 
 def _value(value: Any) -> str:
@@ -67,7 +67,7 @@ def _value(value: Any) -> str:
     if isinstance(value, int):
         return int.__repr__(value)
     if isinstance(value, float):
-        return float.__repr__(value)  # a subclass such as numpy's shows its type in its own
+        return float.__repr__(value)  # the repr of a subclass such as numpy's contains its type
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):

@@ -1,4 +1,4 @@
-"""Nested inputs and outputs: their tensors, devices and types."""
+"""Tensors, devices and types of nested inputs and outputs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of nested tuples, lists, dicts and dataclasses, in order."""
-    found: list[Tensor] = []
+    collected: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        collected.append(tensor)
         return tensor
 
     changed(tree, note)
-    return found
+    return collected
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
@@ -30,45 +30,45 @@ def to_device(tree: Any, device: torch.device | str) -> Any:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """The floating-point type of the model's parameters; None where there are several, or none."""
-    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return found.pop() if len(found) == 1 else None
+    """Floating-point type of the model's parameters; None if there are several, or none."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def to_dtype(tree: Any, dtype: torch.dtype | None) -> Any:
-    """The same tree with every floating-point tensor of that type; None changes nothing."""
+    """The same tree with every floating-point tensor converted to `dtype`; None changes nothing."""
     if dtype is None:
         return tree
     return changed(tree, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers with their tensors changed; other leaves stay."""
+    """The same containers with `change` applied to every tensor; other leaves stay."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, Mapping):
-        values = {key: changed(each, change) for key, each in tree.items()}
+        values = {key: changed(entry, change) for key, entry in tree.items()}
         return values if type(tree) is dict else _rebuilt(tree, values)
-    if isinstance(tree, PackedSequence):  # its indices go with the data, but how many samples have each step, does not
+    if isinstance(tree, PackedSequence):  # its indices follow the data's device, its batch sizes do not
         data, indices = change(tree.data), (tree.sorted_indices, tree.unsorted_indices)
         return PackedSequence(
             data, tree.batch_sizes, *(index if index is None else index.to(data.device) for index in indices)
         )
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(changed(each, change) for each in tree))
+        return type(tree)(*(changed(item, change) for item in tree))
     if isinstance(tree, (tuple, list)):
-        return type(tree)(changed(each, change) for each in tree)
+        return type(tree)(changed(item, change) for item in tree)
     if is_dataclass(tree) and not isinstance(tree, type):
         values = {field_.name: changed(getattr(tree, field_.name), change) for field_ in fields(tree)}
         copied = copy.copy(tree)
         for name, value in values.items():
-            object.__setattr__(copied, name, value)  # frozen ones too, and without running their checks again
+            object.__setattr__(copied, name, value)  # works on frozen dataclasses, and does not run their checks again
         return copied
     return tree
 
 
 def _rebuilt(tree: Mapping[str, Any], values: dict[str, Any]) -> Any:
-    """A mapping of the same kind; a Hugging Face output or batch takes its fields as keywords or as one dict."""
+    """Mapping of the same type; a Hugging Face output takes its fields as keywords, a batch takes one dict."""
     try:
         return type(tree)(**values) if is_dataclass(tree) else type(tree)(values)  # type: ignore[call-arg]
     except TypeError:
@@ -76,7 +76,7 @@ def _rebuilt(tree: Mapping[str, Any], values: dict[str, Any]) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer lives; CPU when it has none."""
+    """Device of the model's first parameter or buffer; CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

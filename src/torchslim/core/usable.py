@@ -1,4 +1,4 @@
-"""What the public functions take for a model: wrappers come off, and what cannot work is refused with the way out."""
+"""Check the models that public functions receive: unwrap them, and refuse unusable ones with a remedy."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.
 
 
 def usable(model: Any, error: type[TorchslimError] = TorchslimError, what: str = "the model") -> nn.Module:
-    """The module itself, without `torch.compile`, `DataParallel` or `DistributedDataParallel` around it.
+    """Module inside `model`, without wrappers of `torch.compile`, `DataParallel` or `DistributedDataParallel`.
 
     Args:
-        model: what the caller gave.
+        model: the caller's model.
         error: the class of the error.
-        what: how the message calls it.
+        what: name of the model in messages.
 
     Raises:
-        TorchslimError: of the class `error`: it is no module, or one that no graph can be made of: TorchScript, a
+        TorchslimError: of the class `error`: `model` is not a module, or cannot be captured as a graph: TorchScript, a
             quantized module of PyTorch's, a wrapper further inside, parameters without a shape or without values.
     """
     while _is_compiled(model) or isinstance(model, (DataParallel, DistributedDataParallel)):
@@ -48,7 +48,7 @@ def usable(model: Any, error: type[TorchslimError] = TorchslimError, what: str =
 
 
 def _is_compiled(module: Any) -> bool:
-    # known by its name: importing the class loads the compiler
+    # by the class's name: importing the class loads the compiler
     return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 

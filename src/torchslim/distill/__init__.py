@@ -1,4 +1,4 @@
-"""Distillation: a student learns from a teacher's outputs, its features, and from how samples lie to one another."""
+"""Distillation: a student learns from a teacher's outputs, its features, and its relations between samples."""
 
 from torchslim.distill.losses.crd import CRD
 from torchslim.distill.losses.feature import FSP, VID, AttentionTransfer, Hint, TokenCosine, TokenMSE

@@ -1,4 +1,4 @@
-"""What losses are called with: tensors of floating point with values in them, and labels that fit."""
+"""Checks of the arguments of losses: floating-point tensors with values, and labels of matching length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_OUTPUTS = "give what the models returned, or their features, not the models"
 
 
 def check_tensors(**given: Any) -> None:
-    """Raise DistillError unless every argument, by its name, is a tensor of floating point that holds values."""
+    """Raise DistillError unless every argument is a floating-point tensor that holds values; errors give its name."""
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise DistillError(f"{name} must be a tensor, {got(value)}; {NOT_OUTPUTS}")
@@ -23,18 +23,18 @@ def check_tensors(**given: Any) -> None:
 
 
 def check_features(**given: Any) -> None:
-    """As `check_tensors`; an argument may be a list of tensors, one for each tap."""
+    """Check as `check_tensors` does; an argument may also be a list of tensors, one for each tap."""
     for name, value in given.items():
         if isinstance(value, Tensor):
             check_tensors(**{name: value})
         elif isinstance(value, (tuple, list)) and value:
-            check_tensors(**{f"{name}[{number}]": each for number, each in enumerate(value)})
+            check_tensors(**{f"{name}[{number}]": tensor for number, tensor in enumerate(value)})
         else:
             raise DistillError(f"{name} must be a tensor or a list of tensors, {got(value)}; {NOT_OUTPUTS}")
 
 
 def check_labels(target: Any, samples: int) -> None:
-    """Raise DistillError unless the labels are None or a tensor with an entry for every sample."""
+    """Raise DistillError unless `target` is None or a tensor with an entry for every sample."""
     if target is None:
         return
     if not isinstance(target, Tensor):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Sequence
-from contextlib import ExitStack
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,40 +85,53 @@ class Companion(nn.Module):
 def free_name(name: str, taken: Container[str]) -> str:
     """The name, numbered where a part has it already; those of the labels and of penalties are never a part's."""
     names = (f"{name}_{number}" if number > 1 else name for number in itertools.count(1))
-    return next(each for each in names if each not in taken and each not in RESERVED)
+    return next(numbered for numbered in names if numbered not in taken and numbered not in RESERVED)
 
 
-class Everything:
-    """All parts of the loss on one batch, by name."""
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """The terms of a distillation loss and their settings.
 
-    def __init__(
-        self,
-        task: Task,
-        teacher: Teacher,
-        response: ResponseLoss | Response | None,
-        parts: Sequence[Part],
-        pairs: Sequence[Pair],
-        companion: Companion,
-        label_weight: float,
-        ignore_index: int,
-        weights: Sequence[float],
-        model: nn.Module,
-        stack: ExitStack,
-        batch: Batch,
-    ) -> None:
-        self.task, self.teacher, self.response, self.parts, self.pairs = task, teacher, response, parts, pairs
-        self.companion, self.label_weight, self.ignore_index, self.weights = (
-            companion,
-            label_weight,
-            ignore_index,
-            weights,
-        )
-        self.taps = [pair.student for pair in pairs]
-        self.watch, self.checked, self.owners = Watch(tap.path for tap in self.taps), False, modules_by_path(model)
-        if self.taps:
-            stack.enter_context(watched(model, self.watch.keep, self.watch.outputs))
-            self.watch.rehearse(model, lambda: answer(task, model, batch))
-        self.padding = answer_padding(model, task, batch) if isinstance(response, ResponseLoss) else None
+    Attributes:
+        response: the loss on outputs, if any.
+        parts: losses on features and relations.
+        pairs: the compared features of student and teacher.
+        label_weight: the factor of the task's own loss; 0 leaves it out.
+        ignore_index: the label of positions that count nowhere.
+        teacher_weights: a number for each teacher; empty for equal ones.
+    """
+
+    response: ResponseLoss | Response | None
+    parts: Sequence[Part]
+    pairs: Sequence[Pair]
+    label_weight: float
+    ignore_index: int
+    teacher_weights: Sequence[float]
+
+
+class DistillObjective:
+    """The named losses of a student on one batch; `watching` must be entered first."""
+
+    def __init__(self, task: Task, teacher: Teacher, terms: Terms, companion: Companion) -> None:
+        self.task, self.teacher, self.terms, self.companion = task, teacher, terms, companion
+        self.response, self.parts, self.pairs = terms.response, terms.parts, terms.pairs
+        self.taps = [pair.student for pair in terms.pairs]
+        self.watch = Watch(tap.path for tap in self.taps)
+        self.padding: Any = None
+        self.owners: Mapping[str, nn.Module] = {}
+        self.checked = False
+
+    @contextmanager
+    def watching(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+        """Record the student's features inside the block; `batch` shows where padding stands in the outputs."""
+        self.owners = modules_by_path(model)
+        with ExitStack() as stack:
+            if self.taps:
+                stack.enter_context(watched(model, self.watch.keep, self.watch.outputs))
+                self.watch.rehearse(model, lambda: answer(self.task, model, batch))
+            if isinstance(self.response, ResponseLoss):
+                self.padding = answer_padding(model, self.task, batch)
+            yield
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         index = None
@@ -137,9 +150,9 @@ class Everything:
         losses: dict[str, Tensor] = {}
         target = self.task.target(batch)
         if needed or self.parts:
-            said, masks = self.teacher(batch, index, logits.device), masks_of(self.task, batch)
+            taught, masks = self.teacher(batch, index, logits.device), masks_of(self.task, batch)
             if needed:
-                losses["response"] = self._response(logits, said.logits, target, masks)
+                losses["response"] = self._response(logits, taught.logits, target, masks)
             if self.parts:
                 if len(logits) % samples:
                     raise DistillError(
@@ -147,30 +160,30 @@ class Everything:
                         "first in both: give batches, and Task(inputs=...) or Task(logits=...), that have it there"
                     )
                 index = torch.arange(samples) if index is None else index
-                self._features(model, logits, said, index.to(logits.device), batch, masks, losses)
+                self._features(model, logits, taught, index.to(logits.device), batch, masks, losses)
         self.watch.clear()
-        if self.label_weight > 0:
+        if self.terms.label_weight > 0:
             label = self.task.compute_loss(outputs, batch)
             if label is None:
                 raise DistillError("a batch has no labels, but label_weight is above 0")
-            losses["label"] = self.label_weight * label
+            losses["label"] = self.terms.label_weight * label
         return losses
 
     def _response(
         self, student: Tensor, teachers: Sequence[Tensor], target: Tensor | None, masks: Sequence[Tensor | None]
     ) -> Tensor:
-        weights = self.weights or [1.0] * len(teachers)
+        weights = self.terms.teacher_weights or [1.0] * len(teachers)
         weights = [weight / sum(weights) for weight in weights]
         loss = self.response
         if not isinstance(loss, ResponseLoss):
             assert loss is not None
-            mean = sum(weight * each for weight, each in zip(weights, teachers, strict=True))
+            mean = sum(weight * logits for weight, logits in zip(weights, teachers, strict=True))
             return loss(student, mean if len(teachers) > 1 else teachers[0], target)  # type: ignore[arg-type]
         mask = None if self.padding is None else self.padding.over(masks, student)
-        rows = [positions(student, each, target, mask, self.ignore_index) for each in teachers]
+        rows = [positions(student, logits, target, mask, self.terms.ignore_index) for logits in teachers]
         student, teacher, target = rows[0]
         if len(rows) > 1:
-            teacher = loss.blend([each for _, each, _ in rows], weights)
+            teacher = loss.blend([logits for _, logits, _ in rows], weights)
         if getattr(loss, "gather", False):
             student, teacher = gathered(student), gathered(teacher)
         return loss.soft(student, teacher, target)
@@ -179,24 +192,24 @@ class Everything:
         self,
         model: nn.Module,
         logits: Tensor,
-        said: Answer,
+        taught: Answer,
         index: Tensor,
         batch: Batch,
         masks: Sequence[Tensor | None],
         losses: dict[str, Tensor],
     ) -> None:
         """Add the losses on features and on relations: 0 where a layer was dropped, or samples are too few."""
-        students, teachers = self.watch.features(self.taps), said.features
+        students, teachers = self.watch.features(self.taps), taught.features
         self._check_gradients(students)
         pairs = [
             (one, two) if one is None else comparable(one, two) for one, two in zip(students, teachers, strict=True)
         ]
         students, teachers = [one for one, _ in pairs], [two for _, two in pairs]
         ours, theirs = (
-            [_over(tap, masks, each) for tap, each in zip(taps, features, strict=True)]
+            [_over(tap, masks, feature) for tap, feature in zip(taps, features, strict=True)]
             for taps, features in ((self.taps, students), ([pair.teacher for pair in self.pairs], teachers))
         )
-        left, right = (students[-1], teachers[-1]) if self.pairs else (logits, said.logits[0])
+        left, right = (students[-1], teachers[-1]) if self.pairs else (logits, taught.logits[0])
         last = None
         if left is not None:
             left, right = comparable(left, right)

@@ -1,6 +1,6 @@
-"""Logits of -inf, by which masks rule classes out: losses take the limit of ever lower logits, or say that it has none.
+"""Logits of -inf, with which masks rule out classes: losses take the limit of ever lower logits, or raise an error.
 
-The limit is that of student and teacher together; where only one of them is infinite, it may be infinite, too.
+The limit is taken of student and teacher together. Where only one of them is -inf, the limit may be infinite.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torchslim.errors import DistillError
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """`log_softmax` over dimension 1; a row whose classes are all ruled out is -inf, without a gradient.
+    """`log_softmax` over dimension 1; a row whose classes are all ruled out is -inf and has no gradient.
 
     Shapes: (batch, classes, ...) -> the same.
     """
@@ -22,12 +22,12 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def divergence_terms(log_student: Tensor, log_teacher: Tensor) -> Tensor:
-    """p * (log p - log q) of log probabilities, p the teacher's; 0 where p is 0.
+    """Terms p * (log p - log q) of the divergence, p the teacher's and q the student's probability; 0 where p is 0.
 
     Shapes: any, the same -> the same.
 
     Raises:
-        DistillError: the student rules out what the teacher does not, so that the divergence is infinite.
+        DistillError: the student rules out a class that the teacher does not, so the divergence is infinite.
     """
     ruled_out = torch.isneginf(log_teacher)
     wrong = torch.isneginf(log_student) & ~ruled_out
@@ -36,22 +36,24 @@ def divergence_terms(log_student: Tensor, log_teacher: Tensor) -> Tensor:
             f"the student gives -inf to {int(wrong.sum())} classes that the teacher does not rule out, so their "
             "divergence is infinite; give both the same mask, or a large negative number such as -1e4 in place of -inf"
         )
-    # both sides are replaced first: the gradient of what is not taken would be NaN
-    log_student, log_teacher = (each.masked_fill(ruled_out, 0.0) for each in (log_student, log_teacher))
+    # both sides are replaced first: masking only the product would give NaN gradients
+    log_student, log_teacher = (logs.masked_fill(ruled_out, 0.0) for logs in (log_student, log_teacher))
     return (log_teacher.exp() * (log_teacher - log_student)).masked_fill(ruled_out, 0.0)
 
 
 def log_sum(logs: Tensor) -> Tensor:
-    """`logsumexp` over dimension 1; of nothing but -inf it is -inf, without a gradient: (batch, n) -> (batch,)."""
+    """`logsumexp` over dimension 1; a row of only -inf gives -inf and has no gradient: (batch, n) -> (batch,)."""
     empty = torch.isneginf(logs).all(1)
     return logs.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -torch.inf)
 
 
 def comparable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with 0 in place of infinities that they share; of different shapes, of those that each has.
+    """Student and teacher with 0 in place of the infinities that they share.
+
+    Where the shapes differ, every infinity of each side becomes 0.
 
     Raises:
-        DistillError: an infinity of one side is finite on the other, so that the difference is infinite.
+        DistillError: a value is infinite on one side only, so the difference is infinite.
     """
     shared = torch.isinf(student)
     if student.shape != teacher.shape:

@@ -1,4 +1,4 @@
-"""The distillation step: the student trains on what the teacher says, and on the labels."""
+"""The distillation step: the student trains on the teacher's outputs and features, and on the labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torchslim.distill.features.taps import dry
 from torchslim.distill.losses.crd import CRD
 from torchslim.distill.losses.registry import Feature, Relation, Response, find_loss, find_response
 from torchslim.distill.losses.response import KD, ResponseLoss
-from torchslim.distill.objective import Companion, Everything, Part
+from torchslim.distill.objective import Companion, DistillObjective, Part, Terms
 from torchslim.distill.teacher import Average, Remembering, Teacher, Teachers, WriteCache, find_module
 from torchslim.errors import DistillError
 from torchslim.training.finetune import Lesson, Training, trained
@@ -35,36 +35,36 @@ EMA = "ema"
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Training):
-    """Train the model on what a teacher says: its outputs, its features, and how it relates samples.
+    """Train the model to match a teacher's outputs, its features, and its relations between samples.
 
-    The loss is the sum of all parts and of the task's own loss on the labels; the report has each by itself. Padding
-    that `Task.mask` marks, and positions with the label `ignore_index`, are left out. A teacher answers in eval mode,
-    whatever mode it is in, and is not changed.
+    The loss is the sum of all parts and of the task's own loss on the labels; the report lists each term. Padding that
+    `Task.mask` marks, and positions with the label `ignore_index`, are left out. The teacher runs in eval mode and is
+    not changed.
 
     Args:
         response: KD(...), DKD(...), DIST(...), MSE(...), or one of their names; a function (student logits, teacher
-            logits, labels) -> scalar, or "package.module:name"; None for none.
+            logits, labels) -> scalar, or "package.module:name"; None for no response loss.
         feature: Hint(...), AttentionTransfer(...) and so on, one or several; or functions (student features, teacher
-            features) -> scalar of lists with a (batch, channels, *positions) for each tap. What they learn themselves,
-            such as projections, is no part of the model that is returned.
-        relation: RKD(...), CRD(...) and so on, one or several, of the last tap's features (of the logits, where
+            features) -> scalar, of lists with one tensor (batch, channels, *positions) for each tap. Weights that a
+            loss learns, such as projections, are not part of the returned model.
+        relation: RKD(...), CRD(...) and so on, one or several, of the last tap's features (of the logits where
             nothing can be tapped); or functions (student, teacher) -> scalar.
-        taps: which feature of the student learns from which of the teacher: the path of a module, student's to
-            teacher's; `*` stands for a part of a path, "path[2]" for the third call of a module. None: by name where
-            the student was pruned from its teacher, else stage by stage. The report lists the pairs. A network that
-            torch.compile has wrapped runs uncompiled while it is tapped.
-        label_weight: the weight of the task's own loss; by default 1 - alpha for KD, 1 for the other losses, and 0 for
-            a function, which is handed the labels and may use them itself.
-        ignore_index: the label of positions that do not count, as PyTorch's cross entropy has it.
+        taps: which student feature learns from which teacher feature, by module path, student's to teacher's; `*`
+            stands for a part of a path, "path[2]" for the third call of a module. None: by name where the student was
+            pruned from its teacher, else stage by stage. The report lists the pairs. A network wrapped by
+            torch.compile runs uncompiled while it is tapped.
+        label_weight: weight of the task's own loss; by default 1 - alpha for KD, 1 for the other losses, and 0 for a
+            function, which receives the labels and may use them itself.
+        ignore_index: label of positions that do not count, as in PyTorch's cross entropy.
         teacher: by default the context's (the original model); a module, "package.module:callable", or several, whose
             softened outputs are averaged (features and relations are learned from the first); or "ema", the student's
             own moving average.
-        teacher_weights: of several teachers; they are scaled to sum to 1.
-        ema_decay: how much of the moving average stays at each step.
-        student: a network of another making that is trained in the model's place and handed on: a module or
+        teacher_weights: weights of several teachers, scaled to sum to 1.
+        ema_decay: fraction of the moving average that stays at each step.
+        student: a network of another architecture that is trained and returned in place of the model: a module or
             "package.module:callable".
-        cache: a folder to keep the teacher's answers in, by sample: later epochs, and later runs with the same teacher,
-            do not ask it again. Needs a loader that gives the same sample each time.
+        cache: folder for the teacher's outputs by sample: later epochs, and later runs with the same teacher, do not
+            run the teacher again. Needs a loader that gives the same sample each time.
     """
 
     accepts: ClassVar[Form] = Form.MODULE
@@ -84,12 +84,12 @@ class Distill(Training):
 
     def __post_init__(self) -> None:
         check_fields(self, DistillError)
-        # zero-argument super() is at odds with a dataclass that is rebuilt for slots in a subclass
+        # zero-argument super() fails in a dataclass that is rebuilt for slots in a subclass
         Training.__post_init__(self)
         for name in ("feature", "relation", "teacher", "teacher_weights"):
-            given = getattr(self, name)
-            several = tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
-            object.__setattr__(self, name, several)
+            value = getattr(self, name)
+            values = tuple(value) if isinstance(value, (tuple, list)) else () if value is None else (value,)
+            object.__setattr__(self, name, values)
         for name in ("feature", "relation"):
             for loss in getattr(self, name):
                 if not (isinstance(loss, str) and ":" in loss):  # imported only when a run is checked
@@ -130,11 +130,11 @@ class Distill(Training):
             raise DistillError("teacher='ema' changes at every step: it teaches alone, and without cache")
 
     def _several(self, name: str) -> tuple[Any, ...]:
-        found: tuple[Any, ...] = getattr(self, name)
-        return found
+        values: tuple[Any, ...] = getattr(self, name)
+        return values
 
     def resolved_label_weight(self) -> float:
-        """How much the labels count."""
+        """Weight of the task's own loss on the labels."""
         if self.label_weight is not None:
             return self.label_weight
         if self.response is None:
@@ -142,7 +142,7 @@ class Distill(Training):
         return getattr(find_response(self.response), "label_weight", 0.0)
 
     def initial_model(self, model: nn.Module, seed: int) -> nn.Module:
-        """What the step trains when it is handed `model`: it, or the new student, alike for equal seeds."""
+        """Model that the step trains: `model`, or a new student, which is the same for equal seeds."""
         if self.student is None:
             return model
         with preserved_globals(seed):
@@ -150,10 +150,10 @@ class Distill(Training):
 
     @contextmanager
     def lesson(self, model: nn.Module, ctx: Context) -> Iterator[Lesson]:
-        """Teacher and labels, each with its weight; the taps are gone after the block."""
+        """Yield the weighted losses on teacher and labels; the taps are removed after the block."""
         response = None if self.response is None else find_response(self.response)
-        features = [find_loss(each, "feature") for each in self._several("feature")]
-        relations = [find_loss(each, "relation") for each in self._several("relation")]
+        features = [find_loss(loss, "feature") for loss in self._several("feature")]
+        relations = [find_loss(loss, "relation") for loss in self._several("relation")]
         task, batches = ctx.task, ctx.task.train if ctx.task.train is not None else ()
         average = Average(model, self.ema_decay) if self._several("teacher") == (EMA,) else None
         teachers = [average.module] if average else self._teachers(ctx)
@@ -166,10 +166,10 @@ class Distill(Training):
             pairs = pairs if features else pairs[-1:]
         hooks: list[Hook] = [average] if average else []
         with ExitStack() as stack:
-            asked = Teachers(task, teachers, [pair.teacher for pair in pairs], stack, batch)
-            teacher: Teacher = asked
+            live = Teachers(task, teachers, [pair.teacher for pair in pairs], stack, batch)
+            teacher: Teacher = live
             if self.cache is not None:
-                remembering = Remembering(asked, Path(self.cache))
+                remembering = Remembering(live, Path(self.cache))
                 teacher = remembering
                 hooks.append(WriteCache(remembering.cache))
             parts = [Part(feature, "feature") for feature in features] + [
@@ -180,20 +180,16 @@ class Distill(Training):
                 places = sample_count(batches, _size(task))
             with preserved_globals(ctx.seed):  # projections start from the same weights each time
                 companion = Companion(parts, pairs, places, average.module if average else None)
-            objective = Everything(
-                task,
-                teacher,
-                response,
-                parts,
-                pairs,
-                companion,
-                self.resolved_label_weight(),
-                self.ignore_index,
-                self._several("teacher_weights"),
-                model,
-                stack,
-                batch,
+            terms = Terms(
+                response=response,
+                parts=parts,
+                pairs=pairs,
+                label_weight=self.resolved_label_weight(),
+                ignore_index=self.ignore_index,
+                teacher_weights=self._several("teacher_weights"),
             )
+            objective = DistillObjective(task, teacher, terms, companion)
+            stack.enter_context(objective.watching(model, batch))
             yield Lesson(
                 objective=objective,
                 batches=indexed(batches, _size(task)) if places or self.cache is not None else batches,
@@ -205,16 +201,16 @@ class Distill(Training):
             )
 
     def _teachers(self, ctx: Context) -> list[nn.Module]:
-        given = self._several("teacher") or (ctx.teacher,)
-        return [find_module(each, "teacher").eval() for each in given]
+        teachers = self._several("teacher") or (ctx.teacher,)
+        return [find_module(teacher, "teacher").eval() for teacher in teachers]
 
     def check(self, ctx: Context) -> None:
-        """There is data to train on, labels where they count, and a teacher that the student can learn from."""
+        """Raise unless there are training data, labels where they count, and a teacher the student can learn from."""
         model = self.initial_model(ctx.model if ctx.model is not None else ctx.teacher, ctx.seed)
         replace(self, student=None).check_training(replace(ctx, model=model))
 
     def check_training(self, ctx: Context) -> None:
-        """As `check`, for other steps that train by distillation."""
+        """Check as `check` does, for other steps that train by distillation."""
         Training.check_training(self, ctx)
         if self.student is not None:
             raise DistillError("student is for a Distill step by itself; a step that trains its own model has its own")
@@ -232,16 +228,16 @@ class Distill(Training):
         train = () if ctx.task.train is None else ctx.task.train
         if self.cache is not None and (why := why_not_repeatable(train, _size(ctx.task))):
             raise DistillError(f"cache needs the same sample each time, but {why}; leave out cache, or what changes it")
-        crd = any(isinstance(find_loss(each, "relation"), CRD) for each in self._several("relation"))
+        crd = any(isinstance(find_loss(loss, "relation"), CRD) for loss in self._several("relation"))
         if crd and (why := why_not_numbered(train, _size(ctx.task))):
             raise DistillError(f"CRD remembers each sample, but {why}; give a plain DataLoader, or another relation")
         model = copy_model(ctx.model if ctx.model is not None else ctx.teacher)[0]
-        # what a loss may object to, such as other classes, it objects to before any work
+        # compute the loss once, so that its errors, such as different classes, are raised before the training
         with replace(self, cache=None).lesson(model, ctx) as lesson, dry(model):
             assert lesson.companion is not None
-            home = device_of(model)
-            lesson.companion.to(home).eval()
-            lesson.objective(model, to_device(batch, home))
+            device = device_of(model)
+            lesson.companion.to(device).eval()
+            lesson.objective(model, to_device(batch, device))
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         if self.student is not None:

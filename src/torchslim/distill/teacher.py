@@ -1,4 +1,4 @@
-"""Who teaches: one model or several, the student's own moving average, or what they have answered before."""
+"""Teachers: one model or several, the student's own moving average, or cached outputs."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from torchslim.training.loop import Hook, Loop
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What teachers say of a batch: the logits of each, and the features of the first."""
+    """Outputs of teachers on a batch: the logits of every teacher, and the features of the first."""
 
     logits: Sequence[Tensor]
     features: Sequence[Tensor]
 
     def named(self) -> dict[str, Tensor]:
-        """As tensors by name."""
-        logits = {f"logits_{number}": each for number, each in enumerate(self.logits)}
-        return logits | {f"feature_{number}": each for number, each in enumerate(self.features)}
+        """Logits and features by name."""
+        logits = {f"logits_{number}": tensor for number, tensor in enumerate(self.logits)}
+        return logits | {f"feature_{number}": tensor for number, tensor in enumerate(self.features)}
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor]) -> Answer:
-        """From tensors by name."""
+        """Answer from the tensors that `named` gives."""
         kinds = [
             [named[f"{kind}_{n}"] for n in range(len(named)) if f"{kind}_{n}" in named]
             for kind in ("logits", "feature")
@@ -52,18 +52,18 @@ class Answer:
 
 
 class Teacher(Protocol):
-    """Answers on a batch, whose samples have numbers where somebody needs them."""
+    """Gives the outputs on a batch; `index` holds the numbers of its samples, or is None where they have none."""
 
     def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer: ...
 
 
 def answer(task: Task, model: nn.Module, batch: Batch) -> Any:
-    """What a model says of a batch, wherever that lies."""
+    """Outputs of a model on a batch, which may be on any device."""
     return call(model, to_dtype(task.inputs(to_device(batch, device_of(model))), dtype_of(model)))
 
 
 class Teachers:
-    """Modules in eval mode, without gradients; the first is watched at the taps, after a rehearsal on a batch."""
+    """Runs modules in eval mode without gradients; the first is watched at the taps, after a rehearsal on a batch."""
 
     def __init__(
         self, task: Task, modules: Sequence[nn.Module], taps: Sequence[Tap], stack: ExitStack, batch: Batch
@@ -80,72 +80,72 @@ class Teachers:
         for module in self.modules:
             if device_of(module) != device:
                 module.to(device)
-            inputs = to_dtype(self.task.inputs(batch), dtype_of(module))  # in half precision, say, unlike the student
+            inputs = to_dtype(self.task.inputs(batch), dtype_of(module))  # may be in half, unlike the student
             with torch.no_grad():
                 logits.append(_single(self.task.logits(call(module, inputs))))
         features = [feature if feature is None else _single(feature) for feature in self.watch.features(self.taps)]
-        missing = next((tap.name for tap, each in zip(self.taps, features, strict=True) if each is None), None)
+        missing = next((tap.name for tap, feature in zip(self.taps, features, strict=True) if feature is None), None)
         if missing is not None:
             raise DistillError(f"the teacher's {missing!r} was not run on a batch; tap a module that always is")
         return Answer(logits, [feature for feature in features if feature is not None])
 
 
 def _single(tensor: Tensor) -> Tensor:
-    """Half precision as float32: losses of the user's own may not take two types."""
+    """The tensor, as float32 if it is in half precision: user functions may not take two types."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 class Remembering:
-    """Teachers that are asked once about each sample; what they said is read from the cache."""
+    """Teachers that run once on each sample; later outputs on it are read from the cache."""
 
     def __init__(self, inner: Teachers, folder: Path) -> None:
-        said = [fingerprint(module.state_dict()) for module in inner.modules]
-        reading = [canonical(each) for each in (inner.task.inputs, inner.task.logits)]
-        # equal weights may be used by other code, or with another configuration: what they answer tells
+        weights = [fingerprint(module.state_dict()) for module in inner.modules]
+        accessors = [canonical(function) for function in (inner.task.inputs, inner.task.logits)]
+        # equal weights may be used by other code, or with another configuration: outputs on a batch show it
         with preserved_globals(0), seeded(inner.task.val, 0, 0):
             batch = take_first(inner.task.val, "val")
-        told = inner(to_device(batch, device_of(inner.modules[0])), None, device_of(inner.modules[0]))
-        answers = {
-            name: [list(each.shape), f"{float(each.double().norm()):.3g}", f"{float(each.double().mean()):.3g}"]
-            for name, each in told.named().items()
+        outputs = inner(to_device(batch, device_of(inner.modules[0])), None, device_of(inner.modules[0]))
+        figures = {
+            name: [list(tensor.shape), f"{float(tensor.double().norm()):.3g}", f"{float(tensor.double().mean()):.3g}"]
+            for name, tensor in outputs.named().items()
         }
-        made = [f"{type(each).__module__}.{type(each).__qualname__} {each}" for each in inner.modules]
-        key = digest(said, made, [(tap.name, list(tap.shape)) for tap in inner.taps], reading, answers)
+        classes = [f"{type(module).__module__}.{type(module).__qualname__} {module}" for module in inner.modules]
+        key = digest(weights, classes, [(tap.name, list(tap.shape)) for tap in inner.taps], accessors, figures)
         self.inner, self.cache = inner, TeacherCache(folder, key)
 
     def __call__(self, batch: Batch, index: Tensor | None, device: torch.device) -> Answer:
         assert index is not None
         index, check = index.cpu(), checks(self.inner.task.inputs(batch))
-        known = self.cache.find(index, check)
-        if known is not None:
-            return Answer.of({name: value.to(device) for name, value in known.items()})
-        said = self.inner(batch, index, device)
-        for name, each in said.named().items():
-            if not each.dim() or len(each) != len(index):
+        cached = self.cache.find(index, check)
+        if cached is not None:
+            return Answer.of({name: value.to(device) for name, value in cached.items()})
+        outputs = self.inner(batch, index, device)
+        for name, rows in outputs.named().items():
+            if not rows.dim() or len(rows) != len(index):
                 raise DistillError(
-                    f"the teacher's {name} has shape {tuple(each.shape)} for {len(index)} samples; a cache needs a row "
+                    f"the teacher's {name} has shape {tuple(rows.shape)} for {len(index)} samples; a cache needs a row "
                     "for each sample: leave it out"
                 )
-        self.cache.keep(index, check, said.named())
-        return said
+        self.cache.keep(index, check, outputs.named())
+        return outputs
 
 
 class WriteCache(Hook):
-    """Writes at every epoch's end, before the epoch's checkpoint."""
+    """Writes the cache at the end of every epoch, before the epoch's checkpoint."""
 
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
 
     def on_epoch(self, loop: Loop) -> None:
-        """Write, and read what other processes wrote."""
+        """Write the cache, and read the shards that other processes wrote."""
         write_all([self.cache])
 
 
 class Average(Hook):
-    """The student's moving average, from its first step on: a teacher of the same making.
+    """Moving average of the student from its first step on, a teacher of the same architecture.
 
-    After n steps a step counts max(1 - decay, 1 / (n + 1)): at first all steps alike, then the last ones most. Buffers
-    are those of the student.
+    After n steps the newest has weight max(1 - decay, 1 / (n + 1)): at first all steps count alike, then the last ones
+    most. Buffers are copied from the student.
 
     Source: Tarvainen & Valpola 2017, arXiv:1703.01780, section 2.
     """
@@ -155,30 +155,30 @@ class Average(Hook):
 
     @torch.no_grad()
     def on_step(self, loop: Loop) -> None:
-        """Move towards the student."""
-        part = max(1 - self.decay, 1 / (loop.step + 1))
+        """Move the average towards the student."""
+        weight = max(1 - self.decay, 1 / (loop.step + 1))
         ours, theirs = dict(self.module.named_parameters()), dict(loop.model.named_parameters())
         for name, average in ours.items():
-            average.lerp_(whole(theirs[name]).to(average), part)
+            average.lerp_(whole(theirs[name]).to(average), weight)
         buffers = dict(loop.model.named_buffers())
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
 
 
 def find_module(spec: Any, what: str) -> nn.Module:
-    """A copy of a module, or what "package.module:callable" gives.
+    """Copy of a module, or the module that "package.module:callable" gives.
 
     Raises:
-        DistillError: it cannot be imported, gives no module, or one that cannot answer: TorchScript, parameters without
-            values, or NaN among them.
+        DistillError: `spec` cannot be imported, gives no module, or one that cannot be used: TorchScript, parameters
+            without values, or NaN among them.
     """
-    found = resolve(spec, what, DistillError) if isinstance(spec, str) else spec
-    given = isinstance(found, nn.Module)
-    if not given:
+    module = resolve(spec, what, DistillError) if isinstance(spec, str) else spec
+    is_module = isinstance(module, nn.Module)
+    if not is_module:
         with foreign(f"{what} {shown(spec)} cannot be made", DistillError):
-            found = found() if callable(found) else found
-        if not isinstance(found, nn.Module):
-            raise DistillError(f"{what} {shown(spec)} must be a module or give one, got {shown(found)}")
-    usable(found, DistillError, f"the {what}")  # what is compiled stays so
-    check_weights(found, DistillError, what)
-    return copy_model(found)[0] if given else found
+            module = module() if callable(module) else module
+        if not isinstance(module, nn.Module):
+            raise DistillError(f"{what} {shown(spec)} must be a module or give one, got {shown(module)}")
+    usable(module, DistillError, f"the {what}")  # a compiled module stays compiled
+    check_weights(module, DistillError, what)
+    return copy_model(module)[0] if is_module else module

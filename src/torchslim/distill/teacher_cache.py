@@ -1,4 +1,4 @@
-"""What a teacher has answered, kept on disk by sample: the second epoch costs no forward pass of it."""
+"""Teacher outputs cached on disk by sample, so that later epochs need no forward pass of the teacher."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from torchslim.core.trees import tensors
 from torchslim.errors import DistillError
 
 SHARD_BYTES = 64 * 2**20
-STALE_SECONDS = 3600.0  # other processes may be writing: what is younger is left alone
+STALE_SECONDS = 3600.0  # other processes may be writing: younger temporary files are kept
 INDEX, CHECK = "index", "check"
-TOLERANCE = 1e-4  # of a sample's length; rounding changes its projection by far less, an augmentation by more
+TOLERANCE = 1e-4  # relative to a sample's norm; rounding changes its projection by far less, an augmentation by more
 
 
 class TeacherCache:
-    """Answers by the number of their sample, in shards of safetensors.
+    """Teacher outputs by sample number, in shards of safetensors.
 
     Args:
-        folder: where they are.
-        key: of what the answers depend on; those of another key are left alone. A file's name holds its seal.
+        folder: holds the shards.
+        key: digest of everything that the outputs depend on. Shards of other keys are ignored. A shard's file name ends
+            with the seal of its content.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key, self.name = folder, key, key_id(key)[:16]
         self.shards: list[dict[str, Tensor]] = []
         self.files: set[str] = set()
-        self.place = torch.full((0, 2), -1)  # of each sample: shard and row
+        self.place = torch.full((0, 2), -1)  # shard and row of each sample, -1 where there is none
         self.rows: list[dict[str, Tensor]] = []
         self.refresh()
 
     def refresh(self) -> None:
-        """Take up what has been written, by other processes too."""
+        """Read the shards that are new in the folder, those of other processes too."""
         for path in sorted(self.folder.glob(f"{self.name}-*.safetensors")):
             if path.name not in self.files:
                 self._read(path)
@@ -50,43 +51,44 @@ class TeacherCache:
             clean_temporaries(self.folder, older_s=STALE_SECONDS)
 
     def find(self, index: Tensor, check: Tensor) -> dict[str, Tensor] | None:
-        """The answers on these samples; None unless all are there.
+        """The cached outputs on these samples by name; None unless all samples are cached.
 
         Raises:
-            DistillError: a sample is not what it was when its answer was kept.
+            DistillError: a sample's inputs have changed since its outputs were cached, or its outputs have another
+                shape than those of the other samples.
         """
         if not len(index) or not bool(self._has(index).all()):
             return None
         place = self.place[index]
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         for number in place[:, 0].unique().tolist():
             rows = (place[:, 0] == number).nonzero().flatten()
             for name, values in self.shards[number].items():
-                if name not in found:
-                    found[name] = values.new_empty(len(index), *values.shape[1:])
-                if found[name].shape[1:] != values.shape[1:]:
+                if name not in outputs:
+                    outputs[name] = values.new_empty(len(index), *values.shape[1:])
+                if outputs[name].shape[1:] != values.shape[1:]:
                     raise DistillError(
-                        f"the teacher's {name} of samples of a batch, {tuple(found[name].shape[1:])} and "
+                        f"the teacher's {name} of samples of a batch, {tuple(outputs[name].shape[1:])} and "
                         f"{tuple(values.shape[1:])}, are from batches that were padded to other lengths; leave out "
                         "cache, or pad all samples to one length"
                     )
-                found[name][rows] = values[place[rows, 1]]
-        self._same(found.pop(CHECK), check, index)
-        return found
+                outputs[name][rows] = values[place[rows, 1]]
+        self._same(outputs.pop(CHECK), check, index)
+        return outputs
 
     def keep(self, index: Tensor, check: Tensor, answers: Mapping[str, Tensor]) -> None:
-        """Keep the answers on those of these samples that it has none of."""
+        """Keep in memory the outputs on samples that are not cached yet; write them once they fill a shard."""
         new = ~self._has(index)
-        row = {INDEX: index, CHECK: check, **{name: each.detach().cpu() for name, each in answers.items()}}
-        self.rows.append({name: each[new].contiguous() for name, each in row.items()})
-        if sum(each.numel() * each.element_size() for row in self.rows for each in row.values()) >= SHARD_BYTES:
+        row = {INDEX: index, CHECK: check, **{name: tensor.detach().cpu() for name, tensor in answers.items()}}
+        self.rows.append({name: tensor[new].contiguous() for name, tensor in row.items()})
+        if sum(tensor.numel() * tensor.element_size() for row in self.rows for tensor in row.values()) >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept in memory; those of one shape go together."""
+        """Write the outputs kept in memory, one shard for all rows of the same shapes."""
         groups: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
         for row in self.rows:
-            groups.setdefault(tuple((name, each.shape[1:]) for name, each in row.items()), []).append(row)
+            groups.setdefault(tuple((name, tensor.shape[1:]) for name, tensor in row.items()), []).append(row)
         for rows in groups.values():
             shard = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
             if len(shard[INDEX]):
@@ -97,7 +99,7 @@ class TeacherCache:
         self.rows.clear()
 
     def _read(self, path: Path) -> None:
-        """Take up a file. Its tensors stay in it until they are looked at: the system may drop them from memory."""
+        """Load a shard. Its tensors are memory-mapped: the system reads them on use and may drop them from memory."""
         self.files.add(path.name)
         try:
             if path.name != f"{path.name.rpartition('-')[0]}-{self._seal(path.read_bytes())}.safetensors":
@@ -123,9 +125,9 @@ class TeacherCache:
         self.place[index, 1] = torch.arange(len(index))
 
     def _has(self, index: Tensor) -> Tensor:
-        known, inside = torch.zeros(len(index), dtype=torch.bool), index < len(self.place)
-        known[inside] = self.place[index[inside], 0] >= 0
-        return known
+        cached, inside = torch.zeros(len(index), dtype=torch.bool), index < len(self.place)
+        cached[inside] = self.place[index[inside], 0] >= 0
+        return cached
 
     def _same(self, old: Tensor, new: Tensor, index: Tensor) -> None:
         changed = ((old[:, 0] - new[:, 0]).abs() > TOLERANCE * old[:, 1] + 1e-12) | (old[:, 2] != new[:, 2])
@@ -138,9 +140,10 @@ class TeacherCache:
 
 
 def checks(inputs: Any) -> Tensor:
-    """What tells whether each sample's inputs have changed: (samples, 3).
+    """Numbers that show whether a sample's inputs have changed: (samples, 3).
 
-    A projection of the floats on fixed random directions, their length, and a digest of whole numbers, which is exact.
+    They are a projection of the floats on fixed random directions, the norm of the floats, and an exact digest of the
+    integers.
     """
     samples = batch_size(inputs)
     total = torch.zeros(samples, 3, dtype=torch.float64)
@@ -161,7 +164,7 @@ def checks(inputs: Any) -> Tensor:
 
 
 def write_all(caches: Sequence[TeacherCache]) -> None:
-    """At the end of an epoch: every process writes, then all read what the others wrote."""
+    """Write the caches at the end of an epoch: every process writes, then reads the shards of the others."""
     for cache in caches:
         cache.flush()
     distributed.wait()

@@ -1,4 +1,4 @@
-"""How a model is called: its arguments by name, and as flat tensors."""
+"""Calls of a model: its arguments by name, and as flat tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchslim.graph.io_structure import Structure, build, describe
 
 
 class Flat(nn.Module):
-    """A model as a function of flat tensors, giving flat tensors: what is exported."""
+    """Wraps a model as a function from flat tensors to flat tensors, which is exported."""
 
     def __init__(
         self, model: nn.Module, inputs: Structure, classes: Mapping[str, type], outside: torch.dtype | None = None
@@ -26,31 +26,31 @@ class Flat(nn.Module):
         self.inputs, self.classes, self.outside = inputs, classes, outside
 
     def natural(self, leaves: Sequence[Tensor]) -> Any:
-        """What the model itself returns."""
+        """Call the model with its own arguments, built from `leaves`, and return its own output."""
         if self.outside is not None:
             leaves = [leaf.float() if leaf.dtype == self.outside else leaf for leaf in leaves]
         args, kwargs = positional(self.model, build(self.inputs, leaves, self.classes))
         return self.model(*args, **kwargs)
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
-        answers = tensors_of(self.natural(leaves))
+        outputs = tensors_of(self.natural(leaves))
         if self.outside is not None:
-            answers = [answer.to(self.outside) if answer.dtype == torch.float32 else answer for answer in answers]
-        return tuple(answers)
+            outputs = [output.to(self.outside) if output.dtype == torch.float32 else output for output in outputs]
+        return tuple(outputs)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of an output, in its structure's order."""
+    """Return the tensors of an output, in its structure's order."""
     leaves: list[Tensor] = []
     describe(value, leaves, {})
     return leaves
 
 
 def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Inputs by the names of the model's forward, defaults included (varargs as one tuple, extra keywords as a dict).
+    """Return inputs by the names of the forward, defaults included (varargs as one tuple, extra keywords as a dict).
 
     Raises:
-        ExportError: when they do not fit the forward's signature, or hold no tensor.
+        ExportError: when the inputs do not fit the forward's signature, or hold no tensor.
     """
     if not isinstance(inputs, (tuple, list, Mapping)):
         raise ExportError(
@@ -74,11 +74,11 @@ def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
 
 def bind_call(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, with the defaults of those left out (but defaults that JSON cannot hold)."""
+    """Return the arguments of a call by name; missing ones get their defaults, except those that JSON cannot hold."""
     bound = signature.bind(*args, **kwargs)
-    given = set(bound.arguments)
+    passed = set(bound.arguments)
     bound.apply_defaults()
-    return {name: value for name, value in bound.arguments.items() if name in given or _plain(value)}
+    return {name: value for name, value in bound.arguments.items() if name in passed or _plain(value)}
 
 
 def _plain(value: Any) -> bool:
@@ -91,12 +91,12 @@ def _plain(value: Any) -> bool:
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:
-    """How the model's forward is called; a converted graph remembers that of the model it was made from."""
-    remembered = getattr(model, "forward_signature", None)
-    return remembered if isinstance(remembered, inspect.Signature) else inspect.signature(model.forward)
+    """Return the signature of the model's forward; a converted graph stores that of its original model."""
+    stored = getattr(model, "forward_signature", None)
+    return stored if isinstance(stored, inspect.Signature) else inspect.signature(model.forward)
 
 
 def positional(model: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Bound arguments as what the model is called with."""
+    """Convert arguments by name to the positional and keyword arguments of a call of the model."""
     bound = inspect.BoundArguments(signature_of(model), dict(named))
     return bound.args, bound.kwargs

@@ -1,4 +1,4 @@
-"""Attention and SiLU taken apart into the products they are made of, for runtimes that compute these better."""
+"""Decomposition of attention, einsum and SiLU into products, for runtimes that compute products better."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SILU = (aten.silu.default, aten.silu_.default)
 
 
 def open_products(model: GraphModule, wanted: Callable[[Node], bool], *, guard: bool = False) -> None:
-    """Write scaled dot products and sums of products as matrix products, for the nodes that are `wanted`.
+    """Rewrite attention and einsum nodes for which `wanted` returns True as matrix products.
 
-    A SiLU becomes the product of its input and the sigmoid of it. What they compute stays the same but for rounding;
-    without `guard` a query that may look at no key at all attends to every key.
+    A SiLU becomes the product of its input and the sigmoid of the input. Results stay the same up to rounding; without
+    `guard` a query whose mask allows no key attends to every key.
     """
     opened = False
     for node in list(model.graph.nodes):
@@ -38,7 +38,7 @@ def open_products(model: GraphModule, wanted: Callable[[Node], bool], *, guard: 
         splice(model, node, function, [input_ for input_ in inputs if isinstance(input_, Node)])
         opened = True
     for node in model.graph.nodes if opened else ():
-        if node.target is aten.view.default:  # what is written as products may lie in memory in another order
+        if node.target is aten.view.default:  # the products may lie in memory in another order
             node.target = aten.reshape.default
     model.graph.eliminate_dead_code()
     model.recompile()
@@ -47,29 +47,29 @@ def open_products(model: GraphModule, wanted: Callable[[Node], bool], *, guard: 
 def attention(
     width: int, *, causal: bool = False, scale: float | None = None, groups: bool = False, guard: bool = False
 ) -> Callable[..., Tensor]:
-    """`torch.nn.functional.scaled_dot_product_attention` as two products and a softmax.
+    """Return a function that computes `scaled_dot_product_attention` as two products and a softmax.
 
     Args:
-        width: the size of a head.
-        causal: a query sees the keys up to its own place.
-        scale: of the scores; None: 1 / sqrt(width).
-        groups: there may be fewer keys' heads than queries'.
-        guard: what a query gets that may look at no key is 0, as torch has it; else it attends to every key.
+        width: size of a head.
+        causal: a query sees the keys up to its own position.
+        scale: factor of the scores; None means 1 / sqrt(width).
+        groups: allow fewer heads of keys than of queries.
+        guard: the result of a query whose mask allows no key is 0, as in torch; else the query attends to every key.
 
-    Shapes of what it returns takes: (..., queries, width), (..., keys, width), (..., keys, values) and a mask that
-    broadcasts to (..., queries, keys); it gives (..., queries, values).
+    Shapes of the function: (..., queries, width), (..., keys, width), (..., keys, values) and a mask that broadcasts to
+    (..., queries, keys) -> (..., queries, values).
     """
     factor = 1 / math.sqrt(width) if scale is None else scale
 
     def compute(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         if groups and key.shape[-3] != query.shape[-3]:
-            key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
+            key, value = (tensor.repeat_interleave(query.shape[-3] // tensor.shape[-3], -3) for tensor in (key, value))
         scores = torch.matmul(query, key.transpose(-2, -1)) * factor
         lowest = torch.finfo(scores.dtype).min
         if causal:
             mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         if mask is not None:
-            # no infinities: a row of them has no softmax
+            # the lowest finite number, not -inf: the softmax of a row of infinities is NaN
             scores = torch.where(mask, scores, lowest) if mask.dtype == torch.bool else (scores + mask).clamp(lowest)
         mixed = torch.matmul(torch.softmax(scores, -1), value)
         if mask is None or not guard:
@@ -87,11 +87,11 @@ def _sizes(node: Node) -> tuple[int]:
 
 
 def _options(node: Node) -> dict[str, Any]:
-    given = {**dict(zip(("is_causal",), node.args[5:6], strict=False)), **node.kwargs}
+    arguments = {**dict(zip(("is_causal",), node.args[5:6], strict=False)), **node.kwargs}
     return {
-        "causal": bool(given.get("is_causal", False)),
-        "scale": given.get("scale"),
-        "groups": bool(given.get("enable_gqa", False)),
+        "causal": bool(arguments.get("is_causal", False)),
+        "scale": arguments.get("scale"),
+        "groups": bool(arguments.get("enable_gqa", False)),
     }
 
 
@@ -112,14 +112,14 @@ def splice(
     *,
     owner: Node | None = None,
 ) -> None:
-    """Let what `function` does to the inputs stand where the node was, as operations of its layer, or the owner's."""
+    """Replace `node` by the operations of `function` on `inputs`, as part of the node's layer or the owner's."""
     values = [input_.meta["val"] for input_ in inputs]
-    mode = next(each.fake_mode for each in values if hasattr(each, "fake_mode"))
+    mode = next(tensor.fake_mode for tensor in values if hasattr(tensor, "fake_mode"))
 
-    def positional(*tensors: Tensor) -> Tensor:  # the tracer counts arguments, those with a default, too
+    def positional(*tensors: Tensor) -> Tensor:  # the tracer would also count arguments with a default
         return function(*tensors)
 
-    with mode:  # a sum of products is one operation unless it is traced down to the last
+    with mode:  # einsum would stay one operation if it were traced before dispatch
         traced = make_fx(positional, tracing_mode="symbolic", pre_dispatch=node.target is ATTENTION)(*values)
     for name, value in [*traced.named_buffers(), *traced.named_parameters()]:
         raise AssertionError(f"{name} {tuple(value.shape)}: nothing is stored in what is spliced in")

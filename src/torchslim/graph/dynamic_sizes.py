@@ -1,4 +1,4 @@
-"""Which sizes of a captured program are free: the batch, found by running, or what the user says."""
+"""Free sizes of a captured program: the batch, found by running the model, or those of the user's `dynamic_shapes`."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from torchslim.errors import ExportError
 from torchslim.graph.calling import Flat, positional
 from torchslim.graph.io_structure import Structure
 
-CERTAIN = 1e-3  # so near to one another samples are the same; else the next axis may be nearer
+CERTAIN = 1e-3  # samples that differ by less are the same; above it, a later axis may fit better
 
 
 def find_batch_axis(
     flat: Flat, leaves: Sequence[Tensor]
 ) -> tuple[int | None, list[Tensor], list[dict[int, Any] | None] | None]:
-    """The axis along which samples are independent, two of the example's samples, and which sizes are free.
+    """Return the axis along which samples are independent, two of the example's samples, and the free sizes.
 
     For axis 0 and then 1, and each size that an input has there, the model runs on three samples and on two of them
-    in another order: where the outputs are the same samples in that order, the axis is the batch. Where they are only
-    nearly the same, as those of integers or of a causal sequence are, the nearest axis is it. Without one: None, the
-    example as it is, None.
+    in another order: where the outputs are the same samples in that order, the axis is the batch. Where no outputs are
+    the same but some are close, as those of integers or of a causal sequence are, the closest axis is the batch.
+    Without a batch axis the result is None, the unchanged example, None.
     """
     order = torch.tensor([2, 0])
     best: tuple[float, tuple[int, list[Tensor], list[dict[int, Any] | None]]] | None = None
     for axis in (0, 1):
         for size in dict.fromkeys(leaf.shape[axis] for leaf in leaves if leaf.dim() > axis):
             batched = [leaf.dim() > axis and leaf.shape[axis] == size for leaf in leaves]
-            three = [_samples(leaf, axis, 3) if each else leaf for leaf, each in zip(leaves, batched, strict=True)]
-            two = [_pick(leaf, axis, order) if each else leaf for leaf, each in zip(three, batched, strict=True)]
+            three = [_samples(leaf, axis, 3) if varies else leaf for leaf, varies in zip(leaves, batched, strict=True)]
+            two = [_pick(leaf, axis, order) if varies else leaf for leaf, varies in zip(three, batched, strict=True)]
             try:
                 full, part = flat(*three), flat(*two)
-            except Exception:  # noqa: BLE001 - whatever is raised, this axis cannot vary
+            except Exception:  # noqa: BLE001 - any error means that this axis cannot vary
                 continue
             if len(full) != len(part) or all(a.shape == b.shape for a, b in zip(full, part, strict=True)):
                 continue
-            apart = max(_apart(*each, order) for each in zip(full, part, strict=True))
-            if apart <= 1 and (best is None or apart < best[0]):
+            distance = max(_apart(*pair, order) for pair in zip(full, part, strict=True))
+            if distance <= 1 and (best is None or distance < best[0]):
                 index = torch.arange(2) % max(size, 1)
                 example = [
-                    _pick(leaf, axis, index) if each else leaf for leaf, each in zip(leaves, batched, strict=True)
+                    _pick(leaf, axis, index) if varies else leaf for leaf, varies in zip(leaves, batched, strict=True)
                 ]
-                best = apart, (axis, example, [{axis: Dim.DYNAMIC} if each else None for each in batched])
-                if apart <= CERTAIN:
+                best = distance, (axis, example, [{axis: Dim.DYNAMIC} if varies else None for varies in batched])
+                if distance <= CERTAIN:
                     return best[1]
     if best is not None:
         return best[1]
@@ -55,7 +55,7 @@ def find_batch_axis(
 
 
 def _user_spec(flat: Flat, spec: Any, bound: Mapping[str, Any]) -> list[Any]:
-    """A dynamic_shapes argument as one entry for each tensor."""
+    """Convert a dynamic_shapes argument to one entry per tensor."""
     args, kwargs = positional(flat.model, bound)
     if hasattr(spec, "dynamic_shapes"):  # torch.export.ShapesCollection, AdditionalInputs
         spec = spec.dynamic_shapes(flat.model, args, kwargs)
@@ -83,19 +83,19 @@ def _spread(structure: Structure, spec: Any, entries: list[Any], path: str) -> N
     inner = content if isinstance(content, dict) else dict(enumerate(content))
     if spec is not None and not isinstance(spec, (tuple, list, Mapping)):
         raise ExportError(f"dynamic_shapes of {path} must be nested as the input is, got {spec!r}")
-    given = spec if isinstance(spec, Mapping) else dict(zip(inner, spec or (), strict=False))
-    for key, each in inner.items():
-        _spread(each, given.get(key), entries, f"{path}[{key!r}]")
+    specs = spec if isinstance(spec, Mapping) else dict(zip(inner, spec or (), strict=False))
+    for key, part in inner.items():
+        _spread(part, specs.get(key), entries, f"{path}[{key!r}]")
 
 
 def _samples(leaf: Tensor, axis: int, count: int) -> Tensor:
-    """`count` samples along the axis; real values are scaled so that samples differ even where the example's do not."""
-    taken = _pick(leaf, axis, torch.arange(count) % max(leaf.shape[axis], 1))
+    """Take `count` samples along the axis; floats are scaled so that samples differ even if the example's do not."""
+    samples = _pick(leaf, axis, torch.arange(count) % max(leaf.shape[axis], 1))
     if leaf.is_floating_point():
         view = [1] * leaf.dim()
         view[axis] = count
-        taken = taken * (1 - 0.25 * torch.arange(count, device=leaf.device, dtype=leaf.dtype)).view(view)
-    return taken
+        samples = samples * (1 - 0.25 * torch.arange(count, device=leaf.device, dtype=leaf.dtype)).view(view)
+    return samples
 
 
 def _pick(leaf: Tensor, axis: int, order: Tensor) -> Tensor:
@@ -103,13 +103,13 @@ def _pick(leaf: Tensor, axis: int, order: Tensor) -> Tensor:
 
 
 def _apart(full: Tensor, part: Tensor, order: Tensor) -> float:
-    """How far `part` is from the samples `order` of `full` along some axis; above 1 it is not them.
+    """Return the distance of `part` from the samples `order` of `full` along the best axis; above 1 they differ.
 
-    0 where this output does not vary at all, infinite where the shapes tell.
+    The distance is 0 where the two shapes are equal, and infinite where no axis has the right sizes.
     """
     if full.shape == part.shape:
         return 0.0
-    found = math.inf
+    distance = math.inf
     for axis in range(full.dim()):
         expected = [*full.shape]
         expected[axis] = len(order)
@@ -117,8 +117,8 @@ def _apart(full: Tensor, part: Tensor, order: Tensor) -> float:
             double = full.double().nan_to_num()
             picked = double.index_select(axis, order.to(full.device))
             error = (picked - part.double().nan_to_num()).square().sum()
-            # what a sample's own data changes, not what a bias gives to all of them
+            # the variation between samples only: a bias is the same for all of them
             differences = (double - double.mean(axis, keepdim=True)).square().sum()
-            # kernels differ with the batch size, and in a quantized model one rounding moves a whole step
-            found = min(found, float(error / (0.1 * differences + 1e-10 * picked.square().sum() + 1e-20)))
-    return found
+            # kernels differ with the batch size, and in a quantized model one rounding changes a value by a whole step
+            distance = min(distance, float(error / (0.1 * differences + 1e-10 * picked.square().sum() + 1e-20)))
+    return distance

@@ -1,8 +1,8 @@
-"""A model as a graph: `torch.export`, tried the ways that work, with the batch dimension left free.
+"""Capture of a model as a graph: `torch.export`, non-strict and then strict, with the batch dimension left free.
 
-Every program takes its input tensors flat and by position, and gives its output tensors as one tuple, whatever the
-model takes and gives: the contract of a `.pt2` is that of a `.onnx`. The structures around the tensors are kept
-beside the program.
+Every program takes its input tensors flat and by position, and returns its output tensors as one tuple, whatever the
+model takes and returns: a `.pt2` is called like a `.onnx`. The structures around the tensors are kept beside the
+program.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from torchslim.graph.packed_sequences import drop_unused_cells, packed_as_padded
 
 TORCH = Path(torch.__file__).parent
 OURS = Path(__file__).parents[1]
-WRAPPED = "model."  # what the names of a captured model's modules start with inside its program
+WRAPPED = "model."  # prefix of the names of a captured model's modules inside its program
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """An exported program and how it is called.
+    """An exported program and how to call it.
 
-    `names` are the parameters of the model's forward in order; `inputs` and `outputs` the structures of what goes in
-    (a dict by those names) and comes out; `batch_axis` the dimension of the inputs that is free, None when fixed.
-    `example` are inputs of the sizes that the program was captured with, `given` those that the caller gave.
+    `names` are the parameters of the model's forward in order; `inputs` (a dict by those names) and `outputs` are the
+    structures of the model's inputs and outputs; `batch_axis` is the free dimension of the inputs, None when fixed.
+    `example` are inputs of the sizes that the program was captured with, `given` the inputs that the caller passed.
     """
 
     program: ExportedProgram
@@ -55,31 +55,35 @@ class Captured:
     notes: tuple[str, ...] = ()
 
     def inputs_of_program(self) -> list[Any]:
-        """The example values of the program's inputs, whose sizes are symbols where they are free."""
-        wanted = set(self.program.graph_signature.user_inputs)
+        """Return the example values of the program's inputs; free sizes are symbols."""
+        input_names = set(self.program.graph_signature.user_inputs)
         return [
-            node.meta["val"] for node in self.program.graph.nodes if node.op == "placeholder" and node.name in wanted
+            node.meta["val"]
+            for node in self.program.graph.nodes
+            if node.op == "placeholder" and node.name in input_names
         ]
 
     def outputs_of_program(self) -> list[Tensor]:
-        """The example values of the program's outputs that are tensors."""
+        """Return the example values of the program's outputs that are tensors."""
         values = {node.name: node.meta.get("val") for node in self.program.graph.nodes}
-        found = [values.get(output) for output in self.program.graph_signature.user_outputs if isinstance(output, str)]
-        return [each for each in found if isinstance(each, Tensor)]
+        outputs = [
+            values.get(output) for output in self.program.graph_signature.user_outputs if isinstance(output, str)
+        ]
+        return [value for value in outputs if isinstance(value, Tensor)]
 
 
 def capture(
     model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "batch", *, outside: torch.dtype | None = None
 ) -> Captured:
-    """Export `model` in eval mode, for the CPU; the model is left as it was, and shares no memory with the program.
+    """Export `model` in eval mode, for the CPU; the model is not modified and shares no memory with the program.
 
     Args:
-        model: any module, a quantized one included.
+        model: any module, quantized or not.
         example_inputs: a tuple of positional or a dict of keyword arguments.
         dynamic_shapes: "batch" finds the batch dimension by running two batch sizes and leaves it free (where the
-            model's own code fixes it, the program is captured with a fixed batch and says so in its notes); None
-            fixes every size; anything else is read as `torch.export.export` reads it.
-        outside: the program takes and gives floating-point tensors of this type, and computes in the model's, float32.
+            model's own code fixes it, the program is captured with a fixed batch, and a note says so); None fixes
+            every size; any other value is read as `torch.export.export` reads it.
+        outside: type of the program's floating-point inputs and outputs; it computes in the model's type, float32.
 
     Raises:
         ExportError: naming the line of the model's code that cannot be captured.
@@ -92,7 +96,7 @@ def capture(
 def capture_bound(
     model: nn.Module, named: Mapping[str, Any], dynamic_shapes: Any = "batch", outside: torch.dtype | None = None
 ) -> Captured:
-    """`capture` with inputs by the names of the model's forward."""
+    """Export as `capture` does, with inputs by the names of the model's forward."""
     bound = to_device(dict(named), device_of(model))
     classes: dict[str, type] = {}
     leaves: list[Tensor] = []
@@ -105,9 +109,9 @@ def capture_bound(
     notes: list[str] = []
     spec: list[Any] | None = None
     with untouched(model), unfused_attention():
-        whole = leaves
+        given_leaves = leaves
         if dynamic_shapes == "batch":
-            axis, leaves, spec = find_batch_axis(flat, whole)
+            axis, leaves, spec = find_batch_axis(flat, given_leaves)
             if axis is None:
                 notes.append("no batch dimension was found: the sizes are fixed at those of the example inputs")
         elif dynamic_shapes is not None:
@@ -121,11 +125,11 @@ def capture_bound(
         outputs = describe(result, [], classes)
         program, failure = _export(flat, leaves, spec)
         if program is None and axis is not None:
-            fixed, _ = _export(flat, whole, None)
-            if fixed is not None:
-                size = next(leaf.shape[axis] for leaf, each in zip(whole, spec or (), strict=True) if each)
+            fixed_program, _ = _export(flat, given_leaves, None)
+            if fixed_program is not None:
+                size = next(leaf.shape[axis] for leaf, sizes in zip(given_leaves, spec or (), strict=True) if sizes)
                 notes.append(f"the model's code fixes the batch size ({failure}): captured with batch size {size}")
-                program, axis, leaves = fixed, None, whole
+                program, axis, leaves = fixed_program, None, given_leaves
     if program is None:
         raise ExportError(f"torch.export cannot capture the model; {failure}")
     return Captured(
@@ -135,40 +139,40 @@ def capture_bound(
         outputs=outputs,
         classes=classes,
         example=build(inputs, [leaf.cpu() for leaf in leaves], classes),
-        given=build(inputs, [leaf.cpu() for leaf in whole], classes),
+        given=build(inputs, [leaf.cpu() for leaf in given_leaves], classes),
         batch_axis=axis,
         notes=tuple(notes),
     )
 
 
 def user_line(error: BaseException) -> str:
-    """The innermost line outside torch that an error passed through, as 'file:line in function: code'."""
-    found = None
+    """Return the innermost line outside torch and torchslim in a traceback, as 'file:line in function: code'."""
+    innermost = None
     current: BaseException | None = error
-    while current is not None and found is None:
+    while current is not None and innermost is None:
         own = [
             frame
             for frame in traceback.extract_tb(current.__traceback__)
             if not {TORCH, OURS} & set(Path(frame.filename).parents) and not frame.filename.startswith("<")
         ]
-        found = own[-1] if own else None
+        innermost = own[-1] if own else None
         current = current.__cause__ or current.__context__
-    if found is None:
+    if innermost is None:
         # strict export quotes the frames in its message
         quoted = [line.strip() for line in str(error).splitlines() if line.strip().startswith("File ")]
         own_lines = [line for line in quoted if str(TORCH) not in line and str(OURS) not in line]
         return own_lines[-1] if own_lines else "an unknown line"
-    return f"{found.filename}:{found.lineno} in {found.name}: {found.line}"
+    return f"{innermost.filename}:{innermost.lineno} in {innermost.name}: {innermost.line}"
 
 
 def layer_of(node: Node) -> str:
-    """The path of the module that a node of a captured program belongs to; the node's name where there is none."""
+    """Return the path of the module that a node of a captured program belongs to; the node's name without a module."""
     stack = node.meta.get("nn_module_stack") or {}
     return scope_path([entry[0] for entry in stack.values() if entry[0]]) or node.name
 
 
 def scope_path(scopes: Sequence[str]) -> str:
-    """The innermost of nested module paths, without the module that wraps a captured model."""
+    """Return the innermost of nested module paths, without the module that wraps a captured model."""
     path = f"{scopes[-1] if scopes else ''}.".removeprefix("L['self'].").removeprefix(WRAPPED)
     return path.removesuffix(".")
 
@@ -188,34 +192,34 @@ def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tup
                 _check_padded(flat, leaves)
                 drop_unused_cells(program)
             return program, ""
-        except ExportError:  # our own words for what no other way of exporting would change
+        except ExportError:  # raised by us: the other way of exporting would fail the same way
             raise
-        except Exception as error:  # noqa: BLE001 - torch.export raises many kinds; all become one message
+        except Exception as error:  # noqa: BLE001 - torch.export raises many types; all become one message
             failure = failure or f"{user_line(error)}: {_first(error)}"
     return None, failure
 
 
 def _check_padded(flat: Flat, leaves: Sequence[Tensor]) -> None:
-    """Compare a model that packs sequences with itself on padded batches.
+    """Compare the outputs of a model that packs sequences with its outputs on padded batches.
 
     Raises:
-        ExportError: its answers have other sizes or values there.
+        ExportError: their sizes or values differ.
     """
     packed = flat(*leaves)
     with packed_as_padded():
         padded = flat(*leaves)
-    for one, other in zip(packed, padded, strict=True):
-        if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
+    for expected, output in zip(packed, padded, strict=True):
+        if expected.shape != output.shape or not torch.allclose(expected, output, rtol=1e-3, atol=1e-4, equal_nan=True):
             raise ExportError(
-                f"the sizes of packed sequences depend on the data: an output of shape {tuple(one.shape)} becomes "
-                f"{tuple(other.shape)} where the padding is kept. Give the padded size to pad_packed_sequence "
+                f"the sizes of packed sequences depend on the data: an output of shape {tuple(expected.shape)} becomes "
+                f"{tuple(output.shape)} where the padding is kept. Give the padded size to pad_packed_sequence "
                 "(total_length=inputs.shape[1]), and read no PackedSequence.data whose rows of padding would count"
             )
 
 
 @contextmanager
 def _layers_remembered(flat: Flat) -> Iterator[None]:
-    """Inside, graphs that the model holds (a quantized model is one) hand on which layer each node comes from."""
+    """Keep each node's layer when the export traces graphs inside the model, such as a quantized model."""
     graphs = [module for module in flat.modules() if isinstance(module, GraphModule)]
 
     def run(graph: GraphModule) -> Any:
@@ -225,18 +229,18 @@ def _layers_remembered(flat: Flat) -> Iterator[None]:
 
         return forward
 
-    for each in graphs:
-        each.forward = run(each)
+    for module in graphs:
+        module.forward = run(module)
     try:
         yield
     finally:
-        for each in graphs:
-            del each.forward
+        for module in graphs:
+            del module.forward
 
 
 def _own(program: ExportedProgram) -> ExportedProgram:
-    """The program on the CPU and with its own weights: the model may go on training after the capture."""
-    if any(each.device.type != "cpu" for each in program.state_dict.values()):
+    """Return the program on the CPU with its own copies of the weights: the model may be trained after the capture."""
+    if any(tensor.device.type != "cpu" for tensor in program.state_dict.values()):
         from torch.export.passes import move_to_device_pass
 
         with quiet():
@@ -253,6 +257,6 @@ def _own(program: ExportedProgram) -> ExportedProgram:
 
 
 def _first(error: BaseException) -> str:
-    """The first line that says something."""
+    """Return the error's type and the first line of its message that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

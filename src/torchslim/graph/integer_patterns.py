@@ -1,7 +1,7 @@
-"""What a quantized graph says: the operations around an integer weight or a dynamically quantized input, recognized.
+"""Recognition of integer weights and dynamically quantized inputs in a quantized graph, by the operations around them.
 
 A quantized program computes on dequantized numbers with ATen operations alone, so that it runs anywhere. Each runtime
-looks for these forms and computes them with the integer kernels that it has.
+looks for these patterns and computes them with its own integer kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Int8Weight:
     axis: int
 
     def dequantized(self) -> Tensor:
-        """The floats that it stands for."""
+        """Return the weight as floats."""
         shape = [1] * self.values.dim()
         shape[self.axis] = -1
         return self.values.float() * self.scale.float().view(shape)
@@ -50,23 +50,23 @@ class Int4Weight:
 
     @property
     def group_size(self) -> int:
-        """How many values share a scale."""
+        """Number of values that share a scale."""
         return 2 * self.packed.shape[1] // self.scale.shape[1]
 
     @property
     def length(self) -> int:
-        """The values in a row, padding left out."""
+        """Number of values in a row without the padding."""
         return Tensor.numel(torch.empty(self.shape[1:], device="meta"))
 
     def dequantized(self) -> Tensor:
-        """The floats that it stands for."""
+        """Return the weight as floats."""
         rows, groups = self.scale.shape
         values = torch.stack([self.packed & 15, self.packed >> 4], -1).view(rows, groups, -1).float() - 8
         return (values * self.scale.unsqueeze(-1)).view(rows, -1)[:, : self.length].reshape(self.shape)
 
 
 def find_int8(node: Any, constant: Constant) -> Int8Weight | None:
-    """The int8 weight that `node` dequantizes, if it does."""
+    """Return the int8 weight that `node` dequantizes, if any."""
     if not _calls(node, "quantized_decomposed::dequantize_per_channel", ""):
         return None
     values, scale, zero_point = (
@@ -78,15 +78,15 @@ def find_int8(node: Any, constant: Constant) -> Int8Weight | None:
 
 
 def find_dynamic(node: Any) -> Node | None:
-    """What `node` is the dynamically quantized and dequantized form of, if it is (unsigned bytes, over all values)."""
+    """Return the source of a dynamically quantized and dequantized `node`, if any (uint8, one scale for all values)."""
     if not _calls(node, "quantized_decomposed::dequantize_per_tensor", "tensor"):
         return None
     quantize: Any = node.args[0]
     if not _calls(quantize, "quantized_decomposed::quantize_per_tensor", "tensor"):
         return None
     source, scale, zero_point, low, high, dtype = quantize.args[:6]
-    chosen = _from_choice(scale, 0)
-    if chosen is None or chosen is not _from_choice(zero_point, 1) or chosen.args[0] is not source:
+    choice = _from_choice(scale, 0)
+    if choice is None or choice is not _from_choice(zero_point, 1) or choice.args[0] is not source:
         return None
     return source if (low, high, dtype) == (0, 255, torch.uint8) and isinstance(source, Node) else None
 
@@ -101,9 +101,9 @@ def _from_choice(node: Any, index: int) -> Node | None:
 class Recurrent:
     """An LSTM or GRU on int8 weights.
 
-    `cells` are those of layer 0 in each direction, then of layer 1, and so on, each with its two weights and two biases
-    (none where the layer has none). `source` is the input before its dynamic quantization, None where it has none:
-    then only the weights are to be integers.
+    `cells` are those of layer 0 in each direction, then of layer 1, and so on, each with two weights and two biases
+    (None for a layer without biases). `source` is the input before its dynamic quantization, None for an input that is
+    not quantized: then only the weights are integers.
     """
 
     kind: str
@@ -117,29 +117,31 @@ class Recurrent:
 
     @property
     def directions(self) -> int:
-        """1 or 2."""
+        """Number of directions: 1 or 2."""
         return 2 if self.bidirectional else 1
 
     @property
     def hidden(self) -> int:
-        """The size of the hidden state."""
+        """Size of the hidden state."""
         return self.cells[0][1].values.shape[1]
 
 
 def find_recurrent(node: Node, constant: Constant) -> Recurrent | None:
-    """The LSTM or GRU that `node` computes, if all its weights are int8."""
+    """Return the LSTM or GRU that `node` computes, if all its weights are int8."""
     if node.target not in (aten.lstm.input, aten.gru.input):
         return None
     kind = "LSTM" if node.target is aten.lstm.input else "GRU"
     arguments: Any = node.args
     x, states, parameters, biased, layers, _, train, bidirectional, batch_first = arguments
-    per, directions = 4 if biased else 2, 2 if bidirectional else 1
-    if train or len(parameters) != per * directions * layers:  # a projection has one more for each cell
+    per_cell, directions = 4 if biased else 2, 2 if bidirectional else 1
+    if train or len(parameters) != per_cell * directions * layers:  # with a projection each cell has one more weight
         return None
     cells = []
-    for start in range(0, len(parameters), per):
+    for start in range(0, len(parameters), per_cell):
         input_weight, hidden_weight = (find_int8(parameter, constant) for parameter in parameters[start : start + 2])
-        biases = [constant(parameter) for parameter in parameters[start + 2 : start + per]] if biased else [None, None]
+        biases = (
+            [constant(parameter) for parameter in parameters[start + 2 : start + per_cell]] if biased else [None, None]
+        )
         if input_weight is None or hidden_weight is None or input_weight.axis or hidden_weight.axis:
             return None
         if biased and None in [None if bias is None else True for bias in biases]:
@@ -159,7 +161,7 @@ def find_recurrent(node: Node, constant: Constant) -> Recurrent | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A linear layer on an int8 or int4 weight; `source` as in `Recurrent`."""
+    """A linear layer on an int8 or int4 weight; `source` is as in `Recurrent`."""
 
     x: Node
     source: Node | None
@@ -168,7 +170,7 @@ class Linear:
 
 
 def find_linear(node: Node, constant: Constant) -> Linear | None:
-    """The linear layer that `node` computes, if its weight is stored as integers and its input has no fixed scale."""
+    """Return the linear layer that `node` computes, if its weight is int8 or int4 and its input has no fixed scale."""
     if node.target is not aten.linear.default:
         return None
     arguments: Any = node.args
@@ -183,19 +185,19 @@ def find_linear(node: Node, constant: Constant) -> Linear | None:
 
 
 def is_dynamic(graph: torch.fx.Graph) -> bool:
-    """Does the graph choose scales while it runs?"""
+    """Whether the graph chooses scales at run time."""
     return any(_calls(node, "quantized_decomposed::choose_qparams", "tensor") for node in graph.nodes)
 
 
 def _calls(node: Any, name: str, overload: str) -> bool:
-    """Does the node call this operation? By name: it may not be registered here."""
+    """Whether the node calls this operation, compared by name: the operation may not be registered here."""
     if not isinstance(node, Node) or not isinstance(node.target, torch._ops.OpOverload):
         return False
     return bool(node.target.name() == (f"{name}.{overload}" if overload else name))
 
 
 def find_int4(node: Any, constant: Constant) -> Int4Weight | None:
-    """The int4 weight that ends in `node`, if one does: the chain that `torchslim.quantize.weight_only` emits."""
+    """Return the int4 weight whose chain of nodes, as `torchslim.quantize.weight_only` emits it, ends in `node`."""
     shape = _static_shape(node)
     if shape is None:
         return None
@@ -222,18 +224,18 @@ def find_int4(node: Any, constant: Constant) -> Int4Weight | None:
 
 
 def int4_weights(graph: torch.fx.Graph, constant: Constant) -> dict[Node, Int4Weight]:
-    """The last node of each chain that gives an int4 weight."""
-    found = {node: find_int4(node, constant) for node in graph.nodes}
-    # the views that a chain ends in give the weight in other shapes
+    """Return the int4 weights of a graph by the last node of their chains."""
+    weights = {node: find_int4(node, constant) for node in graph.nodes}
+    # a chain may end in several views that all match: keep the last
     return {
         node: weight
-        for node, weight in found.items()
-        if weight is not None and not all(found.get(user) for user in node.users)
+        for node, weight in weights.items()
+        if weight is not None and not all(weights.get(user) for user in node.users)
     }
 
 
 def _halved(stacked: Any) -> Node | None:
-    """The bytes whose low and high halves a node stacks, if it does."""
+    """Return the bytes whose low and high halves a node stacks, if any."""
     parts = stacked.args[0]
     axis = stacked.args[1] if len(stacked.args) > 1 else 0
     if len(parts) != 2 or axis not in (-1, 2):
@@ -249,7 +251,7 @@ def _is(node: Any, targets: Sequence[Any]) -> bool:
 
 
 def _back(node: Any, targets: Sequence[Any]) -> Any:
-    """What goes into a row of such operations."""
+    """Return the input of a run of consecutive operations from `targets` that ends in `node`."""
     while _is(node, targets):
         node = node.args[0]
     return node

@@ -1,9 +1,9 @@
-"""The shape of what goes in and comes out, apart from the tensors: JSON-able, so that an artifact can keep it.
+"""The structure of inputs and outputs around their tensors, as JSON, so that an artifact can store it.
 
 {"tensor": 3}                      the fourth tensor
-{"const": None}                    a number, text, or None; {"float": "-inf"} what JSON has no number for
+{"const": None}                    a number, text, or None; {"float": "-inf"} a float that JSON cannot hold
 {"tuple": [...]} {"list": [...]}   {"dict": {"key": ...}}
-{"named": "module.Class", "fields": {...}}    a named tuple, or what torch.topk and its like return
+{"named": "module.Class", "fields": {...}}    a named tuple, or a return type of torch.topk and similar functions
 {"record": "module.Class", "fields": {...}}   a dataclass, or a Hugging Face output
 """
 
@@ -26,10 +26,10 @@ LEAVES, DEPTH = 10_000, 20
 
 
 class Record(dict[str, Any]):
-    """Stands for a dataclass that this process does not have: fields by name, by key, or by position."""
+    """Replaces a dataclass that this process does not have: fields by name, by key, or by position."""
 
     def __getattribute__(self, name: str) -> Any:
-        # a field that is called like a method of dict (`values`, `items`) is meant, not the method
+        # a field named like a method of dict (`values`, `items`) takes precedence over the method
         if not name.startswith("__") and dict.__contains__(self, name):
             return dict.__getitem__(self, name)
         return super().__getattribute__(name)
@@ -42,10 +42,10 @@ class Record(dict[str, Any]):
 
 
 def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: str = "output") -> Structure:
-    """The structure of `value`; its tensors go to `leaves`, the classes that it uses to `classes`.
+    """Return the structure of `value`; its tensors are appended to `leaves`, its classes added to `classes`.
 
     Raises:
-        ExportError: for a type that no runtime can take or give.
+        ExportError: for a type that no runtime can take or return.
     """
 
     def inner(each: Any) -> Structure:
@@ -63,13 +63,13 @@ def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: s
         name = f"{type(value).__module__}.{type(value).__qualname__}"
         classes[name] = type(value)
         kind = "named" if isinstance(value, tuple) else "record"
-        return {kind: name, "fields": {key: inner(each) for key, each in fields.items()}}
+        return {kind: name, "fields": {key: inner(part) for key, part in fields.items()}}
     if isinstance(value, Mapping):
         if any(not isinstance(key, str) for key in value):
             raise ExportError(f"an {what} is a dict with keys that are not text: {list(value)[:3]}; use names")
-        return {"dict": {key: inner(each) for key, each in value.items()}}
+        return {"dict": {key: inner(part) for key, part in value.items()}}
     if isinstance(value, (tuple, list)):
-        return {"tuple" if isinstance(value, tuple) else "list": [inner(each) for each in value]}
+        return {"tuple" if isinstance(value, tuple) else "list": [inner(part) for part in value]}
     cache = type(value).__name__.endswith("Cache")
     hint = "; a model of transformers answers without its cache where model.config.use_cache is False" if cache else ""
     raise ExportError(
@@ -79,7 +79,7 @@ def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: s
 
 
 def build(structure: Structure, leaves: Sequence[Any], classes: Mapping[str, type] | None = None) -> Any:
-    """The value of a structure with these tensors; unknown classes become named tuples and `Record`s."""
+    """Build the value of a structure with these tensors; unknown classes become named tuples and `Record`s."""
     kind = next(iter(structure))
     content = structure[kind]
     if kind == "tensor":
@@ -89,17 +89,17 @@ def build(structure: Structure, leaves: Sequence[Any], classes: Mapping[str, typ
     if kind == "float":
         return float(content)
     if kind in ("named", "record"):
-        fields = {key: build(each, leaves, classes) for key, each in structure["fields"].items()}
-        known = (classes or {}).get(content)
-        return _named(known, content, fields) if kind == "named" else _record(known, fields)
+        fields = {key: build(part, leaves, classes) for key, part in structure["fields"].items()}
+        cls = (classes or {}).get(content)
+        return _named(cls, content, fields) if kind == "named" else _record(cls, fields)
     if kind == "dict":
-        return {key: build(each, leaves, classes) for key, each in content.items()}
-    items = [build(each, leaves, classes) for each in content]
+        return {key: build(part, leaves, classes) for key, part in content.items()}
+    items = [build(part, leaves, classes) for part in content]
     return tuple(items) if kind == "tuple" else items
 
 
 def flatten(structure: Structure, value: Any, path: str = "input") -> list[Tensor]:
-    """The tensors of `value`, in the structure's order.
+    """Return the tensors of `value`, in the structure's order.
 
     Raises:
         DeployError: when `value` has another structure.
@@ -119,21 +119,21 @@ def flatten(structure: Structure, value: Any, path: str = "input") -> list[Tenso
             )
         return []
     if kind in ("dict", "record", "named"):
-        wanted = content if kind == "dict" else structure["fields"]
-        given = dict(value.items()) if isinstance(value, Mapping) else _fields(value)
-        if kind == "named" and given is None and isinstance(value, tuple) and len(value) == len(wanted):
-            given = dict(zip(wanted, value, strict=True))
-        if given is None or set(given) != set(wanted):
-            got = _brief(value) if given is None else f"the keys {', '.join(given) or 'none'}"
-            raise DeployError(f"{path} must have the keys {', '.join(wanted)}, as when it was captured; got {got}")
-        return [leaf for key, each in wanted.items() for leaf in flatten(each, given[key], f"{path}[{key!r}]")]
+        parts = content if kind == "dict" else structure["fields"]
+        values = dict(value.items()) if isinstance(value, Mapping) else _fields(value)
+        if kind == "named" and values is None and isinstance(value, tuple) and len(value) == len(parts):
+            values = dict(zip(parts, value, strict=True))
+        if values is None or set(values) != set(parts):
+            got = _brief(value) if values is None else f"the keys {', '.join(values) or 'none'}"
+            raise DeployError(f"{path} must have the keys {', '.join(parts)}, as when it was captured; got {got}")
+        return [leaf for key, part in parts.items() for leaf in flatten(part, values[key], f"{path}[{key!r}]")]
     if not isinstance(value, (tuple, list)) or len(value) != len(content):
         raise DeployError(f"{path} must be a {kind} of {len(content)}, as when it was captured; got {_brief(value)}")
-    return [leaf for index, each in enumerate(content) for leaf in flatten(each, value[index], f"{path}[{index}]")]
+    return [leaf for index, part in enumerate(content) for leaf in flatten(part, value[index], f"{path}[{index}]")]
 
 
 def leaf_names(structure: Structure, path: str = "") -> list[str]:
-    """A name for each tensor, in order: the keys and positions that lead to it, joined by underscores."""
+    """Return a name for each tensor, in order: the keys and positions on its path, joined by underscores."""
     kind = next(iter(structure))
     content = structure[kind]
     if kind == "tensor":
@@ -143,12 +143,12 @@ def leaf_names(structure: Structure, path: str = "") -> list[str]:
     if kind in ("dict", "record", "named"):
         inner = (content if kind == "dict" else structure["fields"]).items()
     else:
-        inner = ((str(index), each) for index, each in enumerate(content))
-    return [name for key, each in inner for name in leaf_names(each, f"{path}_{key}" if path else key)]
+        inner = ((str(index), part) for index, part in enumerate(content))
+    return [name for key, part in inner for name in leaf_names(part, f"{path}_{key}" if path else key)]
 
 
 def sound(structure: Any) -> str | None:
-    """What is wrong with a structure that was read from a file; None for one that `describe` could have made."""
+    """Return the error in a structure that was read from a file; None for one that `describe` could have made."""
     try:
         count = _count(structure, 0, 0)
     except ValueError as error:
@@ -157,15 +157,15 @@ def sound(structure: Any) -> str | None:
 
 
 def tensors_of(structure: Structure) -> int:
-    """How many tensors a sound structure has."""
+    """Number of tensors in a sound structure."""
     return _count(structure, 0, None)
 
 
 def _count(structure: Any, depth: int, next_index: int | None) -> int:
-    """Count tensors; they must be numbered in their order, from `next_index` unless that is None.
+    """Count tensors; they must be numbered in order from `next_index`, unless that is None.
 
     Raises:
-        ValueError: no structure; says what was found.
+        ValueError: not a structure; the message says what was read.
     """
     if depth > DEPTH:
         raise ValueError(f"nested deeper than {DEPTH} levels")
@@ -184,20 +184,20 @@ def _count(structure: Any, depth: int, next_index: int | None) -> int:
     if kind in ("tensor", "const", "float"):
         return int(kind == "tensor")
     if fields:
-        parts = content.split(".") if isinstance(content, str) else [""]
-        if not all(part.isidentifier() and not iskeyword(part) for part in parts if part != "<locals>"):
+        words = content.split(".") if isinstance(content, str) else [""]
+        if not all(word.isidentifier() and not iskeyword(word) for word in words if word != "<locals>"):
             raise ValueError("a class has no name")
         content = structure["fields"]
     if not isinstance(content, list if kind in ("tuple", "list") else dict):
         raise ValueError(f"a {kind} holds no parts")
     total = 0
-    for each in content if isinstance(content, list) else content.values():
-        total += _count(each, depth + 1, None if next_index is None else next_index + total)
+    for part in content if isinstance(content, list) else content.values():
+        total += _count(part, depth + 1, None if next_index is None else next_index + total)
     return total
 
 
 def _same(fixed: Any, value: Any) -> bool:
-    # 2 and 2.0 are equal but compute in other types; tensors and arrays have no single truth value
+    # 2 and 2.0 are equal but compute in different types; tensors and arrays have no single truth value
     if not isinstance(value, type(fixed)):
         return False
     return bool(value == fixed) or (isinstance(fixed, float) and math.isnan(fixed) and math.isnan(value))
@@ -226,7 +226,7 @@ def _record(known: Any, fields: dict[str, Any]) -> Any:
     if known is None:
         return Record(fields)
     computed = {field.name for field in dataclasses.fields(known) if not field.init}
-    record = known(**{key: each for key, each in fields.items() if key not in computed})
+    record = known(**{key: value for key, value in fields.items() if key not in computed})
     for name in computed & set(fields):
         object.__setattr__(record, name, fields[name])
     return record

@@ -1,4 +1,4 @@
-"""The layers of a captured program: what each multiplies, and what its numbers are stored and computed in."""
+"""The layers of a captured program: their MACs, bits of weights, and types of activations."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Layer:
     """An operation that multiplies: a layer with weights, or a product of two activations.
 
     Attributes:
-        layer: the path of its module; the node's name where it has none.
+        layer: path of the operation's module; the node's name where there is no module.
         operation: the ATen operation.
         macs: multiply-accumulates of one sample.
-        weight_bits: of what is stored: 8, 4, or those of the float type; None for a product of activations.
-        activations: what it is meant to compute with: "static" or "dynamic" integers, or "float".
+        weight_bits: bits of a stored weight: 8, 4, or those of the float type; None for a product of activations.
+        activations: numbers that the layer is meant to compute with: "static" or "dynamic" integers, or "float".
     """
 
     layer: str
@@ -40,11 +40,11 @@ class Layer:
 
     @property
     def asks_for_integers(self) -> bool:
-        """Is it meant to compute on integers?"""
+        """Whether the layer is meant to compute on integers."""
         return self.activations != "float"
 
     def to_dict(self) -> dict[str, Any]:
-        """As a plain dict."""
+        """Return the fields as a plain dict."""
         return asdict(self)
 
 
@@ -88,14 +88,14 @@ MULTIPLY: Mapping[str, Callable[[Sizes, tuple[int, ...]], int]] = {
     "aten::lstm": _recurrent,
     "aten::gru": _recurrent,
 }
-WEIGHTS = {"linear": 1, "addmm": 2, "mm": 1, "matmul": 1, "bmm": 1, "baddbmm": 2}  # arguments; others: 1
+WEIGHTS = {"linear": 1, "addmm": 2, "mm": 1, "matmul": 1, "bmm": 1, "baddbmm": 2}  # index of the argument; others: 1
 
 
 def layers_of(program: ExportedProgram, batch_axis: int | None) -> list[Layer]:
-    """The layers of a captured program, in its order; MACs are those of its example, for one sample."""
+    """List the layers of a captured program in graph order; MACs are for one sample of the example inputs."""
     stored = stored_tensors(program)
     samples = _samples(program, batch_axis)
-    found = []
+    layers = []
     for node in program.graph.nodes:
         if not multiplies(node):
             continue
@@ -104,7 +104,7 @@ def layers_of(program: ExportedProgram, batch_axis: int | None) -> list[Layer]:
         out = _size(node)
         weight, bits = _weight(node, name, stored)
         source = node.args[1] if name in ("aten::addmm", "aten::baddbmm") else node.args[0]
-        found.append(
+        layers.append(
             Layer(
                 layer=layer_of(node),
                 operation=name.removeprefix("aten::"),
@@ -113,20 +113,20 @@ def layers_of(program: ExportedProgram, batch_axis: int | None) -> list[Layer]:
                 activations=_activations(source) if weight else _both(node),
             )
         )
-    return found
+    return layers
 
 
 def structure_of(program: ExportedProgram) -> str:
-    """A digest of what a program computes, whatever its numbers are: operations, sizes and types, but no values.
+    """Return a digest of a program's operations, sizes and types, without the values of its tensors.
 
     Two programs with the same digest take the same time on the same runtime.
     """
-    places: dict[Node, int] = {}  # by first use: in which order tensors are stored says nothing
+    places: dict[Node, int] = {}  # numbered by first use: the order in which tensors are stored must not matter
 
     def shown(value: Any) -> str:
         if isinstance(value, Node):
-            given = "" if value.op == "call_function" or value in places else f" {kind(value.meta.get('val'))}"
-            return f"%{places.setdefault(value, len(places))}{given}"
+            suffix = "" if value.op == "call_function" or value in places else f" {kind(value.meta.get('val'))}"
+            return f"%{places.setdefault(value, len(places))}{suffix}"
         if isinstance(value, (list, tuple)):
             return f"[{','.join(map(shown, value))}]"
         return "float" if isinstance(value, float) else "?" if isinstance(value, torch.SymInt) else repr(value)
@@ -141,19 +141,19 @@ def structure_of(program: ExportedProgram) -> str:
         if node.op == "placeholder":
             continue
         name = str(node.target) if node.op == "call_function" else node.op
-        # scales and zero points are numbers that data decide
-        given = node.all_input_nodes if "quantized_decomposed" in name else [*node.args, *sorted(node.kwargs.items())]
-        parts.append(f"{shown(node)} {name}({shown(given)}) {kind(node.meta.get('val'))}")
+        # scales and zero points depend on the calibration data
+        inputs = node.all_input_nodes if "quantized_decomposed" in name else [*node.args, *sorted(node.kwargs.items())]
+        parts.append(f"{shown(node)} {name}({shown(inputs)}) {kind(node.meta.get('val'))}")
     return digest(parts)
 
 
 def multiplies(node: Node) -> bool:
-    """Is a node one of `layers_of`?"""
+    """Whether `layers_of` lists the node."""
     return _name(node) in MULTIPLY and bool(_size(node)) and any(_size(tensor) for tensor in _tensors(node))
 
 
 def stored_tensors(program: ExportedProgram) -> dict[str, Tensor]:
-    """Parameters, buffers and constants by the names of their placeholders."""
+    """Return parameters, buffers and constants by the names of their placeholders."""
     signature = program.graph_signature
     names = {
         **signature.inputs_to_parameters,
@@ -191,10 +191,10 @@ def _hint(size: Any) -> int:
 def _samples(program: ExportedProgram, batch_axis: int | None) -> int:
     if batch_axis is None:
         return 1
-    wanted = set(program.graph_signature.user_inputs)
+    input_names = set(program.graph_signature.user_inputs)
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if node.op != "placeholder" or node.name not in wanted or not isinstance(value, Tensor):
+        if node.op != "placeholder" or node.name not in input_names or not isinstance(value, Tensor):
             continue
         if value.dim() > batch_axis and isinstance(value.shape[batch_axis], torch.SymInt):
             return max(1, _hint(value.shape[batch_axis]))
@@ -202,7 +202,7 @@ def _samples(program: ExportedProgram, batch_axis: int | None) -> int:
 
 
 def _weight(node: Node, name: str, stored: Mapping[str, Tensor]) -> tuple[bool, int | None]:
-    """Has it a stored weight, and of how many bits?"""
+    """Whether the node has a stored weight, and the bits of that weight."""
 
     def constant(each: Any) -> Tensor | None:
         return stored.get(each.name) if isinstance(each, Node) else None
@@ -212,9 +212,9 @@ def _weight(node: Node, name: str, stored: Mapping[str, Tensor]) -> tuple[bool, 
         return False, None
     argument: Any = node.args[2] if short in ("lstm", "gru") else node.args[WEIGHTS.get(short, 1)]
     argument = argument[0] if isinstance(argument, (list, tuple)) else argument
-    seen: set[Any] = set()
-    while isinstance(argument, Node) and argument not in seen:
-        seen.add(argument)
+    visited: set[Any] = set()
+    while isinstance(argument, Node) and argument not in visited:
+        visited.add(argument)
         if isinstance(find_int8(argument, constant), Int8Weight):
             return True, 8
         if find_int4(argument, constant) is not None:

@@ -1,13 +1,14 @@
 """Packed sequences computed on padded batches, which `torch.export` can capture, with the same results.
 
-A `PackedSequence` has one row per valid step, so its size depends on the lengths. While a model is captured, packing
-keeps the padding instead, and recurrent layers are computed per layer and direction on the padded batch:
+A `PackedSequence` has one row per valid step, so its size depends on the lengths. During capture, packing keeps the
+padding instead, and recurrent layers run one layer and one direction at a time on the padded batch:
 
 - forward: padding behind the end of a sequence changes no step before it; the last state is that of step length - 1;
-- backward: each sequence is reversed within its length, before and after;
-- an LSTM's last cell state is no step's output: it comes from a second pass over inputs with one more feature, 1 on
-  padding, whose weights close the input gate and open the forget gate (sigmoid gives exactly 0 and 1 there), so that
-  the cell keeps its state to the last step. Where the model does not use it, nothing of that pass is captured.
+- backward: the inputs and the outputs of each sequence are reversed within its length;
+- an LSTM's last cell state is not among the outputs of the steps: it comes from a second pass over inputs with one
+  more feature, 1 on padding, whose weights close the input gate and open the forget gate (sigmoid gives exactly 0 and
+  1 there), so that the cell keeps its state to the last step. A model that does not use this state captures nothing
+  of the second pass.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ State = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class _Packing:
-    """One call of `pack_padded_sequence`: the sorted lengths (batch,) on the device of the data and as they were given,
+    """One call of `pack_padded_sequence`: the sorted lengths (batch,) on the device of the data, the lengths as passed,
     and the steps of the padded batch."""
 
     lengths: Tensor
@@ -41,45 +42,45 @@ class _Packing:
 
     @cached_property
     def batch_sizes(self) -> Tensor:
-        """How many sequences every step holds: (steps,), on the CPU, as `PackedSequence` keeps it."""
+        """Number of sequences in each step: (steps,), on the CPU, as `PackedSequence` stores it."""
         return self.valid.sum(1).cpu()
 
     @cached_property
     def times(self) -> Tensor:
-        """The number of every step: (steps, 1)."""
+        """Index of each step: (steps, 1)."""
         return torch.arange(self.steps, device=self.lengths.device).unsqueeze(1)
 
     @cached_property
     def valid(self) -> Tensor:
-        """Which steps are not padding: (steps, batch)."""
+        """True where a step is not padding: (steps, batch)."""
         return self.times < self.lengths
 
     @cached_property
     def reversed_times(self) -> Tensor:
-        """Where every step comes from when its sequence is reversed within its length: (steps, batch, 1)."""
+        """Source index of each step when its sequence is reversed within its length: (steps, batch, 1)."""
         return torch.where(self.valid, self.lengths - 1 - self.times, self.times).unsqueeze(-1)
 
     @cached_property
     def last_times(self) -> Tensor:
-        """The last valid step of every sequence: (1, batch, 1)."""
+        """Index of the last valid step of each sequence: (1, batch, 1)."""
         return (self.lengths - 1).view(1, -1, 1)
 
     def padded(self, data: Tensor) -> Tensor:
-        """(steps * batch, ...) -> (steps, batch, ...)"""
+        """Unflatten packed data: (steps * batch, ...) -> (steps, batch, ...)."""
         return cast(Tensor, data.unflatten(0, (self.steps, self.lengths.shape[0])))
 
     def reverse(self, x: Tensor) -> Tensor:
-        """Reverse every sequence of (steps, batch, features) within its length; padding stays where it is."""
+        """Reverse each sequence of (steps, batch, features) within its length; padding stays in place."""
         return x.gather(0, self.reversed_times.expand(-1, -1, x.shape[-1]))
 
     def last(self, x: Tensor) -> Tensor:
-        """The last valid step of (steps, batch, features): (1, batch, features)."""
+        """Return the last valid step of (steps, batch, features): (1, batch, features)."""
         return x.gather(0, self.last_times.expand(-1, -1, x.shape[-1]))
 
 
 @dataclass
 class PaddedPacking:
-    """What was packed while `packed_as_padded` was on."""
+    """Records each packing inside `packed_as_padded`, and computes on the padded batches."""
 
     packings: list[_Packing] = field(default_factory=list)
 
@@ -89,7 +90,7 @@ class PaddedPacking:
         return bool(self.packings)
 
     def pack(self, x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-        """In place of `torch._VF._pack_padded_sequence`; the rows of padding stay among the data."""
+        """Replace `torch._VF._pack_padded_sequence`; the rows of padding stay in the data."""
         x = x.transpose(0, 1) if batch_first else x
         on_device = lengths if lengths.device == x.device else lengths.to(x.device)
         packing = _Packing(on_device, lengths, x.shape[0])
@@ -99,7 +100,7 @@ class PaddedPacking:
     def pad(
         self, data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
     ) -> tuple[Tensor, Tensor]:
-        """In place of `torch._VF._pad_packed_sequence`."""
+        """Replace `torch._VF._pad_packed_sequence`."""
         packing = self.of(batch_sizes)
         x = packing.padded(data)
         valid = packing.valid.unflatten(1, (-1, *[1] * (x.dim() - 2)))
@@ -110,10 +111,10 @@ class PaddedPacking:
         return x.transpose(0, 1) if batch_first else x, packing.given_lengths
 
     def of(self, batch_sizes: Tensor) -> _Packing:
-        """The packing that gave these batch sizes.
+        """Return the packing that gave these batch sizes.
 
         Raises:
-            ExportError: none did, as for a packed sequence that is an input of the model.
+            ExportError: no packing did, as for a packed sequence that is an input of the model.
         """
         for packing in self.packings:
             if packing.batch_sizes is batch_sizes:
@@ -124,8 +125,8 @@ class PaddedPacking:
         )
 
     def run(self, layer: nn.RNNBase, packed: PackedSequence, state: Any) -> tuple[PackedSequence, Any]:
-        """In place of the forward of `nn.LSTM`, `nn.GRU` and `nn.RNN` on a packed sequence."""
-        data, batch_sizes, order, back = packed
+        """Replace the forward of `nn.LSTM`, `nn.GRU` and `nn.RNN` on a packed sequence."""
+        data, batch_sizes, order, unsorted = packed
         packing = self.of(batch_sizes)
         layer._update_flat_weights()
         x = packing.padded(data)
@@ -137,8 +138,10 @@ class PaddedPacking:
             outputs = []
             for direction in range(directions):
                 index = depth * directions + direction
-                given = packing.reverse(x) if direction else x
-                output, end = _single(layer, index, given, tuple(part[index : index + 1] for part in states), packing)
+                layer_input = packing.reverse(x) if direction else x
+                output, end = _single(
+                    layer, index, layer_input, tuple(part[index : index + 1] for part in states), packing
+                )
                 outputs.append(packing.reverse(output) if direction else output)
                 ends.append(end)
             x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
@@ -146,12 +149,12 @@ class PaddedPacking:
                 x = nn.functional.dropout(x, layer.dropout, layer.training)
         last: Any = tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
         last = last if isinstance(layer, nn.LSTM) else last[0]
-        return PackedSequence(x.flatten(0, 1), batch_sizes, order, back), layer.permute_hidden(last, back)
+        return PackedSequence(x.flatten(0, 1), batch_sizes, order, unsorted), layer.permute_hidden(last, unsorted)
 
 
 @contextmanager
 def packed_as_padded() -> Iterator[PaddedPacking]:
-    """Inside, packed sequences keep their padding. Not safe beside other threads that pack sequences."""
+    """Keep the padding of packed sequences inside the block; not safe beside other threads that pack sequences."""
     packing = PaddedPacking()
 
     def forward_of(kind: type[nn.RNNBase]) -> Callable[..., Any]:
@@ -174,7 +177,7 @@ def packed_as_padded() -> Iterator[PaddedPacking]:
 
 
 def drop_unused_cells(program: ExportedProgram) -> None:
-    """Delete what gave last cell states that the model does not use; torch takes LSTMs for impure and keeps them."""
+    """Delete LSTMs whose last cell states the model does not use; torch takes LSTMs for impure and keeps them."""
     graph = program.graph
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.lstm.input):
@@ -189,16 +192,16 @@ def _directions(layer: nn.RNNBase) -> int:
 
 
 def _initial(layer: nn.RNNBase, x: Tensor) -> State:
-    """The zeros that a layer starts from: (layers * directions, batch, size) per state."""
+    """Return the zero initial states of a layer: (layers * directions, batch, size) per state."""
     count = layer.num_layers * _directions(layer)
     sizes = [layer.proj_size or layer.hidden_size] + [layer.hidden_size] * isinstance(layer, nn.LSTM)
     return tuple(x.new_zeros(count, x.shape[1], size) for size in sizes)
 
 
 def _single(layer: nn.RNNBase, index: int, x: Tensor, start: State, packing: _Packing) -> tuple[Tensor, State]:
-    """One layer in one direction: the outputs (steps, batch, size), and the states behind the last valid step."""
-    count = len(layer._flat_weights) // (layer.num_layers * _directions(layer))
-    weights = cast(list[Tensor], layer._flat_weights[index * count : (index + 1) * count])
+    """Run one layer in one direction: the outputs (steps, batch, size), and the states after the last valid step."""
+    per_layer = len(layer._flat_weights) // (layer.num_layers * _directions(layer))
+    weights = cast(list[Tensor], layer._flat_weights[index * per_layer : (index + 1) * per_layer])
     options = (layer.bias, 1, 0.0, layer.training, False, False)
     if not isinstance(layer, nn.LSTM):
         functions: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -211,6 +214,7 @@ def _single(layer: nn.RNNBase, index: int, x: Tensor, start: State, packing: _Pa
     output, _, _ = torch.lstm(x, start, weights, *options)
     padding = (~packing.valid).unsqueeze(-1).to(x.dtype)
     shut, neither = x.new_full((layer.hidden_size, 1), SHUT), x.new_zeros(2 * layer.hidden_size, 1)
-    held = torch.cat([weights[0], torch.cat([-shut, shut, neither])], 1)  # the gates: input, forget, cell, output
-    _, _, cell = torch.lstm(torch.cat([x, padding], -1), start, [held, *weights[1:]], *options)
+    # the rows of the gates: input, forget, cell and output
+    input_weight = torch.cat([weights[0], torch.cat([-shut, shut, neither])], 1)
+    _, _, cell = torch.lstm(torch.cat([x, padding], -1), start, [input_weight, *weights[1:]], *options)
     return output, (packing.last(output), cell)

@@ -1,4 +1,4 @@
-"""Operations that converters and quantizers do not take, written with operations that they do.
+"""Rewrites of operations that converters and quantizers do not support into operations that they do.
 
 An `EmbeddingBag` becomes an embedding and a reduction; a convolution whose number of groups is a free size (each sample
 has a kernel of its own) becomes a batch of matrix products. Both compute what PyTorch computes, for any batch size.
@@ -34,7 +34,7 @@ TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.c
 
 
 def portable(program: ExportedProgram) -> ExportedProgram:
-    """A copy of the program without such operations; the same one where it has none."""
+    """Return a copy of the program without such operations; a program that has none is returned as it is."""
     if not any(_is_bag(node) or _has_free_groups(node) for node in program.graph.nodes):
         return program
     program = program.run_decompositions({})  # a copy; nothing is decomposed
@@ -47,28 +47,32 @@ def portable(program: ExportedProgram) -> ExportedProgram:
 
 
 def open_bags(model: GraphModule) -> None:
-    """Write every embedding bag whose result alone is used as an embedding and a reduction."""
-    for node in [each for each in model.graph.nodes if _is_bag(each)]:
+    """Rewrite each embedding bag of which only the result is used as an embedding and a reduction."""
+    for node in [bag for bag in model.graph.nodes if _is_bag(bag)]:
         _open_bag(model, node)
     model.graph.eliminate_dead_code()
     model.recompile()
 
 
 def _is_bag(node: Node) -> bool:
-    """An embedding bag of which nothing but the result is read (the rest is there for its gradient)."""
+    """Whether `node` is an embedding bag of which only the result is read (its other outputs serve the gradient)."""
     return node.target in BAGS and all(user.args[1] == 0 or not user.users for user in node.users)
 
 
 def _open_bag(model: GraphModule, node: Node) -> None:
-    given = _arguments(node)
-    mode, last, padding = given.get("mode", SUM), given.get("include_last_offset", False), given.get("padding_idx")
+    arguments = _arguments(node)
+    mode, last, padding = (
+        arguments.get("mode", SUM),
+        arguments.get("include_last_offset", False),
+        arguments.get("padding_idx"),
+    )
     if padding is not None and padding < 0:
-        padding += given["weight"].meta["val"].shape[0]
-    rows = _equal_bags(given["indices"], given["offsets"])
-    factors = given.get("per_sample_weights")
-    inputs = [given["weight"], given["indices"] if rows is None else rows]
+        padding += arguments["weight"].meta["val"].shape[0]
+    rows = _equal_bags(arguments["indices"], arguments["offsets"])
+    factors = arguments.get("per_sample_weights")
+    inputs = [arguments["weight"], arguments["indices"] if rows is None else rows]
     if rows is None:
-        inputs.append(given["offsets"])
+        inputs.append(arguments["offsets"])
     if factors is not None:
         inputs.append(factors)
 
@@ -85,7 +89,7 @@ def _open_bag(model: GraphModule, node: Node) -> None:
 
 
 def _equal_bags(indices: Any, offsets: Any) -> Node | None:
-    """The (bags, size) indices that a two-dimensional input was before it was flattened."""
+    """Return the two-dimensional (bags, size) indices before they were flattened; None if there were none."""
     if not isinstance(indices, Node) or not isinstance(offsets, Node):
         return None
     if indices.target not in (aten.reshape.default, aten.view.default) or offsets.target is not aten.arange.start_step:
@@ -99,7 +103,7 @@ def _equal_bags(indices: Any, offsets: Any) -> Node | None:
 
 
 def _reduced_rows(vectors: Tensor, mode: int, scale: Tensor | None, counted: Tensor | None) -> Tensor:
-    """Bags of one size: (bags, size, width) -> (bags, width); `counted` and `scale` are (bags, size)."""
+    """Reduce bags of one size: (bags, size, width) -> (bags, width); `counted` and `scale` are (bags, size)."""
     if scale is not None:
         vectors = vectors * scale.unsqueeze(-1)
     if counted is None:
@@ -116,9 +120,9 @@ def _reduced_rows(vectors: Tensor, mode: int, scale: Tensor | None, counted: Ten
 def _reduced(
     vectors: Tensor, offsets: Tensor, mode: int, scale: Tensor | None, counted: Tensor | None, *, last: bool
 ) -> Tensor:
-    """Bags that begin at `offsets`: (values, width), (bags,) -> (bags, width); `last`: the last offset is an end."""
+    """Reduce bags beginning at `offsets`: (values, width), (bags,) -> (bags, width); with `last` the last is an end."""
     values, width = vectors.shape
-    # a bag of its own behind the others takes what follows the last end
+    # an extra bag behind the others takes the values after the last end
     bags = offsets.shape[0] - 1 if last else offsets.shape[0]
     starts = torch.zeros(values + 1, dtype=torch.int64, device=vectors.device)
     starts = starts.scatter_add(0, offsets.long(), torch.ones_like(offsets, dtype=torch.int64))
@@ -148,13 +152,13 @@ def _reduced(
 
 
 def open_convolutions(model: GraphModule) -> None:
-    """Write convolutions whose number of groups is a free size as batches of matrix products."""
-    for node in [each for each in model.graph.nodes if _has_free_groups(each)]:
-        given = _arguments(node)
-        inputs = [given[name] for name in ("input", "weight", "bias") if given.get(name) is not None]
-        rank = given["weight"].meta["val"].dim() - 2
+    """Rewrite convolutions whose number of groups is a free size as batches of matrix products."""
+    for node in [convolution for convolution in model.graph.nodes if _has_free_groups(convolution)]:
+        arguments = _arguments(node)
+        inputs = [arguments[name] for name in ("input", "weight", "bias") if arguments.get(name) is not None]
+        rank = arguments["weight"].meta["val"].dim() - 2
         options = {
-            name: _spread(given.get(name, default), rank)
+            name: _spread(arguments.get(name, default), rank)
             for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0))
         } | {"transposed": node.target in TRANSPOSED, "inputs": _inputs_of_a_group(node)}
 
@@ -178,10 +182,10 @@ def _has_free_groups(node: Node) -> bool:
 
 
 def _inputs_of_a_group(node: Node) -> int | None:
-    """How many channels of the input a group has, where that is fixed."""
-    given = _arguments(node)
-    rank = given["weight"].meta["val"].dim() - 2
-    share = str(given["input"].meta["val"].shape[-rank - 1] // given["groups"].meta["val"])
+    """Number of input channels in a group; None where it is not fixed."""
+    arguments = _arguments(node)
+    rank = arguments["weight"].meta["val"].dim() - 2
+    share = str(arguments["input"].meta["val"].shape[-rank - 1] // arguments["groups"].meta["val"])
     return int(share) if share.isdigit() else None
 
 
@@ -204,16 +208,16 @@ def convolution_of_groups(
     output_padding: Sequence[int],
     transposed: bool = False,
 ) -> Tensor:
-    """A grouped convolution of any rank as one batch of matrix products, with `inputs` channels in a group.
+    """Compute a grouped convolution of any rank as one batch of matrix products, with `inputs` channels in a group.
 
     Shapes: (batch, groups * inputs, *positions), (groups * outputs, inputs, *kernel) and (groups * outputs,) give
-    (batch, groups * outputs, *positions); the weight of a transposed one is (groups * inputs, outputs, *kernel).
+    (batch, groups * outputs, *positions); a transposed convolution has the weight (groups * inputs, outputs, *kernel).
     """
     kernel = weight.shape[2:]
     rank = len(kernel)
     groups = x.shape[-rank - 1] // inputs
     if x.dim() == rank + 1:
-        whole = convolution_of_groups(
+        batched = convolution_of_groups(
             x[None],
             weight,
             bias,
@@ -224,18 +228,18 @@ def convolution_of_groups(
             output_padding=output_padding,
             transposed=transposed,
         )
-        return whole[0]
+        return batched[0]
     spans = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
     if isinstance(padding, str):
         sides = [(span // 2, span - span // 2) if padding == "same" else (0, 0) for span in spans]
     else:
-        sides = [(each, each) for each in padding]
-    if transposed:  # a convolution of the input with zeros between its values, by the kernel the other way round
+        sides = [(side, side) for side in padding]
+    if transposed:  # a convolution of the input, with zeros between its values, by the flipped kernel
         outputs = weight.shape[1]
         weight = weight.reshape(groups, inputs, outputs, *kernel).flip(tuple(range(3, 3 + rank))).transpose(1, 2)
         x = _spaced(x, stride)
-        ends = zip(spans, sides, output_padding, strict=True)
-        sides = [(span - low, span - high + extra) for span, (low, high), extra in ends]
+        spans_and_sides = zip(spans, sides, output_padding, strict=True)
+        sides = [(span - low, span - high + extra) for span, (low, high), extra in spans_and_sides]
         stride = [1] * rank
     else:
         outputs = weight.shape[0] // groups
@@ -243,31 +247,31 @@ def convolution_of_groups(
     x = functional.pad(x, [size for pair in reversed(sides) for size in pair])
     batch = x.shape[0]
     x = x.reshape(batch, groups, inputs, *x.shape[2:])
-    found = [(size - span - 1) // step + 1 for size, span, step in zip(x.shape[3:], spans, stride, strict=True)]
+    positions = [(size - span - 1) // step + 1 for size, span, step in zip(x.shape[3:], spans, stride, strict=True)]
     columns = torch.stack(
-        [_seen(x, place, dilation, stride, found) for place in itertools.product(*map(range, kernel))], 3
+        [_seen(x, place, dilation, stride, positions) for place in itertools.product(*map(range, kernel))], 3
     )
-    columns = columns.reshape(batch, groups, inputs * math.prod(kernel), math.prod(found))
+    columns = columns.reshape(batch, groups, inputs * math.prod(kernel), math.prod(positions))
     result = torch.matmul(weight.reshape(groups, outputs, inputs * math.prod(kernel)), columns)
-    result = result.reshape(batch, groups * outputs, *found)
+    result = result.reshape(batch, groups * outputs, *positions)
     return result if bias is None else result + bias.reshape(-1, *[1] * rank)
 
 
 def _seen(
     x: Tensor, place: Sequence[int], dilation: Sequence[int], stride: Sequence[int], found: Sequence[int]
 ) -> Tensor:
-    """What one number of the kernel is multiplied with: (batch, groups, inputs, *positions of the output)."""
-    for axis, (index, apart, step, count) in enumerate(zip(place, dilation, stride, found, strict=True), 3):
-        start = index * apart
+    """Return the inputs that one number of the kernel multiplies: (batch, groups, inputs, *positions of the output)."""
+    for axis, (index, spacing, step, count) in enumerate(zip(place, dilation, stride, found, strict=True), 3):
+        start = index * spacing
         x = x[(slice(None),) * axis + (slice(start, start + (count - 1) * step + 1, step),)]
     return x
 
 
 def _spaced(x: Tensor, stride: Sequence[int]) -> Tensor:
-    """The values of (batch, channels, *positions) with `stride` - 1 zeros between neighbors."""
+    """Insert `stride` - 1 zeros between neighboring values of (batch, channels, *positions)."""
     for axis, step in enumerate(stride, 2):
         if step > 1:
             size = x.shape[axis]
-            apart = functional.pad(x.unsqueeze(axis + 1), [0, 0] * (x.dim() - axis - 1) + [0, step - 1])
-            x = apart.flatten(axis, axis + 1).narrow(axis, 0, (size - 1) * step + 1)
+            spaced = functional.pad(x.unsqueeze(axis + 1), [0, 0] * (x.dim() - axis - 1) + [0, step - 1])
+            x = spaced.flatten(axis, axis + 1).narrow(axis, 0, (size - 1) * step + 1)
     return x

@@ -1,4 +1,4 @@
-"""Changes of a captured graph."""
+"""Edits of a captured graph: grafting traced operations, deleting unused weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SHARED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", 
 
 
 def graft(graph: Graph, traced: Graph, inputs: Sequence[Node], before: Node, owner: Node) -> Any:
-    """Copy a traced graph before a node, as operations of the owner's layer: the nodes of what it returns.
+    """Copy a traced graph before a node, as operations of the owner's layer, and return the nodes of its outputs.
 
     Args:
-        graph: changed.
-        traced: what is copied.
-        inputs: the nodes that stand for its placeholders.
-        before: of the graph; the copies come before it.
-        owner: whose layer and lines of code they get.
+        graph: changed in place.
+        traced: the graph to copy.
+        inputs: nodes that replace the placeholders of `traced`.
+        before: node of `graph` before which the copies are inserted.
+        owner: node whose layer and lines of code the copies get.
     """
     places = [node for node in traced.nodes if node.op == "placeholder"]
     old = set(graph.nodes)
@@ -31,7 +31,7 @@ def graft(graph: Graph, traced: Graph, inputs: Sequence[Node], before: Node, own
 
 
 def strip_unused(model: GraphModule) -> None:
-    """Delete parameters, buffers and submodules that the graph no longer uses: the float copies of its weights."""
+    """Delete parameters, buffers and submodules that the graph no longer uses, such as float copies of its weights."""
     model.delete_all_unused_submodules()
     used = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
     stored: Sequence[str] = [*dict(model.named_parameters()), *dict(model.named_buffers())]

@@ -1,7 +1,6 @@
-"""Recipe files as documents: TOML that is read within limits, and values that TOML has.
+"""Recipe files as documents: TOML within limits of size, depth and values.
 
-What stands in a recipe may come from anywhere. Its size, its depth and its numbers are bounded here, before anything
-else looks at it.
+The content of a recipe may come from anywhere, so its size, depth and numbers are checked here, before any other use.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from torchslim.errors import RecipeError
 
 SIZE = 256 * 1024  # bytes of a recipe file
 LARGEST = 1e18  # the largest number in a recipe
-DOTS = 255  # of a line: for a key of n parts the parser takes a time that grows with n * n
+DOTS = 255  # dots in a line: the parser's time for a key of n parts grows with n * n
 
 
 def load_document(path: str | Path) -> dict[str, Any]:
-    """What stands in a recipe file, not yet validated.
+    """Read a recipe file, without validating the recipe.
 
     Raises:
-        RecipeError: it cannot be read, or is no TOML.
+        RecipeError: the file cannot be read, or is not TOML.
     """
     name = shown(str(path))[1:-1]
     data = read_file(Path(path), RecipeError, size_bytes=SIZE, mend="name a recipe file")
@@ -37,10 +36,10 @@ def load_document(path: str | Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str, name: str = "recipe") -> dict[str, Any]:
-    """The document that a text holds; `name` stands for the file in messages.
+    """Parse TOML text to a document; messages call the file `name`.
 
     Raises:
-        RecipeError: it is no TOML, or larger than a recipe may be.
+        RecipeError: the text is not TOML, or larger than the limits of a recipe.
     """
     data = text.encode(errors="surrogatepass")
     if len(data) > SIZE:
@@ -51,21 +50,21 @@ def parse_toml(text: str, name: str = "recipe") -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError as error:
         raise RecipeError(f"{name} is not valid TOML: it is nested too deep") from error
-    except ValueError as error:  # TOMLDecodeError, and what Python's own numbers and dates refuse
+    except ValueError as error:  # TOMLDecodeError, and errors of Python's number and date parsers
         raise RecipeError(f"{name} is not valid TOML: {error}") from error
 
 
 def sound(document: Any, name: str = "recipe") -> dict[str, Any]:
-    """A copy of a document: dictionaries with text keys, lists, booleans, numbers and texts, all within limits.
+    """Copy a document of dictionaries with text keys, lists, booleans, numbers and texts, all within limits.
 
     Raises:
-        RecipeError: naming the key whose value is anything else.
+        RecipeError: naming the key of a value that is of another type or beyond a limit.
     """
     if not isinstance(document, Mapping):
         raise RecipeError(f"{name} must be a table of keys and values, as tomllib gives it, got {shown(document)}")
     count = [0]
-    found: dict[str, Any] = _sound(document, (), name, count)
-    return found
+    checked: dict[str, Any] = _sound(document, (), name, count)
+    return checked
 
 
 def _sound(value: Any, path: tuple[Any, ...], name: str, count: list[int]) -> Any:
@@ -75,21 +74,21 @@ def _sound(value: Any, path: tuple[Any, ...], name: str, count: list[int]) -> An
         raise RecipeError(f"{name}: {place(path[:4])} is {limit}, which no recipe needs")
     if isinstance(value, Mapping):
         table: dict[str, Any] = {}
-        for key, each in value.items():
+        for key, item in value.items():
             if not isinstance(key, str):
                 raise RecipeError(f"{name}: {place(path)} has the key {shown(key)}; keys are text")
             _check_text(key, (*path, key), name)
-            table[key] = _sound(each, (*path, key), name, count)
+            table[key] = _sound(item, (*path, key), name, count)
         return table
     if isinstance(value, (list, tuple)):
-        return [_sound(each, (*path, number), name, count) for number, each in enumerate(value)]
+        return [_sound(item, (*path, number), name, count) for number, item in enumerate(value)]
     if isinstance(value, str):
         _check_text(value, path, name)
         return value
     if isinstance(value, bool):
         return value
     if isinstance(value, float):
-        return value  # a field says which it takes: the order of a norm may be infinite
+        return value  # fields check their own limits: the order of a norm may be infinite
     if isinstance(value, int):
         if not -LARGEST <= value <= LARGEST:
             raise RecipeError(
@@ -115,7 +114,7 @@ def _check_text(text: str, path: tuple[Any, ...], name: str) -> None:
 
 
 def place(path: tuple[Any, ...]) -> str:
-    """Where a value stands, in words: "step 2, key 'train', key 'epochs'"."""
+    """Return the place of a value in words: "step 2, key 'train', key 'epochs'"."""
     words = []
     for index, part in enumerate(path):
         if isinstance(part, int):

@@ -1,4 +1,4 @@
-"""A model and its example inputs as a command line names them: "package.module:callable" and "1x3x224x224"."""
+"""A model and its example inputs from command line arguments: "package.module:callable" and "1x3x224x224"."""
 
 from __future__ import annotations
 
@@ -17,56 +17,56 @@ from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
 from torchslim.errors import RecipeError
 
-MOST = 2**30  # numbers of an input
+MOST = 2**30  # numbers in an input, at most
 WRITTEN = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 
 
 def load_model(spec: str, inputs: Sequence[str] = ()) -> tuple[nn.Module, Inputs]:
-    """The model that `spec` names or makes, and inputs that it runs on.
+    """Load the model that `spec` names, and inputs on which it runs.
 
     Args:
-        spec: "package.module:name" of a module, or of a callable that gives one, or (model, example_inputs).
-        inputs: as for `make_inputs`; they go before those that the callable gives.
+        spec: "package.module:name" of a module, or of a callable that returns a module or (model, example_inputs).
+        inputs: as for `make_inputs`; they take precedence over those that the callable returns.
 
     Raises:
-        RecipeError: nothing that can be imported, no model, no inputs, or a model that does not run on them.
+        RecipeError: the name cannot be imported, is no model, has no inputs, or the model does not run on them.
     """
-    found = resolve(spec, "model")
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise RecipeError(f"model {spec!r} must be an nn.Module or give one, got {type(found).__name__}")
+    source = resolve(spec, "model")
+    if not isinstance(source, nn.Module):
+        if not callable(source):
+            raise RecipeError(f"model {spec!r} must be an nn.Module or give one, got {type(source).__name__}")
         with foreign(f"model {spec!r} cannot be made", RecipeError):
-            found = found()
-    model, given = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+            source = source()
+    model, example_inputs = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
     if not isinstance(model, nn.Module):
         raise RecipeError(
             f"model {spec!r} must give an nn.Module or (model, example_inputs), got {type(model).__name__}"
         )
     if inputs:
-        given = make_inputs(inputs)
-    if not isinstance(given, (tuple, list, dict)):
+        example_inputs = make_inputs(inputs)
+    if not isinstance(example_inputs, (tuple, list, dict)):
         raise RecipeError(
             f"model {spec!r} comes without example inputs; give one --input for each, such as --input 1x3x224x224"
-            if given is None
-            else f"the example inputs of {spec!r} must be a tuple or a dict, got {type(given).__name__}"
+            if example_inputs is None
+            else f"the example inputs of {spec!r} must be a tuple or a dict, got {type(example_inputs).__name__}"
         )
-    given = tuple(given) if isinstance(given, list) else given
+    example_inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
     with foreign(f"{spec!r} does not run on these inputs", RecipeError), untouched(model):
-        call(model, to_device(given, device_of(model)))
-    return model, given
+        call(model, to_device(example_inputs, device_of(model)))
+    return model, example_inputs
 
 
 def make_inputs(written: Sequence[str]) -> Inputs:
-    """Tensors for "[name=]sizes[:dtype]": floats from a seeded normal, whole numbers 0 or 1, booleans true.
+    """Make tensors for "[name=]sizes[:dtype]": floats from a seeded normal, integers 0 or 1, booleans true.
 
     >>> [value.shape for value in make_inputs(["1x3x8x8", "1x77:int64"])]
     [torch.Size([1, 3, 8, 8]), torch.Size([1, 77])]
 
     Raises:
-        RecipeError: written otherwise, a dtype that torch has not, or only some with a name.
+        RecipeError: another format, a dtype that torch lacks, or names for only some of the inputs.
     """
     generator = torch.Generator().manual_seed(0)
-    made: list[tuple[str | None, Tensor]] = []
+    named_tensors: list[tuple[str | None, Tensor]] = []
     for text in written:
         match = WRITTEN.fullmatch(text)
         if match is None:
@@ -86,16 +86,16 @@ def make_inputs(written: Sequence[str]) -> Inputs:
                 value = torch.ones(sizes, dtype=dtype)
             elif dtype.is_floating_point or dtype.is_complex:
                 value = torch.randn(sizes, generator=generator).to(dtype)
-            else:  # ids that every table has
+            else:  # ids that exist in every embedding table
                 value = torch.randint(2, sizes, generator=generator).to(dtype)
         except RuntimeError as error:  # such as quantized dtypes
             raise RecipeError(
                 f"input {text!r} cannot be made of {match['dtype']}; use float32, int64 or bool"
             ) from error
-        made.append((match["name"], value))
-    names = [name for name, _ in made if name is not None]
+        named_tensors.append((match["name"], value))
+    names = [name for name, _ in named_tensors if name is not None]
     if not names:
-        return tuple(value for _, value in made)
-    if len(set(names)) < len(made):
+        return tuple(value for _, value in named_tensors)
+    if len(set(names)) < len(named_tensors):
         raise RecipeError(f"inputs are all given by different names or all by position, got {', '.join(written)}")
-    return {str(name): value for name, value in made}
+    return {str(name): value for name, value in named_tensors}

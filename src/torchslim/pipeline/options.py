@@ -16,7 +16,7 @@ from torchslim.core.step import Engine, Event, Inputs, Step, Target, log_progres
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a recipe is run; `torchslim.compress` says what each option does."""
+    """Options of a run; `torchslim.compress` documents each of them."""
 
     target: Target
     example_inputs: Inputs | None = None
@@ -32,7 +32,7 @@ class RunOptions:
     progress: Callable[[Event], None] = log_progress
 
     def recipe(self, steps: Sequence[Step]) -> dict[str, Any]:
-        """The recipe as the working folder keeps it, to tell runs apart."""
+        """Return the recipe as the working folder stores it, to tell runs apart."""
         return {
             **dict(self.names or {}),
             "steps": [canonical(step) for step in steps],

@@ -41,7 +41,7 @@ from torchslim.runtimes import find_runtime
 from torchslim.training.finetune import Finetune
 
 STEPS: Mapping[str, type] = {"prune": Prune, "finetune": Finetune, "distill": Distill, "quantize": Quantize}
-KINDS: Mapping[str, type] = {**STEPS, **LOSSES}  # whatever a table with `do` may be
+KINDS: Mapping[str, type] = {**STEPS, **LOSSES}  # classes that `do` may name
 KEYS = ("model", "task", "teacher", "runtime", "threads", "seed", "engine", "sensitivity", "step")
 NAMED = ("model", "task", "teacher", "seed", "sensitivity")
 MADE: Mapping[str, type] = {"model": nn.Module, "task": Task, "teacher": nn.Module}
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A parsed recipe; `model`, `task` and `teacher` are still names."""
+    """A parsed recipe, in which `model`, `task` and `teacher` are names that are not yet imported."""
 
     model: str
     task: str
@@ -60,43 +60,45 @@ class Recipe:
     target: Target = field(default_factory=Target)
     seed: Seed = 0
     engine: Engine = field(default_factory=Engine)
-    sensitivity: str | None = None  # the file of a `ts.sensitivity`
+    sensitivity: str | None = None  # path of a saved `ts.sensitivity` analysis
 
     def load(self) -> tuple[nn.Module, Task, nn.Module | None]:
-        """Call what the recipe names: the model, the task and the teacher.
+        """Make the model, the task and the teacher that the recipe names.
 
         Raises:
-            RecipeError: a name that cannot be imported, or gives something else.
+            RecipeError: a name that cannot be imported, or gives an object of another type.
         """
         return made({"model": self.model, "task": self.task, "teacher": self.teacher})
 
     def known_sensitivity(self) -> Sensitivity | None:
-        """The analysis that the recipe names, read from its file."""
+        """Read the sensitivity analysis that the recipe names; None where it names none."""
         return None if self.sensitivity is None else Sensitivity.load(self.sensitivity)
 
 
 def made(document: Mapping[str, Any]) -> tuple[nn.Module, Task, nn.Module | None]:
-    """The model, the task and the teacher that a document names: what it names is imported, and called.
+    """Import a document's model, task and teacher, and call those that are not yet objects of the right type.
 
     Raises:
-        RecipeError: a name that is missing, cannot be imported, fails, or gives something else.
+        RecipeError: a name that is missing, cannot be imported, fails, or gives an object of another type.
     """
-    made: Any = tuple(None if found is None else _called(found, spec, key) for key, spec, found in _named(document))
-    return made  # type: ignore[no-any-return]  # in the order of MADE
+    objects: Any = tuple(
+        None if target is None else _called(target, spec, key) for key, spec, target in _named(document)
+    )
+    return objects  # type: ignore[no-any-return]  # in the order of MADE
 
 
 def check_names(document: Mapping[str, Any]) -> None:
-    """Import what a document names as its model, task and teacher; nothing is called.
+    """Import the names of a document's model, task and teacher, without calling them.
 
     Raises:
-        RecipeError: a name that is missing, cannot be imported, or is neither such an object nor callable.
+        RecipeError: a name that is missing, cannot be imported, or is neither of the right type nor callable.
     """
     for _ in _named(document):
         pass
 
 
 def _named(document: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The key, the name and what it names; None where there is no teacher."""
+    """Yield the key, the name and the imported object of model, task and teacher; None where there is no teacher."""
     for key, kind in MADE.items():
         spec = document.get(key)
         if spec is None and key == "teacher":
@@ -104,10 +106,10 @@ def _named(document: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
             continue
         if not isinstance(spec, str):
             raise RecipeError(f"the recipe must name its {key} as 'package.module:name', got {shown(spec)}")
-        found = resolve(spec, key)
-        if not isinstance(found, kind) and not callable(found):
-            raise RecipeError(f"{key} {spec!r} must be a {kind.__name__} or give one, got {type(found).__name__}")
-        yield key, spec, found
+        target = resolve(spec, key)
+        if not isinstance(target, kind) and not callable(target):
+            raise RecipeError(f"{key} {spec!r} must be a {kind.__name__} or give one, got {type(target).__name__}")
+        yield key, spec, target
 
 
 def _called(found: Any, spec: str, key: str) -> Any:
@@ -130,7 +132,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
-    """A recipe from TOML; `name` stands for the file in messages."""
+    """Parse a recipe from TOML; messages call the file `name`."""
     return parse_document(parse_toml(text, name), name)
 
 
@@ -141,15 +143,15 @@ def parse_document(
     may_be_empty: bool = False,
     known: dict[str, Any] | None = None,
 ) -> Recipe:
-    """A recipe from a document as `tomllib` gives it.
+    """Make a recipe from a document as `tomllib` returns it.
 
     Args:
         document: tables, lists, texts, numbers and booleans.
-        name: stands for the file in messages.
-        may_be_empty: of steps, where a search skips them all.
+        name: name of the file in messages.
+        may_be_empty: allow a recipe without steps, for a search that skips them all.
         known: steps that were made before, by their tables; new ones are added.
     """
-    if known is None:  # a search has looked at its document before
+    if known is None:  # a search has checked its document before
         document = sound(document, name)
         if "budget" in document:
             raise RecipeError(f"{name} has a [budget]: it is for `torchslim search`; `torchslim run` takes one recipe")
@@ -171,29 +173,29 @@ def parse_document(
 
 
 def parse_step(table: Mapping[str, Any], where: str, known: dict[str, Any]) -> Step:
-    """A step from its table; `known` holds those that were made before."""
+    """Make a step from its table, or take it from `known`, the steps that were made before."""
     key = json.dumps(table, sort_keys=True)
     if key not in known:
-        made = _make(table, where)
-        if type(made) in LOSSES.values():
+        new = _make(table, where)
+        if type(new) in LOSSES.values():
             raise RecipeError(f"{where} is a loss, not a step; use do = {_or(STEPS)}")
         if len(known) >= 10_000:
             known.clear()
-        known[key] = made
-    found: Step = known[key]
-    return found
+        known[key] = new
+    step: Step = known[key]
+    return step
 
 
 def check_keys(document: Mapping[str, Any], name: str, *, ranges: bool = False) -> None:
-    """Every table's keys, before any value: a misspelled key is the first thing to say.
+    """Check the keys of all tables, before any value: a misspelled key should be reported first.
 
     Args:
-        document: a sound one.
-        name: stands for the file in messages.
-        ranges: it is searched: it has a budget, and `{ search = [...] }` in place of values.
+        document: a document that `sound` has checked.
+        name: name of the file in messages.
+        ranges: allow what a search has: a budget, and `{ search = [...] }` in place of values.
 
     Raises:
-        RecipeError: naming the key, and the nearest that is known.
+        RecipeError: naming the unknown or missing key, and the nearest known key.
     """
     known = (*KEYS, "budget") if ranges else KEYS
     _known(document, known, name)
@@ -215,10 +217,10 @@ def check_keys(document: Mapping[str, Any], name: str, *, ranges: bool = False) 
 
 
 def _check_keys(value: Any, where: str, among: Mapping[str, type], *, ranges: bool, top: bool = False) -> None:
-    """The keys of a table with `do`, and of those inside; of a range its choices."""
+    """Check the keys of a table with `do` and of the tables inside it; for a range, the keys of its choices."""
     if isinstance(value, list):
-        for each in value:
-            _check_keys(each, where, among, ranges=ranges)
+        for item in value:
+            _check_keys(item, where, among, ranges=ranges)
     if not isinstance(value, Mapping):
         return
     if "search" in value:
@@ -231,25 +233,25 @@ def _check_keys(value: Any, where: str, among: Mapping[str, type], *, ranges: bo
         kind = find_kind(do, where, among, top=top)
         where = f"{where} ({do!r})"
         _known(value, ["do", *(["skip"] if ranges and top else []), *names_of(kind)], where)
-    for key, each in value.items():
-        if key == "do" and isinstance(each, str):
+    for key, item in value.items():
+        if key == "do" and isinstance(item, str):
             continue
         inner = f"{where}, key {key!r}"
-        if key == "do" and not (ranges and isinstance(each, Mapping) and "search" in each):
-            raise RecipeError(f"{where} needs a key 'do' with a name, got {shown(each)}")
-        _check_keys(each, inner, LOSS_KINDS.get(key, STEPS), ranges=ranges)
+        if key == "do" and not (ranges and isinstance(item, Mapping) and "search" in item):
+            raise RecipeError(f"{where} needs a key 'do' with a name, got {shown(item)}")
+        _check_keys(item, inner, LOSS_KINDS.get(key, STEPS), ranges=ranges)
 
 
 def find_kind(do: str, where: str, among: Mapping[str, type] = STEPS, *, top: bool = False) -> type:
-    """The class that `do` names: one of ours, or a frozen dataclass of the user's own, which is imported.
+    """Return the class that `do` names: one of torchslim's, or a frozen dataclass of the user, which is imported.
 
-    Functions and other classes are not called for a recipe: only dataclasses have fields that can be checked.
+    Functions and other classes are refused: only dataclasses have fields that can be checked.
 
     Args:
         do: the value of the key.
         where: the place in messages.
-        among: what may be meant by a misspelled name.
-        top: it stands for a step of the recipe, and must have what a step has.
+        among: known names, for the hint about a misspelled one.
+        top: the class is a step of the recipe, and must have the attributes of a step.
     """
     kind = KINDS.get(do)
     if kind is not None:
@@ -258,20 +260,20 @@ def find_kind(do: str, where: str, among: Mapping[str, type] = STEPS, *, top: bo
         raise RecipeError(
             f"{where} ({shown(do)}) is not known{_near(do, among)}; known: {', '.join(among)}, or 'package.module:name'"
         )
-    found: Any = resolve(do, f"{where}: do =")
-    frozen = isinstance(found, type) and getattr(getattr(found, "__dataclass_params__", None), "frozen", False)
-    missing = [name for name in ("accepts", "produces", "check") if top and not hasattr(found, name)]
+    named: Any = resolve(do, f"{where}: do =")
+    frozen = isinstance(named, type) and getattr(getattr(named, "__dataclass_params__", None), "frozen", False)
+    missing = [name for name in ("accepts", "produces", "check") if top and not hasattr(named, name)]
     if not frozen or missing:
-        lacks = f", which has no {missing[0]!r}" if frozen else ""
+        lack = f", which has no {missing[0]!r}" if frozen else ""
         raise RecipeError(
-            f"{where}: do = {do!r} names {shown(found)}{lacks}; a step is a frozen dataclass with accepts, produces, "
+            f"{where}: do = {do!r} names {shown(named)}{lack}; a step is a frozen dataclass with accepts, produces, "
             "check(ctx) and __call__(model, ctx), a loss is a frozen dataclass"
         )
-    return found  # type: ignore[no-any-return]
+    return named  # type: ignore[no-any-return]
 
 
 def parse_table(kind: type[T], given: Any, where: str) -> T:
-    """A dataclass from its table."""
+    """Make a dataclass from its table."""
     try:
         return kind(**_checked(kind, given, where))
     except RecipeError as error:
@@ -279,22 +281,22 @@ def parse_table(kind: type[T], given: Any, where: str) -> T:
 
 
 def _make(table: Any, where: str, among: Mapping[str, type] = STEPS) -> Any:
-    """A step or a loss from its table, nested ones first."""
+    """Make a step or a loss from its table, nested tables first."""
     if not isinstance(table, Mapping) or not isinstance(table.get("do"), str):
         raise RecipeError(f"{where} needs a key 'do' with the name of a step: {_or(among)}, or 'package.module:name'")
     do = table["do"]
     kind = find_kind(do, where, among)
     where = f"{where} ({do!r})"
-    given = {key: value for key, value in table.items() if key != "do"}
+    field_values = {key: value for key, value in table.items() if key != "do"}
     try:
         with foreign(f"{where} cannot be made", RecipeError):
-            return kind(**_checked(kind, given, where))
+            return kind(**_checked(kind, field_values, where))
     except TorchslimError as error:
         raise error if str(error).startswith(where) else RecipeError(f"{where}: {error}") from error
 
 
 def _checked(kind: type, given: Any, where: str) -> dict[str, Any]:
-    """The given fields of a dataclass, nested tables made, each of the type that the dataclass declares."""
+    """Return the given fields of a dataclass, made from nested tables and checked against the declared types."""
     if not isinstance(given, Mapping):
         raise RecipeError(f"{where} must be a table of keys and values, got {shown(given)}")
     _known(given, names_of(kind), where)
@@ -303,7 +305,7 @@ def _checked(kind: type, given: Any, where: str) -> dict[str, Any]:
 
 
 def checked_value(value: Any, hint: Any, where: str, key: str) -> Any:
-    """A value of a recipe as a field takes it."""
+    """Convert a value of a recipe to the type of its field."""
     value = _converted(value, where, LOSS_KINDS.get(key, STEPS))
     try:
         return fitting(value, hint)
@@ -317,12 +319,12 @@ def _converted(value: Any, where: str, among: Mapping[str, type]) -> Any:
             raise RecipeError(f"{where} is a range to search over: take `torchslim search`, or write one value")
         if "do" in value:
             return _make(value, where, among)
-        return {key: _converted(each, where, among) for key, each in value.items()}
-    return tuple(_converted(each, where, among) for each in value) if isinstance(value, list) else value
+        return {key: _converted(item, where, among) for key, item in value.items()}
+    return tuple(_converted(item, where, among) for item in value) if isinstance(value, list) else value
 
 
 def names_of(kind: type) -> list[str]:
-    """The fields that a table may set."""
+    """Return the names of the fields that a table may set."""
     return [field_.name for field_ in dataclasses.fields(kind) if field_.init]
 
 
@@ -330,8 +332,8 @@ def _known(given: Iterable[str], known: Iterable[str], where: str, *, beside: st
     known = list(known)
     for key in given:
         if key not in known:
-            said = f" beside {beside}" if beside else ""
-            raise RecipeError(f"{where}: unknown key {shown(key)}{said}{_near(key, known)}; known: {', '.join(known)}")
+            note = f" beside {beside}" if beside else ""
+            raise RecipeError(f"{where}: unknown key {shown(key)}{note}{_near(key, known)}; known: {', '.join(known)}")
 
 
 def _near(key: str, known: Iterable[str]) -> str:

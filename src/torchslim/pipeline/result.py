@@ -1,4 +1,4 @@
-"""What a run returns."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torchslim.runtimes import Deployed
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run returns. `print(result)` shows the table; `run` is what `run.json` holds.
+    """The result of a run: `print(result)` shows the table, and `run` is the content of `run.json`.
 
-    `model` is the final model (a `QuantizedModule` after quantization), `module` the last trainable one, `deployed`
+    `model` is the final model (a `QuantizedModule` after quantization), `module` the last trainable model, `deployed`
     the artifact that ships.
     """
 
@@ -29,7 +29,7 @@ class Result:
     deployed: Deployed
     run: dict[str, Any]
     folder: Path
-    _keep: Any = field(repr=False, default=None)  # holds a temporary folder open as long as the result lives
+    _keep: Any = field(repr=False, default=None)  # keeps a temporary folder as long as the result exists
 
     def save(self, folder: str | Path, *, key: Any = None) -> Path:
         """Write the artifact, the last trainable weights, `run.json` and `report.html` to a folder.

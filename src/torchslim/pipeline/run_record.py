@@ -1,4 +1,4 @@
-"""Numbers as `run.json` keeps them: with unit, repeats, spread and machine, or the reason why there is none."""
+"""Numbers as `run.json` stores them: with unit, repeats, spread and machine, or the reason why one is missing."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torchslim.runtimes import Deployed
 
 
 def number(value: float, unit: str, *, machine: str = "") -> dict[str, Any]:
-    """A number with its unit, as `run.json` keeps it."""
+    """Return a number with its unit, as `run.json` stores it."""
     return Measurement(value=value, unit=unit, machine=machine).to_dict()
 
 
 def not_measured(reason: str) -> dict[str, Any]:
-    """In a number's place, with the reason."""
+    """Return the entry that replaces a missing number, with the reason."""
     return {"not_measured": reason}
 
 
 def size(deployed: Deployed) -> dict[str, Any]:
-    """The bytes that ship."""
+    """Return the size of the deployed file in bytes."""
     if deployed.size_bytes is None:
         return not_measured(f"runtime {deployed.runtime!r} has no file")
     return number(deployed.size_bytes, "bytes")
@@ -31,9 +31,9 @@ def _quotient(before: float | None, after: float | None) -> dict[str, Any]:
 
 
 def compare_rows(rows: list[dict[str, Any]], timings: Timings, runtime: str) -> None:
-    """Add to each row its latency, and what it gained over the baseline and over the row before, in bytes and speed.
+    """Add latencies to the rows, and their gains in bytes and speed over the baseline and over the previous row.
 
-    Candidates are named "INDEX/RUNTIME" by stage; the last row is the artifact, which is the last stage as it ships.
+    Timings are named "INDEX/RUNTIME" by stage; the last row is the artifact, which is the last stage as it ships.
     """
     last = len(rows) - 2
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The run: copy the model, measure, take each step, measure again, keep the evidence, resume where it was killed."""
+"""A run: copies the model, measures it, takes and measures each step, stores the evidence, resumes after a kill."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ SECONDS = 40.0
 
 
 def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunOptions) -> Result:
-    """Take the steps on a copy of the model, and measure the model after each and the artifact that ships.
+    """Apply the steps to a copy of the model; measure the model after each step, and the artifact that ships.
 
     Raises:
-        TorchslimError: one of its kinds, with what is wrong, what was got, and how to mend it.
+        TorchslimError: a subclass; the message says what is wrong, which value was passed, and how to fix it.
     """
     steps = list(steps)
     check_order(steps)
@@ -62,8 +62,8 @@ def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunO
     find_runtime(target.runtime)
     if not any(True for _ in model.parameters()):
         raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
-    keep = None if options.workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
-    folder = Path(options.workdir or keep.name)  # type: ignore[union-attr]
+    temporary = None if options.workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
+    folder = Path(options.workdir or temporary.name)  # type: ignore[union-attr]
     recipe = options.recipe(steps)
     distributed.connect()
     if distributed.count() > 1 and options.workdir is None:
@@ -80,21 +80,21 @@ def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunO
             steps=steps,
             dynamic_shapes=options.dynamic_shapes,
         )
-        ctx = seen = replace(ctx, workbench=bench)
+        ctx = check_ctx = replace(ctx, workbench=bench)
         for step in steps:
-            step.check(seen)
-            seen = replace(seen, model=begun(step, seen.model, options.seed))
+            step.check(check_ctx)
+            check_ctx = replace(check_ctx, model=begun(step, check_ctx.model, options.seed))
         with working_in(folder, recipe, options.overwrite, waiting=options.progress if shared else None):
             runner = _Runner(ctx, bench, folder, origin(ctx, copied, first), steps, shared)
-            taken = [runner.baseline(copied, masks)]
+            stages = [runner.baseline(copied, masks)]
             for index, step in enumerate(steps, 1):
-                taken.append(runner.take(index, step, taken[-1]))
+                stages.append(runner.take(index, step, stages[-1]))
             run: dict[str, Any] = {}
             if distributed.is_first():
-                run = json.loads(json.dumps(runner.report(taken, recipe), allow_nan=False))
+                run = json.loads(json.dumps(runner.report(stages, recipe), allow_nan=False))
                 write_json(folder / "run.json", run)
             run = distributed.told(run)
-    last = taken[-1]
+    last = stages[-1]
     return Result(
         model=last.model,
         module=last.module,
@@ -102,14 +102,14 @@ def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunO
         deployed=last.deployed,
         run=run,
         folder=folder,
-        _keep=keep,
+        _keep=temporary,
     )
 
 
 def _context(
     copied: nn.Module, masks: Mapping[str, Tensor], task: Task, inputs: Inputs, options: RunOptions
 ) -> Context:
-    """What every step is called with."""
+    """Make the context that all steps share."""
     teacher = copied if options.teacher is None else options.teacher
     return Context(
         task=task,
@@ -126,7 +126,7 @@ def _context(
 
 
 def _by_the_first(make: Callable[[], Stage], read: Callable[[], Stage | None]) -> Stage:
-    """The first process makes and keeps a stage; the others wait, and read it from its folder."""
+    """Make and store a stage in the first process; the other processes wait, and read it from its folder."""
     stage = make() if distributed.is_first() else None
     distributed.wait()
     stage = stage or read()
@@ -135,21 +135,21 @@ def _by_the_first(make: Callable[[], Stage], read: Callable[[], Stage | None]) -
 
 
 def begun(step: Step, model: nn.Module | None, seed: int) -> nn.Module | None:
-    """What the step's result is made from: the model that it is handed, or a network of its own."""
+    """Return the model that a step's result is made from: the given model, or the step's own network."""
     return step.initial_model(model, seed) if isinstance(step, MakesModel) and model is not None else model
 
 
 def origin(ctx: Context, model: nn.Module, batch: Any) -> str:
-    """A digest of what the run starts from: both models' weights, the first batches, the engine, and this package."""
+    """Digest of a run's inputs: both models' weights, the first batches, engine, priors, and torchslim's version."""
     train = first_batch(ctx.task) if ctx.task.train is not None else None
     teacher = fingerprint(ctx.teacher.state_dict())
     start = fingerprint(model.state_dict())
-    known = [dict(ctx.priors)] if ctx.priors else []
-    return digest(__version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train), *known)
+    priors = [dict(ctx.priors)] if ctx.priors else []
+    return digest(__version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train), *priors)
 
 
 class _Runner:
-    """Takes steps, keeps each finished stage in a folder, and picks up the ones that a killed run has finished."""
+    """Takes steps, stores finished stages in folders, and restores those that an interrupted run has finished."""
 
     def __init__(
         self, ctx: Context, bench: Bench, folder: Path, origin: str, steps: Sequence[Step], shared: Path | None
@@ -158,14 +158,14 @@ class _Runner:
         self.key = origin
         self.metric: Metric = ctx.task.as_metric()
         self.machine = describe_machine(ctx.target.threads)
-        self.classes: dict[str, type] = {}  # of the model's outputs, which files only know by name
+        self.classes: dict[str, type] = {}  # classes of the model's outputs: files store only their names
 
     def _place(self, name: str) -> Path:
-        """Where a stage is kept: in this run's folder by its name, among those that runs share by its key."""
+        """Return a stage's folder: by its name in this run's folder, or by its key in a folder that runs share."""
         return self.folder / name if self.shared is None else self.shared / key_id(self.key)[:24]
 
     def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> Stage:
-        """The model as it came."""
+        """Measure the unmodified model, or restore its stage."""
         self.key = digest(self.key, asdict(self.ctx.target))
         describe(call(predictor(model), self.ctx.example_inputs), [], self.classes)
         folder, runtime = self._place("00-baseline"), self.ctx.target.runtime
@@ -180,17 +180,17 @@ class _Runner:
             )
 
     def take(self, index: int, step: Step, before: Stage) -> Stage:
-        """One step on a copy of the stage before."""
+        """Apply one step to a copy of the previous stage's model, or restore the step's stage."""
         name = step_name(step)
         self.key = stage_key(self.key, step, self.steps, self.ctx.seed)
         folder = self._place(f"{index:02d}-{name}")
         with alone(folder, self.ctx.progress if self.shared else None):
-            done = self._restored(folder, step, before)
-            if distributed.agreed(done is not None) and done is not None:
+            stage = self._restored(folder, step, before)
+            if distributed.agreed(stage is not None) and stage is not None:
                 if distributed.is_first():
                     remove(folder.with_name(f"{folder.name}.state"))  # of a run that was killed just after the step
                 self.ctx.progress(Event(step=name, phase="resumed"))
-                return done
+                return stage
             return self._taken(index, step, before, folder)
 
     def _taken(self, index: int, step: Step, before: Stage, folder: Path) -> Stage:
@@ -233,15 +233,15 @@ class _Runner:
         )
 
     def _verify(self, outcome: Outcome, step: Step, before: nn.Module) -> None:
-        """No step hands on a model that fails, or whose outputs are infinite or NaN where they were not before."""
+        """Raise for a model that fails, or whose outputs are infinite or NaN where they were finite before the step."""
         if getattr(outcome.model, "evidence", None) is not None:
-            return  # it has been compared with float
+            return  # quantization has compared the model with float
         inputs = to_device(self.ctx.example_inputs, "cpu")
-        answer = tensors(call(predictor(outcome.model), inputs))
-        if all(bool(torch.isfinite(each).all()) for each in answer if each.is_floating_point()):
+        outputs = tensors(call(predictor(outcome.model), inputs))
+        if all(bool(torch.isfinite(output).all()) for output in outputs if output.is_floating_point()):
             return
-        origin = begun(step, before, self.ctx.seed)  # masked logits are -inf in a model as it comes, too
-        count = spoiled(tensors(call(predictor(origin or before), inputs)), answer)
+        initial = begun(step, before, self.ctx.seed)  # masked logits may be -inf before the step, too
+        count = spoiled(tensors(call(predictor(initial or before), inputs)), outputs)
         if count:
             raise TorchslimError(
                 f"after step {step_name(step)!r} {count} values of the model's outputs on the example inputs are not "
@@ -251,7 +251,7 @@ class _Runner:
     def _finish(
         self, name: str, folder: Path, outcome: Outcome, module: nn.Module, seconds: float, index: int
     ) -> Stage:
-        """Deploy, measure and keep a stage; where what was kept answers otherwise, do it again with layers in float."""
+        """Deploy, measure and store a stage; redo with layers in float if the stored artifact gives other outputs."""
         self.ctx.progress(Event(step=name, phase="deploy"))
         stage = self._kept(name, folder, outcome, module, seconds, index, self.bench.deploy(outcome.model))
         if kept_right(stage.model, stage.deployed, folder):
@@ -269,7 +269,7 @@ class _Runner:
         index: int,
         deployed: Deployed,
     ) -> Stage:
-        """Measure and keep a stage."""
+        """Measure and store a stage."""
         model = deployed.made_from or outcome.model
         module = model if not isinstance(model, QuantizedModule) else module
         records = merged(outcome.layers, deployed)
@@ -279,9 +279,9 @@ class _Runner:
         warnings = [*outcome.warnings, *deployed.spec.notes]
         layers = [{"version": record.version, **asdict(record)} for record in records]
         if deployed.quantized:
-            found = lowered(deployed, records)
-            warnings += found.warnings
-            layers = executed(layers, found)
+            coverage = lowered(deployed, records)
+            warnings += coverage.warnings
+            layers = executed(layers, coverage)
         if counted.uncounted:
             warnings.append(f"operations whose MACs nobody counts: {', '.join(counted.uncounted)}")
         row: dict[str, Any] = {
@@ -295,7 +295,7 @@ class _Runner:
             "seconds": number(seconds, "s", machine="this") if index else not_measured("no work was done"),
             "layers": layers,
             "warnings": warnings,
-            "history": [dict(each) for each in outcome.history],
+            "history": [dict(entry) for entry in outcome.history],
             "evidence": dict(outcome.evidence),
         }
         stage = Stage(
@@ -311,19 +311,19 @@ class _Runner:
             if batches is None:
                 values[split] = not_measured(f"the task has no {split} batches")
                 continue
-            # every evaluation sees the same batches in the same order, whatever ran before
+            # every evaluation must see the same batches in the same order, whatever ran before
             with preserved_globals(seed), seeded_splits(task, seed):
                 values[split] = number(task.evaluate(predict, split), self.metric.unit or "1")
         return values
 
     def report(self, stages: list[Stage], recipe: dict[str, Any]) -> dict[str, Any]:
-        """Latency of all stages side by side, and everything as `run.json`."""
+        """Time all stages side by side, and return the content of `run.json`."""
         last = stages[-1]
         self.ctx.progress(Event(step="artifact", phase="evaluate"))
         artifact_metric = self._evaluate(last.deployed)
         runtime = self.ctx.target.runtime
         self.ctx.progress(Event(step="artifact", phase="measure latency"))
-        # each runtime by itself: the threads of one spin on for a while and would steal time from the other's
+        # one runtime after the other: the threads of one keep spinning for a while and would slow down the other
         rounds: dict[str, Sequence[float]] = {}
         for kind in dict.fromkeys((runtime, "eager")):
             candidates = {f"{i}/{kind}": self._on(stage, kind) for i, stage in enumerate(stages)}
@@ -362,7 +362,7 @@ class _Runner:
         }
 
     def _on(self, stage: Stage, runtime: str) -> Deployed:
-        """A stage on its own runtime, or on another one."""
+        """Return a stage deployed on `runtime`: its own deployment, or its artifact loaded there."""
         if stage.deployed.runtime == runtime:
             return stage.deployed
         return load(stage.folder, runtime=runtime, threads=self.ctx.target.threads)

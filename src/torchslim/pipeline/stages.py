@@ -1,4 +1,4 @@
-"""Finished stages of a run, kept in folders: each is bound to the run's key, and what does not fit is taken again."""
+"""Finished stages of a run in folders, each bound to the run's key; a stage that does not fit is made again."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from torchslim.report.records import STRICT, StageRow
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.pt2 import load_program
 
-COMMIT = "stage.json"  # written last: a stage folder that has it is whole
+COMMIT = "stage.json"  # written last: a stage folder that contains it is complete
 AGAIN = "the step is taken again"
 
 Digest = Annotated[str, MaxLen(64)]
 
 
 class Record(TypedDict):
-    """A `stage.json`. `artifact` is the digest of the manifest beside it, which holds the hashes of all files.
+    """Content of `stage.json`; `artifact` is the digest of the manifest beside it, which holds the hashes of all files.
 
-    `seal` binds all other entries to the run's key; `own` binds the artifact to this user on this machine, too, and is
-    empty where no secret can be kept.
+    `seal` binds all other entries to the run's key. `own` also binds the artifact to this user on this machine; it is
+    empty where no secret can be stored.
     """
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
@@ -61,9 +61,9 @@ RECORD: Schema[Record] = Schema(Record, COMMIT, StorageError, mend=AGAIN)
 
 @dataclass(kw_only=True)
 class Stage:
-    """The model after a step (or before the first), deployed and measured.
+    """The model after a step (or before the first step), deployed and measured.
 
-    `module` is the last trainable model: `model` itself, or where that is quantized, the one before.
+    `module` is the last trainable model: `model` itself, or the model before it where `model` is quantized.
     """
 
     name: str
@@ -75,13 +75,13 @@ class Stage:
     row: dict[str, Any]
 
     def keep(self, key: str) -> None:
-        """Write the stage to its folder, in the place of what an earlier run left there."""
+        """Write the stage to its folder, replacing the files of an earlier run."""
         module = None if isinstance(self.model, QuantizedModule) else self.model
         keep(self.folder, key, module=module, masks=self.masks, deployed=self.deployed, row=self.row)
 
 
 def stage_key(before: str, step: Step, steps: Sequence[Step], seed: int) -> str:
-    """What a step's result depends on: what it was made from, the step, and, where it measures what ships, the rest."""
+    """Digest of all that a step's result depends on: the stage before, the step, the seed, any `cache_inputs`."""
     more = step.cache_inputs(steps) if isinstance(step, DependsOnMore) else ()
     return digest(before, canonical(step), seed, *more)
 
@@ -95,7 +95,7 @@ def keep(
     deployed: Deployed | None = None,
     row: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model to a stage's folder, in the place of what stands there."""
+    """Write a model to a stage's folder, replacing its contents."""
     remove(folder)
     artifact = write_artifact(folder, deployed=deployed, module=module, masks=masks)
     record: dict[str, Any] = {
@@ -106,7 +106,7 @@ def keep(
         "row": None if row is None else dict(row),
         "own": _own(key, artifact),
     }
-    record = json.loads(json.dumps(record, allow_nan=False))  # as it is read back: keys of evidence may be numbers
+    record = json.loads(json.dumps(record, allow_nan=False))  # as `kept` reads it: keys of evidence may be numbers
     write_json(folder / COMMIT, record | {"seal": seal(key, record)})
 
 
@@ -117,21 +117,21 @@ def _own(key: str, artifact: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A stage's folder that was checked: its files are those that were written under this key."""
+    """A checked stage folder: its files are those that were written under the key."""
 
     opened: Opened
     row: dict[str, Any] | None
-    own: bool  # it was made by this user on this machine
+    own: bool  # made by this user on this machine
 
 
 def kept(folder: Path, key: str) -> Kept | None:
-    """What `keep` wrote to a folder under this key; None where nothing is, with a warning where it is damaged.
+    """Read what `keep` wrote to a folder under this key; None where there is no such stage.
 
-    The warning says so, too, where another run's stage stands in the place, one of other weights, data or steps.
+    Warns where the stage is damaged, or was written by a run with other weights, data or steps.
     """
     path = folder / COMMIT
     if not present(path):
-        return None  # nothing, or what a killed run has begun to write
+        return None  # no stage, or one that a killed run has not finished writing
     try:
         record = RECORD.read(path)
         if record["key_id"] != key_id(key):
@@ -151,7 +151,7 @@ def kept(folder: Path, key: str) -> Kept | None:
 
 
 def taken_again(error: Exception) -> None:
-    """Warn that a step cannot be taken up from what is kept of it."""
+    """Warn that a step runs again, since its stored files cannot be used."""
     if distributed.is_first():
         warn(f"{str(error).removesuffix(AGAIN).rstrip('; ')}; {AGAIN}")
 
@@ -159,49 +159,56 @@ def taken_again(error: Exception) -> None:
 def restored(
     folder: Path, key: str, form: Form, module: nn.Module, model: nn.Module, classes: dict[str, type], runtime: str
 ) -> Stage | None:
-    """The stage that an earlier run finished, if it is this one and whole.
+    """Load the stage that an earlier run finished under this key, if it is complete.
 
     Args:
-        folder: where it was kept.
-        key: says what it was made from.
-        form: what its step gives.
-        module: of the stage before, from which it is made again: channels that its step removed are removed once more.
-        model: of the stage before.
-        classes: of the model's outputs, by name.
-        runtime: of the run; files of no other runtime are loaded, and machine code only where this user made it here.
+        folder: folder of the stage.
+        key: digest of what the stage depends on; see `stage_key`.
+        form: form of the model that the step produces.
+        module: trainable model of the stage before; a copy of it loses the channels that the step removed.
+        model: model of the stage before.
+        classes: classes of the model's outputs, by name.
+        runtime: the run's runtime; files of another runtime are not loaded, and machine code only if this user made it
+            on this machine.
     """
-    found = kept(folder, key)
-    if found is None or found.row is None:
+    stage_files = kept(folder, key)
+    if stage_files is None or stage_files.row is None:
         return None
-    opened = found.opened
+    opened = stage_files.opened
     try:
         if opened.manifest.get("runtime") != runtime:
             raise StorageError(f"{folder} was made for another runtime than {runtime!r}")
-        # machine code of others is never loaded: the program beside it is compiled again
-        strange = find_runtime(runtime).native and not (found.own and _for_this_processor(opened))
-        deployed = load_opened(opened, trusted=found.own, compiled_again=strange)
+        # machine code from elsewhere is never loaded: the program beside it is compiled again
+        foreign_code = find_runtime(runtime).native and not (stage_files.own and _for_this_processor(opened))
+        deployed = load_opened(opened, trusted=stage_files.own, compiled_again=foreign_code)
         deployed.classes = classes
         if form is Form.QUANTIZED:
             program = load_program(io.BytesIO(opened.read("model.pt2"))).module()
             spec = deployed.spec
-            made: nn.Module = QuantizedModule(program, signature_of(model), spec.inputs, spec.outputs, classes)
+            current: nn.Module = QuantizedModule(program, signature_of(model), spec.inputs, spec.outputs, classes)
         else:
-            made = module = opened.into(copy_model(module)[0])
+            current = module = opened.into(copy_model(module)[0])
         masks = opened.masks()
     except (TorchslimError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        # the files are those that were written: a step of the user's own changed the architecture, for example
+        # the files are intact but do not fit: a custom step changed the architecture, for example
         taken_again(StorageError(f"{folder} cannot be taken up: {error}"))
         return None
     return Stage(
-        name=found.row["name"], folder=folder, model=made, module=module, masks=masks, deployed=deployed, row=found.row
+        name=stage_files.row["name"],
+        folder=folder,
+        model=current,
+        module=module,
+        masks=masks,
+        deployed=deployed,
+        row=stage_files.row,
     )
 
 
 @contextmanager
 def alone(folder: Path, waiting: Callable[[Event], None] | None) -> Iterator[None]:
-    """Hold a stage's folder that several runs may want; the others wait, say so, and find the stage finished.
+    """Lock a stage's folder that several runs share; the other runs report that they wait, and then find it finished.
 
-    Without `waiting` the folder belongs to one run, whose working folder is held already.
+    Without `waiting` the folder belongs to one run, which has already locked its working folder.
     """
     if waiting is None or not distributed.is_first():
         yield
@@ -217,9 +224,9 @@ def _for_this_processor(opened: Opened) -> bool:
 
 @contextmanager
 def state_folder(folder: Path, key: str) -> Iterator[Path]:
-    """The folder beside a stage's in which its step keeps checkpoints; gone after the block, unless that fails.
+    """Open the folder for a step's checkpoints, beside its stage's; it is deleted after the block unless that fails.
 
-    What another key left in it is deleted first.
+    Checkpoints of another key are deleted first.
     """
     state = folder.with_name(f"{folder.name}.state")
     if distributed.is_first():
@@ -236,7 +243,7 @@ def _begin_state(state: Path, key: str) -> None:
     if state.is_symlink() or (state.exists() and not state.is_dir()):
         remove(state)
     elif state.is_dir() and not (path.is_file() and _read(path) == name):
-        if any(not each.name.startswith(TEMPORARY) for each in state.iterdir()):
+        if any(not entry.name.startswith(TEMPORARY) for entry in state.iterdir()):
             taken_again(StorageError(f"the checkpoints in {state} are damaged, or of a run with other weights or data"))
         remove(state)
     if not path.exists():

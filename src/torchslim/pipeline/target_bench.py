@@ -1,4 +1,4 @@
-"""What a runner lends to its steps: models on the target, ended as the recipe ends."""
+"""The bench that a runner gives to its steps: deploys and times models on the target, finished as the recipe ends."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torchslim.quantize import Quantize, QuantizedModule, convert, prepare
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.training.calibration import CalibrationData
 
-ROUNDS = 100  # of each program of a table, at most: of what is slow, as many as its time allows
-VERDICT = 300  # of one that decides
+ROUNDS = 100  # at most, for each program of a latency table; slow programs get as many as their time limit allows
+VERDICT = 300  # for a measurement that decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,10 @@ class Bench:
     """A `Workbench` for one run.
 
     Args:
-        example_inputs: what is timed; one sample a call where the batch is free.
-        target: the runtime, and its threads.
-        task: calibrates where the recipe ends with integers; without one the example inputs do.
-        steps: of the recipe; the last `Quantize` says how it ends.
+        example_inputs: inputs of the timed calls; one sample a call where the batch is free.
+        target: the runtime and its threads.
+        task: source of calibration data where the recipe ends with integers; None: the example inputs.
+        steps: steps of the recipe; the last `Quantize` sets the scheme of every timed model.
     """
 
     example_inputs: Inputs
@@ -47,62 +47,64 @@ class Bench:
         check_fields(self, RecipeError, "Bench: ")
 
     def deploy(self, model: nn.Module) -> Deployed:
-        """The model on the target, verified: where it is quantized, layers that the target gets wrong are in float."""
+        """Compile the model for the target and check it; quantized layers that the target gets wrong stay in float."""
         return verified(model, self.compile)
 
     def compile(self, model: nn.Module) -> Deployed:
-        """The model on the target, as it is."""
+        """Compile the model for the target, unchecked."""
         captured = capture(model, self.example_inputs, self.dynamic_shapes)
         return find_runtime(self.target.runtime).compile(captured, threads=self.target.threads, source=model)
 
     def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:
-        """Time of each model over the reference's, both ended as the recipe ends; see `steps.Workbench`."""
+        """Return each model's time over the reference's, both finished as the recipe ends; see `Workbench.latency`."""
         table = LatencyTable(self.target.runtime, self.target.threads)
         first = self.about(reference)["structure"]
-        known = {} if again else table.known(first)  # by name: to make a program takes seconds
-        made = {name: model for name, make in models.items() if name not in known and (model := make()) is not None}
-        if made:
-            deployed = {name: self.deploy(self.ended(each)) for name, each in made.items()}
-            timed = table.measure(
+        timings = {} if again else table.known(first)  # looked up by name: making a program takes seconds
+        to_time = {
+            name: model for name, make in models.items() if name not in timings and (model := make()) is not None
+        }
+        if to_time:
+            deployed = {name: self.deploy(self.ended(model)) for name, model in to_time.items()}
+            measured = table.measure(
                 deployed, self.deploy(self.ended(reference)), again=again, rounds=VERDICT if again else ROUNDS
             )
-            known |= timed
+            timings |= measured
             if not again:
-                table.add(first, timed)
-        return {name: known[name].ratio.value for name in models if name in known}
+                table.add(first, measured)
+        return {name: timings[name].ratio.value for name in models if name in timings}
 
     def about(self, reference: nn.Module) -> dict[str, Any]:
-        """What times over a reference are times of; see `steps.Workbench`."""
+        """Return the key of times over `reference`; see `Workbench.about`."""
         program = capture(reference, self.example_inputs, self.dynamic_shapes).program
         last = self._ending()
-        ends = {} if last is None else {"scheme": last.scheme, "layers": canonical(last.layers)}
+        ending = {} if last is None else {"scheme": last.scheme, "layers": canonical(last.layers)}
         return {
             "runtime": self.target.runtime,
             "threads": self.target.threads,
-            "ends": ends.get("scheme", "float"),
-            "structure": digest(structure_of(program), ends),
+            "ends": ending.get("scheme", "float"),
+            "structure": digest(structure_of(program), ending),
         }
 
     def _ending(self) -> Quantize | None:
         return next((step for step in reversed(self.steps) if isinstance(step, Quantize)), None)
 
     def ended(self, model: nn.Module) -> nn.Module:
-        """The model in the numbers that the recipe ends with, calibrated on one batch: fast is not yet good."""
+        """Quantize the model as the recipe ends; one calibration batch is enough, since only the speed counts."""
         last = self._ending()
         if last is None or isinstance(model, QuantizedModule):
             return model
-        quick = replace(last, observer="min-max")
-        layers = quick.layers if isinstance(quick.layers, Mapping) else {}
+        settings = replace(last, observer="min-max")
+        layers = settings.layers if isinstance(settings.layers, Mapping) else {}
         prepared = prepare(
             model,
             self.example_inputs,
             runtime=self.target.runtime,
-            scheme=quick.scheme,
+            scheme=settings.scheme,
             layers=layers,
-            observer=quick.observer,
+            observer=settings.observer,
             dynamic_shapes=self.dynamic_shapes,
         )
-        if quick.calibrates():
+        if settings.calibrates():
             task = self.task
             prepared.calibrate([self.example_inputs] if task is None else CalibrationData(task, 0).first(1))
         return convert(prepared, checks=None)

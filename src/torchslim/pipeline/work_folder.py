@@ -1,4 +1,4 @@
-"""The working folder of a run: it belongs to one recipe, and one process works in it."""
+"""The working folder of a run, which belongs to one recipe and to one process at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchslim.errors import RecipeError, StorageError
 from torchslim.report.records import RecipeOf
 
 RECIPE = "recipe.json"
-SHARED_SECONDS = 3600.0  # no write takes that long: a temporary file that is older was left by a killed process
+SHARED_SECONDS = 3600.0  # no write takes that long: an older temporary file was left by a killed process
 
 KNOWN: Schema[dict[str, Any]] = Schema(RecipeOf, RECIPE, StorageError)
 
@@ -27,17 +27,17 @@ KNOWN: Schema[dict[str, Any]] = Schema(RecipeOf, RECIPE, StorageError)
 def working_in(
     folder: Path, recipe: Mapping[str, Any], overwrite: bool, waiting: Callable[[Event], None] | None = None
 ) -> Iterator[None]:
-    """Hold a run's folder while the block runs: one lock for all processes of one training.
+    """Lock a run's folder while the block runs: one lock for all processes of one training.
 
     Args:
-        folder: empty, new, or one that a run left.
-        recipe: what the run was asked for; the folder of another recipe is refused.
-        overwrite: take the folder of another recipe.
-        waiting: where another process works in the folder, wait, and say so; None: an error.
+        folder: a new folder, an empty one, or that of an earlier run.
+        recipe: the run's recipe; the folder of another recipe is refused.
+        overwrite: use the folder of another recipe.
+        waiting: called while another process holds the folder, and the run waits; None: raise an error instead.
 
     Raises:
-        RecipeError: the folder holds another recipe's run, or files of somebody else.
-        StorageError: another process works in it, or it cannot be written.
+        RecipeError: the folder holds another recipe's run, or files that torchslim did not write.
+        StorageError: another process holds the folder, or it cannot be written.
     """
     if not distributed.is_first():
         distributed.wait()
@@ -54,13 +54,13 @@ def working_in(
 def own(
     folder: Path, error: type[RecipeError], whose: str, known: Callable[[], bool], spared: tuple[str, ...] = ()
 ) -> None:
-    """Refuse a folder that holds files, and was never marked as torchslim's.
+    """Refuse a folder that holds files and was never marked as torchslim's.
 
     Args:
-        error: the kind of what is raised.
-        whose: what leaves such folders, in words.
-        known: is there something else by which the folder is known? A copy may have lost the mark, a hidden file.
-        spared: names, or beginnings of names, of files that may be there.
+        error: type of the error to raise.
+        whose: what writes such folders, in words, for the message.
+        known: returns whether the folder is torchslim's by other evidence: a copy may lack the mark, a hidden file.
+        spared: names, or beginnings of names, of files that are allowed in the folder.
     """
     try:
         if folder.exists() and not folder.is_dir():
@@ -75,18 +75,18 @@ def own(
 
 
 def claim(folder: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
-    """Write down whose the folder is, unless it belongs to another recipe."""
-    path, mine = folder / RECIPE, json.loads(json.dumps(recipe))
+    """Store the recipe in its folder, and refuse a folder of another recipe unless `overwrite` is set."""
+    path, new = folder / RECIPE, json.loads(json.dumps(recipe))
     if present(path):
-        other = _read(folder)
-        if other is None:
+        old = _read(folder)
+        if old is None:
             warn(f"{path} is damaged and written again; steps of this recipe that are whole are used")
-        elif other != mine and not overwrite:
+        elif old != new and not overwrite:
             raise RecipeError(
-                f"{folder} holds the run of another recipe ({_what_differs(other, mine)}); choose another folder, or "
+                f"{folder} holds the run of another recipe ({_what_differs(old, new)}); choose another folder, or "
                 "run with overwrite to replace it"
             )
-        if other == mine:
+        if old == new:
             return
     write_json(path, recipe)
 

@@ -1,4 +1,4 @@
-"""Pruning: what a weight is worth (criteria), what goes together (patterns), how much (budget), when (schedule)."""
+"""Pruning: scores (criteria), weights removed together (patterns), how much (sparsity) and when (schedule)."""
 
 from torchslim.prune.criteria.registry import CRITERIA, Criterion
 from torchslim.prune.criteria.statistics import Statistic, Statistics

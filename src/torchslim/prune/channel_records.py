@@ -45,6 +45,6 @@ def refused_records(refusals: Iterable[tuple[str, str]]) -> list[LayerRecord]:
 
 
 def refusals(coupling: Coupling) -> list[tuple[str, str]]:
-    """The first member of each group that stays, and the reason; extents of kernels are left out, as all stay."""
+    """First member and reason of each group that stays; extents of kernels are left out, as all of them stay."""
     pairs = [(group.members[0].weight, group.reason) for group in coupling.groups if group.reason]
     return [pair for pair in dict.fromkeys(pairs) if not Reason.KERNEL_EXTENT.given_in(pair[1])]

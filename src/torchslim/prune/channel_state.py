@@ -27,7 +27,7 @@ from torchslim.prune.structured.surgery import Surgery
 
 @dataclass
 class PruningState:
-    """The model so far, and the figures that later rounds need; the names are those of the checkpoint."""
+    """The model so far, and the figures that later rounds need; the checkpoint uses the same names."""
 
     model: nn.Module
     masks: dict[str, Tensor]
@@ -38,7 +38,7 @@ class PruningState:
     refused: list[tuple[str, str]] = field(default_factory=list)  # layer and reason
     warnings: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
-    rows: Rows = field(default_factory=dict)  # of times, where those are the measure
+    rows: Rows = field(default_factory=dict)  # times by row and width, for of="latency"
     evidence: dict[str, Any] = field(default_factory=dict)
 
     def save(self, ctx: Context) -> None:
@@ -94,7 +94,7 @@ def _checkpoint(ctx: Context) -> Path | None:
 
 
 def cut_masks(masks: Mapping[str, Tensor], surgery: Surgery, model: nn.Module) -> dict[str, Tensor]:
-    """Masks of weights that were set to zero before, without the slices that the surgery removes from `model`."""
+    """Masks of weights that are zero already, without the slices that the surgery removes from `model`."""
     first_path = {path: first for first, paths in parameter_paths(model).items() for path in paths}
     remaining = dict(masks)
     for cut in surgery.cuts:

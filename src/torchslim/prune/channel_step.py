@@ -49,7 +49,7 @@ CALIBRATION_SAMPLES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparsePenalty:
-    """A penalty that drives channels to zero in the trainings that a cut follows."""
+    """A penalty that drives channels to zero in every training before a cut."""
 
     kind: Sparsify
     strength: float = 1e-4
@@ -66,7 +66,7 @@ class SparsePenalty:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneChannels:
-    """Removes channels, neurons and heads: `Prune` with the pattern "channel", defaults filled in."""
+    """Removes channels, neurons and heads: `Prune` with the pattern "channel" and defaults filled in."""
 
     options: ChannelOptions
     schedule: Schedule
@@ -86,11 +86,11 @@ class PruneChannels:
 
     @property
     def amount(self) -> Amount:
-        """How much goes, and in what steps."""
+        """How much to remove, and in what steps."""
         return self.options.amount
 
     def check(self, ctx: Context) -> None:
-        """Raise where no layer matches, or where the criterion, a training or the measurement lacks its data."""
+        """Raise if no layer matches, or if the criterion, a training or the measurement lacks its data."""
         check_data(find_criterion(self.options.criterion), ctx)
         model = ctx.model if ctx.model is not None else ctx.teacher
         check_patterns(model, self.options.include, self.options.exclude)
@@ -123,7 +123,7 @@ class _Rounds:
         self.state = restored_state(model, ctx) or PruningState(model, dict(ctx.masks))
 
     def run(self) -> Outcome:
-        """Train under the penalty, then cut and train as often as there are rounds."""
+        """Train with the penalty, then cut and train in every round."""
         step, state = self.step, self.state
         targets = step.schedule.targets(step.amount.sparsity)
         trained: Sequence[LayerRecord] = ()
@@ -187,12 +187,12 @@ class _Rounds:
         return self.step.options.ranking(gathered, self.ctx.seed, self.ctx.priors).scores(plan.model, plan)
 
     def _cut_to_size(self, target: float, *, last: bool) -> None:
-        """Remove what is missing to a sparsity of parameters, MACs or channels."""
+        """Remove what is still missing to a sparsity of parameters, MACs or channels."""
         state, amount = self.state, self.step.amount
         plan = self._plan(state.model)
         sparsity = self._missing_sparsity(target, plan)
         try:
-            if sparsity > 0:  # widths are whole steps: an earlier round may have gone as far
+            if sparsity > 0:  # widths are whole steps: an earlier round may have removed enough
                 self._remove(plan, replace(amount, sparsity=sparsity))
         except TooLittle:
             if last and not state.total:
@@ -224,9 +224,9 @@ class _Rounds:
         self._accept(plan, removal, amount)
 
     def _cut_to_latency(self, target: float) -> None:
-        """Shrink to 1 - target of the time that the received model takes."""
+        """Shrink to at most 1 - target of the time that the received model takes."""
         state = self.state
-        if state.total and state.kept <= 1 - target:  # an earlier round went as far
+        if state.total and state.kept <= 1 - target:  # an earlier round removed enough
             return
         plan = self._plan(state.model)
         table = self._table(plan if state.model is self.received else self._plan(self.received))
@@ -249,7 +249,7 @@ class _Rounds:
         state.warnings += reached.warnings
 
     def _table(self, plan: Plan) -> Table:
-        """The times that the widths are chosen by: measured on another machine, or here."""
+        """Table of the times that decide the widths, measured on another machine or here."""
         assert self.ctx.workbench is not None
         workbench, amount = Told(bench=self.ctx.workbench), self.step.amount
         if self.step.latency_table is not None:
@@ -263,7 +263,7 @@ class _Rounds:
         return Table(plan=plan, amount=amount, workbench=workbench, progress=report_timed, rows=self.state.rows)
 
     def _accept(self, plan: Plan, removal: Shrunk, amount: Amount) -> None:
-        """Go on with the model of a verified removal."""
+        """Make the model of a verified removal the current one, with its masks, refusals and warnings."""
         state = self.state
         finish(plan, removal, amount, find_criterion(self.step.options.criterion).name)
         state.masks = cut_masks(state.masks, removal.surgery, plan.model)
@@ -289,7 +289,7 @@ def _size(plan: Plan, coupling: Coupling, of: Of) -> float:
 
 
 def _recalibrate(model: nn.Module, ctx: Context) -> list[str]:
-    """Take the batch norms' statistics again, as their inputs changed; a warning where that is not possible."""
+    """Recalibrate the batch norms, whose inputs changed; returns a warning if no batch is large enough."""
     if not tracked(model):
         return []
     batches = calibration_of(ctx).batches

@@ -52,36 +52,37 @@ def channels(
     examples: Sequence[Any] = (),
     unseen: UnseenCode = "keep",
 ) -> nn.Module:
-    """A smaller copy of the model: the least important channels, neurons and heads are physically gone.
+    """A smaller copy of `model`, with its least important channels, neurons and heads physically removed.
 
-    What goes together is found from one run of the model on `example_inputs`; the result is compared with the original
-    in float64, operation by operation, and what cannot be verified is left in. `ts.surgery(model)` reads what was done.
-    The copy is of the same class, in the same mode, and can be trained, exported, and pruned again.
+    One run of the model on `example_inputs` finds the coupled channels. The result is compared with the original in
+    float64, operation by operation, and channels whose removal cannot be verified stay. `ts.surgery(model)` returns the
+    record of the removal. The copy has the same class and mode, and can be trained, exported, and pruned again.
 
     Args:
-        model: any module that runs on `example_inputs`; it is left as it is.
+        model: any module that runs on `example_inputs`; it is not modified.
         example_inputs: a tuple of positional or a dict of keyword arguments.
-        sparsity: the fraction to remove, in [0, 1), of the whole model, what must stay included.
-        of: of its parameters, of its multiply-accumulates on these inputs, of the channels that may go, or of its
-            "latency": what is left then takes at most 1 - sparsity of the time, and is measured until it nearly does.
+        sparsity: the fraction to remove, in [0, 1), of the whole model, including channels that must stay.
+        of: what the sparsity is a fraction of: parameters ("params"), multiply-accumulates on these inputs ("macs"),
+            the "channels" that may go, or "latency": the result takes at most 1 - sparsity of the time, and widths are
+            chosen and measured again until it is near that.
         criterion: a name in `CRITERIA`, "package.module:name", or a callable of a weight and its statistics.
         scope: rank over the whole model, or remove the same fraction everywhere.
-        round_to: widths become multiples of this; groups narrower than it ignore it.
-        min_channels: no group becomes narrower; groups narrower than it ignore it.
+        round_to: widths become multiples of this number; narrower groups ignore it.
+        min_channels: no group becomes narrower than this; groups that are narrower already ignore it.
         heads: attention loses "whole" heads, the same number of "dim"ensions from every head, or what the model
             allows ("auto").
         include: patterns of layers; only groups with a member among them lose channels.
         exclude: patterns of layers that keep all their weights. Outputs of the model always stay.
         reduction: over the members of a group: "mean", "sum", "max" or "first".
-        normalization: of a group's scores, to be ranked with others: "none", "mean", "max" or "gaussian".
+        normalization: of a group's scores, so that groups can be ranked together: "none", "mean", "max" or "gaussian".
         batches: for criteria that need data; read as a `Task` reads them.
         loss: for criteria that need gradients: loss(outputs, batch); default cross-entropy.
         seed: of the "random" criterion.
         workbench: measures for of="latency": `ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime=...))`.
         examples: further calls that reach other branches and methods: tuples of positional arguments, dicts of keyword
             arguments, or {"method": "embed", "args": (...), "kwargs": {...}}. All are traced and verified together.
-        unseen: channels that may be shared with weights which no call reaches stay ("keep"), or may go ("prune"),
-            after which those weights may not fit any more. Either way a warning names the weights, and the methods.
+        unseen: channels that weights which no call reaches may share: "keep" leaves them in; "prune" lets them go, and
+            those weights may not fit afterwards. Either way a warning names the weights and the methods.
 
     Raises:
         PruneError: nothing can go, or an argument is out of its range.
@@ -119,7 +120,7 @@ class _Statistics:
     seed: int
 
     def gather(self, model: nn.Module, criterion: Criterion) -> Gathered:
-        """The statistics of the model that the criterion needs, where there is data."""
+        """Statistics of the model that the criterion needs; none without batches."""
         return NO_DATA if self.batches is None else gather(model, criterion.needs, self.batches, loss=self.loss)
 
 
@@ -135,7 +136,7 @@ def _remove_channels(
         removal = shrink(plan, amount, scores)
         misses = missed_target(removal.left, amount, tolerance(plan, removal.coupling, amount))
     else:
-        from torchslim.prune.latency.solve import reach_here  # it shrinks by what stands here
+        from torchslim.prune.latency.solve import reach_here
 
         removal, misses = reach_here(plan, amount, scores, workbench)
     finish(plan, removal, amount, criterion.name)
@@ -159,15 +160,15 @@ def weights(
     loss: Callable[[Outputs, Batch], Tensor] | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """A copy of the model in which the least important weights are zero; the other arguments are those of `Prune`.
+    """A copy of `model` with its least important weights set to zero; the other arguments are those of `Prune`.
 
     Args:
         batches: for criteria that need data: (inputs, labels) tuples or dicts, as a `Task` reads them by default; some
-            hundred samples do.
-        loss: of a batch's outputs and the batch, a mean over it; None: cross entropy, or squared error for real labels.
+            hundred samples suffice.
+        loss: loss(outputs, batch), a mean over the batch; None: cross entropy, or squared error for real labels.
 
-    Weights that `torch.nn.utils.prune` has masked stay masked. Masked weights make no dense model faster or smaller
-    by themselves; `hold_zeros` keeps them at zero while you train on.
+    Weights that `torch.nn.utils.prune` has masked stay masked. Masked weights alone make a dense model neither faster
+    nor smaller; `hold_zeros` keeps them at zero while you train on.
 
     >>> from torchslim.prune import sparsity as measure
     >>> measure(weights(nn.Linear(10, 10), sparsity=0.3)).total

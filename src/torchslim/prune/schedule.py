@@ -1,4 +1,4 @@
-"""When weights go: how much has been removed at each point of a step."""
+"""Schedules: how much has been removed at each point of a step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ScheduleKind = Literal["one-shot", "iterative", "gradual"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Removal at once, in rounds of pruning and training, or along a training."""
+    """How the removal is spread: at once, over rounds of pruning and training, or over one training."""
 
     kind: ScheduleKind = "one-shot"
     rounds: int = 3
-    until: float = 0.75  # the fraction of the training after which a gradual schedule is done
+    until: float = 0.75  # the fraction of the training after which a gradual schedule ends
     train: Training | None = None
 
     def __post_init__(self) -> None:

@@ -60,35 +60,36 @@ class Prune:
     """Set the least important weights to zero, or with the pattern "channel" remove whole channels.
 
     Args:
-        sparsity: fraction of the chosen weights to remove; or one per layer, {"conv1": 0.3, "layer4.*": 0.8}, where
-            later patterns overrule earlier ones and layers that none covers are left alone. For channels one number:
-            the fraction of the model that the step receives.
-        threshold: instead of a sparsity, remove the weights that score below it.
+        sparsity: fraction of the chosen weights to remove; or a fraction per layer, {"conv1": 0.3, "layer4.*": 0.8},
+            where later patterns override earlier ones and layers without a pattern are not pruned. For channels one
+            number: a fraction of the model that the step receives.
+        threshold: instead of a sparsity, remove the weights that score below this threshold.
         criterion: a name of `CRITERIA`, a `Criterion`, a function (weight, statistics) -> scores, or
-            "package.module:name"; by default "l1" for weights and "lamp" for channels. One that needs data gets the
-            task's `calibration`, by default the first 512 samples of train; those that rank channels only go with the
-            patterns "slice" and "channel".
+            "package.module:name"; by default "l1" for weights and "lamp" for channels. A criterion that needs data gets
+            the task's `calibration`, by default the first 512 samples of train. Criteria that rank only channels need
+            the pattern "slice" or "channel".
         pattern: "unstructured"; "slice", whole slices along `dim` by their L_`n` norm; "N:M", such as "2:4"; or
-            "channel": channels, neurons and heads, with all that is coupled to them, are physically removed.
-        scope: rank all chosen layers together ("global") or each by itself ("layer"). Sparsities given per layer
-            are always per layer.
+            "channel", which physically removes channels, neurons and heads with all slices coupled to them.
+        scope: rank the weights of all chosen layers together ("global") or of every layer separately ("layer").
+            Sparsities given per layer always rank per layer.
         include: globs over layer or parameter paths, or "type:Linear".
-        exclude: the same, of layers that stay whole.
-        schedule: "one-shot"; "iterative" (`rounds` of pruning and training); "gradual" (cubic, done when `until` of
-            the training is over; weights only). The last two need `train`; after one-shot pruning it is optional.
+        exclude: likewise, for layers that keep all their weights.
+        schedule: "one-shot"; "iterative" (`rounds` of pruning and training); "gradual" (a cubic rise over
+            the fraction `until` of the training; weights only). The last two need `train`; for the first it is
+            optional.
         train: Finetune(...) or Distill(...).
-        of: of channels, as for `ts.prune.channels`; "latency" is measured on the run's target, in the numbers that the
-            recipe ends with.
-        round_to: of channels, as for `ts.prune.channels`.
-        min_channels: of channels, as for `ts.prune.channels`.
-        heads: of channels, as for `ts.prune.channels`.
-        reduction: of channels, as for `ts.prune.channels`.
-        normalization: of channels, as for `ts.prune.channels`.
-        sparsify: of channels: "group-lasso" or "bn-l1" is added, times `strength` (1e-4), to the loss of a training
-            before the cut, `sparsify_train` or else `train`, and of the trainings between rounds.
-        unseen: of channels, as for `ts.prune.channels`; further calls of the model are the task's `examples`.
-        latency_table: with of="latency", the `latency.json` of a machine that the times were taken on, in place of
-            measuring here.
+        of: channels only, as for `ts.prune.channels`; "latency" is measured on the run's target, with the model in the
+            scheme that the recipe ends with.
+        round_to: channels only, as for `ts.prune.channels`.
+        min_channels: channels only, as for `ts.prune.channels`.
+        heads: channels only, as for `ts.prune.channels`.
+        reduction: channels only, as for `ts.prune.channels`.
+        normalization: channels only, as for `ts.prune.channels`.
+        sparsify: channels only: the penalty "group-lasso" or "bn-l1", times `strength` (1e-4), is added to the loss of
+            a training before the first cut (`sparsify_train`, or else `train`) and of the trainings between rounds.
+        unseen: channels only, as for `ts.prune.channels`; the task's `examples` are the further calls of the model.
+        latency_table: with of="latency", path of a `latency.json` with times measured on another machine, used
+            instead of measuring here.
     """
 
     accepts: ClassVar[Form] = Form.MODULE
@@ -125,7 +126,7 @@ class Prune:
         self.method()
 
     def method(self) -> PruneWeights | PruneChannels:
-        """The step of the pattern, its defaults filled in."""
+        """The step for the pattern, with its defaults filled in."""
         return self.channels() if self.pattern == CHANNEL else self.weights()
 
     def weights(self) -> PruneWeights:
@@ -153,10 +154,10 @@ class Prune:
                     raise PruneError(f"{name} is for pattern 'channel', got pattern {self.pattern!r}; leave {name} out")
             return
         if self.threshold is not None or isinstance(self.sparsity, Mapping):
-            got = f"sparsity={self.sparsity}" if self.threshold is None else f"threshold={self.threshold}"
+            argument = f"sparsity={self.sparsity}" if self.threshold is None else f"threshold={self.threshold}"
             raise PruneError(
-                f"pattern 'channel' takes one sparsity, as layers share their channels; got {got}; choose layers with "
-                "include and exclude"
+                f"pattern 'channel' takes one sparsity, as layers share their channels; got {argument}; choose layers "
+                "with include and exclude"
             )
         for name, default in (("n", 2.0), ("dim", 0)):
             if getattr(self, name) != default:
@@ -165,7 +166,7 @@ class Prune:
             raise PruneError("strength and sparsify_train belong to sparsify='group-lasso' or 'bn-l1'; give it too")
 
     def _given(self, *names: str) -> dict[str, Any]:
-        """The fields among `names` that were given."""
+        """Fields among `names` that are not None, with their values."""
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _schedule(self) -> Schedule:
@@ -177,7 +178,7 @@ class Prune:
         return SparsePenalty(kind=self.sparsify, train=self.sparsify_train or self.train, **self._given("strength"))
 
     def gather(self, model: nn.Module, ctx: Context, batches: Iterable[Batch] | None = None) -> Gathered:
-        """The statistics of the task's data that the criterion needs, of the model as it is now."""
+        """Statistics that the criterion needs, of the model as it is now on the task's data."""
         criterion = self.channels().options.criterion if self.pattern == CHANNEL else self.weights().criterion
         return gather_for(find_criterion(criterion), model, ctx, batches)
 
@@ -189,22 +190,22 @@ class Prune:
         seed: int,
         gathered: Gathered = NO_DATA,
     ) -> tuple[Masks, list[LayerRecord]]:
-        """Masks of the weights that stay at a sparsity, and a record per layer; the model is only read."""
+        """Masks (True where kept) at `sparsity`, and a record per layer; `model` is only read."""
         return self.weights().masks(model, previous, sparsity, seed, gathered)
 
     def trainings(self) -> list[int]:
-        """The epochs of the training before the cut and of those of the schedule."""
+        """Number of epochs of each training: the one before the first cut, then those of the schedule."""
         penalty = self._penalty()
-        before = penalty.train.trainings() if penalty is not None and penalty.train is not None else []
+        sparsify_epochs = penalty.train.trainings() if penalty is not None and penalty.train is not None else []
         rounds = self.rounds if self.schedule == "iterative" else 1
-        return [*before, *([] if self.train is None else self.train.trainings() * rounds)]
+        return [*sparsify_epochs, *([] if self.train is None else self.train.trainings() * rounds)]
 
     def check(self, ctx: Context) -> None:
-        """Raise where no layer matches, the criterion does not exist, or data for it or the training is missing."""
+        """Raise if no layer matches, the criterion does not exist, or it or the training lacks its data."""
         self.method().check(ctx)
 
     def cache_inputs(self, steps: Sequence[Step]) -> list[Any]:
-        """With of="latency" the whole recipe, in whose numbers the model is timed, and the content of the table."""
+        """With of="latency" the whole recipe, whose scheme the timed models have, and the table's content."""
         if self.of != "latency":
             return []
         recipe = [canonical(step) for step in steps]

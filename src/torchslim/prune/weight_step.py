@@ -23,7 +23,7 @@ from torchslim.prune.schedule import Schedule, cubic
 from torchslim.training.calibration import calibration_of
 from torchslim.training.loop import Hook, Loop
 
-UPDATES = 100  # how often a gradual schedule moves; more often costs time and changes nothing that can be measured
+UPDATES = 100  # of the masks in a gradual schedule; more of them cost time and change nothing measurable
 
 WeightSparsity = float | Mapping[str, float] | None
 """One fraction, a fraction per pattern of layers, or None where a threshold or the pattern decides."""
@@ -31,7 +31,7 @@ WeightSparsity = float | Mapping[str, float] | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneWeights:
-    """Sets weights to zero: `Prune` with every pattern but "channel", defaults filled in."""
+    """Sets weights to zero: `Prune` for all patterns except "channel", with defaults filled in."""
 
     sparsity: WeightSparsity = None
     threshold: float | None = None
@@ -52,7 +52,7 @@ class PruneWeights:
 
     @property
     def mask_pattern(self) -> Pattern:
-        """The pattern that binds weights together."""
+        """The pattern that `pattern`, `n` and `dim` describe."""
         return find_pattern(self.pattern, n=self.n, dim=self.dim)
 
     def _check_amount(self) -> None:
@@ -76,7 +76,7 @@ class PruneWeights:
             raise PruneError("a sparsity for each layer cannot be ranked globally; leave out scope='global'")
 
     def _check_fixed_sparsity(self) -> None:
-        """Raise where the pattern decides the sparsity and another one is given, or a schedule needs one number."""
+        """Raise if the pattern fixes another sparsity than the given one, or if a schedule lacks its one number."""
         fixed = self.mask_pattern.fixed_sparsity
         one_number = isinstance(self.sparsity, (int, float))
         if fixed is not None:
@@ -97,12 +97,12 @@ class PruneWeights:
         return criterion
 
     def check(self, ctx: Context) -> None:
-        """Raise where no layer matches, the criterion does not exist, or data for it or the training is missing."""
+        """Raise if no layer matches, the criterion does not exist, or it or the training lacks its data."""
         check_data(self._checked_criterion(), ctx)
         model = ctx.model if ctx.model is not None else ctx.teacher
-        chosen = select_weights(model, self.include, self.exclude)
+        weights = select_weights(model, self.include, self.exclude)
         if isinstance(self.sparsity, Mapping):
-            by_pattern(self.sparsity, chosen, model)
+            by_pattern(self.sparsity, weights, model)
         if self.schedule.train is not None:
             self.schedule.train.check_training(ctx)
 
@@ -117,7 +117,7 @@ class PruneWeights:
         seed: int,
         gathered: Gathered = NO_DATA,
     ) -> tuple[Masks, list[LayerRecord]]:
-        """Masks of the weights that stay at a sparsity, and a record per layer; the model is only read."""
+        """Masks (True where kept) at `sparsity`, and a record per layer; `model` is only read."""
         options = MaskOptions(
             sparsity=sparsity,
             threshold=self.threshold,
@@ -152,7 +152,7 @@ class PruneWeights:
         hook = _GradualMasks(self, ctx)
         report = self.schedule.train.fit(model, ctx, hooks=[hook], phase="prune")
         apply_masks(model, report.masks)
-        # the records of the masks that are kept; what the pattern refuses does not depend on the sparsity
+        # records of the masks that the training kept; which layers the pattern refuses does not depend on the sparsity
         gathered = gather_for(hook.criterion, model, ctx, hook.batches)
         _, planned = self.masks(model, report.masks, self.sparsity, ctx.seed, gathered)
         pruned = [
@@ -176,21 +176,21 @@ class _GradualMasks(Hook):
         self.gathered, self.gathered_epoch = NO_DATA, -1
 
     def on_start(self, loop: Loop) -> None:
-        """A resumed run has made its updates up to here."""
+        """Count the updates that a resumed run has made already."""
         self.updates = int(min(loop.progress / self.until, 1.0) * UPDATES)
 
     def on_step(self, loop: Loop) -> None:
         """Update the masks when another hundredth of the schedule is over."""
-        done = min(loop.progress / self.until, 1.0)
-        if int(done * UPDATES) > self.updates:
-            self.updates = int(done * UPDATES)
-            target = self.sparsity if done >= 1 else self.sparsity * cubic(done)
+        progress = min(loop.progress / self.until, 1.0)
+        if int(progress * UPDATES) > self.updates:
+            self.updates = int(progress * UPDATES)
+            target = self.sparsity if progress >= 1 else self.sparsity * cubic(progress)
             with loop.whole():
                 masks, _ = self.step.masks(loop.model, loop.masks, target, self.ctx.seed, self.statistics(loop))
             loop.masks.update(masks)
 
     def statistics(self, loop: Loop) -> Gathered:
-        """Statistics of the first update of the epoch: often enough, and the same in a run that resumes between two."""
+        """Statistics from the epoch's first update: often enough, and the same if a run resumes between two epochs."""
         epoch = loop.epoch if loop.step_in_epoch else loop.epoch - 1  # at an epoch's end, that epoch
         if epoch != self.gathered_epoch:
             self.gathered = gather_for(self.criterion, loop.model, self.ctx, self.batches)
@@ -198,9 +198,9 @@ class _GradualMasks(Hook):
         return self.gathered
 
     def on_epoch(self, loop: Loop) -> None:
-        """A loader without a length only tells at the epochs' ends how far the training is."""
+        """Update at an epoch's end too: without a loader's length, the progress is known only there."""
         self.on_step(loop)
 
     def settled(self, loop: Loop) -> bool:
-        """Only an epoch at the full sparsity may be kept."""
+        """Whether the schedule is over: only an epoch at the full sparsity may be kept as the best."""
         return loop.progress >= self.until

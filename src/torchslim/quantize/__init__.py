@@ -1,4 +1,4 @@
-"""Quantization: which numbers (schemes), where (quantizer, profiles), how they are found (observers), the step."""
+"""Quantization: schemes (bits), quantizer and profiles (which operations), observers (ranges), and the step."""
 
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks

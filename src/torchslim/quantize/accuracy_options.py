@@ -1,4 +1,4 @@
-"""Options for accuracy: light, so that a recipe can be checked without loading what carries them out."""
+"""Options for accuracy, in a light module: checking a recipe need not load the code that applies them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Accuracy = Literal["plain", "best"]
 ACCURACIES: tuple[Accuracy, ...] = ("plain", "best")
 BEST: Mapping[str, Any] = {"rounding": "gptq", "correct_biases": True}
 """What `accuracy="best"` turns on: it brought the outputs of the models of `benchmarks/accuracy.md` nearer to float."""
-AFTERWARDS = ("rounding", "correct_biases")  # of no use where the weights are trained on the grid
+AFTERWARDS = ("rounding", "correct_biases")  # useless where the weights are trained on the grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Helpers:
-    """Options for accuracy.
+    """Options that make a quantized model more accurate.
 
     Args:
-        equalize: even out channels between layers (Nagel 2019); before observing.
-        smooth: move outliers behind norms into weights (SmoothQuant): how much of them, 0 to 1; None: not.
-        rounding: of weights: to "nearest", by "gptq" or "adaround"; after observing.
-        correct_biases: take back the mean error of the outputs (Nagel 2019); last.
+        equalize: even out the ranges of channels between layers (Nagel 2019); runs before observing.
+        smooth: strength, 0 to 1, with which outliers behind norms move into weights (SmoothQuant); None: off.
+        rounding: how weights are rounded: to "nearest", by "gptq" or "adaround"; runs after observing.
+        correct_biases: correct biases by the mean error of the outputs (Nagel 2019); runs last.
     """
 
     equalize: bool = False
@@ -43,22 +43,22 @@ class Helpers:
 
     @property
     def needs_data(self) -> bool:
-        """Are calibration batches looked at, whatever the scheme?"""
+        """Whether an option needs calibration batches, whatever the scheme."""
         return self.smooth is not None or self.afterwards
 
     @property
     def afterwards(self) -> bool:
-        """Is anything done once the ranges are observed?"""
+        """Whether an option runs after the ranges are observed."""
         return self.rounding != "nearest" or self.correct_biases
 
 
 def chosen_helpers(accuracy: Accuracy, given: Mapping[str, Any], *, trained: bool) -> Helpers:
-    """What `accuracy` stands for, with what is given in its place.
+    """The options that `accuracy` stands for, updated by those in `given`.
 
     Args:
         accuracy: "plain", no helper, or "best".
-        given: fields of `Helpers`; None: as `accuracy` says. `smooth` may be "off".
-        trained: are the weights trained on the grid afterwards? Then their rounding is left to the training.
+        given: fields of `Helpers`; None: the value of `accuracy`. `smooth` may be "off".
+        trained: whether the weights are then trained on the grid, which replaces `rounding` and `correct_biases`.
     """
     if accuracy not in ACCURACIES:
         raise QuantizeError(f"accuracy must be one of {', '.join(ACCURACIES)}, got {accuracy!r}")

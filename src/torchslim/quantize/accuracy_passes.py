@@ -1,4 +1,4 @@
-"""What is done for accuracy besides choosing ranges, each an option: applied to an exported graph, step by step."""
+"""Rounding of weights and correction of biases in a prepared graph, each an option of `Helpers`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torchslim.quantize.fake_quantize import GroupWeights
 from torchslim.quantize.weight_only import quantize_groups
 from torchslim.quantize.weight_rounding import adaround, columns, gptq
 
-POSITIONS = 1024  # of a batch that a layer's second moments are taken from
-LARGEST = 2**26  # elements of second moments that are held at once
+POSITIONS = 1024  # of a batch that enter a layer's second moments, at most
+LARGEST = 2**26  # elements of second moments in memory at once
 
 
 def after_observing(model: GraphModule, runs: Sequence[Any], helpers: Helpers) -> list[str]:
-    """Round weights and correct biases of a prepared, calibrated graph; the paths of the layers that changed."""
+    """Round weights and correct biases of a prepared, calibrated graph; returns the paths of the changed layers."""
     changed: list[str] = []
     before = {node: _weight(model, node) for node in model.graph.nodes if _roundable(model, node)}
     if helpers.rounding != "nearest":
@@ -33,7 +33,7 @@ def after_observing(model: GraphModule, runs: Sequence[Any], helpers: Helpers) -
 
 
 def grid_of(model: GraphModule, read: Node, weight: Tensor) -> Tensor | None:
-    """A weight as it will be stored; None where it stays in float."""
+    """`weight` as it will be stored, on the grid of its observer `read`; None where it stays in float."""
     if read.op != "call_module":
         return None
     observer: Any = model.get_submodule(str(read.target))
@@ -45,35 +45,35 @@ def grid_of(model: GraphModule, read: Node, weight: Tensor) -> Tensor | None:
 
 
 def round_weights(model: GraphModule, runs: Sequence[Any], method: Rounding) -> list[str]:
-    """Choose for every layer which way its weights are rounded, from the second moments of its input.
+    """Round the weights of every layer, from the second moments of its input; returns the paths of the layers.
 
-    The chosen values take the place of the weights, so that rounding to nearest keeps them. Layers are looked at in
-    parts that fit in memory, each with one run of the calibration data.
+    The rounded values replace the weights, so that rounding to nearest keeps them. Layers are rounded in parts whose
+    moments fit in memory; every part takes one run over the calibration data.
     """
     layers = [node for node in model.graph.nodes if _roundable(model, node)]
-    done: list[str] = []
+    paths: list[str] = []
     while layers:
         part: list[Node] = []
-        held = 0
-        while layers and (not part or held + _elements(model, layers[0]) <= LARGEST):
-            held += _elements(model, layers[0])
+        elements = 0
+        while layers and (not part or elements + _elements(model, layers[0]) <= LARGEST):
+            elements += _elements(model, layers[0])
             part.append(layers.pop(0))
         moments = second_moments(model, part, runs)
         for node in part:
             _round(model, node, moments[node], method)
-            done.append(layer_of(node))
+            paths.append(layer_of(node))
     model.recompile()
-    return done
+    return paths
 
 
 def second_moments(model: GraphModule, layers: Sequence[Node], runs: Sequence[Any]) -> dict[Node, Tensor]:
-    """Sums of x x^T over what each layer's rows are multiplied with, (groups, inputs, inputs), in float64."""
+    """Sums of x x^T per layer, x the inputs of a row of its weight: (groups, inputs, inputs), in float64."""
     readers: dict[Node, list[Node]] = {}
     for node in layers:
         source = argument(node, _layer(node).source)
         assert source is not None
         readers.setdefault(source, []).append(node)
-    found: dict[Node, Tensor] = {}
+    moments: dict[Node, Tensor] = {}
 
     def see(source: Node, value: Tensor) -> None:
         for node in readers[source]:
@@ -81,19 +81,19 @@ def second_moments(model: GraphModule, layers: Sequence[Node], runs: Sequence[An
             step = -(-rows.shape[1] // POSITIONS)
             rows = rows[:, ::step].double()
             moment = rows.transpose(1, 2) @ rows
-            found[node] = found[node] + moment if node in found else moment
+            moments[node] = moments[node] + moment if node in moments else moment
 
     watch(model, readers, see, runs)
-    return found
+    return moments
 
 
 def _round(model: GraphModule, node: Node, moments: Tensor, method: Rounding) -> None:
     layer = _layer(node)
-    read = argument(node, layer.weight)
-    stored = behind(read)
-    assert read is not None
+    weight_input = argument(node, layer.weight)
+    stored = behind(weight_input)
+    assert weight_input is not None
     assert stored is not None
-    observer: Any = model.get_submodule(str(read.target))
+    observer: Any = model.get_submodule(str(weight_input.target))
     weight = tensor_of(model, stored).detach()
     rows = weight.transpose(0, layer.axis) if layer.axis else weight
     matrix = rows.flatten(1)
@@ -116,12 +116,12 @@ def _round(model: GraphModule, node: Node, moments: Tensor, method: Rounding) ->
 
 
 def _roundable(model: GraphModule, node: Node) -> bool:
-    """Is it a layer whose weight is stored, will be integers, and whose rows are products with its input?"""
+    """Whether `node` is a layer with a stored weight that will be integers and whose rows multiply its input."""
     layer = weighted(node)
-    read = argument(node, layer.weight) if layer is not None else None
-    if layer is None or read is None or read.op != "call_module" or "transpose" in layer.kind:
+    weight_input = argument(node, layer.weight) if layer is not None else None
+    if layer is None or weight_input is None or weight_input.op != "call_module" or "transpose" in layer.kind:
         return False
-    return behind(read) is not None and argument(node, layer.source) is not None
+    return behind(weight_input) is not None and argument(node, layer.source) is not None
 
 
 def _elements(model: GraphModule, node: Node) -> int:

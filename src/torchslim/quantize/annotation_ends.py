@@ -17,7 +17,7 @@ from torchslim.quantize.aten_ops import (
 
 
 def end_of_layer(node: Node) -> Node:
-    """The batch norm (in training), relu or relu6 that a runtime computes together with a layer."""
+    """The batch norm (in training), relu or relu6 that a runtime fuses with a layer; `node` where there is none."""
     for fused in (BATCH_NORMS, CLAMPS):
         users = list(node.users)
         if len(users) == 1 and users[0].target in fused:
@@ -26,13 +26,13 @@ def end_of_layer(node: Node) -> Node:
 
 
 def end_of_concat(node: Node) -> Node:
-    """The clamp that alone reads a concatenation, else the node itself: a batch norm behind it computes in float."""
+    """The clamp that is the only reader of a concatenation, else `node`: a batch norm behind it stays in float."""
     end = end_of_layer(node) if node.target in CONCATS else node
     return end if end.target in CLAMPS and argument(end, 0) is node else node
 
 
 def layer_before(node: Node) -> Node:
-    """What a value is computed by, without the norms and clamps behind it."""
+    """The node that computes a value, before the norms, clamps and dropouts behind it."""
     while node.target in (*CLAMPS, *BATCH_NORMS, *DROPOUTS) and (before := argument(node, 0)) is not None:
         node = before
     return node
@@ -44,4 +44,4 @@ def quantized_output(node: Node | None) -> bool:
 
 
 def flat(value: Any) -> list[Node]:
-    return [each for each in value if isinstance(each, Node)] if isinstance(value, (tuple, list)) else []
+    return [item for item in value if isinstance(item, Node)] if isinstance(value, (tuple, list)) else []

@@ -1,4 +1,4 @@
-"""What the nodes of an exported graph are to the quantizer: which have weights, which add, which only move values."""
+"""Kinds of ATen operations for the quantizer (with weights, additions, moves), and helpers for their nodes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.fx import GraphModule, Node
 from torchslim.graph.export import WRAPPED
 
 aten = torch.ops.aten
-ANNOTATION = "quantization_annotation"  # where torchao looks for what a node reads and gives
+ANNOTATION = "quantization_annotation"  # torchao's key in `Node.meta` for the specs of inputs and output
 
 
 def batch_norm(*args: Any) -> Tensor:
-    """`aten.batch_norm` under a name that no pass of a library folds behind our back."""
+    """`aten.batch_norm` under another name, which keeps library passes from folding it."""
     return aten.batch_norm.default(*args)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """Where an operation has its input, weight and bias, and along which axis of the weight the outputs lie."""
+    """Argument positions of an operation's input, weight and bias, and the axis of the weight for the outputs."""
 
     kind: str
     source: int
@@ -47,7 +47,7 @@ for _rank in (1, 2, 3):
     _transposed = getattr(aten, f"conv_transpose{_rank}d")
     WEIGHTED[getattr(_transposed, _transposed.overloads()[0])] = Weighted(f"conv_transpose{_rank}d", 0, 1, 2, 1)
 
-# where products of two activations have their factors
+# argument positions of the factors in products of two activations
 PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.matmul.default: (0, 1),
     aten.bmm.default: (0, 1),
@@ -62,7 +62,7 @@ LAYER_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 BATCH_NORMS = (aten.batch_norm.default, batch_norm)
 DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 CLAMPS = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default)
-# several tensors of one; what they are is told by `getitem`
+# operations that return several tensors, which `getitem` nodes select
 SPLITS = (
     aten.chunk.default,
     aten.split.Tensor,
@@ -106,45 +106,45 @@ MOVES = (
 
 
 def weighted(node: Node) -> Weighted | None:
-    """What an operation with a weight is; None for others, and for products of two activations."""
-    found = WEIGHTED.get(node.target) if node.op == "call_function" else None
-    if found is None or len(node.args) <= found.weight:
+    """Argument positions of an operation with a weight; None for others, and for products of two activations."""
+    layer = WEIGHTED.get(node.target) if node.op == "call_function" else None
+    if layer is None or len(node.args) <= layer.weight:
         return None
-    weight = node.args[found.weight]
+    weight = node.args[layer.weight]
     product = node.target in (aten.mm.default, aten.matmul.default, aten.addmm.default)
     if product and not (isinstance(weight, Node) and is_constant(weight) and len(shape_of(weight)) == 2):
         return None
-    return found
+    return layer
 
 
 def argument(node: Node, index: int | None) -> Node | None:
-    """A node's argument by position where it is a node."""
+    """The argument of `node` at position `index`; None where it is missing or not a node."""
     value = node.args[index] if index is not None and len(node.args) > index else None
     return value if isinstance(value, Node) else None
 
 
 def padded_with_infinity(node: Node) -> bool:
-    """Does a pool read what minus infinity was padded to, as for TensorFlow's "same"? No grid has it."""
+    """Whether a pool reads a tensor padded with infinity (TensorFlow pads with minus infinity), which is on no grid."""
     source = argument(node, 0)
     values = source.args[-1:] if source is not None and "pad" in op_name(source) else ()
     return any(isinstance(value, float) and math.isinf(value) for value in values)
 
 
 def behind(node: Node | None) -> Node | None:
-    """The stored tensor that a node is, or that its observer looks at; None where it is computed."""
+    """The `get_attr` node that `node` is or, as an observer, reads; None where the tensor is computed."""
     source = argument(node, 0) if node is not None and node.op == "call_module" else node
     return source if source is not None and source.op == "get_attr" else None
 
 
 def along(values: Tensor, other: Tensor, axis: int) -> Tensor:
-    """A vector in the shape in which it goes along one axis of another tensor."""
+    """The vector `values`, reshaped to broadcast along dimension `axis` of `other`."""
     shape = [1] * other.dim()
     shape[axis] = -1
     return values.view(shape)
 
 
 def is_constant(node: Node) -> bool:
-    """Is a value computed from stored tensors alone?"""
+    """Whether a value is computed from stored tensors alone."""
     seen: set[Node] = set()
     pending = [node]
     while pending:
@@ -159,18 +159,18 @@ def is_constant(node: Node) -> bool:
 
 
 def shape_of(node: Node) -> tuple[Any, ...]:
-    """The shape of a node's value; empty where it is not known."""
+    """The shape of a node's value; empty where it is unknown."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def stored_name(node: Node) -> str:
-    """The path that the model has a stored tensor under."""
+    """Path of a stored tensor in the model; empty for other nodes."""
     return str(node.target).removeprefix(WRAPPED) if node.op == "get_attr" else ""
 
 
 def op_name(node: Node) -> str:
-    """An operation's name, as a reason gives it."""
+    """Name of a node's operation, as reasons in records give it."""
     return str(node.target).removesuffix(".default")
 
 
@@ -181,7 +181,7 @@ def tensor_of(model: GraphModule, node: Node) -> Tensor:
 
 
 def set_tensor(model: GraphModule, node: Node, value: Tensor) -> None:
-    """Give a get_attr node another tensor, under a name of its own: others may read the old one."""
+    """Make a get_attr node read `value`, stored under a new name: other nodes may read the old tensor."""
     name = f"_{node.name}"
     while hasattr(model, name):
         name += "_"
@@ -194,7 +194,7 @@ def set_tensor(model: GraphModule, node: Node, value: Tensor) -> None:
 
 
 def add_tensor(model: GraphModule, before: Node, name: str, value: Tensor) -> Node:
-    """A new stored tensor, read before a node."""
+    """Store a tensor in the model; returns a new node that reads it, in front of the node `before`."""
     while hasattr(model, name):
         name += "_"
     model.register_parameter(name, nn.Parameter(value, requires_grad=False))

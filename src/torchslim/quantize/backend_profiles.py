@@ -1,6 +1,7 @@
-"""Where Q/DQ pairs go so that a runtime's compiler finds its integer kernels: a row for each runtime.
+"""Placement of Q/DQ pairs with which a runtime's compiler finds its integer kernels: one row per runtime.
 
-The sums are the same everywhere; what differs is which pairs a runtime needs before it fuses, and which cost it time.
+The arithmetic is the same everywhere. Runtimes differ in the pairs that they need for fusion and in those that cost
+them time.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What one runtime computes on integers, and how it wants to be told.
+    """The operations that one runtime computes on integers, and the Q/DQ pairs that it needs for them.
 
     Args:
-        static: kinds of layers with a kernel for static int8; others keep their weights in int8 and compute in float.
+        static: kinds of layers with a kernel for static int8; others store weights in int8 and compute in float.
         dynamic: kinds of layers with a kernel for dynamic int8.
-        outputs: kinds whose output gets a pair of its own, behind a fused relu or relu6.
-        additions: residual additions get pairs on "both" inputs and the output, on the "other" input (the one that is
-            no convolution's, which the kernel adds at the end), or on "none".
-        concats: concatenations get pairs on their inputs and output.
-        gates: sigmoids of convolutions, and what they multiply, get pairs: a table, and a product on integers.
-        products: products of two activations, those of attention, get pairs on their inputs.
-        why: the reason that is recorded for a layer without a kernel.
+        outputs: kinds of layers whose output gets its own pair, behind a fused relu or relu6.
+        additions: residual additions get pairs on "both" inputs and the output, on the "other" input (not the output
+            of the convolution whose kernel adds it at the end), or on "none".
+        concats: whether concatenations get pairs on their inputs and output.
+        gates: whether sigmoids of convolutions (then table lookups) and their products (then on integers) get pairs.
+        products: whether products of two activations, as in attention, get pairs on their inputs.
+        why: reason recorded for a layer without a kernel.
     """
 
     static: frozenset[str]
@@ -50,7 +51,7 @@ PROFILES: Mapping[str, Profile] = {
         products=True,
         why="ONNX Runtime has no integer kernel for it",
     ),
-    # fuses activations and additions into the layer: a pair in between would cut it in two
+    # fuses activations and additions into the layer: a pair in between would prevent that
     "openvino": Profile(
         static=CONVOLUTIONS | {"linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"},
         dynamic=frozenset({"linear"}),
@@ -69,7 +70,7 @@ PROFILES: Mapping[str, Profile] = {
         additions="other",
         why="inductor has no integer kernel for it",
     ),
-    # computes static int8 on dequantized floats: any placement is as fast
+    # computes static int8 on dequantized floats: all placements are equally fast
     "eager": Profile(
         static=CONVOLUTIONS | {"linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"},
         dynamic=frozenset({"linear", "lstm", "gru"}),

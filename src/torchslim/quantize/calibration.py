@@ -1,4 +1,4 @@
-"""Calibration: a prepared model's observers see batches, and what is not finite is refused."""
+"""Calibration: shows batches to a prepared model's observers, and refuses values that are not finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def show_batches(prepared: Prepared, batches: list[Any]) -> None:
-    """Show the observers every batch; a value that is not finite is an error that names its layer and batch."""
+    """Show the observers every batch; a value that is not finite raises an error with its layer and batch."""
     if not batches:
         raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
     program = prepared.program
@@ -46,7 +46,7 @@ def show_batches(prepared: Prepared, batches: list[Any]) -> None:
             named = bind(prepared, inputs)
             leaves = flatten(prepared.inputs, named, f"calibration batch {number}")
             for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-                # -inf is what masks hold; it is an error where it reaches a layer
+                # masks may hold -inf; it is an error only where it reaches a layer
                 check(leaf.masked_fill(torch.isneginf(leaf), 0.0), f"in input {index} ({name!r})")
             try:
                 with torch.no_grad():

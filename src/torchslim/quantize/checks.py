@@ -1,7 +1,7 @@
-"""What a quantized model must keep of the float one: thresholds, and the outputs and channels that miss them.
+"""Checks of a quantized model's outputs against float: thresholds, and the outputs and channels that miss them.
 
-A channel is every index of every dimension of an output but the batch's: class scores of a detector, features or tokens
-of a transformer, pixels' rows. Its signal is its variation around its own mean, its noise the mean squared difference.
+A channel is any index of any dimension of an output except the batch dimension: a class score of a detector, a feature
+or token of a transformer, a row of pixels. Its signal is its variance, its noise the mean squared difference.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from torchslim.errors import QuantizeError
 Outputs = Sequence[Sequence[Tensor]]
 """The flat output tensors of each run."""
 
-CHANCE = 1e-3  # probability that a healthy output is called off because few samples were seen
+CHANCE = 1e-3  # probability that a healthy output counts as faulty because few samples were seen
 GRID = 255  # steps of an 8-bit grid
-LOOKED_AT = 2**16  # values of an output that tell whether it lies on a grid
-VISIBLE = 8  # steps of its own 8-bit grid that a channel must move over to count as one that varies
-SPREAD = 6  # times the noise's root mean square: differences between two roundings of one network stay below
-ALIKE_DB = 10.0  # above the threshold, what one channel of an output must reach for another to count as lost
-TINY = 1e-6  # of the largest value of its output: float32 itself does not hold a channel that is smaller
-FEWEST = 4  # elements of a channel, below which nothing is said of it
-POSITIONS = 64  # of a sample that count as independent: neighbors in a map are not
+LOOKED_AT = 2**16  # values of an output that are searched for a grid
+VISIBLE = 8  # steps of its own 8-bit grid that a channel must span to count as varying
+SPREAD = 6  # multiple of the noise's root mean square: two roundings of one network differ by less
+ALIKE_DB = 10.0  # dB above the threshold that an output's best channel must reach for others to count as lost
+TINY = 1e-6  # of the output's largest value: float32 itself does not represent smaller channels
+FEWEST = 4  # elements that a channel must have to be judged
+POSITIONS = 64  # of a sample that count as independent, at most: neighbors in a feature map are not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checks:
-    """What must hold of a quantized model; layers that are in the way go back to float.
+    """Thresholds for a quantized model; layers that keep it from meeting them go back to float.
 
     Args:
-        channel_db: signal over noise of every output and every channel of it, against float.
+        channel_db: smallest signal over noise of every output and every channel of it, against float.
         apart_db: how much nearer to float the graph may be than the deployed model.
-        apart_share: the share of the elements of an output that may differ by more than one step between the two.
-        samples: how many samples are looked at, of at least two batches.
+        apart_share: largest share of an output's elements that differ by more than one step between the two.
+        samples: number of samples that are compared, of at least two batches.
     """
 
     channel_db: float = 10.0
@@ -59,34 +59,34 @@ class Checks:
 
     @classmethod
     def of(cls, given: Any) -> Checks | None:
-        """What a `checks` argument stands for: itself, None, or the defaults but for what a mapping has.
+        """The `Checks` that a `checks` argument stands for: itself, None, or the defaults updated by a mapping.
 
         Raises:
-            QuantizeError: it is something else, or a mapping with other keys.
+            QuantizeError: `given` is of another type, or a mapping with unknown keys.
         """
         if given is None or isinstance(given, cls):
             return given
         if not isinstance(given, Mapping):
             raise QuantizeError(f"checks must be Checks(...), a mapping of its fields, or None, got {given!r}")
-        known = [field_.name for field_ in fields(cls)]
-        if wrong := [key for key in given if key not in known]:
-            raise QuantizeError(f"checks has no {', '.join(map(repr, wrong))}; known: {', '.join(known)}")
+        names = [field_.name for field_ in fields(cls)]
+        if unknown := [key for key in given if key not in names]:
+            raise QuantizeError(f"checks has no {', '.join(map(repr, unknown))}; known: {', '.join(names)}")
         return cls(**given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """An output, or a channel of it: index `channel` of dimension `dim`."""
+    """An output, or one of its channels: index `channel` of dimension `dim`."""
 
     output: int
     dim: int | None = None
     channel: int | None = None
 
     def named(self, names: Sequence[str]) -> str:
-        """As messages give it.
+        """Name of the output or channel, for messages.
 
         Args:
-            names: of the outputs.
+            names: names of the outputs.
         """
         name = names[self.output] if self.output < len(names) and names[self.output] else ""
         output = f"output {name!r}" if name else "the output" if len(names) == 1 else f"output {self.output}"
@@ -95,22 +95,22 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What is off: `kind` is "not finite", "constant", "output", "channel", "apart" or "steps"."""
+    """A failed check: `kind` is "not finite", "constant", "output", "channel", "apart" or "steps"."""
 
     kind: str
     place: Place
     decibels: float | None
     words: str
-    short: float = math.inf  # decibels below what is wanted
+    short: float = math.inf  # decibels below the threshold
 
     def told(self, names: Sequence[str]) -> str:
-        """In words."""
+        """Message about the fault."""
         return f"{self.place.named(names)} {self.words}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """The worst channel and its signal over noise."""
+    """The worst output or channel and its signal over noise."""
 
     place: Place
     decibels: float
@@ -118,79 +118,81 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """One output over all runs, in float64, its batch in dimension 0; values that float itself has not finite are 0."""
+    """One output over all runs, float64, batch in dimension 0; values that are not finite in float itself are 0."""
 
     output: int
-    values: tuple[Tensor, ...]  # float, and one or two others
-    axis: int | None  # where the output has its batch
-    broken: int | None  # which of the others is not finite where float is
+    values: tuple[Tensor, ...]  # of the float model, then of one or two others
+    axis: int | None  # batch dimension of the output
+    broken: int | None  # index of the first of `values` that is not finite where float is
     integer: bool
 
     def dims(self) -> Iterator[int | None]:
-        """The whole output first."""
+        """None for the whole output, then the dimensions of channels."""
         yield None
         yield from (dim for dim in range(1, self.values[0].dim()) if self.values[0].shape[dim] > 1)
 
     def rows(self, dim: int | None) -> list[Tensor]:
-        """(channels, elements) of each."""
+        """All `values` as (channels, elements)."""
         if dim is None:
             return [value.reshape(1, -1) for value in self.values]
         return [value.movedim(dim, 0).flatten(1) for value in self.values]
 
     def place(self, dim: int | None, channel: int) -> Place:
-        """In the dimensions that the model's output has."""
+        """The place in the dimensions of the model's output."""
         if dim is None:
             return Place(output=self.output)
-        own = dim if self.axis is not None and dim > self.axis else dim - 1
-        return Place(output=self.output, dim=own, channel=channel)
+        output_dim = dim if self.axis is not None and dim > self.axis else dim - 1
+        return Place(output=self.output, dim=output_dim, channel=channel)
 
 
 def faults(reference: Outputs, values: Outputs, axes: Sequence[int | None], checks: Checks) -> list[Fault]:
-    """What of a quantized model's outputs is off against the float one's, the worst first.
+    """Faults of a quantized model's outputs against the float model's, the worst first.
 
     Args:
         reference: outputs of the float model.
-        values: outputs of the quantized one on the same inputs; an output of another size is not compared.
+        values: outputs of the quantized model on the same inputs; an output of another shape is not compared.
         axes: the batch dimension of each output; None where it has none.
         checks: the thresholds.
     """
-    found: list[Fault] = []
+    failures: list[Fault] = []
     for part in _parts([reference, values], axes):
         if part.broken is not None:
-            found.append(_broken(part))
+            failures.append(_broken(part))
             continue
         if part.integer:
-            found += _constant_integers(part)
+            failures += _constant_integers(part)
             continue
         largest = float(part.values[0].abs().max()) if part.values[0].numel() else 0.0
         for dim in part.dims():
-            found += _lost(part, dim, largest, checks)
+            failures += _lost(part, dim, largest, checks)
     order = ("not finite", "constant", "output", "channel")
-    return sorted(found, key=lambda each: (order.index(each.kind), each.decibels or -math.inf))
+    return sorted(
+        failures, key=lambda fault: (order.index(fault.kind), -math.inf if fault.decibels is None else fault.decibels)
+    )
 
 
 def apart(
     reference: Outputs, graph: Outputs, deployed: Outputs, axes: Sequence[int | None], checks: Checks
 ) -> list[Fault]:
-    """What of a deployed model's outputs is off against the graph that it was made from.
+    """Faults of a deployed model's outputs against the graph that it was made from.
 
-    Noise below that of an 8-bit grid over the channel's own values is none; a channel that is constant in float
-    may be a step away, of the grid over the whole output.
+    The graph's noise counts as at least that of an 8-bit grid over the channel's own values. A channel that is constant
+    in float may be one step away, of the grid over the whole output.
     """
-    found: list[Fault] = []
+    failures: list[Fault] = []
     for part in _parts([reference, graph, deployed], axes):
         if part.broken == 2:
-            found.append(_broken(part))
+            failures.append(_broken(part))
         if part.broken is not None or part.integer:
             continue
         for dim in part.dims():
-            found += _further(part, dim, checks)
-    return found
+            failures += _further(part, dim, checks)
+    return failures
 
 
 def worst(reference: Outputs, values: Outputs, axes: Sequence[int | None]) -> Figure | None:
-    """The output or channel that is least like float, of those that vary and are seen often enough to tell."""
-    found: Figure | None = None
+    """The output or channel with the lowest signal over noise, of those that vary and have enough elements."""
+    lowest: Figure | None = None
     for part in _parts([reference, values], axes):
         if part.integer or part.broken is not None:
             continue
@@ -200,13 +202,13 @@ def worst(reference: Outputs, values: Outputs, axes: Sequence[int | None]) -> Fi
             judged = _varies(expected, signal) & (_independent(part, expected) >= FEWEST)
             decibels = torch.where(judged, _decibels(signal, noise), math.inf)
             channel = int(decibels.argmin()) if decibels.numel() else 0
-            if decibels.numel() and (found is None or float(decibels[channel]) < found.decibels):
-                found = Figure(place=part.place(dim, channel), decibels=float(decibels[channel]))
-    return found
+            if judged.any() and (lowest is None or float(decibels[channel]) < lowest.decibels):
+                lowest = Figure(place=part.place(dim, channel), decibels=float(decibels[channel]))
+    return lowest
 
 
 def slack(elements: int, channels: int) -> float:
-    """By how much chance alone raises the noise over the signal, both estimated from few elements; inf: no limit.
+    """Factor by which chance alone may raise noise over signal, both estimated from few elements; inf: no limit.
 
     The upper quantile of an F distribution for `CHANCE` over all channels.
     Source: Paulson 1942, "An approximate normalization of the analysis of variance distribution".
@@ -227,14 +229,14 @@ def _lost(part: _Part, dim: int | None, largest: float, checks: Checks) -> Itera
     signal, noise = _signal(expected), _noise(expected, got)
     varies = _varies(expected, signal) & (expected.abs().amax(1) > TINY * largest)
     elements = _independent(part, expected)
-    # of few values on a coarse grid some channels of many are alike by chance
+    # with few values on a coarse grid, some of many channels are constant by chance
     constant = varies & (got.amax(1) == got.amin(1)) & (elements >= FEWEST + math.log2(len(signal)))
     chance = slack(elements, len(signal))
-    off = varies & (noise > 10 ** (-checks.channel_db / 10) * chance * signal)
+    noisy = varies & (noise > 10 ** (-checks.channel_db / 10) * chance * signal)
     decibels = _decibels(signal, noise)
     best = float(decibels[varies].max()) - 10 * math.log10(chance) if bool(varies.any()) else 0.0
     if dim is not None and best < checks.channel_db + ALIKE_DB:
-        off &= False  # none stands out: what they have in common, the output as a whole shows
+        noisy &= False  # no channel stands out: the check of the whole output covers their common noise
     for channel in constant.nonzero().flatten().tolist():
         yield Fault(
             kind="constant",
@@ -242,7 +244,7 @@ def _lost(part: _Part, dim: int | None, largest: float, checks: Checks) -> Itera
             decibels=float(decibels[channel]),
             words="varies in float and is constant",
         )
-    for channel in (off & ~constant).nonzero().flatten().tolist():
+    for channel in (noisy & ~constant).nonzero().flatten().tolist():
         yield Fault(
             kind="output" if dim is None else "channel",
             place=part.place(dim, channel),
@@ -257,29 +259,29 @@ def _further(part: _Part, dim: int | None, checks: Checks) -> Iterator[Fault]:
     if not expected.numel():
         return
     unit = (expected.abs().amax(1) / GRID).clamp(min=_grid(graph))
-    still = ~_varies(expected, _signal(expected))
-    unit = torch.where(still, unit.max(), unit)  # a dead channel has no values to take a grid from
-    least = unit.square() / torch.where(still, 1, 12)  # it may be a whole step away
-    made = _noise(expected, graph)
-    more = _noise(expected, deployed)
+    constant = ~_varies(expected, _signal(expected))
+    unit = torch.where(constant, unit.max(), unit)  # a constant channel has no range to take a grid from
+    floor = unit.square() / torch.where(constant, 1, 12)  # a constant channel may be a whole step away
+    graph_noise = _noise(expected, graph)
+    deployed_noise = _noise(expected, deployed)
     elements = _independent(part, expected)
-    few = elements < POSITIONS // 4  # the noise of one channel is not known from so few
-    rounded = made[made > 0]  # zeros behind a ReLU have no error, which says nothing of the grid
-    noise = torch.maximum(torch.maximum(made, rounded.median()) if few and len(rounded) else made, least)
-    ratio = more / noise.clamp(min=1e-300)
+    few = elements < POSITIONS // 4  # too few to estimate the noise of one channel
+    rounded = graph_noise[graph_noise > 0]  # zeros behind a ReLU have no error, which says nothing about the grid
+    noise = torch.maximum(torch.maximum(graph_noise, rounded.median()) if few and len(rounded) else graph_noise, floor)
+    ratio = deployed_noise / noise.clamp(min=1e-300)
     channel = int(ratio.argmax())
     if float(ratio[channel]) > 10 ** (checks.apart_db / 10) * slack(elements, len(ratio)):
         signal = _signal(expected)
-        before, after = (float(_decibels(signal, each)[channel]) for each in (made, more))
+        graph_db, deployed_db = (float(_decibels(signal, level)[channel]) for level in (graph_noise, deployed_noise))
         yield Fault(
             kind="apart",
             place=part.place(dim, channel),
-            decibels=after,
-            words=f"is {after:.1f} dB from float deployed and {before:.1f} dB in the graph it was made from",
-            short=before - after - checks.apart_db,
+            decibels=deployed_db,
+            words=f"is {deployed_db:.1f} dB from float deployed and {graph_db:.1f} dB in the graph it was made from",
+            short=graph_db - deployed_db - checks.apart_db,
         )
-    step = torch.maximum(1.01 * unit, SPREAD * made.sqrt())
-    if few:  # an error of rounding is at most half a step, and less than that in most of few elements
+    step = torch.maximum(1.01 * unit, SPREAD * graph_noise.sqrt())
+    if few:  # a rounding error is at most half a step, and smaller in most of few elements
         step = step.clamp(min=4 * float((expected - graph).abs().max()))
     over = int(((deployed - graph).abs() > step.unsqueeze(1)).sum())
     share = over / deployed.numel()
@@ -293,12 +295,12 @@ def _further(part: _Part, dim: int | None, checks: Checks) -> Iterator[Fault]:
 
 
 def _grid(values: Tensor) -> float:
-    """The step of the grid that values lie on; 0 where they lie on none that can be told."""
+    """Step of the grid that `values` lie on; 0 where none is recognized."""
     distinct = values.flatten()[:LOOKED_AT].unique()
     if not 8 <= len(distinct) <= GRID + 1:
         return 0.0
     gaps = distinct.diff()
-    for part in range(1, 9):  # of few values no two may be neighbors on the grid
+    for part in range(1, 9):  # among few values, no two may be neighbors on the grid
         step = gaps.min() / part
         if bool((gaps / step - (gaps / step).round()).abs().max() < 0.01 * part):
             return float(step)
@@ -306,27 +308,27 @@ def _grid(values: Tensor) -> float:
 
 
 def _parts(several: Sequence[Outputs], axes: Sequence[int | None]) -> Iterator[_Part]:
-    """Every output over all runs; runs of other sizes are parts of their own."""
+    """Every output over all runs; runs of other shapes are parts of their own."""
     for output, axis in enumerate(axes):
         groups: dict[tuple[int, ...], list[list[Tensor]]] = {}
         for runs in zip(*several, strict=True):
             tensors = [run[output].detach().cpu() for run in runs]
             if any(tensor.shape != tensors[0].shape for tensor in tensors):
                 continue
-            known = axis is not None and tensors[0].dim() > axis
+            has_batch = axis is not None and tensors[0].dim() > axis
             moved = [
-                tensor.movedim(axis, 0) if known and axis is not None else tensor.unsqueeze(0) for tensor in tensors
+                tensor.movedim(axis, 0) if has_batch and axis is not None else tensor.unsqueeze(0) for tensor in tensors
             ]
             groups.setdefault(tuple(moved[0].shape[1:]), []).append(moved)
         for moved_runs in groups.values():
-            joined = [torch.cat(each) for each in zip(*moved_runs, strict=True)]
+            joined = [torch.cat(pieces) for pieces in zip(*moved_runs, strict=True)]
             integer = not joined[0].is_floating_point()
-            wide = [each.double() for each in joined]
+            wide = [tensor.double() for tensor in joined]
             finite = wide[0].isfinite()
-            bad = (index for index, each in enumerate(wide) if bool((~each.isfinite() & finite).any()))
+            bad = (index for index, tensor in enumerate(wide) if bool((~tensor.isfinite() & finite).any()))
             yield _Part(
                 output=output,
-                values=tuple(torch.where(finite, each, 0.0) for each in wide),
+                values=tuple(torch.where(finite, tensor, 0.0) for tensor in wide),
                 axis=axis,
                 broken=next(bad, None),
                 integer=integer,
@@ -340,7 +342,7 @@ def _broken(part: _Part) -> Fault:
 
 
 def _constant_integers(part: _Part) -> Iterator[Fault]:
-    """Of classes and the like: one answer for everything, where float gives several."""
+    """Fault of an integer output, such as class numbers, that is constant where float varies."""
     expected, got = (value.flatten() for value in part.values)
     if expected.numel() < 8 or bool((got != got[0]).any()):
         return
@@ -363,11 +365,11 @@ def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
 
 
 def _varies(rows: Tensor, signal: Tensor) -> Tensor:
-    """Does a channel move over enough of its own 8-bit grid, zero included, to be told from a constant on it?"""
+    """Whether each channel spans enough of its own 8-bit grid, zero included, to differ from a constant on it."""
     unit = rows.abs().amax(1) / GRID
     return (rows.amax(1) - rows.amin(1) >= VISIBLE * unit) & (signal >= 10 * unit.square() / 12) & (unit > 0)
 
 
 def _independent(part: _Part, rows: Tensor) -> int:
-    """How many elements of a channel count as independent of one another."""
+    """Number of elements of a channel that count as independent of one another."""
     return min(rows.shape[1], POSITIONS * part.values[0].shape[0])

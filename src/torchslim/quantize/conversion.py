@@ -1,4 +1,4 @@
-"""Observed ranges become integers: the converted graph."""
+"""Conversion of a prepared model with observed ranges to a graph on integers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torchslim.quantize.modules import Prepared, QuantizedModule
 
 
 def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedModule:
-    """A prepared model converted, unchecked.
+    """Convert a prepared model to integers, without checking the result.
 
     Args:
-        prepared: calibrated or trained.
-        released: keys of the units that go back to float, see `units.units_of`.
+        prepared: calibrated or trained model.
+        released: keys of the units that stay in float, see `units.units_of`.
     """
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
@@ -34,7 +34,7 @@ def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedMod
         if released:
             release(program, units_of(program), released)
         for node in program.graph.nodes:
-            node.meta.pop(ANNOTATION, None)  # it speaks of the nodes of the graph that this one was copied from
+            node.meta.pop(ANNOTATION, None)  # it refers to nodes of the graph that this one was copied from
         if prepared.qat:
             settle(program)
             fold_batch_norms(program)

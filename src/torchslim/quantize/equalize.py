@@ -1,4 +1,4 @@
-"""Weights that quantize better and compute the same: ranges evened out between layers, and biases corrected."""
+"""Changes to weights and biases before quantization: equalization, smoothing and bias correction."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ SMALLEST = 1e-8
 
 
 def watch(model: GraphModule, nodes: Iterable[Node], see: Callable[[Node, Tensor], None], runs: Iterable[Any]) -> None:
-    """Run the graph on flat inputs, and show the values of some nodes; nothing is kept."""
-    wanted = set(nodes)
-    if not wanted:
+    """Run the graph on flat inputs and call `see` with the values of some nodes, without storing them."""
+    watched = set(nodes)
+    if not watched:
         return
 
     class Watching(Interpreter):
         def run_node(self, n: Node) -> Any:
             value = super().run_node(n)
-            if n in wanted:
+            if n in watched:
                 see(n, value)
             return value
 
@@ -61,32 +61,32 @@ def watch(model: GraphModule, nodes: Iterable[Node], see: Callable[[Node, Tensor
 
 
 def equalize(model: GraphModule, iterations: int = 10) -> list[tuple[str, str]]:
-    """Even out the ranges of channels between layers that follow each other; the function stays the same.
+    """Even out the ranges of channels between layers that follow each other; the model's function stays the same.
 
     Between two layers with weights W1, W2 and a piecewise linear activation, channel i is divided by
-    s_i = sqrt(r1_i r2_i) / r2_i in W1 (and its bias) and multiplied in W2, r being the largest magnitudes.
+    s_i = sqrt(r1_i r2_i) / r2_i in W1 (and its bias) and multiplied by s_i in W2; r are the largest magnitudes.
     Source: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
     arXiv:1906.04721, eq. 11.
 
-    Returns the pairs of layers, by their paths.
+    Returns the paths of the pairs of layers.
     """
     pairs = [pair for node in model.graph.nodes if (pair := _pair(model, node)) is not None]
     for first, second in pairs:
         for node in (first, second):
-            for index in _stored_arguments(node):
-                set_tensor(model, index, tensor_of(model, index).detach().clone())
+            for stored in _stored_arguments(node):
+                set_tensor(model, stored, tensor_of(model, stored).detach().clone())
     for _ in range(iterations):
-        largest = 0.0
+        change = 0.0
         for first, second in pairs:
-            largest = max(largest, _equalize_pair(model, first, second))
-        if largest < 1e-3:
+            change = max(change, _equalize_pair(model, first, second))
+        if change < 1e-3:
             break
     model.recompile()
     return [(layer_of(first), layer_of(second)) for first, second in pairs]
 
 
 def _pair(model: GraphModule, second: Node) -> tuple[Node, Node] | None:
-    """A layer and the one before it, where nothing else reads what lies between."""
+    """The layer before `second`, and `second`, where nothing else reads the values between them; else None."""
     layer = weighted(second)
     source = argument(second, layer.source) if layer else None
     if layer is None or source is None or not _own_weight(second, layer):
@@ -99,7 +99,7 @@ def _pair(model: GraphModule, second: Node) -> tuple[Node, Node] | None:
     first = weighted(source)
     if first is None or len(source.users) != 1 or not _own_weight(source, first):
         return None
-    if first.kind != layer.kind or "transpose" in first.kind:  # channels lie on the same axis
+    if first.kind != layer.kind or "transpose" in first.kind:  # channels must lie on the same axis
         return None
     outputs = shape_of(_weight(source))[first.axis]
     weight = shape_of(_weight(second))
@@ -110,17 +110,17 @@ def _pair(model: GraphModule, second: Node) -> tuple[Node, Node] | None:
 
 
 def _equalize_pair(model: GraphModule, first: Node, second: Node) -> float:
-    """One step; the largest relative change."""
-    one, two = weighted(first), weighted(second)
-    assert one is not None
-    assert two is not None
+    """Equalize a pair of layers once; returns the largest relative change."""
+    op1, op2 = weighted(first), weighted(second)
+    assert op1 is not None
+    assert op2 is not None
     w1, w2 = tensor_of(model, _weight(first)), tensor_of(model, _weight(second))
-    depthwise = two.kind != "linear" and w2.shape[1] == 1 and w2.shape[0] == w1.shape[one.axis] and w2.shape[0] > 1
-    axis = 0 if depthwise else (1 - two.axis if two.kind == "linear" else 1)
-    r1, r2 = _largest(w1, one.axis), _largest(w2, axis)
+    depthwise = op2.kind != "linear" and w2.shape[1] == 1 and w2.shape[0] == w1.shape[op1.axis] and w2.shape[0] > 1
+    axis = 0 if depthwise else (1 - op2.axis if op2.kind == "linear" else 1)
+    r1, r2 = _largest(w1, op1.axis), _largest(w2, axis)
     scale = torch.where((r1 > SMALLEST) & (r2 > SMALLEST), (r1 * r2).sqrt() / r2.clamp(min=SMALLEST), 1.0)
-    w1.div_(along(scale, w1, one.axis))
-    bias = argument(first, one.bias)
+    w1.div_(along(scale, w1, op1.axis))
+    bias = argument(first, op1.bias)
     if bias is not None:
         tensor_of(model, bias).div_(scale)
     w2.mul_(along(scale, w2, axis))
@@ -133,44 +133,44 @@ def _equalize_pair(model: GraphModule, first: Node, second: Node) -> float:
 def smooth(model: GraphModule, runs: Sequence[Any], strength: float = 0.5) -> list[str]:
     """Move the outliers of activations behind a norm into the weights of the linear layers that read it.
 
-    Channel j of the norm is divided by s_j = max|x_j|^a / max|w_j|^(1 - a), and multiplied in the weights.
+    Channel j of the norm is divided by s_j = max|x_j|^a / max|w_j|^(1 - a), and the weights are multiplied by s_j.
     Source: Xiao et al. 2023, "SmoothQuant", arXiv:2211.10438, eq. 4.
 
     Args:
-        model: an exported graph, changed.
+        model: an exported graph, changed in place.
         runs: flat inputs of the graph.
         strength: a; 0 leaves the difficulty with the activations, 1 moves all of it to the weights.
 
     Returns the paths of the norms.
     """
-    found = [each for node in model.graph.nodes if (each := _normed(node)) is not None]
+    norms = [normed for node in model.graph.nodes if (normed := _normed(node)) is not None]
     ranges: dict[Node, Tensor] = {}
 
     def see(node: Node, value: Tensor) -> None:
         largest = value.detach().abs().flatten(0, -2).amax(0)
         ranges[node] = torch.maximum(ranges[node], largest) if node in ranges else largest
 
-    watch(model, [each.norm for each in found], see, runs)
-    for each in found:
-        weights = [(_weight(node), weighted(node)) for node in each.readers]
+    watch(model, [normed.norm for normed in norms], see, runs)
+    for normed in norms:
+        weights = [(_weight(node), weighted(node)) for node in normed.readers]
         rows = torch.stack([_largest(tensor_of(model, weight), 1 - layer.axis) for weight, layer in weights if layer])
-        most = rows.amax(0)
-        x = ranges[each.norm].to(most.dtype)
-        scale = x.clamp(min=SMALLEST).pow(strength) / most.clamp(min=SMALLEST).pow(1 - strength)
-        scale = torch.where((x > SMALLEST) & (most > SMALLEST), scale, 1.0)
-        for affine in each.affine:
+        weight_ranges = rows.amax(0)
+        x = ranges[normed.norm].to(weight_ranges.dtype)
+        scale = x.clamp(min=SMALLEST).pow(strength) / weight_ranges.clamp(min=SMALLEST).pow(1 - strength)
+        scale = torch.where((x > SMALLEST) & (weight_ranges > SMALLEST), scale, 1.0)
+        for affine in normed.affine:
             set_tensor(model, affine, tensor_of(model, affine).detach() / scale)
         for weight, layer in weights:
             assert layer is not None
             value = tensor_of(model, weight).detach()
             set_tensor(model, weight, value * along(scale, value, 1 - layer.axis))
     model.recompile()
-    return [layer_of(each.norm) for each in found]
+    return [layer_of(normed.norm) for normed in norms]
 
 
 @dataclass(frozen=True, slots=True)
 class _Normed:
-    """A norm, its scale and shift, and the linear layers that alone read it."""
+    """A norm, its scale and shift, and the linear layers that are its only readers."""
 
     norm: Node
     affine: tuple[Node, ...]
@@ -188,7 +188,7 @@ def _normed(norm: Node) -> _Normed | None:
         affine = [node for node in norm.all_input_nodes if node.op == "get_attr" and len(shape_of(node)) == 1]
     else:
         return None
-    scales = [each for each in affine if each is not None]
+    scales = [node for node in affine if node is not None]
     width = shape_of(norm)[-1] if shape_of(norm) else None
     if not scales or any(scale.op != "get_attr" or shape_of(scale) != (width,) for scale in scales):
         return None
@@ -214,15 +214,15 @@ def correct_biases(
     rounded: Callable[[Node, Tensor], Tensor | None],
     before: Mapping[Node, Tensor] | None = None,
 ) -> list[str]:
-    """Take back the shift of the mean output that the rounding of weights brings: b -= (W_q - W) E[x].
+    """Correct biases by the shift of the mean output that the rounding of weights causes: b -= (W_q - W) E[x].
 
     Source: Nagel et al. 2019, arXiv:1906.04721, section 4.2 (empirical means of the inputs).
 
     Args:
-        model: a prepared graph, calibrated; changed.
+        model: a prepared, calibrated graph, changed in place.
         runs: flat inputs of the graph.
-        rounded: a layer's weight as it will be stored; None where it is not quantized.
-        before: weights by layer, where a rounding method has put those that will be stored in their place.
+        rounded: returns a layer's weight as it will be stored; None where it is not quantized.
+        before: original weights by layer, where a rounding method has replaced them.
 
     Returns the paths of the layers.
     """
@@ -241,14 +241,14 @@ def correct_biases(
         sums[node] = (total + channels.sum(1).cpu(), count + channels.shape[1])
 
     watch(model, readers, see, runs)
-    done = []
+    paths = []
     for source, nodes in readers.items():
         total, count = sums[source]
         for node in nodes:
             if _correct(model, node, total / max(count, 1), rounded, (before or {}).get(node)):
-                done.append(layer_of(node))
+                paths.append(layer_of(node))
     model.recompile()
-    return done
+    return paths
 
 
 def _correct(
@@ -260,12 +260,12 @@ def _correct(
 ) -> bool:
     layer = weighted(node)
     assert layer is not None
-    read = argument(node, layer.weight)
-    stored = behind(read)
-    if read is None or stored is None:
+    weight_input = argument(node, layer.weight)
+    stored = behind(weight_input)
+    if weight_input is None or stored is None:
         return False
     weight = tensor_of(model, stored).detach()
-    grid = rounded(read, weight)
+    grid = rounded(weight_input, weight)
     if grid is None or (layer.bias is None):
         return False
     error = (grid.double() - (weight if before is None else before.detach()).double()).cpu()
@@ -299,10 +299,10 @@ def _weight(node: Node) -> Node:
 
 
 def _own_weight(node: Node, layer: Weighted) -> bool:
-    """Is the weight a stored tensor that nothing else reads, and the bias too?"""
+    """Whether weight and bias are stored tensors that nothing else reads."""
     return all(
-        each is None or (each.op == "get_attr" and len(each.users) == 1)
-        for each in (argument(node, layer.weight), argument(node, layer.bias))
+        stored is None or (stored.op == "get_attr" and len(stored.users) == 1)
+        for stored in (argument(node, layer.weight), argument(node, layer.bias))
     )
 
 
@@ -310,8 +310,8 @@ def _stored_arguments(node: Node) -> Iterator[Node]:
     layer = weighted(node)
     assert layer is not None
     for index in (layer.weight, layer.bias):
-        if (found := argument(node, index)) is not None:
-            yield found
+        if (stored := argument(node, index)) is not None:
+            yield stored
 
 
 def _largest(value: Tensor, axis: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How values are observed: for calibration, and as modules that round to the grid while a model trains."""
+"""Observation of values: specs for calibration, and modules that round to the grid while a model trains."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ UNSIGNED = (0, 255)
 
 
 def specs(runtime: str, activations: str, *, training: bool = False, learned_step: bool = False) -> Specs:
-    """The specs of a runtime.
+    """The quantization specs for a runtime.
 
     Args:
-        runtime: decides the range of weights.
-        activations: the observer of static activations, a name of `OBSERVERS`.
-        training: observe and round (quantization-aware training), not observe alone.
-        learned_step: learn the scales of weights, too (LSQ).
+        runtime: determines the integer range of weights.
+        activations: observer of static activations, a name of `OBSERVERS`.
+        training: whether to round as well as observe (quantization-aware training).
+        learned_step: whether to learn the scales of weights, too (LSQ).
     """
     static: Any = observer(activations, eps=SMALLEST_SCALE)
     dynamic: Any = PlaceholderObserver.with_args(eps=SMALLEST_SCALE)
@@ -39,19 +39,19 @@ def specs(runtime: str, activations: str, *, training: bool = False, learned_ste
 
     def weight(scheme: Scheme, axis: int) -> QuantizationSpec:
         low, high = weight_range(runtime, scheme)
-        # torchao tells a constructor its axis only where its name says PerChannel
+        # torchao passes the axis only to constructors with PerChannel in their name
         if scheme.group_size is not None:
             kind: Any = LearnedGroups if learned_step else GroupWeights
-            made: Any = kind.with_args(ch_axis=axis, group_size=scheme.group_size, training_step=training)
+            factory: Any = kind.with_args(ch_axis=axis, group_size=scheme.group_size, training_step=training)
         elif learned_step:
-            made = LearnedStep.with_args(ch_axis=axis)
+            factory = LearnedStep.with_args(ch_axis=axis)
         elif training:
-            made = FakeQuantizedWeight.with_args(ch_axis=axis, observer=PerChannelMinMaxObserver, eps=SMALLEST_SCALE)
+            factory = FakeQuantizedWeight.with_args(ch_axis=axis, observer=PerChannelMinMaxObserver, eps=SMALLEST_SCALE)
         else:
-            made = WeightRange.with_args(ch_axis=axis, eps=SMALLEST_SCALE)
+            factory = WeightRange.with_args(ch_axis=axis, eps=SMALLEST_SCALE)
         return QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=made,
+            observer_or_fake_quant_ctr=factory,
             quant_min=low,
             quant_max=high,
             qscheme=torch.per_channel_symmetric,
@@ -72,15 +72,15 @@ def specs(runtime: str, activations: str, *, training: bool = False, learned_ste
 
 
 class WeightRange(PerChannelMinMaxObserver):
-    """The range of each channel of a weight, looked at once: it does not change from batch to batch."""
+    """Observes the range of each channel of a weight once: weights do not change from batch to batch."""
 
     def forward(self, x_orig: Tensor) -> Tensor:
-        """The weight as it is."""
+        """Return the weight unchanged."""
         return x_orig if self.min_val.numel() else super().forward(x_orig)
 
 
 class FakeQuantizedWeight(FakeQuantize):
-    """Rounds a weight to the grid of its own range now: not of the largest that it ever had."""
+    """Rounds a weight to the grid of its current range, not of the largest that it ever had."""
 
     def forward(self, X: Tensor) -> Tensor:
         """The weight on its grid; gradients pass through where nothing is clipped."""
@@ -90,7 +90,7 @@ class FakeQuantizedWeight(FakeQuantize):
 
 
 class RangeOfEachCall(FakeQuantizeBase):
-    """Rounds activations as dynamic kernels do: with the range of this very call."""
+    """Rounds activations as dynamic kernels do, with the range of each call."""
 
     is_dynamic = True
 
@@ -100,16 +100,16 @@ class RangeOfEachCall(FakeQuantizeBase):
         self.eps = SMALLEST_SCALE
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Nothing is known before the call."""
+        """Scale 1 and zero point 0: the range is unknown before the call."""
         return torch.ones(1), torch.zeros(1, dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The values on the grid of their own range."""
+        """`x` on the grid of its own range."""
         if self.fake_quant_enabled[0] != 1 or not x.numel():
             return x
         low, high = (
-            each.clamp(max=0) if low else each.clamp(min=0)
-            for each, low in zip(torch.aminmax(x.detach().float()), (True, False), strict=True)
+            bound.clamp(max=0) if is_low else bound.clamp(min=0)
+            for bound, is_low in zip(torch.aminmax(x.detach().float()), (True, False), strict=True)
         )
         scale = ((high - low) / (self.quant_max - self.quant_min)).clamp(min=self.eps)
         zero_point = (self.quant_min - torch.round(low / scale)).clamp(self.quant_min, self.quant_max).to(torch.int32)
@@ -117,10 +117,10 @@ class RangeOfEachCall(FakeQuantizeBase):
 
 
 class LearnedStep(FakeQuantizeBase):
-    """Weights on a grid whose step is learned, one for each channel.
+    """Rounds weights to a grid whose step is learned, one for each channel.
 
     The step starts at 2 mean|w| / sqrt(high), at most at max|w| / high, and its gradient is scaled by
-    1 / sqrt(weights * high). With 8 bits the former is several times the latter: it is meant for 2 to 4.
+    1 / sqrt(weights * high). With 8 bits the first start is several times the second: it is meant for 2 to 4 bits.
     Source: Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153, section 2; the bound is ours.
     """
 
@@ -139,10 +139,10 @@ class LearnedStep(FakeQuantizeBase):
 
     def start(self, weight: Tensor) -> None:
         """Set the steps from a weight."""
-        others = [dim for dim in range(weight.dim()) if dim != self.ch_axis]
+        other_dims = [dim for dim in range(weight.dim()) if dim != self.ch_axis]
         magnitudes = weight.detach().abs()
-        step = 2 * magnitudes.mean(others) / math.sqrt(self.quant_max)
-        step = torch.minimum(step, magnitudes.amax(others) / self.quant_max)
+        step = 2 * magnitudes.mean(other_dims) / math.sqrt(self.quant_max)
+        step = torch.minimum(step, magnitudes.amax(other_dims) / self.quant_max)
         self.scale = nn.Parameter(step.clamp(min=SMALLEST_SCALE))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class LearnedStep(FakeQuantizeBase):
 
 
 class GroupWeights(FakeQuantizeBase):
-    """Weights whose scale is shared by a group of one row: held for `weight_only.emit`, rounded while training."""
+    """Rounds weights in training, with one scale per group of a row; `weight_only.emit` stores them."""
 
     is_dynamic = False
 
@@ -178,11 +178,11 @@ class GroupWeights(FakeQuantizeBase):
         super().__init__()
         self.dtype, self.quant_min, self.quant_max = dtype, quant_min, quant_max
         self.qscheme, self.ch_axis, self.group_size = qscheme, ch_axis, group_size
-        self.chosen: tuple[Tensor, Tensor] | None = None  # what a rounding method found
+        self.chosen: tuple[Tensor, Tensor] | None = None  # integers and scales from a rounding method
         self.enable_fake_quant(training_step)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Of no channel: groups have the scales."""
+        """Not implemented: groups have scales, channels have none."""
         raise NotImplementedError("groups have scales, channels have none")
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -203,9 +203,9 @@ class GroupWeights(FakeQuantizeBase):
 
 
 class LearnedGroups(GroupWeights):
-    """Weights whose groups' steps are learned, as those of `LearnedStep`; they start at the largest of each group.
+    """As `GroupWeights`, with learned steps as in `LearnedStep`, which start from each group's largest magnitude.
 
-    Twice the mean magnitude over sqrt(7), where `LearnedStep` would start, leaves a third of the few levels unused.
+    The start of `LearnedStep`, twice the mean magnitude over sqrt(7), would leave a third of the few levels unused.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -237,7 +237,7 @@ class LearnedGroups(GroupWeights):
         return scaled.round().flatten(1)[:, :length].to(torch.int8).contiguous(), step.detach().squeeze(-1)
 
     def _scaled(self, weight: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        """Rows in groups, (rows, groups, group_size), in steps and clipped; the steps, (rows, groups, 1)."""
+        """The weight in steps and clipped, (rows, groups, group_size), and the steps, (rows, groups, 1)."""
         rows = weight.transpose(0, self.ch_axis).flatten(1).float()
         grouped = nn.functional.pad(rows, (0, -rows.shape[1] % self.group_size)).unflatten(1, (-1, self.group_size))
         step = self.scale.abs().clamp(min=SMALLEST_SCALE).unsqueeze(-1)
@@ -246,5 +246,5 @@ class LearnedGroups(GroupWeights):
 
 
 def rounding_modules(model: nn.Module) -> Iterator[FakeQuantizeBase]:
-    """Every module that rounds while a model trains."""
+    """Every module of `model` that rounds while it trains."""
     return (module for module in model.modules() if isinstance(module, FakeQuantizeBase))

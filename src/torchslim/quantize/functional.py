@@ -1,4 +1,4 @@
-"""Quantization outside of a run: a model in, a quantized and verified model out."""
+"""Functions that quantize and verify a model outside of a run."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ def static(
     """A quantized copy of `model`, calibrated on `batches`, called like the model.
 
     Args:
-        model: a float module; it is left as it was.
-        batches: model inputs, each a tuple of positional or a dict of keyword arguments; 100 to 500 samples do.
+        model: a float module, never modified.
+        batches: model inputs, each a tuple of positional or a dict of keyword arguments; 100 to 500 samples are enough.
         scheme: a name of `SCHEMES`.
         layers: schemes, or "float", by glob over layers or "type:NAME".
-        runtime: where it will run; elsewhere it is right, perhaps slower.
-        observer: of the activations, a name of `OBSERVERS`.
-        helpers: what is done for accuracy besides.
-        checks: what must hold of the result, here and deployed: layers that lose an output or a channel of it go back
-            to float, with a warning. None: nothing is checked.
+        runtime: where the result will run; elsewhere its outputs are right, but it may be slower.
+        observer: observer of the activations, a name of `OBSERVERS`.
+        helpers: options for accuracy.
+        checks: thresholds for the result, here and deployed: layers that lose an output or a channel of it go back to
+            float, with a warning. None: no checks.
 
     Raises:
-        QuantizeError: no batches, values that are not finite, nothing to quantize, or checks that cannot hold.
-        ExportError: the model cannot be captured; names the line of its code.
+        QuantizeError: no batches, values that are not finite, nothing to quantize, or checks that cannot be met.
+        ExportError: the model cannot be captured; the message names the line of its code.
     """
-    given = list(batches)
-    if not given:
+    batch_list = list(batches)
+    if not batch_list:
         raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
     prepared = prepare(
         model,
-        given[0],
+        batch_list[0],
         runtime=runtime,
         scheme=scheme,
         layers=layers,
         observer=observer,
         helpers=helpers,
-        batches=given,
+        batches=batch_list,
     )
-    prepared.calibrate(given)
-    made = converted(prepared, checks)
-    _warn(made)
-    return made
+    prepared.calibrate(batch_list)
+    quantized = converted(prepared, checks)
+    _warn(quantized)
+    return quantized
 
 
 @checks_arguments(QuantizeError)
@@ -84,15 +84,15 @@ def dynamic(
     """A copy of `model` whose linear, LSTM and GRU layers compute on integers with the range of each call.
 
     Args:
-        model: a float module; it is left as it was.
+        model: a float module, never modified.
         example_inputs: a tuple of positional or a dict of keyword arguments.
         layers: schemes, or "float", by glob over layers or "type:NAME".
-        runtime: where it will run.
-        checks: as of `static`; looked at on the example inputs.
+        runtime: where the result will run.
+        checks: as for `static`, on the example inputs.
     """
-    made = converted(prepare(model, example_inputs, runtime=runtime, scheme="int8-dynamic", layers=layers), checks)
-    _warn(made)
-    return made
+    quantized = converted(prepare(model, example_inputs, runtime=runtime, scheme="int8-dynamic", layers=layers), checks)
+    _warn(quantized)
+    return quantized
 
 
 @checks_arguments(QuantizeError)
@@ -110,35 +110,35 @@ def weights(
     """A copy of `model` that stores its weights as integers and computes in float.
 
     Args:
-        model: a float module; it is left as it was.
+        model: a float module, never modified.
         example_inputs: a tuple of positional or a dict of keyword arguments.
-        bits: 8, a scale for each channel, or 4, a scale for each group of 32.
+        bits: 8 (a scale for each channel) or 4 (a scale for each group of 32).
         layers: schemes, or "float", by glob over layers or "type:NAME".
-        runtime: where it will run.
-        helpers: what is done for accuracy besides, such as `Helpers(rounding="gptq")`.
-        batches: model inputs that the helpers look at, and that the result is checked on; by default the example.
-        checks: as of `static`.
+        runtime: where the result will run.
+        helpers: options for accuracy, such as `Helpers(rounding="gptq")`.
+        batches: model inputs for the helpers and the checks; without any, the checks use the example inputs.
+        checks: as for `static`.
     """
     scheme = f"int{bits}-weights"
     if scheme not in SCHEMES:
         raise QuantizeError(f"bits must be 8 or 4, got {bits}")
-    given = list(batches)
+    batch_list = list(batches)
     helpers = helpers or Helpers()
-    if helpers.needs_data and not given:
+    if helpers.needs_data and not batch_list:
         raise QuantizeError("the helpers for accuracy look at data: give batches of model inputs")
     prepared = prepare(
-        model, example_inputs, runtime=runtime, scheme=scheme, layers=layers, helpers=helpers, batches=given
+        model, example_inputs, runtime=runtime, scheme=scheme, layers=layers, helpers=helpers, batches=batch_list
     )
     if helpers.needs_data:
-        prepared.calibrate(given)
-    prepared.show(given)
-    made = converted(prepared, checks)
-    _warn(made)
-    return made
+        prepared.calibrate(batch_list)
+    prepared.show(batch_list)
+    quantized = converted(prepared, checks)
+    _warn(quantized)
+    return quantized
 
 
 def converted(prepared: Prepared, checks: Checks | None) -> QuantizedModule:
-    """As `convert`, without its warnings: they are the model's notes."""
+    """As `convert`, without its warnings, which are the model's `notes`."""
     if (checks := Checks.of(checks)) is None:
         return integers(prepared)
     with quiet():
@@ -149,14 +149,14 @@ def converted(prepared: Prepared, checks: Checks | None) -> QuantizedModule:
 def sqnr(reference: Any, value: Any) -> float:
     """Signal to quantization noise in dB over all floating-point outputs: 10 log10(|a|^2 / |a - b|^2).
 
-    Infinities that both have in the same places count nothing; others, and NaN, make it -inf.
+    Infinities in the same places of both do not count; others, and NaN, give -inf.
 
     Args:
         reference: outputs of the float model: a tensor, or tensors in tuples, lists, dicts or dataclasses.
         value: outputs of the quantized model, of the same shapes.
 
     Raises:
-        QuantizeError: no floating-point tensors, or others in number or shape.
+        QuantizeError: no floating-point tensors, or different numbers or shapes of them.
     """
     if isinstance(reference, Mapping) and isinstance(value, Mapping):
         if set(reference) != set(value):
@@ -164,18 +164,18 @@ def sqnr(reference: Any, value: Any) -> float:
                 f"reference and value must have the same keys, got {shown(list(reference))} and {shown(list(value))}"
             )
         value = {name: value[name] for name in reference}
-    expected, found = _floats(reference, "reference"), _floats(value, "value")
-    shapes = [[tuple(each.shape) for each in several] for several in (expected, found)]
+    expected, actual = _floats(reference, "reference"), _floats(value, "value")
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
     if shapes[0] != shapes[1]:
         raise QuantizeError(
             f"reference and value must have the same shapes, got {shown(shapes[0])} and {shown(shapes[1])}; give the "
             "outputs of both models on the same inputs"
         )
-    return decibels(expected, found)
+    return decibels(expected, actual)
 
 
 def decibels(reference: Iterable[Tensor], value: Iterable[Tensor]) -> float:
-    """As `sqnr`, of tensors of any type: those of floating point count."""
+    """As `sqnr`, from tensors of any type, of which only floating-point ones count."""
     signal = noise = 0.0
     for a, b in zip(reference, value, strict=True):
         if not a.is_floating_point():
@@ -191,26 +191,26 @@ def decibels(reference: Iterable[Tensor], value: Iterable[Tensor]) -> float:
 
 
 def _floats(value: Any, name: str) -> list[Tensor]:
-    """The floating-point tensors of outputs; a complex one as its real and imaginary parts."""
+    """The floating-point tensors of outputs; complex tensors as real and imaginary parts."""
     try:
         leaves = tensors_of(value)
     except ExportError as error:
         raise QuantizeError(f"{name} must hold tensors, {got(value)}; give what the model returned") from error
-    found = [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves]
-    found = [each for each in found if each.is_floating_point()]
-    if not found:
+    tensors = [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves]
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if not tensors:
         raise QuantizeError(
             f"{name} must hold a tensor of floating point, {got(value)}; give what the model returned, before argmax "
             "or rounding"
         )
-    if any(each.is_meta for each in found):
+    if any(tensor.is_meta for tensor in tensors):
         raise QuantizeError(f"{name} is on the meta device and has no values; give tensors with values")
-    if not any(each.numel() for each in found):
+    if not any(tensor.numel() for tensor in tensors):
         raise QuantizeError(f"{name} is empty, {got(value)}; give the outputs of at least one sample")
-    return found
+    return tensors
 
 
 def _warn(model: QuantizedModule) -> None:
-    """Tell who called what went back to float."""
+    """Warn about everything that went back to float."""
     for note in model.notes:
         warn(note)

@@ -1,4 +1,4 @@
-"""Where a quantized network loses: the signal-to-noise ratio of every layer's output against float."""
+"""SQNR of every layer's output in a quantized model, against float."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from torchslim.quantize.modules import Prepared, QuantizedModule
 
 
 def layer_sqnr(prepared: Prepared, quantized: QuantizedModule, leaves: Sequence[Tensor]) -> dict[str, float]:
-    """Decibels of each layer's output, errors of the layers before it included, by the layer's path.
+    """SQNR in dB of each layer's output, by the layer's path; errors of earlier layers are included.
 
     Args:
-        prepared: what was converted; its weights are those before rounding.
-        quantized: what it was converted to.
-        leaves: flat inputs; of a batch, the first samples are enough.
+        prepared: the model that was converted, with its weights before rounding.
+        quantized: the converted model.
+        leaves: flat inputs; the first samples of a batch are enough.
     """
     twin = _float_twin(prepared)
     names = {node.name: layer_of(node) for node in twin.graph.nodes if weighted(node) or node.target in RECURRENT}
     values: dict[str, Tensor] = {}
 
     def remember(node: Node, value: Any) -> None:
-        values[node.name] = _first(value).detach().clone()  # what comes next may work in place
+        values[node.name] = _first(value).detach().clone()  # later operations may change the value in place
 
-    found: dict[str, float] = {}
+    ratios: dict[str, float] = {}
 
     def compare(node: Node, value: Any) -> None:
         expected = values.pop(node.name)
@@ -44,13 +44,13 @@ def layer_sqnr(prepared: Prepared, quantized: QuantizedModule, leaves: Sequence[
             10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf if noise == 0 else -math.inf
         )
         path = names[node.name]
-        found[path] = min(decibels, found.get(path, math.inf))
+        ratios[path] = min(decibels, ratios.get(path, math.inf))
 
     inputs = [leaf.cpu() for leaf in leaves]
     watch(twin, [node for node in twin.graph.nodes if node.name in names], remember, [inputs])
     program = quantized.program
     watch(program, [node for node in program.graph.nodes if node.name in values], compare, [inputs])
-    return found
+    return ratios
 
 
 def _float_twin(prepared: Prepared) -> GraphModule:

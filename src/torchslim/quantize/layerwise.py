@@ -1,7 +1,7 @@
-"""One layer at a time on integers: a prepared, calibrated graph that rounds what belongs to one layer, and no more.
+"""Runs of a prepared, calibrated graph with one layer at a time on integers.
 
-Runs of several batches share all that lies before the changed layer: the live values there, the frontier, are held and
-moved forward from change to change, so that each change costs what comes behind it.
+All changes share the computation in front of the changed layer. The live values there, the frontier, are stored for
+every batch and moved forward from change to change, so that a change costs only the operations behind it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torchslim.graph.io_structure import build
 from torchslim.quantize.aten_ops import EMBEDDINGS, PRODUCTS, RECURRENT, along, is_constant, tensor_of, weighted
 from torchslim.quantize.modules import Prepared
 
-LIMIT = 2**30  # bytes of the values that are held between runs
+LIMIT = 2**30  # bytes of the values that are stored between runs
 Rounding = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Single:
-    """What is rounded when one layer alone is on integers.
+    """The roundings that put one layer alone on integers.
 
     Attributes:
-        layer: its path, as the records of the quantizer have it.
-        place: of its first operation among the nodes of the graph; what lies before does not change.
+        layer: path of the layer, as in the records of the quantizer.
+        place: index of its first operation among the nodes of the graph; values before it do not change.
         reads: by operation, the observed values that it reads rounded.
-        gives: observers behind which everybody reads a rounded value.
+        gives: observers whose readers all get a rounded value.
     """
 
     layer: str
@@ -44,30 +44,34 @@ class Single:
 
 
 def singles(prepared: Prepared) -> list[Single]:
-    """A change for each layer that the scheme quantizes, in the order of execution.
+    """The change for each layer that the scheme quantizes, in the order of execution.
 
-    Products of two activations, as in attention, have no record; they go by the path of the module that they are in.
+    Products of two activations, as in attention, have no record; their changes have the path of their module.
     """
     from torchslim.quantize.annotation_ends import end_of_layer
 
     program = prepared.program
-    wanted = {record.layer for record in prepared.records if record.action == "quantized"}
+    quantized = {record.layer for record in prepared.records if record.action == "quantized"}
     places = {node: place for place, node in enumerate(program.graph.nodes)}
-    found: dict[str, list[Node]] = {}
+    operations: dict[str, list[Node]] = {}
     for node in program.graph.nodes:
         layer = layer_of(node)
-        known = weighted(node) is not None or node.target in RECURRENT or node.target in EMBEDDINGS
-        product = node.target in PRODUCTS and not known and not is_constant(node)
-        if ((known and layer in wanted) or product) and any(_observer(program, each) for each in node.all_input_nodes):
-            found.setdefault(layer, []).append(node)
+        has_weights = weighted(node) is not None or node.target in RECURRENT or node.target in EMBEDDINGS
+        product = node.target in PRODUCTS and not has_weights and not is_constant(node)
+        if ((has_weights and layer in quantized) or product) and any(
+            _observer(program, source) for source in node.all_input_nodes
+        ):
+            operations.setdefault(layer, []).append(node)
     changes = []
-    for layer, nodes in found.items():
+    for layer, nodes in operations.items():
         reads: dict[Node, dict[Node, Rounding]] = {}
         gives: dict[Node, Rounding] = {}
         for node in nodes:
-            reads[node] = {each: rounding(program, each) for each in node.all_input_nodes if _observer(program, each)}
-            kind = weighted(node)
-            if kind is not None and kind.kind.startswith("conv"):  # a linear layer can answer in float
+            reads[node] = {
+                source: rounding(program, source) for source in node.all_input_nodes if _observer(program, source)
+            }
+            layout = weighted(node)
+            if layout is not None and layout.kind.startswith("conv"):  # a linear layer can return float
                 users = end_of_layer(node).users
                 gives |= {user: rounding(program, user) for user in users if _observer(program, user)}
         changes.append(Single(layer=layer, place=min(places[node] for node in nodes), reads=reads, gives=gives))
@@ -75,7 +79,7 @@ def singles(prepared: Prepared) -> list[Single]:
 
 
 def rounding(program: GraphModule, observed: Node) -> Rounding:
-    """To the grid that an observer has found for a value."""
+    """The function that rounds to the grid of the observer `observed`."""
     from torchslim.quantize.fake_quantize import UNSIGNED, GroupWeights, RangeOfEachCall
 
     module: Any = program.get_submodule(str(observed.target))
@@ -97,9 +101,9 @@ def rounding(program: GraphModule, observed: Node) -> Rounding:
         return per_channel
 
     def per_tensor(value: Tensor) -> Tensor:
-        start = zero_point.to(value.dtype)
+        offset = zero_point.to(value.dtype)
         step = scale.to(value.dtype)
-        rounded: Tensor = (((value / step).round() + start).clamp(low, high) - start) * step
+        rounded: Tensor = (((value / step).round() + offset).clamp(low, high) - offset) * step
         return rounded
 
     return per_tensor
@@ -107,14 +111,14 @@ def rounding(program: GraphModule, observed: Node) -> Rounding:
 
 @dataclass
 class Passes:
-    """Runs of a prepared graph on several inputs, in float but for one change.
+    """Runs of a prepared graph on several inputs, in float except for one change.
 
     Args:
-        prepared: calibrated, not for training; its observers are passed by.
+        prepared: a calibrated model, not for training; its observers are skipped.
         inputs: model inputs, one for each run.
-        limit: bytes of live values that may be held; where they would be more, runs start further in front.
+        limit: bytes of live values that may be stored; where they would take more, runs start at an earlier node.
 
-    `operations` counts what has been computed, in operations of one run.
+    `operations` counts the operations that were computed, over all runs.
     """
 
     prepared: Prepared
@@ -126,7 +130,7 @@ class Passes:
     def __post_init__(self) -> None:
         program = self.prepared.program
         self.nodes: list[Node] = list(program.graph.nodes)
-        last = {each: place for place, node in enumerate(self.nodes) for each in node.all_input_nodes}
+        last = {source: place for place, node in enumerate(self.nodes) for source in node.all_input_nodes}
         self.dies: list[list[Node]] = [[] for _ in self.nodes]
         for node, place in last.items():
             self.dies[place].append(node)
@@ -135,7 +139,7 @@ class Passes:
         self.frontier = [self._begin(input_) for input_ in self.inputs]
 
     def outputs(self, change: Single | None = None) -> Iterator[Any]:
-        """The model's outputs on each of the inputs; changes are cheapest in the order of their places."""
+        """The model's outputs on each of the inputs; passing changes in the order of their places is cheapest."""
         if change is not None:
             self._advance(change.place)
         for number, values in enumerate(self.frontier):
@@ -143,7 +147,7 @@ class Passes:
             yield self._finish(self._forked(values), change, measuring=measuring)
 
     def answer(self, change: Single | None, inputs: Any) -> Any:
-        """The model's outputs on any inputs."""
+        """The model's outputs on any inputs, computed from the start."""
         return self._finish(self._begin(inputs), change, start=0)
 
     @torch.no_grad()
@@ -159,7 +163,7 @@ class Passes:
 
     @torch.no_grad()
     def _advance(self, place: int) -> None:
-        """Move the frontier as far as memory allows."""
+        """Move the frontier to `place`, or as far as memory allows."""
         if not self.live and self.frontier:
             self._finish(self._forked(self.frontier[0]), None, measuring=True)
         allowed = self.limit / max(len(self.frontier), 1)
@@ -182,8 +186,8 @@ class Passes:
                 result = map_arg(node.args[0], values.__getitem__)
             elif node.op != "placeholder":
                 values[node] = self._value(node, values, change)
-            for die in self.dies[place]:
-                values.pop(die, None)
+            for dead in self.dies[place]:
+                values.pop(dead, None)
         return result
 
     def _value(self, node: Node, values: Mapping[Node, Any], change: Single | None) -> Any:
@@ -191,7 +195,7 @@ class Passes:
         if node.op == "get_attr":
             return tensor_of(program, node)
         if node.op == "call_module":
-            # observers hand on what they see, guards have no readers
+            # observers return their input, guards have no readers
             value: Any = values[node.all_input_nodes[0]] if node.all_input_nodes else None
             return change.gives[node](value) if change is not None and node in change.gives else value
         self.operations += 1
@@ -204,23 +208,23 @@ class Passes:
         return function(*map_arg(node.args, read), **map_arg(node.kwargs, read))
 
     def _forked(self, values: dict[Node, Any]) -> dict[Node, Any]:
-        """The same values for another run; what works in place further on must not reach the frontier."""
+        """Copy `values` for another run where needed: operations in place must not change the frontier."""
         if self.in_place < self.place:
             return dict(values)
         storages: dict[int, Any] = {}
 
         def copied(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in storages:  # views of one another stay so
+            if storage._cdata not in storages:  # views of one another stay views
                 storages[storage._cdata] = storage.clone()
-            made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            return made.set_(storages[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride())
+            view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            return view.set_(storages[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride())
 
         def forked(node: Node, value: Any) -> Any:
             if node.op == "get_attr":
                 return value
             if isinstance(value, (tuple, list)):
-                return type(value)(forked(node, each) for each in value)
+                return type(value)(forked(node, item) for item in value)
             return copied(value) if isinstance(value, Tensor) else value
 
         return {node: forked(node, value) for node, value in values.items()}
@@ -233,9 +237,9 @@ def _observer(program: GraphModule, node: Node) -> bool:
 
 
 def _size(values: Mapping[Node, Any]) -> int:
-    """Bytes of values that are not stored with the model."""
-    held = [tensor for node, value in values.items() if node.op != "get_attr" for tensor in _tensors(value)]
-    return sum({each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in held}.values())
+    """Bytes of `values`, without tensors that are stored with the model."""
+    tensors = [tensor for node, value in values.items() if node.op != "get_attr" for tensor in _tensors(value)]
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _mutates(node: Node) -> bool:
@@ -246,22 +250,22 @@ def _mutates(node: Node) -> bool:
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    return [each for each in value if isinstance(each, Tensor)] if isinstance(value, (tuple, list)) else []
+    return [item for item in value if isinstance(item, Tensor)] if isinstance(value, (tuple, list)) else []
 
 
 def noise_of(reference: Sequence[Any], outputs: Iterator[Any]) -> float:
     """Energy of the difference over that of the reference, over all floating-point outputs of all runs."""
     signal = noise = 0.0
     for before, after in zip(reference, outputs, strict=True):
-        for one, two in zip(tensors_of(before), tensors_of(after), strict=True):
-            if one.is_floating_point():
-                signal += energy(one)
-                noise += float(difference(one, two).square().sum())
+        for expected, actual in zip(tensors_of(before), tensors_of(after), strict=True):
+            if expected.is_floating_point():
+                signal += energy(expected)
+                noise += float(difference(expected, actual).square().sum())
     return noise / signal if signal else (0.0 if noise == 0 else float("inf"))
 
 
 def damages(prepared: Prepared, inputs: Sequence[Any]) -> dict[str, float]:
-    """By layer, the noise of the outputs over their signal when it alone is on integers; see `noise_of`."""
+    """Noise over signal of the outputs by layer, with that layer alone on integers; see `noise_of`."""
     passes = Passes(prepared, inputs)
     reference = list(passes.outputs())
     return {change.layer: noise_of(reference, passes.outputs(change)) for change in singles(prepared)}

@@ -1,4 +1,4 @@
-"""What a converted graph keeps: integers that fit their kernels, and no float copy of them."""
+"""Changes to a graph at its conversion: biases that fit integer kernels, packed groups, integer embeddings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ quantized = torch.ops.quantized_decomposed
 
 
 def observed_layers(model: GraphModule) -> dict[str, str]:
-    """For each observer of a prepared graph, by its name, the layer whose value it sees."""
+    """Paths of the layers whose values the observers of a prepared graph see, by the observers' names."""
     return {
         str(node.target): layer_of(node.args[0])
         for node in model.graph.nodes
@@ -56,8 +56,8 @@ def fit_biases(model: GraphModule) -> None:
     """Widen the weight range of channels whose bias would not fit 32 bits at the scale of their products.
 
     Integer kernels add the bias as a multiple of input scale times weight scale. A channel of zeros (pruned, or dead in
-    its batch norm) has next to no weight scale, and its bias would be cut off. What such weights lose is below one step
-    of an 8-bit output. Half of the 32 bits' range is left to the sum of the products.
+    its batch norm) has a weight scale of almost 0, and its bias would be clipped. The wider range costs such weights
+    less than one step of an 8-bit output. Half of the 32 bits' range is left for the sum of the products.
     """
     for node in model.graph.nodes:
         if (layer := weighted(node)) is None:
@@ -91,7 +91,7 @@ def store_groups(model: GraphModule) -> None:
         weight = constant_of(model, source)
         rows = weight.transpose(0, module.ch_axis).contiguous()
         float_rows = add_tensor(model, node, f"_{source.name}_rows", rows)
-        float_rows.meta |= {key: each for key, each in node.meta.items() if key == "nn_module_stack"}
+        float_rows.meta |= {key: value for key, value in node.meta.items() if key == "nn_module_stack"}
         replacement = float_rows
         if module.ch_axis:
             with model.graph.inserting_before(node):
@@ -105,7 +105,7 @@ def store_groups(model: GraphModule) -> None:
 
 
 def gather_first(model: GraphModule) -> None:
-    """Read the rows of an integer embedding and turn only them into floats, not the whole table at each call."""
+    """Dequantize only the rows that an integer embedding looks up, not the whole table at each call."""
     for node in list(model.graph.nodes):
         table = argument(node, 0) if node.target in EMBEDDINGS else None
         if table is None or table.target is not quantized.dequantize_per_channel.default or table.args[3] != 0:

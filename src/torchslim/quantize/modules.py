@@ -1,4 +1,4 @@
-"""A model prepared to be quantized, and a quantized one."""
+"""The classes of models that are prepared for quantization, and of quantized models."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Called(nn.Module):
 
 
 class QuantizedModule(Called):
-    """A converted graph, called like the model it was made from. Its numbers are fixed: it cannot be trained.
+    """A converted graph, called like the model it was made from; its weights are fixed, so it cannot be trained.
 
     Attributes:
         records: what was done to each layer, and which layers went back to float and why.
-        notes: a line for all that went back to float.
-        evidence: what the graph was checked on, and what it was made from; None where it was not checked.
+        notes: a line for every layer or operation that went back to float.
+        evidence: data that the graph was checked on, and the model it was made from; None where it was not checked.
     """
 
     records: list[LayerRecord]
@@ -96,7 +96,7 @@ class Prepared(Called):
         self.records, self.qat, self.helpers = records, qat, helpers
         self.output_axes = tuple(axes[1])
         self.samples, self.example = Samples(axes[0], axes[2]), [leaf.detach().cpu() for leaf in example]
-        self.reference: list[list[Tensor]] | None = None  # in float, from before weights were rounded by a helper
+        self.reference: list[list[Tensor]] | None = None  # float outputs, from before a helper rounded weights
         self.training = qat
         self._observing: bool | None = None
         self.norms_frozen = self.ranges_frozen = False
@@ -112,25 +112,25 @@ class Prepared(Called):
         return build(self.outputs, self.program(*leaves, *switches), self.classes)
 
     def train(self, mode: bool = True) -> Prepared:
-        """Switch dropouts, batch norms and the observing of ranges."""
+        """Switch dropouts, batch norms and the observation of ranges on or off."""
         if mode and not self.qat:
             raise QuantizeError("the model was prepared for calibration; prepare it with qat=True to train it")
         self.training = mode
         return self
 
     def freeze_norms(self) -> None:
-        """From now on batch norms use their running statistics, as the converted model will."""
+        """Make batch norms use their running statistics from now on, as the converted model will."""
         self.norms_frozen = True
 
     def freeze_ranges(self) -> None:
-        """From now on the grids stay as they are, so that the weights can settle on them."""
+        """Keep the grids as they are from now on, so that the weights can settle on them."""
         self.ranges_frozen = True
 
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Observe model inputs without rounding anything.
 
         Raises:
-            QuantizeError: none were given, one does not fit, or a value in it or inside the model is not finite.
+            QuantizeError: no batches, a batch that does not fit, or a value in it or in the model that is not finite.
         """
         from torchslim.quantize.calibration import show_batches
         from torchslim.quantize.fake_quantize import rounding_modules
@@ -139,34 +139,34 @@ class Prepared(Called):
         for module in rounding:
             module.disable_fake_quant()
         self.observe(True)
-        given = list(batches)
+        batch_list = list(batches)
         try:
-            show_batches(self, given)
+            show_batches(self, batch_list)
         finally:
             for module in rounding:
                 module.enable_fake_quant()
             self._observing = None
-        self.show(given)
+        self.show(batch_list)
         if not self.qat and self.helpers.afterwards:
             from torchslim.quantize.accuracy_passes import after_observing
             from torchslim.quantize.samples import float_outputs
 
             self.reference = float_outputs(self.program, self.samples.runs(Checks().samples))
-            after_observing(self.program, [self.leaves(each) for each in given], self.helpers)
+            after_observing(self.program, [self.leaves(batch) for batch in batch_list], self.helpers)
 
     def show(self, batches: Iterable[Any]) -> None:
-        """Keep samples of model inputs that the result is checked on, unless there are some from a calibration."""
+        """Store samples of model inputs for the checks, unless a calibration has stored some."""
         for batch in batches:
             self.samples.add(self.leaves(batch))
         self.samples.closed = bool(self.samples.batches)
 
     def leaves(self, inputs: Any) -> list[Tensor]:
-        """Model inputs as the flat tensors that the program takes, where its weights are."""
+        """Model inputs as the flat tensors that the program takes, on the device of its weights."""
         device = device_of(self.program)
         return [leaf.to(device) for leaf in flatten(self.inputs, bind(self, inputs), "inputs")]
 
     def observe(self, wanted: bool) -> None:
-        """Should modules that round look at what goes through them?"""
+        """Switch the observers of the modules that round on or off."""
         from torchslim.quantize.fake_quantize import rounding_modules
 
         if wanted is not self._observing:

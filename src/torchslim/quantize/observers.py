@@ -1,13 +1,14 @@
-"""Observers: what range of numbers a tensor takes, seen in one pass and without keeping the tensor.
+"""Observers: find the range of a tensor's values in one pass, without storing the tensor.
 
-They stand in a `QuantizationSpec` as `observer_or_fake_quant_ctr`. Each sees batches in any floating-point format,
-tensors without elements included, and answers with `calculate_qparams()`. The range always includes zero, which is
-exact in integers. Values that are NaN or infinite are left out of it, counted in `ignored`, and warned of when the
-scale is asked for. An observer that saw nothing has scale 1; a tensor of zeros has the smallest scale, `eps`.
+A `QuantizationSpec` takes them as `observer_or_fake_quant_ctr`. An observer accepts batches in any floating-point
+format, also tensors without elements; `calculate_qparams()` returns scale and zero point. The range always includes
+zero, which is exact in integers. NaN and infinite values are left out of the range and counted in `ignored`;
+`calculate_qparams` warns of them. An observer that saw nothing has scale 1; a tensor of zeros has the smallest scale,
+`eps`.
 
-`min_val` and `max_val` are the range that will be quantized, not the one that was seen, and may be widened in place
-before `calculate_qparams`, until the next batch is seen. Without `PerChannel` in its class's name torchao does not tell
-an observer its channel axis, hence the twins.
+`min_val` and `max_val` are the range that will be quantized, not the range that was seen. They may be widened in place
+before `calculate_qparams`, until the next batch is seen. torchao passes the channel axis only to classes with
+`PerChannel` in their name, hence the twins.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from torchslim.quantize.clipping import entropy_clip, mse_clip, percentile_clip
 
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
-CHUNK = 2**15  # elements counted at once: they stay in the cache, and one thread does them without waking others
+CHUNK = 2**15  # elements counted at once: they stay in the cache, and one thread counts them without waking others
 SMALLEST_EXPONENT = -80  # all values below 2**-80 share a bin; the quantizer's smallest scale is 1e-20, about 2**-66
 
 
 class Observer(UniformQuantizationObserverBase):
-    """State with a row for the tensor or one for each channel, and qparams of `min_val` and `max_val`.
+    """Base class: state with one row, or one for each channel, and qparams from `min_val` and `max_val`.
 
-    The formulas are torchao's, in float64: of a range of both 3e38 and -3e38 float32 makes an infinite scale.
+    The formulas are torchao's, in float64: with float32, a range from -3e38 to 3e38 gives an infinite scale.
     """
 
     per_channel: ClassVar[bool] = False
@@ -57,7 +58,7 @@ class Observer(UniformQuantizationObserverBase):
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take note of a batch; `x` is returned as it is."""
+        """Observe a batch; returns `x` unchanged."""
         if x.numel():
             with torch.no_grad():
                 self._see(x.detach())
@@ -78,14 +79,14 @@ class Observer(UniformQuantizationObserverBase):
         return scale.where(seen, 1.0).float(), zero_point
 
     def extra_repr(self) -> str:
-        """The range."""
+        """The range, for `repr`."""
         return f"min_val={self.min_val}, max_val={self.max_val}"
 
     def _see(self, x: Tensor) -> None:
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             x = x.float()
         rows = x.movedim(self.ch_axis, 0).flatten(1) if self.per_channel else x
-        low, high = torch.aminmax(rows, dim=1) if self.per_channel else (each[None] for each in torch.aminmax(rows))
+        low, high = torch.aminmax(rows, dim=1) if self.per_channel else (bound[None] for bound in torch.aminmax(rows))
         finite = None
         if not bool((low.isfinite() & high.isfinite()).all()):  # NaN shows in both
             rows = rows if self.per_channel else rows.reshape(1, -1)
@@ -96,11 +97,11 @@ class Observer(UniformQuantizationObserverBase):
         self._update(rows, low.float(), high.float(), finite)
 
     def _update(self, rows: Tensor, low: Tensor, high: Tensor, finite: Tensor | None) -> None:
-        """Take note of a batch: (rows, values) or any shape for one row, its range, and which values are finite."""
+        """Observe a batch: (rows, values) or any shape for one row, its range, and a mask of finite values."""
         raise NotImplementedError
 
     def _state(self, name: str, fill: float, columns: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> None:
-        """A buffer with a row for each channel; how many there are shows at the first batch."""
+        """Register a buffer with a row for each channel; the first batch determines how many."""
         self._fills[name] = fill
         self.register_buffer(name, torch.full((0 if self.per_channel else 1, *columns), fill, dtype=dtype))
 
@@ -142,8 +143,8 @@ class MinMax(Observer):
 class MovingAverage(Observer):
     """The average of the batches' smallest and of their largest values; exponential once there are many.
 
-    Batch number n counts with max(averaging_constant, 1 / n): the plain mean first, where torchao's would hang on to
-    the first batch alone (after ten batches at 0.01 it still makes 91 % of the range).
+    Batch number n has weight max(averaging_constant, 1 / n), so the average starts as the plain mean. torchao's average
+    starts from the first batch alone, which still makes 91 % of the range after ten batches at 0.01.
 
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.1 (activations).
     """
@@ -169,12 +170,12 @@ class MovingAverage(Observer):
 
 
 class Histogram(Observer):
-    """Counts of values in bins of one width; what range is quantized is chosen from them when it is asked for.
+    """Counts values in bins of one width; subclasses choose the range from the counts when it is read.
 
     Bin k counts the values x with trunc(x / width) = k, from -(bins - 1) to bins - 1. The width is a power of two, and
-    doubles until all values fit: two bins become one, and no count is ever split. So the histogram is the same however
-    the data was cut into batches, and in what order it came. Between bins / 2 and bins of them cover the largest
-    magnitude: a few values thousands of times larger than all others cost the resolution of these.
+    doubles until all values fit: two bins become one, and no count is ever split. So the histogram depends neither on
+    how the data was cut into batches nor on their order. Between bins / 2 and bins of the bins cover the largest
+    magnitude: a few values thousands of times larger than all others cost the others their resolution.
     """
 
     default_bins: ClassVar[int] = 4096
@@ -209,7 +210,7 @@ class Histogram(Observer):
     def _range(self) -> tuple[Tensor, Tensor]:
         if self._chosen is None:
             seen = self.seen_min <= self.seen_max
-            low, high = (each.double().where(seen, 0.0) for each in (self.seen_min, self.seen_max))
+            low, high = (bound.double().where(seen, 0.0) for bound in (self.seen_min, self.seen_max))
             width = self._width()
             low, high = self._clip(low / width, high / width)
             low, high = (low * width).float(), (high * width).float()
@@ -217,11 +218,11 @@ class Histogram(Observer):
         return self._chosen
 
     def _clip(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range to quantize, of that which was seen; both in bins, (rows,) each."""
+        """The range to quantize, from the range that was seen; both in bins, (rows,) each."""
         raise NotImplementedError
 
     def _below(self) -> int | None:
-        """How many integers are below that of zero; None: as many as one likes."""
+        """Number of integers below that of zero; None where the zero point is free."""
         if self.qscheme not in SYMMETRIC:
             return None
         _, zero_point = self._calculate_qparams(torch.zeros_like(self.eps), torch.ones_like(self.eps))
@@ -239,13 +240,13 @@ class Histogram(Observer):
         count = len(low)
         rows = rows.reshape(count, -1)
         per_width = (1 / self._width()).float()[:, None]  # exact, as is the product: both are powers of two
-        first = torch.arange(count, dtype=torch.int32, device=rows.device)[:, None] * (2 * self.bins - 1)
-        first += self.bins - 1
+        zero_bin = torch.arange(count, dtype=torch.int32, device=rows.device)[:, None] * (2 * self.bins - 1)
+        zero_bin += self.bins - 1
         columns = max(CHUNK, self.histogram.numel()) // count
         for start in range(0, rows.shape[1], columns):
             window = slice(start, start + columns)
             index = (rows[:, window].float() * per_width).to(torch.int32)
-            index += first
+            index += zero_bin
             index = index.flatten() if finite is None else index[finite[:, window]]
             self.histogram += torch.bincount(index, minlength=self.histogram.numel()).view_as(self.histogram)
 
@@ -256,11 +257,11 @@ class Histogram(Observer):
             self.histogram = torch.zeros_like(self.histogram).scatter_add_(1, new + self.bins - 1, self.histogram)
 
     def _width(self) -> Tensor:
-        one = torch.ones_like(self.exponent, dtype=torch.float64)
-        return torch.ldexp(one, self.exponent) / self.bins
+        ones = torch.ones_like(self.exponent, dtype=torch.float64)
+        return torch.ldexp(ones, self.exponent) / self.bins
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Histogram:
-        self._chosen = None  # it is on the old device
+        self._chosen = None  # the stored range is on the old device
         super()._apply(fn, recurse)
         return self
 
@@ -270,7 +271,7 @@ class Histogram(Observer):
 
 
 class Percentile(Histogram):
-    """The range that holds this percentage of the values: `clips.percentile_clip`."""
+    """The range that holds `percentile` % of the values: `clipping.percentile_clip`."""
 
     def __init__(self, *, percentile: float = 99.99, **options: Any) -> None:
         if not 0 < percentile <= 100:
@@ -283,7 +284,7 @@ class Percentile(Histogram):
 
 
 class MSE(Histogram):
-    """The range of least expected squared error: `clips.mse_clip`."""
+    """The range of least expected squared error: `clipping.mse_clip`."""
 
     octaves: ClassVar[int] = 7
 
@@ -293,7 +294,7 @@ class MSE(Histogram):
 
 
 class Entropy(Histogram):
-    """The range of least KL divergence: `clips.entropy_clip`."""
+    """The range of least KL divergence: `clipping.entropy_clip`."""
 
     def _clip(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return entropy_clip(self.histogram, low, high, levels=self.quant_max - self.quant_min, below=self._below())
@@ -301,12 +302,12 @@ class Entropy(Histogram):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObserverKind:
-    """A way to find the range.
+    """The classes of an observer, and its description.
 
     Args:
-        per_tensor: its class.
-        per_channel: its class with a range for each channel, or None: there is none.
-        about: what it does, and where it comes from.
+        per_tensor: class with one range for the tensor.
+        per_channel: class with a range for each channel; None where there is none.
+        about: description, with the source.
     """
 
     per_tensor: type[Observer]
@@ -335,7 +336,7 @@ class PerChannelPercentile(Percentile):
 
 
 class PerChannelMSE(MSE):
-    """`MSE` of each channel; a weight has no outliers that a clip to less than an eighth could be for."""
+    """`MSE` of each channel; weights have no outliers that call for clipping to less than an eighth."""
 
     per_channel = True
     default_bins = 256
@@ -376,24 +377,24 @@ def observer(name: str, *, per_channel: bool = False, **options: Any) -> Callabl
 
     Args:
         name: one of `OBSERVERS`.
-        per_channel: a range for each channel along the specification's `ch_axis`, or one for the tensor.
-        options: of its class: `averaging_constant`, `percentile`, `bins`, `eps` and so on. Inside torchao's fake
-            quantization also `ch_axis`, which that does not pass on.
+        per_channel: whether to find a range for each channel along the specification's `ch_axis`, not one in all.
+        options: options of the class: `averaging_constant`, `percentile`, `bins`, `eps` and so on. Inside torchao's
+            fake quantization also `ch_axis`, which torchao does not pass on.
 
     Raises:
-        QuantizeError: no such observer, none per channel, or an option that it has not or cannot take.
+        QuantizeError: unknown observer, no form per channel, or an unknown or invalid option.
     """
     if name not in OBSERVERS:
         near = difflib.get_close_matches(str(name).replace("_", "-"), list(OBSERVERS), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise QuantizeError(f"observer {name!r} is not known{hint}. One of {', '.join(OBSERVERS)}")
     kind = OBSERVERS[name]
-    made = kind.per_channel if per_channel else kind.per_tensor
-    if made is None:
-        able = ", ".join(each for each, row in OBSERVERS.items() if row.per_channel)
-        raise QuantizeError(f"observer {name!r} has no form per channel; use one of {able}")
+    observer_class = kind.per_channel if per_channel else kind.per_tensor
+    if observer_class is None:
+        choices = ", ".join(key for key, row in OBSERVERS.items() if row.per_channel)
+        raise QuantizeError(f"observer {name!r} has no form per channel; use one of {choices}")
     try:
-        made(**options)  # what it cannot take is told here, not in the middle of a calibration
+        observer_class(**options)  # reject invalid options here, not in the middle of a calibration
     except (TypeError, ValueError, AssertionError) as error:
         raise QuantizeError(f"observer {name!r} cannot take {options}: {error}") from error
-    return made.with_args(**options)  # type: ignore[no-any-return]
+    return observer_class.with_args(**options)  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,22 @@ from torchslim.core.step import Inputs, LayerRecord
 from torchslim.core.usable import usable
 from torchslim.errors import QuantizeError
 from torchslim.graph.calling import bind, signature_of
+from torchslim.graph.decompose import open_products
 from torchslim.graph.export import WRAPPED, Captured, capture
 from torchslim.graph.io_structure import flatten
+from torchslim.graph.portable_ops import open_bags
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.backend_profiles import PROFILES
+from torchslim.quantize.batch_norm_folding import fold_batch_norms, hide_batch_norms, show_batch_norms, switch
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.conversion import integers
+from torchslim.quantize.equalize import equalize, smooth
 from torchslim.quantize.modules import Called, Prepared, QuantizedModule
 from torchslim.quantize.samples import batch_axes
 from torchslim.quantize.schemes import FLOAT, SCHEMES, Scheme, find_scheme
+
+if TYPE_CHECKING:
+    from torchslim.quantize.quantizer import SlimQuantizer
 
 Layers = Mapping[str, str]
 
@@ -68,21 +75,15 @@ def prepare(
         ExportError: the model cannot be captured; names the line of its code.
     """
     model = usable(model, QuantizeError)
-    helpers, given = helpers or Helpers(), list(batches)
-    _check(model, runtime, helpers, given)
+    helpers, samples = helpers or Helpers(), list(batches)
+    _check(model, runtime, helpers, samples)
     choose = chooser(model, scheme, layers or {})
     copied, _ = copy_model(model)
-    trainable = {name for name, each in copied.named_parameters() if each.requires_grad}
+    trainable = {name for name, parameter in copied.named_parameters() if parameter.requires_grad}
     outside = _computed_in_float32(copied)
     captured = capture(copied, example_inputs, dynamic_shapes, outside=outside)
     axes = batch_axes(captured.program, captured.batch_axis)
     with quiet():  # importing torchao logs about extensions that this machine may lack
-        from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-
-        from torchslim.graph.decompose import open_products
-        from torchslim.graph.portable_ops import open_bags
-        from torchslim.quantize.batch_norm_folding import fold_batch_norms, hide_batch_norms, show_batch_norms, switch
-        from torchslim.quantize.equalize import equalize, smooth
         from torchslim.quantize.fake_quantize import specs
         from torchslim.quantize.quantizer import SlimQuantizer
     quantizer = SlimQuantizer(
@@ -92,25 +93,11 @@ def prepare(
         program = captured.program.module()
         assert isinstance(program, GraphModule)
         program.graph.set_codegen(CodeGen())  # tensors in, tensors out: no structures to take apart
-        open_bags(program)
-        if PROFILES[runtime].products or PROFILES[runtime].gates:
-            open_products(program, quantizer.takes_product)
-        if not qat:
-            fold_batch_norms(program)
-        if helpers.equalize:
-            equalize(program)
-        if helpers.smooth is not None:
-            smooth(program, [_leaves(captured, model, each) for each in given], helpers.smooth)
-        hide_batch_norms(program)
-        program = prepare_pt2e(program, quantizer)
+        program = _observed(program, quantizer, helpers, [_leaves(captured, model, batch) for batch in samples], qat)
         if not any(record.action == "quantized" for record in quantizer.records):
             raise QuantizeError(_nothing(scheme, quantizer.records))
-        show_batch_norms(program)
-        if qat:
-            switch(program)
-            for name, parameter in program.named_parameters():
-                parameter.requires_grad_(name.removeprefix(WRAPPED) in trainable)
-        program.recompile()
+        for name, parameter in program.named_parameters() if qat else ():
+            parameter.requires_grad_(name.removeprefix(WRAPPED) in trainable)
     prepared = Prepared(
         program,
         signature_of(model),
@@ -127,6 +114,31 @@ def prepare(
     return prepared
 
 
+def _observed(
+    program: GraphModule, quantizer: SlimQuantizer, helpers: Helpers, samples: Sequence[list[Tensor]], qat: bool
+) -> GraphModule:
+    """The program with an observer wherever the quantizer wants one; with `qat`, it has switches for its modes."""
+    with quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    open_bags(program)
+    if quantizer.profile.products or quantizer.profile.gates:
+        open_products(program, quantizer.takes_product)
+    if not qat:
+        fold_batch_norms(program)
+    if helpers.equalize:
+        equalize(program)
+    if helpers.smooth is not None:
+        smooth(program, samples, helpers.smooth)
+    hide_batch_norms(program)
+    program = prepare_pt2e(program, quantizer)
+    show_batch_norms(program)
+    if qat:
+        switch(program)
+    program.recompile()
+    return program
+
+
 def _check(model: nn.Module, runtime: str, helpers: Helpers, batches: Sequence[Inputs]) -> None:
     """Raise for what is wrong before any work."""
     if any(isinstance(module, Called) for module in model.modules()):
@@ -139,14 +151,14 @@ def _check(model: nn.Module, runtime: str, helpers: Helpers, batches: Sequence[I
 
 def _computed_in_float32(model: nn.Module) -> torch.dtype | None:
     """Make a model of another precision one of float32, which integer kernels begin from; the type that it had."""
-    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if found <= {torch.float32}:
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if dtypes <= {torch.float32}:
         return None
-    if len(found) > 1:
-        names = ", ".join(sorted(str(each).removeprefix("torch.") for each in found))
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise QuantizeError(f"the model's weights are of several types ({names}); quantize model.float()")
     model.float()
-    return found.pop()
+    return dtypes.pop()
 
 
 @checks_arguments(QuantizeError)
@@ -192,11 +204,11 @@ def chooser(model: nn.Module, scheme: str, layers: Layers) -> Callable[[str, str
     types = class_names(model)
 
     def choose(layer: str, weight: str) -> Scheme | None:
-        found: Scheme | None = default
-        for pattern, each in chosen:
+        selected: Scheme | None = default
+        for pattern, named in chosen:
             if any(path and matches(pattern, path, types) for path in (layer, weight)):
-                found = each
-        return found
+                selected = named
+        return selected
 
     return choose
 

@@ -1,8 +1,8 @@
-"""Our quantizer: marks the ATen nodes of an exported graph that compute on integers.
+"""The quantizer: marks the ATen nodes of an exported graph that compute on integers.
 
-It looks at operations, not at module classes, so subclasses of Conv2d and functional calls are seen. Which pairs of
-quantize and dequantize a runtime wants to see is its profile; a following relu or relu6 moves an output's pair behind
-itself, and operations that only move values keep the scale of what they move.
+It looks at operations, not at module classes, so it finds subclasses of Conv2d and functional calls. A runtime's
+profile lists the pairs of quantize and dequantize that the runtime needs. The pair of an output goes behind a following
+relu or relu6, and operations that only move values keep the scale of their input.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from torchslim.quantize.aten_ops import (
 from torchslim.quantize.backend_profiles import Profile
 from torchslim.quantize.schemes import SCHEMES, Scheme
 
-COMPUTES_ON_INTEGERS = "torchslim_integers"  # of a node: it reads static integers, which it does not only move
-# of a concatenation that is rounded to one grid, or of the clamp behind it: the places of the parts that are floats
+COMPUTES_ON_INTEGERS = "torchslim_integers"  # True for a node that computes on static integers, not only moves them
+# of a concatenation that is rounded to one grid, or of the clamp behind it: the indices of its float parts
 SHARED_GRID = "torchslim_shared_grid"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the quantize operations take
 WEIGHTS_ONLY = SCHEMES["int8-weights"]
@@ -63,7 +63,7 @@ WEIGHTS_ONLY = SCHEMES["int8-weights"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Specs:
-    """How each value is observed: made by `observing.specs`, of observers or of their training twins.
+    """How values are observed: made by `fake_quantize.specs`, from observers or modules that also round in training.
 
     `weight` takes the scheme and the axis of the outputs.
     """
@@ -74,11 +74,11 @@ class Specs:
 
 
 class SlimQuantizer(Quantizer):
-    """Annotates layers with weights, residual additions, concatenations, and what moves values between them.
+    """Annotates layers with weights, residual additions, concatenations, and operations that move values.
 
     Args:
-        scheme_of: the scheme of a layer, by its path and the path of its weight; None: it stays in float.
-        profile: of the runtime.
+        scheme_of: returns the scheme of a layer from its path and the path of its weight; None: it stays in float.
+        profile: profile of the runtime.
         specs: how values are observed.
     """
 
@@ -88,7 +88,7 @@ class SlimQuantizer(Quantizer):
         self.schemes: dict[Node, Scheme] = {}  # of the layers with integer weights
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Mark what is quantized, and record what is not and why."""
+        """Mark the nodes to quantize, and record the layers, with the reason where one stays in float."""
         self.records, self.schemes = [], {}
         between = {
             **dict.fromkeys(GATES, self._gate),
@@ -120,7 +120,7 @@ class SlimQuantizer(Quantizer):
         return model
 
     def _pool_integers(self, model: GraphModule) -> None:
-        """Round what is pooled before it is, where all that read it round it: the layer before answers in integers."""
+        """Round a pool's input where all its readers round its output: the layer before then returns integers."""
         for node in reversed(model.graph.nodes):
             if node.target in POOLS and ANNOTATION not in node.meta and node.users and not padded_with_infinity(node):
                 readers = [user.meta.get(ANNOTATION) for user in node.users]
@@ -130,7 +130,7 @@ class SlimQuantizer(Quantizer):
                     self._move(node)
 
     def _move(self, node: Node) -> None:
-        """Runtimes move integers, and take it for granted that scale and zero point stay the same."""
+        """Mark a move: runtimes move integers and assume that scale and zero point stay the same."""
         source = argument(node, 0)
         node.meta[ANNOTATION] = QuantizationAnnotation(
             input_qspec_map={source: self.specs.static},
@@ -139,20 +139,20 @@ class SlimQuantizer(Quantizer):
         )
 
     def takes_product(self, node: Node) -> bool:
-        """Is a product of two activations, or what is one when it is taken apart, to be computed on integers?"""
+        """Whether a product of two activations, or an operation that decomposes into one, computes on integers."""
         if node.target in SILU:
             return self.profile.gates and self._static(node)
         return self.profile.products and self._static(node)
 
     def _gate(self, node: Node) -> None:
-        """A sigmoid of a convolution: on integers it is a table."""
+        """Mark a sigmoid of a convolution: on integers it is a table lookup."""
         source = argument(node, 0)
         ends = source is not None and self._ends_convolution(source) and quantized_output(source)
         if self.profile.gates and source is not None and ends:
             self._mark(node, {source: self.specs.static}, self.specs.static)
 
     def _gated(self, node: Node) -> None:
-        """What a gate multiplies, where both are integers already."""
+        """Mark the product of a gate and its factor, where both are integers already."""
         factors = [argument(node, index) for index in (0, 1)]
         if any(factor is not None and factor.target in GATES and quantized_output(factor) for factor in factors):
             inputs = [factor for factor in factors if factor is not None and quantized_output(factor)]
@@ -160,7 +160,7 @@ class SlimQuantizer(Quantizer):
                 self._mark(node, dict.fromkeys(inputs, self.specs.static), self.specs.static)
 
     def validate(self, model: GraphModule) -> None:
-        """Nothing to check: every annotation is one that the runtimes take."""
+        """Check nothing: the runtimes accept every annotation of this class."""
 
     # layers with weights ----------------------------------------------------------------------------------------------
 
@@ -186,27 +186,27 @@ class SlimQuantizer(Quantizer):
             inputs[source] = self.specs.dynamic
         elif scheme.activations == "static":
             inputs[source] = self.specs.static
-            # a linear layer can answer in float at no cost: where float is wanted, eight bits would only lose
-            wanted = layer.kind != "linear" or self._feeds_integers(end_of_layer(node))
-            output = self.specs.static if layer.kind in self.profile.outputs and wanted else None
+            # a linear layer can return float at no cost: for float readers, eight bits would only lose accuracy
+            to_integers = layer.kind != "linear" or self._feeds_integers(end_of_layer(node))
+            output = self.specs.static if layer.kind in self.profile.outputs and to_integers else None
         self._mark(node, inputs, output)
         self._quantized(node, scheme, reason)
 
     def _recurrent(self, node: Node) -> None:
-        parameters = [each for each in flat(node.args[2]) if len(shape_of(each)) == 2]
+        parameters = [tensor for tensor in flat(node.args[2]) if len(shape_of(tensor)) == 2]
         if not all(is_constant(parameter) for parameter in parameters):
             self._refuse(node, "its weights are computed from the input, not stored")
             return
         if (scheme := self._scheme(node, *parameters)) is None:
             return
         reason = ""
-        wanted = scheme.activations
+        activations = scheme.activations
         if scheme.weight_bits < 8:
             reason, scheme = "recurrent layers go down to 8 bits only", WEIGHTS_ONLY
-        elif wanted == "static":
+        elif activations == "static":
             reason = "no runtime computes it with static ranges: weights in int8, computing in float"
             scheme = WEIGHTS_ONLY
-        elif wanted == "dynamic" and RECURRENT[node.target] not in self.profile.dynamic:
+        elif activations == "dynamic" and RECURRENT[node.target] not in self.profile.dynamic:
             reason, scheme = f"{self.profile.why}: weights in int8, computing in float", WEIGHTS_ONLY
         inputs: dict[Node, Any] = {parameter: self.specs.weight(scheme, 0) for parameter in parameters}
         source = argument(node, 0)
@@ -221,12 +221,12 @@ class SlimQuantizer(Quantizer):
             return
         scheme = self._scheme(node, table)
         if scheme is None or scheme.activations == "static":
-            return  # one row of it is read at a time: there is nothing to compute
+            return  # a lookup only reads rows: there is nothing to compute
         self._mark(node, {table: self.specs.weight(WEIGHTS_ONLY, 0)}, None)
         self._quantized(node, WEIGHTS_ONLY, "")
 
     def _product(self, node: Node) -> None:
-        """A product of two activations: each gets the range that it has; the result stays float."""
+        """Mark a product of two activations: both factors get their own range, the result stays float."""
         if is_constant(node) or not isinstance(node.meta.get("val"), Tensor):
             return
         factors = [argument(node, index) for index in PRODUCTS[node.target]]
@@ -234,54 +234,54 @@ class SlimQuantizer(Quantizer):
             return
         self._mark(node, dict.fromkeys((factor for factor in factors if factor is not None), self.specs.static), None)
 
-    # what lies between them -------------------------------------------------------------------------------------------
+    # operations between layers ----------------------------------------------------------------------------------------
 
     def _addition(self, node: Node) -> None:
-        """An addition of two tensors of one shape, at least one of them a convolution's output.
+        """Mark an addition of two tensors of one shape, at least one of them a convolution's output.
 
-        Elsewhere (the residual stream of a transformer) eight bits lose too much: 28 dB became 7 on DeiT-tiny.
+        Elsewhere (the residual stream of a transformer) eight bits lose too much: DeiT-tiny fell from 28 dB to 7.
         """
-        found = self._residual(node)
-        if found is None:
+        terms = self._residual(node)
+        if terms is None:
             return
         if self.profile.additions == "both":
-            self._mark(node, dict.fromkeys(found, self.specs.static), self.specs.static)
+            self._mark(node, dict.fromkeys(terms, self.specs.static), self.specs.static)
         elif self.profile.additions == "other":
-            self._mark(node, {found[1]: self.specs.static}, None)
+            self._mark(node, {terms[1]: self.specs.static}, None)
 
     def _residual(self, node: Node) -> tuple[Node, Node] | None:
-        """What a residual addition adds: the output of the layer that can add the other one at its end comes first."""
+        """The terms of a residual addition; the output of the layer that can add the other at its end comes first."""
         left, right = argument(node, 0), argument(node, 1)
         if left is None or right is None or left is right or node.kwargs.get("alpha", 1) != 1:
             return None
         if shape_of(left) != shape_of(right) or not shape_of(left):
             return None
-        sums = [each for each in (left, right) if self._ends_convolution(each)]
+        sums = [term for term in (left, right) if self._ends_convolution(term)]
         if not sums:
             return None
-        # an earlier sum has been computed by its own layer: it is what is added
-        last = next((each for each in sums if weighted(layer_before(each)) and len(each.users) == 1), sums[-1])
+        # an earlier sum has been computed by its own layer, so it is the other term
+        last = next((term for term in sums if weighted(layer_before(term)) and len(term.users) == 1), sums[-1])
         return last, left if last is right else right
 
     def _concat(self, node: Node) -> None:
-        """Of integers, where a layer that computes on integers reads it: the parts then share a grid.
+        """Mark a concatenation that a layer on integers reads: its parts then share a grid.
 
-        Where only float operations read it, or it is an output, the parts keep grids of their own: beside boxes in
-        pixels, scores were all rounded to 0. Where both read it, `sharing.keep_own_grids` decides by the ranges.
-        A norm that reads it reads the residual stream: on the grid of the patches, the class token of CoaT lost all
-        but 2.5 dB.
+        Where only float operations read it, or it is an output, the parts keep grids of their own: on one grid with
+        boxes in pixels, scores were all rounded to 0. Where both read it, `sharing.keep_own_grids` decides by the
+        ranges. A concatenation that a norm reads is the residual stream and is left out: on the grid of the patches,
+        the class token of CoaT lost all but 2.5 dB.
         """
         last = end_of_concat(node)
         if not self.profile.concats or not self._reaches_integers(last) or self._feeds_norm(node):
             return
-        parts = [each for each in flat(node.args[0]) if isinstance(each.meta.get("val"), Tensor)]
-        floats = [index for index, each in enumerate(parts) if not quantized_output(each)]
+        parts = [part for part in flat(node.args[0]) if isinstance(part.meta.get("val"), Tensor)]
+        floats = [index for index, part in enumerate(parts) if not quantized_output(part)]
         if len(floats) < len(parts):
             self._mark(node, dict.fromkeys(parts, self.specs.static), self.specs.static)
             last.meta[SHARED_GRID] = floats
 
     def _part(self, node: Node) -> None:
-        """One of the tensors that another is split into: on the grid of what it is a part of."""
+        """Mark a part of a split tensor, on the grid of the whole tensor."""
         split = argument(node, 0)
         source = argument(split, 0) if split is not None and split.target in SPLITS else None
         if source is not None and quantized_output(source):
@@ -296,11 +296,11 @@ class SlimQuantizer(Quantizer):
         return node.target in ADDITIONS and ANNOTATION in node.meta
 
     def _feeds_integers(self, node: Node) -> bool:
-        """Do only layers that compute on integers read a value, as it is or moved?"""
+        """Whether only layers that compute on integers read a value, as it is or moved."""
         return bool(node.users) and all(self._takes_integers(user) for user in node.users)
 
     def _reaches_integers(self, node: Node) -> bool:
-        """Does any layer that computes on integers read a value, as it is, moved, or as a part of others?"""
+        """Whether any layer that computes on integers reads a value, as it is, moved, or as a part of others."""
         return any(self._takes_some_integers(user) for user in node.users)
 
     def _takes_some_integers(self, node: Node) -> bool:
@@ -315,7 +315,7 @@ class SlimQuantizer(Quantizer):
         return self._takes_integers(node)
 
     def _feeds_norm(self, node: Node) -> bool:
-        """Does a norm of the channels read a value, as it is or moved?"""
+        """Whether a norm of the channels reads a value, as it is or moved."""
         readers = [user for user in node.users if user.target in (*LAYER_NORMS, *MOVES)]
         return any(user.target in LAYER_NORMS or self._feeds_norm(user) for user in readers)
 
@@ -334,7 +334,7 @@ class SlimQuantizer(Quantizer):
     # ------------------------------------------------------------------------------------------------------------------
 
     def _static(self, node: Node) -> bool:
-        """Does an operation without weights belong to a layer that is quantized statically?"""
+        """Whether an operation without weights belongs to a layer that is quantized statically."""
         value = node.meta.get("val")
         scheme = self.scheme_of(layer_of(node), "")
         floating = isinstance(value, Tensor) and value.dtype in FLOATS
@@ -347,11 +347,11 @@ class SlimQuantizer(Quantizer):
         if isinstance(value, Tensor) and value.dtype not in FLOATS:
             self._refuse(node, f"it computes in {value.dtype}; convert the model with .float()")
             return None
-        found = [self.scheme_of(layer_of(node), stored_name(each)) for each in stored]
-        if None in found or not found:
+        schemes = [self.scheme_of(layer_of(node), stored_name(tensor)) for tensor in stored]
+        if None in schemes or not schemes:
             self._refuse(node, Reason.AS_ASKED)
             return None
-        return found[0]
+        return schemes[0]
 
     def _mark(self, node: Node, inputs: Mapping[Node, Any], output: Any) -> None:
         last = end_of_layer(node) if output is not None else node

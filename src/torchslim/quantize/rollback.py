@@ -1,4 +1,4 @@
-"""Verify, else roll back: a converted graph is compared with float, and layers that lose an output go back to float."""
+"""Verify, else roll back: compares a converted graph with float, and puts layers that cause faults back in float."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from torchslim.quantize.modules import Prepared, QuantizedModule
 from torchslim.quantize.samples import Run, float_outputs, outputs
 from torchslim.quantize.units import Unit, observes, units_of
 
-ROUNDS = 12  # culprits that are looked for, one after the other
-PROGRESS = 0.8  # of what is off may be left once a culprit is in float; else it is none
-WEIGHTS = {"not finite": 1e6, "constant": 60.0, "steps": 20.0}  # what counts for more than decibels that are missing
+ROUNDS = 12  # culprits that are searched for, one after the other
+PROGRESS = 0.8  # of the faults' weight may remain with a culprit in float; else the unit is no culprit
+WEIGHTS = {"not finite": 1e6, "constant": 60.0, "steps": 20.0}  # decibels that faults of a kind count as
 BROKEN = ("not finite", "constant")
 
 Released = frozenset[str]
@@ -35,20 +35,20 @@ Look = Callable[[Released], Sequence[Fault]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evidence:
-    """What a quantized model was checked on, and what it takes to leave more of its layers in float.
+    """The data that a quantized model was checked on, and the parts needed to leave more of its layers in float.
 
-    A copy of the model shares it; a pickle leaves it out.
+    Copies of the model share the evidence; pickles leave it out.
 
     Attributes:
-        prepared: what was converted.
-        checks: what must hold.
+        prepared: the model that was converted.
+        checks: the thresholds.
         runs: flat inputs of each call.
         reference: outputs of the float model.
-        trained: outputs of the model that was trained on the grid; those of the float model where none was.
-        units: of the prepared graph.
+        trained: outputs of the model that was trained on the grid; without training, those of the float model.
+        units: units of the prepared graph.
         graph: outputs of the converted graph.
-        released: units in float, with the reason.
-        worst: the channel that is least like float; None where no output varies enough to tell.
+        released: keys of the units in float, with the reasons.
+        worst: the output or channel with the lowest signal over noise; None where no output can be compared.
     """
 
     prepared: Prepared
@@ -76,31 +76,31 @@ class Evidence:
 
     @property
     def names(self) -> list[str]:
-        """Of the outputs."""
+        """Names of the outputs."""
         return leaf_names(self.prepared.outputs)
 
     def off(self, graph: Sequence[Sequence[Tensor]]) -> list[Fault]:
-        """What of a converted graph's outputs is off."""
+        """Faults of a converted graph's outputs."""
         axes, checks = self.prepared.output_axes, self.checks
-        found = faults(self.reference, graph, axes, checks)
+        failures = faults(self.reference, graph, axes, checks)
         if self.trained is not self.reference:
-            found = [each for each in found if each.kind in BROKEN]
-            found += [fault for fault in faults(self.trained, graph, axes, checks) if fault.kind not in BROKEN]
-        return found
+            failures = [fault for fault in failures if fault.kind in BROKEN]
+            failures += [fault for fault in faults(self.trained, graph, axes, checks) if fault.kind not in BROKEN]
+        return failures
 
 
 def verified(prepared: Prepared, checks: Checks) -> QuantizedModule:
-    """A prepared model converted, with as many layers in float as it takes for the checks to hold.
+    """Convert a prepared model, with as many layers in float as the checks require.
 
     Raises:
-        QuantizeError: nothing that was tried holds.
+        QuantizeError: the checks hold for no choice that was tried.
     """
     evidence = _gather(prepared, checks)
     last: dict[Released, tuple[QuantizedModule, list[list[Tensor]]]] = {}
 
     def make(released: Released) -> tuple[QuantizedModule, list[list[Tensor]]]:
         if released not in last:
-            last.clear()  # large models: one at a time
+            last.clear()  # models can be large: keep only one
             model = integers(prepared, released)
             last[released] = model, outputs(graph_of(model), evidence.runs)
         return last[released]
@@ -108,12 +108,13 @@ def verified(prepared: Prepared, checks: Checks) -> QuantizedModule:
     def look(released: Released) -> list[Fault]:
         return evidence.off(make(released)[1])
 
-    found = look(frozenset())
-    reasons = search(evidence.units, look, found, evidence.names) if found else {}
+    failures = look(frozenset())
+    reasons = search(evidence.units, look, failures, evidence.names) if failures else {}
     if reasons is None:
         raise QuantizeError(
-            f"the quantized model cannot be verified: {found[0].told(evidence.names)}, whichever layers stay in float; "
-            "look at the calibration data, leave layers in float yourself, or pass checks with other thresholds"
+            f"the quantized model cannot be verified: {failures[0].told(evidence.names)}, "
+            "whichever layers stay in float; look at the calibration data, leave layers in float yourself, "
+            "or pass checks with other thresholds"
         )
     model, graph = make(frozenset(reasons))
     return concluded(model, replace(evidence, prepared=_kept(prepared)), graph, reasons)
@@ -122,13 +123,13 @@ def verified(prepared: Prepared, checks: Checks) -> QuantizedModule:
 def concluded(
     model: QuantizedModule, evidence: Evidence, graph: Sequence[Sequence[Tensor]], reasons: Mapping[str, str]
 ) -> QuantizedModule:
-    """A converted model with its evidence and its records.
+    """Attach evidence, records and notes to a converted model; returns the model.
 
     Args:
-        model: with the units of `reasons` in float.
-        evidence: what it was checked on.
-        graph: its outputs on the runs of the evidence.
-        reasons: why units went back to float, by their keys.
+        model: converted model with the units of `reasons` in float.
+        evidence: data that the model was checked on.
+        graph: outputs of the model on the runs of the evidence.
+        reasons: reasons why units went back to float, by the units' keys.
     """
     lowest = worst(evidence.trained, graph, evidence.prepared.output_axes)
     model.evidence = replace(evidence, graph=graph, released=dict(reasons), worst=lowest)
@@ -143,21 +144,21 @@ def told(units: Sequence[Unit], reasons: Mapping[str, str]) -> list[str]:
 
 
 def rolled_back(records: Sequence[LayerRecord], units: Sequence[Unit], reasons: Mapping[str, str]) -> list[LayerRecord]:
-    """Records with the units that went back to float as such."""
+    """Records in which the units that went back to float are refused, with the reason."""
     layers = {unit.layer: reasons[unit.key] for unit in units if unit.key in reasons and not unit.operation}
-    found = [
+    updated = [
         LayerRecord(layer=record.layer, action="refused", reason=Reason.BACK_IN_FLOAT.with_detail(layers[record.layer]))
         if record.layer in layers
         else record
         for record in records
     ]
-    known = {record.layer for record in records}
+    recorded = {record.layer for record in records}
     for unit in units:
-        if unit.key in reasons and (unit.operation or unit.layer not in known):
+        if unit.key in reasons and (unit.operation or unit.layer not in recorded):
             operation = f" ({unit.operation})" if unit.operation else ""
             reason = Reason.BACK_IN_FLOAT.with_detail(f"{operation}: {reasons[unit.key]}", "")
-            found.append(LayerRecord(layer=unit.layer, action="refused", reason=reason))
-    return found
+            updated.append(LayerRecord(layer=unit.layer, action="refused", reason=reason))
+    return updated
 
 
 def search(
@@ -169,38 +170,38 @@ def search(
     known: Mapping[str, str] | None = None,
     where: str = "",
 ) -> dict[str, str] | None:
-    """Which units go back to float so that nothing is off, with the reasons; None where that is not to be had.
+    """The units that must go back to float for the checks to hold, with the reasons; None where no choice helps.
 
-    The first unit with which something is off, those before it on integers and those behind it in float, is found by
-    bisection and left in float, then the next one. Where that does not help, all before the place from which on
-    nothing holds stay on integers, or all behind it. Channels alone that are below the threshold, and that no few
-    layers are to blame for, are the noise of the whole network: they stay as they are.
+    Bisection finds the first unit that causes a fault with the units before it on integers and those behind it in
+    float. That unit is left in float, then the next one is searched. Where this does not help, the longest part from
+    the front or from the back that holds stays on integers, and the rest goes back. Channels below the threshold that
+    a few units do not explain are noise of the whole network and are accepted.
 
     Args:
-        units: all of them, in the order of execution.
-        look: what is off with some in float.
-        found: what is off with the known ones in float.
-        names: of the outputs.
+        units: all units, in the order of execution.
+        look: returns the faults with some units in float.
+        found: the faults with the known units in float.
+        names: names of the outputs.
         known: units that are in float already, with the reasons.
-        where: what the reasons end with.
+        where: suffix of the reasons.
     """
     reasons = dict(known or {})
-    hard = [each for each in found if each.kind != "channel"]
+    hard = [fault for fault in found if fault.kind != "channel"]
     if hard:
 
         def look_hard(released: Released) -> list[Fault]:
-            return [each for each in look(released) if each.kind != "channel"]
+            return [fault for fault in look(released) if fault.kind != "channel"]
 
-        words = f"{hard[0].told(names)}{where}"
-        more = _culprits(units, look_hard, hard, names, reasons, where)
-        more = more if more is not None else _parts(units, look_hard, words, reasons)
-        if more is None:
+        message = f"{hard[0].told(names)}{where}"
+        extended = _culprits(units, look_hard, hard, names, reasons, where)
+        extended = extended if extended is not None else _parts(units, look_hard, message, reasons)
+        if extended is None:
             return None
-        reasons = more
-        found = [each for each in look(frozenset(reasons)) if each.kind == "channel"]
+        reasons = extended
+        found = [fault for fault in look(frozenset(reasons)) if fault.kind == "channel"]
     if found:
-        more = _culprits(units, look, found, names, reasons, where)
-        reasons = more if more is not None else reasons
+        extended = _culprits(units, look, found, names, reasons, where)
+        reasons = extended if extended is not None else reasons
     return reasons
 
 
@@ -212,7 +213,7 @@ def _culprits(
     known: Mapping[str, str],
     where: str,
 ) -> dict[str, str] | None:
-    """Single units without which nothing is off, with reasons; None where taking them one by one does not get there."""
+    """Single units without which there are no faults, with reasons; None where releasing them one by one fails."""
     reasons = dict(known)
     for _ in range(ROUNDS):
         rest = [unit for unit in units if unit.key not in reasons]
@@ -220,29 +221,29 @@ def _culprits(
             return None
         front = _longest(rest, look, reasons)
         culprit = rest[front]
-        left = look(_released(reasons, [culprit]))
-        if _weight(left) > PROGRESS * _weight(found):
+        remaining = look(_released(reasons, [culprit]))
+        if _weight(remaining) > PROGRESS * _weight(found):
             return None
         reasons[culprit.key] = f"with it {found[0].told(names)}{where}"
-        found = left
+        found = remaining
         if not found:
             return reasons
     return None
 
 
 def _parts(units: Sequence[Unit], look: Look, words: str, known: Mapping[str, str]) -> dict[str, str] | None:
-    """The longest part from the front, or from the back, that holds on integers; None where there is none."""
+    """Reasons for releasing all but the longest part, from the front or the back, that holds; None if none does."""
     rest = [unit for unit in units if unit.key not in known]
-    turned = rest[::-1]
-    front, back = _longest(rest, look, known), _longest(turned, look, known)
+    backward = rest[::-1]
+    front, back = _longest(rest, look, known), _longest(backward, look, known)
     if not front and not back:
         return None
-    released = rest[front:] if front >= back else turned[back:]
+    released = rest[front:] if front >= back else backward[back:]
     return {**known, **{unit.key: f"with more layers on integers {words}" for unit in released}}
 
 
 def _longest(units: Sequence[Unit], look: Look, known: Mapping[str, str]) -> int:
-    """How many of the first units can be on integers, the others in float; all of them together are known not to."""
+    """How many of the first units hold on integers, the others in float; all of them together are known to fail."""
     low, high = 0, len(units)
     while high - low > 1:
         middle = (low + high) // 2
@@ -255,8 +256,8 @@ def _released(reasons: Mapping[str, str], more: Sequence[Unit]) -> Released:
 
 
 def _weight(found: Sequence[Fault]) -> float:
-    """How much is off, in decibels below the thresholds."""
-    return sum(WEIGHTS.get(each.kind, each.short) for each in found)
+    """Weight of all faults, in decibels below the thresholds."""
+    return sum(WEIGHTS.get(fault.kind, fault.short) for fault in found)
 
 
 def _named(unit: Unit) -> str:
@@ -270,12 +271,12 @@ def graph_of(model: QuantizedModule) -> GraphModule:
 
 
 def _gather(prepared: Prepared, checks: Checks) -> Evidence:
-    """The samples, and the answers in float and as trained."""
+    """The samples of a prepared model, and its outputs in float and as trained."""
     program = prepared.program
     assert isinstance(program, GraphModule)
-    known = prepared.reference
-    runs = prepared.samples.runs(checks.samples if known is None else Checks().samples) or [list(prepared.example)]
-    reference = float_outputs(program, runs) if known is None else known
+    stored = prepared.reference
+    runs = prepared.samples.runs(checks.samples if stored is None else Checks().samples) or [list(prepared.example)]
+    reference = float_outputs(program, runs) if stored is None else stored
     trained = reference
     if prepared.qat:
         prepared.observe(False)
@@ -286,9 +287,9 @@ def _gather(prepared: Prepared, checks: Checks) -> Evidence:
 
 
 def _kept(prepared: Prepared) -> Prepared:
-    """What can be converted again whatever happens to the original.
+    """A copy of `prepared` that can be converted again, whatever happens to the original.
 
-    Weights that nobody can train are shared with it; ranges are not.
+    Weights that cannot be trained are shared with the original; ranges are not.
     """
     program = prepared.program
     assert isinstance(program, GraphModule)
@@ -298,5 +299,5 @@ def _kept(prepared: Prepared) -> Prepared:
         return moved
     ranges = {str(node.target) for node in program.graph.nodes if observes(program, node)}
     stored = (*program.named_parameters(), *program.named_buffers())
-    memo: dict[int, Any] = {id(each): each for name, each in stored if name.rpartition(".")[0] not in ranges}
+    memo: dict[int, Any] = {id(tensor): tensor for name, tensor in stored if name.rpartition(".")[0] not in ranges}
     return copy.deepcopy(prepared, memo)

@@ -1,4 +1,4 @@
-"""A few samples of what a prepared model was calibrated on, and its answers to them in float."""
+"""A few samples of a prepared model's calibration data, and graph outputs on them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.fx import GraphModule, Interpreter
 
 from torchslim.core.trees import device_of
 
-MOST = 64  # samples that are held
+MOST = 64  # samples that are stored
 FEWEST = 2  # batches
-INPUTS = 2**23  # bytes that samples of small batches are joined up to in one call; its activations are many times that
-OUTPUTS = 2**26  # bytes of answers that are held
+INPUTS = 2**23  # bytes up to which small batches are joined into one call; its activations take many times that
+OUTPUTS = 2**26  # bytes of outputs that are stored
 
 Run = list[Tensor]
 """Flat input tensors of one call."""
@@ -26,31 +26,31 @@ class Samples:
     """The first samples of the first batches that a model is called with.
 
     Args:
-        axes: the dimension of the samples of each flat input; None where it has none.
+        axes: batch dimension of each flat input; None where it has none.
         answer: bytes of all outputs for one sample.
     """
 
     def __init__(self, axes: Sequence[int | None], answer: int = 0) -> None:
         self.axes, self.answer = tuple(axes), answer
         self.batches: list[Run] = []
-        self.closed = False  # calibrated: what comes later is training
+        self.closed = False  # after calibration: later batches are training data
 
     def add(self, leaves: Sequence[Tensor]) -> None:
-        """Hold a batch, or its first samples, where room is left."""
+        """Store a batch, or its first samples, where there is room."""
         if self.closed or (len(self.batches) >= FEWEST and (not self._joins or self._held >= MOST)):
             return
         self.batches.append(_first(leaves, self.axes, MOST // FEWEST))
 
     def runs(self, count: int) -> list[Run]:
-        """About `count` samples of all batches as one call; a call for each of two where they cannot be joined."""
+        """About `count` samples of all batches as one call; as two calls, of two batches, if they cannot be joined."""
         if not self.batches:
             return []
         count = min(count, self._affordable)
-        each = -(-count // len(self.batches))
-        taken = [_first(batch, self.axes, each) for batch in self.batches[:count]]
-        if not self._joins or any(not _alike(taken[0], other, self.axes) for other in taken[1:]):
-            return taken[:FEWEST]
-        leaves = zip(self.axes, *taken, strict=True)
+        per_batch = -(-count // len(self.batches))
+        pieces = [_first(batch, self.axes, per_batch) for batch in self.batches[:count]]
+        if not self._joins or any(not _alike(pieces[0], piece, self.axes) for piece in pieces[1:]):
+            return pieces[:FEWEST]
+        leaves = zip(self.axes, *pieces, strict=True)
         return [[parts[0] if axis is None else torch.cat(parts, axis) for axis, *parts in leaves]]
 
     def __deepcopy__(self, memo: Any) -> Samples:
@@ -64,10 +64,10 @@ class Samples:
 
     @property
     def _affordable(self) -> int:
-        """Samples whose inputs and answers are small, or no more than those of the largest batch that was seen."""
+        """Number of samples whose inputs and outputs stay small; inputs as large as the largest batch are fine."""
         sizes = [samples_in(batch, self.axes) for batch in self.batches]
-        one = sum(leaf.nbytes for leaf in self.batches[0]) // max(sizes[0], 1)
-        inputs = max(INPUTS // max(one, 1), *sizes)
+        sample_bytes = sum(leaf.nbytes for leaf in self.batches[0]) // max(sizes[0], 1)
+        inputs = max(INPUTS // max(sample_bytes, 1), *sizes)
         return max(FEWEST, min(inputs, OUTPUTS // max(self.answer, 1)))
 
     @property
@@ -76,70 +76,70 @@ class Samples:
 
 
 def batch_axes(program: ExportedProgram, axis: int | None) -> tuple[list[int | None], list[int | None], int]:
-    """The dimension of the samples of each flat input and output of a captured program, None where it has none.
+    """Batch dimensions of the flat inputs and outputs of a captured program, and the output bytes of one sample.
 
-    And the bytes of all outputs for one sample.
+    The dimension is None where an input or output has none.
 
     Args:
-        program: as `capture` gives it.
+        program: program from `capture`.
         axis: the dimension of the inputs that is free.
     """
     signature = program.graph_signature
     nodes = {node.name: node for node in program.graph.nodes}
     inputs = [nodes[name].meta["val"] for name in signature.user_inputs if isinstance(name, str)]
-    free = [
+    input_axes = [
         axis if axis is not None and value.dim() > axis and not isinstance(value.shape[axis], int) else None
         for value in inputs
     ]
-    symbols = {str(value.shape[at]) for value, at in zip(inputs, free, strict=True) if at is not None}
-    given: list[int | None] = []
-    answer = 0
+    symbols = {str(value.shape[dim]) for value, dim in zip(inputs, input_axes, strict=True) if dim is not None}
+    output_axes: list[int | None] = []
+    total = 0
     for name in signature.user_outputs:
         value = nodes[name].meta.get("val") if isinstance(name, str) and name in nodes else None
         shape = value.shape if isinstance(value, Tensor) else ()
-        given.append(next((at for at, size in enumerate(shape) if str(size) in symbols), None))
+        output_axes.append(next((dim for dim, size in enumerate(shape) if str(size) in symbols), None))
         if isinstance(value, Tensor):
-            answer += math.prod(hint(size) for at, size in enumerate(shape) if at != given[-1]) * value.element_size()
-    return free, given, answer
+            total += math.prod(hint(n) for dim, n in enumerate(shape) if dim != output_axes[-1]) * value.element_size()
+    return input_axes, output_axes, total
 
 
 def hint(size: Any) -> int:
-    """A size, of the example where it is free."""
-    known = size if isinstance(size, int) else size.node.hint
-    return 1 if known is None else int(known)
+    """A size as an integer: that of the example where the size is free."""
+    value = size if isinstance(size, int) else size.node.hint
+    return 1 if value is None else int(value)
 
 
 def float_outputs(program: GraphModule, runs: Sequence[Run]) -> list[list[Tensor]]:
-    """What a prepared graph answers where nothing is rounded and nothing observed; in evaluation."""
+    """Outputs of a prepared graph in evaluation mode, without rounding or observing."""
     switches = sum(node.op == "placeholder" for node in program.graph.nodes) - len(runs[0]) if runs else 0
     device = device_of(program)
 
     class Float(Interpreter):
         def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-            return args[0] if args else None  # observers hand on what they see, guards have no readers
+            return args[0] if args else None  # observers return their input, guards have no readers
 
     with torch.no_grad():
         answers = [Float(program).run(*_on(run, device), *[False] * switches) for run in runs]
-        return [[each.detach().cpu() for each in answer] for answer in answers]
+        return [[tensor.detach().cpu() for tensor in answer] for answer in answers]
 
 
 def outputs(program: GraphModule, runs: Sequence[Run], *switches: bool) -> list[list[Tensor]]:
-    """What a graph answers."""
+    """Outputs of a graph for each run."""
     device = device_of(program)
     with torch.no_grad():
-        return [[each.detach().cpu() for each in program(*_on(run, device), *switches)] for run in runs]
+        return [[tensor.detach().cpu() for tensor in program(*_on(run, device), *switches)] for run in runs]
 
 
 def part(run: Run, axes: Sequence[int | None], start: int, count: int) -> Run:
-    """Some samples of a run; those that have run out begin again."""
-    found = []
+    """`count` samples of a run from `start` on; behind the last sample the first one follows."""
+    leaves = []
     for leaf, axis in zip(run, axes, strict=True):
         if axis is None:
-            found.append(leaf)
+            leaves.append(leaf)
         else:
             order = (torch.arange(count) + start) % leaf.shape[axis]
-            found.append(leaf.index_select(axis, order))
-    return found
+            leaves.append(leaf.index_select(axis, order))
+    return leaves
 
 
 def _first(leaves: Sequence[Tensor], axes: Sequence[int | None], count: int) -> Run:
@@ -150,12 +150,12 @@ def _first(leaves: Sequence[Tensor], axes: Sequence[int | None], count: int) -> 
 
 
 def samples_in(batch: Run, axes: Sequence[int | None]) -> int:
-    """How many samples a run has; 1 where it has no dimension for them."""
+    """Number of samples in a run; 1 where it has no batch dimension."""
     return next((leaf.shape[axis] for leaf, axis in zip(batch, axes, strict=True) if axis is not None), 1)
 
 
 def _alike(one: Run, other: Run, axes: Sequence[int | None]) -> bool:
-    """Can two runs become one?"""
+    """Whether two runs can be joined."""
     for a, b, axis in zip(one, other, axes, strict=True):
         if axis is None:
             if a.shape != b.shape or not torch.equal(a, b):

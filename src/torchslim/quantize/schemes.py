@@ -1,4 +1,4 @@
-"""Which numbers: a row for each quantization scheme."""
+"""Quantization schemes: bits of weights and activations, a row for each scheme."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchslim.core.hardware import saturates
 from torchslim.errors import QuantizeError
 
 OBSERVERS = ("min-max", "moving-average", "percentile", "mse", "entropy")  # their code is loaded when one is used
-FLOAT = "float"  # what a layer's scheme is called that stays as it is
+FLOAT = "float"  # name of the scheme of layers that stay in float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Scheme:
 
     @property
     def activation_bits(self) -> int | None:
-        """None where activations stay float."""
+        """Bits of activations; None where they stay float."""
         return None if self.activations == "float" else 8
 
 
@@ -63,7 +63,7 @@ INTEGER_RUNTIMES = frozenset({"onnxruntime", "openvino", "inductor", "aoti"})  #
 
 
 def find_scheme(name: str) -> Scheme:
-    """A scheme by its name."""
+    """The scheme with this name."""
     if name not in SCHEMES:
         near = get_close_matches(name, SCHEMES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -72,12 +72,12 @@ def find_scheme(name: str) -> Scheme:
 
 
 def weight_range(runtime: str, scheme: Scheme | None = None) -> tuple[int, int]:
-    """The integers that weights may take on a runtime, on this machine's instruction set.
+    """Smallest and largest integer that weights may take on a runtime, with this machine's instruction set.
 
     Without VNNI, x86 adds two u8 x s8 products in 16 bits, which saturates; 7-bit weights cannot overflow there:
     2 * 255 * 63 < 2**15.
     """
     if scheme is not None and scheme.weight_bits == 4:
         return (-7, 7)
-    computes = scheme is None or scheme.activations != "float"
-    return (-63, 63) if computes and runtime in INTEGER_RUNTIMES and saturates() else (-127, 127)
+    on_integers = scheme is None or scheme.activations != "float"
+    return (-63, 63) if on_integers and runtime in INTEGER_RUNTIMES and saturates() else (-127, 127)

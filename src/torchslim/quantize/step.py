@@ -1,4 +1,4 @@
-"""The quantization step, and the functions that do the same outside of a run."""
+"""The quantization step of a recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torchslim.training.calibration import calibration_of
 from torchslim.training.finetune import Training
 from torchslim.training.loop import Hook, Loop
 
-LOUD_DB = 15.0  # below this the quantized output is worth a warning
+LOUD_DB = 15.0  # signal over noise of the quantized output, below which the step warns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +40,25 @@ class Quantize:
     Args:
         scheme: a name of `SCHEMES`, for every layer that `layers` does not name.
         layers: schemes, or "float", by glob over layers or "type:NAME"; the last pattern that matches counts. "auto":
-            the fewest layers stay in float (of "int4-weights": in "int8-weights") that keep the metric within
-            `metric_drop`, found by bisection over the most sensitive ones, each choice measured as the artifact.
-        metric_drop: with "auto", how much worse the metric on val may become, in its own unit, against the model that
-            the step receives.
+            leave as few layers in float (of "int4-weights": in "int8-weights") as keep the metric within `metric_drop`,
+            by bisection over the most sensitive layers, each choice measured as the artifact.
+        metric_drop: with "auto", how much worse the metric on val may become, in its own unit, than that of the model
+            that the step receives.
         mode: "ptq": post-training, calibrated on the task's calibration batches; "qat": then trained on the grid.
-        observer: of static activations, a name of `OBSERVERS`.
+        observer: observer of static activations, a name of `OBSERVERS`.
         accuracy: "plain": none of the four options below; "best": GPTQ and bias correction, which brought the outputs
-            of the models of `benchmarks/accuracy.md` nearer to float. An option that is set wins over it; with "qat"
-            both are left to the training. Layers that an option does not fit stay as they are.
+            of the models of `benchmarks/accuracy.md` nearer to float. An option that is set wins over it; with "qat",
+            training replaces both. Layers that an option does not fit stay as they are.
         equalize: even out the ranges of channels between layers (Nagel 2019).
-        smooth: move outliers behind norms into weights (SmoothQuant): how much of them, 0 to 1, or "off".
-        rounding: of weights, with "ptq": to "nearest", by "gptq" or "adaround".
-        correct_biases: with "ptq", take back the mean error of the outputs (Nagel 2019).
-        train: with "qat", how it trains; by default it distills the context's teacher for three epochs.
-        learned_step: with "qat", the scales of weights are learned, too (LSQ).
+        smooth: strength, 0 to 1, with which outliers behind norms move into weights (SmoothQuant), or "off".
+        rounding: with "ptq", how weights are rounded: to "nearest", by "gptq" or "adaround".
+        correct_biases: with "ptq", correct biases by the mean error of the outputs (Nagel 2019).
+        train: with "qat", the training; by default it distills the context's teacher for three epochs.
+        learned_step: with "qat", whether to learn the scales of weights, too (LSQ).
         norms_until: the fraction of the training after which batch norms keep their statistics.
         ranges_until: the fraction of the training after which the grids stay as they are.
-        checks: what must hold of the result, here and deployed; layers that are in the way go back to float. Values
-            that differ from the defaults may be given as a mapping. None: nothing is checked.
+        checks: thresholds for the result, here and deployed; layers that keep it from meeting them go back to float.
+            Values that differ from the defaults may be given as a mapping. None: no checks.
     """
 
     accepts: ClassVar[Form] = Form.MODULE
@@ -107,7 +107,7 @@ class Quantize:
             raise QuantizeError(f"{wrong[0]} must be in (0, 1], got {getattr(self, wrong[0])}")
 
     def check(self, ctx: Context) -> None:
-        """There is something to calibrate on, what is asked for names layers, and training can start."""
+        """Check that there is data to calibrate on, that the patterns name layers, and that training can start."""
         if self.calibrates():
             split = ctx.task.calibration_split
             take_first(getattr(ctx.task, split), split)
@@ -118,72 +118,72 @@ class Quantize:
             self.training().check_training(ctx)
 
     def trainings(self) -> list[int]:
-        """The epochs of the training on the grid."""
+        """Epochs of the training on the grid; empty with "ptq"."""
         return [self.training().epochs] if self.mode == "qat" else []
 
     def calibrates(self) -> bool:
-        """Does any layer need the ranges of its activations beforehand?"""
+        """Whether a layer or an option for accuracy needs calibration data."""
         names = {self.scheme, *self.exceptions().values()} - {FLOAT}
         return self.helpers().needs_data or any(find_scheme(name).activations == "static" for name in names)
 
     def exceptions(self) -> Layers:
-        """The layers whose scheme is known beforehand; none where it is to be found out."""
+        """Schemes of `layers` by pattern; empty with "auto", which finds them."""
         return self.layers if isinstance(self.layers, Mapping) else {}
 
     def helpers(self) -> Helpers:
-        """What is done for accuracy."""
+        """The options for accuracy."""
         names = ("equalize", "smooth", "rounding", "correct_biases")
-        given = {name: getattr(self, name) for name in names}
-        return chosen_helpers(self.accuracy, given, trained=self.mode == "qat")
+        options = {name: getattr(self, name) for name in names}
+        return chosen_helpers(self.accuracy, options, trained=self.mode == "qat")
 
     def training(self) -> Training:
-        """How it trains: with a teacher, where nothing else is asked for."""
+        """The training on the grid; by default, distillation from a teacher."""
         if self.train is not None:
             return self.train
-        made: Training = resolve("torchslim.distill:Distill", "the default training")(epochs=3, lr=1e-4)
-        return made
+        default: Training = resolve("torchslim.distill:Distill", "the default training")(epochs=3, lr=1e-4)
+        return default
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         if self.layers == "auto":
             return self._mixed(model, ctx)
         prepared = self._prepared(model, ctx, self.exceptions())
         history: Sequence[Mapping[str, float]] = ()
-        taught: Sequence[LayerRecord] = ()
+        training_records: Sequence[LayerRecord] = ()
         if self.mode == "qat":
             masks = {_inside(name): mask for name, mask in ctx.masks.items()}
-            known = dict(prepared.named_parameters())
+            parameters = dict(prepared.named_parameters())
             freeze = Freeze(prepared, self.norms_until, self.ranges_until)
             report = self.training().fit(
-                prepared, ctx, hooks=[freeze], masks={name: each for name, each in masks.items() if name in known}
+                prepared, ctx, hooks=[freeze], masks={name: mask for name, mask in masks.items() if name in parameters}
             )
-            history, taught = report.history, report.layers
+            history, training_records = report.history, report.layers
         checks = self.checks
         assert not isinstance(checks, Mapping)
         quantized = converted(prepared, checks)
         records = _measured(prepared, quantized, ctx.example_inputs)
-        told = [f"not quantized: {record.layer}: {record.reason}" for record in records if _surprising(record)]
-        found = quantized.evidence
-        both = ((), ()) if found is None else (chain(*found.reference), chain(*found.graph))
-        ratio = decibels(*both)
+        messages = [f"not quantized: {record.layer}: {record.reason}" for record in records if _surprising(record)]
+        evidence = quantized.evidence
+        outputs = ((), ()) if evidence is None else (chain(*evidence.reference), chain(*evidence.graph))
+        ratio = decibels(*outputs)
         if ratio < LOUD_DB and self.mode == "ptq":
-            told.append(f"the quantized output is only {ratio:.1f} dB from the float one; expect a loss")
+            messages.append(f"the quantized output is only {ratio:.1f} dB from the float one; expect a loss")
         return Outcome(
             model=quantized,
             masks=ctx.masks,
-            layers=[*records, *taught],
-            warnings=told,
+            layers=[*records, *training_records],
+            warnings=messages,
             history=history,
-            evidence={} if found is None else {"worst_channel": _worst(found, records)},
+            evidence={} if evidence is None else {"worst_channel": _worst(evidence, records)},
         )
 
     def prepared(self, model: nn.Module, ctx: Context, layers: Layers) -> Prepared:
-        """A calibrated model with other layers than the step's, for post-training quantization."""
+        """A calibrated model for post-training quantization, with `layers` in place of the step's."""
         return replace(self, layers=layers, metric_drop=None, mode="ptq", train=None, learned_step=False)._prepared(
             model, ctx, layers
         )
 
     def _batches(self, ctx: Context) -> list[Inputs]:
-        """What the observers see, or as many samples as the checks take, or none."""
+        """Batches for the observers, or as many samples as the checks take, or none."""
         data = calibration_of(ctx)
         if self.calibrates():
             return data.inputs
@@ -209,82 +209,83 @@ class Quantize:
         return prepared
 
     def _mixed(self, model: nn.Module, ctx: Context) -> Outcome:
-        """Find the layers that are left out, then quantize; a model that is trained is checked again."""
+        """Find the layers to leave out, then quantize; after training, measure again and leave out more if needed."""
         assert self.metric_drop is not None
         trials = Trials(model, ctx, self)
         choice = fewest(trials.layers, trials.drop, self.metric_drop, most=trials.most)
         layers, drop, held = choice.layers, choice.drop, choice.held
         outcome = self._with(trials.exceptions(layers), model, ctx)
         if self.mode == "qat":
-            taken = [(trials.lost_by(outcome.model), layers, outcome)]
+            attempts = [(trials.lost_by(outcome.model), layers, outcome)]
             for number in range(1, WIDENINGS + 1):
-                if taken[-1][0] <= self.metric_drop or len(layers) >= trials.most:
+                if attempts[-1][0] <= self.metric_drop or len(layers) >= trials.most:
                     break
                 layers = trials.layers[: min(max(2 * len(layers), 1), trials.most)]
                 state = None if ctx.state is None else ctx.state / f"wider-{number}"
                 if state is not None:
                     state.mkdir(parents=True, exist_ok=True)
                 outcome = self._with(trials.exceptions(layers), model, replace(ctx, state=state))
-                taken.append((trials.lost_by(outcome.model), layers, outcome))
-            drop, layers, outcome = min(taken, key=lambda each: each[0])
+                attempts.append((trials.lost_by(outcome.model), layers, outcome))
+            drop, layers, outcome = min(attempts, key=lambda attempt: attempt[0])
             held = drop <= self.metric_drop
-        told = list(outcome.warnings)
+        messages = list(outcome.warnings)
         if not held:
             unit = ctx.task.as_metric().unit
-            other = "float" if fallback(self.scheme) == FLOAT else "8 bits"
-            told.append(
+            fallback_name = "float" if fallback(self.scheme) == FLOAT else "8 bits"
+            messages.append(
                 f"no choice of layers that was measured keeps the metric within {self.metric_drop:g} {unit}: the "
-                f"nearest loses {drop:.4g} {unit} with {len(layers)} of {len(trials.layers)} layers in {other}"
+                f"nearest loses {drop:.4g} {unit} with {len(layers)} of {len(trials.layers)} layers in {fallback_name}"
             )
-        return replace(outcome, warnings=told)
+        return replace(outcome, warnings=messages)
 
     def _with(self, layers: dict[str, str], model: nn.Module, ctx: Context) -> Outcome:
-        """The step with layers left out, and their records saying why."""
-        other = fallback(self.scheme)
+        """The step's outcome with layers left out, which their records explain."""
+        instead = fallback(self.scheme)
         outcome = replace(self, layers=layers, metric_drop=None)(model, ctx)
         types = class_names(model)
 
         def explained(record: LayerRecord) -> LayerRecord:
-            left = record.reason == Reason.AS_ASKED or (
-                record.action == "quantized" and not record.reason and other != FLOAT
+            left_out = record.reason == Reason.AS_ASKED or (
+                record.action == "quantized" and not record.reason and instead != FLOAT
             )
-            last = next((layers[layer] for layer in reversed(layers) if matches(layer, record.layer, types)), None)
-            return replace(record, reason=KEPT[other]) if left and last == other else record
+            match = next((layers[layer] for layer in reversed(layers) if matches(layer, record.layer, types)), None)
+            return replace(record, reason=KEPT[instead]) if left_out and match == instead else record
 
-        return replace(outcome, layers=[explained(layer) for layer in outcome.layers])
+        return replace(outcome, layers=[explained(record) for record in outcome.layers])
 
 
 class Freeze(Hook):
-    """Batch-norm statistics settle late in the training, ranges later: the weights then adapt to what will ship."""
+    """Freezes batch-norm statistics late in training and ranges later, so that the weights adapt to the final ones."""
 
     def __init__(self, prepared: Prepared, norms_until: float, ranges_until: float) -> None:
         self.prepared, self.norms_until, self.ranges_until = prepared, norms_until, ranges_until
 
     def on_start(self, loop: Loop) -> None:
-        """A resumed run is as frozen as it was."""
+        """Freeze again what was frozen before an interruption."""
         self.on_step(loop)
 
     def on_step(self, loop: Loop) -> None:
-        """Freeze what is due."""
+        """Freeze statistics and ranges when their fraction of the training is over."""
         if loop.progress >= self.norms_until:
             self.prepared.freeze_norms()
         if loop.progress >= self.ranges_until:
             self.prepared.freeze_ranges()
 
     def settled(self, loop: Loop) -> bool:
-        """Only an epoch on the final grids may be kept as the best."""
+        """Whether the grids are final: only such an epoch may be kept as the best."""
         return loop.progress >= min(self.ranges_until, 1.0)
 
 
 def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) -> list[LayerRecord]:
-    """The records with the noise of each layer, the worst first, then those that stay in float."""
+    """Records with the SQNR of their layers, the worst first, then those of layers in float."""
     with quiet():
         from torchslim.quantize.layer_sqnr import layer_sqnr
 
-    found = layer_sqnr(prepared, quantized, prepared.leaves(inputs))
+    ratios = layer_sqnr(prepared, quantized, prepared.leaves(inputs))
     records = [
         replace(
-            record, sqnr_db=round(found[record.layer], 2) if math.isfinite(found.get(record.layer, math.inf)) else None
+            record,
+            sqnr_db=round(ratios[record.layer], 2) if math.isfinite(ratios.get(record.layer, math.inf)) else None,
         )
         for record in quantized.records
     ]
@@ -294,7 +295,7 @@ def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) ->
 
 
 def _worst(evidence: Any, records: Sequence[LayerRecord]) -> dict[str, Any] | None:
-    """The channel that is least like float, and the layer whose output is."""
+    """The worst channel, and the layer with the lowest SQNR; None where no output was compared."""
     figure = evidence.worst
     if figure is None:
         return None

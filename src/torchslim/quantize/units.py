@@ -1,4 +1,4 @@
-"""What of a prepared graph can go back to float by itself: a layer, or an operation between layers that has a grid."""
+"""Units of a prepared graph that can go back to float alone: layers, and operations between layers with a grid."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from torchslim.quantize.aten_ops import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """Roundings that belong together.
+    """Roundings that go back to float together.
 
     Attributes:
-        key: tells it from other units.
-        layer: the path that its record has.
-        operation: of an operation between layers, its name; empty for a layer.
+        key: identifies the unit.
+        layer: path of the layer, as in its record.
+        operation: name of an operation between layers; empty for a layer.
         edges: names of the observers and of the nodes that read them.
     """
 
@@ -43,9 +43,9 @@ class Unit:
 def units_of(program: GraphModule) -> list[Unit]:
     """The units of a prepared graph in the order of execution.
 
-    A layer has what it reads, its weights included, and what reads its output in float. An operation between layers (an
-    addition, a concatenation, a gate, a pool) has the same. What a layer reads of an operation is the layer's: where
-    every unit behind a place is released, nothing behind it is rounded.
+    A layer's unit has the roundings of its inputs and weights, and those of its output for readers in float. An
+    operation between layers (an addition, a concatenation, a gate, a pool) has the same. A value that a layer reads
+    from an operation belongs to the layer: where every unit behind a place is released, nothing behind it is rounded.
     """
     nodes = {node: place for place, node in enumerate(program.graph.nodes)}
     edges: dict[str, list[tuple[str, str]]] = {}
@@ -76,7 +76,7 @@ def units_of(program: GraphModule) -> list[Unit]:
 
 
 def release(program: GraphModule, units: Sequence[Unit], keys: Collection[str]) -> None:
-    """Let units read and give floats; observers that nobody reads any more are removed."""
+    """Make units read and give floats, and remove observers that no node reads any more."""
     named = {node.name: node for node in program.graph.nodes}
     for unit in units:
         if unit.key in keys:
@@ -91,7 +91,7 @@ def release(program: GraphModule, units: Sequence[Unit], keys: Collection[str]) 
 
 
 def observes(program: GraphModule, node: Node) -> bool:
-    """Is a node an observer, which rounds once the graph is converted?"""
+    """Whether a node is an observer, which rounds once the graph is converted."""
     return node.op == "call_module" and hasattr(program.get_submodule(str(node.target)), "calculate_qparams")
 
 
@@ -107,7 +107,7 @@ def _takes_grids(node: Node) -> bool:
 
 
 def _made_by(node: Node) -> Node:
-    """The operation that a value comes from, without the norms and clamps behind it."""
+    """The operation that computes a value, before the norms, clamps and dropouts behind it."""
     while node.target in (*CLAMPS, *BATCH_NORMS, *DROPOUTS) and not _takes_grids(node):
         before = argument(node, 0)
         if before is None or before.op != "call_function":

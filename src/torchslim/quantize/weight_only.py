@@ -1,7 +1,7 @@
-"""Weights of 4 bits in groups that share a scale, and the operations that read them.
+"""Weights of 4 bits in groups that share a scale, and the operations that unpack them in a graph.
 
-The graph stays one that any PyTorch runs: bytes are taken apart with ATen operations, and every runtime that has a
-kernel for such weights finds them with `torchslim.graph.integer_patterns.find_int4`.
+Any PyTorch can run the graph: ATen operations unpack the bytes. Runtimes that have a kernel for such weights find them
+with `torchslim.graph.integer_patterns.find_int4`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torchslim.errors import QuantizeError
 from torchslim.graph.integer_patterns import Int4Weight, find_int4
 
 aten = torch.ops.aten
-OFFSET = 8  # what is added to a value so that it fits half an unsigned byte
+OFFSET = 8  # added to a value so that it fits half an unsigned byte
 TINY = 1e-20  # the scale of a group of zeros
 
 __all__ = ["dequantize_groups", "emit", "find_int4", "pack_int4", "quantize_groups", "unpack_int4"]
 
 
 def quantize_groups(weight: Tensor, *, bits: int = 4, group_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Symmetric integers, the scale shared by each group of a row: max |w| / (2^(bits - 1) - 1).
+    """Symmetric integers, and a scale for each group of a row: max |w| / (2^(bits - 1) - 1).
 
     A row is the weight flattened from dimension 1 on; its last group may be shorter. Zeros stay zero.
 
@@ -37,7 +37,7 @@ def quantize_groups(weight: Tensor, *, bits: int = 4, group_size: int = 32) -> t
 
 
 def dequantize_groups(values: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    """The floats of integers in groups.
+    """Floats from integers in groups, each group with its scale.
 
     Shapes: (rows, length), (rows, groups) -> (rows, length).
     """
@@ -46,7 +46,7 @@ def dequantize_groups(values: Tensor, scale: Tensor, group_size: int) -> Tensor:
 
 
 def pack_int4(values: Tensor, group_size: int) -> Tensor:
-    """Two values in a byte, each plus 8, the even one in the low half; rows are padded with zeros to whole groups.
+    """Pack two values in a byte, both plus 8, the even one in the low half; zeros pad rows to whole groups.
 
     Shapes: (rows, length), each value in -8 ... 7 -> uint8 (rows, ceil(length / group_size) * group_size / 2).
     """
@@ -59,7 +59,7 @@ def pack_int4(values: Tensor, group_size: int) -> Tensor:
 
 
 def unpack_int4(packed: Tensor, length: int) -> Tensor:
-    """The values of `pack_int4`, padding left out.
+    """Unpack the values of `pack_int4`, without the padding.
 
     Shapes: (rows, bytes) -> int8 (rows, length).
     """
@@ -71,11 +71,11 @@ def emit(model: GraphModule, node: Node, values: Tensor, scale: Tensor, *, group
     """Replace a weight of the graph by its packed integers; returns the node that now gives the floats.
 
     Args:
-        model: holds the graph; it gets the buffers `<weight>_int4` and `<weight>_scale`, and keeps the float weight,
-            which nothing uses any more.
-        node: the `get_attr` of the weight.
-        values: its integers, (rows, length), as of `quantize_groups`.
-        scale: (rows, groups).
+        model: owner of the graph; gets the buffers `<weight>_int4` and `<weight>_scale`, and keeps the float weight,
+            which no node reads any more.
+        node: the `get_attr` node of the weight.
+        values: integers of the weight, (rows, length), as from `quantize_groups`.
+        scale: scales of the groups, (rows, groups).
         group_size: how many values share a scale.
     """
     shape = [int(size) for size in node.meta["val"].shape]
@@ -87,11 +87,11 @@ def emit(model: GraphModule, node: Node, values: Tensor, scale: Tensor, *, group
     model.register_buffer(f"{name}_int4", weight.packed)
     model.register_buffer(f"{name}_scale", weight.scale)
     graph = model.graph
-    made: list[Node] = []
+    operations: list[Node] = []
 
     def add(operation: object, *arguments: object, **options: object) -> Node:
-        made.append(graph.call_function(operation, arguments, options))  # type: ignore[arg-type]
-        return made[-1]
+        operations.append(graph.call_function(operation, arguments, options))  # type: ignore[arg-type]
+        return operations[-1]
 
     with graph.inserting_before(node):
         packed, scales = graph.get_attr(f"{name}_int4"), graph.get_attr(f"{name}_scale")
@@ -105,9 +105,9 @@ def emit(model: GraphModule, node: Node, values: Tensor, scale: Tensor, *, group
         if groups * group_size != length:
             last = add(aten.slice.Tensor, last, 1, 0, length)
         if [rows, length] != shape or groups * group_size != length:
-            last = add(aten.reshape.default, last, shape)  # a padded row is cut first: no view of it
-    for each in (packed, scales, *made):
-        each.meta |= {key: value for key, value in node.meta.items() if key in ("nn_module_stack", "stack_trace")}
+            last = add(aten.reshape.default, last, shape)  # a padded row was sliced, which allows no view
+    for added in (packed, scales, *operations):
+        added.meta |= {key: value for key, value in node.meta.items() if key in ("nn_module_stack", "stack_trace")}
     packed.meta["val"], scales.meta["val"], last.meta["val"] = weight.packed, weight.scale, node.meta["val"]
     node.replace_all_uses_with(last)
     graph.erase_node(node)

@@ -1,6 +1,6 @@
-"""Which way each weight is rounded, so that the layer's output changes least: GPTQ and AdaRound.
+"""Rounding of weights that changes a layer's output least: GPTQ and AdaRound.
 
-Both look at a layer alone, through the second moments of its input: with H = sum x x^T over calibration inputs, the
+Both treat layers one at a time, from the second moments of the input: with H = sum x x^T over calibration inputs, the
 squared output error of a row is (w_q - w) H (w_q - w)^T.
 """
 
@@ -20,19 +20,19 @@ Quantizer = Callable[[Tensor, Tensor], Tensor]
 
 
 def columns(node: Node, layer: Weighted, value: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """A layer's input as (groups, positions, inputs of one output): what a row of the weight is multiplied with."""
+    """A layer's input as (groups, positions, inputs of one output), which the rows of its weight multiply."""
     if layer.kind == "linear":
         return value.flatten(0, -2).unsqueeze(0)
     rank = len(kernel)
     arguments: list[Any] = [*node.args[3:7], *[None] * 4]
     stride, padding, dilation, groups = arguments[:4]
-    stride, dilation = (_each(each, rank, 1) for each in (stride, dilation))
+    stride, dilation = (_each(setting, rank, 1) for setting in (stride, dilation))
     groups = int(groups or 1)
     if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        pads = [(each // 2, each - each // 2) for each in total]
+        pads = [(width // 2, width - width // 2) for width in total]
     else:
-        pads = [(each, each) for each in _each(padding, rank, 0)]
+        pads = [(width, width) for width in _each(padding, rank, 0)]
     value = torch.nn.functional.pad(value, [edge for pair in reversed(pads) for edge in pair])
     for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
         reach = gap * (size - 1) + 1
@@ -45,7 +45,7 @@ def columns(node: Node, layer: Weighted, value: Tensor, kernel: tuple[int, ...])
 
 
 def gptq(weight: Tensor, scales: Tensor, second: Tensor, low: int, high: int, damping: float = 0.01) -> Tensor:
-    """Round column after column, and let the columns to come make up for the error.
+    """Round column after column; the following columns compensate for the error.
 
     Source: Frantar et al. 2023, "GPTQ", arXiv:2210.17323, algorithm 1.
 
@@ -55,33 +55,33 @@ def gptq(weight: Tensor, scales: Tensor, second: Tensor, low: int, high: int, da
         second: (inputs, inputs): second moments of the input.
         low: the smallest integer.
         high: the largest integer.
-        damping: of the diagonal's mean, added to the diagonal.
+        damping: fraction of the diagonal's mean that is added to the diagonal.
 
     Returns the integers, (rows, inputs), as floats.
     """
-    left = weight.double().clone()
+    remaining = weight.double().clone()
     steps = scales.double()
     moments = second.double().clone()
     dead = moments.diagonal() == 0
     moments[dead, dead] = 1
     moments.diagonal().add_(damping * moments.diagonal().mean())
     order = moments.diagonal().argsort(descending=True)
-    back = order.argsort()
-    left, steps, moments = left[:, order], steps[:, order], moments[order][:, order]
+    restore = order.argsort()
+    remaining, steps, moments = remaining[:, order], steps[:, order], moments[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    integers = torch.empty_like(left)
-    for start in range(0, left.shape[1], 128):
-        stop = min(start + 128, left.shape[1])
-        errors = torch.empty(left.shape[0], stop - start, dtype=torch.float64, device=left.device)
+    integers = torch.empty_like(remaining)
+    for start in range(0, remaining.shape[1], 128):
+        stop = min(start + 128, remaining.shape[1])
+        errors = torch.empty(remaining.shape[0], stop - start, dtype=torch.float64, device=remaining.device)
         for index in range(start, stop):
-            column = (left[:, index] / steps[:, index]).round().clamp(low, high)
+            column = (remaining[:, index] / steps[:, index]).round().clamp(low, high)
             integers[:, index] = column
-            error = (left[:, index] - column * steps[:, index]) / upper[index, index]
-            left[:, index:stop] -= error.unsqueeze(1) * upper[index, index:stop]
+            error = (remaining[:, index] - column * steps[:, index]) / upper[index, index]
+            remaining[:, index:stop] -= error.unsqueeze(1) * upper[index, index:stop]
             errors[:, index - start] = error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return integers[:, back]
+        remaining[:, stop:] -= errors @ upper[start:stop, stop:]
+    return integers[:, restore]
 
 
 def adaround(
@@ -106,8 +106,8 @@ def adaround(
         second: (inputs, inputs): second moments of the input.
         low: the smallest integer.
         high: the largest integer.
-        steps: of Adam.
-        lr: of Adam.
+        steps: number of steps of Adam.
+        lr: learning rate of Adam.
         regularization: lambda, relative to the error of rounding to nearest.
 
     Returns the integers, (rows, inputs), as floats.
@@ -130,7 +130,7 @@ def adaround(
         progress = index / steps
         up = (torch.sigmoid(learned) * stretch + shift).clamp(0, 1)
         values = ((below + up).clamp(low, high) - scaled) * step
-        # its gradient is that of the error, 2 values M, for one product of matrices where autograd takes three
+        # the gradient is that of the error, 2 values M, with one matrix product where autograd takes three
         loss = 2 * ((values.detach() @ moments) * values).sum() / reference
         if progress > 0.2:  # beta falls from 20 to 2
             beta = 2 + 18 * (1 - (progress - 0.2) / 0.8)
@@ -139,9 +139,9 @@ def adaround(
         loss.backward()
         optimizer.step()
     up = (torch.sigmoid(learned.detach()) * stretch + shift).clamp(0, 1) >= 0.5
-    found = (below + up).clamp(low, high)
-    better = error((found - scaled) * step) <= error((nearest - scaled) * step)
-    return found if better else nearest
+    rounded = (below + up).clamp(low, high)
+    better = error((rounded - scaled) * step) <= error((nearest - scaled) * step)
+    return rounded if better else nearest
 
 
 def _each(value: Any, rank: int, default: int) -> list[int]:
@@ -149,7 +149,7 @@ def _each(value: Any, rank: int, default: int) -> list[int]:
         return [default] * rank
     if isinstance(value, int):
         return [value] * rank
-    return [int(each) for each in value] * (rank if len(value) == 1 else 1)
+    return [int(size) for size in value] * (rank if len(value) == 1 else 1)
 
 
 def _product(sizes: tuple[int, ...]) -> int:

@@ -1,7 +1,7 @@
-"""A student's and a teacher's features brought together: the same positions, the same channels.
+"""Alignment of student and teacher features: resizes them to the same positions and projects channels.
 
 A feature of a batch is (batch, channels, *positions): vectors (batch, channels), tokens and signals (batch, channels,
-length), maps (batch, channels, height, width), volumes. A mask is (batch, *positions), True where one counts.
+length), maps (batch, channels, height, width), volumes. A mask is (batch, *positions), True where a position counts.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _COVERED = 1e-6
 
 
 def wide(feature: Tensor) -> Tensor:
-    """In at least float32."""
+    """The feature in at least float32."""
     return feature.to(torch.promote_types(feature.dtype, torch.float32))
 
 
 def check_alignable(student: Shape, teacher: Shape) -> None:
-    """Raise DistillError where `align` could not bring features of these shapes to the same positions."""
+    """Raise DistillError if `align` cannot bring features of these shapes to the same positions."""
     if min(len(student), len(teacher)) < 1 or min(*student, *teacher) < 1 or max(len(student), len(teacher)) > 4:
         reason = "each needs channels and at most three dimensions of positions, none of size 0"
     elif 1 in (len(student), len(teacher)) or len(student) == len(teacher):
@@ -60,7 +60,7 @@ def check_alignable(student: Shape, teacher: Shape) -> None:
 
 
 def check_positions(name: str, student: Shape, teacher: Shape) -> None:
-    """Raise DistillError where `align` would leave no positions of features of these shapes."""
+    """Raise DistillError if `align` cannot align features of these shapes, or leaves no positions of them."""
     check_alignable(student, teacher)
     if 1 in (len(student), len(teacher)):
         raise DistillError(
@@ -70,7 +70,7 @@ def check_positions(name: str, student: Shape, teacher: Shape) -> None:
 
 
 def check_pairs(pairs: Sequence[tuple[Shape, Shape]]) -> list[tuple[Shape, Shape]]:
-    """The pairs as tuples; DistillError where there is none, or one cannot be brought together."""
+    """The pairs as tuples; DistillError if there is none, or one that cannot be aligned."""
     if not pairs:
         raise DistillError("a feature loss needs at least one pair of (student, teacher) shapes, got none; tap layers")
     checked = [(tuple(student), tuple(teacher)) for student, teacher in pairs]
@@ -80,45 +80,46 @@ def check_pairs(pairs: Sequence[tuple[Shape, Shape]]) -> list[tuple[Shape, Shape
 
 
 def align(student: Tensor, teacher: Tensor, masks: Masks = (None, None)) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Both features at the same positions, and a mask there; what is masked is 0 in both.
+    """Both features at the same positions, with 0 where masked, and the mask of these positions.
 
-    Of different sizes, the student's is resized to the teacher's: averaged along a dimension that shrinks,
-    interpolated along one that grows. Next to a vector the other is averaged over its positions. Next to a map or
-    volume, tokens take its positions, without the first (class) token where there is one more of them.
+    Where sizes differ, the student's feature is resized to the teacher's: averaged along dimensions that shrink,
+    interpolated along those that grow. If one side is a vector, the other is averaged over its positions. If one side
+    is a map or volume, tokens take its positions, without the first (class) token where there is one token more.
 
-    Positions that do not count have no part in any average. After resizing one counts if one that counts has a part in
-    it, and it counts on both sides. Averaged positions leave a mask of samples: those with any that count.
+    Positions that do not count are left out of every average. After resizing, a position counts if any that counts
+    contributes to it, and only if it counts on both sides. Averaging over all positions leaves a mask of samples: True
+    for those with any position that counts.
 
     Shapes: (batch, channels, *positions), (batch, others, *elsewhere), their masks -> (batch, channels, *common),
     (batch, others, *common), (batch, *common) or None.
 
     Raises:
-        DistillError: the positions have nothing in common.
+        DistillError: the positions cannot be aligned, or the numbers of samples differ.
     """
     check_alignable(tuple(student.shape[1:]), tuple(teacher.shape[1:]))
     if len(student) != len(teacher):
         raise DistillError(
             f"student and teacher features are of {len(student)} and {len(teacher)} samples, not the same"
         )
-    mask, other = (None if each is None else each.bool() for each in masks)
-    student, teacher = masked(student, mask), masked(teacher, other)
+    mask, teacher_mask = (None if side_mask is None else side_mask.bool() for side_mask in masks)
+    student, teacher = masked(student, mask), masked(teacher, teacher_mask)
     if student.dim() != teacher.dim():
         if teacher.dim() == 2:
             student, mask = averaged(student, mask)
         elif student.dim() == 2:
-            teacher, other = averaged(teacher, other)
+            teacher, teacher_mask = averaged(teacher, teacher_mask)
         elif student.dim() == 3:
             student, mask = _on_grid(student, mask, teacher.shape[2:])
         else:
-            teacher, other = _on_grid(teacher, other, student.shape[2:])
+            teacher, teacher_mask = _on_grid(teacher, teacher_mask, student.shape[2:])
     if student.shape[2:] != teacher.shape[2:]:
         student, mask = _resized(student, teacher.shape[2:], mask)
-    mask = other if mask is None else mask if other is None else mask & other
+    mask = teacher_mask if mask is None else mask if teacher_mask is None else mask & teacher_mask
     return masked(student, mask), masked(teacher, mask), mask
 
 
 def resized_mask(mask: Tensor, positions: Sequence[int]) -> Tensor:
-    """True where any of what a position stands for is: (batch, *elsewhere) -> (batch, *positions)."""
+    """Mask at other positions, True where any position it covers is: (batch, *elsewhere) -> (batch, *positions)."""
     least = tuple(map(min, mask.shape[1:], positions))
     if least != mask.shape[1:]:
         mask = MAXIMA[len(least)](mask[:, None].float(), least)[:, 0] > 0
@@ -139,14 +140,14 @@ def masked(feature: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of what counts, 0 where nothing does: (batch, *positions), (batch, *positions) or None -> ()."""
+    """Mean of the values that count, 0 if none does: (batch, *positions), (batch, *positions) or None -> ()."""
     if mask is None:
         return values.mean()
     return values.masked_fill(~mask.bool(), 0).sum() / mask.bool().sum().clamp_min(1)
 
 
 def pooled(features: Sequence[Tensor]) -> list[Tensor]:
-    """Features of one network max-pooled to the smallest of their sizes; next to a vector, maxima over positions."""
+    """Features of one network max-pooled to their smallest size; next to a vector, to one maximum over positions."""
     if any(feature.dim() == 2 for feature in features):
         return [feature.flatten(2).amax(2) if feature.dim() > 2 else feature for feature in features]
     if len({feature.dim() for feature in features}) > 1 or features[0].dim() > 5:
@@ -158,12 +159,13 @@ def pooled(features: Sequence[Tensor]) -> list[Tensor]:
     sizes = [tuple(feature.shape[2:]) for feature in features]
     least = tuple(map(min, *sizes))
     return [
-        each if size == least else MAXIMA[len(least)](each, least) for each, size in zip(features, sizes, strict=True)
+        feature if size == least else MAXIMA[len(least)](feature, least)
+        for feature, size in zip(features, sizes, strict=True)
     ]
 
 
 def averaged(feature: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The mean over the positions that count, of a feature that is 0 elsewhere; and which samples have any."""
+    """Mean over the positions that count of a feature that is 0 elsewhere, and a mask of the samples that have any."""
     if mask is None:
         return feature.flatten(2).mean(2), None
     mask = mask.flatten(1)
@@ -193,7 +195,7 @@ def _resized(feature: Tensor, wanted: Sequence[int], mask: Tensor | None) -> tup
 
 
 class Project(nn.Module):
-    """A learned linear map of the channels at each position, as a 1x1 convolution is.
+    """Learned linear map of the channels at each position, like a 1x1 convolution.
 
     Shapes: (batch, channels, *positions) -> (batch, wanted, *positions).
     """
@@ -203,11 +205,11 @@ class Project(nn.Module):
         self.linear = nn.Linear(channels, wanted, bias=bias)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """The same positions with other channels."""
+        """Feature with `wanted` channels at the same positions."""
         projected: Tensor = self.linear(feature.movedim(1, -1)).movedim(-1, 1)
         return projected
 
 
 def bridge(student: Shape, teacher: Shape) -> nn.Module:
-    """Project from the student's to the teacher's channels; nothing to learn where there are as many."""
+    """`Project` from the student's to the teacher's channels; the identity where both have equally many."""
     return nn.Identity() if student[0] == teacher[0] else Project(student[0], teacher[0])

@@ -1,7 +1,7 @@
-"""Which positions of a feature are padding: the masks of a batch, and how one lies over a network's positions.
+"""Padding of features: which mask of a batch applies to a network's positions, and how it maps to them.
 
-Which of the masks is a feature's, if any, is found by a run on shorter sequences: where an encoder and a decoder, or
-text and images, go through one network, equal lengths tell nothing.
+A run on shorter sequences decides which mask belongs to a feature, if any. Equal lengths do not decide it where an
+encoder and a decoder, or text and images, go through one network.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torchslim.core.task import Task
 from torchslim.core.trees import changed
 from torchslim.distill.features.align import Shape, resized_mask
 
-DECODER = "decoder_"  # how Hugging Face's batches name what goes into a decoder
+DECODER = "decoder_"  # prefix of the decoder's inputs in batches of Hugging Face
 DECODER_MASK = f"{DECODER}attention_mask"
 
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """How a mask of a batch lies over positions.
+    """Mapping of a mask of a batch to a feature's positions.
 
     Attributes:
-        mask: its number among `masks_of`.
-        extra: positions before the first one of the mask, such as a class token, which count; None where a position
-            stands for several, as behind a stride, or for a part of one.
+        mask: number of the mask in `masks_of`.
+        extra: number of positions before the first one of the mask, such as a class token, which count; None if a
+            position covers several of the mask, as after a stride, or a part of one.
     """
 
     mask: int
     extra: int | None
 
     def over(self, masks: Sequence[Tensor | None], positions: Sequence[int]) -> Tensor | None:
-        """True where a position counts, if any that it stands for does: (batch, *positions); None without a mask."""
+        """Mask (batch, *positions), True where any of the positions that one covers counts; None without a mask."""
         mask = masks[self.mask]
         if mask is None:
             return None
@@ -47,14 +47,14 @@ class Padding:
 
 
 def masks_of(task: Task, batch: Batch) -> list[Tensor | None]:
-    """The task's mask, and that of a decoder where a batch has one by itself."""
+    """The task's mask, and the decoder's if the batch has a separate one."""
     mask = task.mask(batch)
-    other = batch.get(DECODER_MASK) if isinstance(batch, Mapping) else None
-    return [mask] if other is None or other is mask else [mask, other]
+    decoder_mask = batch.get(DECODER_MASK) if isinstance(batch, Mapping) else None
+    return [mask] if decoder_mask is None or decoder_mask is mask else [mask, decoder_mask]
 
 
 def shorter(task: Task, batch: Batch, number: int) -> Any:
-    """The inputs with about half of the positions of one of `masks_of`; None where that cannot be had."""
+    """Inputs with about half of the positions of mask `number` in `masks_of`; None if they cannot be shortened."""
     mask, inputs = masks_of(task, batch)[number], task.inputs(batch)
     if mask is None or mask.dim() != 2 or mask.shape[1] < 3:
         return None
@@ -63,8 +63,8 @@ def shorter(task: Task, batch: Batch, number: int) -> Any:
         return changed(inputs, cut)
     decodes = isinstance(batch, Mapping) and mask is batch.get(DECODER_MASK)
     return {
-        name: each if name in LABELS or name.startswith(DECODER) != decodes else changed(each, cut)
-        for name, each in inputs.items()
+        name: value if name in LABELS or name.startswith(DECODER) != decodes else changed(value, cut)
+        for name, value in inputs.items()
     }
 
 
@@ -73,7 +73,7 @@ def _shortened(length: int) -> int:
 
 
 def _cut(samples: int, length: int, wanted: int) -> Callable[[Tensor], Tensor]:
-    """Cuts sequences; floats are cut along their second dimension only, others, such as masks, along all of them."""
+    """Function that cuts sequences: floats along dimension 1 only, others, such as masks, along all later ones too."""
 
     def cut(tensor: Tensor) -> Tensor:
         if tensor.dim() < 2 or len(tensor) != samples:
@@ -87,34 +87,34 @@ def _cut(samples: int, length: int, wanted: int) -> Callable[[Tensor], Tensor]:
 
 
 def fewer(inputs: Any, samples: int) -> tuple[Any, int]:
-    """The inputs with another number of samples, about half; and how many these are."""
-    wanted = samples // 2 + 1 if samples > 2 else samples + 1
-    rows = torch.arange(wanted) % samples
+    """Inputs with another number of samples, about half of them, and this number."""
+    count = samples // 2 + 1 if samples > 2 else samples + 1
+    rows = torch.arange(count) % samples
 
     def chosen(tensor: Tensor) -> Tensor:
         return tensor[rows.to(tensor.device)] if tensor.dim() and len(tensor) == samples else tensor
 
-    return changed(inputs, chosen), wanted
+    return changed(inputs, chosen), count
 
 
 def find_padding(masks: Sequence[Tensor | None], positions: Shape, at: Sequence[Shape | None]) -> Padding | None:
-    """Which mask lies over these positions, and how; None where none does.
+    """Padding of a feature by the mask that applies to its positions; None if no mask does.
 
     Args:
         masks: of the batch.
         positions: of the feature.
-        at: its positions in the run on `shorter` sequences of each mask; None without such a run.
+        at: positions of the feature in the run on `shorter` sequences of each mask; None without such a run.
     """
     for number, (mask, short) in enumerate(zip(masks, at, strict=True)):
         if mask is None or mask.dim() - 1 != len(positions):
             continue
-        whole = tuple(mask.shape[1:])
+        mask_positions = tuple(mask.shape[1:])
         if short is None:
-            if positions == whole:
+            if positions == mask_positions:
                 return Padding(number, 0)
-            if len(whole) > 1:
+            if len(mask_positions) > 1:
                 return Padding(number, None)
         elif short != positions:
-            extra = positions[0] - whole[0]
-            return Padding(number, extra if extra >= 0 and short[0] - _shortened(whole[0]) == extra else None)
+            extra = positions[0] - mask_positions[0]
+            return Padding(number, extra if extra >= 0 and short[0] - _shortened(mask_positions[0]) == extra else None)
     return None

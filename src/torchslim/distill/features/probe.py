@@ -1,7 +1,7 @@
-"""What can be tapped of a model, and which dimensions of it are the batch, the channels and the positions.
+"""Finds the outputs of a model that can be tapped, and their batch, channel and position dimensions.
 
-A run tells the shapes; one on fewer samples tells which dimension is the batch, and one on shorter sequences which
-positions a mask is of. Where the model refuses those, sizes have to tell.
+A run gives the shapes, a run on fewer samples shows the batch dimension, and a run on shorter sequences shows the
+positions that a mask applies to. If the model rejects such inputs, sizes decide.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpos
 
 @dataclass(frozen=True, slots=True)
 class _Width:
-    """Of the last output of something that multiplies or normalizes: its channels, their stride, and its kind."""
+    """Layer type, number of channels and channel stride of the last output of a layer that multiplies or normalizes."""
 
     kind: type
     channels: int
@@ -40,78 +40,78 @@ class _Width:
 
 @dataclass(slots=True)
 class _Run:
-    """The outputs of a run in order: whose, of which sizes, which dimensions; and the model's own answer's sizes."""
+    """Outputs of a run in order: their paths, sizes, strides and widths; and the sizes of the model's logits."""
 
     paths: list[str] = field(default_factory=list)
     sizes: list[Shape] = field(default_factory=list)
     strides: list[Shape] = field(default_factory=list)
     widths: list[_Width | None] = field(default_factory=list)
-    own: list[bool] = field(default_factory=list)  # is it the model's answer?
+    own: list[bool] = field(default_factory=list)  # is it the model's own output?
     answer: Shape = ()
 
 
 def observe(model: nn.Module, task: Task, batch: Batch) -> list[Tap]:
-    """What can be tapped, in the order in which the modules end; the model's own answer is left out.
+    """Possible taps, in the order in which the modules end, without the model's own output.
 
     Args:
         model: a module, or a graph that was captured from one.
-        task: how a batch goes into it.
-        batch: it is run on this one, on fewer samples of it, and on shorter sequences.
+        task: gives the model's inputs from a batch.
+        batch: the model runs on it, on fewer samples of it, and on shorter sequences.
     """
     batch = to_device(batch, device_of(model))
     inputs, masks = task.inputs(batch), masks_of(task, batch)
     samples = batch_size(inputs)
-    whole = _run(model, task, inputs)
+    full = _run(model, task, inputs)
     part, count = fewer(inputs, samples)
-    few = _likewise(model, task, part, whole)
+    few = _likewise(model, task, part, full)
     count = samples if few is None else count
-    short = [_likewise(model, task, shorter(task, batch, number), whole) for number in range(len(masks))]
+    short = [_likewise(model, task, shorter(task, batch, number), full) for number in range(len(masks))]
     images = [tuple(tensor.shape[2:]) for tensor in tensors(inputs) if tensor.dim() == 4 and tensor.is_floating_point()]
-    calls, number, found = Counter(whole.paths), Counter[str](), []
+    calls, seen, taps = Counter(full.paths), Counter[str](), []
     owners = _owners(model)
-    for place, path in enumerate(whole.paths):
-        turn, sizes = number[path], whole.sizes[place]
-        number[path] += 1
-        if whole.own[place]:
+    for place, path in enumerate(full.paths):
+        turn, sizes = seen[path], full.sizes[place]
+        seen[path] += 1
+        if full.own[place]:
             continue
-        others = sizes if few is None else few.sizes[place]
-        batches = [dim for dim in range(len(sizes)) if (sizes[dim], others[dim]) == (samples, count)]
-        shorts = [run.sizes[place] for run in short if run is not None]
-        moved = [dim for dim, size in enumerate(sizes) if any(each[dim] != size for each in shorts)]
-        dims = _dims(owners[path], sizes, whole.strides[place], batches, moved, whole.widths[place])
+        few_sizes = sizes if few is None else few.sizes[place]
+        batches = [dim for dim in range(len(sizes)) if (sizes[dim], few_sizes[dim]) == (samples, count)]
+        short_sizes = [run.sizes[place] for run in short if run is not None]
+        moved = [dim for dim, size in enumerate(sizes) if any(other[dim] != size for other in short_sizes)]
+        dims = _dims(owners[path], sizes, full.strides[place], batches, moved, full.widths[place])
         if dims is None:
             continue
         shape = _placed(sizes, dims)
         at = [None if run is None else _placed(run.sizes[place], dims)[1:] for run in short]
         kind, weights = _kind(owners[path], path), _weights(owners[path])
         padding, patches = find_padding(masks, shape[1:], at), _patches(shape, images[0] if images else None)
-        found.append(Tap(path, turn, calls[path], shape, *dims, padding, kind, weights, patches))
-    return found
+        taps.append(Tap(path, turn, calls[path], shape, *dims, padding, kind, weights, patches))
+    return taps
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerPadding:
-    """Which mask of a batch lies over the positions of the logits, whose first dimension of positions is `first`."""
+    """Padding of the logits by a mask of a batch; `first` is their first dimension of positions."""
 
     padding: Padding
     first: int
 
     def over(self, masks: Sequence[Tensor | None], logits: Tensor) -> Tensor | None:
-        """True where a position counts: (batch, *positions)."""
+        """Mask (batch, *positions), True where a position counts; None without a mask."""
         return self.padding.over(masks, logits.shape[1:-1] if self.first == 1 else logits.shape[2:])
 
 
 def answer_padding(model: nn.Module, task: Task, batch: Batch) -> AnswerPadding | None:
-    """How a mask of a batch lies over the logits' positions; None where none does, as over one answer for a sample."""
+    """Padding of the logits; None if no mask applies to their positions, as with one prediction for a sample."""
     batch = to_device(batch, device_of(model))
     masks = masks_of(task, batch)
     if all(mask is None for mask in masks):
         return None
-    whole = _run(model, task, task.inputs(batch), watch=False)
-    for number, mask in enumerate(masks if len(whole.answer) > 2 else ()):
-        run = _likewise(model, task, shorter(task, batch, number), whole, watch=False)
-        for first, last in ((1, -1), (2, len(whole.answer))):  # of tokens, of pixels
-            positions = whole.answer[first:last]
+    full = _run(model, task, task.inputs(batch), watch=False)
+    for number, mask in enumerate(masks if len(full.answer) > 2 else ()):
+        run = _likewise(model, task, shorter(task, batch, number), full, watch=False)
+        for first, last in ((1, -1), (2, len(full.answer))):  # of tokens, of pixels
+            positions = full.answer[first:last]
             if run is not None:
                 padding = find_padding([mask], positions, [run.answer[first:last]])
             else:
@@ -123,7 +123,7 @@ def answer_padding(model: nn.Module, task: Task, batch: Batch) -> AnswerPadding 
 
 def _run(model: nn.Module, task: Task, inputs: Any, *, watch: bool = True) -> _Run:
     owners, run = _owners(model) if watch else {}, _Run()
-    outputs: list[Any] = []  # only referred to: all activations of a batch together would be large
+    outputs: list[Any] = []  # weak references: all activations of a batch together would be large
     width: _Width | None = None
 
     def keep(path: str, output: Any) -> None:
@@ -138,20 +138,20 @@ def _run(model: nn.Module, task: Task, inputs: Any, *, watch: bool = True) -> _R
             run.widths.append(width)
 
     with watched(model, keep, owners), dry(model):
-        said = call(model, to_dtype(inputs, dtype_of(model)))
-        answer = first_feature(said)
+        result = call(model, to_dtype(inputs, dtype_of(model)))
+        answer = first_feature(result)
         run.own = [answer is not None and output() is answer for output in outputs]
-        run.answer = tuple(task.logits(said).shape)
+        run.answer = tuple(task.logits(result).shape)
     return run
 
 
 def _likewise(model: nn.Module, task: Task, inputs: Any, whole: _Run, *, watch: bool = True) -> _Run | None:
-    """A run on other inputs; None where the model does not take them, or goes another way."""
+    """Run on other inputs; None if the model rejects them, or its outputs differ in modules or in ranks."""
     if inputs is None:
         return None
     try:
         run = _run(model, task, inputs, watch=watch)
-    except Exception:  # noqa: BLE001 - whatever a model raises on sizes that it is not made for
+    except Exception:  # noqa: BLE001 - a model may raise anything on sizes that it is not made for
         return None
     alike = run.paths == whole.paths and [*map(len, run.sizes)] == [*map(len, whole.sizes)]
     return run if alike and len(run.answer) == len(whole.answer) else None
@@ -163,10 +163,10 @@ def _owners(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _width(owner: Any, output: Tensor | None) -> _Width | None:
-    """How many channels what multiplies or normalizes puts out; None for anything else."""
+    """Output channels of a layer that multiplies or normalizes; None for any other module or node."""
     if isinstance(owner, Node):
         name, value = str(owner.target), owner.meta["val"]
-        if any(f".{each}." in f"{name}." for each in CONVOLUTIONS):
+        if any(f".{operation}." in f"{name}." for operation in CONVOLUTIONS):
             return _Width(nn.Conv2d, value.shape[1], None)
         return _Width(nn.Linear, value.shape[-1], None) if ".linear." in f"{name}." else None
     if not owner._parameters or any(True for _ in owner.children()):
@@ -185,9 +185,9 @@ def _width(owner: Any, output: Tensor | None) -> _Width | None:
 def _dims(
     owner: Any, sizes: Shape, strides: Shape, batches: Sequence[int], moved: Collection[int], width: _Width | None
 ) -> tuple[int, int] | None:
-    """Where the batch and, once it is the first dimension, the channels lie; None where the output has no batch.
+    """Dimension of the batch, and of the channels once the batch comes first; None if the output has no batch.
 
-    Of the dimensions, `batches` went with the number of samples and `moved` with the length of a sequence.
+    The dimensions `batches` changed with the number of samples, the dimensions `moved` with the length of a sequence.
     """
     if len(sizes) == 2:
         return (0, 1) if 0 in batches else None
@@ -201,7 +201,7 @@ def _dims(
     ends = [place for place in ends if rest[place] not in moved] or ends
     if width is None or not ends:
         return batch, (-1 if len(sizes) == 3 else 1) if width is None else _usual(width)
-    if len(ends) > 1:  # as many positions as channels: the channels' steps in memory are those of the layer's output
+    if len(ends) > 1:  # as many positions as channels: the channels have the stride of the layer's output
         ends = [place for place in ends if strides[rest[place]] == width.stride]
     return batch, _usual(width) if len(ends) != 1 else 1 if ends[0] == 0 else -1
 
@@ -211,14 +211,14 @@ def _usual(width: _Width) -> int:
 
 
 def _placed(sizes: Shape, dims: tuple[int, int]) -> Shape:
-    """(channels, *positions) of an output of these sizes."""
+    """Shape (channels, *positions) of an output of these sizes."""
     rest = [*sizes[: dims[0]], *sizes[dims[0] + 1 :]]
     channels = rest.pop(dims[1] - 1 if dims[1] > 0 else dims[1])
     return channels, *rest
 
 
 def _patches(shape: Shape, image: Shape | None) -> tuple[int, Shape] | None:
-    """How many tokens of an image come before those of its patches, and the patches' grid, which has its aspect."""
+    """Number of tokens before those of an image's patches, and the patches' grid, which has the image's aspect."""
     if image is None or len(shape) != 2:
         return None
     for first in range(min(FIRST_TOKENS, shape[1] - 1) + 1):

@@ -1,4 +1,4 @@
-"""Features inside a model, by the path of a module: watched for a while, in one layout, and nothing stays behind."""
+"""Taps: features inside a model by module path, read in one layout by hooks that are removed after use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchslim.distill.features.padding import Padding
 from torchslim.errors import DistillError
 from torchslim.graph.export import WRAPPED
 
-COMPILED = "_orig_mod"  # what torch.compile calls the module inside its own
+COMPILED = "_orig_mod"  # name of the wrapped module inside that of torch.compile
 Keep = Callable[[str, Any], None]
 """Takes a module's path and its output."""
 
@@ -30,17 +30,18 @@ class Tap:
 
     Attributes:
         path: of the module.
-        call: which of its calls, where it is called more than once.
-        calls: how many there are.
+        call: index of the call, if the module is called more than once.
+        calls: number of calls of the module.
         shape: (channels, *positions).
-        batch_dim: of the output.
-        channel_dim: of the output, once the batch is its first dimension.
-        padding: which mask of a batch lies over the positions; None where none does.
+        batch_dim: batch dimension of the output.
+        channel_dim: channel dimension of the output, once the batch is its first dimension.
+        padding: which mask of a batch applies to the positions; None if none does.
         kind: the class of the module.
-        weights: how many parameters the module has.
-        patches: of tokens of an image: how many come first, such as a class token, and the grid of the others.
+        weights: number of parameters of the module.
+        patches: for tokens of an image: the number of tokens that come first, such as a class token, and the grid of
+            the others.
         first: positions before this one are left out.
-        grid: tokens are laid out on it.
+        grid: grid that the tokens are laid out on.
     """
 
     path: str
@@ -58,22 +59,22 @@ class Tap:
 
     @property
     def name(self) -> str:
-        """As it is written in `taps`."""
+        """Name of the tap, as written in `taps`."""
         return self.path if self.calls == 1 else f"{self.path}[{self.call}]"
 
     @property
     def positions(self) -> Shape:
-        """What is left of the shape without the channels."""
+        """Shape without the channels."""
         return self.shape[1:]
 
     def on_grid(self) -> Tap:
-        """The tokens of an image as a map, without those that are no part of it."""
+        """The tap with the tokens of an image as a map, without tokens that are not part of the image."""
         assert self.patches is not None
         first, grid = self.patches
         return replace(self, shape=(self.shape[0], *grid), padding=None, first=first, grid=grid)
 
     def without_first(self) -> Tap:
-        """Without the positions before those that the mask is of."""
+        """The tap without the positions before the first one of the mask."""
         assert self.padding is not None
         assert self.padding.extra is not None
         first = self.padding.extra
@@ -91,11 +92,11 @@ class Tap:
 
 
 class Watch:
-    """What some modules put out, call by call.
+    """Outputs of some modules, call by call.
 
     Args:
         paths: of the modules.
-        copied: those whose outputs the model writes over later.
+        copied: paths whose outputs are copied, because the model overwrites them later.
     """
 
     def __init__(self, paths: Iterable[str], copied: Iterable[str] = ()) -> None:
@@ -103,37 +104,37 @@ class Watch:
         self.copied = frozenset(copied)
 
     def clear(self) -> None:
-        """Forget the last forward pass."""
-        for found in self.outputs.values():
-            found.clear()
+        """Drop the outputs of the last forward pass."""
+        for calls in self.outputs.values():
+            calls.clear()
 
     def keep(self, path: str, output: Any) -> None:
-        """Keep a call's first feature tensor."""
+        """Keep the first feature tensor of a call's output."""
         tensor = first_feature(output)
         if tensor is not None:
             tensor = tensor.clone() if path in self.copied else tensor
             self.outputs[path].append((tensor, tensor._version))
 
     def features(self, taps: Sequence[Tap]) -> list[Tensor | None]:
-        """The features of the last forward pass; None of what was not run in it, such as a layer that was dropped.
+        """Features of the last forward pass; None for a tap that was not run in it, such as a dropped layer.
 
         Raises:
-            DistillError: the model has written over one since.
+            DistillError: the model has overwritten an output since.
         """
         changed = self.overwritten() & {tap.path for tap in taps}
         if changed:
             raise DistillError(f"the model writes over the output of {min(changed)!r} in place; tap another module")
-        found = [self.outputs[tap.path][tap.call : tap.call + 1] for tap in taps]
-        return [tap.feature(each[0][0]) if each else None for tap, each in zip(taps, found, strict=True)]
+        calls = [self.outputs[tap.path][tap.call : tap.call + 1] for tap in taps]
+        return [tap.feature(call[0][0]) if call else None for tap, call in zip(taps, calls, strict=True)]
 
     def overwritten(self) -> set[str]:
-        """The paths whose outputs the model has written over."""
-        return {path for path, found in self.outputs.items() if any(each._version != old for each, old in found)}
+        """Paths whose outputs the model has overwritten."""
+        return {path for path, calls in self.outputs.items() if any(tensor._version != old for tensor, old in calls)}
 
     def rehearse(self, model: nn.Module, call: Callable[[], Any]) -> None:
-        """Run the model once, and from then on copy what it writes over, as activations in place do."""
+        """Run the model once, and from then on copy outputs that it overwrites, as in-place activations do."""
         with dry(model):
-            for module in model.modules():  # a dropout in place does nothing in eval mode
+            for module in model.modules():  # an in-place dropout does nothing in eval mode
                 module.training = bool(getattr(module, "inplace", False))
             call()
         self.copied = frozenset(self.overwritten())
@@ -150,14 +151,14 @@ def first_feature(output: Any) -> Tensor | None:
 
 @contextmanager
 def watched(model: nn.Module, keep: Keep, paths: Iterable[str]) -> Iterator[None]:
-    """Hand what modules put out to `keep`, with their path, until the end of the block.
+    """Call `keep` with the path and output of every module that runs, until the end of the block.
 
-    What torch.compile has wrapped runs uncompiled meanwhile.
+    Modules wrapped by torch.compile run uncompiled meanwhile.
 
     Args:
-        model: a module; a graph that was captured from one is watched at the nodes of the same paths.
+        model: a module, or a graph captured from one, which is watched at the nodes of the same paths.
         keep: called with a path and an output.
-        paths: of its modules.
+        paths: of the modules.
     """
     owners, paths = modules_by_path(model), list(paths)
     with ExitStack() as stack:
@@ -168,23 +169,23 @@ def watched(model: nn.Module, keep: Keep, paths: Iterable[str]) -> Iterator[None
         inside = [path for path in paths if path not in owners]
         if inside:
             stack.enter_context(_watched_graph(graph_of(model), inside, keep))
-        if is_compiled(model):  # compiled code does not see hooks that come and go
+        if is_compiled(model):  # compiled code ignores hooks that are added or removed later
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by path, the model itself left out; what torch.compile wraps keeps its own paths."""
-    found: dict[str, nn.Module] = {}
+    """Modules by path, without the model itself; modules wrapped by torch.compile keep their own paths."""
+    modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         name = ".".join(part for part in path.split(".") if part != COMPILED)
         if name:
-            found[name] = module  # the wrapped one comes after its wrapper, whose hooks its graph would not see
-    return found
+            modules[name] = module  # the wrapped module comes after its wrapper, whose hooks its graph would not see
+    return modules
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Has torch.compile wrapped the model, or a module in it?"""
+    """Is the model, or a module in it, wrapped by torch.compile?"""
     return any(
         hasattr(module, COMPILED) or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
@@ -202,7 +203,7 @@ def _hook(keep: Keep, path: str) -> Callable[[nn.Module, Any, Any], None]:
 
 
 class _Reader(nn.Module):
-    """In a graph: hands its input on. What drops unused nodes leaves it in."""
+    """Module added to a graph, passes its input to `keep`; impure, so that removal of unused nodes leaves it in."""
 
     _is_impure = True
 
@@ -215,33 +216,33 @@ class _Reader(nn.Module):
 
 
 def graph_of(model: nn.Module) -> GraphModule | None:
-    """The captured graph inside a model whose modules are gone; None for ordinary models."""
+    """Captured graph inside a model that has lost its modules; None for ordinary models."""
     graphs = [module for module in model.modules() if isinstance(module, GraphModule)]
     return next((graph for graph in graphs if any(_scopes(node) for node in graph.graph.nodes)), None)
 
 
 def nodes_by_path(program: GraphModule) -> dict[str, Node]:
-    """The last node of each module that the graph was captured from."""
-    found: dict[str, Node] = {}
+    """Last node of each module that the graph was captured from, by path."""
+    nodes: dict[str, Node] = {}
     for node in program.graph.nodes:
         if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
             for path in _scopes(node):
-                found[path] = node
-    return found
+                nodes[path] = node
+    return nodes
 
 
 @contextmanager
 def _watched_graph(program: GraphModule | None, paths: Sequence[str], keep: Keep) -> Iterator[None]:
-    known = nodes_by_path(program) if program is not None else {}
+    nodes = nodes_by_path(program) if program is not None else {}
     assert program is not None
-    assert all(path in known for path in paths)
+    assert all(path in nodes for path in paths)
     added = []
     try:
         for number, path in enumerate(paths):
             name = f"_reader_{number}"
             program.add_submodule(name, _Reader(keep, path))
-            with program.graph.inserting_after(known[path]):
-                added.append(program.graph.call_module(name, (known[path],)))
+            with program.graph.inserting_after(nodes[path]):
+                added.append(program.graph.call_module(name, (nodes[path],)))
         program.recompile()
         yield
     finally:
@@ -252,7 +253,7 @@ def _watched_graph(program: GraphModule | None, paths: Sequence[str], keep: Keep
 
 
 def _scopes(node: Node) -> list[str]:
-    """The paths of the modules that a node was captured in, the outermost first."""
+    """Paths of the modules that a node was captured in, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values()]
     names = [f"{path}.".removeprefix("L['self'].").removeprefix(WRAPPED).rstrip(".") for path in paths]
@@ -261,7 +262,7 @@ def _scopes(node: Node) -> list[str]:
 
 @contextmanager
 def dry(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and the random state given back."""
+    """Run the block in eval mode without gradients; restore the modes and the random state after it."""
     modes = [(module, module.training) for module in model.modules()]
     with preserved_globals(), torch.no_grad():
         for module, _ in modes:

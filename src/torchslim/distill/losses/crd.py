@@ -1,4 +1,4 @@
-"""Contrastive distillation: a student's sample lies nearer to the teacher's of the same sample than to any other's."""
+"""Contrastive distillation: pulls a student's embedding of a sample to the teacher's of that sample, not of others."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def contrast(
 ) -> Tensor:
     """Mean over the batch of -log h(positive) - the sum over negatives of log(1 - h(negative)).
 
-    h = e^(anchor . other / temperature) / (e^(anchor . other / temperature) + partition * N / M), how likely the other
-    is the anchor's own and not one of N negatives drawn of M samples.
+    h = e^(anchor . other / temperature) / (e^(anchor . other / temperature) + partition * N / M): the probability that
+    `other` is the anchor's positive and not one of N negatives drawn from M samples.
 
     Args:
         anchor: unit vectors (batch, size).
-        positive: of the other network, of the same samples, (batch, size).
-        negatives: of the other network, of other samples, (batch, n, size).
+        positive: unit vectors of the other network on the same samples, (batch, size).
+        negatives: unit vectors of the other network on other samples, (batch, n, size).
         temperature: of the scores.
-        samples: M, in the whole data set.
-        counts: True where a negative counts, (batch, n); N is how many do. All, if None.
+        samples: M, the number of samples in the data set.
+        counts: True where a negative counts, (batch, n); N is the number that count. None: all count.
         partition: the constant that the scores are divided by; 1 in the paper.
 
     Returns: ().
@@ -57,17 +57,17 @@ def contrast(
 
 
 def _estimation(near: Tensor, far: Tensor, level: Tensor, counts: Tensor | None) -> Tensor:
-    """Noise-contrastive estimation of scores (batch,), (batch, n), with log(partition / M); e^score may be huge."""
+    """Noise-contrastive loss of scores (batch,), (batch, n) and log(partition / M); in logs, e^score may be huge."""
     drawn = torch.full_like(near, far.shape[1]) if counts is None else counts.sum(1).to(near.dtype)
     level = level + drawn.clamp_min(1).log()
-    others = functional.softplus(far - level[:, None])
+    losses = functional.softplus(far - level[:, None])
     if counts is not None:
-        others = others.masked_fill(~counts.bool(), 0)
-    return (functional.softplus(level - near) + others.sum(1)).mean()
+        losses = losses.masked_fill(~counts.bool(), 0)
+    return (functional.softplus(level - near) + losses.sum(1)).mean()
 
 
 class Contrast(nn.Module):
-    """Two embeddings that are trained, and a bank of each of the whole data set, that is remembered."""
+    """Two trained embeddings, and for each a bank that holds the embedding of every sample of the data set."""
 
     bank_student: Tensor
     bank_teacher: Tensor
@@ -84,41 +84,41 @@ class Contrast(nn.Module):
             rows = torch.randn(samples, config.size, generator=generator)
             self.register_buffer(name, functional.normalize(rows, dim=1))
         self.register_buffer("labels", torch.full((samples,), -1))
-        # log(partition / samples) of the student's and of the teacher's anchors, nan until the first batch in training
+        # log(partition / samples) for the student's and the teacher's anchors, nan until the first batch in training
         self.register_buffer("level", torch.full((2,), torch.nan))
 
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor, target: Tensor | None = None) -> Tensor:
-        """The weighted loss; in training the banks then learn the batch.
+        """Weighted loss of a batch; in training mode the banks are then updated with the batch.
 
-        Negatives are drawn by torch's own generator of the device. Several processes need batches of one size.
+        Negatives are drawn with torch's default generator of the device. Several processes need batches of equal size.
 
         Shapes: (batch, channels, *positions), (batch, others, *positions), (batch,), (batch,) or None -> ().
 
         Args:
             student: features, averaged over positions.
             teacher: features of the same samples.
-            index: their places in the data set.
-            target: their classes, so that samples of one class are no negatives of each other; -1 is unknown.
+            index: places of the samples in the data set.
+            target: classes of the samples; samples of one class are no negatives of each other, -1 is unknown.
 
         Raises:
-            DistillError: an index is out of range, or sizes do not go together.
+            DistillError: an index is out of range, or sizes do not match.
         """
         index, target = self._checked(student, teacher, index, target)
         with torch.autocast(student.device.type, enabled=False):
-            left = self._embedded(self.embed_student, student)
-            right = self._embedded(self.embed_teacher, teacher.detach())
+            students = self._embedded(self.embed_student, student)
+            teachers = self._embedded(self.embed_teacher, teacher.detach())
             others = self.draw_others(index.device)
             classes = self.labels[index] if target is None else target
             own = index[:, None] == others
             counts = ~own & ((classes[:, None] < 0) | (classes[:, None] != self.labels[others]))
-            near, levels, losses = (left * right).sum(1) / self.config.temperature, [], []
-            for place, (anchor, bank) in enumerate(((left, self.bank_teacher), (right, self.bank_student))):
+            near, levels, losses = (students * teachers).sum(1) / self.config.temperature, [], []
+            for place, (anchor, bank) in enumerate(((students, self.bank_teacher), (teachers, self.bank_student))):
                 far = anchor @ bank[others].T / self.config.temperature
                 first = far.detach()[~own].logsumexp(0) - (~own).sum().clamp_min(1).to(far.dtype).log()
                 levels.append(torch.where(self.level[place].isnan(), first, self.level[place]))
                 losses.append(_estimation(near, far, levels[place], counts))
             if self.training:
-                self._remember(left.detach(), right.detach(), index, target, torch.stack(levels))
+                self._remember(students.detach(), teachers.detach(), index, target, torch.stack(levels))
             return self.config.weight * (losses[0] + losses[1])
 
     def _embedded(self, embed: nn.Linear, feature: Tensor) -> Tensor:
@@ -126,14 +126,14 @@ class Contrast(nn.Module):
         return functional.normalize(embed(feature.flatten(2).mean(2) if feature.dim() > 2 else feature), dim=1)
 
     def draw_others(self, device: torch.device) -> Tensor:
-        """Places that the batch is contrasted with: all, where there are no more than are to be drawn."""
+        """Places of the samples that the batch is contrasted with: `negatives` random ones, or all where fewer."""
         if self.config.negatives >= self.samples - 1:
             return torch.arange(self.samples, device=device)
         return torch.randint(self.samples, (self.config.negatives,), device=device)
 
     @torch.no_grad()
     def _remember(self, student: Tensor, teacher: Tensor, index: Tensor, target: Tensor | None, levels: Tensor) -> None:
-        """Move the rows of all processes' batches by momentum, those of a sample that comes twice by its mean."""
+        """Update the banks by momentum with all processes' batches; a sample that occurs twice counts by its mean."""
         target = self.labels[index] if target is None else target
         student, teacher, index, target, levels = map(gathered, (student, teacher, index, target, levels[None]))
         self.level.copy_(levels.mean(0))
@@ -149,18 +149,18 @@ class Contrast(nn.Module):
         self, student: Tensor, teacher: Tensor, index: Tensor, target: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         batch = len(student)
-        wanted = (batch, self.embed_student.in_features), (batch, self.embed_teacher.in_features)
+        sizes = (batch, self.embed_student.in_features), (batch, self.embed_teacher.in_features)
         got = tuple(student.shape[:2]), tuple(teacher.shape[:2])
-        if got != wanted:
+        if got != sizes:
             raise DistillError(
-                f"built for features (batch, channels, ...) of {wanted[0]} and {wanted[1]}, got {got[0]} and {got[1]}; "
+                f"built for features (batch, channels, ...) of {sizes[0]} and {sizes[1]}, got {got[0]} and {got[1]}; "
                 "build it anew for other channels"
             )
-        for name, each in (("index", index), ("target", target)):
-            if each is not None and (each.shape != (batch,) or each.is_floating_point() or each.dtype == torch.bool):
+        for name, ids in (("index", index), ("target", target)):
+            if ids is not None and (ids.shape != (batch,) or ids.is_floating_point() or ids.dtype == torch.bool):
                 raise DistillError(
-                    f"{name} must hold a whole number for each of {batch} samples, got {each.dtype} of shape "
-                    f"{tuple(each.shape)}"
+                    f"{name} must hold a whole number for each of {batch} samples, got {ids.dtype} of shape "
+                    f"{tuple(ids.shape)}"
                 )
         if batch and not 0 <= int(index.min()) <= int(index.max()) < self.samples:
             raise DistillError(
@@ -175,18 +175,18 @@ class Contrast(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CRD:
-    """Contrastive distillation: weight * contrast, the student's anchors and the teacher's, against banks.
+    """Contrastive distillation: weight * (contrast of the student's anchors + that of the teacher's), against banks.
 
-    The scores' constant is estimated from the first batch, as in the released code: without it thousands of negatives
-    outweigh all else.
+    The scores' constant is estimated from the first batch, as in the released code: without it, thousands of negatives
+    outweigh everything else.
 
     Args:
         weight: 0.8 in the paper.
         temperature: 0.07 in the released code.
         size: of the embeddings.
-        negatives: of a batch, which shares them: one product of matrices, where the paper draws 16384 for each sample;
-            all samples, where there are fewer. A sample is no negative of itself.
-        momentum: how much of a bank's row stays.
+        negatives: shared by all samples of a batch, which makes one matrix product; the paper draws 16384 for each
+            sample. All samples, where there are fewer. A sample is no negative of itself.
+        momentum: the share of a bank's row that stays.
 
     Source: Tian, Krishnan & Isola 2020, arXiv:1910.10699, section 3.1.
 
@@ -214,7 +214,7 @@ class CRD:
             raise DistillError(f"momentum must be in [0, 1), the share of a bank's row that stays, got {self.momentum}")
 
     def build(self, student: Shape, teacher: Shape, samples: int) -> nn.Module:
-        """The embeddings and banks for features (channels, *positions) of a data set of so many samples.
+        """Module with embeddings and banks for features (channels, *positions) of a data set of `samples` samples.
 
         Raises:
             DistillError: fewer than two samples, or a feature without channels.

@@ -1,7 +1,7 @@
-"""Feature losses, or hints: what is learned from hidden layers. Frozen dataclasses, and plain functions of features.
+"""Feature losses: frozen dataclasses that compare hidden layers of student and teacher.
 
 A feature of a batch is (batch, channels, *positions), its shape (channels, *positions). A loss builds a module that
-trains along with the student and is thrown away afterwards; it stays in float32 whatever the student's precision.
+trains jointly with the student and is discarded afterwards; it stays in float32 whatever the student's precision.
 
 >>> import torch
 >>> module = Hint().build([((8, 6, 6), (16, 3, 3))])
@@ -53,7 +53,7 @@ Compare = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class FeatureModule(nn.Module):
-    """What the modules share: weight * mean over the pairs, in the precision of their parameters, outside autocast."""
+    """Base of the modules: weight * mean over the pairs, in the precision of their parameters, outside autocast."""
 
     def __init__(self, weight: float, pairs: Sequence[tuple[Shape, Shape]]) -> None:
         super().__init__()
@@ -63,11 +63,11 @@ class FeatureModule(nn.Module):
     def forward(
         self, students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence[Masks] | None = None
     ) -> Tensor:
-        """Features (batch, channels, *positions), and the masks of each pair, (batch, *positions) -> ()."""
+        """Weighted loss of features (batch, channels, *positions) and masks (batch, *positions) for each pair -> ()."""
         masks = [(None, None)] * len(students) if masks is None else masks
         if any(isinstance(mask, Tensor) for mask in masks):
             raise DistillError("masks are pairs: one for the student's positions and one for the teacher's, or None")
-        got = [(left.shape[1], right.shape[1]) for left, right in zip(students, teachers, strict=False)]
+        got = [(student.shape[1], teacher.shape[1]) for student, teacher in zip(students, teachers, strict=False)]
         if got != self.channels or not len(students) == len(teachers) == len(masks):
             raise DistillError(
                 f"built for pairs of (student, teacher) channels {self.channels}, got {len(students)} features of the "
@@ -75,31 +75,31 @@ class FeatureModule(nn.Module):
             )
         parameter = next(self.parameters(), None)
         tensors = [
-            [wide(each) if parameter is None else each.to(parameter.dtype) for each in side]
+            [wide(feature) if parameter is None else feature.to(parameter.dtype) for feature in side]
             for side in (students, [teacher.detach() for teacher in teachers])
         ]
-        # a loss of many squares overflows in half precision
+        # a sum of many squares overflows in half precision
         with torch.autocast(students[0].device.type, enabled=False):
             return self.weight * torch.stack(self.terms(tensors[0], tensors[1], masks)).mean()
 
     def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Masks]) -> list[Tensor]:
-        """One scalar for each pair."""
+        """Losses as scalars, whose mean `forward` takes."""
         raise NotImplementedError
 
 
 class _Apart(FeatureModule):
-    """Each pair is compared on its own, by its part."""
+    """Compares every pair by itself, with its own part."""
 
     def __init__(self, weight: float, pairs: Sequence[tuple[Shape, Shape]], parts: Sequence[nn.Module]) -> None:
         super().__init__(weight, pairs)
         self.parts = nn.ModuleList(parts)
 
     def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Masks]) -> list[Tensor]:
-        return [part(*each) for part, *each in zip(self.parts, students, teachers, masks, strict=True)]
+        return [part(*pair) for part, *pair in zip(self.parts, students, teachers, masks, strict=True)]
 
 
 class _Compared(nn.Module):
-    """Brought to the teacher's positions, then to its channels, then compared."""
+    """Brings the student's feature to the teacher's positions, then to its channels, then compares both."""
 
     def __init__(self, compare: Compare, projector: nn.Module) -> None:
         super().__init__()
@@ -120,28 +120,28 @@ class _Attention(nn.Module):
 
 
 class _Flows(FeatureModule):
-    """Flows between consecutive pairs. Masked positions count as 0."""
+    """Compares the flows between consecutive pairs. Masked positions count as 0."""
 
     def __init__(self, weight: float, pairs: Sequence[tuple[Shape, Shape]]) -> None:
         super().__init__(weight, pairs)
         self.projectors = nn.ModuleList(bridge(*pair) for pair in pairs)
 
     def terms(self, students: list[Tensor], teachers: list[Tensor], masks: Sequence[Masks]) -> list[Tensor]:
-        for index, (mask, other) in enumerate(masks):
-            teachers[index] = masked(teachers[index], other)
-            students[index] = masked(self.projectors[index](masked(students[index], mask)), mask)
-        return [fsp(left, right) for left, right in zip(pairwise(students), pairwise(teachers), strict=True)]
+        for index, (student_mask, teacher_mask) in enumerate(masks):
+            teachers[index] = masked(teachers[index], teacher_mask)
+            students[index] = masked(self.projectors[index](masked(students[index], student_mask)), student_mask)
+        return [fsp(student, teacher) for student, teacher in zip(pairwise(students), pairwise(teachers), strict=True)]
 
 
 class _Variational(nn.Module):
-    """A Gaussian of the teacher's feature whose mean the student's gives."""
+    """Gaussian of the teacher's feature; its mean is computed from the student's feature."""
 
     least_variance = 1e-5
 
     def __init__(self, channels: int, wanted: int, variance: float) -> None:
         super().__init__()
         sizes = [channels, wanted, wanted, wanted]
-        layers = [Project(have, want, bias=False) for have, want in pairwise(sizes)]
+        layers = [Project(inputs, outputs, bias=False) for inputs, outputs in pairwise(sizes)]
         self.regressor = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
         self.alpha = nn.Parameter(torch.full((wanted,), variance + math.log(-math.expm1(-variance))))
 
@@ -155,7 +155,7 @@ class _Variational(nn.Module):
 
 
 class FeatureLoss:
-    """What the feature losses share: they build a module for shapes; one that learns nothing can be called at once."""
+    """Base of the feature losses: builds a module for given shapes; a loss without weights can be called directly."""
 
     written = "Hint(...)"  # how messages name it
 
@@ -166,10 +166,10 @@ class FeatureLoss:
         check_positive("weight", self.weight)
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
-        """What is learned with it, sized for these pairs of (student, teacher) shapes, (channels, *positions).
+        """Module that computes the loss for pairs of (student, teacher) shapes, (channels, *positions).
 
-        The module takes features of the students, of the teachers, and masks, one for each pair, to the weighted mean
-        over the pairs. Its weights are drawn from torch's own generator.
+        The module takes the student's features, the teacher's features and masks, one for each pair, and returns the
+        weighted mean over the pairs. Its weights are drawn from torch's default generator.
 
         Raises:
             DistillError: the shapes of a pair cannot be brought together.
@@ -177,13 +177,13 @@ class FeatureLoss:
         raise NotImplementedError
 
     def __call__(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
-        """Of a feature each, or of as many: (batch, channels, *positions), (batch, others, *elsewhere) -> ()."""
+        """Loss of one feature, or of equally many: (batch, channels, *positions), (batch, others, *elsewhere) -> ()."""
         check_features(student=student, teacher=teacher)
-        students, teachers = ([each] if isinstance(each, Tensor) else list(each) for each in (student, teacher))
+        students, teachers = ([side] if isinstance(side, Tensor) else list(side) for side in (student, teacher))
         if len(students) != len(teachers):
             raise DistillError(f"{len(students)} features of the student, {len(teachers)} of the teacher; give pairs")
         shapes = [
-            (tuple(left.shape[1:]), tuple(right.shape[1:])) for left, right in zip(students, teachers, strict=True)
+            (tuple(ours.shape[1:]), tuple(theirs.shape[1:])) for ours, theirs in zip(students, teachers, strict=True)
         ]
         module = self.build(shapes)
         if next(module.parameters(), None) is not None:
@@ -199,11 +199,12 @@ class FeatureLoss:
 class Hint(FeatureLoss):
     """weight * mean squared difference of the teacher's feature and a learned linear map of the student's.
 
-    The regressor maps channels at each position, also where there are as many; FitNets' may span positions.
+    The regressor maps channels at each position, also where student and teacher have equally many; that of FitNets may
+    span positions.
 
     Args:
-        weight: 100 in the comparison of Tian et al. 2020, arXiv:1910.10699; beside a learning rate of 0.1 the regressor
-            then diverged in `benchmarks/distill.py`, where 10 was better than 1 on validation.
+        weight: 100 in the comparison of Tian et al. 2020, arXiv:1910.10699; in `benchmarks/distill.py` the regressor
+            then diverged at a learning rate of 0.1, and 10 was better than 1 on validation.
 
     Source: Romero et al. 2015 (FitNets), arXiv:1412.6550, section 2.2, eq. 3.
     """
@@ -211,9 +212,11 @@ class Hint(FeatureLoss):
     weight: float = 10.0
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
-        """The regressors."""
+        """Module with a regressor for each pair."""
         pairs = check_pairs(pairs)
-        return _Apart(self.weight, pairs, [_Compared(hint, Project(left[0], right[0])) for left, right in pairs])
+        return _Apart(
+            self.weight, pairs, [_Compared(hint, Project(student[0], teacher[0])) for student, teacher in pairs]
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +229,7 @@ class TokenMSE(FeatureLoss):
     weight: float = 1.0
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
-        """The linear maps."""
+        """Module with a linear map for each pair."""
         pairs = check_pairs(pairs)
         return _Apart(self.weight, pairs, [_Compared(hint, bridge(*pair)) for pair in pairs])
 
@@ -235,13 +238,13 @@ class TokenMSE(FeatureLoss):
 class TokenCosine(FeatureLoss):
     """weight * (1 - cosine) at each position, of any layout, after a learned linear map where widths differ.
 
-    Source: Sanh et al. 2019 (DistilBERT), arXiv:1910.01108, section 2; the weight is that of their released training.
+    Source: Sanh et al. 2019 (DistilBERT), arXiv:1910.01108, section 2; the weight is that of the released training.
     """
 
     weight: float = 1.0
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
-        """The linear maps."""
+        """Module with a linear map for each pair."""
         pairs = check_pairs(pairs)
         return _Apart(self.weight, pairs, [_Compared(cosine, bridge(*pair)) for pair in pairs])
 
@@ -259,11 +262,11 @@ class AttentionTransfer(FeatureLoss):
     def __post_init__(self) -> None:
         check_fields(self, DistillError)
         check_positive("weight", self.weight)
-        if not 1 <= self.power < math.inf:  # below, the gradient at 0 is none
+        if not 1 <= self.power < math.inf:  # below 1 the gradient at 0 is undefined
             raise DistillError(f"power must be a finite number of at least 1, got {self.power}")
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
-        """Nothing to learn."""
+        """Module without weights."""
         pairs = check_pairs(pairs)
         for pair in pairs:
             check_positions("AttentionTransfer", *pair)
@@ -274,8 +277,8 @@ class AttentionTransfer(FeatureLoss):
 class FSP(FeatureLoss):
     """weight * fsp, mean over consecutive pairs of layers, at least two, shallow ones first.
 
-    Other than in the paper, a learned linear map brings the student to the teacher's channels where they differ.
-    Positions of student and teacher need nothing in common.
+    Unlike in the paper, a learned linear map brings the student to the teacher's channels where they differ.
+    Positions of student and teacher may differ.
 
     Source: Yim et al. 2017, "A Gift from Knowledge Distillation", CVPR, section 3; the weight is that of the comparison
     in Tian et al. 2020, arXiv:1910.10699.
@@ -284,7 +287,7 @@ class FSP(FeatureLoss):
     weight: float = 50.0
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
-        """The linear maps."""
+        """Module with a linear map for each pair."""
         if len(pairs) < 2:
             raise DistillError(f"FSP compares flows between layers, so it needs at least two pairs, got {len(pairs)}")
         for side in zip(*pairs, strict=True):
@@ -297,14 +300,14 @@ class FSP(FeatureLoss):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VID(FeatureLoss):
-    """weight * variational_information: how unlikely the teacher's feature is, given the student's.
+    """weight * variational_information: negative log-likelihood of the teacher's feature given the student's.
 
     The mean is learned by three linear maps of the channels at each position, ReLU between them; the variance of each
-    channel is softplus(alpha) + 1e-5, learned too. The loss may go below 0.
+    channel is softplus(alpha) + 1e-5, also learned. The loss may be negative.
 
     Args:
         weight: that of the comparison in Tian et al. 2020, arXiv:1910.10699.
-        variance: that training begins with; 5 in the released code.
+        variance: at the start of training; 5 in the released code.
 
     Source: Ahn et al. 2019, arXiv:1904.05835, section 2, eq. 4-6; the regressor is that of their released code.
     """
@@ -318,6 +321,8 @@ class VID(FeatureLoss):
         check_positive("variance", self.variance)
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
-        """The means and variances."""
+        """Module with the mean and variance for each pair."""
         pairs = check_pairs(pairs)
-        return _Apart(self.weight, pairs, [_Variational(left[0], right[0], self.variance) for left, right in pairs])
+        return _Apart(
+            self.weight, pairs, [_Variational(student[0], teacher[0], self.variance) for student, teacher in pairs]
+        )

@@ -1,4 +1,4 @@
-"""What feature losses compute, as functions of tensors."""
+"""Formulas of the feature losses, as functions of tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hint(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the positions that count of 1 - cosine, of the channels at each.
+    """Mean of 1 - cosine of the channels, over the batch and the positions that count.
 
     Shapes: (batch, channels, *positions), the same, (batch, *positions) or None -> ().
     Source: Sanh et al. 2019 (DistilBERT), arXiv:1910.01108, section 2.
@@ -40,7 +40,7 @@ def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
 
 
 def attention(feature: Tensor, power: float = 2) -> Tensor:
-    """Where a network looks, the sum over channels of |A|^power: (batch, channels, *positions) -> (batch, *positions).
+    """Attention map, the sum over channels of |A|^power: (batch, channels, *positions) -> (batch, *positions).
 
     Source: Zagoruyko & Komodakis 2017, arXiv:1612.03928, section 3.1, F_sum^p.
     """
@@ -50,42 +50,42 @@ def attention(feature: Tensor, power: float = 2) -> Tensor:
 def attention_transfer(student: Tensor, teacher: Tensor, power: float = 2, masks: Masks = (None, None)) -> Tensor:
     """Mean squared difference of the attention maps, each sample's flattened and divided by its l2 norm.
 
-    The mean is over the batch and the positions that count, as their released code has it; their eq. 2 is the norm of
-    the difference. Channels may differ; of other sizes, the student's attention map is resized.
+    The mean is over the batch and the positions that count, as in the released code; eq. 2 of the paper is the norm of
+    the difference. Channels may differ. Where the positions differ, the student's attention map is resized.
 
     Shapes: (batch, channels, *positions), (batch, others, *elsewhere), their masks -> ().
     Source: Zagoruyko & Komodakis 2017, arXiv:1612.03928, section 3.1.
     """
     check_positions("attention transfer", tuple(student.shape[1:]), tuple(teacher.shape[1:]))
     left, right = (
-        attention(masked(*each), power)[:, None] for each in zip((student, teacher.detach()), masks, strict=True)
+        attention(masked(*pair), power)[:, None] for pair in zip((student, teacher.detach()), masks, strict=True)
     )
     left, right, mask = align(left, right, masks)
-    left, right = (functional.normalize(each.flatten(1), dim=1) for each in (left, right))
+    left, right = (functional.normalize(maps.flatten(1), dim=1) for maps in (left, right))
     return mean_over((left - right).square(), None if mask is None else mask.flatten(1))
 
 
 def flow(first: Tensor, second: Tensor) -> Tensor:
-    """How one layer's channels go with a later one's: mean over positions of the product of each pair of channels.
+    """Mean over positions of the product of every channel of one layer with every channel of a later one.
 
-    The larger is max-pooled to the size of the smaller.
+    The larger feature is max-pooled to the size of the smaller.
 
     Shapes: (batch, channels, *positions), (batch, others, *elsewhere) -> (batch, channels, others).
     Source: Yim et al. 2017, "A Gift from Knowledge Distillation", CVPR, section 3.2, eq. 1.
     """
-    left, right = (each.reshape(*each.shape[:2], -1) for each in pooled([wide(first), wide(second)]))
+    left, right = (feature.reshape(*feature.shape[:2], -1) for feature in pooled([wide(first), wide(second)]))
     return left @ right.mT / left.shape[2]
 
 
 def fsp(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
     """Mean squared difference of the flows between two layers of the student and two of the teacher.
 
-    The mean is over the batch and all pairs of channels, where the paper's is the sum over these.
+    The mean is over the batch and all pairs of channels; the paper sums over the pairs.
 
     Shapes: two of (batch, channels, *positions), two with the same channels and any positions -> ().
     Source: Yim et al. 2017, "A Gift from Knowledge Distillation", CVPR, section 3.3, eq. 2.
     """
-    left, right = flow(*student), flow(*(each.detach() for each in teacher))
+    left, right = flow(*student), flow(*(feature.detach() for feature in teacher))
     if left.shape != right.shape:
         raise DistillError(
             f"flows (batch, channels, channels) of the student {tuple(left.shape)} and of the teacher "
@@ -95,11 +95,11 @@ def fsp(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tenso
 
 
 def variational_information(mean: Tensor, variance: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the batch, channels and positions of -log q(teacher | student), a Gaussian's, without the constant.
+    """Mean over the batch, channels and positions of -log q(teacher | student) of a Gaussian, without the constant.
 
-    log(sigma) + (teacher - mean)^2 / (2 sigma^2), with a variance for each channel.
+    The term is log(sigma) + (teacher - mean)^2 / (2 sigma^2), with a variance for each channel.
 
-    Shapes: (batch, channels, *positions), (channels,), that of the mean, (batch, *positions) or None -> ().
+    Shapes: (batch, channels, *positions), (channels,), the same as the mean, (batch, *positions) or None -> ().
     Source: Ahn et al. 2019, arXiv:1904.05835, section 2, eq. 4-6.
     """
     mean, teacher = _alike(mean, teacher, mask)
@@ -108,7 +108,7 @@ def variational_information(mean: Tensor, variance: Tensor, teacher: Tensor, mas
 
 
 def _alike(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both in at least float32, 0 where masked, the teacher without gradient."""
+    """Both features in at least float32, 0 where masked, the teacher's without gradient."""
     if student.shape != teacher.shape or student.dim() < 2:
         raise DistillError(
             f"features (batch, channels, *positions) of the student {tuple(student.shape)} and of the teacher "

@@ -1,4 +1,4 @@
-"""The distillation losses by name, and how one is found."""
+"""Registry of the distillation losses by name, and functions that look up a loss."""
 
 from __future__ import annotations
 
@@ -68,46 +68,48 @@ TAKES = {
 
 
 def find_loss(loss: Any, kind: str) -> Any:
-    """A loss of a kind as it is, by name, or by "package.module:name".
+    """Loss of a kind, given as itself, by name, or by "package.module:name".
 
     Args:
         loss: a loss, a function, or a name.
         kind: "response", "feature" or "relation".
     """
-    known = KINDS[kind]
-    found = loss
+    losses = KINDS[kind]
+    resolved = loss
     if isinstance(loss, str):
-        if loss in known:
-            found = known[loss]()
+        if loss in losses:
+            resolved = losses[loss]()
         elif ":" in loss:
-            found = resolve(loss, kind, DistillError)
+            resolved = resolve(loss, kind, DistillError)
             with foreign(f"{kind} {loss!r} cannot be made", DistillError):
-                found = found() if isinstance(found, type) else found
+                resolved = resolved() if isinstance(resolved, type) else resolved
         else:
-            other = next((name for name, each in KINDS.items() if loss in each), None)
+            other = next((name for name, registered in KINDS.items() if loss in registered), None)
             hint = f"; it is a {other} loss: give {other}={loss!r}" if other else ""
             raise DistillError(
-                f"{kind} {loss!r} is not known{hint}; one of {', '.join(known)}, or 'package.module:name'"
+                f"{kind} {loss!r} is not known{hint}; one of {', '.join(losses)}, or 'package.module:name'"
             )
-    example = next(iter(known.values())).__name__
-    if type(found) in known.values():
-        return found
-    if isinstance(found, type) or not callable(found):
-        raise DistillError(f"{kind} must be {example}(...) or a function {TAKES[kind]}, got {shown(found)}")
-    other = next((name for name, each in KINDS.items() if name != kind and type(found) in each.values()), None)
+    example = next(iter(losses.values())).__name__
+    if type(resolved) in losses.values():
+        return resolved
+    if isinstance(resolved, type) or not callable(resolved):
+        raise DistillError(f"{kind} must be {example}(...) or a function {TAKES[kind]}, got {shown(resolved)}")
+    other = next(
+        (name for name, registered in KINDS.items() if name != kind and type(resolved) in registered.values()), None
+    )
     if other is not None:
-        raise DistillError(f"{type(found).__name__} is a {other} loss; give {other}={type(found).__name__}(...)")
-    return found
+        raise DistillError(f"{type(resolved).__name__} is a {other} loss; give {other}={type(resolved).__name__}(...)")
+    return resolved
 
 
 def loss_name(loss: Any) -> str:
-    """As it is logged: its registered name, or a function's or class's own."""
-    names = {kind: name for name, kind in LOSSES.items()}
+    """Name of a loss in logs: the registered one, or that of its function or class."""
+    names = {loss_type: name for name, loss_type in LOSSES.items()}
     own = getattr(loss, "__name__", type(loss).__name__).lower()
     return names.get(type(loss), own if own.isidentifier() else "own")
 
 
 def find_response(response: Any) -> ResponseLoss | Response:
-    """A response loss as it is, by name, or by "package.module:name"."""
-    found: ResponseLoss | Response = find_loss(response, "response")
-    return found
+    """Response loss, given as itself, by name, or by "package.module:name"."""
+    loss: ResponseLoss | Response = find_loss(response, "response")
+    return loss

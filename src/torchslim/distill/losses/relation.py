@@ -1,8 +1,8 @@
-"""Relation losses: what is learned from how samples lie to one another, as frozen dataclasses and plain functions.
+"""Relation losses, which compare distances and angles between samples, as frozen dataclasses and plain functions.
 
 They take features of a batch, (batch, ...) of the student and of the teacher, whose sizes may differ. They compare all
-pairs of the batch that they are given, in O(batch^2) memory. Where several processes train, that is the batch of each
-by itself; with `gather=True`, `Distill` hands them the joined one, with its gradients.
+pairs of samples of the batch, in O(batch^2) memory. Where several processes train, every process compares its own
+batch; with `gather=True`, `Distill` passes the joined batch of all, with its gradients.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from torchslim.distill.ruled_out import comparable
 from torchslim.errors import DistillError
 
 TINY = 1e-12
-CHUNK = 2**16  # cosines that are held at a time, where one corner has no more: what a core keeps near
+CHUNK = 2**16  # cosines computed at a time, which a core's cache holds; more where one corner alone has more
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber loss between the distances of all pairs, each side's in units of its mean distance.
+    """Huber loss between the distances of all pairs, which are divided by the mean distance of their side.
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Park et al. 2019, arXiv:1904.05068, section 3.2.1.
     """
-    left, right = (_unit_distances(row) for row in _rows(student, teacher))
+    left, right = (_unit_distances(rows) for rows in _rows(student, teacher))
     return functional.smooth_l1_loss(left, right)
 
 
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber loss between the cosines of the angles that all triples of samples form.
 
-    The triples are taken in chunks, and their gradient along with their value, so memory grows with batch^2, not
-    batch^3, and what they cost does not depend on the size of the features.
+    Triples are processed in chunks, and the gradient is computed with the value, so memory grows with batch^2, not
+    batch^3, and the cost of the triples does not depend on the size of the features.
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Park et al. 2019, arXiv:1904.05068, section 3.2.2.
     """
-    left, right = _rows(student, teacher, least=3)
-    loss: Tensor = _Angles.apply(_gram(left), _gram(right), left.dtype)
+    ours, theirs = _rows(student, teacher, least=3)
+    loss: Tensor = _Angles.apply(_gram(ours), _gram(theirs), ours.dtype)
     return loss
 
 
 class _Angles(torch.autograd.Function):
-    """Of the Gram matrices of both sides: the mean Huber loss of all cosines, and its gradient for the first."""
+    """Mean Huber loss of all cosines from both Gram matrices; its gradient goes to the first matrix only."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,7 +86,7 @@ class _Angles(torch.autograd.Function):
 
 
 def _inverse_distances(gram: Tensor) -> Tensor:
-    """Of all pairs; 0 for equal samples."""
+    """Inverse distances of all pairs; 0 for equal samples."""
     squares, equal = _squares(gram)
     return squares.masked_fill(equal, 1).rsqrt().masked_fill(equal, 0)
 
@@ -96,35 +96,35 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Tung & Mori 2019, arXiv:1907.09682, section 3.
     """
-    left, right = (functional.normalize(row @ row.T, dim=1, eps=TINY) for row in _rows(student, teacher))
+    left, right = (functional.normalize(rows @ rows.T, dim=1, eps=TINY) for rows in _rows(student, teacher))
     return functional.mse_loss(left, right)
 
 
 def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of the chances that one sample picks another as its neighbor, mean over samples.
+    """KL(teacher || student) of the probabilities that a sample picks another as its neighbor, mean over samples.
 
-    The chance is proportional to (1 + cosine) / 2; a sample does not pick itself.
+    The probability is proportional to (1 + cosine) / 2; a sample does not pick itself.
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Passalis & Tefas 2018, arXiv:1803.10837, section 3.
     """
-    chances = []
-    for row in _rows(student, teacher, least=3):
-        unit = functional.normalize(row, dim=1, eps=TINY)
+    probabilities = []
+    for rows in _rows(student, teacher, least=3):
+        unit = functional.normalize(rows, dim=1, eps=TINY)
         near = _off_diagonal((unit @ unit.T + 1) / 2).clamp_min(1e-7)
-        chances.append(near / near.sum(1, keepdim=True))
-    return (chances[1] * (chances[1].log() - chances[0].log())).sum(1).mean()
+        probabilities.append(near / near.sum(1, keepdim=True))
+    return (probabilities[1] * (probabilities[1].log() - probabilities[0].log())).sum(1).mean()
 
 
 def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
-    """Mean squared difference of the correlations of all pairs, by a Gaussian kernel as its Taylor series.
+    """Mean squared difference of the correlations of all pairs, by the Taylor series of a Gaussian kernel.
 
-    exp(-2 gamma) * sum over p <= order of (2 gamma)^p / p! * cosine^p, of normalized features.
+    The series is exp(-2 gamma) * sum over p <= order of (2 gamma)^p / p! * cosine^p, of normalized features.
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Peng et al. 2019, arXiv:1904.01802, section 3.
     """
     kernels = []
-    for row in _rows(student, teacher):
-        unit = functional.normalize(row, dim=1, eps=TINY)
+    for rows in _rows(student, teacher):
+        unit = functional.normalize(rows, dim=1, eps=TINY)
         cosine = unit @ unit.T
         series = [(2 * gamma) ** power / math.factorial(power) * cosine**power for power in range(order + 1)]
         kernels.append(math.exp(-2 * gamma) * torch.stack(series).sum(0))
@@ -132,22 +132,22 @@ def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0
 
 
 def listwise_ranking(student: Tensor, teacher: Tensor, *, alpha: float = 3.0, beta: float = 3.0) -> Tensor:
-    """How unlikely the student's similarities make the teacher's order of neighbors, mean over samples and places.
+    """Negative log-likelihood of the teacher's neighbor order under the student's scores, mean over samples and places.
 
-    Scores are -alpha * distance^beta of normalized features; the likelihood of an order is Plackett and Luce's.
+    Scores are -alpha * distance^beta of normalized features; the likelihood of an order is that of Plackett and Luce.
 
     Shapes: (batch, ...), (batch, ...) -> (). Source: Chen et al. 2018 (DarkRank), arXiv:1707.01220, section 4, the
     hard form.
     """
-    left, right = (functional.normalize(row, dim=1, eps=TINY) for row in _rows(student, teacher, least=3))
+    left, right = (functional.normalize(rows, dim=1, eps=TINY) for rows in _rows(student, teacher, least=3))
     scores, order = _off_diagonal(-alpha * _distances(left) ** beta), _off_diagonal(_distances(right)).argsort(1)
     ranked = scores.gather(1, order)
-    rest = ranked.flip(1).logcumsumexp(1).flip(1)  # of all that come no earlier
-    return (rest - ranked).mean()
+    remaining = ranked.flip(1).logcumsumexp(1).flip(1)  # log-sum over a neighbor and all later ones
+    return (remaining - ranked).mean()
 
 
 def _rows(student: Tensor, teacher: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
-    """Both as matrices in at least float32, the teacher without gradient."""
+    """Both features as matrices (batch, n) in at least float32, the teacher's without gradient."""
     check_tensors(student=student, teacher=teacher)
     if not student.dim() or not teacher.dim():
         raise DistillError("features of a relation must be of the shape (batch, ...), got a single number")
@@ -160,27 +160,27 @@ def _rows(student: Tensor, teacher: Tensor, least: int = 2) -> tuple[Tensor, Ten
             f"a relation needs at least {least} samples in a batch, got {len(student)}; raise the batch size, or drop "
             "the last, smaller batch of the loader"
         )
-    wide = [each.to(torch.promote_types(each.dtype, torch.float32)).flatten(1) for each in (student, teacher.detach())]
+    wide = [rows.to(torch.promote_types(rows.dtype, torch.float32)).flatten(1) for rows in (student, teacher.detach())]
     return comparable(*wide)
 
 
 def _distances(rows: Tensor) -> Tensor:
-    """Euclidean, of all pairs; the gradient at distance 0 is 0, not undefined."""
+    """Euclidean distances of all pairs; the gradient at distance 0 is 0, not undefined."""
     squares, equal = _squares(_gram(rows))
     return squares.masked_fill(equal, 1).sqrt().masked_fill(equal, 0).to(rows.dtype)
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Products of all pairs, from their mean, in float64: differences of near samples are lost in float32."""
+    """Inner products of all pairs of centered rows, in float64: float32 loses the differences of near samples."""
     centered = (rows - rows.mean(0)).double()
     return centered @ centered.T
 
 
 def _squares(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances of all pairs, and which of them are of equal samples."""
-    own = gram.diagonal()
-    squares = own[:, None] + own[None, :] - 2 * gram
-    return squares, squares <= 1e-12 * (own[:, None] + own[None, :]) + TINY**2
+    """Squared distances of all pairs, and a mask that is True for equal samples."""
+    squared_norms = gram.diagonal()
+    squares = squared_norms[:, None] + squared_norms[None, :] - 2 * gram
+    return squares, squares <= 1e-12 * (squared_norms[:, None] + squared_norms[None, :]) + TINY**2
 
 
 def _unit_distances(rows: Tensor) -> Tensor:
@@ -200,13 +200,13 @@ def _off_diagonal(square: Tensor) -> Tensor:
 
 
 class RelationLoss:
-    """What the relation losses share: they are called with features of a batch, and are weighted."""
+    """Base of the relation losses, which are called with features of a batch and return a weighted loss."""
 
     written = "RKD(...)"  # how messages name it
 
     @property
     def least(self) -> int:
-        """The samples that it needs."""
+        """Smallest number of samples that the loss needs."""
         return 2
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class RKD(RelationLoss):
 
     @property
     def least(self) -> int:
-        """Angles are those of three."""
+        """Smallest number of samples: three for angles."""
         return 3 if self.angle else 2
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class PKT(RelationLoss):
 
     @property
     def least(self) -> int:
-        """Two others, to one."""
+        """Smallest number of samples: one and two others."""
         return 3
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ class ListwiseRanking(RelationLoss):
 
     @property
     def least(self) -> int:
-        """Two others, to one."""
+        """Smallest number of samples: one and two others."""
         return 3
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:

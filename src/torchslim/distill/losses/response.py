@@ -1,4 +1,4 @@
-"""Response losses: what is learned from the outputs. Frozen dataclasses, at once config, recipe schema and function."""
+"""Response losses, which compare outputs: frozen dataclasses that are config, recipe schema and function in one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float = 1.0,
     The square keeps the gradient's size independent of the temperature. No gradient reaches the teacher. Dense
     outputs count each position as a sample; half precision is computed in float32. With kind "labels" each label is a
     distribution over yes and no, and the divergence is their sum. A class that the teacher rules out with -inf counts
-    0; one that only the student rules out makes it infinite, which is a DistillError.
+    0; one that only the student rules out makes the divergence infinite, which raises a DistillError.
 
     Shapes: (batch, classes, ...), (batch, classes, ...) -> ().
     Source: Hinton, Vinyals & Dean 2015, arXiv:1503.02531, section 2.
@@ -36,17 +36,17 @@ def kl_divergence(student: Tensor, teacher: Tensor, *, temperature: float = 1.0,
     student, teacher = _pair(student, teacher, 1 if kind == "labels" else 2)
     if kind == "labels":
         yes, no = (
-            divergence_terms(*(functional.logsigmoid(sign * each / temperature) for each in (student, teacher)))
+            divergence_terms(*(functional.logsigmoid(sign * logits / temperature) for logits in (student, teacher)))
             for sign in (1, -1)
         )
         divergence = yes + no
     else:
-        divergence = divergence_terms(*(log_probabilities(each / temperature) for each in (student, teacher)))
+        divergence = divergence_terms(*(log_probabilities(logits / temperature) for logits in (student, teacher)))
     return divergence.sum(1).mean() * temperature**2
 
 
 def decoupled(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The two parts of the divergence: of target against the rest, and among the classes that are not the target.
+    """The two parts of the divergence: target against the rest, and among the classes that are not the target.
 
     Each is the mean over the batch, times temperature squared. Per sample, KL(teacher || student) is the first plus
     the second times the teacher's probability of not being the target.
@@ -55,20 +55,20 @@ def decoupled(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: 
     Source: Zhao et al. 2022, arXiv:2203.08679, section 3.
     """
     student, teacher = _pair(student, teacher, 2)
-    log_student, log_teacher = (log_probabilities(each / temperature) for each in (student, teacher))
+    log_student, log_teacher = (log_probabilities(logits / temperature) for logits in (student, teacher))
     if target.min() < 0 or target.max() >= student.shape[1]:
         raise DistillError(
             f"labels must be in [0, {student.shape[1]}) for {student.shape[1]} outputs, got {int(target.min())} to "
             f"{int(target.max())}"
         )
-    hit = functional.one_hot(target, student.shape[1]).bool()
+    is_target = functional.one_hot(target, student.shape[1]).bool()
 
     def binary(logs: Tensor) -> Tensor:
-        others = log_sum(logs.masked_fill(hit, -torch.inf))
-        return torch.stack([logs[hit], others], 1)
+        rest = log_sum(logs.masked_fill(is_target, -torch.inf))
+        return torch.stack([logs[is_target], rest], 1)
 
     def others(logits: Tensor) -> Tensor:
-        rest = logits[~hit].reshape(len(logits), -1)
+        rest = logits[~is_target].reshape(len(logits), -1)
         return log_probabilities(rest / temperature)
 
     first = divergence_terms(binary(log_student), binary(log_teacher))
@@ -78,16 +78,16 @@ def decoupled(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: 
 
 
 def pearson_distance(left: Tensor, right: Tensor) -> Tensor:
-    """One minus the correlation of each row of one matrix with that of the other: (rows, n), (rows, n) -> (rows,).
+    """One minus the correlation of matching rows of two matrices: (rows, n), (rows, n) -> (rows,).
 
     A row without variance has no correlation; its distance is 1.
     """
-    left, right = (each - each.mean(1, keepdim=True) for each in (left, right))
+    left, right = (rows - rows.mean(1, keepdim=True) for rows in (left, right))
     return 1 - functional.cosine_similarity(left, right, dim=1)
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """Logits with mean 0 and standard deviation 1 over the classes, in dimension 1, that are not -inf.
+    """Logits with mean 0 and standard deviation 1 over the classes (dimension 1) that are not -inf.
 
     Source: Sun et al. 2024, arXiv:2403.01427, section 4.
     """
@@ -96,13 +96,13 @@ def standardized(logits: Tensor) -> Tensor:
     finite = logits.masked_fill(ruled_out, 0.0)
     centered = (finite - finite.sum(1, keepdim=True) / count).masked_fill(ruled_out, 0.0)
     variance = centered.square().sum(1, keepdim=True) / count
-    constant = variance == 0  # where the square root has no gradient
+    constant = variance == 0  # at 0 the square root has no gradient
     deviation = variance.masked_fill(constant, 1.0).sqrt().masked_fill(constant, 0.0)
     return (centered / (deviation + 1e-7)).masked_fill(ruled_out, -torch.inf)
 
 
 def _pair(student: Tensor, teacher: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Both in at least float32, the teacher without gradient; DistillError where they cannot be compared."""
+    """Both logits in at least float32, the teacher's without gradient; DistillError where they cannot be compared."""
     check_tensors(student=student, teacher=teacher)
     if student.shape != teacher.shape:
         raise DistillError(
@@ -122,7 +122,7 @@ def _pair(student: Tensor, teacher: Tensor, least: int) -> tuple[Tensor, Tensor]
 
 
 class ResponseLoss:
-    """What the response losses share. `soft` is the teacher's term alone, weighted, of (n, classes) logits."""
+    """Base of the response losses. `soft` is the weighted teacher's term alone, of (n, classes) logits."""
 
     written = "KD(...), DKD(...), DIST(...) or MSE(...)"  # how messages name it
 
@@ -130,11 +130,11 @@ class ResponseLoss:
 
     @property
     def label_weight(self) -> float:
-        """What the labels count beside it."""
+        """Weight of the labels' term beside the teacher's."""
         return 1.0
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """The teacher's term: (n, classes), (n, classes), (n,) or None -> ()."""
+        """Weighted teacher's term: (n, classes), (n, classes), (n,) or None -> ()."""
         raise NotImplementedError
 
     def blend(self, teachers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -143,24 +143,24 @@ class ResponseLoss:
         Losses without a temperature, or on standardized logits, get the mean of the (standardized) logits.
         """
         temperature, standardize = getattr(self, "temperature", None), getattr(self, "standardize", False)
-        heard = [(weight, each) for weight, each in zip(weights, teachers, strict=True) if weight > 0]
-        weights = [weight for weight, _ in heard]
-        rows = [each.to(torch.promote_types(each.dtype, torch.float32)) for _, each in heard]
+        weighted = [(weight, logits) for weight, logits in zip(weights, teachers, strict=True) if weight > 0]
+        weights = [weight for weight, _ in weighted]
+        rows = [logits.to(torch.promote_types(logits.dtype, torch.float32)) for _, logits in weighted]
         if any(row.shape != rows[0].shape for row in rows):
             raise DistillError(f"teachers answer in different shapes: {', '.join(str(tuple(t.shape)) for t in rows)}")
         if temperature is None or standardize:
             rows = [standardized(row) if standardize else row for row in rows]
-            return torch.stack([weight * each for weight, each in zip(weights, rows, strict=True)]).sum(0)
+            return torch.stack([weight * row for weight, row in zip(weights, rows, strict=True)]).sum(0)
         logs = torch.tensor(weights, dtype=rows[0].dtype, device=rows[0].device).log().view(-1, 1, 1)
         scaled = torch.stack(rows) / temperature
         if getattr(self, "kind", "classes") == "labels":
             yes, no = (functional.logsigmoid(sign * scaled).add(logs).logsumexp(0) for sign in (1, -1))
             return torch.mul(yes - no, temperature)
-        shares = torch.stack([log_probabilities(each) for each in scaled]).add(logs)
+        shares = torch.stack([log_probabilities(logits) for logits in scaled]).add(logs)
         return torch.mul(shares.logsumexp(0), temperature)
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """With the labels' term where there are labels: (batch, classes, ...) or tokens (batch, time, classes)."""
+        """Loss, with the labels' term if there are labels: (batch, classes, ...) or tokens (batch, time, classes)."""
         check_tensors(student=student, teacher=teacher)
         check_labels(target, len(student) if student.dim() else 1)
         if self.label_weight > 0 and target is None:
@@ -181,7 +181,7 @@ class KD(ResponseLoss):
     With labels None, alpha must be 1. Inside `Distill` the label term is the task's own loss.
 
     Args:
-        temperature: above 1 shows more of the classes that the teacher thinks less likely.
+        temperature: values above 1 give the classes that the teacher rates as unlikely more weight.
         alpha: the weight of the teacher; the labels get the rest.
         standardize: compare logits as multiples of their deviation, whatever their size (Sun 2024).
         kind: "labels" for sigmoid outputs.
@@ -211,20 +211,20 @@ class KD(ResponseLoss):
 
     @property
     def label_weight(self) -> float:
-        """What is left for the labels."""
+        """Weight of the labels: 1 - alpha."""
         return 1 - self.alpha
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """The teacher's term alone, weighted; classes in dimension 1."""
+        """Weighted teacher's term; classes in dimension 1."""
         student, teacher = _scaled(student, teacher, self.standardize)
         return self.alpha * kl_divergence(student, teacher, temperature=self.temperature, kind=self.kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DKD(ResponseLoss):
-    """Decoupled distillation: alpha * (target against the rest) + beta * (among the rest), which KD ties together.
+    """Decoupled distillation: alpha * (target against the rest) + beta * (among the rest), which KD couples.
 
-    Needs labels, of one class each.
+    Needs labels, one class for each sample.
 
     Source: Zhao et al. 2022, arXiv:2203.08679, section 3; their ImageNet weights are 1 and 0.5, CIFAR-100's 1 and 8.
     """
@@ -242,7 +242,7 @@ class DKD(ResponseLoss):
         check_weights(alpha=self.alpha, beta=self.beta)
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """The weighted sum of both parts."""
+        """Weighted sum of both parts."""
         if target is None or target.is_floating_point() or target.dim() != 1:
             got = "none" if target is None else f"{target.dtype} of shape {tuple(target.shape)}"
             raise DistillError(f"DKD needs one class index for each sample, got {got}; KD needs no labels")
@@ -255,11 +255,11 @@ class DKD(ResponseLoss):
 class DIST(ResponseLoss):
     """Distillation from a stronger teacher: the order of classes for each sample, and of samples for each class.
 
-    Classes that both rule out with -inf for the whole batch are left out.
+    Classes that student and teacher both rule out with -inf for the whole batch are left out.
 
-    beta * (1 - correlation over classes) + gamma * (1 - correlation over the batch), of softened probabilities, times
-    temperature squared. Where several processes train, the batch is that of each by itself; with `gather=True`, inside
-    `Distill`, it is the joined one.
+    The loss is beta * (1 - correlation over classes) + gamma * (1 - correlation over the batch), of softened
+    probabilities, times temperature squared. Where several processes train, every process compares its own batch; with
+    `gather=True`, inside `Distill`, it compares the joined batch of all.
 
     Source: Huang et al. 2022, arXiv:2205.10536, section 4.
     """
@@ -276,20 +276,20 @@ class DIST(ResponseLoss):
         check_weights(beta=self.beta, gamma=self.gamma)
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Both distances, weighted. A batch of one has only the first."""
+        """Weighted sum of both distances; a batch of one sample has only the first."""
         student, teacher = _pair(*_scaled(student, teacher, self.standardize), 2)
-        there = ~(torch.isneginf(student) & torch.isneginf(teacher)).all(0)
-        student, teacher = (log_probabilities(each / self.temperature).exp() for each in (student, teacher))
+        present = ~(torch.isneginf(student) & torch.isneginf(teacher)).all(0)
+        student, teacher = (log_probabilities(logits / self.temperature).exp() for logits in (student, teacher))
         loss = self.beta * pearson_distance(student, teacher).mean()
         if len(student) > 1:
-            columns = pearson_distance(student.T[there], teacher.T[there])
+            columns = pearson_distance(student.T[present], teacher.T[present])
             loss = loss + self.gamma * columns.sum() / max(len(columns), 1)
         return loss * self.temperature**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MSE(ResponseLoss):
-    """The mean squared difference of the outputs: logits, or the numbers of a regression, (batch,) or (batch, ...).
+    """Mean squared difference of the outputs: logits, or the values of a regression, (batch,) or (batch, ...).
 
     Source: Kim et al. 2021, arXiv:2105.08919, section 3, where it is summed over the classes.
     """
@@ -302,7 +302,7 @@ class MSE(ResponseLoss):
         check_positive("weight", self.weight)
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """The weighted mean of squares."""
+        """Weighted mean squared difference."""
         if student.dim() == teacher.dim() == 1:
             student, teacher = student[:, None], teacher[:, None]
         student, teacher = comparable(*_pair(*_scaled(student, teacher, self.standardize), 1))
@@ -317,13 +317,13 @@ def _scaled(student: Tensor, teacher: Tensor, standardize: bool) -> tuple[Tensor
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raise DistillError unless it is finite and above 0."""
+    """Raise DistillError unless `value` is finite and above 0."""
     if not 0 < value < float("inf"):
         raise DistillError(f"{name} must be a finite number above 0, got {value}")
 
 
 def check_weights(**values: float) -> None:
-    """Raise DistillError unless all are finite, none is negative and one is above 0."""
+    """Raise DistillError unless all values are finite, none is negative and at least one is above 0."""
     for name, value in values.items():
         if not 0 <= value < float("inf"):
             raise DistillError(f"{name} must be a finite number of at least 0, got {value}")
@@ -341,28 +341,28 @@ def positions(
     mask: Tensor | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Each position of dense outputs as a sample: (n, classes), (n, classes), (n,) or None.
+    """Logits and labels with each position of dense outputs as a sample: (n, classes), (n, classes), (n,) or None.
 
-    Dense outputs are (batch, classes, ...) for images and (batch, time, classes) for tokens; the labels' shape, or
-    that of the mask, tells.
+    Dense outputs are (batch, classes, ...) for images and (batch, time, classes) for tokens; the shape of the mask or
+    of the labels decides which.
 
     Args:
         student: logits.
         teacher: logits of the same shape.
-        target: labels; those of one class a position lose the positions that are left out, others stay as they are.
-        mask: of the positions, True where one counts.
-        ignore_index: a label that says that its position does not count.
+        target: labels; class indices of positions lose the positions that are left out, other labels are unchanged.
+        mask: True where a position counts.
+        ignore_index: label of positions that do not count.
 
     Raises:
-        DistillError: three dimensions, and nothing that tells, or no position counts.
+        DistillError: logits have three dimensions and neither mask nor labels decide, or no position counts.
     """
     shape, rows = student.shape, None
     if len(shape) > 2 and shape == teacher.shape:
         tokens, pixels = shape[:-1], shape[:1] + shape[2:]
-        told = [each.shape for each in (mask, target) if each is not None and each.shape in (tokens, pixels)]
-        if told[:1] == [pixels] or (not told and len(shape) > 3):
+        layouts = [marks.shape for marks in (mask, target) if marks is not None and marks.shape in (tokens, pixels)]
+        if layouts[:1] == [pixels] or (not layouts and len(shape) > 3):
             rows, student, teacher = pixels, student.movedim(1, -1), teacher.movedim(1, -1)
-        elif told:
+        elif layouts:
             rows = tokens
         else:
             raise DistillError(
@@ -370,7 +370,7 @@ def positions(
                 "labels tell which; give labels, Task(mask=...) for padded tokens, or Task(logits=...) that returns "
                 "(positions, classes)"
             )
-        student, teacher = (each.reshape(-1, each.shape[-1]) for each in (student, teacher))
+        student, teacher = (logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher))
     dense = target is not None and not target.is_floating_point() and target.shape == (rows or shape[:1])
     if dense and target is not None:
         target = target.reshape(-1)

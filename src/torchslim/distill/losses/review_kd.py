@@ -1,4 +1,4 @@
-"""Knowledge review: the student's shallow features learn from the teacher's together with its own deeper ones."""
+"""Knowledge review: the student's shallow features, fused with its deeper ones, learn from the teacher's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of features and of their averages over grids of 4, 2 and 1, each half the last's weight.
+    """Mean squared difference of features and of their averages over grids of 4, 2 and 1, with weights halved in turn.
 
     The weights sum to 1. A grid is left out where the feature is no larger.
 
@@ -44,7 +44,7 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class _Norm(nn.BatchNorm1d):
-    """Batch norm of any number of positions; a lone value, which has no variance, takes the running statistics."""
+    """Batch norm over any dimensions of positions; a single value, which has no variance, uses running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
         training = self.training and input.numel() > input.shape[1]
@@ -61,12 +61,12 @@ class _Fusion(nn.Module):
         convolution = CONVOLUTIONS[rank]
         self.inward = nn.Sequential(convolution(channels, middle, 1, bias=False), _Norm(middle))
         self.outward = nn.Sequential(convolution(middle, wanted, 3, padding=1, bias=False), _Norm(wanted))
-        for each in (self.inward, self.outward):
-            nn.init.kaiming_uniform_(next(each.parameters()), a=1)
+        for branch in (self.inward, self.outward):
+            nn.init.kaiming_uniform_(next(branch.parameters()), a=1)
         self.gates = None if deepest else convolution(2 * middle, 2, 1)
 
     def forward(self, feature: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is compared with the teacher, and what the next shallower layer fuses."""
+        """The feature to compare with the teacher, and the one that the next shallower layer fuses."""
         fused = self.inward(feature)
         if self.gates is not None and deeper is not None:
             deeper = functional.interpolate(deeper, size=fused.shape[2:], mode="nearest")
@@ -76,7 +76,7 @@ class _Fusion(nn.Module):
 
 
 class _Review(FeatureModule):
-    """From the deepest pair to the shallowest. Positions that are masked, or a vector's, count as 0 and as one."""
+    """Fuses from the deepest pair to the shallowest. Masked positions count as 0; a vector is a map of one position."""
 
     def __init__(self, weight: float, pairs: Sequence[tuple[Shape, Shape]], rank: int, middle: int) -> None:
         super().__init__(weight, pairs)
@@ -92,7 +92,7 @@ class _Review(FeatureModule):
             student, teacher, mask = align(students[index], teachers[index], masks[index])
             if student.dim() == 2:
                 grid = (1,) * self.rank
-                student, teacher = (each.unflatten(1, (-1, *grid)) for each in (student, teacher))
+                student, teacher = (vector.unflatten(1, (-1, *grid)) for vector in (student, teacher))
                 mask = None if mask is None else mask.view(-1, *grid)
             compared, fused = self.fusions[index](student, fused)
             losses.append(hierarchical_context(masked(compared, mask), teacher))
@@ -101,15 +101,16 @@ class _Review(FeatureModule):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReviewKD(FeatureLoss):
-    """weight * hierarchical_context, mean over the pairs, of what the student's features and all deeper ones give.
+    """weight * hierarchical_context, mean over the pairs, of the student's features fused with all deeper ones.
 
-    Pairs come shallow first. Features need positions, as many dimensions in all pairs; a vector counts as a map of one
-    position. The student's are resized to the teacher's before they are fused, in the paper after it. The paper sums
-    over the pairs.
+    Pairs come shallow first. Features need positions, with equally many dimensions in all pairs; a vector counts as a
+    map of one position. The student's features are resized to the teacher's before the fusion, in the paper after it.
+    The paper sums over the pairs.
 
     Args:
-        weight: the paper's is between 0.6 and 5, by networks.
-        channels: most that are fused; the deepest student's, if those are fewer. 512 in the released code.
+        weight: between 0.6 and 5 in the paper, depending on the networks.
+        channels: largest number of fused channels; fewer if the deepest student feature has fewer. 512 in the released
+            code.
 
     Source: Chen et al. 2021, arXiv:2104.09044, section 3.
     """
@@ -123,7 +124,7 @@ class ReviewKD(FeatureLoss):
             raise DistillError(f"channels must be a whole number of at least 1, got {self.channels!r}")
 
     def build(self, pairs: Sequence[tuple[Shape, Shape]]) -> nn.Module:
-        """The fusions."""
+        """Module with a fusion for each pair."""
         pairs = check_pairs(pairs)
         ranks = {max(map(len, pair)) - 1 for pair in pairs if min(map(len, pair)) > 1}
         if len(ranks) != 1:

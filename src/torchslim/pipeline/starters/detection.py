@@ -13,9 +13,9 @@ CELLS = SIZE // CELL
 
 
 def data(count: int, seed: int) -> TensorDataset:
-    """Your dataset: images (3, 32, 32) and for each cell of a grid (5, 4, 4): an object, and its box in pixels.
+    """Your dataset: images (3, 32, 32) and a grid (5, 4, 4) with an object and its box in pixels for each cell.
 
-    Here each image shows one bright rectangle. Its center lies in the cell that must find it; a box is x1, y1, x2, y2.
+    Here each image shows one bright rectangle. The cell at its center must find it; a box is x1, y1, x2, y2.
     """
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(count, 3, SIZE, SIZE, generator=generator) / 2
@@ -49,11 +49,11 @@ class Detector(nn.Module):
 
 
 def loss(outputs: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Which cell holds an object, and where its box lies."""
+    """Loss of the scores (which cell holds an object) plus loss of the boxes (where it lies)."""
     (scores, boxes), (_, truth) = outputs, batch
-    there = truth[:, :1]
-    found = nn.functional.binary_cross_entropy_with_logits(scores, there, pos_weight=torch.tensor(4.0))
-    return found + (there * (boxes - truth[:, 1:]).abs()).sum() / (there.sum() * SIZE)
+    has_object = truth[:, :1]
+    score_loss = nn.functional.binary_cross_entropy_with_logits(scores, has_object, pos_weight=torch.tensor(4.0))
+    return score_loss + (has_object * (boxes - truth[:, 1:]).abs()).sum() / (has_object.sum() * SIZE)
 
 
 def overlap(predict: Callable[..., tuple[Tensor, Tensor]], batches: Iterable[tuple[Tensor, Tensor]]) -> float:

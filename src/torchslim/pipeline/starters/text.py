@@ -28,7 +28,7 @@ class Sentences(Dataset[dict[str, Tensor]]):
 
 
 class Classifier(nn.Module):
-    """Your network: forward takes the keys of a batch but the labels, by name."""
+    """Your network: forward takes the keys of a batch except the labels, by name."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         states = self.encoder(self.embedding(input_ids), src_key_padding_mask=attention_mask == 0)
-        kept = attention_mask.unsqueeze(-1).to(states.dtype)
-        logits: Tensor = self.head((states * kept).sum(1) / kept.sum(1))
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        logits: Tensor = self.head((states * mask).sum(1) / mask.sum(1))
         return logits
 
 

@@ -1,4 +1,4 @@
-"""Where a layer's inputs and outputs are to be looked at, and along which axis its channels lie."""
+"""Inputs and outputs of layers: where statistics are measured, and along which axis the channels lie."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# torch's functions by name, whichever of their forms is called: relu, relu_, Tensor.relu, functional.relu
+# names of torch's functions, the same for all forms of a function: relu, relu_, Tensor.relu, functional.relu
 ACTIVATIONS = frozenset(
     {
         "relu",
@@ -60,19 +60,19 @@ SIZES = ("out_channels", "out_features", "num_features", "num_channels", "embedd
 
 
 class Outlets(TorchFunctionMode):
-    """Follows each module's output, through norms and residual additions, to the activation function behind it.
+    """Follows the output of every module, through norms and residual additions, to the activation function behind it.
 
-    Channels that a ReLU silences are seen only there, and a convolution before a batch norm has no scale of its own.
-    `seen(path, output, activated)` is called for every output, and again for what an activation function makes of it.
+    Channels that a ReLU silences show only there, and a convolution before a batch norm has no scale of its own.
+    Calls `seen(path, output, activated)` for every output, and again for the result of the activation function.
     """
 
     def __init__(self, seen: Callable[[str, Tensor, bool], None]) -> None:
         super().__init__()
         self.seen = seen
-        self.origins: Any = WeakTensorKeyDictionary()  # whose output a tensor is; keeps no activation alive
+        self.origins: Any = WeakTensorKeyDictionary()  # module paths by output; keeps no activation alive
 
     def follow(self, path: str, module: nn.Module) -> Any:
-        """Look at this module's outputs from now on; the handle ends it."""
+        """Follow the outputs of `module` from now on; returns the handle that stops it."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
@@ -87,11 +87,11 @@ class Outlets(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         if name not in ACTIVATIONS and name not in KEEP_CHANNELS:
             return func(*args, **(kwargs or {}))
-        given = [argument for argument in (*args, *(kwargs or {}).values()) if isinstance(argument, Tensor)]
-        origins = [(each.shape, self.origins.get(each, ())) for each in given]
+        tensors = [argument for argument in (*args, *(kwargs or {}).values()) if isinstance(argument, Tensor)]
+        origins = [(tensor.shape, self.origins.get(tensor, ())) for tensor in tensors]
         output = func(*args, **(kwargs or {}))
         if isinstance(output, Tensor):
-            paths = {path for shape, known in origins if shape == output.shape for path in known}
+            paths = {path for shape, sources in origins if shape == output.shape for path in sources}
             self.origins[output] = paths if name in KEEP_CHANNELS else set()
             if name in ACTIVATIONS:
                 for path in sorted(paths):
@@ -102,19 +102,19 @@ class Outlets(TorchFunctionMode):
 def channel_axis(module: nn.Module, output: Tensor) -> int | None:
     """The axis of a batched output that holds the module's channels: the second after convolutions, else the last.
 
-    A module that lays them out otherwise, as a layer norm on images may, is told by its number of channels.
+    Takes the other of the two if only its size is the number of channels, as after a layer norm on images.
     """
     weight = getattr(module, "weight", None)
-    known = (getattr(module, name, None) for name in SIZES)
+    sizes = (getattr(module, name, None) for name in SIZES)
     fallback = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() else None
-    size = next((each for each in known if isinstance(each, int)), fallback)
+    size = next((number for number in sizes if isinstance(number, int)), fallback)
     last = output.dim() - 1
     axes = (1, last) if isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm)) else (last, 1)
     return next((axis for axis in axes if 0 < axis <= last and output.shape[axis] == size), None)
 
 
 def batched(module: nn.Module, output: Tensor) -> tuple[Tensor, int] | None:
-    """The output with its batch dimension, which a single sample may lack, and its channel axis."""
+    """The output with a batch dimension, which a single sample may lack, and its channel axis; None without one."""
     if not output.is_floating_point() or not output.dim():
         return None
     if output.dim() == (len(module.kernel_size) + 1 if isinstance(module, _ConvNd) else 1):
@@ -126,8 +126,8 @@ def batched(module: nn.Module, output: Tensor) -> tuple[Tensor, int] | None:
 def by_sample(activation: Tensor, gradient: Tensor, axis: int, samples: int) -> Tensor:
     """The sum of a * da over each sample's positions: (samples, channels).
 
-    Rows that a model folds into the batch dimension sample by sample, such as windows or tokens, are positions too;
-    where rows are no multiple of the samples, each counts by itself.
+    Rows that a model folds into the batch dimension sample by sample, such as windows or tokens, are positions too.
+    If the number of rows is no multiple of the number of samples, every row counts as a sample.
     """
     others = [dim for dim in range(1, activation.dim()) if dim != axis]
     rows = activation * gradient
@@ -138,10 +138,10 @@ def by_sample(activation: Tensor, gradient: Tensor, axis: int, samples: int) -> 
 
 
 def input_squares(module: nn.Module, given: Tensor) -> Tensor | None:
-    """The sum of the squares of what each weight is multiplied with; None for layers that are neither linear nor conv.
+    """The sum of the squared inputs of each weight; None for layers that are neither linear nor convolutional.
 
-    Shapes: (..., in) -> (in,) for linear layers; (batch, in, ...) -> (in, *kernel) for convolutions, one number for
-    each tap; -> (in, 1, ...) for transposed ones, where every tap meets the whole input (but for cropped borders).
+    Shapes: (..., in) -> (in,) for linear layers; (batch, in, ...) -> (in, *kernel) for convolutions, one number
+    per tap; -> (in, 1, ...) for transposed ones, where every tap meets the whole input (except cropped borders).
     """
     if not isinstance(module, _ConvNd):
         fits = getattr(module, "in_features", None) == given.shape[-1] and getattr(module, "weight", given).dim() == 2
@@ -167,7 +167,7 @@ def input_squares(module: nn.Module, given: Tensor) -> Tensor | None:
 
 
 def facing(module: nn.Module, norm: Tensor) -> Tensor:
-    """An input norm as it broadcasts against the module's weight; grouped filters see their own inputs only."""
+    """The input norm, shaped to broadcast against the module's weight; grouped filters get their own inputs only."""
     if not isinstance(module, _ConvNd):
         return norm.unsqueeze(0)
     if module.transposed:

@@ -1,4 +1,4 @@
-"""What a criterion needs of the task's data: asked for before the run, and gathered in it."""
+"""Data that a criterion needs from the task: checked before the run, and gathered in it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torchslim.training.calibration import calibration_of
 
 
 def check_data(criterion: Criterion, ctx: Context) -> None:
-    """Raise where the task has no batches, or no labels, that the criterion needs."""
+    """Raise if the task lacks batches or labels that the criterion needs."""
     if not criterion.needs:
         return
     first = take_first(getattr(ctx.task, ctx.task.calibration_split), ctx.task.calibration_split)
     if criterion.needs_loss and ctx.task.loss is None and ctx.task.target(first) is None:
-        able = ", ".join(name for name, each in CRITERIA.items() if not each.needs_loss)
+        unlabeled = ", ".join(name for name, entry in CRITERIA.items() if not entry.needs_loss)
         raise PruneError(
             f"criterion {criterion.name!r} needs labels, but Task.target gives None; give Task(loss=...), or "
-            f"choose one of {able}"
+            f"choose one of {unlabeled}"
         )
 
 
 def gather_for(
     criterion: Criterion, model: nn.Module, ctx: Context, batches: Iterable[Batch] | None = None
 ) -> Gathered:
-    """What the criterion needs, of the model as it is now; nothing where it needs none."""
+    """Statistics that the criterion needs, of the model as it is now; empty if it needs none."""
     if not criterion.needs:
         return Gathered()
     batches = calibration_of(ctx).batches if batches is None else batches

@@ -1,7 +1,7 @@
-"""What a weight or a channel is worth: low scores go first.
+"""Criteria, which score weights and channels: those with the lowest scores are removed first.
 
 A criterion scores single weights, `weights(weight, statistics) -> scores` of the weight's shape, or whole slices,
-`channels(weight, dim, statistics) -> (weight.shape[dim],)`, or both; what it must know of data it declares in `needs`.
+`channels(weight, dim, statistics) -> (weight.shape[dim],)`, or both; `needs` lists the statistics of data that it uses.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ChannelScorer = Callable[[Tensor, int, Statistics], Tensor | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
-    """A way to rank.
+    """A way to score weights or channels.
 
     Args:
-        name: what messages and recipes call it.
-        weights: scores of single weights, of the weight's shape; None: it ranks channels only.
-        channels: scores of slices along a dimension, or None where it says nothing of this weight. Where it is left
-            out, a slice is worth the sum of its weights' scores.
-        needs: what must be gathered from data first.
+        name: its name in messages and recipes.
+        weights: gives the scores of single weights, of the weight's shape; None: the criterion ranks channels only.
+        channels: gives the scores of slices along a dimension, or None for a weight that it cannot score. Without it,
+            a slice's score is the sum of its weights' scores.
+        needs: statistics that must be gathered from data first.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Criterion:
 
     @property
     def about(self) -> str:
-        """One line."""
+        """First line of the scorer's docstring."""
         return ((self.weights or self.channels).__doc__ or "").strip().split("\n")[0]
 
     @property
     def needs_loss(self) -> bool:
-        """Must the data have labels?"""
+        """Whether the data must have labels."""
         return any(need.needs_loss for need in self.needs)
 
 
@@ -78,7 +78,7 @@ def _l2_channels(weight: Tensor, dim: int, statistics: Statistics) -> Tensor:
 
 
 def random(weight: Tensor, statistics: Statistics) -> Tensor:
-    """Uniform scores in [0, 1), by the run's seed: the baseline that a criterion must beat.
+    """Uniform scores in [0, 1), drawn with the run's seed: the baseline that a criterion must beat.
 
     Shapes: any -> the same.
     """
@@ -105,15 +105,15 @@ def fpgm(weight: Tensor, dim: int, statistics: Statistics) -> Tensor | None:
     if weight.dim() < 2 or statistics.role == "in":  # distances are between filters, which make outputs
         return None
     filters = slices(weight, dim).double()
-    filters = filters - filters.mean(0)  # moves no distance, and cancels less
+    filters = filters - filters.mean(0)  # changes no distance, and loses fewer digits to cancellation
     return torch.cdist(filters, filters).sum(1)
 
 
 def lamp(weight: Tensor, statistics: Statistics) -> Tensor:
-    """Squared magnitude over the sum of all squares in the layer that are no smaller: fair between layers.
+    """Squared magnitude over the sum of all squares in the layer that are no smaller, comparable between layers.
 
-    Shapes: any -> the same. For a channel the same of its slices' sums of squares. Among equals the earlier is the
-    smaller. Source: Lee et al. 2021, arXiv:2010.07611, section 3.
+    Shapes: any -> the same. For channels the same formula with the sums of squares of slices. Among equals the earlier
+    counts as smaller. Source: Lee et al. 2021, arXiv:2010.07611, section 3.
     """
     return _over_survivors(weight.double().square().flatten()).reshape(weight.shape)
 
@@ -176,10 +176,10 @@ def apoz(weight: Tensor, dim: int, statistics: Statistics) -> Tensor | None:
 
 
 def wanda(weight: Tensor, statistics: Statistics) -> Tensor:
-    """Magnitude times the norm of what it is multiplied with: |w| ||x||.
+    """Magnitude times the norm of the weight's input: |w| ||x||.
 
-    Shapes: any -> the same. The paper ranks each output's weights by themselves, which scope "layer" and N:M come
-    nearest to. Source: Sun et al. 2024, arXiv:2306.11695, section 3, eq. 1.
+    Shapes: any -> the same. The paper ranks the weights of each output separately; scope "layer" and N:M come nearest
+    to that. Source: Sun et al. 2024, arXiv:2306.11695, section 3, eq. 1.
     """
     norm: Tensor = _known(statistics.input_norm)
     scores: Tensor = weight.abs() * norm
@@ -187,8 +187,8 @@ def wanda(weight: Tensor, statistics: Statistics) -> Tensor:
 
 
 CRITERIA: Mapping[str, Criterion] = {
-    each.name: each
-    for each in (
+    criterion.name: criterion
+    for criterion in (
         Criterion(name="l1", weights=l1),
         Criterion(name="l2", weights=l2, channels=_l2_channels),
         Criterion(name="random", weights=random, channels=_random_channels),
@@ -223,30 +223,32 @@ def find_criterion(criterion: str | Scorer | Criterion) -> Criterion:
     if criterion in CRITERIA:
         return CRITERIA[criterion]
     if ":" in criterion:
-        found: Any = resolve(criterion, "criterion", PruneError)
-        if not isinstance(found, Criterion) and not callable(found):
-            raise PruneError(f"criterion {criterion!r} must be a function or a Criterion, got {type(found).__name__}")
-        return find_criterion(found)
+        resolved: Any = resolve(criterion, "criterion", PruneError)
+        if not isinstance(resolved, Criterion) and not callable(resolved):
+            raise PruneError(
+                f"criterion {criterion!r} must be a function or a Criterion, got {type(resolved).__name__}"
+            )
+        return find_criterion(resolved)
     raise PruneError(f"criterion {criterion!r} is not known; one of {', '.join(CRITERIA)}, or 'package.module:name'")
 
 
 def named_by_path(criterion: str | Scorer | Criterion) -> bool:
-    """Is it a "package.module:name", which is imported only where it is used?"""
+    """Whether `criterion` is a "package.module:name", which is imported only where it is used."""
     return isinstance(criterion, str) and ":" in criterion
 
 
 def needs(criterion: str | Scorer | Criterion) -> frozenset[Statistic]:
-    """What must be gathered before the criterion can score."""
+    """Statistics that must be gathered before the criterion can score."""
     return find_criterion(criterion).needs
 
 
 def slices(weight: Tensor, dim: int) -> Tensor:
-    """(slices, weights in each)."""
+    """The weight as a matrix with one row per slice along `dim`: (slices, weights per slice)."""
     return weight.movedim(dim, 0).reshape(weight.shape[dim], -1)
 
 
 def _over_survivors(squares: Tensor) -> Tensor:
-    """Each over the sum of itself and all that outlive it; shape (n,)."""
+    """Every square over the sum of itself and all squares ranked above it; shape (n,)."""
     order = squares.argsort(stable=True)
     ranked = squares[order]
     survivors = ranked.flip(0).cumsum(0).flip(0)
@@ -255,12 +257,12 @@ def _over_survivors(squares: Tensor) -> Tensor:
 
 
 def _of_output(found: Tensor | None, weight: Tensor, dim: int, statistics: Statistics) -> Tensor | None:
-    # a bias has its weight's output: it would only say the same again
+    # a bias has the same output as its weight, and would only repeat its scores
     if found is None or statistics.role != "out" or "bias" in statistics.name.rpartition(".")[2]:
         return None
     return found if found.shape == weight.shape[dim : dim + 1] else None
 
 
 def _known(value: Any) -> Any:
-    assert value is not None  # `silence` has looked
+    assert value is not None  # `silence` has checked
     return value

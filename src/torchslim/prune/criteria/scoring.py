@@ -1,4 +1,4 @@
-"""From a criterion's functions to scores that can be compared: checked, and combined over channels that go together."""
+"""Scores by a criterion: checked, and combined over coupled channels."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ Normalization = Literal["none", "mean", "max", "gaussian"]
 def check_ranks_weights(criterion: Criterion) -> None:
     """Raise PruneError for a criterion that ranks channels only."""
     if criterion.weights is None:
-        able = ", ".join(name for name, each in CRITERIA.items() if each.weights is not None)
+        names = ", ".join(name for name, entry in CRITERIA.items() if entry.weights is not None)
         raise PruneError(
-            f"criterion {criterion.name!r} ranks whole channels, not single weights; those that can: {able}"
+            f"criterion {criterion.name!r} ranks whole channels, not single weights; those that can: {names}"
         )
 
 
 def silence(criterion: Criterion, statistics: Statistics) -> str:
-    """Why the criterion can say nothing of this weight; empty where it can.
+    """The reason why the criterion cannot score this weight; empty if it can.
 
     Raises:
-        PruneError: it needs data, and none was given.
+        PruneError: the criterion needs data, and none was given.
     """
     if criterion.needs - statistics.gathered:
         labels = " with labels" if criterion.needs_loss else ""
-        without = ", ".join(name for name, each in CRITERIA.items() if not each.needs)
+        data_free = ", ".join(name for name, entry in CRITERIA.items() if not entry.needs)
         raise PruneError(
             f"criterion {criterion.name!r} needs data; give batches=...{labels}, or a task that has some. Criteria "
-            f"that need none: {without}"
+            f"that need none: {data_free}"
         )
     missing = sorted(need.value for need in criterion.needs if getattr(statistics, need.value) is None)
     return f"the data shows no {' and '.join(missing)} of it; it is unused, or not called as a layer" if missing else ""
@@ -44,15 +44,15 @@ def silence(criterion: Criterion, statistics: Statistics) -> str:
 
 @torch.no_grad()
 def score(criterion: Criterion, weight: Tensor, statistics: Statistics) -> Tensor:
-    """Scores of single weights, checked; at least float32, so that halves are not ranked by rounded norms.
+    """Checked scores of single weights, at least float32, so that halves are not ranked by rounded norms.
 
     Raises:
         PruneError: the criterion ranks channels only, has no data, or gave scores that cannot be used.
     """
     check_ranks_weights(criterion)
     assert criterion.weights is not None
-    if why := silence(criterion, statistics):
-        raise PruneError(f"criterion {criterion.name!r} cannot score {statistics.name!r}: {why}")
+    if reason := silence(criterion, statistics):
+        raise PruneError(f"criterion {criterion.name!r} cannot score {statistics.name!r}: {reason}")
     scores = criterion.weights(weight.detach().clone(), statistics)  # the criterion may work in place
     return _checked(scores, weight.shape, criterion, statistics)
 
@@ -63,8 +63,8 @@ def channel_scores(
 ) -> Tensor | None:
     """Scores of the slices of `weight` along `dim`: (weight.shape[dim],), at least float32.
 
-    None where the criterion says nothing of them: `bn_scale` of a convolution, `activation` of inputs, and whatever
-    data has not reached.
+    None if the criterion cannot score them: `bn_scale` of a convolution, `activation` of inputs, and weights that no
+    data has reached.
 
     Raises:
         PruneError: the criterion needs data and there is none, or it gave scores that cannot be used.
@@ -80,13 +80,13 @@ def channel_scores(
 
 
 def check_combination(reduction: Any, normalization: Any) -> None:
-    """Raise PruneError for what `combine` does not know."""
-    for what, value, known in (
+    """Raise PruneError for a reduction or normalization that `combine` does not know."""
+    for option, value, choices in (
         ("reduction", reduction, ("mean", "sum", "max", "first")),
         ("normalization", normalization, ("none", "mean", "max", "gaussian")),
     ):
-        if value not in known:
-            raise PruneError(f"{what} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        if value not in choices:
+            raise PruneError(f"{option} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def combine(
@@ -96,18 +96,18 @@ def combine(
     reduction: Reduction = "mean",
     normalization: Normalization = "mean",
 ) -> Tensor:
-    """One score for each class of channels that go together, from the scores of a group's members.
+    """One score per class of coupled channels, from the scores of a group's members.
 
-    Within a member, slices of one class are summed. Members that say nothing of a class do not count for it; a class
-    of which no member says anything is worth what the others are on average, before the normalization.
+    Within a member, slices of one class are summed. Members without scores for a class do not count for it. A class
+    that no member scores gets the mean of the other classes, before the normalization.
 
     Args:
         members: each a pair of class indices (n,), -1 outside the group, and scores (n,).
         size: how many classes the group has.
-        reduction: over the members; "first" takes the first that says something.
-        normalization: of the group's scores: divided by their mean or by their maximum (of magnitudes), or "gaussian",
-            minus their mean and over their standard deviation. A group whose scores are all zero stays so; one whose
-            scores are all equal becomes zero under "gaussian".
+        reduction: over the members; "first" takes the first that scores the class.
+        normalization: of the group's scores: "mean" and "max" divide by the mean or maximum of their magnitudes;
+            "gaussian" subtracts their mean and divides by their standard deviation. Scores that are all zero stay
+            zero; scores that are all equal become zero under "gaussian".
 
     Returns:
         (size,), float64, on the CPU, as the members may live on several devices.
@@ -122,16 +122,16 @@ def combine(
         index = classes.cpu()[inside]
         values[row].index_add_(0, index, scores.detach().cpu().double()[inside])
         counts[row, index] = True
-    known_by = counts.sum(0)
+    member_counts = counts.sum(0)
     if reduction == "max":
         total = values.masked_fill(~counts, -torch.inf).amax(0)
     elif reduction == "first":
         total = values.gather(0, counts.int().argmax(0, keepdim=True)).squeeze(0)
     else:
-        total = values.sum(0) / (known_by.clamp(min=1) if reduction == "mean" else 1)
-    if bool((known_by == 0).any()):
-        known_classes = total[known_by > 0]
-        total = total.masked_fill(known_by == 0, float(known_classes.mean()) if len(known_classes) else 0.0)
+        total = values.sum(0) / (member_counts.clamp(min=1) if reduction == "mean" else 1)
+    if bool((member_counts == 0).any()):
+        scored = total[member_counts > 0]
+        total = total.masked_fill(member_counts == 0, float(scored.mean()) if len(scored) else 0.0)
     return _normalized(total, normalization)
 
 
@@ -141,22 +141,22 @@ def _normalized(scores: Tensor, normalization: Normalization) -> Tensor:
     largest = scores.abs().max()
     if largest == 0:
         return scores
-    scores = scores / largest  # first, so that no sum or square leaves the range of floats
+    scores = scores / largest  # divided first, so that no sum or square leaves the range of floats
     if normalization == "max":
         return scores
     if normalization == "mean":
         return scores / scores.abs().mean()
     centered = scores - scores.mean()
     deviation = centered.square().mean().sqrt()
-    if deviation <= 1e-12:  # equal but for rounding, which must not be blown up to a ranking
+    if deviation <= 1e-12:  # equal up to rounding, which must not become a ranking
         return torch.zeros_like(scores)
     return centered / deviation
 
 
 def _checked(scores: Any, shape: torch.Size, criterion: Criterion, statistics: Statistics) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != shape:
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise PruneError(f"criterion {criterion.name!r} must return scores of shape {tuple(shape)}, got {got}")
+        actual = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise PruneError(f"criterion {criterion.name!r} must return scores of shape {tuple(shape)}, got {actual}")
     if not torch.isfinite(scores).all():
         raise PruneError(f"criterion {criterion.name!r} gave scores that are not finite for {statistics.name!r}")
     if not scores.is_floating_point():

@@ -1,6 +1,6 @@
-"""What data says about a model: one pass gathers what criteria declare that they need, and leaves no trace.
+"""Statistics of a model on data: one pass gathers those that criteria need, and leaves the model unchanged.
 
-Everything is a running sum, so memory is that of the model, whatever the number of batches. The model runs in eval
+Every statistic is a running sum, so memory is that of the model, whatever the number of batches. The model runs in eval
 mode: batch norms use and keep their running statistics, dropout is off, and the samples of a batch do not mix.
 """
 
@@ -25,7 +25,7 @@ from torchslim.prune.criteria.activations import Outlets, batched, by_sample, fa
 
 
 class Statistic(Enum):
-    """What can be gathered; the value is the name of the field of `Statistics` that holds it."""
+    """A statistic that can be gathered; the value names the field of `Statistics` that holds it."""
 
     TAYLOR = "taylor"
     SLICE_TAYLOR = "slice_taylor"
@@ -37,7 +37,7 @@ class Statistic(Enum):
 
     @property
     def needs_loss(self) -> bool:
-        """Must the batches have labels?"""
+        """Whether the batches must have labels."""
         return self in GRADIENTS or self is Statistic.ACTIVATION_TAYLOR
 
 
@@ -48,9 +48,9 @@ Role = Literal["out", "in", "other"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What a criterion may use besides the weight itself.
+    """Data about a parameter that a criterion may use besides the weight itself.
 
-    A field that was not gathered is None, and so is one that the batches never reached, as those of an unused layer.
+    A field is None if it was not gathered, or if no batch reached the parameter, as in an unused layer.
     `w` is the parameter, `g` the gradient of a batch's loss, which is a mean over the batch; means over batches are
     weighted by their samples. An output is measured behind the activation function that follows the module, see
     `Outlets`.
@@ -58,14 +58,14 @@ class Statistics:
     Args:
         name: the parameter's path.
         generator: the run's randomness.
-        role: what the dimension that is scored is to the parameter's module: its outputs, its inputs, or neither.
-        norm_scale: the parameter is the scale of a batch norm.
-        gathered: what the pass over data looked for.
+        role: whether the scored dimension holds the outputs of the parameter's module, its inputs, or neither.
+        norm_scale: whether the parameter is the scale of a batch norm.
+        gathered: the statistics that the pass over data was to gather.
         taylor: mean over batches of (w g)**2; of w's shape.
         slice_taylor: for each dimension of w the mean over batches of (sum of w g over a slice)**2; (w.shape[dim],).
-        squared_gradient: mean over batches of size * g**2, of w's shape. The mean of the samples' own squared gradients
-            where batches hold one sample; else an estimate of it that is right where gradients average to zero.
-        input_norm: L2 norm of what each weight is multiplied with, over all positions, root mean square over samples;
+        squared_gradient: mean over batches of size * g**2, of w's shape. With batches of one sample this is the mean of
+            the samples' squared gradients; else an estimate of it that is right where gradients average to zero.
+        input_norm: L2 norm of each weight's input, over all positions, root mean square over samples;
             it broadcasts against w: (1, in) for a linear layer, (1, in, *kernel) for a convolution.
         activation: mean of |output| over samples and positions; (channels,).
         zeros: share of outputs that are exactly zero; (channels,).
@@ -89,7 +89,7 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gathered:
-    """What one pass found, by parameter path, and by module path for outputs; without data it holds nothing."""
+    """Statistics from one pass, by parameter path, or by module path for outputs; empty without data."""
 
     needs: frozenset[Statistic] = frozenset()
     values: Mapping[Statistic, Mapping[str, Any]] = field(default_factory=dict)
@@ -99,12 +99,12 @@ class Gathered:
         self, path: str, *, generator: torch.Generator, role: Role = "other", norm_scale: bool = False
     ) -> Statistics:
         """The statistics of the parameter at `path` and of its module's output."""
-        found = {}
+        fields = {}
         for need in self.needs:
             key = path.rpartition(".")[0] if need in OUTPUTS else path
-            found[need.value] = self.values.get(need, {}).get(self.aliases.get(key, key))
+            fields[need.value] = self.values.get(need, {}).get(self.aliases.get(key, key))
         return Statistics(
-            name=path, generator=generator, role=role, norm_scale=norm_scale, gathered=self.needs, **found
+            name=path, generator=generator, role=role, norm_scale=norm_scale, gathered=self.needs, **fields
         )
 
 
@@ -116,7 +116,7 @@ def gather(
     forward: Callable[[nn.Module, Batch], Outputs] | None = None,
     loss: Callable[[Outputs, Batch], Tensor | None] | None = None,
 ) -> Gathered:
-    """One pass over `batches` for all that is needed. The model, its gradients and all random states stay as they are.
+    """Gather `needs` in one pass over `batches`; the model, its gradients and all random states stay as they are.
 
     Args:
         model: any module; frozen parameters have statistics too.
@@ -159,12 +159,12 @@ def _label_loss(outputs: Outputs, batch: Batch) -> Tensor | None:
 def _aliases(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     named = (*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False))
-    return {path: first.setdefault(id(each), path) for path, each in named}
+    return {path: first.setdefault(id(item), path) for path, item in named}
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Eval mode with gradients for every floating parameter; afterwards everything is as it was."""
+    """The parameters by path, in eval mode and with gradients; the model is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
@@ -179,16 +179,18 @@ def _untouched(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
             for module, _ in modes:
                 module.training = False
             parameters = {
-                path: each for path, each in model.named_parameters() if each.is_floating_point() and not is_lazy(each)
+                path: parameter
+                for path, parameter in model.named_parameters()
+                if parameter.is_floating_point() and not is_lazy(parameter)
             }
-            for each in parameters.values():
-                each.requires_grad_(True)
+            for weight in parameters.values():
+                weight.requires_grad_(True)
             yield parameters
         finally:
             for module, training in modes:
                 module.training = training
-            for each, wanted in trainable:
-                each.requires_grad_(wanted)
+            for weight, requires_grad in trainable:
+                weight.requires_grad_(requires_grad)
             with torch.no_grad():
                 for module, name, buffer, value in buffers:
                     module._buffers[name] = buffer
@@ -197,7 +199,7 @@ def _untouched(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 
 
 class _Pass:
-    """The running sums of one pass."""
+    """Running sums of the statistics over one pass."""
 
     def __init__(
         self,
@@ -210,32 +212,34 @@ class _Pass:
         self.model, self.needs, self.parameters = model, needs, parameters
         self.forward, self.loss = forward, loss
         self.differentiates = any(need.needs_loss for need in needs)
-        self.samples = self.size = 0  # of the pass, of this batch
+        self.samples = self.size = 0  # samples of the pass, and of this batch
         self.listening = False
         self.sums: dict[tuple[Statistic, str], Any] = {}
-        self.inputs: dict[str, nn.Module] = {}  # the module that an input norm is of
+        self.inputs: dict[str, nn.Module] = {}  # the module of each input norm
         # by (module path, behind an activation function)
         self.outputs: dict[tuple[str, bool], dict[Statistic, Tensor]] = {}
         self.counts: dict[tuple[str, bool], int] = {}
         self.parts: dict[tuple[str, bool], list[Tensor]] = {}  # of this batch: (samples, channels)
         self.outlets = Outlets(self.output)
-        self.paths = {id(each): path for path, each in model.named_parameters()}
-        self.modules = {path: each for path, each in model.named_modules() if any(True for _ in each.parameters(False))}
+        self.paths = {id(parameter): path for path, parameter in model.named_parameters()}
+        self.modules = {
+            path: module for path, module in model.named_modules() if any(True for _ in module.parameters(False))
+        }
         self.handles = []
         if needs & OUTPUTS:
-            self.handles += [self.outlets.follow(path, each) for path, each in self.modules.items()]
+            self.handles += [self.outlets.follow(path, module) for path, module in self.modules.items()]
         if Statistic.INPUT_NORM in needs:
             self.handles += [
                 module.register_forward_hook(self.input, with_kwargs=True) for module in self.modules.values()
             ]
 
     def release(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
     def batch(self, batch: Batch, number: int) -> None:
-        """Add one batch."""
+        """Run one batch, and add its statistics to the sums."""
         size = self.size = batch_size(batch)
         self.samples += size
         with torch.set_grad_enabled(self.differentiates):
@@ -251,21 +255,21 @@ class _Pass:
             raise TaskError("the loss must be one number in a tensor that depends on the model's weights")
         if not torch.isfinite(loss):
             raise TaskError(f"the loss of batch {number} is {loss.item()}; look for bad values in it")
-        # not backward(): gradients that the caller holds, and hooks on them, are not ours to touch
+        # not backward(): it would change gradients that the caller holds, and run the caller's hooks
         gradients = torch.autograd.grad(loss.reshape(()), list(self.parameters.values()), allow_unused=True)
         with torch.no_grad():
             for (path, weight), gradient in zip(self.parameters.items(), gradients, strict=True):
                 if gradient is not None:
                     self.gradient(path, weight, gradient, size)
             for key, parts in self.parts.items():
-                # one loss saw every use of the module: the uses add up before the magnitude is taken
-                alike = all(part.shape == parts[0].shape for part in parts)
-                value = torch.stack(parts).sum(0).abs() if alike else torch.cat(parts).abs()
+                # one loss depends on every use of the module: add the uses up before taking the magnitude
+                same_shape = all(part.shape == parts[0].shape for part in parts)
+                value = torch.stack(parts).sum(0).abs() if same_shape else torch.cat(parts).abs()
                 self.add_output(key, Statistic.ACTIVATION_TAYLOR, size * value.sum(0))
         self.parts.clear()
 
     def listen(self, batch: Batch) -> Outputs:
-        """The outputs of a batch, while the hooks take notes; what checkpointing computes again is not noted twice."""
+        """The outputs of a batch, with the hooks on; off afterwards, so that recomputation does not count twice."""
         self.listening = True
         try:
             with self.outlets if self.needs & OUTPUTS else nullcontext():
@@ -274,7 +278,7 @@ class _Pass:
             self.listening = False
 
     def gradient(self, path: str, weight: Tensor, gradient: Tensor, size: int) -> None:
-        """What is gathered of one parameter's gradient."""
+        """Add the statistics of one parameter's gradient."""
         gradient = _wide(gradient)
         if Statistic.SQUARED_GRADIENT in self.needs:
             self.add(Statistic.SQUARED_GRADIENT, path, size**2 * gradient.square())
@@ -303,52 +307,52 @@ class _Pass:
         sums[need] = sums[need] + value if need in sums else value
 
     def input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The squares of what a module's weights are multiplied with."""
-        given = args[0] if args else kwargs.get("input")
+        """Add the squared inputs of a module's weights (a forward hook)."""
+        tensor = args[0] if args else kwargs.get("input")
         path = self.paths.get(id(getattr(module, "weight", None)))
-        if not self.listening or path is None or not isinstance(given, Tensor):
+        if not self.listening or path is None or not isinstance(tensor, Tensor):
             return
         with torch.no_grad():
-            squares = input_squares(module, _wide(given.detach()))
+            squares = input_squares(module, _wide(tensor.detach()))
         if squares is not None:
             self.inputs[path] = module
             self.add(Statistic.INPUT_NORM, path, squares)
 
     def output(self, path: str, output: Tensor, activated: bool) -> None:
-        """What is gathered of one output of a module."""
-        placed = batched(self.modules[path], output)
-        if not self.listening or placed is None:
+        """Add the statistics of one output of a module."""
+        batched_output = batched(self.modules[path], output)
+        if not self.listening or batched_output is None:
             return
-        (value, axis), key = placed, (path, activated)
+        (value, axis), key = batched_output, (path, activated)
         with torch.no_grad():
-            others = [dim for dim in range(value.dim()) if dim != axis]
+            other_dims = [dim for dim in range(value.dim()) if dim != axis]
             self.counts[key] = self.counts.get(key, 0) + value.numel() // max(value.shape[axis], 1)
             if Statistic.ACTIVATION in self.needs:
-                self.add_output(key, Statistic.ACTIVATION, _wide(value.detach()).abs().sum(others))
+                self.add_output(key, Statistic.ACTIVATION, _wide(value.detach()).abs().sum(other_dims))
             if Statistic.ZEROS in self.needs:
-                self.add_output(key, Statistic.ZEROS, (value == 0).sum(others))
+                self.add_output(key, Statistic.ZEROS, (value == 0).sum(other_dims))
         if Statistic.ACTIVATION_TAYLOR in self.needs and output.requires_grad:
-            kept = value.detach().clone()  # what follows may work in place
+            activation = value.detach().clone()  # later operations may work in place
             size = self.size
             output.register_hook(
                 lambda gradient: self.parts.setdefault(key, []).append(
-                    by_sample(kept, gradient.reshape(kept.shape), axis, size)
+                    by_sample(activation, gradient.reshape(activation.shape), axis, size)
                 )
             )
 
     def means(self) -> dict[Statistic, dict[str, Any]]:
-        """The sums, divided."""
-        found: dict[Statistic, dict[str, Any]] = {need: {} for need in self.needs}
+        """Means by statistic and path: the sums, divided by their counts."""
+        means: dict[Statistic, dict[str, Any]] = {need: {} for need in self.needs}
         for (need, path), total in self.sums.items():
             if need is Statistic.SLICE_TAYLOR:
-                found[need][path] = tuple(each / self.samples for each in total)
+                means[need][path] = tuple(part / self.samples for part in total)
             elif need is Statistic.INPUT_NORM:
-                found[need][path] = facing(self.inputs[path], (total / self.samples).sqrt())
+                means[need][path] = facing(self.inputs[path], (total / self.samples).sqrt())
             else:
-                found[need][path] = total / self.samples
+                means[need][path] = total / self.samples
         for (path, activated), sums in self.outputs.items():
             if activated or (path, True) not in self.outputs:
                 for need, total in sums.items():
                     count = self.samples if need is Statistic.ACTIVATION_TAYLOR else self.counts[path, activated]
-                    found[need][path] = total / count
-        return found
+                    means[need][path] = total / count
+        return means

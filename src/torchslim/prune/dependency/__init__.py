@@ -1,1 +1,1 @@
-"""Which channels of a model must go together."""
+"""Finds which channels of a model must be removed together."""

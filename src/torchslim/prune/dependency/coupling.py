@@ -1,8 +1,8 @@
-"""From tags to decisions: which classes of atoms may go, which are alike, and which must go in step.
+"""Decides which classes of atoms can be removed, which form a group, and which groups must shrink in step.
 
-A *group* holds classes that touch the same dimensions of the same weights: channels of one layer and all that is
-coupled to it. A *unit* holds cells of classes that lose equally many each: most often one group, but the two halves
-of a split, the groups of a group norm, or a residual stream and the heads whose size is computed from its width.
+A *group* holds classes that touch the same dimensions of the same weights: the channels of one layer and everything
+coupled to them. A *unit* holds cells of classes that shrink in step. Most units hold one group; others hold the two
+halves of a split, the groups of a group norm, or a residual stream and the heads whose size is computed from its width.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ UNEVEN = "cannot shrink evenly with what must stay in balance with it"
 
 @dataclass
 class Coupling:
-    """A trace with every choice made. `removed` is everywhere a boolean per atom, True for what goes."""
+    """A trace with all choices made. `removed` always has one boolean per atom, True where the atom is removed."""
 
     trace: Trace
     atoms: Atoms
     groups: list[Group]
     units: list[Unit]
-    modes: dict[str, str] = field(default_factory=dict)  # by module path, what its joint layers lose
-    axes: dict[JointKey, int] = field(default_factory=dict)  # of other joint layers: along which they lose slices
+    modes: dict[str, str] = field(default_factory=dict)  # module path -> what its joint layers lose
+    axes: dict[JointKey, int] = field(default_factory=dict)  # other joint layer -> axis along which it loses slices
     _roots: dict[int, Ids] = field(default_factory=dict)
-    _kept: dict[tuple[int, ...], list[Mask | None]] = field(default_factory=dict)  # of `_kept_of`
+    _kept: dict[tuple[int, ...], list[Mask | None]] = field(default_factory=dict)  # cached for `_kept_of`
     _kept_of: Mask | None = None
 
     @cached_property
@@ -48,25 +48,25 @@ class Coupling:
 
     @cached_property
     def learnt(self) -> Mask:
-        """Per atom: is it the class of a weight's slice that may go, and not only of a size that adapts?"""
-        found = np.zeros(self.atoms.count, dtype=bool)
+        """Mask of the classes of removable weight slices; classes of sizes that only adapt are False."""
+        touched = np.zeros(self.atoms.count, dtype=bool)
         for value in self.trace.weights.values():
             for classes in self.classes(value.layers):
-                found[classes] = True
+                touched[classes] = True
         free: Mask = self.atoms.frozen() == 0
-        return np.logical_and(found, free)
+        return np.logical_and(touched, free)
 
     def classes(self, layers: Layers) -> list[Ids]:
-        """Each layer with classes in place of atoms."""
+        """The layers, with classes in place of atoms."""
         for core in layers:
             if id(core) not in self._roots:  # the trace keeps its layers alive
                 self._roots[id(core)] = self.roots[core.numpy()]
         return [self._roots[id(core)] for core in layers]
 
     def kept(self, layers: Layers, shape: Shape, removed: Mask) -> list[Mask | None]:
-        """Per dimension which indices stay; None where all do.
+        """One mask per dimension, True for the indices that stay; None where all of them stay.
 
-        Many values share their layers, so what is found for a removal that nobody can write to any more is remembered.
+        Many values share their layers, so the masks for a read-only `removed` are cached.
         """
         if removed.flags.writeable:
             return self._keep(layers, shape, removed)
@@ -84,34 +84,34 @@ class Coupling:
             if not gone.any():
                 continue
             dims = [dim for dim, size in enumerate(classes.shape) if size > 1]
-            left = ~gone
+            stays = ~gone
             for dim in dims:
                 others = tuple(index for index in range(gone.ndim) if index != dim)
-                along: Mask = np.asarray(left.any(axis=others)) if others else left
-                if not along.all():
-                    before = keep[dim]
-                    keep[dim] = along if before is None else before & along
+                mask: Mask = np.asarray(stays.any(axis=others)) if others else stays
+                if not mask.all():
+                    previous = keep[dim]
+                    keep[dim] = mask if previous is None else previous & mask
         return keep
 
     def shape(self, value: Value, removed: Mask) -> Shape:
-        """The shape that a value will have."""
+        """Shape of a value after the removal."""
         keep = self.kept(value.layers, value.shape, removed)
-        return tuple(size if each is None else int(each.sum()) for size, each in zip(value.shape, keep, strict=True))
+        return tuple(size if mask is None else int(mask.sum()) for size, mask in zip(value.shape, keep, strict=True))
 
     def parameters(self, removed: Mask, names: Iterable[str]) -> int:
-        """How many numbers these weights will hold."""
+        """Number of elements of the weights `names` after the removal."""
         return sum(int(np.prod(self.shape(self.trace.weights[name], removed))) for name in names)
 
     def macs(self, removed: Mask) -> int:
-        """Multiply-accumulates of the traced run, after."""
-        counts: dict[int, float] = {}
+        """MACs of the traced run after the removal."""
+        counts: dict[tuple[int, int], float] = {}
         total = 0.0
         for operation in self.trace.operations:
             cost = float(operation.macs)
             for layers, dim in operation.factors:
                 for core, classes in zip(layers, self.classes(layers), strict=True):
                     if classes.shape[dim] > 1:
-                        key = id(core) * 8 + dim
+                        key = id(core), dim
                         if key not in counts:
                             others = tuple(index for index in range(classes.ndim) if index != dim)
                             counts[key] = float((~removed[classes]).any(others).mean())
@@ -130,16 +130,16 @@ def couple(
     shut: Mapping[JointKey, set[int]] | None = None,
     placed: Collection[bytes] = (),
 ) -> Coupling:
-    """Decide what a trace leaves open, and collect the groups.
+    """Make the choices that a trace leaves open, and collect the groups and units.
 
     Args:
-        trace: left as it is.
-        heads: what attention loses: whole heads, dimensions of every head, or what the model allows ("auto").
-        frozen: weights that must stay as they are.
-        modes: by module path, what its joint layers lose: "inner", "even", "outer", "tied", "outer tied" or "none".
-        stays: further atoms that must stay, and why.
-        shut: by joint layer, the axes along which it cannot lose slices.
-        placed: the balances whose parts are cut at given positions, not in equal shares.
+        trace: not modified.
+        heads: whether attention loses whole heads, dimensions of every head, or what the model allows ("auto").
+        frozen: names of the weights that must not change.
+        modes: module path -> what its joint layers lose: "inner", "even", "outer", "tied", "outer tied" or "none".
+        stays: further atoms that must stay, with the reasons.
+        shut: joint layer -> the axes along which it cannot lose slices.
+        placed: keys of the balances whose parts are cut at given positions, not in equal shares.
     """
     atoms = copy.deepcopy(trace.tagger.atoms)
     for name in frozen:
@@ -147,9 +147,12 @@ def couple(
             atoms.freeze(core.numpy(), Reason.EXCLUDED)
     for ids, why in stays:
         atoms.freeze(ids, why)
-    shares = trace.tagger.balances
-    # shares of which one cannot lose anything are none
-    placed = {*placed, *(key for key, each in shares.items() if len(each.fixed) and any(map(atoms.stuck, each.parts)))}
+    balances = trace.tagger.balances
+    # parts are not equal shares if one of them cannot lose anything
+    placed = {
+        *placed,
+        *(key for key, balance in balances.items() if len(balance.fixed) and any(map(atoms.stuck, balance.parts))),
+    }
     for key in placed:
         atoms.freeze(trace.tagger.balances[key].fixed, "cut at a given position")
     resolver = Resolver(trace, atoms, heads, modes or {}, shut or {})
@@ -165,7 +168,7 @@ def couple(
 
 
 def _made_by_weights(group: Group, trace: Trace) -> Group:
-    """A group that only takes in what a constant table gives stays: nothing that was learnt makes its channels."""
+    """The group, with a reason to stay if no parameter produces its channels: they come from a constant table."""
     if group.reason or any(member.weight in trace.parameters for member in group.members if not _takes(member, trace)):
         return group
     return Group(group.classes, group.members, "channels of a constant")
@@ -176,7 +179,7 @@ def _takes(member: Member, trace: Trace) -> bool:
 
 
 def _groups(trace: Trace, atoms: Atoms) -> list[Group]:
-    """Classes by the dimensions of weights that they touch."""
+    """Groups of the classes that touch the same dimensions of the same weights."""
     frozen = atoms.frozen()
     signature = np.zeros(atoms.count, dtype=np.uint64)
     touches: list[tuple[str, int, Ids]] = []
@@ -196,20 +199,20 @@ def _groups(trace: Trace, atoms: Atoms) -> list[Group]:
     group_of = np.full(atoms.count, -1, dtype=np.int64)
     group_of[classes] = inverse.reshape(-1)
     order: dict[int, list[Ids]] = {}
-    for _, _, roots in touches:  # classes in the order of their first member, which is the order of its channels
+    for _, _, roots in touches:  # order classes as the group's first member has them: by its channels
         for number in np.unique(group_of[roots]):
             if int(number) not in order:
-                mine = roots[group_of[roots] == number]
-                order[int(number)] = [mine[np.sort(np.unique(mine, return_index=True)[1])]]
-    place = np.zeros(atoms.count, dtype=np.int64)
+                classes_inside = roots[group_of[roots] == number]
+                order[int(number)] = [classes_inside[np.sort(np.unique(classes_inside, return_index=True)[1])]]
+    position = np.zeros(atoms.count, dtype=np.int64)
     for (ids,) in order.values():
-        place[ids] = np.arange(len(ids))
+        position[ids] = np.arange(len(ids))
     members: dict[int, list[Member]] = {number: [] for number in order}
     for name, dim, roots in touches:
         numbers = group_of[roots]
         for number in np.unique(numbers):
             indices = np.flatnonzero(numbers == number)
-            members[int(number)].append(Member(name, dim, indices, place[roots[indices]]))
+            members[int(number)].append(Member(name, dim, indices, position[roots[indices]]))
     return [
         Group(ids, tuple(members[number]), atoms.reasons[frozen[ids[0]] - 1] if frozen[ids[0]] else "")
         for number, (ids,) in order.items()

@@ -1,4 +1,4 @@
-"""Calls of a model: the one on the example inputs, and further ones, of other branches and methods, in one run."""
+"""Calls of a model in one run: the call on the example inputs, and further calls of other branches and methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEYS = ("method", "args", "kwargs")
 
 
 class Example(NamedTuple):
-    """One call: `method` is a path from the model, as "embed" or "backbone.features"; empty for the model itself."""
+    """One call; `method` is a path from the model, such as "backbone.features", and empty for the model itself."""
 
     method: str
     args: tuple[Any, ...]
@@ -25,28 +25,28 @@ class Example(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Several calls that make up one run, one after the other."""
+    """Several calls, made one after the other in one run."""
 
     calls: tuple[Example, ...]
 
 
 def find_method(model: nn.Module, path: str) -> Callable[..., Any]:
-    """The model, or one of its methods or of its parts'.
+    """The callable at `path` from the model; the model itself for an empty path.
 
     Raises:
-        PruneError: there is nothing of this name that can be called.
+        PruneError: `path` names nothing that can be called.
     """
-    found: Any = model
+    target: Any = model
     for name in path.split(".") if path else ():
-        found = getattr(found, name, None)
-    if not callable(found):
+        target = getattr(target, name, None)
+    if not callable(target):
         raise PruneError(f"examples call {path!r}, which {type(model).__name__} has no method of; give a method's name")
-    method: Callable[..., Any] = found
+    method: Callable[..., Any] = target
     return method
 
 
 def calls_of(inputs: Inputs) -> tuple[Example, ...]:
-    """The calls that a run consists of."""
+    """The calls that a run on `inputs` consists of."""
     if isinstance(inputs, Examples):
         return inputs.calls
     if isinstance(inputs, Mapping):
@@ -55,20 +55,20 @@ def calls_of(inputs: Inputs) -> tuple[Example, ...]:
 
 
 def together(model: nn.Module, example_inputs: Inputs, examples: Sequence[Any]) -> Inputs:
-    """The example inputs, with further calls after them.
+    """The example inputs, followed by the calls in `examples`.
 
     Args:
-        examples: tuples of positional arguments, dicts of keyword arguments, or dicts with a key "method" and the keys
-            "args" and "kwargs" besides.
+        examples: tuples of positional arguments, dicts of keyword arguments, or dicts with the key "method" and,
+            optionally, the keys "args" and "kwargs".
 
     Raises:
-        PruneError: an example that is none of those, or of a method that the model does not have.
+        PruneError: an example has none of these forms, or names a method that the model does not have.
     """
     if isinstance(examples, (str, Mapping)) or not isinstance(examples, Sequence):
         raise PruneError(f"examples must be a list of calls, got {type(examples).__name__}; give examples=[(x,), ...]")
     if not examples:
         return example_inputs
-    calls = tuple(_read(model, each, place) for place, each in enumerate(examples))
+    calls = tuple(_read(model, example, place) for place, example in enumerate(examples))
     return Examples((*calls_of(example_inputs), *calls))
 
 

@@ -1,6 +1,6 @@
-"""The arguments and results of dispatched operations, flat: they nest in tuples, lists and dicts alone.
+"""Flattens the arguments and results of dispatched operations, which nest only in tuples, lists and dicts.
 
-A general walk over trees asks each leaf for its registered kind, which takes longer than most operations do.
+A general walk over trees looks up the registered type of every leaf, which takes longer than most operations.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from typing import Any
 
 
 def leaves(value: Any) -> list[Any]:
-    """All that is not a container, in order."""
-    found: list[Any] = []
-    _collect(value, found)
-    return found
+    """All values in `value` that are not containers, in order."""
+    flat: list[Any] = []
+    _collect(value, flat)
+    return flat
 
 
 def _collect(value: Any, found: list[Any]) -> None:
     if isinstance(value, (tuple, list)):
-        for each in value:
-            _collect(each, found)
+        for item in value:
+            _collect(item, found)
     elif isinstance(value, dict):
-        for each in value.values():
-            _collect(each, found)
+        for item in value.values():
+            _collect(item, found)
     else:
         found.append(value)
 
 
 def filled(like: Any, values: Iterator[Any]) -> Any:
-    """The same containers with the next values as their leaves."""
+    """The containers of `like`, with leaves taken from `values` in order."""
     if isinstance(like, (tuple, list)):
-        items = [filled(each, values) for each in like]
+        items = [filled(item, values) for item in like]
         return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
     if isinstance(like, dict):
-        return {key: filled(each, values) for key, each in like.items()}
+        return {key: filled(item, values) for key, item in like.items()}
     return next(values)

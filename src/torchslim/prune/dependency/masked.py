@@ -1,4 +1,4 @@
-"""The masked original's run, which must leave at every operation the numbers that the shrunk model left."""
+"""Runs the masked original, and compares it with the shrunk model's run at every operation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ POWERS = (1.0, 0.5, 0.25)
 
 
 class Masked(Run):
-    """The original's run with everything removed set to zero; each value must leave what the shrunk run left."""
+    """Runs the original with removed elements set to zero; each value must match the shrunk run's footprint."""
 
     def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask, followed: Follower) -> None:
         super().__init__(model, coupling, removed, followed.precision)
@@ -72,17 +72,17 @@ class Masked(Run):
         self.ratios = _ratios(coupling, removed)
 
     def keep(self, layers: Any, shape: Shape) -> list[Mask | None]:
-        """Per dimension what stays."""
+        """One mask per dimension, True for the indices that stay; None where all of them stay."""
         return self.coupling.kept(layers, shape, self.removed)
 
     def operate(self, func: Any, args: Any, kwargs: Any, constant: bool) -> Any:
-        """The operation with what was removed set to zero, held against its footprint."""
+        """Run the operation with removed elements set to zero, and compare the result with its footprint."""
         name = opname(func)
         if name in PASSING:
             result = self.execute(func, args, kwargs)
             number = lifted(func, args)
-            if number is not None and (other := next(self.lifted, number)) != number:
-                result = torch.full_like(result, self.scale(func, number, other))
+            if number is not None and (shrunk_number := next(self.lifted, number)) != number:
+                result = torch.full_like(result, self.scale(func, number, shrunk_number))
             return result
         footprint = self._footprint(name, constant)
         if footprint is None:
@@ -94,7 +94,7 @@ class Masked(Run):
             raise self.fail(f"{name} runs where the shrunk run has {self.wanted(self.at)}")
         operation = self.operations[self.index]
         touched = any(
-            any(each is not None for each in self.keep(value.layers, value.shape)) for value in operation.inputs
+            any(mask is not None for mask in self.keep(value.layers, value.shape)) for value in operation.inputs
         )
         if name in COMPACT and touched:
             result = self._compact(func, args, kwargs, operation, footprint)
@@ -116,7 +116,7 @@ class Masked(Run):
         return filled(result, iter(flat))
 
     def _footprint(self, name: str, constant: bool) -> Footprint | None:
-        """What the shrunk run left of this operation; None of one on constants whose result it had kept."""
+        """The shrunk run's footprint; None for an operation on constants whose result that run had cached."""
         self._skip(name)
         if self.step < len(self.footprints) and (not constant or self.footprints[self.step].name == name):
             self.step += 1
@@ -130,14 +130,14 @@ class Masked(Run):
             self.step += 1
 
     def follow(self, model: nn.Module, inputs: Inputs) -> None:
-        """As for every run; it must come as far as the shrunk one."""
+        """Run the whole model; raises Mismatch also where it ends before the shrunk run."""
         super().follow(model, inputs)
         self._skip("")
         if self.step < len(self.footprints):
             raise self.fail("the run ends before the shrunk one")
 
     def _aside(self, func: Any, args: Any, kwargs: Any, footprint: Footprint) -> Any:
-        """An operation that concerns no channel, in a part of the run that depends on data."""
+        """Run an operation that touches no channel, in a part of the run that depends on data."""
         if footprint.order is not None:
             return in_order(func, args, kwargs, footprint.order)
         return self.draw(func, args, kwargs) if self.noise.drawn_by(func) else self.execute(func, args, kwargs)
@@ -146,35 +146,35 @@ class Masked(Run):
         if self.noise.drawn_by(func):
             return self.draw(func, args, kwargs)
         numbers = iter(footprint.scalars)
-        chosen = []
+        arguments = []
         for leaf in leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
-                chosen.append(leaf)
+                arguments.append(leaf)
                 continue
-            other = next(numbers, leaf)
+            shrunk_number = next(numbers, leaf)
             scaling = isinstance(leaf, float) or (type(leaf) is int and opname(func).rstrip("_") in SCALING)
-            if scaling and isinstance(other, (int, float)) and other != leaf:
-                leaf = self.scale(func, leaf, other)
-            chosen.append(leaf)
-        args, kwargs = filled((args, kwargs), iter(chosen))
+            if scaling and isinstance(shrunk_number, (int, float)) and shrunk_number != leaf:
+                leaf = self.scale(func, leaf, shrunk_number)
+            arguments.append(leaf)
+        args, kwargs = filled((args, kwargs), iter(arguments))
         return self.execute(func, args, kwargs)
 
     def scale(self, func: Any, mine: float, other: float) -> float:
-        """The shrunk run's number, if it is this run's but for the sizes that it is computed from."""
+        """The shrunk run's number `other`, which may differ from `mine` only by a ratio of changed sizes."""
         if not any(abs(other - mine * ratio) <= 1e-6 * abs(other) for ratio in self.ratios):
             raise self.fail(f"{opname(func)} takes {other!r} where the original takes {mine!r}")
         return other
 
     def _compact(self, func: Any, args: Any, kwargs: Any, operation: Operation, footprint: Footprint) -> Any:
         numbers, values = iter(footprint.scalars), iter(operation.inputs)
-        chosen = []
+        arguments = []
         for leaf in leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 value = next(values)
-                chosen.append(gathered(leaf, self.keep(value.layers, value.shape)))
+                arguments.append(gathered(leaf, self.keep(value.layers, value.shape)))
             else:
-                chosen.append(next(numbers, leaf))
-        args, kwargs = filled((args, kwargs), iter(chosen))
+                arguments.append(next(numbers, leaf))
+        args, kwargs = filled((args, kwargs), iter(arguments))
         result = self.execute(func, args, kwargs)
         flat = leaves(result)
         for position, (leaf, value) in enumerate(zip(flat, operation.outputs, strict=False)):
@@ -194,11 +194,11 @@ class Masked(Run):
 
 
 def _ratios(coupling: Coupling, removed: Mask) -> set[float]:
-    """The factors that scales computed from changed sizes may change by."""
+    """Factors by which a scale that is computed from changed sizes may change."""
     pairs = set()
     for operation in coupling.trace.operations:
         for value in (*operation.inputs, *operation.outputs):
             if value.layers:
                 pairs |= set(zip(value.shape, coupling.shape(value, removed), strict=True))
     ratios = {new / old for old, new in pairs if new != old and new}
-    return {sign for ratio in ratios for power in POWERS for sign in (ratio**power, ratio**-power)}
+    return {factor for ratio in ratios for power in POWERS for factor in (ratio**power, ratio**-power)}

@@ -1,7 +1,7 @@
-"""Random numbers that are the same in every run of a model, at every size that it is cut to.
+"""Draws random numbers that are the same in every run of a model, whatever size it is pruned to.
 
 The n-th random operation of a run is seeded by n and runs at the size of the original, in float64. A shrunk model gets
-the numbers of the channels that it keeps, so noise in evaluation is compared as everything else is.
+the numbers of the channels that it keeps, so noise in evaluation is compared like all other values.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Placed = Callable[[int, Tensor], Tensor]
 
 
 class Noise:
-    """The random operations of one run, in their order."""
+    """Draws the numbers of one run's random operations, in order."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -66,19 +66,19 @@ class Noise:
         spread: Placed | None = None,
         gather: Placed | None = None,
     ) -> Any:
-        """The operation with the numbers that belong to its place in the run.
+        """Run the operation with the numbers that belong to its place in the run.
 
         Args:
-            sizes: the size that the operation is told -> the size in the original.
-            spread: the place of a tensor among the arguments, and the tensor -> the tensor in the original's shape.
-            gather: the place of an output and its value in the original's shape -> what this model keeps of it.
+            sizes: size among the arguments -> size in the original.
+            spread: place of a tensor among the arguments, and the tensor -> the tensor in the original's shape.
+            gather: place of an output, and its value in the original's shape -> the part that this model keeps.
         """
         self.count += 1
-        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        full = [self._wide(each if spread is None else spread(place, each)) for place, each in enumerate(given)]
-        back = {id(new): old for new, old in zip(full, given, strict=True)}
-        numbers = iter(full)
-        flat = [next(numbers) if isinstance(leaf, Tensor) else leaf for leaf in leaves((args, kwargs))]
+        inputs = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        full = [self._wide(value if spread is None else spread(place, value)) for place, value in enumerate(inputs)]
+        originals = {id(new): old for new, old in zip(full, inputs, strict=True)}
+        remaining = iter(full)
+        flat = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves((args, kwargs))]
         new_args, new_kwargs = filled((args, kwargs), iter(flat))
         dtype = new_kwargs.get("dtype")
         if dtype is not None and dtype.is_floating_point:
@@ -86,10 +86,10 @@ class Noise:
         if "generator" in new_kwargs:
             new_kwargs["generator"] = None
         new_args = _with_size(func, new_args, sizes)
-        device = given[0].device if given else torch.device(kwargs.get("device") or "cpu")
+        device = inputs[0].device if inputs else torch.device(kwargs.get("device") or "cpu")
         _seed(self.count, device)
         result = func(*new_args, **new_kwargs)
-        if dtype is None and _is_floating(result) and not given:  # nothing says which precision
+        if dtype is None and _is_floating(result) and not inputs:  # no argument sets the precision
             _seed(self.count, device)
             dtype, new_kwargs["dtype"] = result.dtype, torch.float64
             result = func(*new_args, **new_kwargs)
@@ -97,24 +97,24 @@ class Noise:
         for place, leaf in enumerate(flat):
             if isinstance(leaf, Tensor):
                 kept = leaf if gather is None else gather(place, leaf)
-                flat[place] = self._placed(kept, back.get(id(leaf)), dtype, given)
+                flat[place] = self._placed(kept, originals.get(id(leaf)), dtype, inputs)
         return filled(result, iter(flat))
 
     @staticmethod
     def _wide(value: Tensor) -> Tensor:
-        # in place operations write to a copy; numbers are drawn in the order of memory
+        # a copy, for in-place operations to write to; contiguous, as numbers are drawn in the order of memory
         value = value.detach().clone(memory_format=torch.contiguous_format)
         return value.double() if value.is_floating_point() else value
 
     @staticmethod
     def _placed(value: Tensor, target: Tensor | None, dtype: torch.dtype | None, given: list[Tensor]) -> Tensor:
-        """The drawn numbers in the precision that the operation gives, or in the tensor that it writes to."""
+        """The drawn numbers in the operation's precision, or `target` after an in-place operation wrote to it."""
         if target is not None:
             return target.copy_(value)
         if not value.is_floating_point():
             return value
-        wanted = dtype or next((each.dtype for each in given if each.is_floating_point()), value.dtype)
-        return value.to(wanted)
+        precision = dtype or next((tensor.dtype for tensor in given if tensor.is_floating_point()), value.dtype)
+        return value.to(precision)
 
 
 def _is_floating(value: Any) -> bool:
@@ -122,14 +122,14 @@ def _is_floating(value: Any) -> bool:
 
 
 def _seed(number: int, device: torch.device) -> None:
-    """Every run restores the random state behind it."""
+    """Seed torch's generators; every run restores the random state afterwards."""
     torch.default_generator.manual_seed(7919 * number)
     if device.type == "cuda":
         torch.cuda.manual_seed(7919 * number)
 
 
 def _with_size(func: Any, args: Any, sizes: Callable[[Shape], Shape] | None) -> Any:
-    """The arguments with the original's size where the operation is told one."""
+    """The arguments, with sizes replaced by those of the original."""
     if sizes is None:
         return args
     names = [argument.name for argument in func._schema.arguments]

@@ -1,7 +1,7 @@
-"""Runs in one precision, whatever precision the model's own code asks for.
+"""Runs a model in one precision, whatever precision its code asks for.
 
-The check runs in float64. Tensors that `forward` makes, constants and attributes that are no buffers are of float32,
-and so are casts in the code; here all of them become float64. Nothing global changes: both modes belong to one thread.
+The check runs in float64. Tensors that `forward` creates, constants, attributes that are not buffers and casts in the
+code are float32; here all of them become float64. No global setting changes: both modes belong to one thread.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ WIDER: Mapping[torch.dtype, Mapping[torch.dtype, torch.dtype]] = {
 
 
 def widened(value: Tensor, precision: torch.dtype) -> Tensor:
-    """A floating or complex tensor in this precision; other tensors, and more precise ones, as they are."""
+    """A floating or complex tensor in at least this precision; other tensors are returned unchanged."""
     wider = WIDER[precision].get(value.dtype)
     return value if wider is None else value.to(wider)
 
 
 class Precise(TorchDispatchMode):
-    """A run in one precision; None leaves the model's own. Random numbers are the same in every run.
+    """Runs a model in one precision, with the same random numbers in every run.
 
     Args:
-        precision: torch.float64 or torch.float32.
+        precision: torch.float64 or torch.float32; None keeps the model's own.
     """
 
     def __init__(self, precision: torch.dtype | None) -> None:
@@ -61,27 +61,27 @@ class Precise(TorchDispatchMode):
         return self.draw(func, args, kwargs) if self.noise.drawn_by(func) else self.execute(func, args, kwargs)
 
     def draw(self, func: Any, args: Any, kwargs: Any, **placing: Any) -> Any:
-        """A random operation: see `Noise.draw`."""
+        """Run a random operation: see `Noise.draw`."""
         return self._cast(self.noise.draw(func, args, kwargs, **placing))
 
     @contextmanager
     def promoting(self) -> Iterator[None]:
-        """The mode itself, and one above it which widens before torch compares the types of its arguments."""
+        """Enter this mode, and one above it that widens arguments before torch compares their types."""
         with _Promoting(self), self:
             yield
 
     def precise(self, args: Any, kwargs: Any) -> Any:
-        """The arguments with wide tensors in place of others, and casts to a lower precision left out."""
+        """The arguments, with tensors and types of a lower precision replaced by those of the run."""
         if not self.wider:
             return args, kwargs
         flat = leaves((args, kwargs))
-        chosen = [self.wide(leaf) for leaf in flat]
-        if all(new is old for new, old in zip(chosen, flat, strict=True)):
+        wide = [self.wide(leaf) for leaf in flat]
+        if all(new is old for new, old in zip(wide, flat, strict=True)):
             return args, kwargs
-        return filled((args, kwargs), iter(chosen))
+        return filled((args, kwargs), iter(wide))
 
     def wide(self, leaf: Any) -> Any:
-        """A tensor's copy in the run's precision, always the same one, as the code may write to it; a type's like."""
+        """A tensor or type in the run's precision; a tensor always gets the same copy, as code may write to it."""
         if isinstance(leaf, torch.dtype):
             return self.wider.get(leaf, leaf)
         if not isinstance(leaf, Tensor) or leaf.dtype not in self.wider:
@@ -94,14 +94,14 @@ class Precise(TorchDispatchMode):
         return twin
 
     def execute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The operation; what it makes in a lower precision, because nothing says which, is widened."""
+        """Run the operation; widen its result if that has a lower precision because no argument sets one."""
         result = execute(func, args, kwargs)
         if not self.wider:
             return result
         flat = leaves(result)
         if not any(isinstance(leaf, Tensor) and leaf.dtype in self.wider for leaf in flat):
             return result
-        if torch.Tag.pointwise in func.tags:  # whole numbers divided, say: as precise as the rest of the run
+        if torch.Tag.pointwise in func.tags:  # such as a division of integers: compute in the run's precision
             numbers = leaves((args, kwargs))
             precise = (number.to(self.precision) if isinstance(number, Tensor) else number for number in numbers)
             args, kwargs = filled((args, kwargs), precise)
@@ -111,7 +111,7 @@ class Precise(TorchDispatchMode):
     def _cast(self, result: Any) -> Any:
         flat = leaves(result)
         low = [isinstance(leaf, Tensor) and leaf.dtype in self.wider for leaf in flat]
-        wide = (leaf.to(self.wider[leaf.dtype]) if each else leaf for leaf, each in zip(flat, low, strict=True))
+        wide = (leaf.to(self.wider[leaf.dtype]) if is_low else leaf for leaf, is_low in zip(flat, low, strict=True))
         return filled(result, wide) if any(low) else result
 
 
@@ -127,9 +127,9 @@ class _Promoting(TorchFunctionMode):
 
 
 def execute(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation; in float64 also where torch has it in lower precision only."""
+    """Run the operation, in float64 also where torch only supports lower precision."""
     if func._opname == "_grouped_mm" and args[0].dtype == torch.float64:
         rows, stack, ends = args[:3]
         parts = rows.tensor_split(ends[:-1].cpu().long())
-        return torch.cat([part @ each for part, each in zip(parts, stack, strict=True)])
+        return torch.cat([part @ matrix for part, matrix in zip(parts, stack, strict=True)])
     return func(*args, **kwargs)

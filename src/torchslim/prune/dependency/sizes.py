@@ -1,7 +1,7 @@
-"""A second size of the inputs, and what a removal means there.
+"""Makes inputs of a second size, and carries a removal over to a trace at that size.
 
-Which channels go together may depend on sizes that are free: a reshape that mixes positions with channels couples
-four of them at one size, and six at another. What is removed must be right at both.
+Which channels are coupled may depend on free sizes: a reshape that mixes positions with channels couples four channels
+at one size, and six at another. A removal must be right at both sizes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ LARGE = 96
 
 
 def other_inputs(inputs: Inputs) -> Iterator[Inputs]:
-    """Inputs of other sizes, the most telling first; a model need not take any of them.
+    """Yield inputs of other sizes, the most informative first; the model may accept none of them.
 
-    Only one of two equal extents changes, so height and width are told apart; elements are repeated, so indices stay
-    in their ranges.
+    Only one of two equal extents changes, so that height and width can be told apart. Elements are repeated, so that
+    indices stay in their ranges.
     """
     flat, spec = tree_flatten(inputs)
     shapes = [tuple(leaf.shape) for leaf in flat if isinstance(leaf, Tensor) and leaf.dim()]
@@ -37,7 +37,7 @@ def other_inputs(inputs: Inputs) -> Iterator[Inputs]:
     batch = shapes[0][0] if len({shape[0] for shape in shapes}) == 1 else 0
 
     def resized(changes: dict[tuple[int, int], int]) -> Inputs:
-        """Every dimension counted by (from the front or the back, its size) with its new size."""
+        """The inputs with new sizes; `changes` maps (dimension, size) to the new size, -1 being the last dimension."""
         leaves: list[Any] = []
         for leaf in flat:
             if isinstance(leaf, Tensor):
@@ -45,65 +45,65 @@ def other_inputs(inputs: Inputs) -> Iterator[Inputs]:
                     if -leaf.dim() <= dim < leaf.dim() and leaf.shape[dim] == size:
                         leaf = leaf.index_select(dim, torch.arange(new, device=leaf.device) % size)
             leaves.append(leaf)
-        made: Inputs = tree_unflatten(leaves, spec)
-        return made
+        resized_inputs: Inputs = tree_unflatten(leaves, spec)
+        return resized_inputs
 
     extents = [key for key in _extents(flat) if key[1] > 1]
-    more = {(0, batch): batch + 1} if batch else {}
+    larger_batch = {(0, batch): batch + 1} if batch else {}
     for key in extents:
         for new in _near(key[1]):
-            yield resized({key: new} | more)
-    for key in extents if more else ():
+            yield resized({key: new} | larger_batch)
+    for key in extents if larger_batch else ():
         yield resized({key: _near(key[1])[0]})
-    if more:
-        yield resized(more)
+    if larger_batch:
+        yield resized(larger_batch)
 
 
 def _extents(flat: list[Any]) -> list[tuple[int, int]]:
-    """Dimensions that may be free: the last of images and signals, the second of sequences."""
-    found: dict[tuple[int, int], None] = {}
-    for leaf in sorted((each for each in flat if isinstance(each, Tensor)), key=lambda each: -each.dim()):
+    """Dimensions that may be free, with sizes: the last of images and signals, the second of sequences."""
+    extents: dict[tuple[int, int], None] = {}
+    for leaf in sorted((tensor for tensor in flat if isinstance(tensor, Tensor)), key=lambda tensor: -tensor.dim()):
         floating = leaf.is_floating_point() or leaf.is_complex()
         if leaf.dim() > 2 and floating:
-            found[-1, leaf.shape[-1]] = None
+            extents[-1, leaf.shape[-1]] = None
         if leaf.dim() == 3 or (leaf.dim() == 2 and not floating):
-            found[1, leaf.shape[1]] = None
-    return list(found)
+            extents[1, leaf.shape[1]] = None
+    return list(extents)
 
 
 def _near(size: int) -> tuple[int, ...]:
-    """Sizes with other factors than this one."""
+    """Two sizes with other factors than `size`, the preferred one first."""
     less, more = max(size * 3 // 4, 1), size * 3 // 2 if size > 2 else size + 1
-    return (less, more) if size >= LARGE or less == size else (more, less)
+    return (less, more) if size >= LARGE else (more, less)
 
 
 def carried(coupling: Coupling, removed: Mask, other: Trace) -> tuple[Coupling, Mask, list[tuple[Ids, str]]]:
-    """A removal at another size: its atoms there, and where it is none, with the reasons.
+    """The coupling at another size, the removal at that size, and the atoms for which it fails there, with reasons.
 
-    The atoms of weights are the first of every trace of a model, so both traces know them by the same numbers.
+    The atoms of weights come first in every trace of a model, so both traces number them alike.
     """
     atoms = copy.deepcopy(other.tagger.atoms)
-    there = Coupling(other, atoms, [], [])
+    other_coupling = Coupling(other, atoms, [], [])
     weights = np.unique(
         np.concatenate([core.numpy().reshape(-1) for weight in other.weights.values() for core in weight.layers])
     )
-    gone = removed[coupling.roots[weights]]
-    roots = there.roots[weights]
-    total, lost = (np.bincount(roots, chosen, atoms.count) for chosen in (np.ones(len(roots)), gone))
-    result = lost > 0
-    unlike = np.zeros(atoms.count, dtype=bool)
-    for each in other.tagger.derived:
-        targets, sources = there.roots[each.targets], there.roots[each.sources]
-        whole = np.asarray(result[sources].all(1))
+    removed_weights = removed[coupling.roots[weights]]
+    roots = other_coupling.roots[weights]
+    total, lost = (np.bincount(roots, counted, atoms.count) for counted in (np.ones(len(roots)), removed_weights))
+    removed_there = lost > 0
+    mismatched = np.zeros(atoms.count, dtype=bool)
+    for derived in other.tagger.derived:
+        targets, sources = other_coupling.roots[derived.targets], other_coupling.roots[derived.sources]
+        all_sources = np.asarray(removed_there[sources].all(1))
         free = total[targets] == 0
-        result[targets[free]] |= whole[free]
-        wrong = ~free & (whole != result[targets])  # a sum over parts goes exactly when all its parts go
-        unlike[targets[wrong]] = True
-        unlike[sources[wrong].reshape(-1)] = True
+        removed_there[targets[free]] |= all_sources[free]
+        wrong = ~free & (all_sources != removed_there[targets])  # a sum goes exactly when all its parts go
+        mismatched[targets[wrong]] = True
+        mismatched[sources[wrong].reshape(-1)] = True
     frozen = atoms.frozen()[roots] > 0
-    torn = gone & ((lost < total)[roots] | frozen | unlike[roots])
-    result.setflags(write=False)
-    conflicts = [(weights[torn & ~frozen], "")] if (torn & ~frozen).any() else []
-    for root in np.unique(roots[torn & frozen]):
-        conflicts.append((weights[torn & frozen & (roots == root)], atoms.why(np.array([root]))))
-    return there, result, conflicts
+    conflicting = removed_weights & ((lost < total)[roots] | frozen | mismatched[roots])
+    removed_there.setflags(write=False)
+    conflicts = [(weights[conflicting & ~frozen], "")] if (conflicting & ~frozen).any() else []
+    for root in np.unique(roots[conflicting & frozen]):
+        conflicts.append((weights[conflicting & frozen & (roots == root)], atoms.why(np.array([root]))))
+    return other_coupling, removed_there, conflicts

@@ -1,7 +1,7 @@
-"""One real run of a model, operation by operation, with tags beside the values.
+"""Records one real run of a model, operation by operation, with the tags of its values.
 
-The run is watched below autograd by a dispatch mode, not exported: whatever runs can be analyzed, cache objects,
-detectors' post-processing and data-dependent branches included, in the time of a forward pass.
+A dispatch mode watches the run below autograd, and nothing is exported. So every model that runs can be analyzed, in
+the time of a forward pass, including cache objects, detectors' post-processing and data-dependent branches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Role = Literal["in", "out", "other"]
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor that an operation gave: its shape and what each element stands and falls with."""
+    """A tensor of the run: its shape, and the layers of atoms that its elements are removed with."""
 
     shape: Shape
     layers: Layers
@@ -49,45 +49,45 @@ class Operation:
     """One operation of the run."""
 
     name: str
-    path: str  # the innermost module at work
+    path: str  # the innermost running module
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     scalars: tuple[Any, ...]
     macs: int = 0
-    factors: tuple[tuple[Layers, int], ...] = ()  # the dimensions that its multiply-accumulates are proportional to
-    constant: bool = False  # neither inputs nor weights reach it: code may keep its result for the next run
+    factors: tuple[tuple[Layers, int], ...] = ()  # its MACs are proportional to these dimensions
+    constant: bool = False  # neither inputs nor weights reach it: code may cache its result for the next run
 
 
 class Dependent:
-    """The tensors of a run that hang on the model's inputs, its weights or random numbers; all others are constants."""
+    """The tensors of a run that depend on the model's inputs, weights or random numbers; all others are constants."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         self._tensors: Any = WeakIdKeyDictionary()
-        for each in given:
-            self._tensors[each] = True
+        for tensor in given:
+            self._tensors[tensor] = True
 
     def note(self, given: Iterable[Any], made: Iterable[Any], *, random: bool = False) -> bool:
-        """Does an operation on `given` depend on them? If so, what it made does."""
-        found = random or any(isinstance(each, Tensor) and each in self._tensors for each in given)
-        if found:
-            for each in made:
-                if isinstance(each, Tensor):
-                    self._tensors[each] = True
-        return found
+        """Does an operation on `given` depend on such tensors? If so, add the tensors that it made."""
+        dependent = random or any(isinstance(value, Tensor) and value in self._tensors for value in given)
+        if dependent:
+            for value in made:
+                if isinstance(value, Tensor):
+                    self._tensors[value] = True
+        return dependent
 
 
 @dataclass
 class Trace:
-    """What a run showed: the operations, the tags of every weight, and the constraints between atoms."""
+    """Result of a run: the operations, the tags of every weight, and the constraints between atoms."""
 
     tagger: Tagger
     operations: list[Operation] = field(default_factory=list)
     weights: dict[str, Value] = field(default_factory=dict)  # parameters and buffers by path, each tensor once
     unruled: dict[str, int] = field(default_factory=dict)  # operations without a rule, and how often they ran
-    parameters: frozenset[str] = frozenset()  # the weights that are learnt; the others are buffers
-    roles: dict[tuple[str, int], Role] = field(default_factory=dict)  # what dimensions of weights mean to operations
+    parameters: frozenset[str] = frozenset()  # names of the trained weights; the others are buffers
+    roles: dict[tuple[str, int], Role] = field(default_factory=dict)  # (weight, dimension) -> its role in operations
     norm_scales: frozenset[str] = frozenset()  # weights that scale a batch norm
-    training: str = ""  # why the training mode was not analyzed, where that was needed
+    training: str = ""  # why training mode was not analyzed, if it was needed
     unseen: Unseen = field(default_factory=Unseen)  # code that no call reached
 
 
@@ -97,7 +97,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def scalars_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """The arguments of an operation that are not tensors."""
+    """The numbers among the arguments of an operation."""
     return tuple(
         leaf
         for leaf in leaves((args, kwargs))
@@ -106,11 +106,11 @@ def scalars_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
 
 
 class Stack:
-    """Which module is at work, by path."""
+    """Paths of the running modules, the innermost last."""
 
     def __init__(self, model: nn.Module, at_boundary: Callable[[str, Any], None] | None = None) -> None:
         self._paths = {id(module): path for path, module in model.named_modules()}
-        self._at_boundary = at_boundary  # called with a module's path and what enters or leaves the module
+        self._at_boundary = at_boundary  # called with a module's path and its arguments or outputs
         self.paths = [""]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -127,20 +127,20 @@ class Stack:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on every module, for the time of one run."""
+        """Hook every module for the duration of one run."""
         self.paths = [""]
-        first = register_module_forward_pre_hook(self._enter)
-        last = register_module_forward_hook(self._leave)
+        enter_hook = register_module_forward_pre_hook(self._enter)
+        leave_hook = register_module_forward_hook(self._leave)
         try:
             yield
         finally:
-            first.remove()
-            last.remove()
+            enter_hook.remove()
+            leave_hook.remove()
 
 
 @contextmanager
 def elementary(model: nn.Module) -> Iterator[None]:
-    """Fused attention and recurrent kernels are taken apart into operations that have rules."""
+    """Decompose fused attention and recurrent kernels into operations that have rules."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack:
         stack.enter_context(quiet())
@@ -153,17 +153,17 @@ def elementary(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """The model on its example inputs; what several calls give, in a list."""
+    """Output of the model on its example inputs; a list of outputs for several calls."""
     if isinstance(inputs, Examples):
-        return [each(model) for each in inputs.calls]
+        return [example(model) for example in inputs.calls]
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
-    """Run the model once in evaluation mode, and find what goes together.
+    """Run the model once in evaluation mode, and record which channels are coupled.
 
-    Weights that this run never uses may be used in training, as auxiliary heads are: then a run in training mode adds
-    what it finds. The model's own state may change as in any forward pass: hand in a copy.
+    Weights that this run never uses may be used in training, such as auxiliary heads: then a run in training mode adds
+    its constraints. The model's own state may change as in any forward pass, so pass a copy.
     """
     model.eval()
     recorder = _Recorder(model)
@@ -173,7 +173,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
         operations, recorder.trace.operations = recorder.trace.operations, []
         try:
             recorder.run(inputs)
-        except Exception as error:  # noqa: BLE001 - many models want more than example inputs to train on
+        except Exception as error:  # noqa: BLE001 - many models need more than example inputs in training mode
             recorder.trace.training = f"not analyzed in training mode: {type(error).__name__}: {error}"
         recorder.trace.operations = operations
         model.eval()
@@ -186,16 +186,16 @@ class _Recorder(TorchDispatchMode):
         self._model = model
         self._boundaries, self._watch, self._called = Boundaries(), Watch(model), {""}
         self.stack = Stack(model, self._at_boundary)
-        self._counts = True  # whether multiply-accumulates are those of the call on the example inputs
+        self._counts = True  # whether to count MACs: only in the call on the example inputs
         self.noise = Noise()
         self.tagger = Tagger()
         self.trace = Trace(self.tagger)
         self._layers: Any = WeakIdKeyDictionary()
         self._dependent = Dependent(())
-        self._causes: Any = WeakIdKeyDictionary()  # tensors that lost all their layers, with the first reason
+        self._causes: Any = WeakIdKeyDictionary()  # tensors that lost all their layers -> the first reason
         self._stored: dict[Any, Layers] = {}
-        self._positions: Any = WeakIdKeyDictionary()  # tensors of positions along layers, with these and the reason
-        self._used: set[int] = set()  # of tensors by identity; the weights stay alive, so none is taken for another
+        self._positions: Any = WeakIdKeyDictionary()  # tensors of positions -> their layers and the reason
+        self._used: set[int] = set()  # ids of tensors; the weights stay alive, so their ids are not reused
         self._weights = named_weights(model)
         for path, tensor in self._weights.items():
             if tensor not in self._layers:
@@ -205,44 +205,46 @@ class _Recorder(TorchDispatchMode):
                     self._stored[_storage(tensor)] = self._layers[tensor]
 
     def layers_of(self, value: Any) -> Layers:
-        """The tags of a tensor; one that nobody made in this run is of a fixed size, unless it is a weight's data."""
+        """Layers of a tensor; a tensor that this run did not make has none, unless it is a weight's data."""
         if not isinstance(value, Tensor):
             return ()
-        found: Layers | None = self._layers.get(value)
-        return self._stored.get(_storage(value), ()) if found is None else found
+        layers: Layers | None = self._layers.get(value)
+        return self._stored.get(_storage(value), ()) if layers is None else layers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # random numbers as in the check, so that what hangs on them goes the same way
+        # the same random numbers as in the check, so that branches that depend on them go the same way
         drawn = self.noise.drawn_by(func)
         result = self.noise.draw(func, args, kwargs) if drawn else func(*args, **kwargs)
         outputs = tuple(leaf for leaf in leaves(result) if isinstance(leaf, Tensor))
-        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = str(func)
         self.tagger.path = self.stack.paths[-1]
         self.tagger.where = f"{self.tagger.path or 'model'}: {func._opname}"
-        dependent = self._dependent.note(given, outputs, random=drawn)
-        causes = (self._causes.get(each, "") for each in given if not self.layers_of(each))
+        dependent = self._dependent.note(inputs, outputs, random=drawn)
+        causes = (self._causes.get(tensor, "") for tensor in inputs if not self.layers_of(tensor))
         self.tagger.cause = next(filter(None, causes), "")
-        self._read_positions(given)
-        made = self._made(func, args, kwargs, outputs, given)
-        self._used.update(map(id, given))
-        for each in given:
-            self._boundaries.note(self.tagger.path, tuple(each.shape), self.layers_of(each))
+        self._read_positions(inputs)
+        output_layers = self._made(func, args, kwargs, outputs, inputs)
+        self._used.update(map(id, inputs))
+        for tensor in inputs:
+            self._boundaries.note(self.tagger.path, tuple(tensor.shape), self.layers_of(tensor))
         for place, output in enumerate(outputs):
-            layers = made[place] if place < len(made) else ()
-            # what is known to stay is of a fixed size, as if it had no atoms
+            layers = output_layers[place] if place < len(output_layers) else ()
+            # a layer that is known to stay is dropped: it is of a fixed size, as if it had no atoms
             self._layers[output] = tuple(core for core in layers if not self.tagger.atoms.stuck(core.numpy()))
             if not self._layers[output]:
-                self._causes[output] = self._cause(layers, given)
+                self._causes[output] = self._cause(layers, inputs)
             self._boundaries.note(self.tagger.path, tuple(output.shape), self._layers[output])
         cost, factors = self._cost(func, args, kwargs, result)
         self.trace.operations.append(
             Operation(
                 name,
                 self.stack.paths[-1],
-                tuple(Value(tuple(each.shape), self.layers_of(each)) for each in given),
-                tuple(Value(tuple(each.shape), self._layers[each], each.is_floating_point()) for each in outputs),
+                tuple(Value(tuple(tensor.shape), self.layers_of(tensor)) for tensor in inputs),
+                tuple(
+                    Value(tuple(output.shape), self._layers[output], output.is_floating_point()) for output in outputs
+                ),
                 scalars_of(args, kwargs),
                 cost,
                 factors,
@@ -252,37 +254,37 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _cause(self, layers: Layers, given: list[Tensor]) -> str:
-        """Why a value is of a fixed size: what holds its layers, or those that went in, or what held those before."""
-        cores = (*layers, *(core for each in given for core in self.layers_of(each)))
-        reasons = [each for core in cores if (each := self.tagger.atoms.why(core.numpy()))]
-        telling = (reason for reason in reasons if not Reason.FIXED_SIZE.given_in(reason))
-        return next(telling, self.tagger.cause or next(iter(reasons), ""))
+        """Why a value is of a fixed size: the reason of its layers or its inputs' layers, or an earlier cause."""
+        cores = (*layers, *(core for tensor in given for core in self.layers_of(tensor)))
+        reasons = [why for core in cores if (why := self.tagger.atoms.why(core.numpy()))]
+        specific = (reason for reason in reasons if not Reason.FIXED_SIZE.given_in(reason))
+        return next(specific, self.tagger.cause or next(iter(reasons), ""))
 
     def _note_positions(self, tensor: Tensor, layers: Sequence[Tensor], why: str) -> None:
         if layers:
             self._positions[tensor] = (tuple(layers), f"{why} ({self.tagger.where})")
 
     def _read_positions(self, given: Iterable[Tensor]) -> None:
-        """Positions along a dimension that may lose elements would change: what reads them keeps the dimension whole.
+        """Freeze the layers whose positions an operation reads, as removing elements would change the positions.
 
-        Most models that take the largest of several values never look at its place.
+        Most models that take the largest of several values never read its position.
         """
-        for each in given:
-            layers, why = self._positions.get(each, ((), ""))
+        for tensor in given:
+            layers, why = self._positions.get(tensor, ((), ""))
             for core in layers:
                 self.tagger.atoms.freeze(core.numpy(), why)
 
     def _made(self, func: Any, args: Any, kwargs: Any, outputs: Any, given: list[Tensor]) -> Any:
         call_ = Call(self.tagger, func, args, kwargs, outputs, self.layers_of, self._note_positions)
         try:
-            made, known = apply(call_)
-        except Exception as error:  # noqa: BLE001 - a rule that cannot cope freezes; the reason is reported
-            layers = (core for each in given for core in self.layers_of(each))
+            output_layers, has_rule = apply(call_)
+        except Exception as error:  # noqa: BLE001 - inputs of a rule that fails are frozen; the reason is reported
+            layers = (core for tensor in given for core in self.layers_of(tensor))
             self.tagger.freeze(layers, f"the rule of {func._opname!r} failed: {type(error).__name__}: {error}")
-            made, known = (), False
-        if not known and any(self.layers_of(each) for each in given):
+            output_layers, has_rule = (), False
+        if not has_rule and any(self.layers_of(tensor) for tensor in given):
             self.trace.unruled[str(func)] = self.trace.unruled.get(str(func), 0) + 1
-        return made
+        return output_layers
 
     def _cost(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, tuple[tuple[Layers, int], ...]]:
         formula = flop_registry.get(func._overloadpacket)
@@ -292,9 +294,9 @@ class _Recorder(TorchDispatchMode):
         if "convolution" in func._opname:
             kernel = self.layers_of(args[1])
             return flops // 2, ((kernel, 0), (kernel, 1))
-        left, right = args[-2:] if func._opname in ("mm", "bmm") else args[1:3]
-        first, second = self.layers_of(left), self.layers_of(right)
-        return flops // 2, (*((first, dim) for dim in range(left.dim())), (second, right.dim() - 1))
+        left, right = args[1:3] if func._opname in ("addmm", "baddbmm") else args[:2]
+        left_layers, right_layers = self.layers_of(left), self.layers_of(right)
+        return flops // 2, (*((left_layers, dim) for dim in range(left.dim())), (right_layers, right.dim() - 1))
 
     def _at_boundary(self, path: str, values: Any) -> None:
         self._called.add(path)
@@ -302,33 +304,33 @@ class _Recorder(TorchDispatchMode):
             self._boundaries.note(path, tuple(tensor.shape), self.layers_of(tensor))
 
     def run(self, inputs: Inputs) -> None:
-        """One forward pass, and the further calls of `Examples`. What reaches an output stays."""
+        """Run a forward pass and the further calls of `Examples`, then freeze the layers that reach an output."""
         self.noise = Noise()
         self._dependent = Dependent([*self._weights.values(), *tensors(inputs)])
         with elementary(self._model), self.stack.watching(), self._watch.watching(), self:
             outputs = []
-            for place, each in enumerate(calls_of(inputs)):
+            for place, example in enumerate(calls_of(inputs)):
                 self._counts = place == 0
-                outputs.append(each(self._model))
+                outputs.append(example(self._model))
         self.tagger.where = ""
         self._read_positions(tensors(outputs))
         for tensor in tensors(outputs):
             self.tagger.freeze(self.layers_of(tensor), Reason.OUTPUT)
 
     def unused(self) -> list[Tensor]:
-        """Weights that no operation has seen; single numbers, as counters of batches, have nothing to lose."""
+        """Weights that no operation used; single numbers, such as batch counters, have no channels to lose."""
         return [weight for weight in self._weights.values() if id(weight) not in self._used and self.layers_of(weight)]
 
     def finish(self) -> Trace:
-        """What the run never touched stays."""
-        unused = {id(each) for each in self.unused()}
+        """Freeze the weights that the run never used, and return the trace."""
+        unused = {id(weight) for weight in self.unused()}
         learnt = {path for path, _ in self._model.named_parameters()}
         weights = {
-            path: each
-            for path, each in self._weights.items()
-            if id(each) in unused
-            and each.is_floating_point()
-            # layers that ran keep tables that they use in other cases alone
+            path: weight
+            for path, weight in self._weights.items()
+            if id(weight) in unused
+            and weight.is_floating_point()
+            # modules that ran may keep tables that they use only in other cases
             and (path in learnt or path.rpartition(".")[0] not in self._called)
         }
         self.trace.unseen = Unseen(
@@ -344,13 +346,13 @@ class _Recorder(TorchDispatchMode):
 
 
 def _roles(trace: Trace) -> tuple[dict[tuple[str, int], Role], frozenset[str]]:
-    """What the dimensions of weights mean to the operations they are used in, and which weights scale a batch norm."""
+    """Roles of the weights' dimensions in the operations that use them, and the weights that scale a batch norm."""
     owner = {
         int(core.reshape(-1)[0]): (name, next(dim for dim, size in enumerate(core.shape) if size > 1))
         for name, value in trace.weights.items()
         for core in value.layers
     }
-    found: dict[tuple[str, int], Role] = {}
+    roles: dict[tuple[str, int], Role] = {}
     scales: set[str] = set()
 
     def note(layers: Layers, meaning: Mapping[int, Role]) -> None:
@@ -358,7 +360,7 @@ def _roles(trace: Trace) -> tuple[dict[tuple[str, int], Role], frozenset[str]]:
             weight = owner.get(int(core.reshape(-1)[0]))
             dims = [dim for dim, size in enumerate(core.shape) if size > 1]
             if weight is not None and len(dims) == 1 and dims[0] in meaning:
-                found.setdefault(weight, meaning[dims[0]])
+                roles.setdefault(weight, meaning[dims[0]])
 
     for operation in trace.operations:
         name = operation.name.split(".")[1]
@@ -379,11 +381,11 @@ def _roles(trace: Trace) -> tuple[dict[tuple[str, int], Role], frozenset[str]]:
                 for core in operation.inputs[1].layers
                 if int(core.reshape(-1)[0]) in owner
             }
-    return found, frozenset(scales)
+    return roles, frozenset(scales)
 
 
 def _storage(tensor: Tensor) -> Any:
     try:
         return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-    except (NotImplementedError, RuntimeError):  # sparse and the like have no storage
+    except (NotImplementedError, RuntimeError):  # sparse tensors, for example, have no storage
         return weakref.ref(tensor)

@@ -1,4 +1,4 @@
-"""One union-find over every element of every dimension of every weight: which of them go together, and which stay."""
+"""Union-find over all elements of all dimensions of all weights: which are coupled, and which must stay."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ KEPT = 0
 
 
 class Atoms:
-    """Atoms are whole numbers; `union` couples them pairwise, `freeze` says that they cannot go and why.
+    """Atoms are integers; `union` couples them pairwise, and `freeze` marks them as not removable, with a reason.
 
-    A class is a set of coupled atoms: it is removed whole or not at all.
+    A class is a set of coupled atoms: it is removed as a whole or not at all.
     """
 
     def __init__(self) -> None:
         self._parent: Ids = np.arange(1024, dtype=np.int64)
-        self._reason = np.zeros(1024, dtype=np.int32)  # per root: 0, or 1 + the index of why it was frozen
+        self._reason = np.zeros(1024, dtype=np.int32)  # per root: 0, or 1 + the index of the reason why it is frozen
         self._elastic = np.zeros(1024, dtype=bool)
         self.reasons: list[str] = []
         self._known: dict[str, int] = {}
@@ -27,7 +27,7 @@ class Atoms:
         self.freeze(np.array([KEPT]), "joined with values of a fixed size")
 
     def fresh(self, count: int, *, elastic: bool = False) -> Ids:
-        """New atoms, each a class of its own; elastic ones belong to no weight, only to a size."""
+        """New atoms, each a class of its own; elastic atoms belong to a size that adapts, not to a weight."""
         first, self.count = self.count, self.count + count
         while self.count > len(self._parent):
             size = len(self._parent)
@@ -54,7 +54,7 @@ class Atoms:
         return roots
 
     def union(self, left: Ids, right: Ids) -> None:
-        """Couple pairwise, broadcasting. Whatever meets `KEPT` is frozen, not coupled with all else that is."""
+        """Couple pairwise, with broadcasting; atoms paired with `KEPT` are frozen, not coupled with each other."""
         left, right = (array.reshape(-1) for array in np.broadcast_arrays(left, right))
         kept = (left == KEPT) | (right == KEPT)
         if kept.any():
@@ -67,15 +67,15 @@ class Atoms:
                 return
             left, right, a, b = left[open_], right[open_], a[open_], b[open_]
             low, high = np.minimum(a, b), np.maximum(a, b)
-            # of several pairs with one larger root only the smallest wins; the others go round again
+            # of several pairs with the same larger root only the smallest wins; the next round couples the others
             np.minimum.at(self._parent, high, low)
             stuck = high[self._reason[high] > 0]
-            roots = self.find(stuck)  # of a chain of pairs the middle is no root any more
+            roots = self.find(stuck)  # in a chain of pairs the middle one is no longer a root
             open_ = self._reason[roots] == 0
             self._reason[roots[open_]] = self._reason[stuck[open_]]
 
     def freeze(self, ids: Ids, why: str) -> None:
-        """These never go; the first reason given is the one that is shown."""
+        """Mark the classes of these atoms as not removable; the first reason of a class is kept."""
         if why not in self._known:
             self.reasons.append(why)
             self._known[why] = len(self.reasons)
@@ -83,15 +83,15 @@ class Atoms:
         self._reason[roots[self._reason[roots] == 0]] = self._known[why]
 
     def why(self, ids: Ids) -> str:
-        """The reason of the first of these that is frozen; empty where none is."""
-        reasons = self._reason[self.find(ids.reshape(-1))]
-        found = reasons[reasons > 0]
-        return self.reasons[found[0] - 1] if found.size else ""
+        """Reason of the first frozen atom among `ids`; empty if none is frozen."""
+        numbers = self._reason[self.find(ids.reshape(-1))]
+        frozen = numbers[numbers > 0]
+        return self.reasons[frozen[0] - 1] if frozen.size else ""
 
     def stuck(self, ids: Ids) -> bool:
-        """Are all of these frozen?"""
+        """Are all atoms in `ids` frozen?"""
         return bool(self._reason[self.find(ids)].all())
 
     def frozen(self) -> NDArray[np.int32]:
-        """Per atom: 0 when its class may go, else 1 + the index of the reason."""
+        """Per atom: 0 if its class can be removed, else 1 + the index of the reason."""
         return self._reason[self.find(np.arange(self.count))]

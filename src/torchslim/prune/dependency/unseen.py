@@ -1,4 +1,4 @@
-"""Code that no example reached: which weights and methods, and which channels these may share with what was seen."""
+"""Finds weights and methods that no example reached, and the channels that they may share with code that ran."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """What no example reached.
+    """Code that no example reached.
 
-    `weights` are parameters and buffers by path; `methods` by path with their module's; `shared` are atoms of channels
-    that unseen weights may read or give, with a reason.
+    `weights` are paths of parameters and buffers, `methods` paths of methods from the model; `shared` are atoms of
+    channels that unseen weights may read or produce, with a reason.
     """
 
     weights: tuple[str, ...] = ()
@@ -36,18 +36,18 @@ class Unseen:
 
 @dataclass
 class Boundaries:
-    """The values that enter and leave each module, and those that its own code computes: what unseen code may see."""
+    """The values that enter, leave or are computed in each module: unseen code may use them."""
 
     values: dict[str, dict[tuple[Any, ...], tuple[Shape, Layers]]] = field(default_factory=dict)
 
     def note(self, path: str, shape: Shape, layers: Layers) -> None:
-        """A value that the code of a module can name."""
+        """Record a value that the code of a module can use."""
         if layers:
             self.values.setdefault(path, {})[shape, *map(id, layers)] = (shape, layers)
 
 
 class Watch:
-    """Records which public methods of a model's modules run; the model is a copy that nobody else uses."""
+    """Records which public methods of a model's modules run; the model must be a copy that nothing else uses."""
 
     def __init__(self, model: nn.Module) -> None:
         self._methods = {path: _public_methods(module) for path, module in model.named_modules()}
@@ -56,7 +56,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, methods note that they run."""
+        """Record the methods that run inside this context."""
         wrapped = []
         for path, names in self._methods.items():
             module = self._modules[path]
@@ -71,7 +71,7 @@ class Watch:
                 module.__dict__.pop(name, None)
 
     def _noting(self, module: nn.Module, name: str) -> MethodType:
-        """The method as it was for whoever inspects it: a bound method with the same signature."""
+        """A bound method that records its calls; its signature is the original's, for code that inspects it."""
         function: Callable[..., Any] = getattr(type(module), name)
 
         @functools.wraps(function)
@@ -82,19 +82,19 @@ class Watch:
         return MethodType(noting, module)
 
     def unreached(self) -> tuple[str, ...]:
-        """Public methods that compute with layers or weights of their module, and have not run in any of its class."""
-        found: dict[tuple[type, str], str] = {}
+        """Public methods that compute with layers or weights of their module, and ran in no module of its class."""
+        method_paths: dict[tuple[type, str], str] = {}
         for path, names in self._methods.items():
             module = self._modules[path]
             for name in names:
                 key = (type(module), name)
-                if key not in self._ran and key not in found and _computes(module, name):
-                    found[key] = f"{path}.{name}".lstrip(".")
-        return tuple(found.values())
+                if key not in self._ran and key not in method_paths and _computes(module, name):
+                    method_paths[key] = f"{path}.{name}".lstrip(".")
+        return tuple(method_paths.values())
 
 
 def _public_methods(module: nn.Module) -> list[str]:
-    """Methods of a user's own class that torch's modules do not have."""
+    """Names of public methods of a user's own classes that `nn.Module` does not have, except `forward`."""
     names: dict[str, None] = {}
     for kind in type(module).__mro__:
         if kind is nn.Module:
@@ -107,70 +107,70 @@ def _public_methods(module: nn.Module) -> list[str]:
 
 
 def _computes(module: nn.Module, name: str) -> bool:
-    """Does a method, or one that it calls, make something of what it is given and of a layer of its module?"""
+    """Does a method with a required argument return a value, and use a layer of its module, directly or in calls?"""
     function = getattr(type(module), name)
-    wanted = list(inspect.signature(function).parameters.values())[1:]
-    if not any(each.default is each.empty for each in wanted) or not _returns(function.__code__):
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    if not any(parameter.default is parameter.empty for parameter in parameters) or not _returns(function.__code__):
         return False
-    own = {*module._modules, *module._parameters}
+    layer_names = {*module._modules, *module._parameters}
     seen: set[str] = set()
     queue = [name]
     while queue:
         function = getattr(type(module), queue.pop(), None)
         if not isinstance(function, FunctionType):
             continue
-        for used in _names(function.__code__):
-            if used in own:
+        for attribute in _names(function.__code__):
+            if attribute in layer_names:
                 return True
-            if used not in seen:
-                seen.add(used)
-                queue.append(used)
+            if attribute not in seen:
+                seen.add(attribute)
+                queue.append(attribute)
     return False
 
 
 def _returns(code: CodeType) -> bool:
-    """Does a function return anything? What only prepares a model returns None."""
-    before = None
+    """Does a function return anything? Functions that only prepare a model return None."""
+    previous = None
     for instruction in dis.get_instructions(code):
-        nothing = before is not None and before.opname == "LOAD_CONST" and before.argval is None
-        if instruction.opname == "RETURN_VALUE" and not nothing:
+        returns_none = previous is not None and previous.opname == "LOAD_CONST" and previous.argval is None
+        if instruction.opname == "RETURN_VALUE" and not returns_none:
             return True
         if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
             return True
-        before = instruction
+        previous = instruction
     return False
 
 
 def _names(code: CodeType) -> set[str]:
-    """The attributes that a function reads, its inner functions included."""
-    found = {
+    """Names of the attributes that a function and its inner functions read."""
+    names = {
         instruction.argval
         for instruction in dis.get_instructions(code)
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
     }
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found |= _names(constant)
-    return found
+            names |= _names(constant)
+    return names
 
 
 def shared_channels(
     model: nn.Module, weights: Mapping[str, Tensor], boundaries: Boundaries, called: Set[str], atoms: Atoms
 ) -> tuple[tuple[Ids, str], ...]:
-    """Channels that unseen weights may read or give: those of a size of theirs that the code around them can see.
+    """Channels that unseen weights may read or produce: those of a matching size that the code around them can use.
 
-    The code that would use a weight stands in a module above it. That module's own code names what enters and leaves
-    its parts. Those are looked at up to the first module that was called, and further up while no size fits.
+    The code that would use a weight is in a module above it, and can use the values that enter and leave this module's
+    parts. The search goes up to the first module that was called, and further up while no size fits.
 
     Args:
-        weights: unseen ones by path.
-        boundaries: what each module's code can see.
-        called: the modules that ran.
-        atoms: to tell what stays already.
+        weights: unseen weights by path.
+        boundaries: the values that each module's code can use.
+        called: paths of the modules that ran.
+        atoms: tell which channels already stay.
     """
     unseen = {path.rpartition(".")[0] for path in weights}
     idle = {path for path, module in model.named_modules() if path not in called and _is_idle(path, module, weights)}
-    found = []
+    shared = []
     for path in sorted(unseen):
         top = path
         while top and top in idle and _parent(top) in idle:
@@ -184,17 +184,19 @@ def shared_channels(
         scope = _parent(top) if top in idle and top else top
         reason = Reason.NOT_REACHED.with_detail(path or "of the model itself")
         for size in sizes:
-            place: str | None = scope
-            while place is not None:
+            module_path: str | None = scope
+            while module_path is not None:
                 cores = [
-                    core for shape, layers in _visible(place, boundaries) for core in _fitting(shape, layers, size)
+                    core
+                    for shape, layers in _visible(module_path, boundaries)
+                    for core in _fitting(shape, layers, size)
                 ]
                 cores = [core for core in cores if not atoms.stuck(core.numpy())]
-                found += [(np.unique(core.numpy()), reason) for core in cores]
-                if (cores and place in called) or not place:
+                shared += [(np.unique(core.numpy()), reason) for core in cores]
+                if (cores and module_path in called) or not module_path:
                     break
-                place = _parent(place)
-    return tuple(found)
+                module_path = _parent(module_path)
+    return tuple(shared)
 
 
 def _parent(path: str) -> str:
@@ -202,33 +204,35 @@ def _parent(path: str) -> str:
 
 
 def _is_idle(path: str, module: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Are all of a module's weights unseen?"""
-    own = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters()]
-    return bool(own) and all(name in weights for name in own)
+    """Does a module have parameters, all of them unseen?"""
+    parameter_names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters()]
+    return bool(parameter_names) and all(name in weights for name in parameter_names)
 
 
 def _visible(path: str, boundaries: Boundaries) -> Iterator[tuple[Shape, Layers]]:
-    """What the code of a module can name: what it computes itself, and what enters and leaves its parts."""
+    """Yield the values that a module's code can use: those it computes, and those that enter and leave its parts."""
     depth = path.count(".") + 1 if path else 0
-    for other, values in boundaries.values.items():
-        if other == path or (other.count(".") == depth and f"{other}.".startswith(f"{path}." if path else "")):
+    for module_path, values in boundaries.values.items():
+        if module_path == path or (
+            module_path.count(".") == depth and f"{module_path}.".startswith(f"{path}." if path else "")
+        ):
             yield from values.values()
 
 
 def _sizes(value: Tensor, owner: nn.Module) -> set[int]:
-    """The sizes of a weight that may be numbers of channels."""
+    """Sizes of a weight that may be numbers of channels."""
     if not isinstance(owner, nn.modules.conv._ConvNd) or value.dim() < 2:
         return {size for size in value.shape if size > 1}
-    return {value.shape[0], value.shape[1] * int(owner.groups)}  # both ways around for transposed ones
+    return {value.shape[0], value.shape[1] * int(owner.groups)}  # swapped in transposed convolutions
 
 
 def _fitting(shape: Shape, layers: Layers, size: int) -> Iterator[Tensor]:
-    """The layers along a dimension of this size, or along one that makes it together with its neighbors."""
+    """Yield layers along a dimension of `size`, or along one that gives `size` together with its neighbors."""
     for core in layers:
         for dim in varying(core):
-            runs = {shape[dim]} | {
+            sizes = {shape[dim]} | {
                 int(np.prod(shape[first : last + 1])) for first in range(1, dim + 1) for last in range(dim, len(shape))
             }
-            if size in runs:
+            if size in sizes:
                 yield core
                 break

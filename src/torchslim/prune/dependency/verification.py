@@ -1,10 +1,10 @@
-"""Is a shrunk model right? It must equal the original with the removed elements zeroed after every operation.
+"""Checks that a shrunk model equals the original with the removed elements set to zero after every operation.
 
-Both models run operation by operation, in float64, or in float32 where the model's own code takes nothing else. The
-shrunk one runs first and leaves a few numbers of every value: its shape, its norm and its product with a fixed random
-vector. The original follows with what was removed set to zero; norms, softmax, means and the like see only what is
-kept. Each value, gathered, must leave the same numbers, so a swap of two channels or a wrong attribute is found at the
-operation where it first shows, though the outputs may hide it.
+Both models run operation by operation, in float64, or in float32 if the model's own code accepts nothing else. The
+shrunk model runs first and records a few numbers of every value: its shape, its norm and its product with a fixed
+random vector. Then the original runs with the removed elements set to zero; norms, softmax, means and similar
+operations get only the kept elements. The kept part of every value must give the same numbers. So a swap of two
+channels or a wrong attribute is found at the operation where it first shows, even if the outputs hide it.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from torchslim.prune.dependency.verify_values import digest, zeroed
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a check found."""
+    """Result of a check."""
 
-    divergence: Divergence | None  # the first one
-    error: float = float("inf")  # the largest of any value, relative to its norm
+    divergence: Divergence | None  # the first one; None if the runs agree
+    error: float = float("inf")  # the largest of all values, each relative to its norm
     outputs: tuple[Tensor, ...] = ()  # of the shrunk model
 
 
 @torch.no_grad()
 def prepare(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """A copy of a model fit for the check: in eval mode, in one precision, no two weights alike.
+    """A copy of a model for the check: in eval mode, in one precision, with no weight of equal elements.
 
-    A head that starts at zero or a scale of ones would hide what goes wrong before it. The new values are those of
-    float32 in every precision. Weights are never held in another precision than the model's and `dtype`.
+    A head that starts at zero, or a scale of ones, would hide errors before it. The new values are float32 numbers in
+    every precision. Weights are never stored in a precision other than the model's and `dtype`.
     """
     weights: dict[int, Tensor] = {}
     for parameter in (*model.parameters(), *model.buffers()):
@@ -63,14 +63,14 @@ def prepare(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
 
 
 def width(model: nn.Module) -> torch.dtype:
-    """The least precision in which a model is compared: float32, or float64 where it has some of that."""
+    """Lowest precision in which a model is compared: float64 if any weight has it, else float32."""
     wide = any(weight.dtype in (torch.float64, torch.complex128) for weight in named_weights(model).values())
     return torch.float64 if wide else torch.float32
 
 
 @torch.no_grad()
 def vary(inputs: Inputs, dtype: torch.dtype, seed: int = 1) -> Inputs:
-    """Inputs for the check: each floating tensor near its own values, with no two elements alike."""
+    """Inputs for the check: floating and complex tensors near their own values, with no two elements alike."""
     generator = torch.Generator().manual_seed(seed)
 
     def varied(leaf: Any) -> Any:
@@ -95,13 +95,13 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def mask_weights(model: nn.Module, coupling: Coupling, removed: Mask) -> None:
     """Set the removed elements of every weight to zero, in place."""
-    own = named_weights(model)
+    weights = named_weights(model)
     for name, value in coupling.trace.weights.items():
-        zeroed(own[name].data, coupling.kept(value.layers, value.shape, removed))
+        zeroed(weights[name].data, coupling.kept(value.layers, value.shape, removed))
 
 
 def shapes_agree(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> Divergence | None:
-    """Does the shrunk model run with the predicted shape of every value? One forward pass, in evaluation mode."""
+    """First divergence of the shrunk model from the predicted shapes, in one forward pass in evaluation mode."""
     run = Follower(model, coupling, removed)
     with untouched(model):
         return _outcome(run, model, inputs)
@@ -112,9 +112,9 @@ def _outcome(run: Run, model: nn.Module, inputs: Inputs) -> Divergence | None:
         run.follow(model, inputs)
     except Mismatch as mismatch:
         return mismatch.divergence
-    except Exception as error:  # noqa: BLE001 - whatever the user's code raises on wrong shapes is the finding
-        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return Divergence(run.index, run.stack.paths[-1], what)  # the hooks that leave modules have not run
+    except Exception as error:  # noqa: BLE001 - any error that the user's code raises on wrong shapes is a divergence
+        message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return Divergence(run.index, run.stack.paths[-1], message)  # hooks on leaving modules did not run
     return None
 
 
@@ -126,27 +126,27 @@ def verify(
     inputs: Inputs,
     precision: torch.dtype = torch.float64,
 ) -> Verdict:
-    """Does the shrunk model compute what the masked original computes? Two forward passes, of one model at a time.
+    """Compare the shrunk model with the masked original in two forward passes, with one model in memory at a time.
 
     Args:
         shrunk: makes the model that was cut from the original's weights.
-        original: makes the whole one, as `prepare` does in `precision`; its weights are masked in place.
-        coupling: of the trace that both are held against.
-        removed: per atom what went.
-        inputs: of both, in `precision`.
-        precision: torch.float64, or torch.float32 where `runs` says that the model takes nothing else.
+        original: makes the unpruned model, as `prepare` does in `precision`; its weights are masked in place.
+        coupling: of the trace that both runs are compared with.
+        removed: one boolean per atom, True where it was removed.
+        inputs: of both models, in `precision`.
+        precision: torch.float64, or torch.float32 if `runs` shows that the model accepts nothing else.
     """
     model = shrunk()
     follower = Follower(model, coupling, removed, precision)
     diverged = _outcome(follower, model, inputs)
     if diverged is not None:
         return Verdict(diverged)
-    del model  # its weights
+    del model  # frees its weights
     trim()
-    whole = original()
-    mask_weights(whole, coupling, removed)
-    masked = Masked(whole, coupling, removed, follower)
-    diverged = _outcome(masked, whole, inputs)
+    unpruned = original()
+    mask_weights(unpruned, coupling, removed)
+    masked = Masked(unpruned, coupling, removed, follower)
+    diverged = _outcome(masked, unpruned, inputs)
     if diverged is None and not _alike(follower.outputs, masked.outputs, masked.tolerance):
         diverged = masked.fail("an output of the model changes its shape or its values").divergence
     if diverged is not None:
@@ -155,15 +155,15 @@ def verify(
 
 
 def runs(original: nn.Module, coupling: Coupling, inputs: Inputs, precision: torch.dtype) -> Divergence | None:
-    """Where the unpruned model leaves its own trace in a precision: its code may ask for another one."""
-    nothing = np.zeros(coupling.atoms.count, dtype=bool)
-    nothing.setflags(write=False)
-    return _outcome(Follower(original, coupling, nothing, precision), original, inputs)
+    """First divergence of the unpruned model from its own trace in a precision, which its code may not support."""
+    none_removed = np.zeros(coupling.atoms.count, dtype=bool)
+    none_removed.setflags(write=False)
+    return _outcome(Follower(original, coupling, none_removed, precision), original, inputs)
 
 
 def _alike(one: Sequence[Tensor], two: Sequence[Tensor], tolerance: float) -> bool:
-    """Do two runs give the same outputs, but for rounding?"""
-    if [each.shape for each in one] != [each.shape for each in two]:
+    """Do two runs give the same outputs, up to rounding?"""
+    if [output.shape for output in one] != [output.shape for output in two]:
         return False
     pairs = [(digest(left), digest(right)) for left, right in zip(one, two, strict=True)]
     return all(
@@ -173,24 +173,24 @@ def _alike(one: Sequence[Tensor], two: Sequence[Tensor], tolerance: float) -> bo
 
 
 def change(original: nn.Module, inputs: Inputs, after: Sequence[Tensor], precision: torch.dtype) -> float:
-    """How much outputs differ from the unpruned model's, relative to their norm: at 0 the check has shown nothing.
+    """Largest difference of the outputs from the unpruned model's, relative to their norm; 0 means nothing was checked.
 
-    Infinite where they cannot be compared. One forward pass of a model that has not run yet, as it may fill caches.
+    Infinite if they cannot be compared. Runs one forward pass of a model that has not run yet, as it may fill caches.
     """
     before = outputs(original, inputs, precision)
-    if [each.shape for each in before] != [each.shape for each in after]:
+    if [output.shape for output in before] != [output.shape for output in after]:
         return float("inf")
     largest = 0.0
-    for one, two in zip(before, after, strict=True):
+    for unpruned, pruned in zip(before, after, strict=True):
         old, new = (
-            (torch.view_as_real(each) if each.is_complex() else each).double().nan_to_num(0.0, 0.0, 0.0)
-            for each in (one.resolve_conj(), two.resolve_conj())
+            (torch.view_as_real(output) if output.is_complex() else output).double().nan_to_num(0.0, 0.0, 0.0)
+            for output in (unpruned.resolve_conj(), pruned.resolve_conj())
         )
         largest = max(largest, float((old - new).norm() / old.norm().clamp(min=1e-300)))
     return largest
 
 
 def outputs(model: nn.Module, inputs: Inputs, precision: torch.dtype) -> list[Tensor]:
-    """The output tensors of a plain run."""
+    """Output tensors of a run without checks."""
     with elementary(model), preserved_globals(seed=0), Precise(precision).promoting():
         return tensors(call(model, inputs))

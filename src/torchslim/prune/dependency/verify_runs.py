@@ -1,4 +1,4 @@
-"""Runs that follow a trace: the shrunk model's, which leaves footprints, and the masked original's, which must fit."""
+"""Runs a model along a trace; the shrunk model's run checks shapes and records a footprint of every operation."""
 
 from __future__ import annotations
 
@@ -50,26 +50,26 @@ NAMES = {"_unsafe_view": "view", "_reshape_alias": "view"}
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where a run first left the prediction."""
+    """The first point where a run differs from the prediction."""
 
-    index: int  # of the operation in the trace
-    path: str  # the module at work
+    index: int  # index of the operation in the trace
+    path: str  # the running module
     what: str
 
 
 @dataclass(slots=True)
 class Footprint:
-    """What the shrunk run leaves of one operation."""
+    """Record of one operation of the shrunk run."""
 
     scalars: tuple[Any, ...]
     values: list[tuple[Shape, float, float] | None]
-    order: Tensor | None = None  # which elements a sort or a suppression took, in order
-    place: int | None = None  # among the operations of the trace; None where data, not channels, bring it about
+    order: Tensor | None = None  # the elements that a sort or suppression took, in order
+    place: int | None = None  # in `Run.expected`; None if the operation depends on data and not on channels
     constant: bool = False
     name: str = ""
 
     def spare(self, name: str) -> bool:
-        """Is it of an operation on constants, and not the one that runs?"""
+        """Is the footprint of an operation on constants other than `name`, which may be missing?"""
         return self.constant and self.name != name
 
 
@@ -82,13 +82,13 @@ class Mismatch(Exception):
 
 
 def opname(func: Any) -> str:
-    """An operation's name without its overload; aliases are one."""
+    """Name of an operation without its overload; aliases share one name."""
     name: str = func._opname
     return NAMES.get(name, name)
 
 
 def lifted(func: Any, args: Any) -> float | None:
-    """The number that `torch.tensor(number)` makes."""
+    """The number in a call of `torch.tensor(number)`; None for other operations."""
     if func._opname == "lift_fresh" and args[0].numel() == 1 and args[0].dtype != torch.bool:
         return float(args[0])
     return None
@@ -96,7 +96,7 @@ def lifted(func: Any, args: Any) -> float | None:
 
 def compared(operations: Sequence[Operation]) -> list[int]:
     """The indices of the operations at which the runs must agree."""
-    return [index for index, each in enumerate(operations) if _base(each.name) not in PASSING]
+    return [index for index, operation in enumerate(operations) if _base(operation.name) not in PASSING]
 
 
 def _base(name: str) -> str:
@@ -120,16 +120,16 @@ class Run(Precise):
 
     @property
     def index(self) -> int:
-        """The operation of the trace that comes next."""
+        """Index of the operation of the trace that comes next."""
         return self.expected[min(self.at, len(self.expected) - 1)]
 
     def fail(self, what: str) -> Mismatch:
-        """A divergence at the current operation."""
+        """The exception for a divergence at the current operation."""
         index = self.index
         return Mismatch(Divergence(index, self.operations[index].path, what))
 
     def skipped(self, place: int, name: str) -> int:
-        """The place after operations on constants that this run has no need of."""
+        """The place after operations on constants that this run skips."""
         while (
             place < len(self.expected) and self.wanted(place) != name and self.operations[self.expected[place]].constant
         ):
@@ -137,7 +137,7 @@ class Run(Precise):
         return place
 
     def wanted(self, place: int) -> str:
-        """The name of the operation at a place of the expected ones; empty after the end."""
+        """Name of the expected operation at a place; empty after the end."""
         if place >= len(self.expected):
             return ""
         name = _base(self.operations[self.expected[place]].name)
@@ -145,40 +145,40 @@ class Run(Precise):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self.precise(args, kwargs or {})
-        given = leaves((args, kwargs))
+        arguments = leaves((args, kwargs))
         random = self.noise.drawn_by(func)
-        constant = not self.dependent.note(given, (), random=random)
+        constant = not self.dependent.note(arguments, (), random=random)
         result = self.operate(func, args, kwargs, constant)
         if not constant:
-            written = (given[0],) if func._schema.is_mutable and given else ()
+            written = (arguments[0],) if func._schema.is_mutable and arguments else ()
             self.dependent.note((), (*leaves(result), *written), random=True)
         return result
 
     def operate(self, func: Any, args: Any, kwargs: Any, constant: bool) -> Any:
-        """One operation of the run."""
+        """Run one operation and return its result."""
         raise NotImplementedError
 
     def follow(self, model: nn.Module, inputs: Inputs) -> None:
-        """Run the whole model; raises Mismatch where it diverges, whatever else the model raises."""
+        """Run the whole model; raises Mismatch where it diverges, and any error of the model's own."""
         self.dependent = Dependent([*named_weights(model).values(), *tensors(inputs)])
         with elementary(model), preserved_globals(seed=0), self.stack.watching(), self.promoting():
             self.outputs = tensors(call(model, inputs))
 
 
 class Follower(Run):
-    """The shrunk model's run: shapes must be as predicted; in a `precision` it leaves numbers to compare with."""
+    """Runs the shrunk model and checks its shapes; with a `precision` it also records digests of its values."""
 
     def __init__(
         self, model: nn.Module, coupling: Coupling, removed: Mask, precision: torch.dtype | None = None
     ) -> None:
         super().__init__(model, coupling, removed, precision)
         self.values = precision is not None
-        self.loose = False  # has a size been seen that depends on data?
+        self.loose = False  # has a size occurred that depends on data?
         self.footprints: list[Footprint] = []
         self.lifted: list[float] = []
 
     def operate(self, func: Any, args: Any, kwargs: Any, constant: bool) -> Any:
-        """The operation with its footprint, if it is one of those that the trace has."""
+        """Run the operation, and record its footprint unless it is in `PASSING`."""
         if opname(func) in PASSING:
             if (number := lifted(func, args)) is not None:
                 self.lifted.append(number)
@@ -203,20 +203,20 @@ class Follower(Run):
                 raise self.fail(f"{opname(func)} gives {tuple(output.shape)} instead of {shape}")
         scalars = [leaf for leaf in leaves((args, kwargs)) if not isinstance(leaf, Tensor)]
         valued = self.values and opname(func) not in UNSET
-        digests = [digest(each) if valued else None for each in outputs]
+        digests = [digest(output) if valued else None for output in outputs]
         self.footprints.append(Footprint(tuple(scalars), digests, order, self.at, constant, opname(func)))
         self.at += 1
         return result
 
     def _drawn(self, func: Any, args: Any, kwargs: Any, operation: Operation | None) -> Any:
-        """Random numbers of the original's size, of which this model gets those of the channels that it keeps."""
+        """Draw random numbers of the original's size, and return those of the channels that this model keeps."""
         if operation is None:
             return self.draw(func, args, kwargs)
-        made = operation.outputs[0]
+        drawn = operation.outputs[0]
 
         def kept(value: Value, shape: Shape) -> list[Mask | None]:
             keep = self.coupling.kept(value.layers, value.shape, self.removed)
-            sizes = [size if each is None else int(each.sum()) for size, each in zip(shape, keep, strict=False)]
+            sizes = [size if mask is None else int(mask.sum()) for size, mask in zip(shape, keep, strict=False)]
             if len(shape) != len(keep) or sizes != list(shape):
                 raise self.fail(f"{opname(func)} draws random numbers of {shape} where {tuple(sizes)} was predicted")
             return keep
@@ -226,7 +226,7 @@ class Follower(Run):
             args,
             kwargs,
             sizes=lambda shape: tuple(
-                size if each is None else len(each) for size, each in zip(shape, kept(made, shape), strict=True)
+                size if mask is None else len(mask) for size, mask in zip(shape, kept(drawn, shape), strict=True)
             ),
             spread=lambda place, value: spread(
                 value, kept(operation.inputs[place], tuple(value.shape)), operation.inputs[place].shape
@@ -237,10 +237,10 @@ class Follower(Run):
         )
 
     def next(self, func: Any, constant: bool) -> Operation | None:
-        """The operation of the trace that runs now; None for one that only this run's data bring about.
+        """The operation of the trace that runs now; None for an operation that is not in the trace.
 
-        Where sizes depend on data, so may the path: operations without channels that could go may come and go. So may
-        those on constants, which code may keep from one run to the next.
+        Where sizes depend on data, the path may too: operations without removable channels may be added or missing. So
+        may operations on constants, whose results code may cache from one run to the next.
         """
         name, place = opname(func), self.skipped(self.at, opname(func))
         while self.loose and place < len(self.expected) and self.wanted(place) != name and not self._concerns(place):
@@ -263,7 +263,7 @@ class Follower(Run):
         )
 
     def follow(self, model: nn.Module, inputs: Inputs) -> None:
-        """As for every run; all operations that concern channels must have come."""
+        """Run the whole model; raises Mismatch also if operations on removable channels are missing at the end."""
         super().follow(model, inputs)
         self.at = self.skipped(self.at, "")
         while self.loose and self.at < len(self.expected) and not self._concerns(self.at):
@@ -272,7 +272,7 @@ class Follower(Run):
             raise self.fail("the run ends before the traced one")
 
     def _shape(self, value: Value, got: Shape) -> Shape:
-        """What is predicted; sizes that may depend on data and lose nothing are taken as they come."""
+        """Predicted shape of a value; sizes that may depend on data and lose nothing are taken from `got`."""
         shape = self.coupling.shape(value, self.removed)
         if not self.loose or len(got) != len(shape):
             return shape

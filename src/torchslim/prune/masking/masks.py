@@ -1,4 +1,4 @@
-"""Single weights, N:M blocks and slices set to zero: which ones, and how they are held there."""
+"""Masks that set single weights, N:M blocks and slices to zero, and hooks that hold them there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskOptions:
-    """How much of which weights goes, and ranked by what."""
+    """Which weights to mask, how much of them, and by which criterion."""
 
     sparsity: float | Mapping[str, float] | None
     threshold: float | None
@@ -42,7 +42,7 @@ class MaskOptions:
     exclude: Patterns = None
 
     def targets(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
-        """The weights to prune, and the sparsity of each."""
+        """The weights to prune, and their sparsities, by path."""
         weights = select_weights(model, self.include, self.exclude)
         if not isinstance(self.sparsity, Mapping):
             return weights, dict.fromkeys(weights, self.sparsity if self.sparsity is not None else 0.0)
@@ -61,8 +61,8 @@ def plan(
 ) -> tuple[Masks, list[LayerRecord]]:
     """Masks (True where kept) by parameter name, and a record per layer. The model is only read.
 
-    `gathered` holds the statistics of data that the criterion needs. Weights that `previous` masks already are the
-    first to go and never come back.
+    `gathered` holds the statistics of data that the criterion needs. Weights that `previous` masks already are
+    removed first and never come back.
     """
     pattern = options.pattern
     weights, targets = options.targets(model)
@@ -83,7 +83,7 @@ def plan(
     if not units:
         reason = "follow the pattern" if any(misfits.values()) else "be ranked"
         raise PruneError(
-            f"no chosen layer can {reason}: {'; '.join(f'{path}: {why}' for path, why in refusals.items())}"
+            f"no chosen layer can {reason}: {'; '.join(f'{path}: {refusal}' for path, refusal in refusals.items())}"
         )
     kept = _kept(units, options, targets, {path: weights[path].numel() for path in units})
     masks = dict(previous)
@@ -91,12 +91,14 @@ def plan(
         mask = pattern.spread(kept[path], weights[path].shape, input_dims[path])
         masks[path] = mask & previous[path].to(mask.device) if path in previous else mask
     refusals |= dict.fromkeys(computed_weights(model, options.include, options.exclude), COMPUTED)
-    records = [LayerRecord(layer=path, action="refused", reason=why) for path, why in refusals.items() if why]
+    records = [
+        LayerRecord(layer=path, action="refused", reason=refusal) for path, refusal in refusals.items() if refusal
+    ]
     return masks, [*records, *(pruned_record(path, masks[path]) for path in units)]
 
 
 def _role(pattern: Pattern, weight: Tensor, input_dim: int) -> Role:
-    """What the dimension of whole slices is to the layer."""
+    """Whether the dimension of whole slices holds the layer's inputs, its outputs, or neither."""
     if not isinstance(pattern, Slice):
         return "other"
     dim = pattern.dim % weight.dim()
@@ -106,7 +108,7 @@ def _role(pattern: Pattern, weight: Tensor, input_dim: int) -> Role:
 def _scored(
     options: MaskOptions, weight: Tensor, statistics: Statistics, input_dim: int, previous: Mapping[str, Tensor]
 ) -> Tensor | str:
-    """(rows, units): the scores that compete in one layer, or why the criterion has none for it."""
+    """Scores of the units of one layer, (rows, units), or the reason why the criterion has none."""
     criterion = options.criterion
     if refusal := silence(criterion, statistics):
         return refusal
@@ -117,7 +119,7 @@ def _scored(
 def _units(
     options: MaskOptions, weight: Tensor, statistics: Statistics, input_dim: int, mask: Tensor | None
 ) -> Tensor | None:
-    """(rows, units): scores with the units of an earlier mask lowest; None where the criterion has none."""
+    """Scores of units, (rows, units), lowest for those that `mask` removes; None if the criterion has none."""
     criterion, pattern = options.criterion, options.pattern
     if criterion.weights is None and isinstance(pattern, Slice):
         masked = weight if mask is None else weight.masked_fill(~mask.to(weight.device), 0)
@@ -136,7 +138,7 @@ def _units(
 
 
 def pruned_record(path: str, mask: Tensor) -> LayerRecord:
-    """The record of what pruning did to one layer; it says where the layer now gives a constant."""
+    """Record of one pruned layer; its reason says if no weight is left."""
     removed = int((~mask).sum())
     reason = "every weight is removed" if removed == mask.numel() else ""
     return LayerRecord(layer=path, action="pruned", reason=reason, sparsity=removed / mask.numel())
@@ -145,7 +147,7 @@ def pruned_record(path: str, mask: Tensor) -> LayerRecord:
 def _kept(
     units: Mapping[str, Tensor], options: MaskOptions, targets: Mapping[str, float], sizes: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """By layer which units stay; `sizes` counts the weights of a layer."""
+    """Mask of the units that stay, by layer; `sizes` holds the number of weights by layer."""
     if options.threshold is not None:
         return {path: scores >= options.threshold for path, scores in units.items()}
     fixed = options.pattern.fixed_sparsity
@@ -171,7 +173,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def notes(records: Sequence[LayerRecord]) -> list[str]:
-    """What a user must know of the records: layers that were left alone, and layers that were emptied."""
+    """Warnings about the records: layers that were not pruned, and layers that lost every weight."""
     return [
         f"{'not pruned' if record.action == 'refused' else 'emptied'}: {record.layer}: {record.reason}"
         for record in records
@@ -181,7 +183,7 @@ def notes(records: Sequence[LayerRecord]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Sparsity:
-    """The fraction of zeros, per weight and over all of them."""
+    """Fraction of zeros, by layer and over all layers."""
 
     layers: Mapping[str, float]
     total: float
@@ -194,7 +196,7 @@ class Sparsity:
 
 @checks_arguments(PruneError)
 def sparsity(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> Sparsity:
-    """How many weights are exactly zero, over the layers that pruning touches.
+    """Fraction of weights that are exactly zero, in the layers that pruning touches.
 
     >>> layer = nn.Linear(2, 2)
     >>> with torch.no_grad():
@@ -202,16 +204,16 @@ def sparsity(model: nn.Module, include: Patterns = None, exclude: Patterns = Non
     >>> sparsity(layer).total
     0.25
     """
-    if prune.is_pruned(model):  # its zeros are in masks, not yet in the parameters
+    if prune.is_pruned(model):  # the zeros are in masks, not yet in the parameters
         model, _ = copy_model(model)
-    chosen = select_weights(model, include, exclude)
-    zeros = {path: int((weight == 0).sum()) for path, weight in chosen.items()}
-    layers = {path: zeros[path] / max(weight.numel(), 1) for path, weight in chosen.items()}
-    return Sparsity(layers, sum(zeros.values()) / max(sum(weight.numel() for weight in chosen.values()), 1))
+    weights = select_weights(model, include, exclude)
+    zeros = {path: int((weight == 0).sum()) for path, weight in weights.items()}
+    layers = {path: zeros[path] / max(weight.numel(), 1) for path, weight in weights.items()}
+    return Sparsity(layers, sum(zeros.values()) / max(sum(weight.numel() for weight in weights.values()), 1))
 
 
 class HeldZeros:
-    """What `hold_zeros` returns: `remove()` ends the holding; also a context manager."""
+    """Handle that `hold_zeros` returns: `remove()`, or the end of a `with` block, stops holding the zeros."""
 
     def __init__(self, keeper: MaskKeeper, optimizer: Optimizer) -> None:
         self.masks = keeper.masks
@@ -221,7 +223,7 @@ class HeldZeros:
         )
 
     def remove(self) -> None:
-        """Let the weights move again."""
+        """Remove the hooks, so that the weights can change again."""
         for handle in self._handles:
             handle.remove()
 
@@ -234,14 +236,14 @@ class HeldZeros:
 
 @checks_arguments(PruneError)
 def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None) -> HeldZeros:
-    """Keep pruned weights at zero while your own loop trains: weight decay and momentum included.
+    """Keep pruned weights at zero while your own loop trains, also against weight decay and momentum.
 
     Without `masks` (boolean, by parameter name, True where kept), every weight that pruning touches by default and
     that is exactly zero now is held.
 
     Raises:
-        PruneError: when a weight is zero altogether, as a freshly initialized head may be: held, it would never
-            learn. Pass `masks` to say what is meant.
+        PruneError: a weight is all zeros, as a freshly initialized head may be, and would never learn if held. Pass
+            `masks` to choose the weights to hold.
     """
     if masks is None:
         masks = {path: weight.detach() != 0 for path, weight in select_weights(model).items()}

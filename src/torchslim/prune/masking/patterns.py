@@ -1,7 +1,7 @@
-"""What goes together: a pattern turns a weight's scores into rows of units that compete, and back.
+"""Patterns, which turn a weight's scores into rows of units that compete, and decisions on units into masks.
 
-`units(scores)` has shape (rows, units): within a row the lowest units go first. `spread(keep, shape)` turns the
-decision on units into a mask of the weight's shape.
+`units(scores)` has shape (rows, units): within a row the lowest units are removed first. `spread(keep, shape)` turns
+the decisions on units into a mask of the weight's shape.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchslim.errors import PruneError
 
 
 class Pattern(Protocol):
-    """How single weights are bound together."""
+    """How single weights form units, which are removed or kept together."""
 
     @property
     def fixed_sparsity(self) -> float | None:
@@ -27,7 +27,7 @@ class Pattern(Protocol):
         ...
 
     def refusal(self, shape: torch.Size, input_dim: int) -> str:
-        """Why a weight of this shape cannot follow the pattern; empty when it can."""
+        """The reason why a weight of this shape cannot follow the pattern; empty if it can."""
         ...
 
     def units(self, scores: Tensor, input_dim: int) -> Tensor: ...
@@ -37,20 +37,20 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Unstructured:
-    """Every weight by itself."""
+    """Every weight is a unit."""
 
     fixed_sparsity: ClassVar[None] = None
 
     def refusal(self, shape: torch.Size, input_dim: int) -> str:
-        """Any weight will do."""
+        """Empty: every weight can follow the pattern."""
         return ""
 
     def units(self, scores: Tensor, input_dim: int) -> Tensor:
-        """(1, n)."""
+        """The scores as one row: (1, n)."""
         return scores.reshape(1, -1)
 
     def spread(self, keep: Tensor, shape: torch.Size, input_dim: int) -> Tensor:
-        """One decision per weight."""
+        """The decisions in the weight's shape."""
         return keep.reshape(shape)
 
 
@@ -71,20 +71,20 @@ class NM:
         return 1 - self.n / self.m
 
     def refusal(self, shape: torch.Size, input_dim: int) -> str:
-        """The input dimension must be a multiple of M."""
+        """The reason if the input dimension is no multiple of M; else empty."""
         if not shape:
             return "a single number has no input dimension"
         size = shape[input_dim]
         return "" if size % self.m == 0 else f"input dimension {size} is not a multiple of {self.m}"
 
     def units(self, scores: Tensor, input_dim: int) -> Tensor:
-        """(n / M, M)."""
+        """The scores as one row per block: (n / M, M)."""
         return scores.movedim(input_dim, -1).reshape(-1, self.m)
 
     def spread(self, keep: Tensor, shape: torch.Size, input_dim: int) -> Tensor:
-        """Blocks back in their places."""
-        moved = [size for dim, size in enumerate(shape) if dim != input_dim] + [shape[input_dim]]
-        return keep.reshape(moved).movedim(-1, input_dim)
+        """The decisions of the blocks in the weight's shape."""
+        moved_shape = [size for dim, size in enumerate(shape) if dim != input_dim] + [shape[input_dim]]
+        return keep.reshape(moved_shape).movedim(-1, input_dim)
 
 
 Order = Annotated[float, Range(-math.inf, math.inf, least=1e-30)]
@@ -93,7 +93,7 @@ Order = Annotated[float, Range(-math.inf, math.inf, least=1e-30)]
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Whole slices along `dim`, ranked by the L_n norm of their scores (what `ln_structured` masks)."""
+    """Whole slices along `dim`, ranked by the L_n norm of their scores, as `ln_structured` ranks them."""
 
     n: Order = 2.0
     dim: int = 0
@@ -103,7 +103,7 @@ class Slice:
         check_fields(self, PruneError)
 
     def refusal(self, shape: torch.Size, input_dim: int) -> str:
-        """The weight must have the dimension, and another one beside it."""
+        """The reason if the weight lacks the dimension, or has no other; else empty."""
         if len(shape) < 2:
             return "a weight of one dimension has no slices"
         return (
@@ -111,12 +111,12 @@ class Slice:
         )
 
     def units(self, scores: Tensor, input_dim: int) -> Tensor:
-        """(1, slices)."""
+        """The norms of the slices as one row: (1, slices)."""
         norms: Tensor = torch.linalg.vector_norm(scores.movedim(self.dim, 0).flatten(1), ord=self.n, dim=1)
         return norms.unsqueeze(0)
 
     def spread(self, keep: Tensor, shape: torch.Size, input_dim: int) -> Tensor:
-        """One decision per slice."""
+        """The decisions of the slices, expanded to the weight's shape."""
         view = [1] * len(shape)
         view[self.dim] = -1
         return keep.reshape(view).expand(shape).clone()
@@ -133,13 +133,13 @@ PATTERNS = {
 
 
 def find_pattern(pattern: str, *, n: float = 2.0, dim: int = 0) -> Pattern:
-    """The pattern of a name: "unstructured", "slice" (with `n` and `dim`), or "N:M"."""
+    """The pattern named "unstructured", "slice" (with `n` and `dim`), or "N:M"."""
     if pattern == "unstructured":
         return Unstructured()
     if pattern == "slice":
         return Slice(n, dim)
-    if found := re.fullmatch(r"(\d+):(\d+)", pattern):
-        return NM(int(found[1]), int(found[2]))
+    if numbers := re.fullmatch(r"(\d+):(\d+)", pattern):
+        return NM(int(numbers[1]), int(numbers[2]))
     if pattern == CHANNEL:
         raise PruneError(
             "pattern 'channel' removes no single weights; use ts.prune.channels(model, example_inputs, ...)"

@@ -1,4 +1,4 @@
-"""How much goes: exact decisions on rows of units, per layer or over all layers at once."""
+"""Exact decisions on which units to remove, per row or over all layers at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchslim.errors import PruneError
 
 
 def check_sparsity(sparsity: float, what: str = "sparsity") -> None:
-    """A sparsity is the fraction removed, in [0, 1)."""
+    """Raise PruneError unless `sparsity`, the fraction removed, is a number in [0, 1)."""
     if not isinstance(sparsity, (int, float)):
         raise PruneError(f"{what} must be a number in [0, 1), got {sparsity!r}")
     if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
@@ -21,7 +21,7 @@ def check_sparsity(sparsity: float, what: str = "sparsity") -> None:
 
 
 def keep_per_row(scores: Tensor, sparsity: float) -> Tensor:
-    """Drop exactly round(sparsity * units) of every row, the lowest first, earlier ones first among equals.
+    """A mask that drops exactly round(sparsity * units) of every row: lowest first, among equals earlier first.
 
     Shapes: (rows, units) -> (rows, units), boolean.
     """
@@ -33,17 +33,17 @@ def keep_per_row(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_globally(scores: Sequence[Tensor], costs: Sequence[int], sparsity: float) -> list[Tensor]:
-    """Drop the lowest units of all layers together, until their cost is as near as can be to the target.
+    """Masks that drop the lowest units of all layers together, with a cost as near the target as possible.
 
-    Where every unit costs one weight, exactly round(sparsity * n) go.
+    If every unit costs one weight, exactly round(sparsity * n) are dropped.
 
     Args:
-        scores: per layer the units' scores, each of shape (1, units).
-        costs: per layer how many weights one of its units holds.
+        scores: the scores of each layer's units, of shape (1, units).
+        costs: the number of weights in a unit of each layer.
         sparsity: the fraction of all weights to remove.
     """
     flat = torch.cat([score.reshape(-1).cpu() for score in scores])  # a model may live on several devices
-    cost = torch.cat([torch.full((each.numel(),), value) for each, value in zip(scores, costs, strict=True)])
+    cost = torch.cat([torch.full((score.numel(),), unit_cost) for score, unit_cost in zip(scores, costs, strict=True)])
     order = flat.argsort(stable=True)
     spent = torch.cat([torch.zeros(1, dtype=torch.long), cost[order].cumsum(0)])
     target = round(sparsity * int(spent[-1]))
@@ -51,4 +51,4 @@ def keep_globally(scores: Sequence[Tensor], costs: Sequence[int], sparsity: floa
     keep = torch.ones(flat.numel(), dtype=torch.bool)
     keep[order[:dropped]] = False
     parts = keep.split([score.numel() for score in scores])
-    return [part.reshape(each.shape).to(each.device) for part, each in zip(parts, scores, strict=True)]
+    return [part.reshape(score.shape).to(score.device) for part, score in zip(parts, scores, strict=True)]

@@ -27,17 +27,17 @@ SHOWN = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelGroup:
-    """Channels, neurons or heads' dimensions that are alike, and all the slices of weights that go with each.
+    """Channels, neurons or heads' dimensions that are alike, with all weight slices that go with a channel.
 
     Args:
         members: the dimensions of weights that lose slices, as "conv1.weight[0]".
-        width: how many channels there are.
-        parameters: how many parameters would go with all of them, everything else kept. A weight between two groups
-            counts for both, so these do not add up to the model's.
+        width: number of channels.
+        parameters: number of parameters that would go with all channels, everything else kept. A weight between two
+            groups counts for both, so the groups do not add up to the model.
         macs: likewise, multiply-accumulates of one run on the example inputs.
-        unit: groups with the same number lose channels in step; None where it must stay.
-        reason: why it must stay; empty when it may go.
-        extent: it is no channels at all: a kernel's extent, or the positions of a table.
+        unit: groups with the same number lose channels in step; None if the group must stay.
+        reason: why the group must stay; empty if it may go.
+        extent: True for a kernel's extent or the positions of a table, which are no channels.
     """
 
     members: tuple[str, ...]
@@ -50,7 +50,7 @@ class ChannelGroup:
 
     @property
     def prunable(self) -> bool:
-        """May it lose channels?"""
+        """Whether the group may lose channels."""
         return self.unit is not None
 
 
@@ -61,37 +61,37 @@ class Inspection:
     groups: tuple[ChannelGroup, ...]
     parameters: int  # of the whole model
     macs: int
-    unruled: dict[str, int]  # operations whose channels nobody knows, and how often they ran; what meets them stays
-    training: str = ""  # why the training mode was not looked at, where that was needed
+    unruled: dict[str, int]  # operations without a rule, and how often they ran; channels that reach them stay
+    training: str = ""  # why the training mode was not analyzed, where that was needed
     unreached: tuple[str, ...] = ()  # weights and methods that no example reached
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain lists, numbers and text."""
+        """The inspection as plain lists, numbers and text."""
         groups = [
             {**asdict(group), "members": list(group.members), "prunable": group.prunable} for group in self.groups
         ]
         return {**asdict(self), "groups": groups}
 
     def table(self, *, all: bool = False) -> str:
-        """As text; with `all` also kernel extents and position tables, and every member of every group."""
+        """The inspection as text; with `all` also kernel extents, position tables and every member of every group."""
         lines = [f"{self.parameters:,} parameters, {self.macs:,} MACs a run; what goes with all channels of a group:"]
-        for title, chosen in (
+        for title, groups in (
             ("may go", [group for group in self.groups if group.prunable]),
             ("stay", [group for group in self.groups if not group.prunable and (all or not group.extent)]),
         ):
-            lines += ["", f"{title}: {len(chosen)} group{'' if len(chosen) == 1 else 's'}"]
-            if chosen:
+            lines += ["", f"{title}: {len(groups)} group{'' if len(groups) == 1 else 's'}"]
+            if groups:
                 lines.append(f"  {'channels':>8}  {'parameters':>13}  {'MACs':>17}  members")
-            for each in chosen:
-                shown = each.members if all else each.members[:SHOWN]
-                rest = len(each.members) - len(shown)
+            for row in groups:
+                shown = row.members if all else row.members[:SHOWN]
+                rest = len(row.members) - len(shown)
                 members = ", ".join(shown) + (f" and {rest} more" if rest else "")
-                lines.append(f"  {each.width:>8,}  {each.parameters:>13,}  {each.macs:>17,}  {members}")
-                others = [other.members[0] for other in chosen if other is not each and other.unit == each.unit]
-                if each.prunable and others:
+                lines.append(f"  {row.width:>8,}  {row.parameters:>13,}  {row.macs:>17,}  {members}")
+                others = [other.members[0] for other in groups if other is not row and other.unit == row.unit]
+                if row.prunable and others:
                     lines.append(f"{'':46}in step with {', '.join(others)}")
-                if each.reason:
-                    lines.append(f"{'':46}{each.reason}")
+                if row.reason:
+                    lines.append(f"{'':46}{row.reason}")
         hidden = sum(group.extent and not group.prunable for group in self.groups)
         if hidden and not all:
             lines += ["", f"not shown: {hidden} kernel extents and position tables"]
@@ -118,10 +118,10 @@ def inspect(
     examples: Sequence[Any] = (),
     unseen: UnseenCode = "keep",
 ) -> Inspection:
-    """Which channels of a model go together, which `channels` may remove, and why others must stay.
+    """List the coupled channel groups of `model`, which of them `channels` may remove, and why others must stay.
 
-    Found from one run, and then by removing a few channels of every group in copies: a group that may go has lost some
-    and was verified, one that could not be verified stays, and the reason says so.
+    One run of the model finds the groups; then copies lose a few channels of every group. A group that may go has
+    passed the verification of such a removal; a group that could not be verified stays, with the reason.
 
     >>> import torch
     >>> found = inspect(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.ones(1, 4),))
@@ -132,7 +132,7 @@ def inspect(
     (8, 56, 48)
 
     Args:
-        model: any module that runs on `example_inputs`; it is left as it is.
+        model: any module that runs on `example_inputs`; it is not modified.
         example_inputs: a tuple of positional or a dict of keyword arguments.
         heads: as for `channels`.
         include: as for `channels`.
@@ -179,7 +179,7 @@ def inspect(
 
 
 def _is_extent(group: Group, coupling: Coupling) -> bool:
-    """One dimension of one weight that no operation takes for channels and no data looks up, or of whole numbers."""
+    """Whether the group is one dimension of one weight that no data looks up, of integers or not used as channels."""
     if len(group.members) > 1 or Reason.LOOKED_UP.given_in(group.reason):
         return False
     (member,) = group.members

@@ -1,7 +1,7 @@
 """Sizes that are written as numbers in a module's forward, as in `torch.zeros(2, x.size(0), 32)`.
 
-Such a number is changed for one module: it gets a forward of its own, with the code of its class and other constants.
-The class stays as it is, and a record holds nothing but numbers.
+To change such a number, one module gets its own forward: the code of its class with other constants. The class stays as
+it is, and a record holds only numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ATTRIBUTE = "_torchslim_literals"
 
 
 def literals(module: nn.Module) -> Iterator[tuple[int, int]]:
-    """The whole numbers above 1 in the code of a user's forward, and what stands for them in this module."""
+    """The whole numbers above 1 in the code of a user's forward, each with its value in this module."""
     code = getattr(type(module).forward, "__code__", None)
     if code is None or type(module).__module__.partition(".")[0] == "torch":
         return
@@ -29,18 +29,20 @@ def literals(module: nn.Module) -> Iterator[tuple[int, int]]:
 
 
 def write(module: nn.Module, number: int, value: int) -> None:
-    """Put a value in the place of a number in this module's forward."""
+    """Replace a number in the forward of this module by a value."""
     changed = {**vars(module).get(ATTRIBUTE, {}), number: value}
     changed = {old: new for old, new in changed.items() if old != new}
     vars(module).pop("forward", None)
     vars(module).pop(ATTRIBUTE, None)
     if not changed:
         return
-    own: Any = type(module).forward
-    code = own.__code__.replace(co_consts=_replaced(own.__code__.co_consts, changed))
-    function = types.FunctionType(code, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
-    function.__kwdefaults__, function.__doc__ = own.__kwdefaults__, own.__doc__
-    function.__annotations__, function.__qualname__ = own.__annotations__, own.__qualname__
+    forward: Any = type(module).forward
+    code = forward.__code__.replace(co_consts=_replaced(forward.__code__.co_consts, changed))
+    function = types.FunctionType(
+        code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    function.__kwdefaults__, function.__doc__ = forward.__kwdefaults__, forward.__doc__
+    function.__annotations__, function.__qualname__ = forward.__annotations__, forward.__qualname__
     vars(module)[ATTRIBUTE] = changed
     vars(module)["forward"] = types.MethodType(function, module)
 
@@ -49,11 +51,11 @@ def _numbers(value: Any) -> Iterator[int]:
     if type(value) is int and value > 1:
         yield value
     elif type(value) is tuple:
-        for each in value:
-            yield from _numbers(each)
+        for item in value:
+            yield from _numbers(item)
 
 
 def _replaced(value: Any, changed: Mapping[int, int]) -> Any:
     if type(value) is int:
         return changed.get(value, value)
-    return tuple(_replaced(each, changed) for each in value) if type(value) is tuple else value
+    return tuple(_replaced(item, changed) for item in value) if type(value) is tuple else value

@@ -23,7 +23,7 @@ NO_PRIORS: Mapping[str, float] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelOptions:
-    """How much goes, of which groups, and ranked by what."""
+    """How much to remove, from which groups, and ranked by which criterion."""
 
     amount: Amount = field(default_factory=Amount)
     criterion: str | Criterion | Scorer = "lamp"
@@ -38,7 +38,7 @@ class ChannelOptions:
         check_combination(self.reduction, self.normalization)
 
     def plan(self, model: nn.Module, inputs: Inputs, examples: Sequence[Any] = ()) -> Plan:
-        """The coupled groups of a model; `examples` are further calls of the model."""
+        """The analyzed model, with its coupled groups; `examples` are further calls of the model."""
         return analyze(
             model,
             inputs,
@@ -50,7 +50,7 @@ class ChannelOptions:
         )
 
     def ranking(self, gathered: Gathered, seed: int, priors: Mapping[str, float] = NO_PRIORS) -> Ranking:
-        """Scores the groups of a plan by the criterion."""
+        """The ranking that scores the groups of a plan by the criterion."""
         return Ranking(
             criterion=find_criterion(self.criterion),
             reduction=self.reduction,

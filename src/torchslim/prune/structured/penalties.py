@@ -1,4 +1,4 @@
-"""What is added to the loss so that whole channels fade before they are cut."""
+"""Penalties on the loss that shrink whole channels before they are cut."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ class Slices:
 
 
 def slices_of(coupling: Coupling) -> tuple[list[Slices], int]:
-    """The parameters' slices in all groups that may shrink, and the number of classes."""
-    found: list[Slices] = []
+    """Slices of the parameters in all groups that may shrink, and the number of classes."""
+    parts: list[Slices] = []
     count = 0
     for number in sorted({number for unit in coupling.units for number in unit.groups}):
         group = coupling.groups[number]
         for member in group.members:
             if member.weight in coupling.trace.parameters:
                 classes = torch.from_numpy(member.classes) + count
-                found.append(Slices(member.weight, member.dim, torch.from_numpy(member.indices), classes))
+                parts.append(Slices(member.weight, member.dim, torch.from_numpy(member.indices), classes))
         count += len(group.classes)
-    return found, count
+    return parts, count
 
 
 class _Penalty(Hook):
-    """A weighted sum over classes; the epochs before the last are not yet as sparse as was paid for."""
+    """A weighted sum over classes; epochs before the last are not as sparse yet, so none is kept as the best."""
 
     def __init__(self, coupling: Coupling, strength: float) -> None:
         self.strength = strength
@@ -54,7 +54,7 @@ class _Penalty(Hook):
         self.parts: list[tuple[Tensor, Slices]] = []
 
     def on_start(self, loop: Loop) -> None:
-        """Look the parameters up once, and bring the indices to them."""
+        """Look up the parameters once, and move the indices to their devices."""
         parameters = dict(loop.model.named_parameters())
         self.parts = []
         for part in self.slices:
@@ -64,12 +64,12 @@ class _Penalty(Hook):
                 self.parts.append((weight, placed))
 
     def settled(self, loop: Loop) -> bool:
-        """Only the last epoch has seen all of the penalty."""
+        """Whether the training is over: only its last epoch has had all of the penalty."""
         return loop.progress >= 1
 
 
 class GroupLasso(_Penalty):
-    """The sum over channels of sqrt(n) times the Euclidean norm of the n weights that go with one.
+    """The sum over channels of sqrt(n) times the Euclidean norm of the n weights that go with the channel.
 
     A weight whose row and column both go with the channel counts twice. Source: Wen et al. 2016, arXiv:1608.03665,
     section 3.1; the factor is that of Yuan & Lin 2006 (group lasso), section 2.
@@ -79,22 +79,22 @@ class GroupLasso(_Penalty):
         """Count the weights of every class."""
         super().on_start(loop)
         sizes = torch.zeros(self.count)
-        for weight, each in self.parts:
-            share = torch.full((len(each.classes),), weight.numel() / weight.shape[each.dim])
-            sizes.index_add_(0, each.classes.cpu(), share)
+        for weight, part in self.parts:
+            share = torch.full((len(part.classes),), weight.numel() / weight.shape[part.dim])
+            sizes.index_add_(0, part.classes.cpu(), share)
         if self.parts:
             first = self.parts[0][0]  # sums of squares leave the range of halves
             self.roots = sizes.sqrt().to(first.device, torch.promote_types(first.dtype, torch.float32))
 
     def penalty(self, loop: Loop) -> Tensor | None:
-        """A scalar."""
+        """The penalty, a scalar; None without parameters that train."""
         if not self.parts:
             return None
         squares = torch.zeros_like(self.roots)
-        for weight, each in self.parts:
-            inside = slices(whole(weight).square(), each.dim).sum(1)[each.indices].to(squares)
-            squares = squares.index_add(0, each.classes.to(squares.device), inside)
-        alive = squares > 0  # a norm has no slope at zero: what is gone stays gone
+        for weight, part in self.parts:
+            sums = slices(whole(weight).square(), part.dim).sum(1)[part.indices].to(squares)
+            squares = squares.index_add(0, part.classes.to(squares.device), sums)
+        alive = squares > 0  # a norm has no gradient at zero: channels at zero stay there
         norms = torch.where(alive, squares, 1.0).sqrt() * alive
         return self.strength * (self.roots * norms).sum()
 
@@ -112,15 +112,16 @@ class ScaleL1(_Penalty):
             raise PruneError("sparsify='bn-l1' finds no batch norm with channels that may go; use 'group-lasso'")
 
     def penalty(self, loop: Loop) -> Tensor | None:
-        """A scalar."""
+        """The penalty, a scalar; None without parameters that train."""
         if not self.parts:
             return None
-        home = self.parts[0][0].device
+        device = self.parts[0][0].device
         return (
-            self.strength * torch.stack([whole(w)[each.indices].abs().sum().to(home) for w, each in self.parts]).sum()
+            self.strength
+            * torch.stack([whole(weight)[part.indices].abs().sum().to(device) for weight, part in self.parts]).sum()
         )
 
 
 def make_penalty(kind: Sparsify, coupling: Coupling, strength: float) -> Hook:
-    """The hook of a name."""
+    """The hook that adds the penalty `kind` to the loss."""
     return GroupLasso(coupling, strength) if kind == "group-lasso" else ScaleL1(coupling, strength)

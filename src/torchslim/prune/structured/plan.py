@@ -1,4 +1,4 @@
-"""An analyzed model, and the retreat from what of it cannot be verified."""
+"""Analysis of a model for channel pruning, and the retreat from removals that cannot be verified."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ SHOWN = 6
 
 @dataclass
 class Plan:
-    """An analyzed model, and what of it could not be verified so far."""
+    """An analyzed model, and the removals that could not be verified so far."""
 
-    model: nn.Module  # the caller's where that is plain: read only
+    model: nn.Module  # the caller's model if that is plain: read only
     inputs: Inputs
     trace: Trace
     frozen: list[str]
@@ -57,29 +57,29 @@ class Plan:
     shut: dict[JointKey, set[int]] = field(default_factory=dict)
     placed: set[bytes] = field(default_factory=set)
     narrowest: int = 1
-    precision: torch.dtype = torch.float64  # of the check
-    precise: bool = False  # is it known whether the model itself runs in that?
-    imprecise: str = ""  # why it does not
+    precision: torch.dtype = torch.float64  # of the verification
+    precise: bool = False  # whether the model itself was tried in that precision
+    imprecise: str = ""  # why the verification uses less than float64
     elsewhere: tuple[Inputs, Trace] | None = None  # inputs of a second size that the model takes, and their trace
-    sized: bool = False  # has one been looked for?
+    sized: bool = False  # whether a second size was looked for
     unseen: UnseenCode = "keep"
 
     @property
     def names(self) -> list[str]:
-        """The parameters, each once."""
+        """Names of the parameters, shared ones listed once."""
         return [name for name, _ in self.model.named_parameters()]
 
     def second(self) -> tuple[Inputs, Trace] | None:
         """Inputs of another size and the trace of a run on them; None where the model takes no other size."""
         if not self.sized:
             self.sized = True
-            # where data decides how much there is, a run on other data shows nothing of sizes
+            # where data decides the sizes of results, a run on other data shows nothing about sizes
             if not any(operation.name.split(".")[1] in COUNTING for operation in self.trace.operations):
                 self.elsewhere = _second(self.model, self.inputs, self.trace)
         return self.elsewhere
 
     def coupling(self) -> Coupling:
-        """The groups, with all that is known to be impossible left out."""
+        """The coupled groups, without removals that are known to be impossible."""
         return couple(
             self.trace,
             heads=self.heads,
@@ -91,18 +91,20 @@ class Plan:
         )
 
     def notes(self) -> list[str]:
-        """What a user must know of code that no example reached."""
-        found = self.trace.unseen
-        if not found.weights and not found.methods:
+        """Warnings about code that no example reached."""
+        unseen = self.trace.unseen
+        if not unseen.weights and not unseen.methods:
             return []
         names = [
-            f"{kind} {_listed(each)}" for kind, each in (("weights", found.weights), ("methods", found.methods)) if each
+            f"{kind} {_listed(items)}"
+            for kind, items in (("weights", unseen.weights), ("methods", unseen.methods))
+            if items
         ]
-        kept = [group.name for group in self.coupling().groups if Reason.NOT_REACHED.given_in(group.reason)]
-        if found.weights and self.unseen == "prune":
+        staying = [group.name for group in self.coupling().groups if Reason.NOT_REACHED.given_in(group.reason)]
+        if unseen.weights and self.unseen == "prune":
             consequence = "with unseen='prune' they may not fit the pruned model any more"
-        elif kept:
-            consequence = f"channels that they may share stay ({_listed(kept)})"
+        elif staying:
+            consequence = f"channels that they may share stay ({_listed(staying)})"
         else:
             consequence = "whether they still run was not checked"
         return [
@@ -111,27 +113,29 @@ class Plan:
         ]
 
     def retreat(self, divergence: Divergence, coupling: Coupling, removed: Mask) -> bool:
-        """Give up what a divergence shows to be impossible: another way for the attention, or the groups at work."""
+        """Rule out what a divergence shows to be impossible: a mode of the attention, or the groups at work."""
         self.narrowest = 1
         kinds = {path: type(module) for path, module in self.model.named_modules()}
         path: str | None = divergence.path
         while path is not None:
             if path in coupling.modes and coupling.modes[path] != "none":
                 mode = coupling.modes[path]
-                alike = {other for other in coupling.modes if kinds.get(other) is kinds.get(path)}
-                done = self.tried.setdefault(path, set()) | {mode}
-                following = next(each for each in MODES[self.heads] if each not in done)
-                for other in alike:
-                    self.tried.setdefault(other, set()).add(mode)
-                    if coupling.modes[other] == mode:
-                        self.modes[other] = following
+                same_class = {
+                    module_path for module_path in coupling.modes if kinds.get(module_path) is kinds.get(path)
+                }
+                tried = self.tried.setdefault(path, set()) | {mode}
+                next_mode = next(option for option in MODES[self.heads] if option not in tried)
+                for module_path in same_class:
+                    self.tried.setdefault(module_path, set()).add(mode)
+                    if coupling.modes[module_path] == mode:
+                        self.modes[module_path] = next_mode
                 return True
             path = path.rpartition(".")[0] if path else None
         operation = coupling.trace.operations[divergence.index]
         suspects = self._losing((*operation.outputs, *operation.inputs), coupling, removed)
-        if not suspects:  # nothing at hand: whatever goes in this module
+        if not suspects:  # no channel goes at this operation: suspect all that go in this module
             suspects = self._inside(divergence.path, coupling, removed)
-        for earlier in reversed(coupling.trace.operations[: divergence.index]):  # the last that lost anything
+        for earlier in reversed(coupling.trace.operations[: divergence.index]):  # the last one that lost channels
             if suspects:
                 break
             suspects = self._losing(earlier.outputs, coupling, removed)
@@ -140,15 +144,15 @@ class Plan:
         suspects = self._culprits(suspects, divergence, coupling, removed) or suspects
         if self._turn(suspects, coupling, kinds) or self._place(suspects, coupling):
             return True
-        why = Reason.NOT_VERIFIED.with_detail(f"{divergence.what} ({divergence.path})")
+        reason = Reason.NOT_VERIFIED.with_detail(f"{divergence.what} ({divergence.path})")
         for unit in coupling.units:
             classes = np.concatenate([cell.classes for cell in unit.cells])
             if suspects & set(classes.tolist()):
-                self.stays.append((classes, why))
+                self.stays.append((classes, reason))
         return True
 
     def _turn(self, suspects: set[int], coupling: Coupling, kinds: Mapping[str, type]) -> bool:
-        """Let joint layers at work, and those of modules of the same class, lose slices along another axis."""
+        """Make suspect joint layers, and those of modules of the same class, lose slices along another axis."""
         joints = self.trace.tagger.joints
         turned = {
             (kinds.get(joints[key].where), axis)
@@ -161,7 +165,7 @@ class Plan:
         return bool(turned)
 
     def _place(self, suspects: set[int], coupling: Coupling) -> bool:
-        """Take it that parts at work which are equally long were cut at positions that stand in the code."""
+        """Assume that suspect parts of equal length are cut at positions that the code fixes."""
         new = {
             key
             for key, balance in self.trace.tagger.balances.items()
@@ -171,30 +175,30 @@ class Plan:
         return bool(new)
 
     def _inside(self, path: str, coupling: Coupling, removed: Mask) -> set[int]:
-        found: set[int] = set()
+        losing: set[int] = set()
         for operation in coupling.trace.operations:
             if operation.path == path or operation.path.startswith(f"{path}." if path else ""):
-                found |= self._losing(operation.outputs, coupling, removed)
-        return found
+                losing |= self._losing(operation.outputs, coupling, removed)
+        return losing
 
     def _culprits(self, suspects: set[int], divergence: Divergence, coupling: Coupling, removed: Mask) -> set[int]:
-        """Those of the suspects whose units bring the divergence about by themselves, by halving; none if none does."""
+        """Suspects in units that cause the divergence on their own, found by halving; empty if no unit does."""
 
         def diverges(units: list[Unit]) -> bool:
-            only = np.zeros_like(removed)
+            subset = np.zeros_like(removed)
             for unit in units:
                 for cell in unit.cells:
-                    only[cell.classes] = removed[cell.classes]
-            only.setflags(write=False)
-            found = mend(self.model, coupling, only, self.inputs)[1]
-            return found is not None and found.index <= divergence.index
+                    subset[cell.classes] = removed[cell.classes]
+            subset.setflags(write=False)
+            observed = mend(self.model, coupling, subset, self.inputs)[1]
+            return observed is not None and observed.index <= divergence.index
 
         def guilty(units: list[Unit]) -> list[Unit]:
             if not units or not diverges(units):
                 return []
             if len(units) == 1:
                 return units
-            half = len(units) // 2  # those that only diverge together are not looked for
+            half = len(units) // 2  # units that diverge only together are not searched for
             return guilty(units[:half]) + guilty(units[half:])
 
         removing = [
@@ -202,33 +206,35 @@ class Plan:
             for unit in coupling.units
             if suspects & set(np.concatenate([cell.classes for cell in unit.cells]).tolist())
         ]
-        found = guilty(removing) if len(removing) > 1 else []
-        classes = {root for unit in found for cell in unit.cells for root in cell.classes.tolist()}
+        culprits = guilty(removing) if len(removing) > 1 else []
+        classes = {root for unit in culprits for cell in unit.cells for root in cell.classes.tolist()}
         return suspects & classes
 
     def _losing(self, values: Iterable[Value], coupling: Coupling, removed: Mask) -> set[int]:
-        found: set[int] = set()
+        losing: set[int] = set()
         for value in values:
             for classes in coupling.classes(value.layers):
-                found |= set(np.unique(classes[removed[classes]]).tolist())
-        return found
+                losing |= set(np.unique(classes[removed[classes]]).tolist())
+        return losing
 
 
 def shapes_of(inputs: Inputs) -> str:
-    """The shapes of the tensors among inputs, as text."""
+    """Shapes of the tensors in `inputs`, as text."""
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors(inputs))
 
 
 def _second(model: nn.Module, inputs: Inputs, first: Trace) -> tuple[Inputs, Trace] | None:
-    for other in other_inputs(inputs):
+    for resized in other_inputs(inputs):
         with preserved_globals(seed=0):
             try:
-                found = trace(copy_model(model)[0], other)
+                second_trace = trace(copy_model(model)[0], resized)
             except Exception:  # noqa: BLE001 - whatever a model raises on a size that it does not take
                 continue
-        same = [value.shape for value in found.weights.values()] == [value.shape for value in first.weights.values()]
-        if same and not found.training:
-            return other, found
+        same = [value.shape for value in second_trace.weights.values()] == [
+            value.shape for value in first.weights.values()
+        ]
+        if same and not second_trace.training:
+            return resized, second_trace
     return None
 
 
@@ -247,11 +253,11 @@ def analyze(
     examples: Sequence[Any] = (),
     unseen: UnseenCode = "keep",
 ) -> Plan:
-    """Trace a copy of the model, and find which weights the user wants left alone.
+    """Trace a copy of the model, and mark the weights that the user wants to keep.
 
     Args:
         examples: further calls, see `together`.
-        unseen: "keep" lets what may share channels with weights that no call reaches stay; "prune" lets it go.
+        unseen: channels that weights which no call reaches may share: "keep" leaves them in, "prune" lets them go.
 
     Raises:
         PruneError: arguments that cannot be used.
@@ -270,22 +276,22 @@ def analyze(
         model, _ = copy_model(model)  # masks of torch.nn.utils.prune become zeros
     inputs = to_device(together(model, inputs, examples), device_of(model))
     with preserved_globals(seed=0):
-        found = trace(copy_model(model)[0], inputs)
+        model_trace = trace(copy_model(model)[0], inputs)
     types, aliases = class_names(model), parameter_paths(model)
 
     def covered(patterns: Patterns) -> set[str]:
         return {
             name
-            for name in found.weights
-            if any(matches(each, path, types) for each in as_list(patterns) for path in aliases.get(name, [name]))
+            for name in model_trace.weights
+            if any(matches(pattern, path, types) for pattern in as_list(patterns) for path in aliases.get(name, [name]))
         }
 
-    plan = Plan(model, inputs, found, sorted(covered(exclude)), heads, unseen=unseen)
+    plan = Plan(model, inputs, model_trace, sorted(covered(exclude)), heads, unseen=unseen)
     if unseen == "keep":
-        plan.stays += found.unseen.shared
+        plan.stays += model_trace.unseen.shared
     if include is not None:
-        wanted = covered(include)
+        included = covered(include)
         for group in plan.coupling().groups:
-            if not wanted & {member.weight for member in group.members}:
+            if not included & {member.weight for member in group.members}:
                 plan.stays.append((group.classes, Reason.NOT_INCLUDED))
     return plan

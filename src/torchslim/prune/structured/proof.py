@@ -1,4 +1,4 @@
-"""The proof that a removal is right, at the size of the example inputs and at a second one."""
+"""Proof that a removal is right, at the size of the example inputs and at a second size."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLEAR = 1e-3
 
 @dataclass(frozen=True)
 class Proof:
-    """A surgery, and what is wrong with it."""
+    """A surgery, and the result of its verification."""
 
     surgery: Surgery
     divergence: Divergence | None  # where the shrunk model first leaves the prediction
@@ -44,15 +44,15 @@ class Proof:
 
     @property
     def right(self) -> bool:
-        """Does the shrunk model compute what the masked original computes?"""
+        """Whether the shrunk model computes the same as the masked original."""
         return self.divergence is None and not self.elsewhere
 
     @property
     def objection(self) -> str:
-        """What is wrong, in words."""
+        """The divergence, or the reasons from the second size, as text."""
         if self.divergence is not None:
             return f"{self.divergence.path}: {self.divergence.what}".removeprefix(": ")
-        return "; ".join(dict.fromkeys(why for _, why in self.elsewhere))
+        return "; ".join(dict.fromkeys(reason for _, reason in self.elsewhere))
 
 
 def prove(plan: Plan, coupling: Coupling, removed: Mask) -> Proof:
@@ -68,27 +68,34 @@ def prove(plan: Plan, coupling: Coupling, removed: Mask) -> Proof:
 
 
 def settle(plan: Plan) -> Coupling:
-    """The groups of which each can lose a channel, found by trial: what cannot has the reason.
+    """The coupling after trial removals: groups that cannot lose a channel have a reason, and all others can.
 
-    All units lose a few channels at once, and the shapes are looked at once more with only half of the units losing
-    any, in as many ways as it takes to tell every two of them apart.
+    First all units lose a few channels at once. Then shapes are checked with only half of the units losing any, in as
+    many ways as it takes to tell every two units apart.
     """
-    for _ in range(ROLLBACKS):
-        coupling = plan.coupling()
+    coupling = plan.coupling()
+    for _ in range(ROLLBACKS + len(coupling.units)):
         if not coupling.units or all(_stands(plan, coupling, trial) for trial in _trials(coupling, plan)):
             return coupling
+        coupling = plan.coupling()
+    plan.stays += [(classes, Reason.NOT_VERIFIED) for classes in _classes(coupling)]
     return plan.coupling()
 
 
+def _classes(coupling: Coupling) -> list[Ids]:
+    """Classes of the channels of each unit."""
+    return [np.concatenate([cell.classes for cell in unit.cells]) for unit in coupling.units]
+
+
 def _trials(coupling: Coupling, plan: Plan) -> Iterator[tuple[Mask, bool]]:
-    """Removals, and whether values are compared as well."""
+    """Trial removals, and whether to compare values besides shapes."""
     rng = np.random.default_rng(0)
     selection = select(
         coupling, Amount(round_to=1, min_channels=1), plan.names, lambda _, group: rng.random(len(group.classes))
     )
     widths = [unit.width for unit in coupling.units]
-    some = [max(width - 1 - place % 3, (width + 1) // 2) for place, width in enumerate(widths)]
-    yield selection.removed(some), True
+    narrowed = [max(width - 1 - place % 3, (width + 1) // 2) for place, width in enumerate(widths)]
+    yield selection.removed(narrowed), True
     for bit in range(max(len(widths) - 1, 0).bit_length()):
         for side in (0, 1):
             kept = [width - 1 if place >> bit & 1 == side else width for place, width in enumerate(widths)]
@@ -96,46 +103,44 @@ def _trials(coupling: Coupling, plan: Plan) -> Iterator[tuple[Mask, bool]]:
 
 
 def _stands(plan: Plan, coupling: Coupling, trial: tuple[Mask, bool]) -> bool:
-    """Does a trial pass? If not, what cannot be verified is given up."""
+    """Whether a trial passes; if not, channels that cannot be verified are left in from now on."""
     removed, values = trial
     proof = prove(plan, coupling, removed) if values else Proof(*mend(plan.model, coupling, removed, plan.inputs))
     if not proof.right and not give_up(plan, proof, coupling, removed):
-        for unit in coupling.units:  # nobody knows which of them is to blame
-            plan.stays.append((np.concatenate([cell.classes for cell in unit.cells]), proof.objection))
+        plan.stays += [(classes, proof.objection) for classes in _classes(coupling)]  # the unit at fault is unknown
     return proof.right
 
 
 def give_up(plan: Plan, proof: Proof, coupling: Coupling, removed: Mask) -> bool:
-    """Leave in what a failed proof shows to be impossible; False where nothing can be told."""
+    """Rule out removals that a failed proof shows to be wrong; False if the proof points to none."""
     if proof.divergence is not None:
         return plan.retreat(proof.divergence, coupling, removed)
-    units = [np.concatenate([cell.classes for cell in unit.cells]) for unit in coupling.units]
-    found = False
-    for atoms, why in proof.elsewhere:
+    units, left_in = _classes(coupling), False
+    for atoms, reason in proof.elsewhere:
         suspects = coupling.roots[atoms]
         for classes in units:
             if np.isin(classes, suspects).any():
-                plan.stays.append((classes, why))
-                found = True
-    return found
+                plan.stays.append((classes, reason))
+                left_in = True
+    return left_in
 
 
 def _elsewhere(plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery) -> tuple[tuple[Ids, str], ...]:
-    """What of a removal is wrong at a second size, and why."""
+    """Atoms that cannot be removed at a second size of the inputs, and why."""
     second = plan.second()
     if second is None:
         return ()
     inputs, trace = second
     at = f"at another size of the inputs ({shapes_of(inputs)})"
-    there, mask, conflicts = carried(coupling, removed, trace)
+    second_coupling, mask, conflicts = carried(coupling, removed, trace)
     if conflicts:
-        return tuple((atoms, f"{at} {why or 'its channels mix with positions'}") for atoms, why in conflicts)
-    check = _Check(plan, there, mask, inputs)
+        return tuple((atoms, f"{at} {reason or 'its channels mix with positions'}") for atoms, reason in conflicts)
+    check = _Check(plan, second_coupling, mask, inputs)
     if (diverged := check.verify(surgery).divergence) is None:
         return ()
     operation = trace.operations[diverged.index]
     values = (*operation.outputs, *operation.inputs)
-    losing = [classes[mask[classes]] for value in values for classes in there.classes(value.layers)]
+    losing = [classes[mask[classes]] for value in values for classes in second_coupling.classes(value.layers)]
     atoms = np.concatenate(losing) if losing else np.zeros(0, dtype=np.int64)
     return (
         (
@@ -148,7 +153,7 @@ def _elsewhere(plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery) 
 def _checked(
     plan: Plan, coupling: Coupling, removed: Mask, surgery: Surgery
 ) -> tuple[Surgery, verification.Verdict, float]:
-    """Verify; where values differ, attributes that only looked like sizes get their old values back."""
+    """Verify a surgery; where values differ, give attributes that only looked like sizes their old values back."""
     check = _Check(plan, coupling, removed, plan.inputs)
     trim()
     kinds = {path: type(module) for path, module in plan.model.named_modules()}
@@ -160,17 +165,17 @@ def _checked(
         near = [
             patch for patch in surgery.patches if f"{diverged.path}.".startswith(f"{patch.module}.") or not patch.module
         ]
-        alike = {(kinds[each.module], each.name, each.place): None for each in reversed(near)}
-        for kind, name, place in list(alike)[:trials]:
+        sites = {(kinds[patch.module], patch.name, patch.place): None for patch in reversed(near)}
+        for kind, name, place in list(sites)[:trials]:
             trials -= 1
-            left = tuple(
+            remaining = tuple(
                 patch
                 for patch in surgery.patches
                 if (kinds[patch.module], patch.name, patch.place) != (kind, name, place)
             )
-            later = check.verify(Surgery(surgery.cuts, left))
-            if later.divergence is None or later.divergence.index > diverged.index:
-                surgery, verdict = Surgery(surgery.cuts, left), later
+            new_verdict = check.verify(Surgery(surgery.cuts, remaining))
+            if new_verdict.divergence is None or new_verdict.divergence.index > diverged.index:
+                surgery, verdict = Surgery(surgery.cuts, remaining), new_verdict
                 break
         else:
             break
@@ -188,7 +193,7 @@ class _Check:
 
     def shrunk(self, trial: Surgery) -> nn.Module:
         narrowed = perform(verification.prepare(self.plan.model, self.width), trial)
-        widening: nn.Module = narrowed._apply(lambda each: widened(each, self.plan.precision))
+        widening: nn.Module = narrowed._apply(lambda tensor: widened(tensor, self.plan.precision))
         return widening
 
     def whole(self) -> nn.Module:
@@ -201,13 +206,13 @@ class _Check:
         )
 
     def narrowed(self) -> bool:
-        """Does the original itself fail in float64, so that the check goes on in float32?"""
+        """Whether the original itself fails in float64, so that the check continues in float32."""
         plan = self.plan
         if plan.precise or plan.precision == self.width:
             return False
-        failed = verification.runs(self.whole(), self.coupling, self.wide, plan.precision)
+        failure = verification.runs(self.whole(), self.coupling, self.wide, plan.precision)
         plan.precise = True
-        if failed is None:
+        if failure is None:
             return False
         if (
             verification.runs(verification.prepare(plan.model, self.width), self.coupling, self.narrow, self.width)
@@ -215,17 +220,17 @@ class _Check:
         ):
             return False
         plan.imprecise = (
-            f"checked in {str(self.width).removeprefix('torch.')}: in float64 the model itself fails, {failed.what}"
+            f"checked in {str(self.width).removeprefix('torch.')}: in float64 the model itself fails, {failure.what}"
         )
         plan.precision, self.wide = self.width, self.narrow
         return True
 
     def change(self, verdict: verification.Verdict) -> float:
-        """How much the outputs change against the unpruned model's."""
+        """Change of the outputs against the unpruned model's."""
         plan = self.plan
         change = verification.change(
             verification.prepare(plan.model, self.width), self.narrow, verdict.outputs, self.width
         )
-        if not CLEAR < change < float("inf"):  # rounding may hide it, or may have taken the run another way
+        if not CLEAR < change < float("inf"):  # rounding may hide a change, or may have changed the path of the run
             change = verification.change(self.whole(), self.wide, verdict.outputs, plan.precision)
         return change

@@ -28,36 +28,38 @@ class Ranking:
     normalization: Normalization = "mean"
     gathered: Gathered = field(default_factory=Gathered)
     seed: int = 0
-    priors: Mapping[str, float] = field(default_factory=dict)  # by group or layer, how much its changes hurt
+    priors: Mapping[str, float] = field(default_factory=dict)  # factors of scores: the damage by group or layer
 
     def scores(self, model: nn.Module, plan: Plan) -> Scores:
-        """A function of coupling and group, for `shrink`."""
+        """The function from a coupling and a group to scores that `shrink` takes."""
         generator = torch.Generator().manual_seed(self.seed)
         weights: dict[str, torch.Tensor] = {
-            name: each for name, each in model.named_parameters() if each.is_floating_point()
+            name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()
         }
-        if not needs(self.criterion):  # complex weights by their magnitudes; what data gives is for real ones
-            weights |= {name: each.detach().abs() for name, each in model.named_parameters() if each.is_complex()}
-        known: dict[tuple[str, int], torch.Tensor | None] = {}
+        if not needs(self.criterion):  # complex weights by magnitude; statistics of data are for real weights only
+            weights |= {
+                name: parameter.detach().abs() for name, parameter in model.named_parameters() if parameter.is_complex()
+            }
+        cache: dict[tuple[str, int], torch.Tensor | None] = {}
 
         def member(name: str, dim: int) -> torch.Tensor | None:
-            if (name, dim) not in known:
+            if (name, dim) not in cache:
                 statistics = self.gathered.of(
                     name,
                     generator=generator,
                     role=plan.trace.roles.get((name, dim), "other"),
                     norm_scale=name in plan.trace.norm_scales,
                 )
-                known[name, dim] = channel_scores(self.criterion, weights[name], dim, statistics)
-            return known[name, dim]
+                cache[name, dim] = channel_scores(self.criterion, weights[name], dim, statistics)
+            return cache[name, dim]
 
         def score(coupling: Coupling, group: Group) -> NDArray[np.float64]:
             members = []
-            for each in group.members:
-                found = member(each.weight, each.dim) if each.weight in weights else None
-                if found is not None:
-                    members.append((torch.from_numpy(each.classes), found[torch.from_numpy(each.indices)]))
-            if not members:  # of a criterion that looks at norms, say: all alike
+            for slices in group.members:
+                values = member(slices.weight, slices.dim) if slices.weight in weights else None
+                if values is not None:
+                    members.append((torch.from_numpy(slices.classes), values[torch.from_numpy(slices.indices)]))
+            if not members:  # as with a criterion of norm scales: all classes are alike
                 return np.ones(len(group.classes))
             combined = combine(members, len(group.classes), reduction=self.reduction, normalization=self.normalization)
             return combined.numpy() * self._prior(group)

@@ -1,6 +1,6 @@
-"""What was removed, kept with the module: rounds of surgery, and the base that they start from.
+"""Records of removed channels, kept with the module: rounds of surgery, and the base that they start from.
 
-A record makes the shrunk module again from a fresh instance of its base, so nothing of a class is ever saved.
+A record rebuilds the shrunk module from a fresh instance of its base, so nothing of a class is ever saved.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def shapes(model: nn.Module) -> dict[str, list[int]]:
-    """The shape of every tensor of the model's state; buffers that are not saved may grow as it runs."""
+    """Shape of every tensor in the model's state dict; buffers outside of it may grow as the model runs."""
     return {name: list(getattr(value, "shape", ())) for name, value in model.state_dict().items()}
 
 
 def difference(own: Shapes, wanted: Shapes) -> str:
-    """How a model differs from what was saved: what it misses, does not know, shapes otherwise; or nothing."""
+    """Names that `wanted` lacks, names that `own` lacks, and shapes that differ, as text; empty if there are none."""
     missing, unknown = sorted(set(own) - set(wanted)), sorted(set(wanted) - set(own))
-    other = [
+    mismatched = [
         f"{name} {tuple(shape)} instead of {tuple(wanted[name])}"
         for name, shape in own.items()
         if name in wanted and list(shape) != list(wanted[name])
     ]
-    if not (missing or unknown or other):
+    if not (missing or unknown or mismatched):
         return ""
     return (
         f"missing: {', '.join(missing[:5]) or 'none'}; unknown: {', '.join(unknown[:5]) or 'none'}; "
-        f"other shapes: {', '.join(other[:5]) or 'none'}"
+        f"other shapes: {', '.join(mismatched[:5]) or 'none'}"
     )
 
 
 @checks_arguments(PruneError)
 def surgery(model: nn.Module) -> dict[str, Any] | None:
-    """What channel pruning removed from this module, as plain JSON values; None where it never did.
+    """The record of the channels that pruning removed from `model`, as plain JSON values; None if there is none.
 
-    `base` says which model it starts from: its class, and a digest of the shapes of its weights. `rounds` holds, for
-    each pruning in turn, `cuts` (which indices of which dimension of a weight stay), `patches` (attributes that carry
-    sizes), and `about`: what was asked and reached, and why other channels stayed. Parts that were pruned by
-    themselves are rounds too.
+    `base` identifies the model before pruning: its class, and a digest of the shapes of its weights. `rounds` holds,
+    for each pruning in turn, `cuts` (which indices of which dimension of a weight stay), `patches` (attributes that
+    carry sizes), and `about`: the target and the result, and why other channels stayed. The prunings of single parts
+    are rounds too.
     """
     own = vars(model).get(ATTRIBUTE)
-    # a part's record is younger than that of what is around it: a new round takes up those of all parts
+    # a part's record is newer than that of the model around it: a new round takes over the records of all parts
     parts = [(path, vars(part)[ATTRIBUTE]) for path, part in model.named_modules() if path and ATTRIBUTE in vars(part)]
     parts.sort(key=lambda part: part[0].count("."))
     rounds = [_inside(path, round_) for path, record in parts for round_ in record["rounds"]]
@@ -69,7 +69,7 @@ def _record(model: nn.Module, before: Shapes, rounds: list[Any]) -> dict[str, An
 
 
 def _inside(path: str, done: Mapping[str, Any]) -> dict[str, Any]:
-    """A round of a part as one of the whole."""
+    """A round of a part, with the paths of the whole model."""
     return {
         "cuts": [{**cut, "weight": f"{path}.{cut['weight']}"} for cut in done["cuts"]],
         "patches": [{**patch, "module": f"{path}.{patch['module']}".rstrip(".")} for patch in done["patches"]],
@@ -78,13 +78,13 @@ def _inside(path: str, done: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """By name, the first name of a tensor that has several."""
+    """First name of every tensor, by each of its names."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
 
 
 def undone(after: Shapes, rounds: Sequence[Mapping[str, Any]], tied: Mapping[str, str]) -> dict[str, list[int]]:
-    """The shapes before these rounds: those after them with every cut undone."""
+    """The shapes before `rounds`: those after them, with every cut undone."""
     before = {name: list(shape) for name, shape in after.items()}
     for round_ in reversed(rounds):
         for cut in round_["cuts"]:
@@ -95,10 +95,10 @@ def undone(after: Shapes, rounds: Sequence[Mapping[str, Any]], tied: Mapping[str
 
 
 def attach(shrunk: nn.Module, base: nn.Module, done: Surgery, about: Mapping[str, Any]) -> None:
-    """Add a round to the record that the shrunk module carries on from its base."""
+    """Give the shrunk module the record of its base, with one more round."""
     record = surgery(base) or _record(base, shapes(base), [])
     record["rounds"].append({**done.to_dict(), "about": dict(about)})
-    _set(shrunk, json.loads(json.dumps(record)))  # equal to itself after a way through a file
+    _set(shrunk, json.loads(json.dumps(record)))  # as it is when loaded from a file
 
 
 def _set(model: nn.Module, record: dict[str, Any]) -> None:
@@ -108,23 +108,23 @@ def _set(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
-    """The shrunk module, made again from a fresh instance of its base, or from one that has its first rounds behind it.
+    """The shrunk module, rebuilt from a fresh instance of its base, or from one after the first rounds of the record.
 
     Raises:
         PruneError: the record is damaged, of a newer version, or of another model.
     """
     _check(record)
-    known, rounds = surgery(base), record["rounds"]
+    current, rounds = surgery(base), record["rounds"]
     if digest(shapes(base)) == record["base"]["shapes"]:
-        done = 0
-    elif known is not None and _continues(record, known):
-        done = len(known["rounds"])
+        finished = 0
+    elif current is not None and _continues(record, current):
+        finished = len(current["rounds"])
     else:
         raise PruneError(
             f"the surgery was made on a {record['base']['class']} with other weights than this {type(base).__name__}; "
             "give the factory of the model that was pruned"
         )
-    for round_ in rounds[done:]:
+    for round_ in rounds[finished:]:
         try:
             base = perform(base, Surgery.from_dict(round_))
         except (AttributeError, IndexError, TypeError) as error:
@@ -137,29 +137,29 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
 
 
 def _continues(record: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    done = len(known["rounds"])
-    return bool(known["base"]["shapes"] == record["base"]["shapes"] and known["rounds"] == record["rounds"][:done])
+    count = len(known["rounds"])
+    return bool(known["base"]["shapes"] == record["base"]["shapes"] and known["rounds"] == record["rounds"][:count])
 
 
 def rebuild(model: nn.Module, record: Mapping[str, Any], wanted: Shapes, tied: Mapping[str, str]) -> nn.Module:
-    """`replay`, or where the model is of the shrunk architecture already, the model with the record attached.
+    """The result of `replay`, or the model with the record attached if it has the shrunk architecture already.
 
     Args:
-        model: taken over; it may be changed.
-        record: what `surgery` gave.
+        model: may be changed in place.
+        record: a result of `surgery`.
         wanted: the shapes after the surgery.
-        tied: by name, the first name of a tensor that has several.
+        tied: the first name of every tensor, by each of its names.
 
     Raises:
-        PruneError: the record is damaged, of a newer version, or of another model; names the difference.
+        PruneError: the record is damaged, of a newer version, or of another model; the message names the difference.
     """
     _check(record)
     if not difference(shapes(model), wanted):
         _set(model, copy.deepcopy(dict(record)))
         return model
-    known = surgery(model)
+    current = surgery(model)
     differs = difference(shapes(model), undone(wanted, record["rounds"], tied))
-    if differs and not (known is not None and _continues(record, known)):
+    if differs and not (current is not None and _continues(record, current)):
         raise PruneError(
             f"this {type(model).__name__} is not the model that was pruned, a {record['base']['class']}; {differs}; "
             "give the factory of the model before pruning, or of the pruned architecture"
@@ -182,7 +182,7 @@ def _check(record: Mapping[str, Any]) -> None:
 
 
 def _sound(done: Surgery) -> bool:
-    """Indices rise inside their dimension, and only public attributes are set, to whole numbers."""
+    """Whether kept indices are valid and rising, and patches set only public attributes, to whole numbers."""
     return all(
         list(cut.kept) == sorted({int(index) for index in cut.kept if 0 <= index < cut.size}) and cut.dim >= 0
         for cut in done.cuts

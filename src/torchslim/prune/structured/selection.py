@@ -1,4 +1,4 @@
-"""How many channels go, and which: units ranked by the scores of their classes, cut where the budget is met."""
+"""Selection of channels: units ranked by the scores of their classes, and narrowed until the target is met."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEAR = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
-    """How much goes, and in what steps."""
+    """How much to remove, and in what steps."""
 
     sparsity: float = 0.5
     of: Of = "params"
@@ -38,12 +38,12 @@ class Amount:
     def __post_init__(self) -> None:
         check_fields(self, PruneError)
         check_sparsity(self.sparsity)
-        for name, value, known in (
+        for name, value, choices in (
             ("of", self.of, ("params", "macs", "channels", "latency")),
             ("scope", self.scope, ("global", "layer")),
         ):
-            if value not in known:
-                raise PruneError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+            if value not in choices:
+                raise PruneError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if self.of == "latency" and self.scope == "layer":
             raise PruneError(
                 "of='latency' chooses each group's width by what it saves; leave out scope='layer', or take of='macs'"
@@ -54,33 +54,33 @@ class Amount:
 
 
 def losses(unit: Unit, coupling: Coupling) -> dict[int, int]:
-    """How many channels each group of a unit loses at a step: one for each part that must stay equal to the others."""
-    found = dict.fromkeys(unit.groups, 0)
+    """Number of channels that each group of a unit loses per step: one for each part that must stay equal to others."""
+    counts = dict.fromkeys(unit.groups, 0)
     for cell in unit.cells:
         number = next(group for group in unit.groups if cell.classes[0] in coupling.groups[group].classes)
-        found[number] += cell.stride
-    return found
+        counts[number] += cell.stride
+    return counts
 
 
 def is_bound(unit: Unit) -> bool:
-    """Do parts of a unit shrink in step, so that its groups lose several channels at once?"""
+    """Whether parts of a unit shrink in step, so that its groups lose several channels at once."""
     return len(unit.cells) > 1 or unit.cells[0].stride > 1
 
 
 def least_steps(unit: Unit, coupling: Coupling, min_channels: int) -> int:
-    """How many steps of a unit stay: its narrowest group keeps `min_channels`; 1 where that has fewer."""
+    """Least number of steps of a unit: its narrowest group keeps `min_channels`; 1 if that group has fewer."""
     pace = min(losses(unit, coupling).values())
     return -(-min_channels // pace) if unit.width * pace >= min_channels else 1
 
 
 def step_size(unit: Unit, coupling: Coupling, amount: Amount, *, ease: int = 1, narrowest: int = 1) -> int:
-    """Steps of a unit that keep its widths multiples of `round_to`; 1 where it is narrower than that.
+    """Steps that a unit loses at once to keep its widths multiples of `round_to`; 1 if the unit is narrower.
 
-    Where parts must stay equal, and no narrower width is such a multiple, it is one of a smaller divisor.
+    If parts must stay equal and no narrower width is such a multiple, widths are multiples of a smaller divisor.
 
     Args:
-        ease: what `round_to` is divided by, for units whose parts must stay equal.
-        narrowest: no width is below it.
+        ease: divides `round_to` for units whose parts must stay equal.
+        narrowest: no width is below this.
     """
     paces = []
     for number, pace in losses(unit, coupling).items():
@@ -98,7 +98,7 @@ def step_size(unit: Unit, coupling: Coupling, amount: Amount, *, ease: int = 1, 
 
 
 def rounded(unit: Unit, kept: float, step: int, least: int, narrowest: int = 1) -> int:
-    """The nearest allowed width: a multiple of `step`, at least `least` and `narrowest`, at most what there is."""
+    """The nearest allowed width: a multiple of `step`, at least `least` and `narrowest`, at most the unit's."""
     low = -(-max(least, narrowest) // step) * step  # a whole number of steps
     nearest = round(kept / step) * step if step > 1 else round(kept)
     return max(min(nearest, unit.width), min(low, unit.width), 1)
@@ -106,7 +106,7 @@ def rounded(unit: Unit, kept: float, step: int, least: int, narrowest: int = 1) 
 
 @dataclass
 class Selection:
-    """Which classes go, for any amount: units with their classes in the order in which they go."""
+    """Which classes to remove, for any width: the classes of every unit in the order in which they go."""
 
     coupling: Coupling
     amount: Amount
@@ -114,20 +114,20 @@ class Selection:
     order: list[list[NDArray[np.int64]]]  # per unit and cell: classes, the least important first
     ranks: list[NDArray[np.float64]]  # per unit: the score of each of its steps, rising
     narrowest: int = 1
-    ease: int = 1  # what `round_to` is divided by where parts must stay equal
+    ease: int = 1  # divides `round_to` where parts must stay equal
     _known: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def removed(self, kept: Sequence[int]) -> Mask:
-        """The atoms' mask when each unit keeps so many steps."""
+        """Mask of the atoms that go if the units keep `kept` steps."""
         mask = np.zeros(self.coupling.atoms.count, dtype=bool)
-        for unit, cells, left in zip(self.coupling.units, self.order, kept, strict=True):
+        for unit, cells, steps in zip(self.coupling.units, self.order, kept, strict=True):
             for cell, classes in zip(unit.cells, cells, strict=True):
-                mask[classes[: (unit.width - left) * cell.stride]] = True
+                mask[classes[: (unit.width - steps) * cell.stride]] = True
         mask.setflags(write=False)
         return mask
 
     def left(self, kept: Sequence[int]) -> float:
-        """The fraction of the model that is left, in the amount's measure; of channels where that is no count."""
+        """Fraction of the model that is left, in the measure `amount.of`; of the channels for "latency"."""
         if self.amount.of in ("channels", "latency"):
             total = sum(unit.width for unit in self.coupling.units)
             return sum(kept) / max(total, 1)
@@ -138,14 +138,14 @@ class Selection:
         return self.coupling.parameters(removed, self.names) / max(self.coupling.parameters(nothing, self.names), 1)
 
     def widths(self, wanted: Sequence[float]) -> list[int]:
-        """Allowed widths near the wanted ones."""
+        """The allowed widths nearest to the wanted ones."""
         return [
-            rounded(unit, each, step, least, self.narrowest)
-            for unit, each, (step, least) in zip(self.coupling.units, wanted, self._steps(), strict=True)
+            rounded(unit, width, step, least, self.narrowest)
+            for unit, width, (step, least) in zip(self.coupling.units, wanted, self._steps(), strict=True)
         ]
 
     def _steps(self) -> list[tuple[int, int]]:
-        """Per unit its step and its least width."""
+        """The step and the least width of each unit."""
         if self.ease not in self._known:
             self._known[self.ease] = [
                 (
@@ -157,9 +157,9 @@ class Selection:
         return self._known[self.ease]
 
     def choose(self) -> list[int]:
-        """Per unit how many steps stay, so that what is left is as near the target as can be.
+        """Number of steps that each unit keeps, so that the fraction left is as near the target as possible.
 
-        Where the target cannot be reached, rounding gives way for the units whose parts must stay equal.
+        If the target cannot be reached, `round_to` is relaxed for the units whose parts must stay equal.
         """
         target = 1 - self.amount.sparsity
         best = kept = self._nearest()
@@ -168,7 +168,7 @@ class Selection:
                 break
             self.ease *= 2
             kept = self._nearest()
-            best = min((best, kept), key=lambda each: abs(self.left(each) - target))
+            best = min((best, kept), key=lambda widths: abs(self.left(widths) - target))
         return best
 
     def _nearest(self) -> list[int]:
@@ -186,13 +186,13 @@ class Selection:
         queue = owner[np.argsort(scores, kind="stable")]
 
         def after(count: float) -> list[int]:
-            gone = np.bincount(queue[: int(count)], minlength=len(units)) if units else np.zeros(0)
-            return self.widths([unit.width - each for unit, each in zip(units, gone.tolist(), strict=True)])
+            removed_steps = np.bincount(queue[: int(count)], minlength=len(units)) if units else np.zeros(0)
+            return self.widths([unit.width - steps for unit, steps in zip(units, removed_steps.tolist(), strict=True)])
 
         return self._search(after, np.arange(len(queue) + 1))
 
     def _search(self, at: Callable[[float], list[int]], grid: NDArray[Any]) -> list[int]:
-        """Bisect: what is left falls along the grid."""
+        """The widths nearest the target, by bisection: the fraction left falls along the grid."""
         target, low, high = 1 - self.amount.sparsity, 0, len(grid) - 1
         while low < high:
             middle = (low + high) // 2
@@ -207,7 +207,7 @@ class Selection:
 def select(
     coupling: Coupling, amount: Amount, names: Sequence[str], scores: Scores, *, narrowest: int = 1
 ) -> Selection:
-    """Rank the classes of every unit; in units of several cells the cells' lowest go together."""
+    """Rank the classes of every unit; in units of several cells, the lowest of each cell go together."""
     values = np.zeros(coupling.atoms.count)
     for unit in coupling.units:
         for number in unit.groups:
@@ -217,9 +217,9 @@ def select(
     for unit in coupling.units:
         cells, steps = [], np.zeros(unit.width)
         for cell in unit.cells:
-            sorted_ = cell.classes[np.argsort(values[cell.classes], kind="stable")]
-            cells.append(sorted_)
-            steps += values[sorted_[: unit.width * cell.stride]].reshape(unit.width, cell.stride).mean(1)
+            ranked = cell.classes[np.argsort(values[cell.classes], kind="stable")]
+            cells.append(ranked)
+            steps += values[ranked[: unit.width * cell.stride]].reshape(unit.width, cell.stride).mean(1)
         order.append(cells)
         ranks.append(np.maximum.accumulate(steps / len(unit.cells)))
     return Selection(coupling, amount, names, order, ranks, narrowest)

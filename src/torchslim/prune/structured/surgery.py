@@ -1,7 +1,7 @@
-"""Surgery: a copy of the user's own module with slices of its weights gone and its attributes that carry sizes mended.
+"""Surgery: a copy of the user's module without slices of its weights, and with its attributes that carry sizes adapted.
 
-No class is known by name. An attribute is taken for a size when its value is one that changed around the module; where
-that is not certain, values are tried one at a time against the predicted shape of every intermediate value.
+No class is known by name. An attribute counts as a size if its value is one that changed around the module; where that
+is not certain, values are tried one at a time against the predicted shape of every intermediate value.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torchslim.prune.structured.literals import FORWARD, literals, write
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Which indices of one dimension of a weight stay."""
+    """The indices of one dimension of a weight that stay."""
 
     weight: str
     dim: int
-    size: int  # before
+    size: int  # before the cut
     kept: tuple[int, ...]
 
 
@@ -44,7 +44,7 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Surgery:
-    """What one round removed: replayed on a fresh instance of the base, it gives the same module."""
+    """The cuts and patches of one round; replayed on a fresh instance of the base, they give the same module."""
 
     cuts: tuple[Cut, ...]
     patches: tuple[Patch, ...]
@@ -80,7 +80,7 @@ class Surgery:
 
 
 def cuts_of(coupling: Coupling, removed: Mask) -> tuple[Cut, ...]:
-    """What a removal takes from every weight."""
+    """The cuts that a removal makes in all weights."""
     cuts = []
     for name, value in coupling.trace.weights.items():
         for dim, keep in enumerate(coupling.kept(value.layers, value.shape, removed)):
@@ -97,23 +97,23 @@ def perform(model: nn.Module, surgery: Surgery) -> nn.Module:
         PruneError: the model is not the one that the surgery was made for.
     """
     weights = named_weights(model)
-    cut: dict[str, Tensor] = {}
-    for each in surgery.cuts:
-        if each.weight not in weights:
-            raise PruneError(f"the surgery cuts {each.weight!r}, which this model ({type(model).__name__}) lacks")
-        value = cut.get(each.weight, weights[each.weight].detach())
-        if value.dim() <= each.dim or value.shape[each.dim] != each.size:
+    cut_weights: dict[str, Tensor] = {}
+    for cut in surgery.cuts:
+        if cut.weight not in weights:
+            raise PruneError(f"the surgery cuts {cut.weight!r}, which this model ({type(model).__name__}) lacks")
+        value = cut_weights.get(cut.weight, weights[cut.weight].detach())
+        if value.dim() <= cut.dim or value.shape[cut.dim] != cut.size:
             raise PruneError(
-                f"the surgery cuts dimension {each.dim} of {each.weight!r} from {each.size} to {len(each.kept)}, but "
+                f"the surgery cuts dimension {cut.dim} of {cut.weight!r} from {cut.size} to {len(cut.kept)}, but "
                 f"its shape here is {tuple(value.shape)}; give the factory of the model that was pruned"
             )
-        cut[each.weight] = value.index_select(each.dim, torch.tensor(each.kept, device=value.device))
+        cut_weights[cut.weight] = value.index_select(cut.dim, torch.tensor(cut.kept, device=value.device))
     placed: dict[int, Tensor] = {}
-    for name, value in cut.items():
-        before = weights[name]
-        if before.dim() == 4 and before.is_contiguous(memory_format=torch.channels_last) and not before.is_contiguous():
+    for name, value in cut_weights.items():
+        weight = weights[name]
+        if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
             value = value.contiguous(memory_format=torch.channels_last)
-        placed[id(before)] = nn.Parameter(value, before.requires_grad) if isinstance(before, nn.Parameter) else value
+        placed[id(weight)] = nn.Parameter(value, weight.requires_grad) if isinstance(weight, nn.Parameter) else value
     shrunk = duplicate(model, placed)
     for patch in surgery.patches:
         apply_patch(shrunk, patch)
@@ -121,7 +121,7 @@ def perform(model: nn.Module, surgery: Surgery) -> nn.Module:
 
 
 def apply_patch(model: nn.Module, patch: Patch, *, back: bool = False) -> None:
-    """Set one attribute, or set it back."""
+    """Set one attribute to its new value, or with `back` to its old one."""
     module = model.get_submodule(patch.module)
     value = patch.old if back else patch.new
     if patch.name == FORWARD:

@@ -1,10 +1,10 @@
-"""What each operation does to tags. An operation without a rule freezes what goes into it; it is never an error.
+"""Rules that carry tags through operations; an operation without a rule freezes its inputs and is never an error.
 
-Operations are seen as the dispatcher sees them, below `linear`, `einsum` or `scaled_dot_product_attention`, so that a
-few dozen rules serve every model. Pointwise operations are known by their tag, views are applied to the layers.
+Rules apply to operations of the dispatcher, below `linear`, `einsum` or `scaled_dot_product_attention`, so that a few
+dozen rules serve every model. Pointwise operations are recognized by their tag; views are applied to the layers.
 """
 
-from torchslim.prune.dependency.rules import (  # each registers its rules
+from torchslim.prune.dependency.rules import (  # every module registers its rules
     elementwise,
     layout,
     products,

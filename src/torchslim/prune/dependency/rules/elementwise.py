@@ -1,4 +1,4 @@
-"""Elementwise operations, reductions, and what is created from nothing."""
+"""Rules for elementwise operations, reductions, and operations that create values."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def pointwise(call: Call) -> Sequence[Layers]:
     "positive",
 )
 def same(call: Call) -> Sequence[Layers]:
-    """The tags of the first operand, unchanged; a softmax runs over what is kept."""
+    """The tags of the first operand, unchanged; a softmax runs over the kept elements."""
     layers, _ = call.operand(call.args[0])
     return (layers,) * len(call.outputs)
 
@@ -105,19 +105,19 @@ def same(call: Call) -> Sequence[Layers]:
     "scalar_tensor",
 )
 def created(call: Call) -> Sequence[Layers]:
-    """Values without a meaning by position: their sizes adapt to whatever they meet."""
+    """Values whose positions have no meaning: their sizes adapt to the values that they meet."""
     return (call.tagger.own(call.outputs[0].shape, elastic=True),)
 
 
 @rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "size", "sym_size")
 def counted(call: Call) -> Sequence[Layers]:
-    """Values that mean their position: of a fixed size."""
+    """Values that stand for positions: their size is fixed."""
     return ()
 
 
 @rule("tril", "triu")
 def triangle(call: Call) -> Sequence[Layers]:
-    """Positions of the last two dimensions matter."""
+    """Freeze the last two dimensions, whose positions matter."""
     layers, shape = call.operand(call.args[0])
     dims = {len(shape) - 2, len(shape) - 1}
     fixed = [call.tagger.onto(core, varying(core) & dims) for core in layers if varying(core) & dims]
@@ -127,7 +127,7 @@ def triangle(call: Call) -> Sequence[Layers]:
 
 @rule("cummax", "cummin")
 def running(call: Call) -> Sequence[Layers]:
-    """The largest so far, of what is kept; its places are positions."""
+    """Running extremes of the kept elements; the second output holds their positions."""
     layers, shape = call.operand(call.args[0])
     dim = axis(call.arg(1, "dim"), len(shape))
     call.positions(call.outputs[1], [core for core in layers if dim in varying(core)], "the place of the largest")
@@ -136,7 +136,7 @@ def running(call: Call) -> Sequence[Layers]:
 
 @rule("glu")
 def gated(call: Call) -> Sequence[Layers]:
-    """One half of a dimension times the sigmoid of the other: channels go in pairs."""
+    """One half of a dimension times the sigmoid of the other: channels are removed in pairs."""
     layers, shape = call.operand(call.args[0])
     dim = axis(call.arg(1, "dim", -1), len(shape))
     half, size = shape[dim] // 2, tuple(call.outputs[0].shape)
@@ -144,7 +144,7 @@ def gated(call: Call) -> Sequence[Layers]:
         call.tagger.layout(layers, shape, partial(torch.narrow, dim=dim, start=start, length=half))
         for start in (0, half)
     ]
-    return (call.tagger.merge([(halve, size) for halve in halves], size),)
+    return (call.tagger.merge([(half_layers, size) for half_layers in halves], size),)
 
 
 @rule("bucketize")
@@ -180,23 +180,23 @@ def bucketized(call: Call) -> Sequence[Layers]:
     "argmin",
 )
 def reduction(call: Call) -> Sequence[Layers]:
-    """Over what is kept; positions of the largest would shift, so what reads them keeps the dimension whole."""
+    """Reduce over the kept elements; an operation that reads positions of extremes freezes the dimension."""
     name = call.func._schema.name.partition("::")[2]
     layers, shape = call.operand(call.args[0])
     rank = len(shape)
     if name in ("max", "min") and len(call.args) > 1 and isinstance(call.args[1], Tensor):
         return pointwise(call)
-    at = 2 if name in ("norm", "linalg_vector_norm") else 1
-    dims = axes(call.arg(at, "dim"), rank)
+    dim_index = 2 if name in ("norm", "linalg_vector_norm") else 1
+    dims = axes(call.arg(dim_index, "dim"), rank)
     if name in ("argmax", "argmin") or (len(call.outputs) > 1 and name in ("max", "min", "median", "nanmedian")):
         fixed = [core for core in layers if varying(core) & set(dims)]
         call.positions(call.outputs[-1], fixed, "the place of the largest")
-    left = call.tagger.reduce(layers, dims)
+    reduced = call.tagger.reduce(layers, dims)
     results = []
     for output in call.outputs:
         if output.dim() == rank:
-            results.append(left)
+            results.append(reduced)
         else:
             kept = [dim for dim in range(rank) if dim not in dims]
-            results.append(tuple(core.reshape([core.shape[dim] for dim in kept]) for core in left))
+            results.append(tuple(core.reshape([core.shape[dim] for dim in kept]) for core in reduced))
     return results

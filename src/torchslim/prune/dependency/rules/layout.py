@@ -1,4 +1,4 @@
-"""Views, joins, cuts and look-ups: applied to the layers themselves."""
+"""Rules for views, joins, splits and look-ups, which are applied to the layers themselves."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def reshape(call: Call) -> Sequence[Layers]:
     "mT",
 )
 def layout(call: Call) -> Sequence[Layers]:
-    """Applied to the layers themselves."""
+    """Apply the operation to the layers themselves."""
     layers, shape = call.operand(call.args[0])
     return (call.tagger.layout(layers, shape, lambda core: call.func(core, *call.args[1:], **call.kwargs)),)
 
 
 @rule("as_strided", "as_strided_copy")
 def restride(call: Call) -> Sequence[Layers]:
-    """The same shape in another memory order; anything else is beyond tags."""
+    """The same shape in another memory order; tags cannot follow other strides."""
     layers, shape = call.operand(call.args[0])
     if tuple(call.args[1]) != shape:
         call.tagger.freeze(layers, "addressed by strides")
@@ -63,7 +63,7 @@ def restride(call: Call) -> Sequence[Layers]:
 
 @rule("expand", "expand_copy", "repeat", "tile", "repeat_interleave")
 def expand(call: Call) -> Sequence[Layers]:
-    """Repeated elements share their atoms; dimensions that grow from nothing adapt."""
+    """Repeated elements share their atoms; dimensions expanded from size 1 adapt."""
     layers, shape = call.operand(call.args[0])
     if call.func._schema.name == "aten::repeat_interleave" and isinstance(call.arg(1, "repeats"), Tensor):
         call.tagger.freeze(layers, "repeated by data")
@@ -79,7 +79,7 @@ def expand(call: Call) -> Sequence[Layers]:
 
 @rule("constant_pad_nd")
 def constant_pad(call: Call) -> Sequence[Layers]:
-    """Padding elements along a dimension never go; across the others they come and go with their neighbors."""
+    """Padding elements along a dimension always stay; across other dimensions they go with their neighbors."""
     layers, _ = call.operand(call.args[0])
     result = []
     for core in layers:
@@ -90,7 +90,7 @@ def constant_pad(call: Call) -> Sequence[Layers]:
 
 @rule("cat", "concat")
 def cat(call: Call) -> Sequence[Layers]:
-    """Joined along a dimension."""
+    """Join the operands along a dimension."""
     values = [
         argument for argument in call.args[0] if argument.dim() != 1 or argument.numel()
     ]  # torch skips the empty ones
@@ -102,7 +102,7 @@ def cat(call: Call) -> Sequence[Layers]:
 
 @rule("stack")
 def stack(call: Call) -> Sequence[Layers]:
-    """Joined along a new dimension."""
+    """Join the operands along a new dimension."""
     operands = [call.operand(argument) for argument in call.args[0]]
     dim = axis(call.arg(1, "dim", 0), len(operands[0][1]) + 1)
     lifted = [
@@ -135,20 +135,20 @@ def _equal_parts(call: Call, layers: Layers, dim: int, length: int, end: int) ->
     "tensor_split",
 )
 def split(call: Call) -> Sequence[Layers]:
-    """Pieces of one size stay of one size; pieces of given sizes may shrink each by itself."""
+    """Pieces of equal size stay equal; pieces of different sizes may shrink independently."""
     layers, shape = call.operand(call.args[0])
     dim = axis(call.arg(2, "dim", 0), len(shape))
     lengths = [piece.shape[dim] for piece in call.outputs]
     if layers and len(set(lengths)) == 1 and len(lengths) > 1:
-        sizes = "sizes" in call.func._schema.name  # the last piece of `split` may become shorter
-        _equal_parts(call, layers, dim, lengths[0], shape[dim] - (0 if sizes else lengths[0]))
+        by_sizes = "sizes" in call.func._schema.name  # the last piece of `split` may become shorter
+        _equal_parts(call, layers, dim, lengths[0], shape[dim] - (0 if by_sizes else lengths[0]))
     starts = np.cumsum([0, *lengths[:-1]])
     return [_piece(call, layers, shape, dim, int(start), length) for start, length in zip(starts, lengths, strict=True)]
 
 
 @rule("slice", "narrow")
 def slice_(call: Call) -> Sequence[Layers]:
-    """A part by position: an equal share of the dimension stays an equal share, else what is before its end stays."""
+    """A part by position: an equal share of the dimension stays one; otherwise all elements before its end stay."""
     value = call.args[0]
     layers, shape = call.operand(value)
     dim = axis(call.arg(1, "dim", 0), len(shape))
@@ -169,7 +169,7 @@ def slice_(call: Call) -> Sequence[Layers]:
 
 @rule("select", "select_int")
 def select(call: Call) -> Sequence[Layers]:
-    """One element by position: nothing before it may go."""
+    """One element by position: it and all elements before it stay."""
     layers, shape = call.operand(call.args[0])
     dim = axis(call.args[1], len(shape))
     index = call.args[2] % shape[dim]
@@ -183,7 +183,7 @@ def select(call: Call) -> Sequence[Layers]:
 
 @rule("unbind", "unbind_copy")
 def unbind(call: Call) -> Sequence[Layers]:
-    """Every element of a dimension by itself: how many there are is fixed."""
+    """Every element of a dimension by itself: their number is fixed."""
     layers, shape = call.operand(call.args[0])
     dim = axis(call.arg(1, "dim", 0), len(shape))
     fixed = [call.tagger.onto(core, frozenset({dim})) for core in layers if dim in varying(core)]
@@ -209,25 +209,25 @@ def unbind(call: Call) -> Sequence[Layers]:
     "masked_scatter",
 )
 def index(call: Call) -> Sequence[Layers]:
-    """Elements by tables of positions: the indexed dimensions and the tables themselves stay as they are."""
+    """Elements by tables of positions: the indexed dimensions and the tables do not shrink."""
     name = call.func._schema.name.partition("::")[2].rstrip("_")
     layers, shape = call.operand(call.args[0])
     if name in ("index", "_unsafe_index"):
-        positions = [each for each in call.args[1] if each is not None]
-        dims, at = [], 0
+        tables = [table for table in call.args[1] if table is not None]
+        dims, first_dim = [], 0
         for argument in call.args[1]:
             width = argument.dim() if argument is not None and argument.dtype in (torch.bool, torch.uint8) else 1
-            dims += list(range(at, at + width)) if argument is not None else []
-            at += width
+            dims += list(range(first_dim, first_dim + width)) if argument is not None else []
+            first_dim += width
     elif name == "index_select":
-        positions, dims = [call.args[2]], [axis(call.args[1], len(shape))]
-    else:  # the rare ones: nothing moves
+        tables, dims = [call.args[2]], [axis(call.args[1], len(shape))]
+    else:  # rare operations: everything stays
         call.tagger.freeze(
             (core for tensor in call.tensors() for core in call.layers_of(tensor)), "scattered by positions"
         )
         return (tuple(core for core in layers),)
-    for position in positions:
-        call.tagger.freeze(call.layers_of(position), "a table of positions")
+    for table in tables:
+        call.tagger.freeze(call.layers_of(table), "a table of positions")
     indexed = frozenset(dims)
     fixed = [call.tagger.onto(core, varying(core) & indexed) for core in layers if varying(core) & indexed]
     call.tagger.freeze(fixed, "indexed by position")
@@ -236,7 +236,7 @@ def index(call: Call) -> Sequence[Layers]:
 
 @rule("embedding")
 def embedding(call: Call) -> Sequence[Layers]:
-    """Rows by data: the rows stay, what is in them may go."""
+    """Rows by data: the rows stay, their columns may be removed."""
     layers, _ = call.operand(call.args[0])
     rows = [core for core in layers if 0 in varying(core)]
     call.tagger.freeze(rows, Reason.LOOKED_UP)

@@ -1,4 +1,4 @@
-"""Products, norms, and what mixes neighbors in space."""
+"""Rules for products, norms, and operations that mix neighbors in space."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchslim.prune.dependency.rules.registry import Call, axis, rule
 
 @rule("mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv", "_addmm_activation", "addbmm")
 def product(call: Call) -> Sequence[Layers]:
-    """Matrix products, with what is added to them."""
+    """Matrix products, with or without an added tensor."""
     name = call.func._schema.name.partition("::")[2].rstrip("_")
     added = name in ("addmm", "baddbmm", "addmv", "_addmm_activation")
     if name == "addbmm":
@@ -33,8 +33,8 @@ def product(call: Call) -> Sequence[Layers]:
         "vdot": ("k", "k", ""),
     }
     kind = {"addmm": "mm", "_addmm_activation": "mm", "baddbmm": "bmm", "addmv": "mv"}.get(name, name)
-    a, b, out = labels[kind]
-    result = call.tagger.contract([(*call.operand(left), a), (*call.operand(right), b)], out)
+    left_labels, right_labels, out = labels[kind]
+    result = call.tagger.contract([(*call.operand(left), left_labels), (*call.operand(right), right_labels)], out)
     if added:
         shape = tuple(call.outputs[0].shape)
         result = call.tagger.merge([(result, shape), call.operand(call.args[0])], shape)
@@ -43,7 +43,7 @@ def product(call: Call) -> Sequence[Layers]:
 
 @rule("_grouped_mm")
 def grouped_product(call: Call) -> Sequence[Layers]:
-    """Rows of a matrix by one of several matrices each: how many there are stays."""
+    """Groups of a matrix's rows, each times one matrix of a stack: the number of matrices is fixed."""
     (rows, size), (stack_, shape) = call.operand(call.args[0]), call.operand(call.args[1])
     if len(size) != 2 or len(shape) != 3:
         call.tagger.freeze((*rows, *stack_), "grouped in a way that is not known")
@@ -55,67 +55,72 @@ def grouped_product(call: Call) -> Sequence[Layers]:
 
 @rule("_cdist_forward", "cdist", "_euclidean_dist")
 def distances(call: Call) -> Sequence[Layers]:
-    """Between rows of two matrices: what goes from both is no difference."""
+    """Distances between rows of two matrices: channels removed from both add no difference."""
     (left, size), (right, shape) = call.operand(call.args[0]), call.operand(call.args[1])
     rank = len(call.outputs[0].shape)
     batch = "abcdefgh"[: rank - 2]
     left, right = (
-        tuple(core.reshape((1,) * (rank - core.dim()) + tuple(core.shape)) for core in each) for each in (left, right)
+        tuple(core.reshape((1,) * (rank - core.dim()) + tuple(core.shape)) for core in layers)
+        for layers in (left, right)
     )
-    size, shape = ((1,) * (rank - len(each)) + tuple(each) for each in (size, shape))
+    size, shape = ((1,) * (rank - len(dims)) + tuple(dims) for dims in (size, shape))
     return (call.tagger.contract([(left, size, f"{batch}nk"), (right, shape, f"{batch}mk")], f"{batch}nm"),)
 
 
 @rule("_trilinear")
 def trilinear(call: Call) -> Sequence[Layers]:
-    """Three operands, each with dimensions of size 1 put in, multiplied and summed."""
+    """Product of three operands with inserted dimensions of size 1, summed over some dimensions."""
     operands = []
-    for each, added in zip(call.args[:3], call.args[3:6], strict=True):
-        layers, shape = call.operand(each)
+    for value, added in zip(call.args[:3], call.args[3:6], strict=True):
+        layers, shape = call.operand(value)
         size = list(shape)
         for dim in sorted(added):
             layers, size = tuple(core.unsqueeze(dim) for core in layers), [*size[:dim], 1, *size[dim:]]
         operands.append((layers, size))
     merged = call.tagger.merge(operands, np.broadcast_shapes(*(tuple(size) for _, size in operands)))
     summed = set(call.args[6])
-    left = call.tagger.reduce(merged, summed)
+    reduced = call.tagger.reduce(merged, summed)
     kept = [dim for dim in range(len(operands[0][1])) if dim not in summed]
-    return (call.tagger.note(tuple(core.reshape([core.shape[dim] for dim in kept]) for core in left)),)
+    return (call.tagger.note(tuple(core.reshape([core.shape[dim] for dim in kept]) for core in reduced)),)
 
 
 @rule("topk", "sort", "argsort", "kthvalue", "mode")
 def ordered(call: Call) -> Sequence[Layers]:
-    """Positions along the sorted dimension matter; the others pass."""
+    """Freeze the sorted dimension, whose positions matter; other dimensions pass."""
     layers, shape = call.operand(call.args[0])
     name = call.func._schema.name.partition("::")[2]
-    at = 2 if name in ("topk", "kthvalue") else 1
-    dim = axis(call.arg(at, "dim", -1), len(shape)) if not isinstance(call.arg(at, "dim", -1), bool) else len(shape) - 1
+    dim_index = 2 if name in ("topk", "kthvalue") else 1
+    dim = (
+        axis(call.arg(dim_index, "dim", -1), len(shape))
+        if not isinstance(call.arg(dim_index, "dim", -1), bool)
+        else len(shape) - 1
+    )
     fixed = [call.tagger.onto(core, frozenset({dim})) for core in layers if dim in varying(core)]
     call.tagger.freeze(fixed, "the order along it matters")
-    left = tuple(core for core in layers if dim not in varying(core))
+    passing = tuple(core for core in layers if dim not in varying(core))
     if call.outputs[0].dim() != len(shape):
-        left = tuple(core.squeeze(dim) for core in left)
-    return (left,) * len(call.outputs)
+        passing = tuple(core.squeeze(dim) for core in passing)
+    return (passing,) * len(call.outputs)
 
 
 @rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
 def convolution(call: Call) -> Sequence[Layers]:
-    """A product over channels, group by group; space is mixed and stays, but for kernels of one position."""
+    """A product over channels, group by group; space is mixed and stays, except for kernels of one position."""
     value, weight, bias = call.args[:3]
     stride, padding = call.args[3:5]
     (layers, shape), (_, size) = call.operand(value), call.operand(weight)
-    alone = len(shape) == len(size) - 1  # one sample without a batch
-    if alone:
+    unbatched = len(shape) == len(size) - 1  # one sample without a batch
+    if unbatched:
         layers, shape = tuple(core.unsqueeze(0) for core in layers), (1, *shape)
-    spatial = any(each != 1 for each in (*size[2:], *stride)) or any(padding)
+    spatial = any(extent != 1 for extent in (*size[2:], *stride)) or any(padding)
     result = _convolved(call, (layers, shape), weight, bias, call.args[8], transposed=call.args[6], spatial=spatial)
-    return (tuple(core.squeeze(0) for core in result) if alone else result,)
+    return (tuple(core.squeeze(0) for core in result) if unbatched else result,)
 
 
 def _convolved(
     call: Call, value: Operand, weight: Tensor, bias: Tensor | None, groups: int, *, transposed: bool, spatial: bool
 ) -> Layers:
-    """The layers of a convolution of a batch, group by group; where it is `spatial`, neighbors in space are mixed."""
+    """Layers of the result of a convolution of a batch, group by group; if `spatial`, it mixes neighbors in space."""
     (layers, shape), (kernel, size) = value, call.operand(weight)
     space = range(2, len(size))
     extent = shape[2:]
@@ -124,23 +129,27 @@ def _convolved(
     kernel = call.tagger.along(kernel, space, Reason.KERNEL_EXTENT)
     kernel = tuple(core.flatten(1) for core in kernel)
     inner, outer = (size[0] // groups, size[1]) if transposed else (size[1], size[0] // groups)
-    given = (shape[0], groups * inner, *extent)
-    split = (shape[0], groups, inner, *extent)
-    grouped = call.tagger.layout(layers, given, lambda core: core.reshape(split))
-    parts = (groups, inner, outer) if transposed else (groups, outer, inner)
-    kernel = call.tagger.layout(kernel, (size[0], size[1]), lambda core: core.reshape(parts))
-    places = "xyz"[: len(space)]
+    value_shape = (shape[0], groups * inner, *extent)
+    grouped_shape = (shape[0], groups, inner, *extent)
+    grouped = call.tagger.layout(layers, value_shape, lambda core: core.reshape(grouped_shape))
+    kernel_shape = (groups, inner, outer) if transposed else (groups, outer, inner)
+    kernel = call.tagger.layout(kernel, (size[0], size[1]), lambda core: core.reshape(kernel_shape))
+    space_labels = "xyz"[: len(space)]
     result = call.tagger.contract(
-        [(grouped, split, f"ngi{places}"), (kernel, parts, "gio" if transposed else "goi")], f"ngo{places}"
+        [(grouped, grouped_shape, f"ngi{space_labels}"), (kernel, kernel_shape, "gio" if transposed else "goi")],
+        f"ngo{space_labels}",
     )
     out = (shape[0], groups * outer, *extent)
     result = call.tagger.layout(result, (shape[0], groups, outer, *extent), lambda core: core.reshape(out))
     if bias is not None:
-        own, length = call.operand(bias)
+        bias_layers, bias_shape = call.operand(bias)
         result = call.tagger.merge(
             [
                 (result, out),
-                (tuple(core.reshape(-1, *(1,) * len(space)) for core in own), (*length, *(1,) * len(space))),
+                (
+                    tuple(core.reshape(-1, *(1,) * len(space)) for core in bias_layers),
+                    (*bias_shape, *(1,) * len(space)),
+                ),
             ],
             out,
         )
@@ -149,11 +158,11 @@ def _convolved(
 
 @rule("deform_conv2d", "_deform_conv2d")
 def deformable(call: Call) -> Sequence[Layers]:
-    """A convolution that looks where offsets say; each group of offsets serves an equal share of the channels."""
+    """A convolution at positions from offsets; every group of offsets serves an equal share of the channels."""
     value, weight, offset, mask, bias = call.args[:5]
     groups, offset_groups = call.args[11:13]
-    for each in (offset, mask):
-        moved = call.tagger.along(call.layers_of(each), (2, 3))
+    for tensor in (offset, mask):
+        moved = call.tagger.along(call.layers_of(tensor), (2, 3))
         call.tagger.freeze([core for core in moved if 1 in varying(core)], "offsets of a kernel stay")
     layers, shape = call.operand(value)
     if offset_groups > 1:
@@ -163,7 +172,7 @@ def deformable(call: Call) -> Sequence[Layers]:
 
 @rule("_weight_norm_interface")
 def weight_norm(call: Call) -> Sequence[Layers]:
-    """Directions times lengths."""
+    """A weight as directions times lengths."""
     direction, length = call.operand(call.args[0]), call.operand(call.args[1])
     return call.tagger.merge([direction, length], direction[1]), length[0]
 
@@ -175,21 +184,21 @@ def _affine(call: Call, value: Operand, parameters: Sequence[Any], dims: Sequenc
     for parameter in parameters:
         if parameter is None:
             continue
-        own, _ = call.operand(parameter)
-        place = [shape[dim] if dim in dims else 1 for dim in range(len(shape))]
-        spread = []
-        for core in own:
+        layers, _ = call.operand(parameter)
+        aligned_shape = [shape[dim] if dim in dims else 1 for dim in range(len(shape))]
+        aligned = []
+        for core in layers:
             view = [1] * len(shape)
             for dim, extent in zip(dims, core.shape, strict=True):
                 view[dim] = extent
-            spread.append(core.reshape(view))
-        operands.append((tuple(spread), place))
+            aligned.append(core.reshape(view))
+        operands.append((tuple(aligned), aligned_shape))
     return call.tagger.merge(operands, shape)
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "fused_layer_norm", "rms_norm")
 def layer_norm(call: Call) -> Sequence[Layers]:
-    """Over the kept part of the last dimensions."""
+    """Normalize over the kept elements of the last dimensions."""
     value = call.operand(call.args[0])
     rank = len(value[1])
     dims = range(rank - len(call.args[1]), rank)
@@ -210,7 +219,7 @@ def group_norm(call: Call) -> Sequence[Layers]:
 
 
 def _equal_groups(call: Call, layers: Layers, groups: int) -> None:
-    """Neighboring channels in groups, which stay of equal size."""
+    """Keep groups of neighboring channels at equal size."""
     for core in layers:
         if varying(core) == {1}:
             call.tagger.balance(core.reshape(groups, -1).unbind(0))
@@ -275,7 +284,7 @@ SPATIAL = {
 
 @rule(*SPATIAL)
 def spatial(call: Call) -> Sequence[Layers]:
-    """Pools, resizes and samples neighbors in the last dimensions; channels pass."""
+    """Pool, pad, resize or sample in the last dimensions; channels pass."""
     name = call.func._schema.name.partition("::")[2]
     layers, shape = call.operand(call.args[0])
     space = range(len(shape) - SPATIAL[name], len(shape))
@@ -287,7 +296,7 @@ def spatial(call: Call) -> Sequence[Layers]:
 
 @rule("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
 def region(call: Call) -> Sequence[Layers]:
-    """Regions of a feature map: channels pass, except where they are taken by place."""
+    """Regions of a feature map: channels pass, except where an operation takes them by position."""
     name = call.func._schema.name.partition("::")[2]
     layers, _ = call.operand(call.args[0])
     for tensor in list(call.tensors())[1:]:
@@ -300,7 +309,7 @@ def region(call: Call) -> Sequence[Layers]:
 
 @rule("im2col")
 def im2col(call: Call) -> Sequence[Layers]:
-    """Patches: channels by kernel positions, one after the other."""
+    """Unfold patches: every channel becomes one channel per kernel position, one after the other."""
     layers, shape = call.operand(call.args[0])
     layers = call.tagger.along(layers, (len(shape) - 2, len(shape) - 1))
     area = math.prod(call.args[1])
@@ -317,14 +326,14 @@ def im2col(call: Call) -> Sequence[Layers]:
 
 @rule("col2im")
 def col2im(call: Call) -> Sequence[Layers]:
-    """Patches folded back: positions of one channel go together."""
+    """Fold patches back: the kernel positions of a channel are coupled."""
     layers, shape = call.operand(call.args[0])
     area = math.prod(call.args[2])
     dim = len(shape) - 2
     result = []
     for core in call.tagger.along(layers, (dim + 1,)):
         split_ = core.reshape(*core.shape[:dim], -1, area)
-        (whole,) = call.tagger.along((split_,), (split_.dim() - 1,)) or (None,)
-        if whole is not None:
-            result.append(whole.reshape(*core.shape[:dim], -1, 1, 1))
+        (coupled,) = call.tagger.along((split_,), (split_.dim() - 1,)) or (None,)
+        if coupled is not None:
+            result.append(coupled.reshape(*core.shape[:dim], -1, 1, 1))
     return (tuple(result),)

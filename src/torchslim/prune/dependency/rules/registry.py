@@ -1,4 +1,4 @@
-"""How rules are found and called."""
+"""Registers the rules, and calls the rule of an operation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchslim.prune.dependency.propagation import Layers, Operand, Tagger
 
 @dataclass(frozen=True)
 class Call:
-    """One operation at work: its arguments, what came out, and the tags of the tensors among them."""
+    """One call of an operation: its arguments, its outputs, and the layers of the tensors among them."""
 
     tagger: Tagger
     func: Any
@@ -32,7 +32,7 @@ class Call:
         return (self.layers_of(value), tuple(value.shape)) if isinstance(value, Tensor) else ((), ())
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
-        """An argument by place or by name."""
+        """An argument by position or by name."""
         return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -59,13 +59,13 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def apply(call: Call) -> tuple[Sequence[Layers], bool]:
     """The outputs' layers, and whether the operation has a rule."""
     namespace, _, name = call.func._schema.name.partition("::")
-    found = RULES.get(name) if namespace in ("aten", "torchvision", "prims") else None
-    if found is None and _is_pointwise(call.func):
-        found = RULES["where"]
-    if found is None and name.endswith("_") and name[:-1] in RULES:
-        found = RULES[name[:-1]]  # in place: the same tensor comes out
-    if found is not None:
-        return found(call), True
+    function = RULES.get(name) if namespace in ("aten", "torchvision", "prims") else None
+    if function is None and _is_pointwise(call.func):
+        function = RULES["where"]
+    if function is None and name.endswith("_") and name[:-1] in RULES:
+        function = RULES[name[:-1]]  # in place: the output is the same tensor
+    if function is not None:
+        return function(call), True
     call.tagger.freeze(
         (core for tensor in call.tensors() for core in call.layers_of(tensor)), f"operation {name!r} has no rule"
     )
@@ -86,7 +86,7 @@ def axis(dim: int, rank: int) -> int:
 
 
 def axes(dims: Any, rank: int) -> list[int]:
-    """Dimensions counted from the front; None and () are all of them."""
+    """Dimensions counted from the front; None and () stand for all of them."""
     if dims is None or (isinstance(dims, (list, tuple)) and not dims):
         return list(range(rank))
     return [axis(dim, rank) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]

@@ -1,4 +1,4 @@
-"""Sequences of different lengths in one value, and sums of looked-up rows."""
+"""Rules for packed sequences of different lengths, and for sums of looked-up rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchslim.prune.dependency.rules.registry import Call, rule
 
 @rule("_pack_padded_sequence")
 def pack(call: Call) -> Sequence[Layers]:
-    """Time and batch become one dimension, without the padding; features pass."""
+    """Join time and batch into one dimension, without the padding; features pass."""
     layers = call.tagger.along(call.layers_of(call.args[0]), (0, 1), "positions in a sequence stay")
     call.tagger.freeze(call.layers_of(call.args[1]), "lengths of sequences stay")
     return (tuple(core.squeeze(0) for core in layers),)
@@ -19,7 +19,7 @@ def pack(call: Call) -> Sequence[Layers]:
 
 @rule("_pad_packed_sequence")
 def pad_packed(call: Call) -> Sequence[Layers]:
-    """Back to time by batch; features pass."""
+    """Split the joined dimension into time and batch; features pass."""
     layers = call.tagger.along(call.layers_of(call.args[0]), (0,), "positions in a sequence stay")
     call.tagger.freeze(call.layers_of(call.args[1]), "lengths of sequences stay")
     return (tuple(core.unsqueeze(0) for core in layers),)
@@ -27,7 +27,7 @@ def pad_packed(call: Call) -> Sequence[Layers]:
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(call: Call) -> Sequence[Layers]:
-    """Sums, means or maxima of rows that are looked up by data: the rows stay, what is in them may go."""
+    """Sums, means or maxima of rows that are looked up by data: the rows stay, their columns may be removed."""
     layers, shape = call.operand(call.args[0])
     call.tagger.freeze([core for core in layers if 0 in varying(core)], Reason.LOOKED_UP)
     for tensor in list(call.tensors())[1:]:

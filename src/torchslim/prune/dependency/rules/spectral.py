@@ -1,4 +1,4 @@
-"""Fourier transforms, and complex numbers as pairs of real ones."""
+"""Rules for Fourier transforms, and for complex numbers as pairs of real ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchslim.prune.dependency.rules.registry import Call, rule
 
 @rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
 def transform(call: Call) -> Sequence[Layers]:
-    """Everything along the transformed dimensions is mixed and stays; the others pass."""
+    """The transformed dimensions are mixed and stay; other dimensions pass."""
     layers, shape = call.operand(call.args[0])
     dims = [dim % len(shape) for dim in call.args[1]]
     return (call.tagger.along(layers, dims, "a Fourier transform runs along it"),)
