@@ -133,7 +133,7 @@ def capture_bound(
     if program is None:
         raise ExportError(f"torch.export cannot capture the model; {failure}")
     return Captured(
-        program=_own(program),
+        program=own(program),
         names=tuple(bound),
         inputs=inputs,
         outputs=outputs,
@@ -238,7 +238,7 @@ def _layers_remembered(flat: Flat) -> Iterator[None]:
             del module.forward
 
 
-def _own(program: ExportedProgram) -> ExportedProgram:
+def own(program: ExportedProgram) -> ExportedProgram:
     """Return the program on the CPU with its own copies of the weights: the model may be trained after the capture."""
     if any(tensor.device.type != "cpu" for tensor in program.state_dict.values()):
         from torch.export.passes import move_to_device_pass

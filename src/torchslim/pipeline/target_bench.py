@@ -18,6 +18,7 @@ from torchslim.core.task import Task
 from torchslim.errors import RecipeError
 from torchslim.graph.export import capture
 from torchslim.graph.layers import structure_of
+from torchslim.graph.lifting import captured_of
 from torchslim.quantize import Quantize, QuantizedModule, convert, prepare
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.training.calibration import CalibrationData
@@ -52,7 +53,7 @@ class Bench:
 
     def compile(self, model: nn.Module) -> Deployed:
         """Compile the model for the target, unchecked."""
-        captured = capture(model, self.example_inputs, self.dynamic_shapes)
+        captured = captured_of(model, self.example_inputs, self.dynamic_shapes)
         return find_runtime(self.target.runtime).compile(captured, threads=self.target.threads, source=model)
 
     def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:

@@ -56,4 +56,5 @@ def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedMod
         prepared.outputs,
         prepared.classes,
         records=prepared.records,
+        origin=prepared.origin,
     )

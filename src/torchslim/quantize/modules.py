@@ -17,6 +17,7 @@ from torchslim.quantize.checks import Checks
 from torchslim.quantize.samples import Samples
 
 if TYPE_CHECKING:
+    from torchslim.graph.lifting import Origin
     from torchslim.quantize.rollback import Evidence
 import inspect
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ class QuantizedModule(Called):
     Attributes:
         records: what was done to each layer, and which layers went back to float and why.
         notes: a line for every layer or operation that went back to float.
+        origin: how the graph was captured, from which deployment makes its program; None where it exports anew.
         evidence: data that the graph was checked on, and the model it was made from; None where it was not checked.
     """
 
@@ -58,8 +60,15 @@ class QuantizedModule(Called):
     notes: list[str]
     evidence: Evidence | None
 
-    def __init__(self, *args: Any, records: Sequence[LayerRecord] = (), evidence: Evidence | None = None) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        records: Sequence[LayerRecord] = (),
+        evidence: Evidence | None = None,
+        origin: Origin | None = None,
+    ) -> None:
         super().__init__(*args)
+        self.origin = origin
         self.records, self.notes, self.evidence = list(records), [], evidence
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,10 +100,11 @@ class Prepared(Called):
         helpers: Helpers,
         axes: tuple[Sequence[int | None], Sequence[int | None], int],
         example: Sequence[Tensor],
+        origin: Origin | None = None,
     ) -> None:
         super().__init__(*args)
         self.records, self.qat, self.helpers = records, qat, helpers
-        self.output_axes = tuple(axes[1])
+        self.origin, self.output_axes = origin, tuple(axes[1])
         self.samples, self.example = Samples(axes[0], axes[2]), [leaf.detach().cpu() for leaf in example]
         self.reference: list[list[Tensor]] | None = None  # float outputs, from before a helper rounded weights
         self.training = qat

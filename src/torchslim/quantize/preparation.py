@@ -20,6 +20,7 @@ from torchslim.graph.calling import bind, signature_of
 from torchslim.graph.decompose import open_products
 from torchslim.graph.export import WRAPPED, Captured, capture
 from torchslim.graph.io_structure import flatten
+from torchslim.graph.lifting import Origin
 from torchslim.graph.portable_ops import open_bags
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.backend_profiles import PROFILES
@@ -109,6 +110,7 @@ def prepare(
         helpers=helpers,
         axes=axes,
         example=_leaves(captured, model, example_inputs),
+        origin=Origin.of(captured, dynamic_shapes),
     )
     _look_at_weights(prepared)
     return prepared

@@ -15,8 +15,9 @@ from torchslim.core.folder_lock import writing
 from torchslim.core.isolation import quiet
 from torchslim.core.step import Inputs, LayerRecord
 from torchslim.errors import DeployError, TorchslimError
-from torchslim.graph.export import Captured, capture
+from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import build, flatten, tensors_of
+from torchslim.graph.lifting import captured_of
 from torchslim.runtimes.free_sizes import compiled
 from torchslim.runtimes.pt2 import pack_program
 from torchslim.runtimes.spec import Kernel, Session, Spec
@@ -192,7 +193,7 @@ class Runtime:
             assert source is not None, "a captured program needs its model for the names of its inputs"
             captured, original = model, source
         else:
-            captured, original = capture(model, example_inputs, dynamic_shapes), model
+            captured, original = captured_of(model, example_inputs, dynamic_shapes), model
 
         def make(variant: Captured) -> tuple[Spec, Session, bytes | None]:
             described = Spec.of(variant, original)
