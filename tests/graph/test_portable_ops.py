@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import torchslim as ts
 from torchslim.graph.export import capture
-from torchslim.graph.portable_ops import BAGS, convolution_of_groups, portable
+from torchslim.graph.portable_ops import BAGS, GroupedConvolution, convolution_of_groups, portable
 
 MODES = ("sum", "mean", "max")
 
@@ -45,10 +45,10 @@ def test_a_convolution_of_groups_is_pytorchs(data: st.DataObject) -> None:
     else:
         wanted = getattr(functional, f"conv{rank}d")(x, weight, bias, stride, padding, dilation, groups)
         extra = [0] * rank
-    found = convolution_of_groups(
-        x, weight, bias, inputs=inputs, stride=stride, padding=padding, dilation=dilation, output_padding=extra,
-        transposed=transposed,
-    )  # fmt: skip
+    options = GroupedConvolution(
+        inputs=inputs, stride=stride, padding=padding, dilation=dilation, output_padding=extra, transposed=transposed
+    )
+    found = convolution_of_groups(options, x, weight, bias)
     torch.testing.assert_close(found, wanted)
 
 

@@ -130,7 +130,7 @@ def test_every_field_survives_a_recipe() -> None:
         ({"schedule": "iterative"}, "schedule 'iterative' needs train="),
         ({"rounds": 0}, "rounds must be a whole number"),
         ({"sparsify": "l0", "train": TRAIN}, "sparsify must be one of 'group-lasso', 'bn-l1', got 'l0'"),
-        ({"sparsify": "bn-l1"}, "sparsify='bn-l1' needs a training to act in; give sparsify_train="),
+        ({"sparsify": "bn-l1"}, "sparsify='bn-l1' needs a training; give sparsify_train="),
         ({"sparsify": "bn-l1", "train": TRAIN, "strength": 0.0}, "strength must be a finite number above 0, got 0.0"),
         ({"strength": 1e-3}, "belong to sparsify='group-lasso' or 'bn-l1'"),
         ({"sparsify_train": TRAIN}, "belong to sparsify="),
@@ -195,7 +195,7 @@ def test_it_does_what_the_function_does() -> None:
     assert fingerprint(outcome.model.state_dict()) == fingerprint(by_hand.state_dict())
     assert ts.surgery(outcome.model) == ts.surgery(by_hand)
     assert outcome.warnings[:1] == [
-        "batch norms keep their statistics: no batch of calibration holds 8 samples, from which they could be taken again"
+        "batch norms are not recalibrated: no batch of calibration has 8 samples"
     ]
 
 

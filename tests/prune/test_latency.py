@@ -219,7 +219,7 @@ def test_without_something_to_measure_with_it_says_what_to_do():
     with pytest.raises(PruneError, match="of='params' with workbench"):
         ts.prune.channels(chain(), INPUTS, 0.5, workbench=Clock())
     step = ts.Prune(pattern="channel", sparsity=0.5, of="latency")
-    with pytest.raises(PruneError, match="of='latency' needs something to measure with: run the step by ts.compress"):
+    with pytest.raises(PruneError, match="of='latency' needs a workbench to measure latency: run the step by ts.compress"):
         step.check(context())
     with pytest.raises(PruneError, match="leave out scope='layer'"):
         ts.Prune(pattern="channel", sparsity=0.5, of="latency", scope="layer")

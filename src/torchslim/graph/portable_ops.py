@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,23 +153,41 @@ def _reduced(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedConvolution:
+    """The options of a convolution with `inputs` channels in a group, one number for each dimension of positions."""
+
+    inputs: int
+    stride: Sequence[int]
+    padding: Sequence[int] | str
+    dilation: Sequence[int]
+    output_padding: Sequence[int]
+    transposed: bool = False
+
+
 def open_convolutions(model: GraphModule) -> None:
     """Rewrite convolutions whose number of groups is a free size as batches of matrix products."""
     for node in [convolution for convolution in model.graph.nodes if _has_free_groups(convolution)]:
         arguments = _arguments(node)
-        inputs = [arguments[name] for name in ("input", "weight", "bias") if arguments.get(name) is not None]
-        rank = arguments["weight"].meta["val"].dim() - 2
-        options = {
-            name: _spread(arguments.get(name, default), rank)
-            for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0))
-        } | {"transposed": node.target in TRANSPOSED, "inputs": _inputs_of_a_group(node)}
-
-        def compute(*tensors: Tensor, options: dict[str, Any] = options) -> Tensor:
-            return convolution_of_groups(*tensors, **options)
-
-        splice(model, node, compute, inputs)
+        tensors = [arguments[name] for name in ("input", "weight", "bias") if arguments.get(name) is not None]
+        splice(model, node, partial(convolution_of_groups, _grouped_convolution(node)), tensors)
     model.graph.eliminate_dead_code()
     model.recompile()
+
+
+def _grouped_convolution(node: Node) -> GroupedConvolution:
+    arguments = _arguments(node)
+    rank = arguments["weight"].meta["val"].dim() - 2
+    inputs_of_a_group = _inputs_of_a_group(node)
+    assert inputs_of_a_group is not None
+    return GroupedConvolution(
+        inputs=inputs_of_a_group,
+        stride=_spread(arguments.get("stride", 1), rank),
+        padding=_spread(arguments.get("padding", 0), rank),
+        dilation=_spread(arguments.get("dilation", 1), rank),
+        output_padding=_spread(arguments.get("output_padding", 0), rank),
+        transposed=node.target in TRANSPOSED,
+    )
 
 
 def _arguments(node: Node) -> dict[str, Any]:
@@ -190,66 +210,46 @@ def _inputs_of_a_group(node: Node) -> int | None:
 
 
 def _spread(value: Any, rank: int) -> Any:
+    """Return one number for each dimension of positions; text, such as "same", is returned as it is."""
     if isinstance(value, str):
         return value
     sizes = [value] if isinstance(value, int) else list(value)
     return sizes * rank if len(sizes) == 1 else sizes
 
 
-def convolution_of_groups(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    inputs: int,
-    stride: Sequence[int],
-    padding: Sequence[int] | str,
-    dilation: Sequence[int],
-    output_padding: Sequence[int],
-    transposed: bool = False,
-) -> Tensor:
-    """Compute a grouped convolution of any rank as one batch of matrix products, with `inputs` channels in a group.
+def convolution_of_groups(options: GroupedConvolution, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute a grouped convolution of any rank as one batch of matrix products.
 
     Shapes: (batch, groups * inputs, *positions), (groups * outputs, inputs, *kernel) and (groups * outputs,) give
     (batch, groups * outputs, *positions); a transposed convolution has the weight (groups * inputs, outputs, *kernel).
+    The batch dimension may be missing.
     """
-    kernel = weight.shape[2:]
+    kernel, inputs, stride = weight.shape[2:], options.inputs, options.stride
     rank = len(kernel)
-    groups = x.shape[-rank - 1] // inputs
     if x.dim() == rank + 1:
-        batched = convolution_of_groups(
-            x[None],
-            weight,
-            bias,
-            inputs=inputs,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            output_padding=output_padding,
-            transposed=transposed,
-        )
-        return batched[0]
-    spans = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-    if isinstance(padding, str):
-        sides = [(span // 2, span - span // 2) if padding == "same" else (0, 0) for span in spans]
-    else:
-        sides = [(side, side) for side in padding]
-    if transposed:  # a convolution of the input, with zeros between its values, by the flipped kernel
-        outputs = weight.shape[1]
+        return convolution_of_groups(options, x[None], weight, bias)[0]
+    groups = x.shape[1] // inputs
+    spans = [step * (size - 1) for step, size in zip(options.dilation, kernel, strict=True)]
+    sides = _sides(options.padding, spans)
+    outputs = weight.shape[1] if options.transposed else weight.shape[0] // groups
+    if options.transposed:  # a convolution of the input, with zeros between its values, by the flipped kernel
         weight = weight.reshape(groups, inputs, outputs, *kernel).flip(tuple(range(3, 3 + rank))).transpose(1, 2)
         x = _spaced(x, stride)
-        spans_and_sides = zip(spans, sides, output_padding, strict=True)
+        spans_and_sides = zip(spans, sides, options.output_padding, strict=True)
         sides = [(span - low, span - high + extra) for span, (low, high), extra in spans_and_sides]
         stride = [1] * rank
     else:
-        outputs = weight.shape[0] // groups
         weight = weight.reshape(groups, outputs, inputs, *kernel)
     x = functional.pad(x, [size for pair in reversed(sides) for size in pair])
     batch = x.shape[0]
     x = x.reshape(batch, groups, inputs, *x.shape[2:])
     positions = [(size - span - 1) // step + 1 for size, span, step in zip(x.shape[3:], spans, stride, strict=True)]
     columns = torch.stack(
-        [_seen(x, place, dilation, stride, positions) for place in itertools.product(*map(range, kernel))], 3
+        [
+            _kernel_inputs(x, place, options.dilation, stride, positions)
+            for place in itertools.product(*map(range, kernel))
+        ],
+        3,
     )
     columns = columns.reshape(batch, groups, inputs * math.prod(kernel), math.prod(positions))
     result = torch.matmul(weight.reshape(groups, outputs, inputs * math.prod(kernel)), columns)
@@ -257,11 +257,18 @@ def convolution_of_groups(
     return result if bias is None else result + bias.reshape(-1, *[1] * rank)
 
 
-def _seen(
-    x: Tensor, place: Sequence[int], dilation: Sequence[int], stride: Sequence[int], found: Sequence[int]
+def _sides(padding: Sequence[int] | str, spans: Sequence[int]) -> list[tuple[int, int]]:
+    """Padding before and after the values of each dimension, for a kernel that extends over `spans` further ones."""
+    if not isinstance(padding, str):
+        return [(side, side) for side in padding]
+    return [(span // 2, span - span // 2) if padding == "same" else (0, 0) for span in spans]
+
+
+def _kernel_inputs(
+    x: Tensor, place: Sequence[int], dilation: Sequence[int], stride: Sequence[int], counts: Sequence[int]
 ) -> Tensor:
-    """Return the inputs that one number of the kernel multiplies: (batch, groups, inputs, *positions of the output)."""
-    for axis, (index, spacing, step, count) in enumerate(zip(place, dilation, stride, found, strict=True), 3):
+    """Return the inputs that one number of the kernel multiplies: (batch, groups, inputs, *counts)."""
+    for axis, (index, spacing, step, count) in enumerate(zip(place, dilation, stride, counts, strict=True), 3):
         start = index * spacing
         x = x[(slice(None),) * axis + (slice(start, start + (count - 1) * step + 1, step),)]
     return x

@@ -44,7 +44,7 @@ from torchslim.training.finetune import Training
 from torchslim.training.loop import FitReport, Hook
 
 CALIBRATION_SAMPLES = 8
-"""The smallest batch that batch norms are recalibrated on: smaller ones estimate a variance badly."""
+"""The smallest batch that batch norms are recalibrated on; smaller batches estimate the variance badly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +57,7 @@ class SparsePenalty:
 
     def __post_init__(self) -> None:
         if self.train is None:
-            raise PruneError(
-                f"sparsify={self.kind!r} needs a training to act in; give sparsify_train=Finetune(...), or train"
-            )
+            raise PruneError(f"sparsify={self.kind!r} needs a training; give sparsify_train=Finetune(...), or train")
         if not 0 < self.strength < float("inf"):
             raise PruneError(f"strength must be a finite number above 0, got {self.strength}")
 
@@ -103,7 +101,7 @@ class PruneChannels:
     def _check_measurement(self, ctx: Context) -> None:
         if ctx.workbench is None:
             raise PruneError(
-                "of='latency' needs something to measure with: run the step by ts.compress or `torchslim run`, or "
+                "of='latency' needs a workbench to measure latency: run the step by ts.compress or `torchslim run`, or "
                 "give a Context with workbench=ts.Bench(...)"
             )
         if self.latency_table is not None:
@@ -273,7 +271,7 @@ class _Rounds:
             f"not pruned: {layer}: {reason}" for layer, reason in state.refused if Reason.NOT_VERIFIED.given_in(reason)
         ]
         state.warnings += [
-            f"no rule for {name} ({count} times): channels that reach it stay"
+            f"no rule for {name} ({count} times): channels that reach it are kept"
             for name, count in plan.trace.unruled.items()
         ]
         state.warnings += [*plan.notes(), *vacuous(removal), *gave_way(removal, amount)]
@@ -296,8 +294,8 @@ def _recalibrate(model: nn.Module, ctx: Context) -> list[str]:
     large = [batch for batch in batches if batch_size(ctx.task.inputs(batch)) >= CALIBRATION_SAMPLES]
     if not large:
         return [
-            f"batch norms keep their statistics: no batch of {ctx.task.calibration_split} holds {CALIBRATION_SAMPLES} "
-            "samples, from which they could be taken again"
+            f"batch norms are not recalibrated: no batch of {ctx.task.calibration_split} has {CALIBRATION_SAMPLES} "
+            "samples"
         ]
     recalibrate_batch_norm(model, ctx.task.forward, large)
     return []

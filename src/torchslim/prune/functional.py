@@ -20,6 +20,7 @@ from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
 from torchslim.prune.criteria.scoring import Normalization, Reduction
 from torchslim.prune.criteria.statistics import Gathered, gather
 from torchslim.prune.dependency.resolve import Heads
+from torchslim.prune.latency.solve import shrink_to_latency
 from torchslim.prune.masking.masks import NO_DATA, apply_masks, notes
 from torchslim.prune.masking.patterns import Order
 from torchslim.prune.step import Prune
@@ -98,17 +99,22 @@ def channels(
         normalization=normalization,
         unseen=unseen,
     )
+    _check_workbench(of, workbench)
+    plan = options.plan(usable(model, PruneError), example_inputs, examples)
+    statistics = _Statistics(batches=batches, loss=loss, seed=seed)
+    pruned, messages = _remove_channels(plan, options, statistics, workbench)
+    for message in messages:
+        warnings.warn(message, stacklevel=3)  # past the check of the arguments
+    return pruned
+
+
+def _check_workbench(of: Of, workbench: Workbench | None) -> None:
+    """Raise PruneError unless a workbench is given for latencies, and for nothing else."""
     if (of == "latency") != (workbench is not None):
         raise PruneError(
             f"of={of!r} with workbench={workbench!r}: of='latency' is measured by a workbench, and nothing else is; "
             "give workbench=ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime='onnxruntime')) with it"
         )
-    statistics = _Statistics(batches=batches, loss=loss, seed=seed)
-    plan = options.plan(usable(model, PruneError), example_inputs, examples)
-    pruned, messages = _remove_channels(plan, options, statistics, workbench)
-    for message in messages:
-        warnings.warn(message, stacklevel=3)  # past the check of the arguments
-    return pruned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +133,7 @@ class _Statistics:
 def _remove_channels(
     plan: Plan, options: ChannelOptions, statistics: _Statistics, workbench: Workbench | None
 ) -> tuple[nn.Module, list[str]]:
-    """The pruned model, and the warnings."""
+    """Remove the channels from the plan's model; returns the pruned model and the warnings."""
     criterion, amount = find_criterion(options.criterion), options.amount
     ranking = options.ranking(statistics.gather(plan.model, criterion), statistics.seed)
     scores = ranking.scores(plan.model, plan)
@@ -136,9 +142,7 @@ def _remove_channels(
         removal = shrink(plan, amount, scores)
         misses = missed_target(removal.left, amount, tolerance(plan, removal.coupling, amount))
     else:
-        from torchslim.prune.latency.solve import reach_here
-
-        removal, misses = reach_here(plan, amount, scores, workbench)
+        removal, misses = shrink_to_latency(plan, amount, scores, workbench)
     finish(plan, removal, amount, criterion.name)
     return removal.model, [*plan.notes(), *vacuous(removal), *gave_way(removal, amount), *misses]
 

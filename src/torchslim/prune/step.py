@@ -31,13 +31,13 @@ from torchslim.prune.weight_step import PruneWeights
 from torchslim.training.finetune import Training
 
 WEIGHTS = ("sparsity", "threshold", "criterion", "n", "dim", "scope", "include", "exclude")
-"""Fields that `PruneWeights` takes as they are."""
+"""Fields that are passed to `PruneWeights` unchanged."""
 
 AMOUNT = ("of", "scope", "round_to", "min_channels")
-"""Fields of `Amount`."""
+"""Fields that are passed to `Amount` unchanged."""
 
 OPTIONS = ("criterion", "heads", "include", "exclude", "reduction", "normalization", "unseen")
-"""Fields that `ChannelOptions` takes as they are."""
+"""Fields that are passed to `ChannelOptions` unchanged."""
 
 CHANNELS_ONLY = (
     "heads",

@@ -197,7 +197,7 @@ def test_where_all_is_shared_with_unseen_code_the_refusal_says_what_to_give() ->
     ("examples", "message"),
     [
         ((X,), "examples\\[0\\] must be a tuple"),
-        ([{"method": "embeds"}], "has no method of"),
+        ([{"method": "embeds"}], "which is no method of"),
         ([{"method": "embed", "inputs": (X,)}], "its keys are method, args, kwargs; got 'inputs'"),
         ([{"method": "embed", "args": X}], "args as a tuple"),
         ({"method": "embed"}, "must be a list"),

@@ -256,11 +256,11 @@ def _over_survivors(squares: Tensor) -> Tensor:
     return torch.empty_like(scores).scatter_(0, order, scores)
 
 
-def _of_output(found: Tensor | None, weight: Tensor, dim: int, statistics: Statistics) -> Tensor | None:
+def _of_output(scores: Tensor | None, weight: Tensor, dim: int, statistics: Statistics) -> Tensor | None:
     # a bias has the same output as its weight, and would only repeat its scores
-    if found is None or statistics.role != "out" or "bias" in statistics.name.rpartition(".")[2]:
+    if scores is None or statistics.role != "out" or "bias" in statistics.name.rpartition(".")[2]:
         return None
-    return found if found.shape == weight.shape[dim : dim + 1] else None
+    return scores if scores.shape == weight.shape[dim : dim + 1] else None
 
 
 def _known(value: Any) -> Any:

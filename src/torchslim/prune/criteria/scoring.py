@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -82,8 +82,8 @@ def channel_scores(
 def check_combination(reduction: Any, normalization: Any) -> None:
     """Raise PruneError for a reduction or normalization that `combine` does not know."""
     for option, value, choices in (
-        ("reduction", reduction, ("mean", "sum", "max", "first")),
-        ("normalization", normalization, ("none", "mean", "max", "gaussian")),
+        ("reduction", reduction, get_args(Reduction)),
+        ("normalization", normalization, get_args(Normalization)),
     ):
         if value not in choices:
             raise PruneError(f"{option} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -40,7 +40,7 @@ def find_method(model: nn.Module, path: str) -> Callable[..., Any]:
     for name in path.split(".") if path else ():
         target = getattr(target, name, None)
     if not callable(target):
-        raise PruneError(f"examples call {path!r}, which {type(model).__name__} has no method of; give a method's name")
+        raise PruneError(f"examples call {path!r}, which is no method of {type(model).__name__}; give a method's name")
     method: Callable[..., Any] = target
     return method
 

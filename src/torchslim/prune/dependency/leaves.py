@@ -16,15 +16,15 @@ def leaves(value: Any) -> list[Any]:
     return flat
 
 
-def _collect(value: Any, found: list[Any]) -> None:
+def _collect(value: Any, flat: list[Any]) -> None:
     if isinstance(value, (tuple, list)):
         for item in value:
-            _collect(item, found)
+            _collect(item, flat)
     elif isinstance(value, dict):
         for item in value.values():
-            _collect(item, found)
+            _collect(item, flat)
     else:
-        found.append(value)
+        flat.append(value)
 
 
 def filled(like: Any, values: Iterator[Any]) -> Any:

@@ -15,7 +15,7 @@ from torchslim.prune.dependency.verify_runs import PASSING, Follower, Footprint,
 from torchslim.prune.dependency.verify_values import digest, gathered, in_order, spread, zeroed
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-4}
-"""By the precision of the check: how far values may differ, relative to their norm."""
+"""Largest difference of a value, relative to its norm, by the precision of the check."""
 
 COMPACT = frozenset(
     {
@@ -51,10 +51,10 @@ COMPACT = frozenset(
         "cummin",
     }
 )
-"""Operations to which a zero is not as good as nothing: the masked run gives them only what is kept."""
+"""Operations whose result depends on removed channels even if these are zero: they run on the kept channels alone."""
 
 SCALING = frozenset({"mul", "div"})
-"""Operations whose whole numbers may be sizes."""
+"""Operations with whole-number arguments that may be sizes."""
 
 POWERS = (1.0, 0.5, 0.25)
 
@@ -181,13 +181,13 @@ class Masked(Run):
             flat[position] = spread(leaf, self.keep(value.layers, value.shape), value.shape)
         return filled(result, iter(flat))
 
-    def _compare(self, full: Tensor, keep: list[Mask | None], wanted: tuple[Shape, float, float] | None) -> None:
-        if wanted is None:
+    def _compare(self, full: Tensor, keep: list[Mask | None], expected: tuple[Shape, float, float] | None) -> None:
+        if expected is None:
             return
         shape, norm, product = digest(gathered(full, keep))
-        if shape != wanted[0]:
-            raise self.fail(f"a value of shape {wanted[0]} should be of shape {shape}")
-        error = max(abs(norm - wanted[1]), abs(product - wanted[2])) / max(norm, wanted[1], 1e-12)
+        if shape != expected[0]:
+            raise self.fail(f"a value of shape {expected[0]} should be of shape {shape}")
+        error = max(abs(norm - expected[1]), abs(product - expected[2])) / max(norm, expected[1], 1e-12)
         if not error <= self.tolerance:
             raise self.fail(f"a value differs by {error:.1e} of its norm")
         self.largest = max(self.largest, error)

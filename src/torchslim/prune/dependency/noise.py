@@ -39,7 +39,7 @@ RANDOM = frozenset(
         "native_dropout",
     }
 )
-"""Random operations; torch's own tag is looked at as well."""
+"""Random operations by name; operations that torch tags as random count as well."""
 
 Shape = tuple[int, ...]
 Placed = Callable[[int, Tensor], Tensor]
@@ -107,13 +107,13 @@ class Noise:
         return value.double() if value.is_floating_point() else value
 
     @staticmethod
-    def _placed(value: Tensor, target: Tensor | None, dtype: torch.dtype | None, given: list[Tensor]) -> Tensor:
+    def _placed(value: Tensor, target: Tensor | None, dtype: torch.dtype | None, inputs: list[Tensor]) -> Tensor:
         """The drawn numbers in the operation's precision, or `target` after an in-place operation wrote to it."""
         if target is not None:
             return target.copy_(value)
         if not value.is_floating_point():
             return value
-        precision = dtype or next((tensor.dtype for tensor in given if tensor.is_floating_point()), value.dtype)
+        precision = dtype or next((tensor.dtype for tensor in inputs if tensor.is_floating_point()), value.dtype)
         return value.to(precision)
 
 

@@ -33,7 +33,7 @@ WIDER: Mapping[torch.dtype, Mapping[torch.dtype, torch.dtype]] = {
         torch.complex32: torch.complex64,
     },
 }
-"""By the precision of a run, what each lower precision becomes."""
+"""The dtype that each lower precision becomes, by the precision of a run."""
 
 
 def widened(value: Tensor, precision: torch.dtype) -> Tensor:

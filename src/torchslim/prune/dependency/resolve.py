@@ -1,4 +1,20 @@
-"""What a trace leaves open: along which axis a layer of several dimensions loses whole slices."""
+"""Resolves joint layers: decides for each along which axis it loses whole slices.
+
+A trace leaves this open. Say an attention has two heads of three dimensions, and the channels of its values are the
+joint layer [[1, 2, 3], [4, 5, 6]]. It must stay rectangular, so there are two ways:
+
+    "outer"     couples 1-2-3 and 4-5-6: whole heads go
+    "inner"     couples 1-4, 2-5 and 3-6: every head loses the same dimensions
+
+A sum over the dimensions has derived atoms 7 and 8, one for each head: 7 goes when 1, 2 and 3 all go. With "outer",
+7 is coupled with 1-2-3; with "inner", 7 must stay, as a part of the head stays. `Resolver.run` has three stages:
+
+1. Decide for each family of joint layers that atoms are derived from: one choice for queries, keys and values.
+2. Settle the derived atoms: couple them with their sources, or make them stay.
+3. Couple the slices of every other joint layer along the axis that leaves the most classes free.
+
+Further modes: "even" and "tied" are "inner", and "outer tied" is "outer", with ties to sizes that shrink in step.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +24,10 @@ from typing import Literal
 
 import numpy as np
 
-from torchslim.prune.dependency.propagation import Derived, JointKey
+from torchslim.prune.dependency.constraints import Derived, Joint
+from torchslim.prune.dependency.families import OuterAxes, find_families, find_outer_axes
+from torchslim.prune.dependency.layers import JointKey
+from torchslim.prune.dependency.rectangles import best_axis, couple_slices, is_rectangular, slices
 from torchslim.prune.dependency.trace import Trace
 from torchslim.prune.dependency.union_find import Atoms, Ids
 
@@ -17,249 +36,182 @@ Heads = Literal["auto", "whole", "dim"]
 
 @dataclass(frozen=True)
 class Tie:
-    """Two sets of classes of which the first loses `factor` for each that the second loses.
+    """Two sets of classes: `wide` loses `factor` classes for each that `narrow` loses.
 
-    Where the second stays, the first may go by itself, unless they are of `one` size.
+    Where `narrow` must stay, `wide` may go by itself, unless `one` is set.
     """
 
     wide: Ids
     narrow: Ids
     factor: int
-    one: bool = False
+    one: bool = False  # both are sized by one number in the code
 
 
 class Resolver:
-    """Makes every joint layer rectangular: for each decides the axis along which it loses whole slices."""
+    """Couples and freezes atoms until every joint layer is rectangular.
+
+    After `run`, `chosen` has the mode of every module with a family, `axes` the axis of every joint layer that stage 3
+    coupled, and `ties` the classes that must shrink in step.
+    """
 
     def __init__(
         self, trace: Trace, atoms: Atoms, heads: Heads, modes: Mapping[str, str], shut: Mapping[JointKey, set[int]]
     ) -> None:
         self.trace, self.atoms, self.heads, self.modes, self.shut = trace, atoms, heads, modes, shut
         self.joints = trace.tagger.joints
-        self.derived: dict[JointKey, list[Derived]] = {}
-        for each in trace.tagger.derived:
-            self.derived.setdefault(each.joint, []).append(each)
+        self.derivations: dict[JointKey, list[Derived]] = {}
+        for derived in trace.tagger.derived:
+            self.derivations.setdefault(derived.joint, []).append(derived)
         self.ties: list[Tie] = []
         self.chosen: dict[str, str] = {}
         self.axes: dict[JointKey, int] = {}
 
     def run(self) -> None:
-        for keys in self._families():
-            self._decide(keys)
-        self._settle_derived()
-        for _ in range(len(self.joints) + 1):
-            open_ = [key for key, joint in self.joints.items() if not self._rectangular(joint.atoms)]
-            if not open_:
-                break
-            for key in open_:
-                atoms, shut = self.joints[key].atoms, self.shut.get(key, set())
-                if len(shut) == atoms.ndim:
-                    self._freeze(atoms)
-                    continue
-                self.axes[key] = self._best_axis(atoms, shut)
-                self._enforce(atoms, self.axes[key])
-            self._settle_derived()
+        """Run the three stages."""
+        for family in find_families(self.joints, self.derivations, self.atoms):
+            self._decide(family)
+        self._settle(self.trace.tagger.derived)
+        self._couple_remaining()
 
-    def _families(self) -> list[list[JointKey]]:
-        """Joint layers with something derived, together with those that share classes with them."""
-        keys = list(self.derived)
-        links = Atoms()
-        places = links.fresh(len(keys))
-        roots, owners = [np.zeros(0, dtype=np.int64)], [places[:0]]
-        for place, key in zip(places, keys, strict=True):
-            reach = [self.joints[key].atoms.reshape(-1)] if key in self.joints else []
-            reach += [each.targets for each in self.derived[key]]
-            roots.append(np.unique(self.atoms.find(np.concatenate(reach))))
-            owners.append(np.full(len(roots[-1]), place))
-        root, owner = np.concatenate(roots), np.concatenate(owners)
-        free = self.atoms.frozen()[root] == 0
-        root, owner = root[free], owner[free]
-        _, first, same = np.unique(root, return_index=True, return_inverse=True)
-        links.union(owner[first][same.reshape(-1)], owner)  # all at once: vision transformers have tens of thousands
-        families: dict[int, list[JointKey]] = {}
-        for place, key in zip(places, keys, strict=True):
-            if key in self.joints:
-                families.setdefault(int(links.find(np.array([place]))[0]), []).append(key)
-        return list(families.values())
+    # -- stage 1: families ------------------------------------------------------------------------------------------
 
-    def _decide(self, keys: list[JointKey]) -> None:
-        """One choice for a family: whole slices along the outer axis (heads, groups) or along the inner one."""
-        outer_axes, inner_shut, counts = self._outer_axes(keys)
-        if not outer_axes:
+    def _decide(self, family: Sequence[JointKey]) -> None:
+        """Choose a mode for a family, and couple or freeze its layers."""
+        outer = find_outer_axes(family, self.derivations, self.atoms)
+        if not outer.axes:
             return
-        sides = [
-            (counts[key], max(size for other, size in enumerate(key[0]) if other != axis))
-            for key, axis in outer_axes.items()
-        ]
-        mode = self._mode(keys, sides, inner_shut, outer_axes)
-        self.chosen |= {self.joints[key].where: mode for key in keys}
-        levels: dict[tuple[str, int], Ids] = {}
-        for key in keys:
-            atoms = self.joints[key].atoms
+        mode = self._mode(family, outer)
+        self.chosen |= {self.joints[key].where: mode for key in family}
+        first_of_length: dict[tuple[str, int], Ids] = {}
+        for key in family:
             if mode == "none":
-                self._freeze(atoms)
-            elif key not in outer_axes:
-                continue  # nothing is asked of it by itself: it follows the others
-            elif mode in ("outer", "outer tied"):
-                self._enforce(atoms, outer_axes[key])
-                if mode == "outer tied":
-                    self._tie(key, outer_axes[key], atoms.size // atoms.shape[outer_axes[key]])
-            else:
-                inner = [axis for axis in range(len(key[0])) if axis != outer_axes[key]]
-                self._enforce(atoms, inner[-1])
-                if mode == "tied":
-                    self._tie(key, inner[-1], counts[key])
-                elif mode == "even":
-                    self._level(key, inner[-1], levels)
-        self._settle_derived(keys)
+                self._freeze(self.joints[key])
+            elif key in outer.axes:  # a layer without an outer axis follows the others
+                self._couple(key, mode, outer, first_of_length)
+        self._settle([derived for key in family for derived in self.derivations[key]])
 
-    def _outer_axes(self, keys: list[JointKey]) -> tuple[dict[JointKey, int], bool, dict[JointKey, int]]:
-        """Per joint layer its outer axis, whether an inner one is of a fixed size, and how many outer slices differ.
-
-        Axes whose derived atoms are coupled mean the same thing; where a layer has two, the later one is the inner.
-        """
-        frozen = self.atoms.frozen()
-        shut: list[tuple[JointKey, int]] = []
-        nodes: list[tuple[JointKey, int]] = []
-        counts: list[int] = []
-        links, owner = Atoms(), dict[int, int]()
-        for key in keys:
-            for each in self.derived[key]:
-                roots = np.unique(self.atoms.find(each.targets))
-                alive = roots[frozen[roots] == 0]
-                if len(each.axes) > 1:
-                    continue
-                if not alive.size:
-                    shut.append((key, each.axes[0]))
-                    continue
-                place = int(links.fresh(1)[0])
-                nodes.append((key, each.axes[0]))
-                counts.append(len(each.targets))
-                for root in alive.tolist():
-                    links.union(np.array([owner.setdefault(root, place)]), np.array([place]))
-        kinds = links.find(np.arange(1, len(nodes) + 1)).tolist()
-        depth = {
-            kind: np.mean([axis for (_, axis), own in zip(nodes, kinds, strict=True) if own == kind]) for kind in kinds
-        }
-        inner_kinds = {
-            max(one, two, key=lambda kind: (depth[kind], kind))
-            for (key, _), one in zip(nodes, kinds, strict=True)
-            for (other, _), two in zip(nodes, kinds, strict=True)
-            if key == other and one != two
-        }
-        outer: dict[JointKey, int] = {}
-        sizes: dict[JointKey, int] = {}
-        for (key, axis), kind, count in zip(nodes, kinds, counts, strict=True):
-            if kind not in inner_kinds:
-                outer[key], sizes[key] = axis, count
-            elif len(key[0]) == 2 and key not in outer:
-                outer[key], sizes[key] = 1 - axis, key[0][1 - axis]
-        return outer, any(key in outer and axis != outer[key] for key, axis in shut), sizes
-
-    def _mode(
-        self,
-        keys: list[JointKey],
-        sides: Sequence[tuple[int, int]],
-        inner_shut: bool,
-        outer_axes: Mapping[JointKey, int],
-    ) -> str:
-        for key in keys:
+    def _mode(self, family: Sequence[JointKey], outer: OuterAxes) -> str:
+        """The mode that is given for a module of the family, or else "outer" or "inner"."""
+        for key in family:
             if self.joints[key].where in self.modes:
                 return self.modes[self.joints[key].where]
-        if inner_shut:
+        if outer.inner_is_fixed:
             return "outer"
-        outer, inner = sides[0]
-        if any(len({each.axes for each in self.derived[key]}) == 1 for key in keys):  # attention: heads by dimensions
-            return "outer" if self.heads == "whole" or (outer > inner and self._read(outer_axes)) else "inner"
-        return "outer" if outer > inner else "inner"
+        count, inner_size = outer.sizes()
+        is_outer = count > inner_size
+        # attention: its products sum over the dimensions of heads, so atoms are derived along one axis alone
+        if any(len({derived.axes for derived in self.derivations[key]}) == 1 for key in family):
+            is_outer = self.heads == "whole" or (is_outer and self.heads != "dim" and self._has_weight_channels(outer))
+        return "outer" if is_outer else "inner"
 
-    def _read(self, outer_axes: Mapping[JointKey, int]) -> bool:
-        """Are the outer slices channels of a weight, one to one?
+    def _has_weight_channels(self, outer: OuterAxes) -> bool:
+        """Are the outer slices of some layer the channels of a weight, one to one?
 
-        What maxout leaves of its pieces are channels of the next layer; what is left of heads are scores.
+        A maximum over pieces (maxout) leaves one value per outer slice: a channel of the next layer. Attention leaves
+        scores for each head, which belong to no weight.
         """
-        if self.heads == "dim":
+        return any(
+            derived.axes == (axis,) and self._is_weight_layer(derived.targets)
+            for key, axis in outer.axes.items()
+            for derived in self.derivations[key]
+        )
+
+    def _is_weight_layer(self, ids: Ids) -> bool:
+        """Does a layer of some weight have the classes of these atoms, which must all differ?"""
+        classes = np.unique(self.atoms.find(ids))
+        if len(classes) != len(ids):
             return False
-        for key, axis in outer_axes.items():
-            for each in self.derived[key]:
-                wanted = np.unique(self.atoms.find(each.targets))
-                if each.axes != (axis,) or len(wanted) != len(each.targets):
-                    continue
-                for value in self.trace.weights.values():
-                    for core in value.layers:
-                        if core.numel() == len(wanted) and np.array_equal(
-                            np.unique(self.atoms.find(core.numpy().reshape(-1))), wanted
-                        ):
-                            return True
-        return False
+        return any(
+            layer.numel() == len(classes) and np.array_equal(self._classes(layer.numpy()), classes)
+            for value in self.trace.weights.values()
+            for layer in value.layers
+        )
 
-    def _freeze(self, atoms: Ids) -> None:
-        self.atoms.freeze(atoms, "neither whole heads nor parts of each can go")
+    def _couple(self, key: JointKey, mode: str, outer: OuterAxes, first_of_length: dict[tuple[str, int], Ids]) -> None:
+        """Couple the slices of a joint layer along the axis of its mode, and tie them where the mode demands it."""
+        joint, outer_axis = self.joints[key], outer.axes[key]
+        if mode in ("outer", "outer tied"):
+            couple_slices(self.atoms, joint.atoms, outer_axis)
+            if mode == "outer tied":
+                self._tie(joint, outer_axis, joint.atoms.size // joint.atoms.shape[outer_axis])
+            return
+        *_, inner_axis = (axis for axis in range(joint.atoms.ndim) if axis != outer_axis)
+        couple_slices(self.atoms, joint.atoms, inner_axis)
+        if mode == "tied":
+            self._tie(joint, inner_axis, outer.counts[key])
+        elif mode == "even":
+            self._even(joint, inner_axis, first_of_length)
 
-    def _level(self, key: JointKey, axis: int, levels: dict[tuple[str, int], Ids]) -> None:
-        """One number in the module sizes what queries, keys and values have in a head: they shrink in step."""
-        joint = self.joints[key]
-        mine = np.moveaxis(joint.atoms, axis, 0).reshape(joint.atoms.shape[axis], -1)[:, 0]
-        first = levels.setdefault((joint.where, len(mine)), mine)
-        if not np.array_equal(self.atoms.find(first), self.atoms.find(mine)):
-            self.ties.append(Tie(mine, first, 1, one=True))
+    def _even(self, joint: Joint, axis: int, first_of_length: dict[tuple[str, int], Ids]) -> None:
+        """Tie the layer to the module's first one of the same length along `axis`.
 
-    def _tie(self, key: JointKey, axis: int, factor: int) -> None:
-        """A head's size, or how many there are, is computed from the width of what comes in: both shrink in step."""
-        joint = self.joints[key]
-        narrow = self.atoms.find(np.moveaxis(joint.atoms, axis, 0).reshape(joint.atoms.shape[axis], -1)[:, 0])
-        narrow = np.unique(narrow)  # a batch folded into the heads repeats them
-        mine = set(np.unique(self.atoms.find(joint.atoms)).tolist())
+        One number in the module sizes queries, keys and values of a head, so they must shrink in step.
+        """
+        ids = slices(joint.atoms, axis)[:, 0]
+        first = first_of_length.setdefault((joint.where, len(ids)), ids)
+        if not np.array_equal(self.atoms.find(first), self.atoms.find(ids)):
+            self.ties.append(Tie(ids, first, 1, one=True))
+
+    def _tie(self, joint: Joint, axis: int, factor: int) -> None:
+        """Tie the slices along `axis` to the width of the module's input; freeze the layer if there is no such input.
+
+        The module computes the size or the number of its heads from that width, so both must shrink in step.
+        """
+        narrow = self._classes(slices(joint.atoms, axis)[:, 0])  # distinct: a batch folded into the heads repeats them
+        wide = self._input_channels(joint, factor * len(narrow))
+        if wide is None:
+            self._freeze(joint)
+        else:
+            self.ties.append(Tie(wide, narrow, factor))
+
+    def _input_channels(self, joint: Joint, count: int) -> Ids | None:
+        """Classes of the first `count` different channels that enter an operation of the module, besides its own."""
+        own = self._classes(joint.atoms)
+        prefix = f"{joint.where}." if joint.where else ""
         for operation in self.trace.operations:
-            if not f"{operation.path}.".startswith(f"{joint.where}." if joint.where else ""):
+            if not f"{operation.path}.".startswith(prefix):
                 continue
-            for value in operation.inputs:
-                for core in value.layers:
-                    if core.numel() == factor * len(narrow) and max(core.shape) == core.numel():
-                        wide = np.unique(self.atoms.find(core.numpy().reshape(-1)))
-                        if len(wide) == core.numel() and not mine & set(wide.tolist()):
-                            self.ties.append(Tie(wide, narrow, factor))
-                            return
-        self._freeze(joint.atoms)
+            for layer in (layer for value in operation.inputs for layer in value.layers):
+                if layer.numel() == count and max(layer.shape) == count:  # it varies along one dimension alone
+                    classes = self._classes(layer.numpy())
+                    if len(classes) == count and not np.isin(classes, own).any():
+                        return classes
+        return None
 
-    def _enforce(self, atoms: Ids, axis: int) -> None:
-        moved = np.moveaxis(atoms, axis, 0).reshape(atoms.shape[axis], -1)
-        self.atoms.union(moved, moved[:, :1])
+    def _classes(self, ids: Ids) -> Ids:
+        """The different classes of some atoms, in order."""
+        return np.unique(self.atoms.find(ids))
 
-    def _settle_derived(self, keys: Iterable[JointKey] | None = None) -> None:
-        """A derived atom is its sources' class where they are one, and stays where they are several."""
-        chosen = self.trace.tagger.derived if keys is None else [each for key in keys for each in self.derived[key]]
-        for each in chosen:
-            roots = self.atoms.find(each.sources)
-            single = (roots == roots[:, :1]).all(1)
-            self.atoms.union(each.targets[single], each.sources[single, 0])
-            self.atoms.freeze(each.targets[~single], "parts of it stay")
+    def _freeze(self, joint: Joint) -> None:
+        self.atoms.freeze(joint.atoms, "neither whole heads nor parts of each can go")
 
-    def _rectangular(self, atoms: Ids) -> bool:
-        roots = self.atoms.find(atoms)
-        frozen = self.atoms.frozen()[roots] > 0
-        if frozen.all():
-            return True
-        for axis in range(atoms.ndim):
-            moved = np.moveaxis(roots, axis, 0).reshape(atoms.shape[axis], -1)
-            stays = np.moveaxis(frozen, axis, 0).reshape(atoms.shape[axis], -1).all(1)
-            if ((moved == moved[:, :1]).all(1) | stays).all():
-                return True
-        return False
+    # -- stage 2: derived atoms -------------------------------------------------------------------------------------
 
-    def _best_axis(self, atoms: Ids, shut: set[int]) -> int:
-        """The axis that leaves the most classes free."""
-        roots = self.atoms.find(atoms)
-        frozen = self.atoms.frozen()
-        labels, inverse = np.unique(roots, return_inverse=True)
-        inverse = inverse.reshape(roots.shape)
-        scores = []
-        for axis in range(atoms.ndim):
-            trial = Atoms()
-            ids = trial.fresh(len(labels))
-            trial.freeze(ids[frozen[labels] > 0], "stays")
-            moved = ids[np.moveaxis(inverse, axis, 0).reshape(atoms.shape[axis], -1)]
-            trial.union(moved, moved[:, :1])
-            classes = np.unique(trial.find(ids))
-            scores.append((int((trial.frozen()[classes] == 0).sum()), atoms.shape[axis]))
-        return max((axis for axis in range(atoms.ndim) if axis not in shut), key=scores.__getitem__)
+    def _settle(self, derivations: Iterable[Derived]) -> None:
+        """Couple each derived atom with its sources where these are one class, and freeze it where they are several."""
+        for derived in derivations:
+            classes = self.atoms.find(derived.sources)
+            is_one_class = (classes == classes[:, :1]).all(1)
+            self.atoms.union(derived.targets[is_one_class], derived.sources[is_one_class, 0])
+            self.atoms.freeze(derived.targets[~is_one_class], "parts of it stay")
+
+    # -- stage 3: all other joint layers ----------------------------------------------------------------------------
+
+    def _couple_remaining(self) -> None:
+        """Couple slices until every joint layer is rectangular: coupling one layer may tear another."""
+        for _ in range(len(self.joints) + 1):
+            torn = [key for key, joint in self.joints.items() if not is_rectangular(self.atoms, joint.atoms)]
+            if not torn:
+                break
+            for key in torn:
+                self._couple_best_axis(key)
+            self._settle(self.trace.tagger.derived)
+
+    def _couple_best_axis(self, key: JointKey) -> None:
+        """Couple the slices of a joint layer along the best axis that is not shut; freeze it if all are."""
+        joint, shut = self.joints[key], self.shut.get(key, set())
+        if len(shut) == joint.atoms.ndim:
+            self._freeze(joint)
+            return
+        self.axes[key] = best_axis(self.atoms, joint.atoms, shut)
+        couple_slices(self.atoms, joint.atoms, self.axes[key])

@@ -21,7 +21,7 @@ from torchslim.prune.dependency.trace import Trace
 from torchslim.prune.dependency.union_find import Ids
 
 LARGE = 96
-"""From this extent on the second size is the smaller one, as it costs less."""
+"""From this extent on, the second size is below the first one, because it is cheaper."""
 
 
 def other_inputs(inputs: Inputs) -> Iterator[Inputs]:

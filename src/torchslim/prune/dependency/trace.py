@@ -253,9 +253,9 @@ class _Recorder(TorchDispatchMode):
         )
         return result
 
-    def _cause(self, layers: Layers, given: list[Tensor]) -> str:
+    def _cause(self, layers: Layers, inputs: list[Tensor]) -> str:
         """Why a value is of a fixed size: the reason of its layers or its inputs' layers, or an earlier cause."""
-        cores = (*layers, *(core for tensor in given for core in self.layers_of(tensor)))
+        cores = (*layers, *(core for tensor in inputs for core in self.layers_of(tensor)))
         reasons = [why for core in cores if (why := self.tagger.atoms.why(core.numpy()))]
         specific = (reason for reason in reasons if not Reason.FIXED_SIZE.given_in(reason))
         return next(specific, self.tagger.cause or next(iter(reasons), ""))
@@ -264,25 +264,25 @@ class _Recorder(TorchDispatchMode):
         if layers:
             self._positions[tensor] = (tuple(layers), f"{why} ({self.tagger.where})")
 
-    def _read_positions(self, given: Iterable[Tensor]) -> None:
+    def _read_positions(self, inputs: Iterable[Tensor]) -> None:
         """Freeze the layers whose positions an operation reads, as removing elements would change the positions.
 
         Most models that take the largest of several values never read its position.
         """
-        for tensor in given:
+        for tensor in inputs:
             layers, why = self._positions.get(tensor, ((), ""))
             for core in layers:
                 self.tagger.atoms.freeze(core.numpy(), why)
 
-    def _made(self, func: Any, args: Any, kwargs: Any, outputs: Any, given: list[Tensor]) -> Any:
+    def _made(self, func: Any, args: Any, kwargs: Any, outputs: Any, inputs: list[Tensor]) -> Any:
         call_ = Call(self.tagger, func, args, kwargs, outputs, self.layers_of, self._note_positions)
         try:
             output_layers, has_rule = apply(call_)
         except Exception as error:  # noqa: BLE001 - inputs of a rule that fails are frozen; the reason is reported
-            layers = (core for tensor in given for core in self.layers_of(tensor))
+            layers = (core for tensor in inputs for core in self.layers_of(tensor))
             self.tagger.freeze(layers, f"the rule of {func._opname!r} failed: {type(error).__name__}: {error}")
             output_layers, has_rule = (), False
-        if not has_rule and any(self.layers_of(tensor) for tensor in given):
+        if not has_rule and any(self.layers_of(tensor) for tensor in inputs):
             self.trace.unruled[str(func)] = self.trace.unruled.get(str(func), 0) + 1
         return output_layers
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 
 KEPT = 0
-"""The atom of elements that no removal ever reaches."""
+"""The atom of all elements that are never removed."""
 
 
 class Atoms:

@@ -31,19 +31,19 @@ PASSING = frozenset(
         "_to_copy",
     }
 )
-"""Operations that come and go with memory layout and precision; the runs are not compared at them."""
+"""Operations that occur or not depending on memory layout and precision; they are left out of the comparison."""
 
 ASIDE = frozenset({"_embedding_bag", "_embedding_bag_forward_only"})
-"""Operations that give more than their result, in shapes that depend on the kernel that runs."""
+"""Operations with further outputs, whose shapes depend on the kernel; only the first output is compared."""
 
 UNSET = frozenset({"empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
-"""Operations whose results hold whatever memory held."""
+"""Operations that return uninitialized memory; their values are not compared."""
 
 COUNTING = frozenset({"nms", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"})
-"""Operations of which the data decides how much comes out."""
+"""Operations whose output sizes depend on the data."""
 
 SORTING = frozenset({"sort", "topk", "nms"})
-"""Operations that decide by comparing: rounding may turn near ties."""
+"""Operations that order values; rounding may swap values that are almost equal."""
 
 NAMES = {"_unsafe_view": "view", "_reshape_alias": "view"}
 

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Curve = Mapping[int, float]
-"""By width, a number; the full width is in it."""
+"""A number for each width; the full width is included."""
 
 NOISE = 0.01
-"""A narrower width that seems slower by no more than this share of the whole time is taken to be as fast."""
+"""A narrower width whose time is above a wider one's by at most this share of the whole time counts as equally fast."""
 
 FAITH = 0.1
-"""How much the shares of the multiply-accumulates weigh against what was measured."""
+"""Weight of the shares of MACs in the fit, relative to the measured savings."""
 
 SWAPS = 100
 
@@ -116,13 +116,13 @@ def _reach(ratios: Curve) -> float:
     return float(np.clip(removed @ saved / max(removed @ removed, 1e-12), 0.0, 1.0))
 
 
-def _shares(touches: NDArray[np.bool_], work: Floats, wanted: Floats) -> Floats:
-    """Shares of at least 0 and at most 1 in total, with sums per unit near `wanted`, and otherwise near `work`."""
+def _shares(touches: NDArray[np.bool_], work: Floats, targets: Floats) -> Floats:
+    """Shares of at least 0 and at most 1 in total, with sums per unit near `targets`, and otherwise near `work`."""
     unit_rows = touches.T.astype(float)
     shares = work.copy()
     curvature = float(np.linalg.norm(unit_rows, 2) ** 2) + FAITH
     for _ in range(2000):
-        shares = shares - (unit_rows.T @ (unit_rows @ shares - wanted) + FAITH * (shares - work)) / curvature
+        shares = shares - (unit_rows.T @ (unit_rows @ shares - targets) + FAITH * (shares - work)) / curvature
         shares = _projected(shares)
     return shares
 

@@ -1,8 +1,12 @@
-"""A ceiling of latency: widths are chosen by what is predicted, measured, and chosen again until they are near it."""
+"""Pruning to a latency: choose widths from a table of times, measure the result, and choose again until it is near.
+
+`reach` works in rounds. Each round asks the table for widths of a target time, removes the channels and measures the
+result; the next target is corrected by the times measured so far.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,33 +22,45 @@ from torchslim.prune.structured.removal import Shrunk, Stuck, TooLittle, shrink
 from torchslim.prune.structured.selection import Amount, Scores, Selection
 
 ROUNDS = 5
+"""The largest number of rounds for one ceiling."""
+
 BAND = 0.90
-"""At what share of the ceiling, and above, a result is near enough."""
+"""The rounds end with a measured time between this share of the ceiling and the ceiling."""
 
 AIM = 0.955
-"""What a round aims at: the middle of what is near enough, as measurements vary."""
+"""The share of the ceiling that a round aims at: near the middle of the band, as measurements vary."""
 
 EDGE = 0.98
-"""From what share of the ceiling a result is timed twice."""
+"""A result is timed twice if its time is between this share of the ceiling and the ceiling."""
 
 NUDGES = 40
-"""In how many steps widths are looked for that were not tried, between the aim and what is known to be too far."""
+"""The number of equal steps in which a target moves to its limit, to find widths that were not tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One round: what the predictor was asked for, what it predicted, and what was measured of the result."""
+    """One round. All times are relative to the model that the table is of."""
 
-    target: float
-    predicted: float
-    measured: float | None = None
+    target: float  # asked of the table
+    predicted: float  # by the table, for the widths that it chose
+    measured: float | None = None  # None without a workbench
+
+    @property
+    def time(self) -> float:
+        """The measured time; the predicted one where nothing was measured."""
+        return self.predicted if self.measured is None else self.measured
+
+    @property
+    def source(self) -> str:
+        """Whether `time` was "predicted" or "measured"."""
+        return "predicted" if self.measured is None else "measured"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reached:
-    """The best of the rounds.
+    """The best result of all rounds, with the rounds as evidence.
 
-    `left` is its time over the received model's: measured, or where the times were taken elsewhere, predicted.
+    `left` is its time over that of the table's model: measured, or predicted if the table has no workbench.
     """
 
     done: Shrunk
@@ -55,23 +71,31 @@ class Reached:
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """A workbench on which one process measures, and all know."""
+    """A workbench whose times the first process measures and broadcasts to all processes."""
 
     bench: Workbench
 
     def deploy(self, model: nn.Module) -> Callable[..., Any]:
-        """The model on the target."""
+        """Deploy `model` on the target; the result is called like the model."""
         return self.bench.deploy(model)
 
     def about(self, reference: nn.Module) -> Mapping[str, Any]:
-        """What times over a reference are times of."""
+        """Key of times over `reference`: runtime, threads and structure."""
         return self.bench.about(reference)
 
     def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:
         """Time of each model over the reference's."""
-        mine = dict(self.bench.latency(models, reference, again=again)) if distributed.is_first() else {}
-        found: dict[str, float] = distributed.told(mine)
-        return found
+        own_times = dict(self.bench.latency(models, reference, again=again)) if distributed.is_first() else {}
+        times: dict[str, float] = distributed.told(own_times)
+        return times
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Round:
+    """An attempt and the verified removal that it was measured of."""
+
+    attempt: Attempt
+    removal: Shrunk
 
 
 def reach(
@@ -79,7 +103,8 @@ def reach(
 ) -> Reached:
     """Shrink a model to at most 1 - sparsity of the time of the model that the table is of.
 
-    Every round starts from `plan`'s model; the best has the longest measured time that keeps the ceiling.
+    Every round starts from `plan`'s model. The best round has the longest time within the ceiling; if none is within
+    it, the shortest time.
 
     Args:
         plan: of the model to shrink: that of the table, or one that was cut from it.
@@ -89,91 +114,78 @@ def reach(
         progress: called with the number of each round.
 
     Raises:
-        PruneError: nothing can go.
+        PruneError: no channel can go.
     """
-    ceiling, search = 1 - amount.sparsity, _Widths(table)
-    attempts: list[Attempt] = []
-    results: list[Shrunk] = []
+    ceiling = 1 - amount.sparsity
+    rounds: list[_Round] = []
+    widths = _Widths(table)
     for number in range(1, ROUNDS + 1):
         progress(number)
-        search.target, search.toward = _aim(attempts, ceiling)
+        widths.target, widths.leeway = _aim([earlier.attempt for earlier in rounds], ceiling)
         try:
-            done = shrink(plan, amount, scores, search)
+            removal = shrink(plan, amount, scores, widths)
         except _Settled:
             break
         except (TooLittle, Stuck):
-            if not results:
+            if not rounds:
                 raise
             break
-        search.tried.add(search.kept)
-        measured = None
-        if table.workbench is not None:
-            measured = _measured(done.model, table, ceiling)
-        attempts.append(Attempt(target=search.target, predicted=search.predicted, measured=measured))
-        results.append(done)
+        widths.tried.add(widths.kept)
+        measured = None if table.workbench is None else _measured(removal.model, table, table.workbench, ceiling)
+        attempt = Attempt(target=widths.target, predicted=widths.predicted, measured=measured)
+        rounds.append(_Round(attempt=attempt, removal=removal))
         if measured is None or BAND * ceiling <= measured <= ceiling:
             break
-    best = max(range(len(attempts)), key=lambda place: _merit(attempts[place], ceiling))
-    took = attempts[best]
-    left = took.predicted if took.measured is None else took.measured
-    evidence = {
-        "ceiling": ceiling,
-        "rounds": [asdict(attempt) for attempt in attempts],
-        "best": best + 1,
-        "programs": sum(map(len, table.rows.values())),
-        "elsewhere": table.elsewhere,
-    }
-    return Reached(
-        done=replace(results[best], left=left),
-        left=left,
-        evidence=evidence,
-        warnings=tuple(_warnings(took, ceiling, amount, table.elsewhere)),
-    )
+    return _best(rounds, ceiling, amount, table)
 
 
-def _measured(model: nn.Module, table: Table, ceiling: float) -> float:
-    """The time over the received model's; where noise decides whether the ceiling is kept, the slower of two."""
-    bench = table.workbench
-    assert bench is not None
-
-    def once() -> float:
-        return float(bench.latency({"pruned": lambda: model}, table.plan.model, again=True)["pruned"])
-
-    took = once()
-    return max(took, once()) if EDGE * ceiling <= took <= ceiling else took
-
-
-def reach_here(plan: Plan, amount: Amount, scores: Scores, workbench: Workbench) -> tuple[Shrunk, tuple[str, ...]]:
-    """The same from nothing but a workbench: the removal, and what a user must know of it."""
+def shrink_to_latency(
+    plan: Plan, amount: Amount, scores: Scores, workbench: Workbench
+) -> tuple[Shrunk, tuple[str, ...]]:
+    """Shrink the plan's model as `reach` does, with a table that `workbench` measures; returns removal and warnings."""
     table = Table(plan=plan, amount=amount, workbench=workbench)
-    found = reach(plan, amount, scores, table)
-    return found.done, found.warnings
+    reached = reach(plan, amount, scores, table)
+    return reached.done, reached.warnings
+
+
+def _aim(attempts: Sequence[Attempt], ceiling: float) -> tuple[float, float]:
+    """The next target for the table, and how far it may move to find other widths (below 0: to shorter times).
+
+    Measured times rise with predicted ones, so the target lies between the predictions of the attempts around the aim.
+    It may move up to the prediction of the nearest attempt that is known to miss the band on the other side.
+    """
+    aim = AIM * ceiling
+    times = sorted((attempt.measured, attempt.predicted) for attempt in attempts if attempt.measured is not None)
+    if not times:
+        return aim, 0.0
+    target = between(times, aim)
+    last = attempts[-1].measured
+    assert last is not None
+    if last > ceiling:
+        lowest = max((predicted for measured, predicted in times if measured < BAND * ceiling), default=0.0)
+        return target, min(lowest - target, 0.0)
+    highest = min((predicted for measured, predicted in times if measured > ceiling), default=1.0)
+    return target, max(highest - target, 0.0)
 
 
 class _Settled(PruneError):
-    """No widths are left to try on the side where the ceiling is."""
+    """All widths between the target and its limit were tried."""
 
 
 class _Widths:
-    """Chooses widths that were not tried before: `target` asked for, and where they were, moved `toward`."""
+    """Chooses widths for a target time that no earlier round tried; `shrink` calls it."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.target = self.predicted = 1.0
-        self.toward = 0.0  # how far the target may move; below 0 to narrower widths
-        self.kept: tuple[int, ...] = ()
+        self.target = 1.0
+        self.leeway = 0.0  # how far the target may move; below 0: to shorter times
+        self.predicted = 1.0  # time of the widths chosen last
+        self.kept: tuple[int, ...] = ()  # the widths chosen last
         self.tried: set[tuple[int, ...]] = set()
 
     def __call__(self, selection: Selection) -> list[int]:
         self.table.learn()
-        step = self.toward / NUDGES
-        for _ in range(NUDGES + 1):
-            kept = self.table.choose(selection, self.target)
-            if tuple(kept) not in self.tried:
-                break
-            self.target += step
-        else:
-            raise _Settled("no other widths are nearer")
+        kept = self._untried(selection)
         if self.target < 1 and kept == [unit.width for unit in selection.coupling.units]:
             raise Stuck(
                 "none of the narrower widths that were timed makes the model faster on the target; take of='macs' or "
@@ -183,47 +195,65 @@ class _Widths:
         self.predicted = self.table.predict(selection, kept)
         return kept
 
+    def _untried(self, selection: Selection) -> list[int]:
+        """The table's widths for the target, which moves by steps of the leeway until they were not tried."""
+        step = self.leeway / NUDGES
+        for _ in range(NUDGES + 1):
+            kept = self.table.choose(selection, self.target)
+            if tuple(kept) not in self.tried:
+                return kept
+            self.target += step
+        raise _Settled("no other widths are nearer")
 
-def _aim(attempts: list[Attempt], ceiling: float) -> tuple[float, float]:
-    """What to ask the predictor for next, and how far that may move where its answer is known already.
 
-    Between the attempts around the aim, as times grow with what is predicted.
-    """
-    goal = AIM * ceiling
-    known = sorted((attempt.measured, attempt.predicted) for attempt in attempts if attempt.measured is not None)
-    if not known:
-        return goal, 0.0
-    target = between(known, goal)
-    last = attempts[-1].measured
-    assert last is not None
-    if last > ceiling:
-        least = max((predicted for measured, predicted in known if measured < BAND * ceiling), default=0.0)
-        return target, min(least - target, 0.0)
-    most = min((predicted for measured, predicted in known if measured > ceiling), default=1.0)
-    return target, max(most - target, 0.0)
+def _measured(model: nn.Module, table: Table, workbench: Workbench, ceiling: float) -> float:
+    """Time of `model` over that of the table's model; just below the ceiling, the longer of two measurements."""
+
+    def measure() -> float:
+        return float(workbench.latency({"pruned": lambda: model}, table.plan.model, again=True)["pruned"])
+
+    time = measure()
+    # there noise decides whether the ceiling is kept
+    return max(time, measure()) if EDGE * ceiling <= time <= ceiling else time
+
+
+def _best(rounds: Sequence[_Round], ceiling: float, amount: Amount, table: Table) -> Reached:
+    """The best round as a result."""
+    merits = [_merit(entry.attempt, ceiling) for entry in rounds]
+    place = merits.index(max(merits))
+    best = rounds[place].attempt
+    evidence = {
+        "ceiling": ceiling,
+        "rounds": [asdict(entry.attempt) for entry in rounds],
+        "best": place + 1,
+        "programs": sum(map(len, table.rows.values())),
+        "elsewhere": table.elsewhere,
+    }
+    return Reached(
+        done=replace(rounds[place].removal, left=best.time),
+        left=best.time,
+        evidence=evidence,
+        warnings=tuple(_warnings(best, ceiling, amount, table.elsewhere)),
+    )
 
 
 def _merit(attempt: Attempt, ceiling: float) -> tuple[bool, float]:
-    took = attempt.predicted if attempt.measured is None else attempt.measured
-    return (True, took) if took <= ceiling else (False, -took)
+    """Sort key of an attempt: within the ceiling the longest time is best, above it the shortest."""
+    return (True, attempt.time) if attempt.time <= ceiling else (False, -attempt.time)
 
 
-def _warnings(attempt: Attempt, ceiling: float, amount: Amount, elsewhere: str) -> list[str]:
-    """What a user must know: a ceiling that was missed, or that nobody has measured."""
-    took = attempt.predicted if attempt.measured is None else attempt.measured
-    said = "predicted" if attempt.measured is None else "measured"
+def _warnings(attempt: Attempt, ceiling: float, amount: Amount, elsewhere: str) -> Iterator[str]:
+    """Warnings of a ceiling that was missed or is not nearly used, and of a time that was not measured here."""
     steps = f"with round_to={amount.round_to} and min_channels={amount.min_channels}"
-    found = []
-    if took > ceiling:
-        found.append(
-            f"a latency of {ceiling:.2f} of the model's cannot be reached {steps}: {took:.3f} is the least that was "
-            f"{said}; ask for less, or let more go"
+    if attempt.time > ceiling:
+        yield (
+            f"a latency of {ceiling:.2f} of the model's cannot be reached {steps}: {attempt.time:.3f} is the least "
+            f"that was {attempt.source}; ask for less, or let more go"
         )
-    elif took < BAND * ceiling:
-        found.append(
-            f"a latency of {ceiling:.2f} of the model's is kept by far, at {took:.3f} ({said}): {steps} no widths were "
-            "found that are nearer"
+    elif attempt.time < BAND * ceiling:
+        yield (
+            f"a latency of {ceiling:.2f} of the model's is kept by far, at {attempt.time:.3f} ({attempt.source}): "
+            f"{steps} no widths were found that are nearer"
         )
     if attempt.measured is None:
-        found.append(f"the latency was predicted from times taken on {elsewhere}, and not measured here")
-    return found
+        yield f"the latency was predicted from times taken on {elsewhere}, and not measured here"

@@ -27,22 +27,22 @@ from torchslim.prune.structured.surgery import perform
 FORMAT = "torchslim-latency-rows"
 
 PROGRAMS = 48
-"""About how many narrowed programs are timed for a model; each costs seconds to make."""
+"""Approximate number of narrowed programs that are timed for a model; each takes seconds to make."""
 
 WIDTHS = (4, 15)
-"""How many of a row at least and at most."""
+"""The least and the largest number of programs of one row."""
 
 TOGETHER = 8
-"""Programs that are timed side by side; more cost memory, fewer time the reference more often."""
+"""Programs timed together: more need more memory, fewer time the reference model more often."""
 
 EVENLY = (75, 50, 25)
-"""How many per cent of every unit stay in the programs that show how narrowings meet."""
+"""Percentages to which every unit is narrowed at once, to measure the combined effect."""
 
 ALL = "all"
-"""The row of those programs; its widths are per cent."""
+"""The key of the row in which all units are narrowed at once; its widths are percentages."""
 
 Rows = dict[str, dict[int, float]]
-"""By row: by width, the time over the whole model's."""
+"""For each row and width, the time divided by the whole model's time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +188,7 @@ class Table:
         if self.workbench is not None:
             self._measure(selection, missing)
         elif missing and len(missing) == len(rows):
-            raise PruneError("the table of latencies knows none of the model's groups; make its folder again")
+            raise PruneError("the table of latencies has none of the model's groups; make its folder again")
         self._names = names
         self._own = {
             names[number]: {coupling.units[number].width: 1.0, **self.rows.get(row.key, {})}
@@ -301,7 +301,7 @@ def load_rows(path: str | Path, about: Mapping[str, Any]) -> tuple[Rows, str]:
         measured_about, machine = dict(content["about"]), str(content["machine"])
         rows = {key: {int(width): float(ratio) for width, ratio in row.items()} for key, row in content["rows"].items()}
         if not all(0 < ratio < float("inf") for row in rows.values() for ratio in row.values()):
-            raise ValueError("a time that is none")
+            raise ValueError("a time is not above 0 and finite")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PruneError(f"latency_table {path} is no table of latencies ({error}); {remedy}") from error
     for key, label in (

@@ -113,7 +113,7 @@ def _scored(
     if refusal := silence(criterion, statistics):
         return refusal
     units = _units(options, weight, statistics, input_dim, previous.get(statistics.name))
-    return units if units is not None else f"criterion {criterion.name!r} says nothing of it"
+    return units if units is not None else f"criterion {criterion.name!r} gives it no scores"
 
 
 def _units(
@@ -251,8 +251,8 @@ def hold_zeros(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tenso
         empty = [path for path, mask in masks.items() if not mask.any()]
         if empty:
             raise PruneError(
-                f"{', '.join(empty)} is all zeros and would be held there for good; pass masks={{name: keep}} to say "
-                "which weights to hold"
+                f"{', '.join(empty)} is all zeros, and all its weights would stay 0; pass masks={{name: keep}} to "
+                "choose the weights to hold"
             )
     keeper = MaskKeeper(dict(model.named_parameters()), optimizer, masks)
     keeper.after_step()

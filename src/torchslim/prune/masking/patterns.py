@@ -88,7 +88,7 @@ class NM:
 
 
 Order = Annotated[float, Range(-math.inf, math.inf, least=1e-30)]
-"""Of a norm: its inverse is an exponent."""
+"""The order p of a norm; not too close to 0, because 1 / p is an exponent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,15 @@
-"""Sizes that a model keeps as numbers follow its weights."""
+"""Surgery of a removal: the cuts of weights, and patches of the numbers in which modules keep sizes.
+
+`mend` finds the patches. Sizes that certainly changed are patched first. Then the shrunk model runs, and the shape of
+every value is compared with the predicted one. Where a shape differs, numbers of the modules at work are changed one or
+two at a time until the run gets further; what helped one module is carried to its siblings of the same class.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -12,18 +18,57 @@ from torch import nn
 
 from torchslim.core.step import Inputs
 from torchslim.prune.dependency.coupling import Coupling, Mask
-from torchslim.prune.dependency.trace import named_weights
+from torchslim.prune.dependency.trace import Operation, Shape, named_weights
 from torchslim.prune.dependency.verification import shapes_agree
 from torchslim.prune.dependency.verify_runs import Divergence
 from torchslim.prune.structured.literals import FORWARD, literals
-from torchslim.prune.structured.surgery import Patch, Surgery, apply_patch, cuts_of, perform
+from torchslim.prune.structured.surgery import Cut, Patch, Surgery, apply_patch, cuts_of, perform
 
 TRIALS = 60
-"""How many attributes are tried at one divergence before it is given up."""
+"""How many changes are tried at one divergence before it is given up."""
+
+PAIRED = 8
+"""How many of the first changes are also tried in pairs."""
+
+DEPTH, LENGTH = 3, 16
+"""How deeply nested tuples and lists are searched for numbers, and up to what length."""
+
+Sizes = dict[int, set[int]]
+"""The new sizes of each old size."""
+
+Site = tuple[str, str, tuple[int, ...]]
+"""Where a patch applies: path of the module, name of the attribute, place inside its value."""
 
 
-def sizes_in(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Every whole number among a module's own attributes: name, place inside it, value."""
+def mend(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> tuple[Surgery, Divergence | None]:
+    """Find the surgery for a removal; also returns where the shrunk model still diverges from the predicted shapes.
+
+    Args:
+        model: read only.
+        coupling: of a trace of this model.
+        removed: mask of the atoms that go.
+        inputs: those of the trace.
+    """
+    cuts = cuts_of(coupling, removed)
+    repair = _Repair(model, _Suggestions(model, coupling, removed), cuts, inputs)
+    divergence = repair.divergence()
+    while divergence is not None:
+        success = repair.improve(divergence)
+        if success is None:
+            break
+        patches, divergence = success
+        carried = repair.carry(patches)
+        if carried or (patches and divergence is not None):
+            divergence = repair.divergence()
+    return Surgery(cuts, tuple(repair.patches.values())), divergence
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# numbers of modules, and the sizes that changed around them
+
+
+def numbers_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Whole numbers in the module's public attributes: name, place inside the value, number."""
     for name, value in vars(module).items():
         if not name.startswith("_"):
             yield from ((name, place, number) for place, number in _numbers(value, ()))
@@ -32,254 +77,287 @@ def sizes_in(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], int]]:
 def _numbers(value: Any, place: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], int]]:
     if isinstance(value, int) and not isinstance(value, bool):
         yield place, value
-    elif type(value) in (tuple, list, torch.Size) and len(place) < 3 and len(value) <= 16:
-        for index, each in enumerate(value):
-            yield from _numbers(each, (*place, index))
+    elif type(value) in (tuple, list, torch.Size) and len(place) < DEPTH and len(value) <= LENGTH:
+        for index, item in enumerate(value):
+            yield from _numbers(item, (*place, index))
 
 
-class Mender:
-    """Finds the attributes that must change with a removal."""
+class _SizeChanges:
+    """Old and new sizes by module path: of a module's own weights, and of all values around it."""
 
-    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask) -> None:
-        self.model, self.coupling, self.removed = model, coupling, removed
-        self.modules = dict(model.named_modules())
-        self.own = self._own()
-        self.changes = self._changes()
-
-    def _own(self) -> dict[str, dict[int, set[int]]]:
-        """Per module: old size -> new sizes, of its own weights alone."""
-        found: dict[str, dict[int, set[int]]] = {}
-        for name, value in self.coupling.trace.weights.items():
-            sizes = found.setdefault(name.rpartition(".")[0], {})
-            for old, new in zip(value.shape, self.coupling.shape(value, self.removed), strict=True):
-                sizes.setdefault(old, set()).add(new)
-        return found
-
-    def _changes(self) -> dict[str, dict[int, set[int]]]:
-        """Per module: old size -> new sizes, of its own weights and of the values in its operations."""
-        found: dict[str, dict[int, set[int]]] = {}
-
-        def note(path: str, old: int, new: int) -> None:
-            found.setdefault(path, {}).setdefault(old, set()).add(new)
-
+    def __init__(self, coupling: Coupling, removed: Mask) -> None:
+        self.coupling, self.removed = coupling, removed
+        self.own: dict[str, Sizes] = {}  # of the module's own weights
+        self._around: dict[str, Sizes] = {}  # also of the values that enter and leave its operations
+        self._note_weights()
         for path, sizes in self.own.items():
-            for old, news in sizes.items():
-                for new in news:
-                    note(path, old, new)
-        for operation in self.coupling.trace.operations:
-            new_shapes = []
-            for value in (*operation.inputs, *operation.outputs):
-                shape = self.coupling.shape(value, self.removed)
-                new_shapes.append((value.shape, shape))
-                for old, new in zip(value.shape, shape, strict=True):
-                    note(operation.path, old, new)
-            if "convolution" in operation.name:
-                self._note_groups(operation.path, operation.scalars, new_shapes, note)
-        for joint in self.coupling.trace.tagger.joints.values():
-            gone = self.removed[self.coupling.roots[joint.atoms]]
-            if gone.any():
-                for axis, old in enumerate(joint.atoms.shape):
-                    others = tuple(index for index in range(gone.ndim) if index != axis)
-                    note(joint.where, old, int((~gone).any(others).sum()))
-        return found
+            self._around[path] = {old: set(new_sizes) for old, new_sizes in sizes.items()}
+        for operation in coupling.trace.operations:
+            self._note_operation(operation)
+        self._note_joint_layers()
 
-    def _note_groups(
-        self,
-        path: str,
-        scalars: Sequence[Any],
-        shapes: Sequence[tuple[Any, Any]],
-        note: Callable[[str, int, int], None],
-    ) -> None:
-        # a grouped convolution's count of groups is no size of any value
-        (old_in, new_in), (old_kernel, new_kernel) = shapes[:2]
-        groups = int(scalars[-1])
-        transposed = any(scalar is True for scalar in scalars)
-        channels = -len(old_kernel) + 1
-        if groups > 1:
-            inner = (old_kernel[0], new_kernel[0]) if transposed else (old_in[channels], new_in[channels])
-            width = (old_kernel[0] // groups) if transposed else old_kernel[1]
-            left = new_kernel[1] if not transposed else width
-            note(path, groups, inner[1] // max(left, 1))
+    def around(self, path: str) -> Sizes:
+        """Sizes of the module's own weights and of the values in its operations."""
+        return self._around.get(path, {})
 
-    def certain(self) -> list[Patch]:
-        """Attributes whose value changed everywhere around their module, and to one new value."""
-        patches = []
-        for path, module in self.modules.items():
-            around = self.changes.get(path, {})
-            for name, place, value in sizes_in(module):
-                new = around.get(value, set())
-                if len(new) > 1 and not module._modules:
-                    # a layer's numbers speak of its weights before they speak of what passes through it
-                    new = self._by_name(module, name, value, self.own.get(path, {}).get(value, new))
-                if len(new) == 1 and value not in new:
-                    patches.append(Patch(path, name, place, value, next(iter(new))))
-        return patches
-
-    def _by_name(self, module: nn.Module, name: str, value: int, new: set[int]) -> set[int]:
-        # a square layer of which one side changed: its attributes say which side they mean
-        weight = next(
-            (parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() > 1),
-            None,
-        )
-        if weight is None:
-            return new
-        path = next(path for path, each in self.modules.items() if each is module)
-        full = next((key for key, each in named_weights(module).items() if each is weight), "")
-        recorded = self.coupling.trace.weights.get(f"{path}.{full}".lstrip("."))
-        if recorded is None:
-            return new
-        shape = self.coupling.shape(recorded, self.removed)
-        sides = (1, 0) if isinstance(module, nn.modules.conv._ConvTransposeNd) else (0, 1)
-        if name.startswith("out") and recorded.shape[sides[0]] == value:
-            return {shape[sides[0]]}
-        if name.startswith("in") and recorded.shape[sides[1]] == value:
-            return {shape[sides[1]]}
-        return new
-
-    def candidates(self, divergence: Divergence) -> list[Patch]:
-        """What may be wrong at a divergence: attributes of the modules at work, the innermost first."""
-        patches = []
-        path = divergence.path
-        paths = [path]
-        while path:
-            path = path.rpartition(".")[0]
-            paths.append(path)
-        for each in paths:
-            module = self.modules[each]
-            inside = {key: new for inner in paths if inner.startswith(each) for key, new in self._around(inner).items()}
-            below: dict[int, list[int]] | None = None
-            for name, place, value in sizes_in(module):
-                found = sorted(inside.get(value, set()) - {value})
-                if module._modules:  # the sizes of the layers that it holds may be checked before any of them runs
-                    below = self._below(each) if below is None else below
-                    found += [new for new in below.get(value, ()) if new not in found]
-                patches += [Patch(each, name, place, value, new) for new in found]
-        return [*patches, *self._in_proportion(divergence.path), *self._in_code(paths)]
-
-    def _in_code(self, paths: Sequence[str]) -> list[Patch]:
-        """Sizes that changed around a divergence, among the numbers in the code of the modules at work."""
-        patches, inside = [], dict[int, set[int]]()
-        for path in paths:
-            for old, news in self._around(path).items():
-                inside.setdefault(old, set()).update(news)
-            for number, value in literals(self.modules[path]):
-                patches += [
-                    Patch(path, FORWARD, (number,), value, new) for new in sorted(inside.get(value, set()) - {value})
-                ]
-        return patches
-
-    def _below(self, path: str) -> dict[int, list[int]]:
-        """Old size -> new sizes of the weights inside of a module, the most frequent first."""
+    def beneath(self, path: str) -> dict[int, list[int]]:
+        """Other new sizes of each old size in the weights of a module and of those inside it, most frequent first."""
         counts: Counter[tuple[int, int]] = Counter()
         for inner, sizes in self.own.items():
             if not path or f"{inner}.".startswith(f"{path}."):
-                counts.update((old, new) for old, news in sizes.items() for new in news if new != old)
-        found: dict[int, list[int]] = {}
+                counts.update(_changed(sizes))
+        new_sizes: dict[int, list[int]] = {}
         for (old, new), _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-            found.setdefault(old, []).append(new)
-        return found
+            new_sizes.setdefault(old, []).append(new)
+        return new_sizes
 
-    def _in_proportion(self, path: str) -> list[Patch]:
-        """Multiples of a size that changed, in modules inside whose own weights were cut: they may run uncalled."""
-        patches = []
-        for inner, sizes in self.own.items():
-            if inner == path or not f"{inner}.".startswith(f"{path}." if path else ""):
+    def _note_weights(self) -> None:
+        for name, value in self.coupling.trace.weights.items():
+            sizes = self.own.setdefault(name.rpartition(".")[0], {})
+            for old, new in zip(value.shape, self.coupling.shape(value, self.removed), strict=True):
+                sizes.setdefault(old, set()).add(new)
+
+    def _note(self, path: str, old: int, new: int) -> None:
+        self._around.setdefault(path, {}).setdefault(old, set()).add(new)
+
+    def _note_operation(self, operation: Operation) -> None:
+        values = (*operation.inputs, *operation.outputs)
+        new_shapes = [self.coupling.shape(value, self.removed) for value in values]
+        for value, new_shape in zip(values, new_shapes, strict=True):
+            for old, new in zip(value.shape, new_shape, strict=True):
+                self._note(operation.path, old, new)
+        if "convolution" in operation.name:
+            # the number of groups is the size of no value
+            groups = int(operation.scalars[-1])
+            if groups > 1:
+                self._note(operation.path, groups, _groups_left(operation, new_shapes))
+
+    def _note_joint_layers(self) -> None:
+        """Note the sizes that joint layers of dimensions keep along each axis, such as heads and their width."""
+        for joint in self.coupling.trace.tagger.joints.values():
+            stays = ~self.removed[self.coupling.roots[joint.atoms]]
+            if stays.all():
                 continue
-            changed = [(old, new) for old, news in sizes.items() for new in news if new != old]
-            module = self.modules[inner]
-            if changed and not module._modules and not module._parameters:  # layers with parameters are called
-                for name, place, value in sizes_in(module):
-                    patches += [
-                        Patch(inner, name, place, value, value // old * new) for old, new in changed if value % old == 0
-                    ]
+            for axis, old in enumerate(joint.atoms.shape):
+                others = tuple(index for index in range(stays.ndim) if index != axis)
+                self._note(joint.where, old, int(stays.any(others).sum()))
+
+
+def _groups_left(operation: Operation, new_shapes: Sequence[Shape]) -> int:
+    """Number of groups of a grouped convolution after the removal; its first two inputs are `x` and the kernel."""
+    new_input, new_kernel = new_shapes[:2]
+    transposed = any(scalar is True for scalar in operation.scalars)
+    if transposed:  # the kernel's shape is (inputs, outputs of a group, ...)
+        inputs, inputs_of_a_group = new_kernel[0], operation.inputs[1].shape[0] // int(operation.scalars[-1])
+    else:
+        inputs, inputs_of_a_group = new_input[1 - len(new_kernel)], new_kernel[1]
+    return inputs // max(inputs_of_a_group, 1)
+
+
+def _changed(sizes: Mapping[int, set[int]]) -> Iterator[tuple[int, int]]:
+    """Pairs of an old and a new size that differ."""
+    return ((old, new) for old, new_sizes in sizes.items() for new in new_sizes if new != old)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# suggested patches
+
+
+class _Suggestions:
+    """Patches that a removal needs for certain, and those that may help at a divergence."""
+
+    def __init__(self, model: nn.Module, coupling: Coupling, removed: Mask) -> None:
+        self.coupling, self.removed = coupling, removed
+        self.modules = dict(model.named_modules())
+        self.changes = _SizeChanges(coupling, removed)
+
+    def certain(self) -> list[Patch]:
+        """Patches of the numbers whose size has one new value around their module, other than the old one."""
+        patches = []
+        for path, module in self.modules.items():
+            around = self.changes.around(path)
+            for name, place, number in numbers_of(module):
+                sizes = around.get(number, set())
+                if len(sizes) > 1 and not module._modules:
+                    # a layer's numbers describe its weights rather than the values that pass through it
+                    sizes = self.changes.own.get(path, {}).get(number, sizes)
+                    sizes = self._side(path, name, number) or sizes
+                if len(sizes) == 1 and number not in sizes:
+                    patches.append(Patch(path, name, place, number, next(iter(sizes))))
         return patches
 
-    def _around(self, path: str) -> dict[int, set[int]]:
-        return self.changes.get(path, {})
+    def _side(self, path: str, name: str, number: int) -> set[int]:
+        """The new size of the inputs or outputs of a layer, if the attribute's name says which it holds; else empty.
+
+        A square layer may lose channels on one side only, so that its old size has two new ones.
+        """
+        module = self.modules[path]
+        parameters = (parameter for parameter in module._parameters.values() if parameter is not None)
+        weight = next((parameter for parameter in parameters if parameter.dim() > 1), None)
+        if weight is None:
+            return set()
+        key = next((key for key, tensor in named_weights(module).items() if tensor is weight), "")
+        value = self.coupling.trace.weights.get(f"{path}.{key}".lstrip("."))
+        if value is None:
+            return set()
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        outputs, inputs = (1, 0) if transposed else (0, 1)
+        new_shape = self.coupling.shape(value, self.removed)
+        for prefix, dim in (("out", outputs), ("in", inputs)):
+            if name.startswith(prefix) and value.shape[dim] == number:
+                return {new_shape[dim]}
+        return set()
+
+    def likely(self, divergence: Divergence) -> list[Patch]:
+        """Patches that may mend a divergence, of the modules at work from the innermost outwards.
+
+        Attributes come first, then those of modules inside the innermost that may not be called, then numbers in code.
+        """
+        paths = _path_and_parents(divergence.path)
+        attributes = [patch for place, path in enumerate(paths) for patch in self._of_attributes(paths[: place + 1])]
+        return [*attributes, *self._of_uncalled(divergence.path), *self._of_code(paths)]
+
+    def _of_attributes(self, paths: Sequence[str]) -> Iterator[Patch]:
+        """Patches of the attributes of the last module of `paths`, to sizes around it and the modules before it."""
+        path = paths[-1]
+        module = self.modules[path]
+        numbers = list(numbers_of(module))
+        if not numbers:
+            return
+        around = {old: new_sizes for inner in paths for old, new_sizes in self.changes.around(inner).items()}
+        # a module may check the sizes of the layers in it before any of them runs
+        beneath = self.changes.beneath(path) if module._modules else {}
+        for name, place, number in numbers:
+            sizes = sorted(around.get(number, set()) - {number})
+            sizes += [size for size in beneath.get(number, ()) if size not in sizes]
+            yield from (Patch(path, name, place, number, size) for size in sizes)
+
+    def _of_uncalled(self, path: str) -> Iterator[Patch]:
+        """Patches of multiples of a changed size, in modules inside `path` that hold buffers alone.
+
+        Other code may read the buffers without calling the module, so that no operation runs at its path.
+        """
+        for inner, sizes in self.changes.own.items():
+            if inner == path or not f"{inner}.".startswith(f"{path}." if path else ""):
+                continue
+            changed = list(_changed(sizes))
+            module = self.modules[inner]
+            if changed and not module._modules and not module._parameters:
+                for name, place, number in numbers_of(module):
+                    for old, new in changed:
+                        if number % old == 0:
+                            yield Patch(inner, name, place, number, number // old * new)
+
+    def _of_code(self, paths: Sequence[str]) -> Iterator[Patch]:
+        """Patches of the numbers in the code of modules, to sizes around them and the modules before them."""
+        around: Sizes = {}
+        for path in paths:
+            for old, new_sizes in self.changes.around(path).items():
+                around.setdefault(old, set()).update(new_sizes)
+            for literal, number in literals(self.modules[path]):
+                for size in sorted(around.get(number, set()) - {number}):
+                    yield Patch(path, FORWARD, (literal,), number, size)
+
+    def siblings(self, patch: Patch) -> Iterator[Patch]:
+        """Patches of the same number in other modules of the same class, where one new size is around them."""
+        kind = type(self.modules[patch.module])
+        for path, module in self.modules.items():
+            if type(module) is not kind:
+                continue
+            for name, place, number in numbers_of(module):
+                if (name, place) == (patch.name, patch.place):
+                    sizes = self.changes.around(path).get(number, set()) - {number}
+                    if len(sizes) == 1:
+                        yield Patch(path, name, place, number, next(iter(sizes)))
 
 
-def mend(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) -> tuple[Surgery, Divergence | None]:
-    """The surgery for a removal, and where the model after it still diverges from what is predicted.
-
-    Args:
-        model: read only.
-        coupling: of a trace of this model.
-        removed: per atom what goes.
-        inputs: those of the trace.
-    """
-    cuts = cuts_of(coupling, removed)
-    mender = Mender(model, coupling, removed)
-    patches = {_site(each): each for each in mender.certain()}
-    shrunk = perform(model, Surgery(cuts, tuple(patches.values()))).eval()
-    diverged = shapes_agree(shrunk, coupling, removed, inputs)
-    while diverged is not None:
-        better = _improve(shrunk, mender, patches, diverged, inputs)
-        if better is None:
-            break
-        changed, diverged = better
-        _carry(shrunk, mender, patches, changed)
-        if len(changed) and diverged is not None:
-            diverged = shapes_agree(shrunk, coupling, removed, inputs)
-    return Surgery(cuts, tuple(patches.values())), diverged
+def _path_and_parents(path: str) -> list[str]:
+    """The path of a module and those of the modules around it, up to the model's own."""
+    paths = [path]
+    while path:
+        path = path.rpartition(".")[0]
+        paths.append(path)
+    return paths
 
 
-def _site(patch: Patch) -> tuple[str, str, tuple[int, ...]]:
+# ----------------------------------------------------------------------------------------------------------------------
+# trial and error at a divergence
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A patch to apply, or with `withdrawn` to take back."""
+
+    patch: Patch
+    withdrawn: bool = False
+
+    @property
+    def site(self) -> Site:
+        """Where it applies."""
+        return _site(self.patch)
+
+
+def _site(patch: Patch) -> Site:
     return patch.module, patch.name, patch.place
 
 
-def _improve(
-    shrunk: nn.Module,
-    mender: Mender,
-    patches: dict[tuple[str, str, tuple[int, ...]], Patch],
-    diverged: Divergence,
-    inputs: Inputs,
-) -> tuple[list[Patch], Divergence | None] | None:
-    """Try changes at a divergence, one at a time and then in pairs; keep the first that gets further."""
-    options = mender.candidates(diverged)
-    at_work = {option.module for option in options} | {diverged.path}
-    withdrawn = [each for site, each in patches.items() if site[0] in at_work]
-    single: list[tuple[Patch, bool]] = [
-        *((option, False) for option in options if patches.get(_site(option)) != option),
-        *((each, True) for each in withdrawn),
-    ]
-    trials = [*((each,) for each in single), *combinations(single[:8], 2)][:TRIALS]
-    for trial in trials:
-        if len({_site(patch) for patch, _ in trial}) < len(trial):
-            continue
-        before = {_site(patch): patches.get(_site(patch)) for patch, _ in trial}
-        for patch, back in trial:
-            apply_patch(shrunk, patch, back=back)
-        result = shapes_agree(shrunk, mender.coupling, mender.removed, inputs)
-        if result is None or result.index > diverged.index:
-            for patch, back in trial:
-                if back:
-                    del patches[_site(patch)]
-                else:
-                    patches[_site(patch)] = patch
-            return [patch for patch, back in trial if not back], result
-        for patch, _ in trial:
-            old = before[_site(patch)]
-            apply_patch(shrunk, old if old is not None else patch, back=old is None)
-    return None
+class _Repair:
+    """The shrunk model while patches are tried on it; `patches` holds those that are kept, by site."""
 
+    def __init__(self, model: nn.Module, suggestions: _Suggestions, cuts: tuple[Cut, ...], inputs: Inputs) -> None:
+        self.suggestions, self.inputs = suggestions, inputs
+        self.patches = {_site(patch): patch for patch in suggestions.certain()}
+        self.shrunk = perform(model, Surgery(cuts, tuple(self.patches.values()))).eval()
 
-def _carry(
-    shrunk: nn.Module,
-    mender: Mender,
-    patches: dict[tuple[str, str, tuple[int, ...]], Patch],
-    changed: Sequence[Patch],
-) -> None:
-    """What held for one module holds for its siblings of the same class, where it is as plain."""
-    for patch in changed:
-        kind = type(mender.modules[patch.module])
-        for path, module in mender.modules.items():
-            if type(module) is not kind or (path, patch.name, patch.place) in patches:
-                continue
-            for name, place, value in sizes_in(module):
-                if (name, place) != (patch.name, patch.place):
-                    continue
-                new = mender._around(path).get(value, set()) - {value}
-                if len(new) == 1:
-                    sibling = Patch(path, name, place, value, next(iter(new)))
-                    patches[_site(sibling)] = sibling
-                    apply_patch(shrunk, sibling)
+    def divergence(self) -> Divergence | None:
+        """Where a run of the shrunk model first leaves the predicted shapes."""
+        return shapes_agree(self.shrunk, self.suggestions.coupling, self.suggestions.removed, self.inputs)
+
+    def improve(self, divergence: Divergence) -> tuple[list[Patch], Divergence | None] | None:
+        """Keep the first trial with which the run gets further: its patches and the next divergence; None if none."""
+        for trial in self._trials(divergence):
+            for change in trial:
+                apply_patch(self.shrunk, change.patch, back=change.withdrawn)
+            result = self.divergence()
+            if result is None or result.index > divergence.index:
+                self._keep(trial)
+                return [change.patch for change in trial if not change.withdrawn], result
+            self._undo(trial)
+        return None
+
+    def carry(self, patches: Sequence[Patch]) -> bool:
+        """Apply kept patches to sibling modules too, where those have no patch yet; whether there were any."""
+        carried = False
+        for patch in patches:
+            for sibling in self.suggestions.siblings(patch):
+                if _site(sibling) not in self.patches:
+                    self.patches[_site(sibling)] = sibling
+                    apply_patch(self.shrunk, sibling)
+                    carried = True
+        return carried
+
+    def _trials(self, divergence: Divergence) -> Iterator[tuple[_Change, ...]]:
+        """Changes to try together: single ones first, then pairs of two sites."""
+        likely = self.suggestions.likely(divergence)
+        at_work = {patch.module for patch in likely} | {divergence.path}
+        changes = [
+            *(_Change(patch) for patch in likely if self.patches.get(_site(patch)) != patch),
+            *(_Change(patch, withdrawn=True) for patch in self.patches.values() if patch.module in at_work),
+        ]
+        pairs = combinations(changes[:PAIRED], 2)
+        for trial in [*((change,) for change in changes), *pairs][:TRIALS]:
+            if len({change.site for change in trial}) == len(trial):
+                yield trial
+
+    def _keep(self, trial: Sequence[_Change]) -> None:
+        for change in trial:
+            if change.withdrawn:
+                del self.patches[change.site]
+            else:
+                self.patches[change.site] = change.patch
+
+    def _undo(self, trial: Sequence[_Change]) -> None:
+        """Set the numbers of a trial back to the kept patches, or to the model's own values."""
+        for change in trial:
+            kept = self.patches.get(change.site)
+            apply_patch(self.shrunk, kept if kept is not None else change.patch, back=kept is None)

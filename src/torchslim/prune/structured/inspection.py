@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -148,34 +148,35 @@ def inspect(
         model, example_inputs, heads=heads, include=include, exclude=exclude, examples=examples, unseen=unseen
     )
     coupling = settle(plan)
-    parameters = set(plan.names)
     nothing = np.zeros(coupling.atoms.count, dtype=bool)
-    macs = coupling.macs(nothing)
-    unit_of = {number: place for place, unit in enumerate(coupling.units) for number in unit.groups}
-    groups = []
-    for number, group in enumerate(coupling.groups):
-        removed = nothing.copy()
-        removed[group.classes] = True
-        names = sorted({member.weight for member in group.members} & parameters)
-        groups.append(
-            ChannelGroup(
-                members=tuple(f"{member.weight}[{member.dim}]" for member in group.members),
-                width=len(group.classes),
-                parameters=coupling.parameters(nothing, names) - coupling.parameters(removed, names),
-                macs=macs - coupling.macs(removed),
-                unit=unit_of.get(number),
-                reason=group.reason,
-                extent=bool(group.reason) and _is_extent(group, coupling),
-            )
-        )
     return Inspection(
-        groups=tuple(groups),
+        groups=tuple(_channel_groups(coupling, frozenset(plan.names))),
         parameters=coupling.parameters(nothing, plan.names),
-        macs=macs,
+        macs=coupling.macs(nothing),
         unruled=dict(plan.trace.unruled),
         training=plan.trace.training,
         unreached=(*plan.trace.unseen.weights, *plan.trace.unseen.methods),
     )
+
+
+def _channel_groups(coupling: Coupling, parameters: frozenset[str]) -> Iterator[ChannelGroup]:
+    """All groups of a coupling; `parameters` are the names of the weights that count as parameters."""
+    nothing = np.zeros(coupling.atoms.count, dtype=bool)
+    macs = coupling.macs(nothing)
+    unit_of = {number: place for place, unit in enumerate(coupling.units) for number in unit.groups}
+    for number, group in enumerate(coupling.groups):
+        removed = nothing.copy()
+        removed[group.classes] = True
+        names = sorted({member.weight for member in group.members} & parameters)
+        yield ChannelGroup(
+            members=tuple(f"{member.weight}[{member.dim}]" for member in group.members),
+            width=len(group.classes),
+            parameters=coupling.parameters(nothing, names) - coupling.parameters(removed, names),
+            macs=macs - coupling.macs(removed),
+            unit=unit_of.get(number),
+            reason=group.reason,
+            extent=bool(group.reason) and _is_extent(group, coupling),
+        )
 
 
 def _is_extent(group: Group, coupling: Coupling) -> bool:

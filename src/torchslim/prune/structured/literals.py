@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 FORWARD = "forward"
-"""The name of a patch of a number in the code of forward; its place is the number that the code has."""
+"""The attribute name of a patch that replaces a number in the code of `forward`; its place is that number."""
 
 ATTRIBUTE = "_torchslim_literals"
 

@@ -16,7 +16,7 @@ from torchslim.training.loop import Hook, Loop
 
 Sparsify = Literal["group-lasso", "bn-l1"]
 PENALTIES = {
-    "group-lasso": "the norm of all that goes with a channel",
+    "group-lasso": "the norm of all weights of a channel",
     "bn-l1": "the magnitude of batch-norm scales",
 }
 
@@ -109,7 +109,7 @@ class ScaleL1(_Penalty):
         super().__init__(coupling, strength)
         self.slices = [part for part in self.slices if part.weight in coupling.trace.norm_scales]
         if not self.slices:
-            raise PruneError("sparsify='bn-l1' finds no batch norm with channels that may go; use 'group-lasso'")
+            raise PruneError("sparsify='bn-l1' finds no batch norm with removable channels; use 'group-lasso'")
 
     def penalty(self, loop: Loop) -> Tensor | None:
         """The penalty, a scalar; None without parameters that train."""

@@ -32,14 +32,14 @@ MODES = {
     "whole": ("outer", "outer tied", "none"),
     "dim": ("inner", "even", "tied", "none"),
 }
-"""What attention may lose, in the order in which it is tried: see `couple`."""
+"""Ways to prune attention for each `heads` option, in the order in which they are tried; see `couple`."""
 
 
 UnseenCode = Literal["keep", "prune"]
-"""What happens to channels that code may share which no example reached."""
+"""The treatment of channels that may be shared with code that no example reached."""
 
 SHOWN = 6
-"""How many names a warning lists."""
+"""The largest number of names that a warning lists."""
 
 
 @dataclass

@@ -23,13 +23,13 @@ from torchslim.prune.structured.selection import Amount, select
 from torchslim.prune.structured.surgery import Surgery, perform
 
 WITHDRAWALS = 12
-"""How many changed attributes of the modules at work are tried with their old value where values differ."""
+"""How many changed attributes, at most, are tried with their old value where values differ."""
 
 ROLLBACKS = 60
-"""How often a removal that could not be verified is made smaller before everything is given up."""
+"""How many times, besides once per unit, a removal that fails verification is made smaller; then none is made."""
 
 CLEAR = 1e-3
-"""A change of the outputs that float32, which takes half the time, cannot have brought about by rounding."""
+"""A change of the outputs above this cannot be due to rounding in float32, which takes half the time of float64."""
 
 
 @dataclass(frozen=True)

@@ -68,12 +68,12 @@ def _record(model: nn.Module, before: Shapes, rounds: list[Any]) -> dict[str, An
     return {"version": VERSION, "base": {"class": name, "shapes": digest(before)}, "rounds": rounds}
 
 
-def _inside(path: str, done: Mapping[str, Any]) -> dict[str, Any]:
+def _inside(path: str, round_: Mapping[str, Any]) -> dict[str, Any]:
     """A round of a part, with the paths of the whole model."""
     return {
-        "cuts": [{**cut, "weight": f"{path}.{cut['weight']}"} for cut in done["cuts"]],
-        "patches": [{**patch, "module": f"{path}.{patch['module']}".rstrip(".")} for patch in done["patches"]],
-        "about": {**copy.deepcopy(done["about"]), "part": path},
+        "cuts": [{**cut, "weight": f"{path}.{cut['weight']}"} for cut in round_["cuts"]],
+        "patches": [{**patch, "module": f"{path}.{patch['module']}".rstrip(".")} for patch in round_["patches"]],
+        "about": {**copy.deepcopy(round_["about"]), "part": path},
     }
 
 
@@ -136,9 +136,9 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     return base
 
 
-def _continues(record: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    count = len(known["rounds"])
-    return bool(known["base"]["shapes"] == record["base"]["shapes"] and known["rounds"] == record["rounds"][:count])
+def _continues(record: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    count = len(current["rounds"])
+    return bool(current["base"]["shapes"] == record["base"]["shapes"] and current["rounds"] == record["rounds"][:count])
 
 
 def rebuild(model: nn.Module, record: Mapping[str, Any], wanted: Shapes, tied: Mapping[str, str]) -> nn.Module:
@@ -181,12 +181,12 @@ def _check(record: Mapping[str, Any]) -> None:
         raise PruneError("the surgery is damaged: it keeps indices that do not exist; copy or save it again")
 
 
-def _sound(done: Surgery) -> bool:
+def _sound(round_: Surgery) -> bool:
     """Whether kept indices are valid and rising, and patches set only public attributes, to whole numbers."""
     return all(
         list(cut.kept) == sorted({int(index) for index in cut.kept if 0 <= index < cut.size}) and cut.dim >= 0
-        for cut in done.cuts
+        for cut in round_.cuts
     ) and all(
         not patch.name.startswith("_") and all(type(number) is int for number in (patch.old, patch.new, *patch.place))
-        for patch in done.patches
+        for patch in round_.patches
     )

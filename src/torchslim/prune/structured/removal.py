@@ -1,12 +1,16 @@
-"""Whole channels, neurons and heads physically removed: what goes, and the proof that it is right."""
+"""Physical removal of whole channels, neurons and heads: shrink, verify, record, and warn.
+
+`shrink` removes the channels that a selection chooses and verifies the result. If the verification fails, the channels
+at fault stay, and it tries again. `finish` records the removal with the module; the other functions warn the user.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from torchslim.core.isolation import trim
@@ -14,22 +18,26 @@ from torchslim.core.reason import Reason
 from torchslim.errors import PruneError
 from torchslim.prune.dependency.coupling import Coupling, Mask
 from torchslim.prune.structured.plan import Plan, shapes_of
-from torchslim.prune.structured.proof import ROLLBACKS, give_up, prove
+from torchslim.prune.structured.proof import ROLLBACKS, Proof, give_up, prove
 from torchslim.prune.structured.record import attach
 from torchslim.prune.structured.selection import NEAR, Amount, Scores, Selection, is_bound, select, step_size
 from torchslim.prune.structured.surgery import Surgery, perform
 
 SHOWN = 6
-"""How many reasons a refusal tells."""
+"""How many reasons a refusal lists."""
+
+SHOWN_GROUPS = 4
+"""How many groups of uneven width a warning lists."""
 
 ASKED = (Reason.EXCLUDED, Reason.NOT_INCLUDED)
-"""Reasons that the caller gave; they come last."""
+"""Reasons that the caller gave; a refusal lists them last."""
 
 EVERYWHERE = (Reason.OUTPUT, Reason.KERNEL_EXTENT, Reason.FIXED_SIZE)
-"""Reasons that hold in every model: they are listed where there are no others."""
+"""Reasons that hold in every model; a refusal lists them only if there are no others."""
 
 
 Choose = Callable[[Selection], list[int]]
+"""Returns how many steps each unit of a selection keeps."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,12 @@ class Shrunk:
     error: float  # the largest relative difference of any value, in the precision of the check
     change: float  # of the outputs against the unpruned model's
     left: float  # the fraction of the model that is left, in the amount's measure
-    rollbacks: tuple[str, ...]
+    rollbacks: tuple[str, ...]  # the objections to removals that were tried before
     imprecise: str = ""  # why the check ran in another precision than float64
 
 
 class TooLittle(PruneError):
-    """A sparsity so low that no channel goes."""
+    """The sparsity is so low that no channel goes."""
 
 
 class Stuck(PruneError):
@@ -56,13 +64,16 @@ class Stuck(PruneError):
 
 
 def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selection.choose) -> Shrunk:
-    """Remove the least important channels, verify, and give up what cannot be verified.
+    """Remove the least important channels and verify the result; channels that cannot be verified stay.
 
     Args:
-        choose: how many steps of each unit stay.
+        plan: of the model, which is not modified. The plan remembers removals that failed.
+        amount: how much to remove, and in what steps.
+        scores: of the classes of a group.
+        choose: returns how many steps of each unit stay.
 
     Raises:
-        PruneError: nothing can go.
+        PruneError: no channel can go.
     """
     rollbacks: list[str] = []
     for _ in range(ROLLBACKS):
@@ -73,131 +84,152 @@ def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selectio
         kept = choose(selection)
         removed = selection.removed(kept)
         trim()
-        if not removed.any() and rollbacks:
-            raise Stuck(
-                f"no channel of {type(plan.model).__name__} can go that passes the check: "
-                f"{'; '.join(dict.fromkeys(rollbacks))}"
-            )
         if not removed.any():
-            raise TooLittle(
-                f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
-                f"{amount.round_to} channels: ask for more, or give a smaller round_to"
-            )
+            raise _nothing_removed(plan, amount, rollbacks)
         proof = prove(plan, coupling, removed)
         if proof.right:
-            # the module that was tried has run, and may have changed its state
-            shrunk = perform(plan.model, proof.surgery)
             return Shrunk(
-                shrunk,
-                proof.surgery,
-                coupling,
-                removed,
-                proof.error,
-                proof.change,
-                selection.left(kept),
-                tuple(rollbacks),
-                plan.imprecise,
+                model=perform(plan.model, proof.surgery),  # a new copy: the verified one has run and may have changed
+                surgery=proof.surgery,
+                coupling=coupling,
+                removed=removed,
+                error=proof.error,
+                change=proof.change,
+                left=selection.left(kept),
+                rollbacks=tuple(rollbacks),
+                imprecise=plan.imprecise,
             )
         rollbacks.append(proof.objection)
-        if plan.narrowest == 1 and any(left == 1 < unit.width for unit, left in zip(coupling.units, kept, strict=True)):
-            plan.narrowest = 2  # a value of size 1 often takes another path through views and products
-        elif not give_up(plan, proof, coupling, removed):
+        if not _roll_back(plan, proof, coupling, removed, kept):
             break
     raise Stuck(f"no channel of {type(plan.model).__name__} can go: {refusal(plan, rollbacks)}")
 
 
+def _nothing_removed(plan: Plan, amount: Amount, rollbacks: Sequence[str]) -> PruneError:
+    """The exception for a selection that removes no channel, at once or after rollbacks."""
+    if rollbacks:
+        return Stuck(
+            f"no channel of {type(plan.model).__name__} can go that passes the check: "
+            f"{'; '.join(dict.fromkeys(rollbacks))}"
+        )
+    return TooLittle(
+        f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
+        f"{amount.round_to} channels: ask for more, or give a smaller round_to"
+    )
+
+
+def _roll_back(plan: Plan, proof: Proof, coupling: Coupling, removed: Mask, kept: Sequence[int]) -> bool:
+    """Rule out a removal that failed its proof, so that the next one differs; False if the proof shows no fault."""
+    if plan.narrowest == 1 and any(steps == 1 < unit.width for unit, steps in zip(coupling.units, kept, strict=True)):
+        plan.narrowest = 2  # a value of size 1 often takes another path through views and products
+        return True
+    return give_up(plan, proof, coupling, removed)
+
+
 def refusal(plan: Plan, rollbacks: Sequence[str]) -> str:
-    """Why nothing can go, the reason that holds the most parameters first."""
-    coupling = plan.coupling()
-    held: dict[str, int] = {}
-    for group in coupling.groups:
-        stake = sum(int(np.prod(coupling.trace.weights[member.weight].shape)) for member in group.members)
-        held[group.reason] = max(held.get(group.reason, 0), stake)
-    held.pop("", None)
-    plain = {
-        each: size for each, size in held.items() if not any(reason.given_in(each) for reason in EVERYWHERE)
-    } or held
+    """The reasons why no channel can go, as text: the reason that keeps the most parameters first."""
+    sizes = _sizes_by_reason(plan.coupling())
+    specific = {
+        reason: size for reason, size in sizes.items() if not any(general.given_in(reason) for general in EVERYWHERE)
+    }
+    sizes = specific or sizes
     unlisted = [
-        fromkey for fromkey in dict.fromkeys(rollbacks) if not any(fromkey.partition(": ")[2] in why for why in plain)
+        rollback
+        for rollback in dict.fromkeys(rollbacks)
+        # without the module's path
+        if not any((rollback.partition(": ")[2] or rollback) in reason for reason in sizes)
     ]
-    reasons = [*unlisted, *sorted(plain, key=lambda each: (each in ASKED, -plain[each]))]
+    reasons = [*unlisted, *sorted(sizes, key=lambda reason: (reason in ASKED, -sizes[reason]))]
+    if not reasons:
+        return "it has no groups"
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
-    if plan.unseen == "keep" and any(Reason.NOT_REACHED.given_in(each) for each in reasons):
+    if plan.unseen == "keep" and any(Reason.NOT_REACHED.given_in(reason) for reason in reasons):
         more += "".join(f"; {note}, or unseen='prune'" for note in plan.notes())
-    return "; ".join(reasons[:SHOWN]) + more if reasons else "it has no groups"
+    return "; ".join(reasons[:SHOWN]) + more
 
 
-def finish(plan: Plan, done: Shrunk, amount: Amount, criterion: str) -> None:
-    """Record a removal with the module."""
-    nothing = np.zeros_like(done.removed)
-    coupling = done.coupling
-    about = {
+def _sizes_by_reason(coupling: Coupling) -> dict[str, int]:
+    """Parameters of the weights of the largest group that stays for each reason."""
+    sizes: dict[str, int] = {}
+    for group in coupling.groups:
+        if group.reason:
+            size = sum(int(np.prod(coupling.trace.weights[member.weight].shape)) for member in group.members)
+            sizes[group.reason] = max(sizes.get(group.reason, 0), size)
+    return sizes
+
+
+def finish(plan: Plan, removal: Shrunk, amount: Amount, criterion: str) -> None:
+    """Attach the record of a removal to the shrunk module."""
+    attach(removal.model, plan.model, removal.surgery, _about(plan, removal, amount, criterion))
+
+
+def _about(plan: Plan, removal: Shrunk, amount: Amount, criterion: str) -> dict[str, Any]:
+    """The entry "about" of a record: the verification, the request, sizes before and after, and groups that stayed."""
+    coupling = removal.coupling
+    masks = (np.zeros_like(removal.removed), removal.removed)
+    return {
         "verified": True,
         "precision": str(plan.precision).removeprefix("torch."),
         "sizes": [shapes_of(plan.inputs), *([shapes_of(plan.elsewhere[0])] if plan.elsewhere else [])],
-        "largest_error": done.error,
-        "output_change": done.change,
+        "largest_error": removal.error,
+        "output_change": removal.change,
         "criterion": criterion,
         **asdict(amount),
-        "left": done.left,
-        "uneven": uneven(done, amount),
-        "parameters": [coupling.parameters(each, plan.names) for each in (nothing, done.removed)],
-        "macs": [coupling.macs(each) for each in (nothing, done.removed)],
-        "rolled_back": list(done.rollbacks),
+        "left": removal.left,
+        "uneven": uneven(removal, amount),
+        "parameters": [coupling.parameters(mask, plan.names) for mask in masks],
+        "macs": [coupling.macs(mask) for mask in masks],
+        "rolled_back": list(removal.rollbacks),
         "unruled": dict(plan.trace.unruled),
         "unreached": [*plan.trace.unseen.weights, *plan.trace.unseen.methods],
         "stayed": {group.name: group.reason for group in coupling.groups if group.reason},
     }
-    attach(done.model, plan.model, done.surgery, about)
 
 
 def tolerance(plan: Plan, coupling: Coupling, amount: Amount) -> float:
-    """How far from its target a removal may end for no other reason than that widths are whole steps.
+    """How far the fraction removed may be from its target because widths are whole steps; at least `NEAR`.
 
-    It is what one step of one unit takes from the model; of all units where each loses the same fraction.
+    This is the largest fraction of the model that one step of one unit removes. With the scope "layer", where all units
+    shrink together, it is the fraction that one step of every unit removes.
     """
-    selection = Selection(coupling, amount, plan.names, _any_order(coupling), [])
-    whole = [unit.width for unit in coupling.units]
-    less = [unit.width - step_size(unit, coupling, amount) for unit in coupling.units]
+    order = [[cell.classes for cell in unit.cells] for unit in coupling.units]  # the size depends on no order
+    selection = Selection(coupling, amount, plan.names, order, [])
+    full = [unit.width for unit in coupling.units]
+    narrowed = [max(unit.width - step_size(unit, coupling, amount), 1) for unit in coupling.units]
     if amount.scope == "layer":
-        return max(NEAR, 1 - selection.left([max(each, 1) for each in less]))
-    steps = [1 - selection.left([*whole[:place], max(each, 1), *whole[place + 1 :]]) for place, each in enumerate(less)]
-    return max([NEAR, *steps])
+        return max(NEAR, 1 - selection.left(narrowed))
+    removed = [1 - selection.left([*full[:place], width, *full[place + 1 :]]) for place, width in enumerate(narrowed)]
+    return max([NEAR, *removed])
 
 
-def _any_order(coupling: Coupling) -> list[list[NDArray[np.int64]]]:
-    return [[cell.classes for cell in unit.cells] for unit in coupling.units]
+def uneven(removal: Shrunk, amount: Amount) -> dict[str, list[int]]:
+    """Width before and after of the groups that are no multiple of `round_to`, because their parts must stay equal."""
+    widths = {}
+    for unit in filter(is_bound, removal.coupling.units):
+        for group in (removal.coupling.groups[number] for number in unit.groups):
+            before, after = len(group.classes), int((~removal.removed[group.classes]).sum())
+            if after < before and before >= amount.round_to and after % amount.round_to:
+                widths[group.name] = [before, after]
+    return widths
 
 
-def uneven(done: Shrunk, amount: Amount) -> dict[str, list[int]]:
-    """Groups whose width is no multiple of `round_to`, as their parts must stay equal: width before and after."""
-    found = {}
-    for unit in done.coupling.units:
-        for number in unit.groups if is_bound(unit) else ():
-            group = done.coupling.groups[number]
-            left = int((~done.removed[group.classes]).sum())
-            if left < len(group.classes) and len(group.classes) >= amount.round_to and left % amount.round_to:
-                found[group.name] = [len(group.classes), left]
-    return found
-
-
-def gave_way(done: Shrunk, amount: Amount) -> list[str]:
-    """What a user must know of widths that are no multiples of `round_to`."""
-    found = uneven(done, amount)
-    if not found:
+def gave_way(removal: Shrunk, amount: Amount) -> list[str]:
+    """A warning if some widths are no multiples of `round_to`."""
+    widths = uneven(removal, amount)
+    if not widths:
         return []
-    few = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in list(found.items())[:4])
-    rest = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    few = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in list(widths.items())[:SHOWN_GROUPS])
+    rest = f" and {len(widths) - SHOWN_GROUPS} more" if len(widths) > SHOWN_GROUPS else ""
     return [
-        f"round_to={amount.round_to} gave way in {len(found)} groups whose parts must stay equal, as those of a group "
+        f"round_to={amount.round_to} gave way in {len(widths)} groups whose parts must stay equal, as those of a group "
         f"norm: {few}{rest}"
     ]
 
 
-def vacuous(done: Shrunk) -> list[str]:
-    """What a user must know of a check that could not fail, or not as surely as in float64."""
-    imprecise = [done.imprecise] if done.imprecise else []
-    if done.change > 0:
+def vacuous(removal: Shrunk) -> list[str]:
+    """Warnings of a check that was less precise than float64, or whose outputs the removal does not change."""
+    imprecise = [removal.imprecise] if removal.imprecise else []
+    if removal.change > 0:
         return imprecise
     return [
         *imprecise,
@@ -207,7 +239,7 @@ def vacuous(done: Shrunk) -> list[str]:
 
 
 def missed_target(left: float, amount: Amount, tolerated: float) -> list[str]:
-    """What a user must know: a target that could not be reached."""
+    """A warning if the fraction left is further from its target than tolerated."""
     if abs(left - 1 + amount.sparsity) <= tolerated + 1e-9:
         return []
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import gcd, lcm
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +38,7 @@ class Amount:
     def __post_init__(self) -> None:
         check_fields(self, PruneError)
         check_sparsity(self.sparsity)
-        for name, value, choices in (
-            ("of", self.of, ("params", "macs", "channels", "latency")),
-            ("scope", self.scope, ("global", "layer")),
-        ):
+        for name, value, choices in (("of", self.of, get_args(Of)), ("scope", self.scope, get_args(Scope))):
             if value not in choices:
                 raise PruneError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if self.of == "latency" and self.scope == "layer":

@@ -25,7 +25,7 @@ class Call:
     outputs: tuple[Any, ...]
     layers_of: Callable[[Any], Layers]
     positions: Callable[[Tensor, Sequence[Tensor], str], None]
-    """Note that an output holds positions along layers, which must stay if anything reads this output, and why."""
+    """Callback (output, layers, reason): the output holds positions along these layers, which stay if it is read."""
 
     def operand(self, value: Any) -> Operand:
         """A tensor's layers and shape; numbers have neither."""
@@ -41,7 +41,7 @@ class Call:
 
 
 Rule = Callable[[Call], Sequence[Layers]]
-"""Gives the layers of each output, in order; outputs that are left out have none."""
+"""Returns the layers of each output, in order; outputs beyond the last entry have none."""
 
 RULES: dict[str, Rule] = {}
 
