@@ -19,7 +19,6 @@ from torchslim.artifact.integer_coverage import executed, lowered
 from torchslim.artifact.latency import Timings, compare
 from torchslim.artifact.model_size import nonzeros, parameters, sample_macs
 from torchslim.artifact.shipped import as_saved, kept_right
-from torchslim.artifact.storage import load
 from torchslim.core import distributed
 from torchslim.core.batches import call, predictor, take_first
 from torchslim.core.files import digest, remove, write_json
@@ -43,6 +42,7 @@ from torchslim.pipeline.work_folder import working_in
 from torchslim.quantize import QuantizedModule
 from torchslim.report import RUN_FORMAT
 from torchslim.runtimes import Deployed, find_runtime
+from torchslim.runtimes.eager import on_eager
 from torchslim.training.calibration import CalibrationData
 from torchslim.training.loaders import first_batch, seeded_splits
 
@@ -67,7 +67,7 @@ def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunO
     recipe = options.recipe(steps)
     distributed.connect()
     if distributed.count() > 1 and options.workdir is None:
-        raise RecipeError("several processes train one model: give them a workdir that they all see")
+        raise RecipeError("several processes train one model: give a workdir that all of them can access")
     shared = Path(options.stages) if options.stages else None
     with preserved_globals(options.seed), seeded_splits(task, options.seed):
         copied, masks = copy_model(model)
@@ -283,7 +283,7 @@ class _Runner:
             warnings += coverage.warnings
             layers = executed(layers, coverage)
         if counted.uncounted:
-            warnings.append(f"operations whose MACs nobody counts: {', '.join(counted.uncounted)}")
+            warnings.append(f"operations without a MAC count: {', '.join(counted.uncounted)}")
         row: dict[str, Any] = {
             "name": name,
             "kind": "step" if index else "baseline",
@@ -362,7 +362,7 @@ class _Runner:
         }
 
     def _on(self, stage: Stage, runtime: str) -> Deployed:
-        """Return a stage deployed on `runtime`: its own deployment, or its artifact loaded there."""
-        if stage.deployed.runtime == runtime:
-            return stage.deployed
-        return load(stage.folder, runtime=runtime, threads=self.ctx.target.threads)
+        """Return a stage deployed on `runtime`, "eager" if it is not the run's own."""
+        return (
+            stage.deployed if stage.deployed.runtime == runtime else on_eager(stage.deployed, self.ctx.target.threads)
+        )

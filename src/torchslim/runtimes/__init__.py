@@ -29,7 +29,7 @@ def find_runtime(name: str) -> Runtime:
 def kernels(deployed: Deployed) -> list[Kernel]:
     """Kernels that a deployed model really executes, as its runtime lists them."""
     list_kernels = find_runtime(deployed.runtime).kernels
-    assert list_kernels is not None, "every runtime tells"
+    assert list_kernels is not None, "every runtime lists its kernels"
     return list_kernels(deployed)
 
 

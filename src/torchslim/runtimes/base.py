@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from torchslim.core.files import unbundle, write_bytes
 from torchslim.core.folder_lock import writing
@@ -40,6 +41,7 @@ class Program:
         spec: how it is called.
         example: flat input tensors of the captured sizes.
         pack: gives the program as the bytes of a `.pt2`.
+        exported: the program in memory; None for a loaded artifact.
         quantized: does it hold quantized values?
         classes: the classes of its structured outputs, by name; outputs of other classes come back as plain dicts.
     """
@@ -49,6 +51,7 @@ class Program:
     pack: Callable[[], bytes]
     quantized: bool
     classes: Mapping[str, type] = field(default_factory=dict)
+    exported: ExportedProgram | None = None
 
     @classmethod
     def of(cls, captured: Captured, spec: Spec) -> Program:
@@ -59,6 +62,7 @@ class Program:
             pack=lambda: pack_program(captured.program),
             quantized=any("quantized_decomposed" in str(node.target) for node in captured.program.graph.nodes),
             classes=captured.classes,
+            exported=captured.program,
         )
 
 
@@ -79,7 +83,7 @@ class Deployed:
         self.session, self.threads, self.payload = session, threads, payload
         self.runtime, self.suffixes, self._no_file = on.name, on.suffixes, on.no_file
         self.spec, self.example, self.program = program.spec, list(program.example), program.pack
-        self.quantized, self.classes = program.quantized, dict(program.classes)
+        self.quantized, self.classes, self.exported = program.quantized, dict(program.classes), program.exported
         self.records: list[LayerRecord] = []
         self.made_from: nn.Module | None = None
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from torchslim.core.isolation import quiet, torch_threads
 from torchslim.errors import ExportError
 from torchslim.graph.export import WRAPPED, Captured
 from torchslim.graph.layers import multiplies
-from torchslim.runtimes.base import Deployed, Runtime
+from torchslim.runtimes.base import Deployed, Program, Runtime
 from torchslim.runtimes.kernel_listing import eager_kernels
 from torchslim.runtimes.pt2 import load_program, pack_program
 from torchslim.runtimes.spec import Kernel, Session, Spec
@@ -42,8 +43,27 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
         return session_of(lower(load_program(io.BytesIO(payload)).module()), threads)
 
 
+def on_eager(deployed: Deployed, threads: int | None) -> Deployed:
+    """The program of a model that is deployed elsewhere, in PyTorch; it has no file."""
+    program = Program(
+        spec=deployed.spec,
+        example=deployed.example,
+        pack=deployed.program,
+        quantized=deployed.quantized,
+        classes=deployed.classes,
+        exported=deployed.exported,
+    )
+    with quiet():
+        session = session_of(lower(_exported(deployed).module()), threads)
+    return Deployed(session, program, RUNTIME, threads=threads, payload=None)
+
+
+def _exported(deployed: Deployed) -> ExportedProgram:
+    return deployed.exported or load_program(io.BytesIO(deployed.program()))
+
+
 def _kernels(deployed: Deployed) -> list[Kernel]:
-    module = load_program(io.BytesIO(deployed.program())).module()
+    module = _exported(deployed).module()
     layers = iter(deployed.spec.layers)  # a saved program has no layer names; the spec lists them in its order
     for node in module.graph.nodes:
         if multiplies(node) and (layer := next(layers, None)) is not None:

@@ -226,24 +226,24 @@ def called(code: str, program: ExportedProgram) -> list[Kernel]:
     return kernels
 
 
-def _origin(program: ExportedProgram, kind: str, sources: Sequence[Node], taken: set[Node]) -> Node | None:
-    """Node whose layer a kernel computes; a node with weights is added to `taken`.
+def _origin(program: ExportedProgram, kind: str, sources: Sequence[Node], assigned: set[Node]) -> Node | None:
+    """Node whose layer a kernel computes; a node with weights is added to `assigned`.
 
     The search goes back from the last node that was fused into the kernel to the first one with weights. If the code
-    names none, it is the program's next node with weights that is not in `taken`.
+    names none, it is the program's next node with weights that is not in `assigned`.
     """
     queue, seen = list(reversed(sources)), set[Node]()
-    weighted: list[Node] = [node for node in program.graph.nodes if node.target in WEIGHTED and node not in taken]
+    weighted: list[Node] = [node for node in program.graph.nodes if node.target in WEIGHTED and node not in assigned]
     while queue and WORK.search(kind):
         node = queue.pop(0)
         if node in weighted:
-            taken.add(node)
+            assigned.add(node)
             return node
         if node not in seen and node.target not in WEIGHTED:
             queue += [input_ for input_ in node.all_input_nodes if input_.op == "call_function"]
         seen.add(node)
     if WORK.search(kind) and weighted and "rnn" not in kind:
-        taken.add(weighted[0])
+        assigned.add(weighted[0])
         return weighted[0]
     return sources[-1] if sources else None
 

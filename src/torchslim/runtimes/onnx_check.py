@@ -22,7 +22,7 @@ from torchslim.errors import ArtifactError
 PARTS = 1_000_000
 DEPTH = 24
 ELEMENTS = 2**28
-"""Of a value whose sizes stand in the file: what fills, repeats or counts is computed when a session is made."""
+"""The most elements of a value whose sizes the file states; a new session computes such values at once."""
 
 NUMBER, BYTES = "number", "bytes"
 # kinds of the fields of each message, by number; fields with a star may come more than once

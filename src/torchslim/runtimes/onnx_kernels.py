@@ -152,19 +152,19 @@ class Editor:
         )
 
 
-def _linear(editor: Editor, node: Node, found: Linear) -> None:
-    weight = found.weight
+def _linear(editor: Editor, node: Node, linear: Linear) -> None:
+    weight = linear.weight
     if isinstance(weight, Int4Weight):
-        if weight.group_size in GROUPS and found.source is None:
+        if weight.group_size in GROUPS and linear.source is None:
             rows, groups = weight.scale.shape
             packed = editor.store(weight.packed, "weight", lambda packed: packed.view(rows, groups, -1))
             sizes = {"K": weight.length, "N": rows, "bits": 4, "block_size": weight.group_size}
-            _nbits(editor, node, found, [packed, editor.store(weight.scale, "scale")], sizes)
+            _nbits(editor, node, linear, [packed, editor.store(weight.scale, "scale")], sizes)
         return
     rows, columns = weight.values.shape
-    if found.source is not None:
+    if linear.source is not None:
         stored = [editor.store(weight.values, "weight", Tensor.t), editor.store(weight.scale, "scale", Tensor.float)]
-        editor.replace(node, _integer_product, [*editor.quantize(found.source, node), *stored, found.bias])
+        editor.replace(node, _integer_product, [*editor.quantize(linear.source, node), *stored, linear.bias])
         return
     block = next((size for size in BLOCKS if columns % size == 0), None)
     if block is None:
@@ -173,7 +173,7 @@ def _linear(editor: Editor, node: Node, found: Linear) -> None:
         editor.store(weight.values, "weight", lambda values: (values.short() + 128).byte().view(rows, -1, block)),
         editor.store(weight.scale, f"scale_{block}", lambda scale: scale.float()[:, None].repeat(1, columns // block)),
     ]
-    _nbits(editor, node, found, stored, {"K": columns, "N": rows, "bits": 8, "block_size": block})
+    _nbits(editor, node, linear, stored, {"K": columns, "N": rows, "bits": 8, "block_size": block})
 
 
 def _quantized(x: Tensor) -> Sequence[Tensor]:
@@ -197,7 +197,7 @@ def _integer_product(
     )
 
 
-def _nbits(editor: Editor, node: Node, found: Linear, stored: Sequence[Node], sizes: dict[str, int]) -> None:
+def _nbits(editor: Editor, node: Node, linear: Linear, stored: Sequence[Node], sizes: dict[str, int]) -> None:
     def compute(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         return torch.onnx.ops.symbolic(
             f"{MICROSOFT}MatMulNBits",
@@ -208,7 +208,7 @@ def _nbits(editor: Editor, node: Node, found: Linear, stored: Sequence[Node], si
             version=1,
         )
 
-    editor.replace(node, compute, [found.x, *stored, found.bias])
+    editor.replace(node, compute, [linear.x, *stored, linear.bias])
 
 
 def _four_bits(weight: Int4Weight) -> Callable[[Tensor, Tensor], Tensor]:
@@ -225,13 +225,13 @@ def _four_bits(weight: Int4Weight) -> Callable[[Tensor, Tensor], Tensor]:
     return compute
 
 
-def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
+def _lstm(editor: Editor, node: Node, lstm: Recurrent) -> None:
     """Replace a dynamic LSTM by a `DynamicQuantizeLSTM` per layer, which quantizes input and hidden state itself."""
-    assert found.source is not None
-    directions, hidden = found.directions, found.hidden
+    assert lstm.source is not None
+    directions, hidden = lstm.directions, lstm.hidden
     stored: list[Node | None] = []
-    for layer in range(found.layers):
-        cells = found.cells[layer * directions : (layer + 1) * directions]
+    for layer in range(lstm.layers):
+        cells = lstm.cells[layer * directions : (layer + 1) * directions]
         for weights in ([cell[0] for cell in cells], [cell[1] for cell in cells]):
             scale = torch.stack([_gates(weight.scale.float()) for weight in weights])
             stored += [
@@ -245,16 +245,16 @@ def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
         stored.append(editor.store(torch.stack(biases), "bias") if biases else None)
 
     def compute(x: Tensor, h: Tensor, c: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = x.transpose(0, 1) if found.batch_first else x
+        y = x.transpose(0, 1) if lstm.batch_first else x
         finals = []
-        for layer in range(found.layers):
+        for layer in range(lstm.layers):
             w, w_scale, w_zero, r, r_scale, r_zero, bias = rest[7 * layer : 7 * layer + 7]
             layer_states = slice(layer * directions, (layer + 1) * directions)
             steps, batch = y.shape[:2]
             y, *last = torch.onnx.ops.symbolic_multi_out(
                 f"{MICROSOFT}DynamicQuantizeLSTM",
                 (y, w, r, bias, None, h[layer_states], c[layer_states], None, w_scale, w_zero, r_scale, r_zero),
-                {"direction": "bidirectional" if found.bidirectional else "forward", "hidden_size": hidden},
+                {"direction": "bidirectional" if lstm.bidirectional else "forward", "hidden_size": hidden},
                 dtypes=(torch.float32,) * 3,
                 shapes=((steps, directions, batch, hidden), *[(directions, batch, hidden)] * 2),
                 version=1,
@@ -262,9 +262,9 @@ def _lstm(editor: Editor, node: Node, found: Recurrent) -> None:
             y = y.transpose(1, 2).reshape(steps, batch, directions * hidden)
             finals.append(last)
         h, c = (torch.cat([final[index] for final in finals]) for index in range(2))
-        return y.transpose(0, 1) if found.batch_first else y, h, c
+        return y.transpose(0, 1) if lstm.batch_first else y, h, c
 
-    editor.replace(node, compute, [found.source, *found.states, *stored])
+    editor.replace(node, compute, [lstm.source, *lstm.states, *stored])
 
 
 def _gates(rows: Tensor) -> Tensor:

@@ -280,10 +280,10 @@ def weights_of_their_own(graph: Graph) -> None:
             graph.insert(node, copied)
 
 
-def _free(name: str, taken: set[str]) -> str:
-    while name in taken:
+def _free(name: str, used_names: set[str]) -> str:
+    while name in used_names:
         name += "_"
-    taken.add(name)
+    used_names.add(name)
     return name
 
 

@@ -34,8 +34,7 @@ LIMIT_S = 900.0  # to read, compile and run a model once
 RAN, UNREADY, RAISED, NO_MEMORY = 0, 1, 3, 4  # exit statuses of a child that ends by itself
 GROWTH = 2**30
 RELATIVE = 64
-"""Bytes that the files of an artifact may take to read, compile and run: `GROWTH`, and so many times their own size and
-that of their inputs; on Linux."""
+"""Bytes of memory to read, compile and run a model: `GROWTH` and `RELATIVE` times its files and inputs; on Linux."""
 STACK = 2**23  # bytes of a thread's stack; OpenVINO has one thread for each processor core
 REMEMBERED = "openvino"  # subfolder of the cache folder: empty files whose names are seals
 # ONNX operations of ordinary networks; none of them was seen to crash the process
@@ -143,7 +142,7 @@ def survive_files(
     mark = _mark(files)
     if mark is not None and mark.exists():
         return ""
-    advice = "the file is damaged, or made to do this; load it with runtime='eager', which reads its program instead"
+    advice = "the file is damaged or malicious; load it with runtime='eager', which reads its program instead"
     size = sum(map(len, files.values())) + sum(input_.numel() * input_.element_size() for input_ in inputs)
     growth = GROWTH + RELATIVE * size
     named_files = {f"model{suffix}": data for suffix, data in files.items()}
@@ -159,7 +158,7 @@ def survive_files(
         raise ArtifactError(f"the OpenVINO model takes more than {growth:,} bytes to compile and run; {advice}")
     if result.returncode == UNREADY:
         raise ArtifactError(
-            "a child process to try the OpenVINO model in could not begin: "
+            "the child process that tries the OpenVINO model did not start: "
             f"{shorten(result.stderr.decode(errors='replace')[-300:], 300)}; load it with trusted=True if you trust it"
         )
     if result.returncode != RAN:

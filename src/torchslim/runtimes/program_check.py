@@ -24,10 +24,10 @@ from torchslim.runtimes.program_operators import HIGHER_ORDER, MESSAGES, SYMBOLI
 from torchslim.runtimes.program_sizes import BITS, Unfit, check_expression
 
 PARTS = 1_000_000
-"""Fields, elements and arguments of a program; one of torch's objects takes up to two kilobytes."""
+"""The most fields, elements and arguments of a program; each object of torch takes up to two kilobytes."""
 ARGUMENTS = 300_000
 ELEMENTS = 2**33
-"""Of a tensor whose sizes stand in the program."""
+"""The most elements of a tensor whose sizes the program states."""
 SYMBOLS = 10_000
 NAME = re.compile(r"\w{0,200}")
 # paths of weights may hold what a key of a ModuleDict may, except what ends a quoted text in generated code
@@ -120,13 +120,13 @@ class _Checker:
         if target in SYMBOLIC:
             self._magnitude(target, value)
 
-    def _argument(self, target: str, given: dict[str, Any], *, higher: bool) -> None:
-        (kind, content), name = next(iter(given["arg"].items())), given["name"]
+    def _argument(self, target: str, input_: dict[str, Any], *, higher: bool) -> None:
+        (kind, content), name = next(iter(input_["arg"].items())), input_["name"]
         if kind in ("as_graph", "as_operator", "as_string_to_argument") and (not higher or kind != "as_graph"):
             raise Unfit(f"{shorten(target)} takes no {kind}")
         if kind in ("as_string", "as_strings"):
             if name in MESSAGES and kind == "as_string":
-                given["arg"] = {kind: ASSERTED}
+                input_["arg"] = {kind: ASSERTED}
             elif not higher and all(
                 text_allowed(name, text) for text in ([content] if kind == "as_string" else content)
             ):
@@ -249,7 +249,7 @@ NAMED = (
     "NamedArgument",
     "InputToConstantInputSpec",
 )
-"""Kinds whose names become names in generated code."""
+"""Kinds of entries whose names become names in generated code."""
 RULES: dict[str, Callable[[_Checker, dict[str, Any]], None]] = {
     "Graph": _Checker.graph,
     "Node": _node,
@@ -315,7 +315,7 @@ def _plain(value: Any, kind: Any, where: str) -> None:
 
 
 TEXTS = frozenset({"metadata", "guards_code", "in_spec", "out_spec", "as_string", "as_strings", "expr_str"})
-"""Fields whose texts are checked by their rules, or dropped."""
+"""Fields whose texts have checks of their own, or are dropped."""
 
 
 def _tree(value: Any, where: str) -> None:

@@ -26,10 +26,10 @@ SYMBOLIC = frozenset(
     torch.sym_sum torch.sym_sqrt torch._sym_sqrt""",
     )
 )
-"""Arithmetic of sizes."""
+"""Operators of arithmetic on sizes."""
 
 HIGHER_ORDER = frozenset({"cond", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast"})
-"""Operators that call a part of the program; those of an unknown number of rounds are not among them."""
+"""Operators that call a part of the program; loops of unknown length are left out."""
 
 # exporting keeps these and the ONNX exporter translates most of them, but no table of torch has them
 ALSO = frozenset(
@@ -62,7 +62,7 @@ PRIVATE = frozenset(
     _weight_norm_interface""",
     )
 )
-"""Those of ATen's private operators that exporting emits; the others may trust their arguments."""
+"""Private operators of ATen that exporting emits; others may not check their arguments."""
 
 IMPURE = re.compile(
     r"from_file|save|warn|set_.*|set|.*(resize|storage(?!_offset)|sparse|cudnn|cufft|miopen|mkldnn|nnpack|vulkan|xla|cuda|"
@@ -70,7 +70,7 @@ IMPURE = re.compile(
     r"record_.*|infinitely_.*|choose_qparams_optimized|to_dense|coalesce|smm|sspaddmm|segment_reduce|"
     r"fused_moving_avg.*|flatten_dense_tensors|unflatten_dense_tensors|is_distributed|is_inference"
 )
-"""Operators that other tables have: of files, storage, seeds, other devices, training and packed formats."""
+"""Refused operators: those of files, storage, seeds, other devices, training and packed formats."""
 
 NUMBERS = frozenset(
     {
@@ -108,7 +108,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "driver": ("gels", "gelsy", "gelsd", "gelss", "gesvd", "gesvdj", "gesvda"),
     "device_type": ("cpu",),
 }
-"""Values of text arguments, by the argument's name. The texts of assertions are replaced, and `equation` is checked."""
+"""Allowed values of text arguments, by argument name. Texts of assertions are replaced, and `equation` is checked."""
 EQUATION = re.compile(r"[A-Za-z.,>\- ]{1,500}")
 MESSAGES = ("msg", "assert_msg")
 QUANTIZED = re.compile(

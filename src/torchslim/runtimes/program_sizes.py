@@ -14,7 +14,7 @@ LENGTH = 4000
 NODES = 400
 DEPTH = 60
 BITS = 1024
-"""The longest number that an expression may give, where symbols are below 2**63."""
+"""The most bits of an expression's value, where symbols are below 2**63."""
 
 SYMBOL = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?(e[+-]?\d{1,3})?")
@@ -86,7 +86,7 @@ def bits(node: ast.expr, budget: list[int], depth: int = 0) -> int:
     return total
 
 
-def _power(arguments: list[ast.expr], each: list[int]) -> int:
+def _power(arguments: list[ast.expr], argument_bits: list[int]) -> int:
     """Number of bits that a power can have; its exponent must be a number."""
     if len(arguments) != 2:
         raise Unfit("a power takes two arguments")
@@ -96,7 +96,7 @@ def _power(arguments: list[ast.expr], each: list[int]) -> int:
         if exponent.func.id in ("Integer", "Rational") and None not in numbers:
             largest = max(abs(number or 0) for number in numbers)
             if largest <= EXPONENT:
-                return each[0] * max(1, largest) + largest
+                return argument_bits[0] * max(1, largest) + largest
     raise Unfit(f"an exponent is no number up to {EXPONENT}")
 
 

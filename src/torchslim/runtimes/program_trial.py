@@ -26,16 +26,16 @@ from torchslim.errors import ArtifactError
 
 LARGEST = 2**30
 RELATIVE = 32
-"""Bytes of one value: at most `LARGEST`, or so many times those of the weights and inputs together."""
+"""Bytes of one value: at most `LARGEST`, or `RELATIVE` times the bytes of all weights and inputs, if that is more."""
 PIECES = 2**17
-"""The longest dimension that an operator may cut into a list of tensors."""
+"""The longest dimension that an operator may split into a list of tensors."""
 UNKNOWN: tuple[type[Exception], ...] = (
     DataDependentOutputException,
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
     UnsupportedOperatorException,
 )
-"""Sizes that depend on numbers, and operators that compute none: from there on a program is not tried."""
+"""Exceptions of sizes that depend on data and of operators without fake tensors: the trial of a program ends there."""
 
 
 def try_program(program: ExportedProgram) -> None:

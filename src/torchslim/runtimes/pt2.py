@@ -35,9 +35,9 @@ KNOWN = re.compile(
 )
 LIMITS = Limits(size_bytes=32 * MIB, values=1_500_000)
 OWN = Limits(size_bytes=1024 * MIB, values=50_000_000)
-"""Of a program that was just exported, with the stack traces of its nodes."""
+"""Limits of a program that was just exported and still has the stack traces of its nodes."""
 EXPANDED = 256 * MIB
-"""Bytes that a tensor may stand for beyond those that it stores, where it is stored once and repeated."""
+"""The most bytes of a tensor that repeats its stored values."""
 
 
 def pack_program(program: ExportedProgram) -> bytes:
