@@ -17,6 +17,14 @@ from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.layers import layers_of, structure_of
 
+KINDS = {
+    "positional": inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    "keyword": inspect.Parameter.KEYWORD_ONLY,
+    "varargs": inspect.Parameter.VAR_POSITIONAL,
+    "varkwargs": inspect.Parameter.VAR_KEYWORD,
+}
+"""Kinds of inputs in a manifest, as Python has them."""
+
 
 class Session(Protocol):
     """A compiled model: flat tensors in, flat tensors out."""
@@ -137,33 +145,29 @@ class Spec:
         return args, kwargs
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        named: dict[str, Any] = {}
-        rest, extra = list(args), dict(kwargs)
-        for name, kind in self.kinds.items():
-            if kind == "varargs":
-                named[name], rest = tuple(rest), []
-            elif kind == "positional" and rest:
-                named[name] = rest.pop(0)
-            elif kind != "varkwargs" and name in extra:
-                named[name] = extra.pop(name)
-            elif name in self.optional:
-                named[name] = build(self.inputs["dict"][name], ())
-        for name, kind in self.kinds.items():
-            if kind == "varkwargs":
-                named[name], extra = extra, {}
-        missing = [name for name in self.kinds if name not in named]
-        if missing or rest or extra:
-            problems = [
-                f"{', '.join(missing)} missing" if missing else "",
-                f"{len(rest)} too many by position" if rest else "",
-                f"{', '.join(extra)} not known or given twice" if extra else "",
-            ]
+        try:
+            bound = self._signature().bind(*args, **kwargs)
+        except TypeError as error:
             raise DeployError(
                 f"the model was captured with the inputs {', '.join(self.kinds)}; got {len(args)} by position"
-                f"{''.join(f', {name}' for name in kwargs)}: {'; '.join(filter(None, problems))}; call it as it was "
-                "captured, or capture it again with these inputs"
+                f"{''.join(f', {name}' for name in kwargs)}: {error}; call it as it was captured, or capture it again "
+                "with these inputs"
+            ) from error
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def _signature(self) -> inspect.Signature:
+        """The signature of the captured call; an input that was captured with its default may be left out."""
+        parameters = [
+            inspect.Parameter(
+                name,
+                KINDS[kind],
+                default=build(self.inputs["dict"][name], ()) if name in self.optional else inspect.Parameter.empty,
             )
-        return named
+            for name, kind in self.kinds.items()
+        ]
+        # a required input may follow an optional one, which Python's own signatures exclude
+        return inspect.Signature(parameters, __validate_parameters__=False)
 
 
 def _is_default(captured: Captured, name: str, default: Any) -> bool:
