@@ -23,10 +23,9 @@ from examples.fashion_mnist.data import Batches, splits
 from examples.fashion_mnist.model import DEPTHS, Block, ResNet
 from torchslim.artifact.latency_cache import LatencyTable
 from torchslim.core.files import write_bytes
-from torchslim.core.step import Step
+from torchslim.core.step import Step, Trains
 from torchslim.pipeline.recipe import load_document
 from torchslim.tuning import make_space
-from torchslim.tuning.trial import trainings
 
 HERE = Path(__file__).parent
 RECIPE = Path("examples/fashion_mnist/search.toml")
@@ -118,7 +117,7 @@ def singles() -> Iterator[tuple[str, list[Step]]]:
 
 def cost(steps: list[Step]) -> int:
     """Samples that the steps train on."""
-    return IMAGES * sum(training.epochs for step in steps for training in trainings(step))
+    return IMAGES * sum(sum(step.trainings()) for step in steps if isinstance(step, Trains))
 
 
 def measured(work: Path, folder: Path, technique: str, table: LatencyTable, reference: ts.Deployed) -> dict[str, Any]:

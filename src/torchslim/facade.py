@@ -1,4 +1,4 @@
-"""`torchslim.compress`: given steps are run, and for a budget they are searched. Only this module sees both."""
+"""`torchslim.compress`: runs steps, or searches them for a budget; only this module imports both."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torchslim.errors import RecipeError
 from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.runner import run_steps
+from torchslim.tuning.budgeted import compress_within
 
 
 @checks_arguments(RecipeError)
@@ -46,33 +47,24 @@ def compress(
     Args:
         model: a trained module. It, its modes, the random state and torch's global settings are never modified.
         task: data and metric.
-        steps: in the order in which they run; the order is checked before any data are loaded.
-        budget: instead of steps. A recipe is derived from the model, the machine and the task (`ts.suggest`) and
-            searched; the best result within the limits is returned, or the nearest to them, with a note.
-        runtime: where the result will run; the baseline is measured there too.
-        threads: of the deployed model; None: the runtime decides.
-        example_inputs: what the model is exported with; default: the inputs of the first validation batch.
+        steps: in running order, which is checked before any data are loaded.
+        budget: instead of steps: search for the recipe; returns the best result in the budget, or else the nearest.
+        runtime, threads: of the deployed model and the baseline; threads=None: the runtime decides.
+        example_inputs: inputs of the export; default: those of the first validation batch.
         dynamic_shapes: "batch", None, or a torch.export spec.
-        teacher: what distillation learns from; default: the original model.
-        engine: devices and precision of training.
-        seed: of everything random.
+        teacher: of distillation; default: the original model.
+        engine, seed: devices and precision of training; seed of everything random.
         workdir: folder of finished steps and checkpoints. An interrupted run resumes there and gives the same result.
-        overwrite: use a folder that holds the run of another recipe; its steps are reused where they are the same.
-        stages: a folder in which several runs share finished steps; default: a folder in `workdir`.
-        names: names of the model and the task, for the report and to tell recipes apart.
-        sensitivity: a result of `ts.sensitivity`, or its file: which layers are easily damaged. Pruning to a latency
-            and the choice of layers to quantize use it.
+        overwrite: use a folder with the run of another recipe, and reuse the steps that are the same.
+        stages: folder of finished steps that several runs share; default: a folder in `workdir`.
+        names: of the model and the task, for the report and to tell recipes apart.
+        sensitivity: result of `ts.sensitivity` or its file; guides pruning to a latency and layers="auto".
         progress: called with an `Event` at every phase.
 
     Raises:
-        TorchslimError: one of its kinds, with what is wrong, what was got, and how to mend it.
+        TorchslimError: one of its kinds; the message names the fault, the value and the remedy.
     """
-    if (steps is None) == (budget is None):
-        raise RecipeError("give steps=[...] to take, or budget=Budget(...) to have them found, and not both")
-    if budget is not None and not (engine is None and stages is None and sensitivity is None):
-        raise RecipeError(
-            "engine, stages and sensitivity go with steps, not with budget; ts.search takes a recipe with all"
-        )
+    _check_choice(steps, budget, engine, stages, sensitivity)
     model = usable(model)
     options = RunOptions(
         target=Target(runtime=runtime, threads=threads),
@@ -88,8 +80,22 @@ def compress(
         sensitivity=Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity,
         progress=progress,
     )
-    if budget is None:
-        return run_steps(model, task, steps or (), options)
-    from torchslim.tuning.budgeted import compress_within
+    return _run(model, task, steps, budget, options)
 
-    return compress_within(model, task, budget, options)
+
+def _run(
+    model: nn.Module, task: Task, steps: Sequence[Step] | None, budget: Budget | None, options: RunOptions
+) -> Result:
+    if budget is not None:
+        return compress_within(model, task, budget, options)
+    return run_steps(model, task, steps or (), options)
+
+
+def _check_choice(steps: Sequence[Step] | None, budget: Budget | None, *options_of_steps: Any) -> None:
+    """Raise RecipeError unless there are either steps, or a budget without options that go with steps."""
+    if (steps is None) == (budget is None):
+        raise RecipeError("give steps=[...] to take, or budget=Budget(...) to have them found, and not both")
+    if budget is not None and any(option is not None for option in options_of_steps):
+        raise RecipeError(
+            "engine, stages and sensitivity go with steps, not with budget; ts.search takes a recipe with all"
+        )

@@ -338,7 +338,7 @@ def test_damage_is_counted_in_the_direction_of_the_measure() -> None:
     )  # fmt: skip
     assert [metric.damage(each) for each in metric.points] == [3.0, None]
     assert metric.most_sensitive("int8") == ["a"]
-    with pytest.raises(SensitivityError, match="'int4-weights' was not measured; there is int8"):
+    with pytest.raises(SensitivityError, match="'int4-weights' was not measured; measured: int8"):
         metric.most_sensitive("int4-weights")
 
 

@@ -169,11 +169,11 @@ def test_a_save_waits_for_who_holds_the_folder_and_says_so_in_the_end(
     monkeypatch.setattr(folder_lock, "FOLDER_SECONDS", 0.01)
     with folder_lock.reading(tmp_path / "a"):
         ts.load_module(tmp_path / "a", linear)  # readers do not wait for each other
-        with pytest.raises(StorageError, match="writing to, or reading, .*a for over .* s; wait until it ends"):
+        with pytest.raises(StorageError, match="has been writing to, or reading, .*a for over .* s; wait until it ends"):
             ts.save(linear(), tmp_path / "a")
     with (
         folder_lock.writing(tmp_path / "a"),
-        pytest.raises(StorageError, match="another process is writing to .*a for over"),
+        pytest.raises(StorageError, match="another process has been writing to .*a for over"),
     ):
         ts.load_module(tmp_path / "a", linear)
     ts.save(linear(), tmp_path / "a")

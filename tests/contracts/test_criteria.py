@@ -138,7 +138,7 @@ def test_slices_can_be_pruned_where_the_criterion_ranks_them(name: str, dim: int
     batches = [(torch.randn(16, 8), torch.randint(4, (16,)))]
     if name in CHANNELS_ONLY and dim == 1:
         with pytest.raises(
-            PruneError, match=f"no chosen layer can be ranked: 0.weight: criterion '{name}' says nothing"
+            PruneError, match=f"no chosen layer can be ranked: 0.weight: criterion '{name}' gives it no scores"
         ):
             ts.prune.weights(model, 0.5, criterion=name, pattern="slice", dim=dim, include="0", batches=batches)
         return

@@ -122,7 +122,7 @@ def test_patterns_mean_what_they_say(include: Any, expected: set[str]) -> None:
         ("conv.3.weight", r"near names: conv.\d.weight"),
         ("type:Linera", "pattern 'type:Linera' matches no layer; near names: type:Linear"),
         ("type:linear", "near names: type:Linear"),
-        ("norms", "'norms' matches no weight that is pruned by default; to prune it all the same, name the parameter: norms.0.weight, norms.0.bias"),
+        ("norms", "'norms' matches no weight that is pruned by default; to prune it anyway, name the parameter: norms.0.weight, norms.0.bias"),
         ("type:Embedding", "name the parameter: embed.0.weight"),
         ("line.bia?s", "near names: line.bias"),
     ],

@@ -148,7 +148,7 @@ def test_an_edited_stage_is_noticed_and_taken_again(
 ) -> None:
     folder = copied(finished[0], tmp_path)
     edited(folder, change)
-    with pytest.warns(UserWarning, match=rf"{says}.*; the step is taken again$"):
+    with pytest.warns(UserWarning, match=rf"{says}.*; the step is run again$"):
         assert tiny.outcome(tiny.run(folder)) == finished[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -165,7 +165,7 @@ def test_other_weights_in_a_stage_are_noticed(finished: tuple[Path, Any], tmp_pa
     shutil.rmtree(stage)
     write_artifact(stage, deployed=ts.deploy(module, (torch.ones(2, 4),), runtime="eager", threads=1), module=module)
     (stage / "stage.json").write_bytes(record)
-    with pytest.warns(UserWarning, match="are not those that were written with stage.json; the step is taken again"):
+    with pytest.warns(UserWarning, match="are not those that were written with stage.json; the step is run again"):
         assert tiny.outcome(tiny.run(folder)) == finished[1]
 
 
@@ -230,7 +230,7 @@ def test_resuming_runs_no_code_that_was_put_into_a_stage(
     alarm = Alarm(monkeypatch)
     whole = tiny.outcome(tiny.run(tmp_path, runtime=runtime))
     hostile(tmp_path / "work" / "01-prune")
-    with pytest.warns(UserWarning, match="the step is taken again"):
+    with pytest.warns(UserWarning, match="the step is run again"):
         assert tiny.outcome(tiny.run(tmp_path, runtime=runtime)) == whole
     assert "hostile" not in alarm.read
 

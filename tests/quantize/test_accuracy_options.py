@@ -255,7 +255,7 @@ def test_bad_options_are_refused() -> None:
         Helpers(smooth=2)
     with pytest.raises(QuantizeError, match="training does their work"):
         Quantize(mode="qat", correct_biases=True)
-    with pytest.raises(QuantizeError, match="look at data"):
+    with pytest.raises(QuantizeError, match="need data"):
         weights(Chain(), (rand(2, 3, 9, 9),), helpers=Helpers(rounding="gptq"))
     with pytest.raises(QuantizeError, match="smoothing looks at activations"):
         prepare(Block(), (rand(2, 5, 8),), helpers=Helpers(smooth=0.5))

@@ -196,7 +196,7 @@ def test_a_layer_that_reads_stored_tensors_alone_says_why_it_has_no_integer_inpu
     prepared = prepare(StoredSource(), (x,), runtime="onnxruntime")
     prepared.calibrate([(x,)])
     found = {record.layer: (record.activation_bits, record.reason) for record in prepared.records}
-    assert found["project"] == (None, "what it reads is stored, too: weights in int8, computing in float")
+    assert found["project"] == (None, "its input is stored, too: weights in int8, computing in float")
     assert found["layer"] == (8, "")
 
 

@@ -210,7 +210,7 @@ def test_a_recipe_may_ask_for_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "auto"}, "layers='auto' needs to know what may be lost"),
+        ({"layers": "auto"}, "layers='auto' needs metric_drop, the largest allowed loss"),
         ({"metric_drop": 0.5}, "metric_drop belongs to layers='auto'"),
         ({"layers": "some", "metric_drop": 0.5}, "or 'auto', got 'some'"),
         ({"layers": "auto", "metric_drop": -1.0}, "at least 0, got -1"),

@@ -414,7 +414,7 @@ def test_no_batches_are_refused(model: nn.Module) -> None:
 
 
 def test_batches_that_are_no_inputs_are_refused(model: nn.Module) -> None:
-    message = r"must be a tuple or a dict of what the model is called with, got a tensor of shape .*; give \(x,\)"
+    message = r"must be a tuple or a dict of the model's arguments, got a tensor of shape .*; give \(x,\)"
     with pytest.raises(QuantizeError, match=message):
         static(model, [images(2)])  # type: ignore[list-item]
 

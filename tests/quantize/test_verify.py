@@ -427,6 +427,6 @@ def test_a_saved_model_is_loaded_and_asked_again(net, tmp_path):
 
     with (
         mock.patch.object(storage, "load_opened", load),
-        pytest.raises(storage.ArtifactError, match="answers otherwise"),
+        pytest.raises(storage.ArtifactError, match="gives other outputs than before"),
     ):
         ts.save(deployed, tmp_path / "wrong")

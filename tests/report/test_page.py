@@ -111,7 +111,7 @@ def test_a_speedup_below_one_is_a_slowdown() -> None:
 def test_summary_tells_the_three_results() -> None:
     told = findings.summary(make_run())
     assert "accuracy on test goes from 92.44 % to 91.88 % (0.56 points worse)" in told
-    assert "what ships is 3.84 times smaller" in told
+    assert "the artifact is 3.84 times smaller" in told
     assert "it runs 2.54 times faster on onnxruntime" in told
 
 
@@ -155,7 +155,7 @@ def test_a_step_taken_twice_is_numbered() -> None:
 
 def test_each_warning_stands_once_with_its_steps() -> None:
     found = dict(findings.warnings(make_run()))
-    assert found["operations whose MACs nobody counts: aten.lstm"] == ["quantize", "artifact"]
+    assert found["operations without a MAC count: aten.lstm"] == ["quantize", "artifact"]
     assert len(found) == 2
 
 
@@ -210,7 +210,7 @@ def test_table_without_a_test_split_says_what_it_shows_and_what_is_missing() -> 
 
 def test_table_names_the_steps_of_a_warning() -> None:
     lines = table(make_run()).splitlines()
-    assert "warning (quantize, artifact): operations whose MACs nobody counts: aten.lstm" in lines
+    assert "warning (quantize, artifact): operations without a MAC count: aten.lstm" in lines
     assert sum("aten.lstm" in line for line in lines) == 1
 
 
@@ -326,7 +326,7 @@ def test_page_shows_recipe_machine_warnings_and_what_it_was_judged_on() -> None:
         '"do": "torchslim.prune.step:Prune"',
         "Made-up 9000",
         "2.14.1",
-        "operations whose MACs nobody counts: aten.lstm",
+        "operations without a MAC count: aten.lstm",
         "Selected on val, reported on test",
     ):
         assert part in text

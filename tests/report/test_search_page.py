@@ -200,7 +200,7 @@ def test_the_table_has_the_verdict_the_front_and_what_each_member_is() -> None:
         assert text in row
     assert "trial 1: 1-prune.sparsity = 0.1, 2-quantize.scheme = int8" in table
     assert "not measured (-): accuracy on test of the original: the task has no test batches" in table
-    assert "4 trials: 2 tried, 1 given up early, 1 failed; 2 on the front" in table
+    assert "4 trials: 2 tried, 1 stopped early, 1 failed; 2 on the front" in table
 
 
 def test_a_step_that_is_left_out_says_nothing_of_its_values() -> None:

@@ -118,7 +118,7 @@ def files() -> dict[str, bytes]:
     ("child", "message"),
     [
         (ABORT, "SIGABRT.*runtime='eager'"),
-        ("raise ImportError('no numpy')", "could not begin.*no numpy"),
+        ("raise ImportError('no numpy')", "did not start.*no numpy"),
         ("import time; time.sleep(60)", "within 0.5 s"),
     ],
 )

@@ -80,8 +80,8 @@ def make_run(*, metric: str = "accuracy", unit: str = "%") -> dict[str, Any]:
         *(layer(f"layer{i}.conv", "quantized", weight_bits=8, activation_bits=8) for i in range(1, 7)),
         layer("layer7.conv", "refused", reason="its output goes to an operator that has no int8 kernel here"),
     ]
-    rows[3]["warnings"] = ["operations whose MACs nobody counts: aten.lstm"]
-    rows[4]["warnings"] = ["operations whose MACs nobody counts: aten.lstm"]
+    rows[3]["warnings"] = ["operations without a MAC count: aten.lstm"]
+    rows[4]["warnings"] = ["operations without a MAC count: aten.lstm"]
     return {
         "format": 1,
         "torchslim": "0.1.0",

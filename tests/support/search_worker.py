@@ -9,7 +9,7 @@ from typing import Any
 
 from torchslim.tuning.space import Parameter
 from torchslim.tuning.storage import open_storage
-from torchslim.tuning.study import Ledger
+from torchslim.tuning.study import Design, Ledger
 
 PARAMETERS = (
     Parameter(name="x", path=("x",), kind="float", low=0.0, high=1.0),
@@ -19,7 +19,8 @@ PARAMETERS = (
 
 def ledger(storage: Any, trials: int, **options: Any) -> Ledger:
     """Of a study with two parameters and two objectives."""
-    return Ledger(storage, "study", "key", objectives=2, parameters=PARAMETERS, trials=trials, beat=0.2, **options)
+    design = Design(objectives=2, parameters=PARAMETERS, trials=trials, **options)
+    return Ledger(storage, "study", "key", design, beat=0.2)
 
 
 def answer(values: dict[str, Any]) -> list[float]:

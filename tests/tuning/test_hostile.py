@@ -18,7 +18,7 @@ from tests.support.search_worker import PARAMETERS, answer, ledger, work
 from torchslim.errors import RecipeError, StorageError
 from torchslim.tuning.shared import Unusable, read_row
 from torchslim.tuning.storage import hushed, open_storage
-from torchslim.tuning.study import Ledger
+from torchslim.tuning.study import Design, Ledger
 
 
 @pytest.fixture(params=["journal", "sqlite"])
@@ -135,7 +135,7 @@ def test_a_worker_that_is_none_is_dead_when_its_beats_stop(tmp_path: Path, worke
 
 def test_what_follows_from_figures_is_computed_and_not_believed(tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "study")
-    book = Ledger(storage, "study", "key", objectives=1, parameters=(), trials=9, budget=BUDGET)
+    book = Ledger(storage, "study", "key", Design(objectives=1, trials=9), budget=BUDGET)
     slow = {**ENTRY, "value": 30.0}
     lie = {"state": "measured", "trial": 0, "metric": {"val": ENTRY}, "within": True,
            "figures": {"metric_drop": ENTRY, "latency": slow}, "reason": "\x1b[2J"}  # fmt: skip
@@ -149,7 +149,7 @@ def test_what_follows_from_figures_is_computed_and_not_believed(tmp_path: Path) 
 def test_a_trial_that_is_not_judged_by_numbers_is_unusable(judged: Any) -> None:
     given = TRIALS[0] | {"state": TrialState.COMPLETE, "values": judged}
     given["user_attrs"] = given["user_attrs"] | {"result": json.dumps(given["user_attrs"]["result"])}
-    with pytest.raises(Unusable, match="not judged by 2 numbers"):
+    with pytest.raises(Unusable, match="does not have 2 objective values"):
         read_row(SimpleNamespace(**given), PARAMETERS, 2, BUDGET)
 
 

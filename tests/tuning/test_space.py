@@ -108,7 +108,7 @@ def test_then_each_other_choice_is_tried_by_itself() -> None:
         ("metric_drop = 1.0", "metric_drop = -1.0", "metric_drop must be a finite number of at least 0"),
         ("metric_drop = 1.0", "metric_dorp = 1.0", "did you mean 'metric_drop'"),
         ("metric_drop = 1.0", 'minimize = ["speed"]', "minimize"),
-        ("metric_drop = 1.0", 'minimize = ["size", "size"]', "names one thing twice"),
+        ("metric_drop = 1.0", 'minimize = ["size", "size"]', "has an entry twice"),
         ("metric_drop = 1.0", "trials = 0", "trials must be a whole number"),
         ("metric_drop = 1.0", "latency_ms = 0.0", "latency_ms must be a finite number above 0"),
         ("skip = { search = [true, false] }", 'skip = "yes"', "'skip' must be true or false"),

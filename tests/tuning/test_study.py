@@ -16,7 +16,7 @@ from tests.support.postgres import database
 from tests.support.search_worker import answer, ledger, work
 from torchslim.errors import RecipeError, StorageError
 from torchslim.tuning.storage import open_storage
-from torchslim.tuning.study import Ledger
+from torchslim.tuning.study import Design, Ledger
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,7 +187,7 @@ def test_starts_that_are_too_many_are_not_waited_for(tmp_path: Path) -> None:
 
 def test_what_is_claimed_is_claimed_once_until_its_worker_dies(tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "study")
-    one, two = (Ledger(storage, "finals", "key", objectives=1, parameters=(), trials=10**9, beat=0.2) for _ in range(2))
+    one, two = (Ledger(storage, "finals", "key", Design(objectives=1, trials=10**9), beat=0.2) for _ in range(2))
     claim = one.claim({"trial": 7})
     assert two.claim({"trial": 7}) is None
     assert two.claims() == {7: None}
@@ -203,7 +203,7 @@ def test_a_study_of_another_recipe_is_refused(tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "study")
     ledger(storage, 3)
     with pytest.raises(RecipeError, match="belongs to another recipe"):
-        Ledger(storage, "study", "other", objectives=2, parameters=(), trials=3)
+        Ledger(storage, "study", "other", Design(objectives=2, trials=3))
 
 
 @pytest.mark.parametrize(

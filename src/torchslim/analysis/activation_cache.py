@@ -60,11 +60,11 @@ class Story:
         """Paths of the outermost modules that can return a cached output and were left before a time."""
         paths: list[str] = []
 
-        def look(each: Call) -> None:
-            if each.left <= time and each.path in self.able:
-                paths.append(each.path)
-            elif each.entered < time:
-                for inner in each.inside:
+        def look(call: Call) -> None:
+            if call.left <= time and call.path in self.able:
+                paths.append(call.path)
+            elif call.entered < time:
+                for inner in call.inside:
                     look(inner)
 
         look(self.root)
@@ -195,24 +195,24 @@ class Replays:
             later.append({path: answers.get(path, _standing_for(everything[path])) for path in paths})
         self.held, self.known, self.time = later, everything, time
 
-    def _record(self, inputs: Any, held: dict[str, Any], wanted: Collection[str]) -> dict[str, Any] | None:
+    def _record(self, inputs: Any, held: dict[str, Any], paths: Collection[str]) -> dict[str, Any] | None:
         """Outputs of modules by path, from a run that stops after the last of them; None if one of them did not run."""
         outputs: dict[str, Any] = {}
-        if not wanted:
+        if not paths:
             return outputs
         handles = []
 
         def keep(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 outputs[path] = changed(output, lambda tensor: tensor.detach().clone())  # the next may work in place
-                if len(outputs) == len(wanted):
+                if len(outputs) == len(paths):
                     raise _Enough
 
             return hook
 
         modules = dict(self.model.named_modules())
         try:
-            handles = [modules[path].register_forward_hook(keep(path)) for path in wanted]
+            handles = [modules[path].register_forward_hook(keep(path)) for path in paths]
             with answering(self.model, held):
                 call(predictor(self.model), inputs)
         except _Enough:
@@ -220,7 +220,7 @@ class Replays:
         finally:
             for handle in handles:
                 handle.remove()
-        return outputs if len(outputs) == len(wanted) else None
+        return outputs if len(outputs) == len(paths) else None
 
     def _read(self, held: dict[str, Any]) -> tuple[set[str], Any]:
         """Paths of the cached outputs that are read in a run on the example, and the output of this run."""
@@ -228,7 +228,7 @@ class Replays:
         owners: dict[int, str] = {}
         alive = []
 
-        def given(path: str, answer: Any) -> None:
+        def record(path: str, answer: Any) -> None:
             alive.append(answer)  # so that no other tensor gets its id
             owners.update({id(tensor): path for tensor in tensors(answer)})
 
@@ -237,7 +237,7 @@ class Replays:
                 read.update(owners[id(leaf)] for leaf in leaves((args, kwargs or {})) if id(leaf) in owners)
                 return func(*args, **(kwargs or {}))
 
-        with answering(self.model, held, given), Reading():
+        with answering(self.model, held, record), Reading():
             output = call(predictor(self.model), self.example)
         read |= {owners[id(tensor)] for tensor in tensors(output) if id(tensor) in owners}
         return read, output
@@ -284,23 +284,23 @@ def _plain(output: Any) -> bool:
 def _standing_for(output: Any) -> Any:
     """Placeholders with the shapes of an output but not its memory: NaN for floats, else 0."""
 
-    def empty(each: Tensor) -> Tensor:
-        value = float("nan") if each.is_floating_point() else 0
-        return torch.full((), value, dtype=each.dtype, device=each.device).expand(each.shape)
+    def empty(tensor: Tensor) -> Tensor:
+        value = float("nan") if tensor.is_floating_point() else 0
+        return torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
     return changed(output, empty)
 
 
-def _copy(each: Tensor) -> Tensor:
-    is_placeholder = each.numel() > 1 and not any(each.stride())
-    return each if is_placeholder else each.clone()
+def _copy(tensor: Tensor) -> Tensor:
+    is_placeholder = tensor.numel() > 1 and not any(tensor.stride())
+    return tensor if is_placeholder else tensor.clone()
 
 
 def _finite(output: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors(output) if tensor.is_floating_point())
 
 
-def _walk(each: Call) -> Iterator[Call]:
-    yield each
-    for inner in each.inside:
+def _walk(call: Call) -> Iterator[Call]:
+    yield call
+    for inner in call.inside:
         yield from _walk(inner)

@@ -40,7 +40,7 @@ from torchslim.quantize.schemes import find_scheme
 from torchslim.training.calibration import CalibrationData
 
 RETREATS = 60
-"""How often a removal that does not run is made in another way."""
+"""The most rounds of ruling out a removal that fails; after them the coupling is used as it is."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +83,7 @@ class Sensing:
         try:
             plan = analyze(self.model, few, include=self.include, exclude=self.exclude)
         except PruneError as error:
-            self.notes.append(f"no channel group was looked at: {error}")
+            self.notes.append(f"no channel group was measured: {error}")
             return
         coupling = settled(plan)
         yield from _unverified(coupling, changes, known)
@@ -159,21 +159,21 @@ class Sensing:
         for scheme in schemes:
             yield from self._scheme(scheme, known)
 
-    def _scheme(self, scheme: str, known: Known) -> Iterator[Point]:
+    def _scheme(self, scheme: str, points: Known) -> Iterator[Point]:
         inputs = [self.task.inputs(batch) for batch in self.batches]
         try:
             prepared = prepare(self.model, self.example_inputs, runtime=self.runtime, scheme=scheme)
             if find_scheme(scheme).activations == "static":
                 prepared.calibrate(inputs)
         except (QuantizeError, ExportError) as error:
-            self.notes.append(f"{scheme}: no layer was looked at: {error}")
+            self.notes.append(f"{scheme}: no layer was measured: {error}")
             return
         for record in prepared.records:
-            if record.action == "refused" and record.reason != Reason.AS_ASKED and (record.layer, scheme) not in known:
+            if record.action == "refused" and record.reason != Reason.AS_ASKED and (record.layer, scheme) not in points:
                 yield Point(name=record.layer, kind="layer", change=scheme, refused=record.reason)
         included = self._wanted()
         changes = [
-            single for single in singles(prepared) if included(single.layer) and (single.layer, scheme) not in known
+            single for single in singles(prepared) if included(single.layer) and (single.layer, scheme) not in points
         ]
         if not changes:
             return
@@ -257,12 +257,12 @@ def _named(coupling: Coupling) -> list[tuple[str, Unit]]:
     return units
 
 
-def _unverified(coupling: Coupling, changes: Sequence[str], known: Known) -> Iterator[Point]:
+def _unverified(coupling: Coupling, changes: Sequence[str], points: Known) -> Iterator[Point]:
     """Yield a refused point for each group whose removal could not be verified, and each change."""
     reasons: Mapping[str, str] = {
         group.name: group.reason for group in coupling.groups if Reason.NOT_VERIFIED.given_in(group.reason)
     }
     for name, why in reasons.items():
         for change in changes:
-            if (name, change) not in known:
+            if (name, change) not in points:
                 yield Point(name=name, kind="channels", change=change, refused=why)

@@ -105,7 +105,7 @@ class Sensitivity:
         ]
         if not rows:
             schemes = dict.fromkeys(point.change for point in self.points if point.kind == "layer")
-            raise SensitivityError(f"scheme {scheme!r} was not measured; there is {', '.join(schemes) or 'none'}")
+            raise SensitivityError(f"scheme {scheme!r} was not measured; measured: {', '.join(schemes) or 'none'}")
         measured = [(point.name, damage) for point, damage in rows if damage is not None]
         return [name for name, _ in sorted(measured, key=lambda row: -row[1])]
 
@@ -164,7 +164,7 @@ class Sensitivity:
     def table(self) -> str:
         """Text table with a row for each group and layer, and a column for each change."""
         lines = [f"{self.model}: {MEASURES[self.measure]}" + _reference(self)]
-        for kind, title in (("channels", "channel groups, so much of them removed"), ("layer", "layers")):
+        for kind, title in (("channels", "channel groups, by the fraction removed"), ("layer", "layers")):
             points = [point for point in self.points if point.kind == kind]
             if not points:
                 continue
@@ -185,10 +185,10 @@ class Sensitivity:
         return self.table()
 
 
-def _reference(found: Sensitivity) -> str:
-    if found.measure != "metric" or found.reference is None:
+def _reference(sensitivity: Sensitivity) -> str:
+    if sensitivity.measure != "metric" or sensitivity.reference is None:
         return ""
-    return f" (unchanged: {found.reference:.4g} {found.unit})".replace(" )", ")")
+    return f" (unchanged: {sensitivity.reference:.4g} {sensitivity.unit})".replace(" )", ")")
 
 
 def _cell(point: Point | None) -> str:

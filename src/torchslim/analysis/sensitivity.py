@@ -1,4 +1,8 @@
-"""What each channel group and each layer costs when it alone is pruned or quantized: measured, kept, used as priors."""
+"""Damage of pruning each channel group alone, and of quantizing each layer alone: measured, and kept on disk.
+
+A group is removed physically, and batch norms are not recalibrated. A layer is rounded as the quantized model rounds
+it: its weights, its inputs and, for convolutions, its outputs. A pass over the data starts at the changed layer.
+"""
 
 from __future__ import annotations
 
@@ -54,46 +58,37 @@ def sensitivity(
     name: str = "",
     progress: Callable[[Event], None] = log_progress,
 ) -> Sensitivity:
-    """What each channel group costs when it alone is pruned, and each layer when it alone is quantized.
-
-    A group is physically cut, the rest of the model stays; batch norms are not recalibrated. A layer is rounded as the
-    quantized model would round it: its weights, what it reads and, of convolutions, what they give. Every point costs
-    at most one pass over the data, less what lies before the change. Points are kept on disk as they are measured.
+    """Measure the damage of pruning each channel group alone and of quantizing each layer alone, in one data pass each.
 
     Args:
-        model: a trained module; it is left as it was.
-        task: calibration data for "sqnr" and "kl", val for "metric".
+        model: a trained module; it is never modified.
+        task: "sqnr" and "kl" are measured on its calibration data, "metric" on val.
         example_inputs: by default the inputs of the first validation batch.
-        ratios: of the channels of a group that are removed, each in (0, 1); none: no group is pruned.
-        schemes: names of `SCHEMES`; none: no layer is quantized.
-        measure: "sqnr" of all floating-point outputs, "kl" of the logits, or "metric".
-        runtime: decides what of a layer is quantized, and how.
-        include: patterns of layers; only they, and groups with a member among them, are looked at.
-        exclude: patterns of layers that are left alone.
-        samples: of calibration, where the task does not name calibration batches.
-        workdir: where points are kept; by default the cache folder of this machine.
-        criterion: which channels of a group go first.
+        ratios: fractions of a group's channels to remove, in (0, 1); batch norms are not recalibrated; empty: none.
+        schemes: names of `SCHEMES` that round a layer's weights, inputs and, for convolutions, outputs; empty: none.
+        measure: "sqnr" of all floating-point outputs, in dB; "kl" of the logits, in nats; or "metric".
+        runtime: decides which tensors of a layer are quantized, and how.
+        include, exclude: patterns of layers to measure, with the groups of these layers, and of layers to leave out.
+        samples: number of calibration samples, unless the task names calibration batches.
+        workdir: folder where points are kept once they are measured; default: the cache folder of this machine.
+        criterion: ranks the channels of a group; those with the lowest scores are removed.
         seed: of everything random.
-        name: what the model is called; by default its class.
+        name: of the model in the result; default: its class.
         progress: called with an `Event` at every phase.
 
     Raises:
-        SensitivityError: arguments out of their range, or nothing that could be measured.
+        SensitivityError: an argument is out of range, or nothing could be measured.
         TorchslimError: the task or the model cannot be used.
     """
-    model = usable(model, SensitivityError)
-    ratios, schemes = tuple(ratios), tuple(schemes)
-    _check(ratios, schemes, measure, samples)
-    find_runtime(runtime)
-    check_patterns(model, include, exclude)
-    from torchslim.analysis.probe import Sensing  # it loads what exports and quantizes
+    from torchslim.analysis.probe import Sensing  # slow to import: it loads the exporter and the quantizer
 
+    model, ratios, schemes = usable(model, SensitivityError), tuple(ratios), tuple(schemes)
+    _check(model, ratios, schemes, measure, runtime, include, exclude, samples)
     with _steady(seed):
-        inputs: Any = task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs
         sensing = Sensing(
             model=model,
             task=task,
-            example_inputs=inputs,
+            example_inputs=task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs,
             measure=measure,
             runtime=runtime,
             include=include,
@@ -103,22 +98,29 @@ def sensitivity(
             seed=seed,
             progress=progress,
         )
-        key = _key(sensing)
-        folder = Path(workdir) if workdir else cache_folder() / KIND
-        shelf = Shelf(folder / f"{key_id(key)[:16]}.points", key)
-        points: list[Point] = []
-        if ratios:
-            points += shelf.points("channels", [percent(each) for each in ratios], sensing.channels)
-        if schemes:
-            points += shelf.points("layer", schemes, sensing.layers)
-        shelf.head(sensing)
-        if not any(point.value is not None for point in points):
-            reasons = [*shelf.notes, *(point.refused for point in points)]
-            raise SensitivityError(f"nothing could be measured: {'; '.join(dict.fromkeys(reasons)) or 'no layers'}")
+        return _measure(sensing, ratios, schemes, workdir, name or type(model).__name__)
+
+
+def _measure(
+    sensing: Sensing, ratios: Sequence[float], schemes: Sequence[str], workdir: str | Path | None, name: str
+) -> Sensitivity:
+    """Measure the points that are not on disk, and return all of them."""
+    key = _key(sensing)
+    folder = Path(workdir) if workdir else cache_folder() / KIND
+    shelf = Shelf(folder / f"{key_id(key)[:16]}.points", key)
+    points: list[Point] = []
+    if ratios:
+        points += shelf.points("channels", [percent(ratio) for ratio in ratios], sensing.channels)
+    if schemes:
+        points += shelf.points("layer", schemes, sensing.layers)
+    shelf.head(sensing)
+    if not any(point.value is not None for point in points):
+        reasons = [*shelf.notes, *(point.refused for point in points)]
+        raise SensitivityError(f"nothing could be measured: {'; '.join(dict.fromkeys(reasons)) or 'no layers'}")
     return Sensitivity(
-        model=name or type(model).__name__,
-        measure=measure,
-        runtime=runtime,
+        model=name,
+        measure=sensing.measure,
+        runtime=sensing.runtime,
         points=tuple(points),
         machines={"this": describe_machine()},
         notes=tuple(shelf.notes),
@@ -126,8 +128,17 @@ def sensitivity(
     )
 
 
-def _check(ratios: Sequence[float], schemes: Sequence[str], measure: str, samples: int) -> None:
-    """Raise for arguments out of their range."""
+def _check(
+    model: nn.Module,
+    ratios: Sequence[float],
+    schemes: Sequence[str],
+    measure: str,
+    runtime: str,
+    include: Patterns,
+    exclude: Patterns,
+    samples: int,
+) -> None:
+    """Raise for an argument that is out of its range or names nothing."""
     if measure not in MEASURES:
         raise SensitivityError(f"measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}")
     for ratio in ratios:
@@ -139,11 +150,13 @@ def _check(ratios: Sequence[float], schemes: Sequence[str], measure: str, sample
         raise SensitivityError(f"samples must be at least 1, got {samples}")
     for scheme in schemes:
         find_scheme(scheme)
+    find_runtime(runtime)
+    check_patterns(model, include, exclude)
 
 
 def _key(sensing: Sensing) -> str:
-    """Everything that points depend on, but the changes themselves."""
-    chosen = (sensing.include, sensing.exclude, sensing.criterion)
+    """Digest of everything that points depend on, except the changes themselves."""
+    selection = (sensing.include, sensing.exclude, sensing.criterion)
     of_metric = sensing.measure == "metric"
     return digest(
         __version__,
@@ -152,25 +165,30 @@ def _key(sensing: Sensing) -> str:
         fingerprint(sensing.model.state_dict()),
         fingerprint([sensing.batches, take_first(sensing.task.val, "val") if of_metric else None]),
         fingerprint(sensing.example_inputs),
-        [sensing.measure, sensing.runtime, *map(canonical, chosen), sensing.seed],
+        [sensing.measure, sensing.runtime, *map(canonical, selection), sensing.seed],
         canonical(sensing.task.metric) if of_metric else None,
     )
 
 
 class Shelf:
-    """Points on disk, written as each is measured."""
+    """Points on disk, written after every measurement.
+
+    Args:
+        path: file of the points.
+        key: everything that the points depend on; a file with another key is an error, and is written anew.
+    """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        self.parts: dict[str, dict[str, list[dict[str, Any]]]] = {}  # by kind, by change
-        self.done: list[str] = []
+        self.parts: dict[str, dict[str, list[dict[str, Any]]]] = {}  # rows of points, by kind and change
+        self.done: list[str] = []  # "kind change" of all changes whose points are complete
         self.notes: list[str] = []
         self.scale: dict[str, Any] = {}  # unit, direction and reference of the measure
         if present(path):
             try:
-                found = json.loads(read_sealed(path, key))
-                self.parts, self.done = found["parts"], found["done"]
-                self.notes, self.scale = found["notes"], found["scale"]
+                stored = json.loads(read_sealed(path, key))
+                self.parts, self.done = stored["parts"], stored["done"]
+                self.notes, self.scale = stored["notes"], stored["scale"]
             except StorageError as error:
                 if distributed.is_first():
                     warn(f"{error}; all points are measured again")
@@ -178,22 +196,28 @@ class Shelf:
     def points(
         self, kind: str, changes: Sequence[str], measure: Callable[[list[str], Known], Iterator[Point]]
     ) -> list[Point]:
-        """Points of some changes: those on disk, and what `measure` gives for the changes that are not complete."""
+        """Points of the changes, from disk or measured, by layer or group.
+
+        Args:
+            kind: "channels" or "layer".
+            changes: as `Point.change` names them.
+            measure: measures the points of changes that are not complete, except those that it is given.
+        """
         part = self.parts.setdefault(kind, {})
         missing = [change for change in changes if f"{kind} {change}" not in self.done]
         if missing:
-            known = {(row["name"], row["change"]): point_of(row) for each in missing for row in part.get(each, ())}
+            known = {(row["name"], row["change"]): point_of(row) for change in missing for row in part.get(change, ())}
             for point in measure(missing, known):
                 part.setdefault(point.change, []).append({**asdict(point), "groups": list(point.groups)})
                 self._write()
-            self.done += [f"{kind} {each}" for each in missing]
+            self.done += [f"{kind} {change}" for change in missing]
             self._write()
-        found = [point_of(row) for change in changes for row in part.get(change, ())]
-        names = {name: place for place, name in enumerate(dict.fromkeys(each.name for each in found))}
-        return sorted(found, key=lambda each: names[each.name])
+        points = [point_of(row) for change in changes for row in part.get(change, ())]
+        places = {name: place for place, name in enumerate(dict.fromkeys(point.name for point in points))}
+        return sorted(points, key=lambda point: places[point.name])
 
     def head(self, sensing: Sensing) -> None:
-        """What the points have in common."""
+        """Store the notes and the scale that all points have in common."""
         new = [note for note in sensing.notes if note not in self.notes]
         if new or not self.scale:
             gauge = sensing.gauge
@@ -203,13 +227,13 @@ class Shelf:
 
     def _write(self) -> None:
         if distributed.is_first():
-            found = {name: getattr(self, name) for name in ("parts", "done", "notes", "scale")}
-            write_sealed(self.path, json.dumps(found, allow_nan=False).encode(), self.key)
+            content = {name: getattr(self, name) for name in ("parts", "done", "notes", "scale")}
+            write_sealed(self.path, json.dumps(content, allow_nan=False).encode(), self.key)
 
 
 @contextmanager
 def _steady(seed: int) -> Iterator[None]:
-    """The random state is given back, and attention takes the way whose modules are all called."""
+    """Seed the block and restore the random state after it; attention calls its submodules, so that hooks see them."""
     from torchslim.core.isolation import preserved_globals, unfused_attention
 
     with preserved_globals(seed), unfused_attention():

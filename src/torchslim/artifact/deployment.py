@@ -57,8 +57,8 @@ def deploy(
 
     model = usable(model, DeployError)
 
-    def compile_(each: nn.Module) -> Deployed:
-        return find_runtime(runtime).compile(each, example_inputs, dynamic_shapes, threads)
+    def compile_(module: nn.Module) -> Deployed:
+        return find_runtime(runtime).compile(module, example_inputs, dynamic_shapes, threads)
 
     deployed = verified(model, compile_, checks=Checks.of(checks))
     for note in new_notes(model, deployed):
@@ -214,28 +214,28 @@ def _fits(deployed: Deployed, run: Run) -> bool:
 
 
 def _repaired(
-    model: QuantizedModule, given: _Given, compile_: Compile, check: Compile, found: Sequence[Fault], runtime: str
+    model: QuantizedModule, basis: _Given, compile_: Compile, check: Compile, failures: Sequence[Fault], runtime: str
 ) -> Deployed:
     """The model, deployed with the layers in float that the checks need."""
-    evidence = given.evidence
+    evidence = basis.evidence
 
     def look(released: Released) -> Sequence[Fault]:
         made = integers(evidence.prepared, released)
-        graph = outputs(graph_of(made), given.runs)
+        graph = outputs(graph_of(made), basis.runs)
         axes, checks = evidence.prepared.output_axes, evidence.checks
-        lost = [fault for fault in faults(given.reference, graph, axes, checks) if fault.kind in BROKEN]
-        return lost or given.off(graph, check(made))
+        lost = [fault for fault in faults(basis.reference, graph, axes, checks) if fault.kind in BROKEN]
+        return lost or basis.off(graph, check(made))
 
     if everything := look(frozenset(unit.key for unit in evidence.units)):
         raise DeployError(
             f"runtime {runtime!r} computes something else than the model, with all layers in float: "
             f"{everything[0].told(evidence.names)}; use another runtime"
         )
-    reasons = search(evidence.units, look, found, evidence.names, known=evidence.released, where=f" on {runtime}")
+    reasons = search(evidence.units, look, failures, evidence.names, known=evidence.released, where=f" on {runtime}")
     if reasons is None:
         raise DeployError(
-            f"the model deployed on {runtime!r} cannot be verified: {found[0].told(evidence.names)}, whichever layers "
-            "stay in float; use another runtime, or pass checks with other thresholds"
+            f"the model deployed on {runtime!r} cannot be verified: {failures[0].told(evidence.names)}, "
+            "whichever layers stay in float; use another runtime, or pass checks with other thresholds"
         )
     made = integers(evidence.prepared, frozenset(reasons))
     concluded(made, evidence, outputs(graph_of(made), evidence.runs), reasons)

@@ -156,7 +156,7 @@ def _wrong_manifest(manifest: ManifestJson) -> str | None:
         return f"it names a file outside its folder: {shorten(outside)}"
     program = [key for key in ("runtime", "threads", "spec", "quantized") if key in manifest]
     if program and len(program) < 4:
-        return f"it has {', '.join(program)}, but not all that a program needs"
+        return f"it has {', '.join(program)}, but not all entries that a program needs"
     weights = [key for key in ("aliases", "channels_last") if key in manifest]
     if len(weights) != (2 if "weights.safetensors" in manifest["files"] else 0):
         return "its weights are not described"

@@ -41,7 +41,7 @@ class Opened:
     def read(self, name: str) -> bytes:
         """Bytes of a file, hashed again, so that exactly the checked bytes are used."""
         if name not in self.manifest["files"]:
-            raise ArtifactError(f"{self.folder} lists no {name}; it was saved without it")
+            raise ArtifactError(f"{self.folder} has no {name}: the artifact was saved without it")
         if name in self.ahead:
             return self.ahead.pop(name)
         data = read_file(self.folder / name, ArtifactError, size_bytes=FILE_BYTES, links=False)
@@ -100,7 +100,7 @@ def open_artifact(folder: str | Path, *, public_key: Key | None = None) -> Opene
     for name, expected in manifest["files"].items():
         inside = folder / name
         if inside.is_symlink():
-            raise ArtifactError(f"{path} names a file outside its folder: {name!r} is a link; copy what it points to")
+            raise ArtifactError(f"{path} names a file outside its folder: {name!r} is a link; copy the file itself")
         if not is_file(inside):
             raise ArtifactError(f"{folder} is incomplete: {name} is missing; copy it again")
         if sha256(inside) != expected:

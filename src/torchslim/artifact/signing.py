@@ -12,7 +12,7 @@ from typing import Any
 from torchslim.errors import ArtifactError, RuntimeUnavailable
 
 Key = Any
-"""A path of a PEM file, the bytes of one, or a key object of `cryptography`."""
+"""The path of a PEM file, its bytes, or a key object of `cryptography`."""
 PREFIX = b"torchslim-artifact-1:"
 
 

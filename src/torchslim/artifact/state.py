@@ -52,11 +52,13 @@ def restore(
     tied: Mapping[str, str] = manifest["aliases"]
     unknown = [first for first in tied.values() if first not in state] + [name for name in tied if name in state]
     if unknown:
-        raise ArtifactError(f"the manifest ties {unknown[0]!r}, which is not in the weights so; save the model again")
+        raise ArtifactError(f"the ties of {unknown[0]!r} in the manifest do not fit the weights; save the model again")
     state |= {name: state[first] for name, first in tied.items()}
     odd = [name for name in manifest["channels_last"] if name not in state or state[name].dim() not in CHANNELS_LAST]
     if odd:
-        raise ArtifactError(f"the manifest calls {odd[0]!r} channels-last, which it cannot be; save the model again")
+        raise ArtifactError(
+            f"the manifest lists {odd[0]!r} as channels-last, unlike the weights; save it again"
+        )
     saved_shapes = {name: list(value.shape) for name, value in state.items()}
     if difference(shapes(module), saved_shapes) and not is_plain(module):
         module, _ = copy_model(module)  # masks of torch.nn.utils.prune were saved as zeros
@@ -65,7 +67,7 @@ def restore(
             module = rebuild(module, record, saved_shapes, tied)
         # a record that does not fit: parts, dimensions or sizes that the module lacks
         except (PruneError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-            raise ArtifactError(f"the saved surgery cannot be done: {error}") from error
+            raise ArtifactError(f"the saved surgery cannot be replayed: {error}") from error
     misfit = difference(shapes(module), saved_shapes)
     if misfit:
         raise ArtifactError(f"the factory's model does not fit the saved weights; {misfit}")

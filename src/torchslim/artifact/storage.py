@@ -82,7 +82,7 @@ def save(
     if example_inputs is None:
         if quantized:
             raise ArtifactError(
-                "a quantized model is saved as a program, no factory makes it again; give save(..., example_inputs=...)"
+                "a quantized model can be saved only as a program; give example inputs: save(..., example_inputs=...)"
             )
         write_artifact(folder, module=model, masks=masks, key=key)
         return Path(folder)
@@ -112,7 +112,7 @@ def confirm(folder: str | Path, deployed: Deployed, digest: str) -> None:
     loaded = load_opened(opened, trusted=True)  # machine code in it was just written here
     if not alike(deployed, loaded):
         raise ArtifactError(
-            f"what was saved to {folder} answers otherwise than the model on {deployed.runtime!r} did; save it "
+            f"the model saved to {folder} gives other outputs than before on {deployed.runtime!r}; save it "
             "for another runtime"
         )
 

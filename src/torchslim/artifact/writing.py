@@ -27,7 +27,7 @@ OURS = re.compile(
     r"artifact\.json|model(\.aoti)?\.(pt2|onnx|xml|bin|pte)|(weights|masks)\.safetensors|surgery\.json|example\.npz|"
     rf"bench\.py|run\.json|report\.html|{re.escape(TEMPORARY)}.*"
 )
-"""Names that a save that was killed leaves in its staging folder."""
+"""Names of the files that an interrupted save may leave in its staging folder."""
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:

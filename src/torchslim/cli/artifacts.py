@@ -17,9 +17,9 @@ from torchslim.core.terminal import printable
 @click.option(
     "--public-key",
     type=click.Path(path_type=Path),
-    help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).",
+    help="Refuse artifacts that were not signed with the private key of this public key (PEM, Ed25519).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def kernels(artifact: Path, trusted: bool, public_key: Path | None, as_json: bool) -> None:
     """List the layers of an ARTIFACT (a saved folder) that run on integers, their kernels, and why others do not."""
     from torchslim.artifact.integer_coverage import lowered
@@ -32,13 +32,13 @@ def kernels(artifact: Path, trusted: bool, public_key: Path | None, as_json: boo
 @click.command(epilog=f"{EXAMPLE}torchslim bench out/a out/b --batch 16")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--batch", type=click.IntRange(min=1), help="Samples a call; default 1 where the batch is free.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: what each artifact was saved with.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of threads; default: that of each artifact.")
 @click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--trusted", is_flag=True, help="Load artifacts of machine code too (runtime aoti).")
 @click.option(
     "--public-key",
     type=click.Path(path_type=Path),
-    help="Refuse artifacts that are not signed with the private key of this one (PEM, Ed25519).",
+    help="Refuse artifacts that were not signed with the private key of this public key (PEM, Ed25519).",
 )
 @click.option("--json", "as_json", is_flag=True)
 def bench(

@@ -28,11 +28,11 @@ from torchslim.core.terminal import printable
     type=click.Choice(["auto", "whole", "dim"]),
     default="auto",
     show_default=True,
-    help="What attention may lose: whole heads, or dimensions of every head.",
+    help="How to prune attention: whole heads, or dimensions of every head.",
 )
-@click.option("--all", "everything", is_flag=True, help="Kernel extents and position tables too, and every member.")
+@click.option("--all", "everything", is_flag=True, help="Also list kernel extents, position tables and every member.")
 @click.option("--sensitivity", "moved", is_flag=True, hidden=True)
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, moved: bool, as_json: bool) -> None:
     """List the coupled channel groups of a MODEL (module:callable), and why some must stay.
 
@@ -44,7 +44,7 @@ def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, m
     from torchslim.prune import inspect as look
 
     if moved:
-        raise click.UsageError(f"a command of its own measures sensitivity: torchslim sensitivity {model}")
+        raise click.UsageError(f"another command measures sensitivity: torchslim sensitivity {model}")
     if (Path(model) / "artifact.json").is_file():
         raise click.UsageError(f"{model} is an artifact; list its kernels with: torchslim kernels {model}")
     current_folder_last()
@@ -65,7 +65,7 @@ def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, m
     help="Noise or divergence of the outputs, or the metric on val.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default runs/NAME.")
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> None:
     """Measure what pruning one group alone, or quantizing one layer alone, does to the outputs of a RECIPE's model.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command(epilog=f"{EXAMPLE}torchslim run recipe.toml --out out/")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the result; default runs/NAME.")
-@click.option("--overwrite", is_flag=True, help="Take a folder that holds another recipe's run.")
+@click.option("--overwrite", is_flag=True, help="Replace another recipe's run in the folder.")
 @click.option("--key", type=click.Path(path_type=Path), help="Sign the artifact with this private key (PEM, Ed25519).")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json instead of the table.")
 def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_json: bool) -> None:
@@ -72,7 +72,7 @@ def carried_out(
 @click.command(epilog=f"{EXAMPLE}torchslim search recipe.toml --storage postgresql+psycopg://user@host/studies")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the search; default runs/NAME-search.")
-@click.option("--storage", help="What workers share: an Optuna URL, or a file; default: a file in the folder.")
+@click.option("--storage", help="Storage that workers share: an Optuna URL or a file; default: a file in the folder.")
 @click.option("--study", help="Name of the study in the storage; default: the folder's name.")
 @click.option("--json", "as_json", is_flag=True, help="Print search.json instead of the table.")
 def search(recipe: Path, out: Path | None, storage: str | None, study: str | None, as_json: bool) -> None:
@@ -109,10 +109,10 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
 @click.command(epilog=f"{EXAMPLE}torchslim suggest package.module:model package.module:task --latency-ms 3")
 @click.argument("model", metavar="MODEL")
 @click.argument("task", metavar="TASK")
-@click.option("--latency-ms", type=float, help="Of one sample a call, at most.")
-@click.option("--metric-drop", type=float, help="How much worse the metric may be, at most, in its own unit.")
-@click.option("--size-mb", type=float, help="Of the files that ship, at most.")
-@click.option("--runtime", help="Where it will run; by default the search chooses among those installed.")
+@click.option("--latency-ms", type=float, help="Upper bound of the latency of one sample.")
+@click.option("--metric-drop", type=float, help="Largest allowed loss in the metric, in its own unit.")
+@click.option("--size-mb", type=float, help="Upper bound of the size of the artifact's model file.")
+@click.option("--runtime", help="Runtime to deploy on; by default the search chooses among those installed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the recipe there instead of printing it.")
 def suggest(model: str, task: str, runtime: str | None, out: Path | None, **bounds: float | None) -> None:
     """Derive a recipe to search from a MODEL and a TASK, each module:callable, and this machine; nothing is trained.

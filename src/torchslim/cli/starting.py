@@ -28,7 +28,7 @@ CLASSES, NUMBERS = '{ do = "kd", temperature = 4.0, alpha = 0.9 }', '{ do = "mse
     type=click.Choice(STARTERS),
     default="images",
     show_default=True,
-    help="The data that the starter draws; put your own in its place.",
+    help="Kind of the starter's random data; replace it by your own.",
 )
 def init(folder: Path, kind: str) -> None:
     """Write a starter to FOLDER: task.py with a model, data and a metric, and recipe.toml; they run as they are."""

@@ -90,7 +90,7 @@ def _array(content: bytes) -> np.ndarray[Any, Any]:
     header = ast.literal_eval(content[start:end].decode("latin-1").strip())
     shape, kind = header["shape"], header["descr"]
     if not isinstance(kind, str) or not ARRAYS.fullmatch(kind.encode()):
-        raise ValueError(f"it holds no plain numbers but {kind!r}")
+        raise ValueError(f"it holds {kind!r} instead of plain numbers")
     if not isinstance(shape, tuple) or any(type(size) is not int or size < 0 for size in shape):
         raise ValueError(f"{shape!r} is no shape")
     dtype = np.dtype(kind)

@@ -114,7 +114,7 @@ def check_weights(model: nn.Module, error: type[TorchslimError], name: str = "mo
 def _check_inputs(value: Any, name: str, error: type[TorchslimError]) -> None:
     if not isinstance(value, (tuple, list, Mapping)):
         hint = "(x,)" if isinstance(value, Tensor) else "a tuple of positional or a dict of keyword arguments"
-        raise error(f"{name} must be a tuple or a dict of what the model is called with, {got(value)}; give {hint}")
+        raise error(f"{name} must be a tuple or a dict of the model's arguments, {got(value)}; give {hint}")
     for place, leaf in _leaves(value):
         if isinstance(leaf, Tensor) and leaf.is_meta:
             raise error(f"{name}{place} is on the meta device and has no values; give a tensor with values")

@@ -30,7 +30,7 @@ UNITS: Mapping[str, str] = {
 }
 
 Count = Annotated[float, Range(-1e18, 1e18)]
-"""So many of what large models have many of."""
+"""An upper bound of a count, such as MACs or parameters."""
 
 MOST = 10**6  # trials
 
@@ -79,9 +79,9 @@ class Budget:
                 raise RecipeError(f"budget: {name} must be {expected}, got {value!r}")
         for objective in self.minimize:
             if objective not in UNITS:
-                raise RecipeError(f"budget: minimize knows {', '.join(UNITS)}; got {objective!r}")
+                raise RecipeError(f"budget: minimize takes {', '.join(UNITS)}; got {objective!r}")
         if len(set(self.minimize)) < len(self.minimize):
-            raise RecipeError(f"budget: minimize names one thing twice: {', '.join(self.minimize)}")
+            raise RecipeError(f"budget: minimize has an entry twice: {', '.join(self.minimize)}")
         for name in ("trials", "finalists"):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:

@@ -40,13 +40,13 @@ class Range:
 
 
 Divisor = Annotated[float, Range(-REAL, REAL, least=1e-30)]
-"""A number that others are divided by: quotients are finite in float32, even squared."""
+"""A divisor: so far from 0 that quotients are finite in float32, even squared."""
 
 Seed = Annotated[int, Range(0, 10**12)]
-"""What random generators are seeded with; later steps and trainings count on from it."""
+"""A seed of random generators; later steps and trainings add their numbers to it."""
 
 Threads = Annotated[int, Range(1, 1024)]
-"""Of a deployment; more than any processor that this runs on has."""
+"""The number of threads of a deployed model; the maximum is above the cores of any supported processor."""
 
 
 class Misfit(Exception):

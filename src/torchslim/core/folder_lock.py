@@ -94,7 +94,7 @@ def _lock(handle: int, path: Path, waiting: Callable[[str], None] | None) -> boo
             return True
         except OSError as error:
             if error.errno in NO_LOCKS:
-                warn(f"{path.parent} cannot be locked ({error.strerror}); see that no other process works in it")
+                warn(f"{path.parent} cannot be locked ({error.strerror}); make sure that no other process uses it")
                 return False
             if error.errno not in TAKEN:
                 raise StorageError(f"cannot lock {path}: {error.strerror}; name another folder") from error
@@ -202,8 +202,8 @@ def _locked(folder: Path, others: str, *, shared: bool) -> Iterator[None]:
         while not _taken(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             if time.monotonic() > end:
                 raise StorageError(
-                    f"another process is {others} {folder} for over {FOLDER_SECONDS:.0f} s; wait until it ends, or "
-                    "name another folder"
+                    f"another process has been {others} {folder} for over {FOLDER_SECONDS:.0f} s; wait until it ends, "
+                    "or name another folder"
                 )
             time.sleep(FOLDER_SECONDS / 1200)
         try:

@@ -115,7 +115,7 @@ def select_weights(model: nn.Module, include: Patterns = None, exclude: Patterns
         matching = {path for path in default if covered(pattern, path)} | named
         if not matching:
             inside = [path for path in everything if covered(pattern, path)]
-            hint = f"to prune it all the same, name the parameter: {', '.join(inside[:5])}"
+            hint = f"to prune it anyway, name the parameter: {', '.join(inside[:5])}"
             raise SelectError(
                 f"pattern {pattern!r} matches no weight that is pruned by default; "
                 f"{hint if inside else 'the layers that it matches have no parameters'}"
@@ -157,7 +157,7 @@ def by_pattern(patterns: Iterable[str], chosen: Iterable[str], model: nn.Module)
         matching = [path for path in chosen if any(matches(pattern, alias, types) for alias in paths[path])]
         if not matching and any(matches(pattern, path, types) for path in names):
             raise SelectError(
-                f"pattern {pattern!r} matches no weight that is chosen for pruning; there are {', '.join(chosen[:5])}; "
+                f"pattern {pattern!r} matches no weight that is chosen for pruning; chosen: {', '.join(chosen[:5])}; "
                 "choose others with include=..."
             )
         if not matching:

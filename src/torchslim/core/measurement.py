@@ -8,7 +8,7 @@ from typing import Any
 from torchslim.errors import TorchslimError
 
 THIS_MACHINE = "this"
-"""The key, among a run's machines, of the one that the run was made on."""
+"""The key of the machine that a run was made on, in the table of the run's machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

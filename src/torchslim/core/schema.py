@@ -157,7 +157,7 @@ class Schema(Generic[T]):
     limits: Limits = LIMITS
     mend: str = "copy it again"
     also: Callable[[T], str | None] = field(default=lambda value: None)
-    """What a type cannot say: the message of what is wrong with a value, or None."""
+    """A check beyond the type: returns a message if the value is wrong, else None."""
 
     @cached_property
     def _adapter(self) -> TypeAdapter[T]:

@@ -133,7 +133,7 @@ def ignore_progress(event: Event) -> None:
 
 
 Makers = Mapping[str, Callable[[], nn.Module | None]]
-"""What makes models, by their names; None: it cannot be made."""
+"""Factories of models by name; a factory returns None if it cannot make the model."""
 
 
 class Workbench(Protocol):
@@ -251,7 +251,7 @@ def check_order(steps: Sequence[Step]) -> None:
                 f"before step {producer}"
                 if producer
                 else f"step 1 ({step_name(step)!r}) accepts only a {step.accepts.value!r} model, but a run starts "
-                f"from a {form.value!r} one; put the step that makes it before"
+                f"from a {form.value!r} one; put a step that produces it first"
             )
         if step.produces is not form:
             form, producer = step.produces, index

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torchslim.errors import TorchslimError
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
-"""Packages of the modules that PyTorch's own quantization puts into a model."""
+"""Packages whose modules PyTorch's own quantization puts into a model."""
 
 
 def usable(model: Any, error: type[TorchslimError] = TorchslimError, what: str = "the model") -> nn.Module:
@@ -59,7 +59,7 @@ def _unusable(module: nn.Module) -> str:
             "original module, as it was before torch.jit.script or torch.jit.trace"
         )
     if isinstance(module, (DataParallel, DistributedDataParallel)):
-        return f"is wrapped by {type(module).__name__}; put the original in its place (it is its attribute module)"
+        return f"is wrapped by {type(module).__name__}; give the original, its attribute `module`"
     if type(module).__module__.startswith(QUANTIZED):
         return (
             f"is quantized already, by torch.ao ({type(module).__module__}.{type(module).__name__}); give the float "

@@ -33,7 +33,7 @@ from torchslim.training.loop import Losses
 RESERVED = ("label", "penalty", "response")
 
 _Last = Sequence[tuple[Tensor, Tensor | None]]
-"""The student's and the teacher's last feature, each with its mask."""
+"""The last feature of the student and of the teacher, each with its mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,8 @@ class DistillObjective:
         samples = batch_size(self.task.inputs(batch))
         if index is not None and len(index) != samples:
             raise DistillError(
-                f"a batch of {len(index)} samples came out of the loader's collate_fn with {samples}; it must keep all "
-                "of them, or leave out what needs their numbers: cache and CRD"
+                f"the loader's collate_fn returned {samples} of {len(index)} samples; cache and CRD need all of them: "
+                "keep them, or leave cache and CRD out"
             )
         self.watch.clear()
         outputs = self.task.forward(model, batch)
@@ -156,8 +156,8 @@ class DistillObjective:
             if self.parts:
                 if len(logits) % samples:
                     raise DistillError(
-                        f"the inputs' first dimension is {samples}, the logits' {len(logits)}; the batch must come "
-                        "first in both: give batches, and Task(inputs=...) or Task(logits=...), that have it there"
+                        f"the inputs' first dimension is {samples}, the logits' {len(logits)}; both must be the "
+                        "batch size: change the batches, or give Task(inputs=...) or Task(logits=...)"
                     )
                 index = torch.arange(samples) if index is None else index
                 self._features(model, logits, taught, index.to(logits.device), batch, masks, losses)

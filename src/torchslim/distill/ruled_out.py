@@ -62,6 +62,6 @@ def comparable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if bool(wrong.any()):
         raise DistillError(
             f"{int(wrong.sum())} values are infinite in the student or the teacher and not in the other, so their "
-            "difference is infinite; give both the same mask, or compare with KD(), which a teacher's -inf is fine for"
+            "difference is infinite; give both the same mask, or compare with KD(), which accepts a teacher's -inf"
         )
     return student.masked_fill(shared, 0.0), teacher.masked_fill(shared, 0.0)

@@ -100,7 +100,7 @@ class Distill(Training):
             raise DistillError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         self._check_teachers()
         if self.taps is not None and not self.taps:
-            raise DistillError("taps is empty; name a module of each side, or leave it out to have them found")
+            raise DistillError("taps is empty; name a module of each side, or leave taps out to find them by rule")
         if self.taps and not (self.feature or self.relation):
             raise DistillError(
                 "taps name features, but no loss compares any; give feature or relation, or leave taps out"
@@ -127,7 +127,7 @@ class Distill(Training):
                 f"{weights}"
             )
         if EMA in teachers and (len(teachers) > 1 or self.cache is not None):
-            raise DistillError("teacher='ema' changes at every step: it teaches alone, and without cache")
+            raise DistillError("teacher='ema' changes at every step; use it without other teachers and without cache")
 
     def _several(self, name: str) -> tuple[Any, ...]:
         values: tuple[Any, ...] = getattr(self, name)
@@ -162,7 +162,7 @@ class Distill(Training):
         if features or relations:
             pairs = match(observe(model, task, batch), observe(teachers[0], task, batch), self.taps)
             if not pairs and features:
-                raise DistillError("nothing in student and teacher can be tapped; name what to compare in taps")
+                raise DistillError("nothing in student and teacher can be tapped; name the modules to compare in taps")
             pairs = pairs if features else pairs[-1:]
         hooks: list[Hook] = [average] if average else []
         with ExitStack() as stack:
@@ -213,7 +213,7 @@ class Distill(Training):
         """Check as `check` does, for other steps that train by distillation."""
         Training.check_training(self, ctx)
         if self.student is not None:
-            raise DistillError("student is for a Distill step by itself; a step that trains its own model has its own")
+            raise DistillError("student is only for Distill as a step; in the training of another step, leave it out")
         response, batch = None if self.response is None else find_response(self.response), first_batch(ctx.task)
         target = ctx.task.target(batch)
         if getattr(response, "needs_labels", False) and target is None:
@@ -227,10 +227,10 @@ class Distill(Training):
             )
         train = () if ctx.task.train is None else ctx.task.train
         if self.cache is not None and (why := why_not_repeatable(train, _size(ctx.task))):
-            raise DistillError(f"cache needs the same sample each time, but {why}; leave out cache, or what changes it")
+            raise DistillError(f"cache needs the same sample each time, but {why}; leave out cache, or the random part")
         crd = any(isinstance(find_loss(loss, "relation"), CRD) for loss in self._several("relation"))
         if crd and (why := why_not_numbered(train, _size(ctx.task))):
-            raise DistillError(f"CRD remembers each sample, but {why}; give a plain DataLoader, or another relation")
+            raise DistillError(f"CRD stores features by sample, but {why}; give a plain DataLoader, or another loss")
         model = copy_model(ctx.model if ctx.model is not None else ctx.teacher)[0]
         # compute the loss once, so that its errors, such as different classes, are raised before the training
         with replace(self, cache=None).lesson(model, ctx) as lesson, dry(model):

@@ -86,7 +86,7 @@ class Teachers:
         features = [feature if feature is None else _single(feature) for feature in self.watch.features(self.taps)]
         missing = next((tap.name for tap, feature in zip(self.taps, features, strict=True) if feature is None), None)
         if missing is not None:
-            raise DistillError(f"the teacher's {missing!r} was not run on a batch; tap a module that always is")
+            raise DistillError(f"the teacher's {missing!r} did not run on a batch; tap a module that runs on all")
         return Answer(logits, [feature for feature in features if feature is not None])
 
 

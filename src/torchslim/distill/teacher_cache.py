@@ -68,8 +68,8 @@ class TeacherCache:
                     outputs[name] = values.new_empty(len(index), *values.shape[1:])
                 if outputs[name].shape[1:] != values.shape[1:]:
                     raise DistillError(
-                        f"the teacher's {name} of samples of a batch, {tuple(outputs[name].shape[1:])} and "
-                        f"{tuple(values.shape[1:])}, are from batches that were padded to other lengths; leave out "
+                        f"the teacher's cached {name} has the shapes {tuple(outputs[name].shape[1:])} and "
+                        f"{tuple(values.shape[1:])}, because batches were padded to different lengths; leave out "
                         "cache, or pad all samples to one length"
                     )
                 outputs[name][rows] = values[place[rows, 1]]
@@ -107,7 +107,7 @@ class TeacherCache:
             shard = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             if distributed.is_first():
-                warn(f"{path} is damaged ({error}); it is deleted, and the teacher is asked again")
+                warn(f"{path} is damaged ({error}); it is deleted and computed again")
                 remove(path)
             return
         self._add({name: shard[name] for name in sorted(shard)})
@@ -133,9 +133,9 @@ class TeacherCache:
         changed = ((old[:, 0] - new[:, 0]).abs() > TOLERANCE * old[:, 1] + 1e-12) | (old[:, 2] != new[:, 2])
         if bool(changed.any()):
             raise DistillError(
-                f"sample {int(index[changed][0])} is not what it was when the teacher's answer was cached: the loader "
-                "augments or shuffles in a way that its numbers do not follow, or the data have changed; leave out "
-                f"cache, or delete {self.folder}"
+                f"sample {int(index[changed][0])} differs from the one whose teacher output was cached: the loader "
+                "augments samples, or shuffles them without their indices, or the data have changed; leave out cache, "
+                f"or delete {self.folder}"
             )
 
 

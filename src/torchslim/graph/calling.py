@@ -63,7 +63,7 @@ def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
         named = bind_call(signature, args, kwargs)
     except TypeError as error:
         raise ExportError(
-            f"example inputs do not fit {type(model).__name__}.forward{signature}: {error}; give them as it takes them"
+            f"example inputs do not fit {type(model).__name__}.forward{signature}: {error}; give its arguments"
         ) from error
     leaves: list[Tensor] = []
     for name, value in named.items():

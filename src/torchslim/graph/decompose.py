@@ -122,7 +122,7 @@ def splice(
     with mode:  # einsum would stay one operation if it were traced before dispatch
         traced = make_fx(positional, tracing_mode="symbolic", pre_dispatch=node.target is ATTENTION)(*values)
     for name, value in [*traced.named_buffers(), *traced.named_parameters()]:
-        raise AssertionError(f"{name} {tuple(value.shape)}: nothing is stored in what is spliced in")
+        raise AssertionError(f"{name} {tuple(value.shape)}: a spliced graph must store no tensors")
     result = graft(model.graph, traced.graph, inputs, node, owner or node)
     assert isinstance(result, Node)
     node.replace_all_uses_with(result)

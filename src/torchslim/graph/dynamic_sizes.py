@@ -63,7 +63,7 @@ def _user_spec(flat: Flat, spec: Any, bound: Mapping[str, Any]) -> list[Any]:
         spec = dict(zip(bound, spec, strict=False))
     if not isinstance(spec, Mapping) or not set(spec) <= set(bound):
         raise ExportError(
-            f"dynamic_shapes must be 'batch', None, or name the inputs {', '.join(bound)} as torch.export wants it; "
+            f"dynamic_shapes must be 'batch', None, or a torch.export spec of the inputs {', '.join(bound)}; "
             f"got {spec!r}"
         )
     entries: list[Any] = []

@@ -48,8 +48,8 @@ def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: s
         ExportError: for a type that no runtime can take or return.
     """
 
-    def inner(each: Any) -> Structure:
-        return describe(each, leaves, classes, what)
+    def inner(part: Any) -> Structure:
+        return describe(part, leaves, classes, what)
 
     if isinstance(value, Tensor):
         leaves.append(value)
@@ -73,7 +73,7 @@ def describe(value: Any, leaves: list[Tensor], classes: dict[str, type], what: s
     cache = type(value).__name__.endswith("Cache")
     hint = "; a model of transformers answers without its cache where model.config.use_cache is False" if cache else ""
     raise ExportError(
-        f"an {what} has the type {type(value).__name__}, which no runtime can take or give; use tensors in tuples, "
+        f"an {what} has the type {type(value).__name__}, which no runtime can take or return; use tensors in tuples, "
         f"lists, dicts or dataclasses{hint}"
     )
 
@@ -215,18 +215,18 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def _named(known: Any, name: str, fields: dict[str, Any]) -> Any:
-    if known is None:
+def _named(cls: Any, name: str, fields: dict[str, Any]) -> Any:
+    if cls is None:
         make: Any = collections.namedtuple
-        known = make(name.rpartition(".")[2], list(fields), rename=True)
-    return known._make(fields.values()) if hasattr(known, "_make") else known(list(fields.values()))
+        cls = make(name.rpartition(".")[2], list(fields), rename=True)
+    return cls._make(fields.values()) if hasattr(cls, "_make") else cls(list(fields.values()))
 
 
-def _record(known: Any, fields: dict[str, Any]) -> Any:
-    if known is None:
+def _record(cls: Any, fields: dict[str, Any]) -> Any:
+    if cls is None:
         return Record(fields)
-    computed = {field.name for field in dataclasses.fields(known) if not field.init}
-    record = known(**{key: value for key, value in fields.items() if key not in computed})
+    computed = {field.name for field in dataclasses.fields(cls) if not field.init}
+    record = cls(**{key: value for key, value in fields.items() if key not in computed})
     for name in computed & set(fields):
         object.__setattr__(record, name, fields[name])
     return record

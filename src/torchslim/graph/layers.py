@@ -204,8 +204,8 @@ def _samples(program: ExportedProgram, batch_axis: int | None) -> int:
 def _weight(node: Node, name: str, stored: Mapping[str, Tensor]) -> tuple[bool, int | None]:
     """Whether the node has a stored weight, and the bits of that weight."""
 
-    def constant(each: Any) -> Tensor | None:
-        return stored.get(each.name) if isinstance(each, Node) else None
+    def constant(value: Any) -> Tensor | None:
+        return stored.get(value.name) if isinstance(value, Node) else None
 
     short = name.removeprefix("aten::")
     if short == "scaled_dot_product_attention":

@@ -1,4 +1,4 @@
-"""A folder of narrowed programs that another machine times: what `Prune(latency_table=...)` is measured with there."""
+"""Write a folder of narrowed programs, which another machine times for `Prune(latency_table=...)`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torchslim.pipeline.target_bench import Bench
 from torchslim.pipeline.work_folder import own
 from torchslim.prune import Prune
 from torchslim.prune.channel_step import PruneChannels
-from torchslim.prune.latency.table import FORMAT, programs, variants
+from torchslim.prune.latency.table import FORMAT, Variant, programs, variants
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.base import as_array
 from torchslim.runtimes.kernel_listing import UNWANTED
@@ -42,69 +42,80 @@ def pack(
     dynamic_shapes: Any = "batch",
     progress: Callable[[Event], None] = log_progress,
 ) -> Path:
-    """Write all programs that a table of latencies needs, with the script that times them.
+    """Write all programs of a latency table, and the script that times them; return the folder.
 
-    The folder goes to the machine that the model will run on; `python bench.py` there needs numpy and the runtime
-    alone, and writes `latency.json`, which `Prune(of="latency", latency_table=...)` takes.
+    Copy the folder to the machine that the model will run on, and run `python bench.py` there. It needs only numpy and
+    the runtime, and writes `latency.json` for `Prune(of="latency", latency_table=...)`.
 
     Args:
-        model: what the recipe starts from.
-        task: gives the example inputs, and calibrates where the recipe ends with integers.
-        steps: of the recipe: the first that prunes to a latency is meant.
-        folder: empty, or one that was packed before.
+        model: the model that the recipe starts from.
+        task: source of the example inputs, and of calibration data where the recipe ends with integers.
+        steps: steps of the recipe; the table is for the first that prunes to a latency.
+        folder: an empty folder, or an earlier latency pack.
         target: the runtime, and its threads on the other machine.
-        example_inputs: what is timed; by default the inputs of the first validation batch.
+        example_inputs: inputs of the timed calls; by default those of the first validation batch.
         dynamic_shapes: as for `ts.compress`.
-        progress: called as programs are written.
+        progress: called with an `Event` for every program.
 
     Raises:
-        RecipeError: no step prunes to a latency, an earlier one changes the model's shape, the runtime has no file, or
-            the folder holds something else.
+        RecipeError: no step prunes to a latency, an earlier step changes the model's shape, the runtime saves no file,
+            or the folder holds something else.
     """
     folder, target = Path(folder), target or Target()
     pruning = _step(steps)
-    if find_runtime(target.runtime).suffix is None:
-        raise RecipeError(
-            f"runtime {target.runtime!r} has no file that another machine could time; name another runtime"
-        )
+    _check_runtime(target.runtime)
     own(folder, RecipeError, "latency pack", (folder / PACK).is_file)
     with holding(folder / LOCK), preserved_globals(0):
         clean_temporaries(folder)
-        remove(folder / PACK)  # until the folder is whole again
+        remove(folder / PACK)  # until the end: a folder with this file is complete
         copied, _ = copy_model(model)
         inputs: Any = task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs
         bench = Bench(example_inputs=inputs, target=target, task=task, steps=steps, dynamic_shapes=dynamic_shapes)
         plan = pruning.options.plan(copied, inputs, task.examples)
-        selection, rows = programs(plan, pruning.amount)
-        wanted = variants(plan, selection, rows)
+        narrowed = variants(plan, *programs(plan, pruning.amount))
         whole = bench.deploy(bench.ended(plan.model))
-        suffix = whole.suffixes[0]
-        whole.save(folder / f"whole{suffix}")
-        written = []
-        for done, variant in enumerate(wanted, 1):
-            made = variant.make()
-            if made is not None:  # else that width is left out, as it is where it is measured here
-                bench.deploy(bench.ended(made)).save(folder / f"{variant.name}{suffix}")
-                written.append({"row": variant.row.key, "width": variant.width, "file": f"{variant.name}{suffix}"})
-            progress(Event(step="latency", phase="pack", current=done, total=len(wanted)))
-        names = _write_script(folder, whole, [f"whole{suffix}", *(str(row["file"]) for row in written)])
-        spec = {"sizes": whole.spec.sizes, "dtypes": whole.spec.dtypes, "batch_axis": whole.spec.batch_axis}
-        about = {
+        whole_name = f"whole{whole.suffixes[0]}"
+        whole.save(folder / whole_name)
+        rows = _write_programs(folder, bench, narrowed, progress)
+        files = _write_script(folder, whole, [whole_name, *(row["file"] for row in rows)])
+        content = {
             "format": PACK_FORMAT,
             "gives": FORMAT,
             "about": bench.about(plan.model),
-            "whole": f"whole{suffix}",
-            "programs": written,
-            "spec": spec,
+            "whole": whole_name,
+            "programs": rows,
+            "spec": {"sizes": whole.spec.sizes, "dtypes": whole.spec.dtypes, "batch_axis": whole.spec.batch_axis},
             "disabled_optimizers": UNWANTED,
-            "files": {name: sha256(folder / name) for name in names},
+            "files": {name: sha256(folder / name) for name in files},
         }
-        write_json(folder / PACK, about)  # last: a folder that has it is whole
+        write_json(folder / PACK, content)
     return folder
 
 
+def _check_runtime(name: str) -> None:
+    """Raise RecipeError for a runtime that saves no file."""
+    if find_runtime(name).suffix is None:
+        raise RecipeError(f"runtime {name!r} has no file that another machine could time; name another runtime")
+
+
+def _write_programs(
+    folder: Path, bench: Bench, narrowed: Sequence[Variant], progress: Callable[[Event], None]
+) -> list[dict[str, Any]]:
+    """Write the narrowed programs, and return the row, width and file name of each."""
+    rows = []
+    for count, variant in enumerate(narrowed, 1):
+        model = variant.make()
+        if model is not None:  # widths that cannot be built are left out, as in a table that is measured here
+            deployed = bench.deploy(bench.ended(model))
+            name = f"{variant.name}{deployed.suffixes[0]}"
+            deployed.save(folder / name)
+            rows.append({"row": variant.row.key, "width": variant.width, "file": name})
+        progress(Event(step="latency", phase="pack", current=count, total=len(narrowed)))
+    return rows
+
+
 def _write_script(folder: Path, whole: Deployed, programs: Sequence[str]) -> list[str]:
-    """Write what times the programs: the inputs and bench.py. Returns the names of all files that it reads."""
+    """Write bench.py and its inputs, and return the names of all files that it reads."""
     suffix = whole.suffixes[0]
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {f"in{index:03d}": as_array(leaf) for index, leaf in enumerate(whole.example)}
@@ -116,6 +127,7 @@ def _write_script(folder: Path, whole: Deployed, programs: Sequence[str]) -> lis
 
 
 def _step(steps: Sequence[Step]) -> PruneChannels:
+    """The first step that prunes to a latency; raises RecipeError without one, or if an earlier one changes shapes."""
     for number, step in enumerate(steps, 1):
         if isinstance(step, Prune) and step.of == "latency":
             return step.channels()

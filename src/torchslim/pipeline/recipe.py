@@ -112,14 +112,14 @@ def _named(document: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         yield key, spec, target
 
 
-def _called(found: Any, spec: str, key: str) -> Any:
+def _called(target: Any, spec: str, key: str) -> Any:
     kind = MADE[key]
-    if not isinstance(found, kind):
+    if not isinstance(target, kind):
         with foreign(f"{key} {spec!r} cannot be made", RecipeError):
-            found = found()
-    if not isinstance(found, kind):
-        raise RecipeError(f"{key} {spec!r} must give a {kind.__name__}, got {type(found).__name__}")
-    return found
+            target = target()
+    if not isinstance(target, kind):
+        raise RecipeError(f"{key} {spec!r} must give a {kind.__name__}, got {type(target).__name__}")
+    return target
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -225,7 +225,7 @@ def _check_keys(value: Any, where: str, among: Mapping[str, type], *, ranges: bo
         return
     if "search" in value:
         if not ranges:
-            raise RecipeError(f"{where} is a range to search over: take `torchslim search`, or write one value")
+            raise RecipeError(f"{where} is a range to search over: use `torchslim search`, or write one value")
         _known(value, RANGE, where, beside="'search'")
         _check_keys(value["search"], where, among, ranges=False if top else ranges)
         return
@@ -295,13 +295,13 @@ def _make(table: Any, where: str, among: Mapping[str, type] = STEPS) -> Any:
         raise error if str(error).startswith(where) else RecipeError(f"{where}: {error}") from error
 
 
-def _checked(kind: type, given: Any, where: str) -> dict[str, Any]:
+def _checked(kind: type, table: Any, where: str) -> dict[str, Any]:
     """Return the given fields of a dataclass, made from nested tables and checked against the declared types."""
-    if not isinstance(given, Mapping):
-        raise RecipeError(f"{where} must be a table of keys and values, got {shown(given)}")
-    _known(given, names_of(kind), where)
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"{where} must be a table of keys and values, got {shown(table)}")
+    _known(table, names_of(kind), where)
     hints = types_of(kind)
-    return {key: checked_value(value, hints[key], f"{where}, key {key!r}", key) for key, value in given.items()}
+    return {key: checked_value(value, hints[key], f"{where}, key {key!r}", key) for key, value in table.items()}
 
 
 def checked_value(value: Any, hint: Any, where: str, key: str) -> Any:
@@ -316,7 +316,7 @@ def checked_value(value: Any, hint: Any, where: str, key: str) -> Any:
 def _converted(value: Any, where: str, among: Mapping[str, type]) -> Any:
     if isinstance(value, Mapping):
         if "search" in value:
-            raise RecipeError(f"{where} is a range to search over: take `torchslim search`, or write one value")
+            raise RecipeError(f"{where} is a range to search over: use `torchslim search`, or write one value")
         if "do" in value:
             return _make(value, where, among)
         return {key: _converted(item, where, among) for key, item in value.items()}
@@ -328,16 +328,17 @@ def names_of(kind: type) -> list[str]:
     return [field_.name for field_ in dataclasses.fields(kind) if field_.init]
 
 
-def _known(given: Iterable[str], known: Iterable[str], where: str, *, beside: str = "") -> None:
-    known = list(known)
-    for key in given:
-        if key not in known:
+def _known(keys: Iterable[str], valid_keys: Iterable[str], where: str, *, beside: str = "") -> None:
+    valid_keys = list(valid_keys)
+    for key in keys:
+        if key not in valid_keys:
             note = f" beside {beside}" if beside else ""
-            raise RecipeError(f"{where}: unknown key {shown(key)}{note}{_near(key, known)}; known: {', '.join(known)}")
+            hint = f"{note}{_near(key, valid_keys)}; known: {', '.join(valid_keys)}"
+            raise RecipeError(f"{where}: unknown key {shown(key)}{hint}")
 
 
-def _near(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key[:100], list(known), n=1, cutoff=0.5)
+def _near(key: str, valid_keys: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key[:100], list(valid_keys), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -33,7 +33,7 @@ from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.pt2 import load_program
 
 COMMIT = "stage.json"  # written last: a stage folder that contains it is complete
-AGAIN = "the step is taken again"
+AGAIN = "the step is run again"
 
 Digest = Annotated[str, MaxLen(64)]
 
@@ -191,7 +191,7 @@ def restored(
         masks = opened.masks()
     except (TorchslimError, KeyError, ValueError, TypeError, RuntimeError) as error:
         # the files are intact but do not fit: a custom step changed the architecture, for example
-        taken_again(StorageError(f"{folder} cannot be taken up: {error}"))
+        taken_again(StorageError(f"{folder} cannot be resumed from: {error}"))
         return None
     return Stage(
         name=stage_files.row["name"],

@@ -80,7 +80,7 @@ def claim(folder: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
     if present(path):
         old = _read(folder)
         if old is None:
-            warn(f"{path} is damaged and written again; steps of this recipe that are whole are used")
+            warn(f"{path} is damaged and written again; finished steps of this recipe are reused")
         elif old != new and not overwrite:
             raise RecipeError(
                 f"{folder} holds the run of another recipe ({_what_differs(old, new)}); choose another folder, or "

@@ -14,7 +14,7 @@ ROUNDINGS: tuple[Rounding, ...] = ("nearest", "gptq", "adaround")
 Accuracy = Literal["plain", "best"]
 ACCURACIES: tuple[Accuracy, ...] = ("plain", "best")
 BEST: Mapping[str, Any] = {"rounding": "gptq", "correct_biases": True}
-"""What `accuracy="best"` turns on: it brought the outputs of the models of `benchmarks/accuracy.md` nearer to float."""
+"""Options of `accuracy="best"`; they brought the outputs of the models of `benchmarks/accuracy.md` nearer to float."""
 AFTERWARDS = ("rounding", "correct_biases")  # useless where the weights are trained on the grid
 
 

@@ -249,7 +249,7 @@ def _lost(part: _Part, dim: int | None, largest: float, checks: Checks) -> Itera
             kind="output" if dim is None else "channel",
             place=part.place(dim, channel),
             decibels=float(decibels[channel]),
-            words=f"is {float(decibels[channel]):.1f} dB from float, {checks.channel_db:g} are wanted",
+            words=f"is {float(decibels[channel]):.1f} dB from float, at least {checks.channel_db:g} are required",
             short=checks.channel_db - float(decibels[channel]),
         )
 

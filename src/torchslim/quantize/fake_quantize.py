@@ -58,10 +58,10 @@ def specs(runtime: str, activations: str, *, training: bool = False, learned_ste
             ch_axis=axis,
         )
 
-    def activation(made: Any, is_dynamic: bool) -> QuantizationSpec:
+    def activation(factory: Any, is_dynamic: bool) -> QuantizationSpec:
         return QuantizationSpec(
             dtype=torch.uint8,
-            observer_or_fake_quant_ctr=made,
+            observer_or_fake_quant_ctr=factory,
             quant_min=UNSIGNED[0],
             quant_max=UNSIGNED[1],
             qscheme=torch.per_tensor_affine,

@@ -125,7 +125,7 @@ def weights(
     batch_list = list(batches)
     helpers = helpers or Helpers()
     if helpers.needs_data and not batch_list:
-        raise QuantizeError("the helpers for accuracy look at data: give batches of model inputs")
+        raise QuantizeError("the options for accuracy need data: give batches of model inputs")
     prepared = prepare(
         model, example_inputs, runtime=runtime, scheme=scheme, layers=layers, helpers=helpers, batches=batch_list
     )

@@ -201,8 +201,8 @@ class Passes:
         self.operations += 1
         rounded = change.reads.get(node, {}) if change is not None else {}
 
-        def read(each: Node) -> Any:
-            return rounded[each](values[each]) if each in rounded else values[each]
+        def read(argument: Node) -> Any:
+            return rounded[argument](values[argument]) if argument in rounded else values[argument]
 
         function: Any = node.target
         return function(*map_arg(node.args, read), **map_arg(node.kwargs, read))

@@ -46,8 +46,8 @@ def constant_of(model: GraphModule, node: Node) -> Any:
         return tensor_of(model, node).detach()
     call: Any = model.get_submodule(str(node.target)) if node.op == "call_module" else node.target
 
-    def value_of(each: Node) -> Any:
-        return constant_of(model, each)
+    def value_of(argument: Node) -> Any:
+        return constant_of(model, argument)
 
     return call(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))
 

@@ -179,7 +179,7 @@ class SlimQuantizer(Quantizer):
                 reason = f"no runtime computes {layer.kind} with dynamic ranges: weights in int8, computing in float"
             scheme = WEIGHTS_ONLY
         elif scheme.activations != "float" and is_constant(source):
-            reason, scheme = "what it reads is stored, too: weights in int8, computing in float", WEIGHTS_ONLY
+            reason, scheme = "its input is stored, too: weights in int8, computing in float", WEIGHTS_ONLY
         inputs: dict[Node, Any] = {weight: self.specs.weight(scheme, layer.axis)}
         output = None
         if scheme.activations == "dynamic":

@@ -28,9 +28,9 @@ WEIGHTS = {"not finite": 1e6, "constant": 60.0, "steps": 20.0}  # decibels that 
 BROKEN = ("not finite", "constant")
 
 Released = frozenset[str]
-"""Keys of the units that are in float."""
+"""Keys of the units that are left in float."""
 Look = Callable[[Released], Sequence[Fault]]
-"""What is off where these units are in float."""
+"""Returns the faults of the model in which these units are in float."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -208,13 +208,13 @@ def search(
 def _culprits(
     units: Sequence[Unit],
     look: Look,
-    found: Sequence[Fault],
+    failures: Sequence[Fault],
     names: Sequence[str],
-    known: Mapping[str, str],
+    released: Mapping[str, str],
     where: str,
 ) -> dict[str, str] | None:
     """Single units without which there are no faults, with reasons; None where releasing them one by one fails."""
-    reasons = dict(known)
+    reasons = dict(released)
     for _ in range(ROUNDS):
         rest = [unit for unit in units if unit.key not in reasons]
         if not rest:
@@ -222,32 +222,32 @@ def _culprits(
         front = _longest(rest, look, reasons)
         culprit = rest[front]
         remaining = look(_released(reasons, [culprit]))
-        if _weight(remaining) > PROGRESS * _weight(found):
+        if _weight(remaining) > PROGRESS * _weight(failures):
             return None
-        reasons[culprit.key] = f"with it {found[0].told(names)}{where}"
-        found = remaining
-        if not found:
+        reasons[culprit.key] = f"with it {failures[0].told(names)}{where}"
+        failures = remaining
+        if not failures:
             return reasons
     return None
 
 
-def _parts(units: Sequence[Unit], look: Look, words: str, known: Mapping[str, str]) -> dict[str, str] | None:
+def _parts(units: Sequence[Unit], look: Look, words: str, reasons: Mapping[str, str]) -> dict[str, str] | None:
     """Reasons for releasing all but the longest part, from the front or the back, that holds; None if none does."""
-    rest = [unit for unit in units if unit.key not in known]
+    rest = [unit for unit in units if unit.key not in reasons]
     backward = rest[::-1]
-    front, back = _longest(rest, look, known), _longest(backward, look, known)
+    front, back = _longest(rest, look, reasons), _longest(backward, look, reasons)
     if not front and not back:
         return None
     released = rest[front:] if front >= back else backward[back:]
-    return {**known, **{unit.key: f"with more layers on integers {words}" for unit in released}}
+    return {**reasons, **{unit.key: f"with more layers on integers {words}" for unit in released}}
 
 
-def _longest(units: Sequence[Unit], look: Look, known: Mapping[str, str]) -> int:
+def _longest(units: Sequence[Unit], look: Look, reasons: Mapping[str, str]) -> int:
     """How many of the first units hold on integers, the others in float; all of them together are known to fail."""
     low, high = 0, len(units)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if look(_released(known, units[middle:])) else (middle, high)
+        low, high = (low, middle) if look(_released(reasons, units[middle:])) else (middle, high)
     return low
 
 
@@ -255,9 +255,9 @@ def _released(reasons: Mapping[str, str], more: Sequence[Unit]) -> Released:
     return frozenset((*reasons, *(unit.key for unit in more)))
 
 
-def _weight(found: Sequence[Fault]) -> float:
+def _weight(failures: Sequence[Fault]) -> float:
     """Weight of all faults, in decibels below the thresholds."""
-    return sum(WEIGHTS.get(fault.kind, fault.short) for fault in found)
+    return sum(WEIGHTS.get(fault.kind, fault.short) for fault in failures)
 
 
 def _named(unit: Unit) -> str:

@@ -87,7 +87,7 @@ class Quantize:
         if isinstance(self.layers, str) and self.layers != "auto":
             raise QuantizeError(f"layers must be a mapping of patterns to schemes, or 'auto', got {self.layers!r}")
         if self.layers == "auto" and self.metric_drop is None:
-            raise QuantizeError("layers='auto' needs to know what may be lost: give metric_drop, in the metric's unit")
+            raise QuantizeError("layers='auto' needs metric_drop, the largest allowed loss in the metric's unit")
         if self.layers != "auto" and self.metric_drop is not None:
             raise QuantizeError("metric_drop belongs to layers='auto'; set it, or leave metric_drop out")
         if self.metric_drop is not None and not 0 <= self.metric_drop < math.inf:

@@ -14,7 +14,7 @@ REPORTS: Mapping[str, tuple[Callable[..., dict[str, Any]], Callable[..., str], C
     "search": (load_search, render_search, search_table),
     "sensitivity": (load_sensitivity, render_sensitivity, sensitivity_table),
 }
-"""How each kind is loaded, made a page, and made a table."""
+"""For each kind of report, the functions that load it, write its page and write its table."""
 
 __all__ = [
     "REPORTS",

@@ -210,7 +210,7 @@ def summary(run: Run) -> str:
         clauses.append("its size was not measured")
     else:
         change = smaller(before, after)
-        clauses.append("what ships is as large as before" if change == "none" else f"what ships is {change}")
+        clauses.append("the artifact is as large as before" if change == "none" else f"the artifact is {change}")
     ratio = value_of(last["speedup"]["over_baseline"])
     if ratio is None:
         clauses.append(f"its latency on {runtime} was not measured")

@@ -55,7 +55,7 @@ def table(run: dict[str, Any]) -> str:
         "",
         *aligned(headers, cells),
         "",
-        "what each step alone gained [p10-p90]:",
+        "gain of each step alone [p10-p90]:",
         *_gain_lines(run),
         *_ceiling_lines(run),
     ]

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchslim.core.budget import BOUNDS, UNITS
+from torchslim.report.cells import Cell, Column
 from torchslim.report.html import fill, machine_facts
 from torchslim.report.numbers import TO, Entry, counted, metric_text, significant, spread, value_of, with_unit
-from torchslim.report.page import Cell, Column
 from torchslim.report.run_table import ABSENT, aligned, plain
 
 Search = dict[str, Any]
@@ -24,7 +24,7 @@ FIGURES: Mapping[str, str] = {
     "params": "parameters",
 }
 COUNTS = ("macs", "params")  # without a unit: the names say what is counted
-STATES: Mapping[str, str] = {"candidate": "tried", "stopped": "given up early", "failed": "failed"}
+STATES: Mapping[str, str] = {"candidate": "tried", "stopped": "stopped early", "failed": "failed"}
 
 
 def render_search(data: Search) -> str:
@@ -166,7 +166,7 @@ def _text(data: Search, name: str, value: float) -> str:
 def _entries(data: Search, row: Member) -> list[tuple[str, Entry]]:
     """Names and entries of a row that the tables show, in order."""
     metric = data["metric"]["name"]
-    absent = {"not_measured": "no figure of it was kept"}
+    absent = {"not_measured": "the search stored no figure"}
     return [
         *((f"{metric} on {split}", row["metric"].get(split, absent)) for split in ("val", "test")),
         *((FIGURES[name], row["figures"].get(name, absent)) for name in _figures(data)),

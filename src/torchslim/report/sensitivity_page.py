@@ -33,7 +33,7 @@ def render_sensitivity(data: Sensitivity) -> str:
     return fill(
         "sensitivity.html.j2",
         data=data,
-        title="What each layer can take",
+        title="Sensitivity of each layer",
         about=_about(data),
         columns=[
             (change, "channels removed" if change in _of(data, "channels") else "layer in it") for change in changes
@@ -127,7 +127,7 @@ def _heat(data: Sensitivity, point: Point, largest: float) -> float:
 
 def _cell(data: Sensitivity, point: Point | None, largest: float) -> dict[str, str]:
     if point is None:
-        return {"text": "", "value": "null", "tone": "none", "heat": "0", "title": "not looked at"}
+        return {"text": "", "value": "null", "tone": "none", "heat": "0", "title": "not measured"}
     place = f"{point['name']}, {point['change']}"
     if point["value"] is None:
         title = f"{place}: {point['refused'] or 'not measured'}"

@@ -203,7 +203,7 @@ def check_shardable(model: nn.Module, precision: str) -> None:
         (
             len(formats) > 1,
             f"its trainable weights have {len(formats)} formats ({', '.join(formats)})",
-            "bring the model to one of them",
+            "convert the model to one of them",
         ),
         (bool(compiled), "torch.compile has compiled it, or a module in it", "give the model uncompiled"),
         (

@@ -214,8 +214,8 @@ def why_not_repeatable(batches: Iterable[Batch], size: Callable[[Batch], int]) -
             singles = [numbered.collate_fn([numbered.dataset[place]]) for place in few]
         if any(_sample_shapes(single) != _sample_shapes(drawn[0]) for single in singles):
             return (
-                "the training loader shuffles, and pads each batch to its longest sample: the same sample comes out "
-                "differently in other company; pad all to one length"
+                "the training loader shuffles, and pads each batch to its longest sample: a sample's length "
+                "depends on the other samples of its batch; pad all to one length"
             )
     return None
 

@@ -74,7 +74,7 @@ def _drawn(parameters: Sequence[Parameter]) -> Iterator[Values]:
         yield {parameter.name: parameter.drawn(generator) for parameter in parameters}
 
 
-def _put_together(rest: Sequence[Parameter], held: Sequence[Sequence[Values]]) -> Iterator[Values]:
+def _put_together(rest: Sequence[Parameter], valid_by_step: Sequence[Sequence[Values]]) -> Iterator[Values]:
     """Yield values of whole recipes: a valid combination of each step, and values of the parameters in `rest`."""
     generator = random.Random(0)
     for number in itertools.count():
@@ -82,7 +82,7 @@ def _put_together(rest: Sequence[Parameter], held: Sequence[Sequence[Values]]) -
         values: Values = {
             parameter.name: parameter.ends[0] if first else parameter.drawn(generator) for parameter in rest
         }
-        for combinations in held:
+        for combinations in valid_by_step:
             values |= combinations[0] if first else generator.choice(combinations)
         yield values
 

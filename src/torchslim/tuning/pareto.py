@@ -188,7 +188,7 @@ def judge(figures: Mapping[int, Mapping[str, float]], budget: Budget, units: Map
         met=False,
         nearest=nearest,
         binding=binding,
-        text=f"the budget cannot be met by what was measured; nearest is trial {nearest}: "
+        text=f"no measured artifact meets the budget; the nearest is trial {nearest}: "
         f"{_told(figures[nearest], budget, units)}; bounds that it breaks: {', '.join(binding)}",
     )
 

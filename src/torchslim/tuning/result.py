@@ -1,4 +1,4 @@
-"""What a search ends with: its front, and all that its report shows."""
+"""The result of a search: its front, and the content of `search.json`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from torchslim.tuning.space import Space
 
 FORMAT = 1
 Results = Sequence[tuple[int, Mapping[str, Any], Mapping[str, Any]]]
+"""Number, parameter values and result of every trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A candidate that was trained fully and measured as an artifact.
+    """A finalist on the front: trained in full, and measured as an artifact.
 
     Attributes:
-        trial: its number.
-        values: of the parameters.
-        figures: measured, by the names of `budget.UNITS`.
-        within: does it keep all bounds?
-        folder: the artifact, with `recipe.toml` beside it; on the machine that made it.
-        result: of the run, where this process made it.
+        trial: number of the trial.
+        values: values of the parameters, by name.
+        figures: measured figures, by the names of `budget.UNITS`.
+        within: whether all bounds hold.
+        folder: folder of the artifact and its `recipe.toml`; it exists on the machine that ran the finalist.
+        result: result of the run; None if another process ran it.
     """
 
     trial: int
@@ -49,7 +50,14 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """What a search returns. `print(result)` shows the front; `data` is what `search.json` holds."""
+    """The result of a search; `print` shows the front.
+
+    Attributes:
+        front: finalists that no other finalist beats in every objective, and the nearest to the budget.
+        verdict: whether the budget is met, and by which finalist.
+        data: content of `search.json`.
+        folder: folder of the search.
+    """
 
     front: tuple[Member, ...]
     verdict: Verdict
@@ -58,15 +66,15 @@ class SearchResult:
 
     @property
     def best(self) -> Member | None:
-        """Within the budget and best in the first objective; or the nearest to the budget."""
-        return next((each for each in self.front if each.trial == self.verdict.nearest), None)
+        """Best member in the first objective within the budget, or else the nearest to the budget; None if none is."""
+        return next((member for member in self.front if member.trial == self.verdict.nearest), None)
 
     def __str__(self) -> str:
         return search_table(self.data)
 
     @classmethod
     def of(cls, data: dict[str, Any], folder: Path, results: Mapping[int, Result]) -> SearchResult:
-        """From what `search.json` holds, and the runs that this process has made."""
+        """Build the result from the content of `search.json` and the runs of this process, by trial."""
         members = tuple(
             Member(
                 trial=point["trial"],
@@ -85,18 +93,25 @@ class SearchResult:
 def entries_of(
     result: Result, target: Target, base: Mapping[str, float], metric: Metric, budget: Budget
 ) -> dict[str, dict[str, Any]]:
-    """All figures of an artifact, with spread where they have one; the latency is paired with the baseline's."""
+    """Entries of all figures of an artifact, as `search.json` holds them.
+
+    Args:
+        result: run of the finalist.
+        target: the runtime, and its threads.
+        base: figures of the original on the target; the latency, in ms, is its latency over the measured speed-up.
+        metric: metric of the task.
+        budget: figures that are measured only if a budget names them.
+    """
     row = result.run["rows"][-1]
-    unit = metric.unit or "1"
     before, after = (result.run["rows"][index]["metric"]["val"]["value"] for index in (0, -1))
     drop = before - after if metric.higher_is_better else after - before
-    found = {"metric_drop": number(drop, unit)}
-    known = result.deployed.size_bytes
-    if known is not None:
-        found["size"] = number(known / 1e6, UNITS["size"])
+    entries = {"metric_drop": number(drop, metric.unit or "1")}
+    size_bytes = result.deployed.size_bytes
+    if size_bytes is not None:
+        entries["size"] = number(size_bytes / 1e6, UNITS["size"])
     ratio = row["speedup"]["over_baseline"]
     median = base.get("latency") or result.run["rows"][0]["latency_ms"][target.runtime]["value"]
-    found["latency"] = Measurement(
+    entries["latency"] = Measurement(
         value=median / ratio["value"],
         unit=UNITS["latency"],
         p10=median / ratio["high"],
@@ -104,78 +119,109 @@ def entries_of(
         rounds=ratio["repeats"],
         machine=THIS_MACHINE,
     ).to_dict()
-    found["macs"] = number(row["macs"]["value"], UNITS["macs"])
-    found["params"] = number(row["parameters"]["value"], UNITS["params"])
+    entries["macs"] = number(row["macs"]["value"], UNITS["macs"])
+    entries["params"] = number(row["parameters"]["value"], UNITS["params"])
     if "peak_memory" in budget.figures:
-        found["peak_memory"] = number(peak_memory(result.deployed) / 1e6, UNITS["peak_memory"], machine="this")
-    return found
+        entries["peak_memory"] = number(peak_memory(result.deployed) / 1e6, UNITS["peak_memory"], machine="this")
+    return entries
 
 
-def data_of(
-    space: Space,
-    metric: Metric,
-    target: Target,
-    base: Mapping[str, float],
-    rows: Results,
-    finals: Results,
-    folder: Path,
-) -> dict[str, Any]:
-    """The content of `search.json`.
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """The measurements of a search.
 
     Args:
-        target: the first that was searched on; `base` are the original's figures there.
-        rows: the trials' number, values and result; finals: those of the candidates that were taken in full.
-        folder: of the search, whose runs know the original's other figures.
+        target: the first target of the search.
+        baseline: figures of the original on the target, and its "metric" on val.
+        trials: results of the trials.
+        finals: results of the finalists.
     """
-    budget = space.budget
-    known = {number for number, _, _ in rows}
-    done = {each["trial"]: each for _, _, each in finals if each["state"] == "measured" and each["trial"] in known}
+
+    target: Target
+    baseline: Mapping[str, float]
+    trials: Results
+    finals: Results
+
+    def measured(self) -> dict[int, Mapping[str, Any]]:
+        """Results of the finalists that were measured, by trial."""
+        numbers = {number for number, _, _ in self.trials}
+        return {
+            final["trial"]: final
+            for _, _, final in self.finals
+            if final["state"] == "measured" and final["trial"] in numbers
+        }
+
+    def failed(self) -> list[dict[str, Any]]:
+        """Trial and reason of every finalist that failed."""
+        return [
+            {"trial": final["trial"], "reason": final["reason"]}
+            for _, _, final in self.finals
+            if final["state"] == "failed" and "trial" in final
+        ]
+
+
+def data_of(space: Space, metric: Metric, findings: Findings, folder: Path) -> dict[str, Any]:
+    """Return the content of `search.json`.
+
+    Args:
+        space: searched space, with its budget.
+        metric: metric of the task.
+        findings: measurements of the search.
+        folder: folder of the search; its runs hold further figures of the original.
+    """
+    budget, target = space.budget, findings.target
+    measured = findings.measured()
     figures = {
-        chosen: {name: entry["value"] for name, entry in each["figures"].items()} for chosen, each in done.items()
+        trial: {name: entry["value"] for name, entry in final["figures"].items()} for trial, final in measured.items()
     }
     verdict = judge(figures, budget, {**UNITS, "metric_drop": metric.unit})
-    shown = front_of(figures, budget.objectives)
-    if verdict.nearest is not None and verdict.nearest not in shown:
-        shown.append(verdict.nearest)
-    values = {chosen: given for chosen, given, _ in rows}
-    original: dict[str, Any] = next((_original(folder / "runs" / f"{chosen:03d}", target) for chosen in done), {})
+    front = front_of(figures, budget.objectives)
+    if verdict.nearest is not None and verdict.nearest not in front:
+        front.append(verdict.nearest)
+    front.sort(key=lambda trial: [figures[trial][name] for name in budget.objectives])
+    values = {number: parameters for number, parameters, _ in findings.trials}
+    run_folders = [folder / "runs" / f"{trial:03d}" for trial in measured]
     return {
         "format": FORMAT,
         "kind": "search",
         "torchslim": __version__,
         "recipe": {key: space.document.get(key) for key in ("model", "task")},
         "space": [parameter.to_dict() for parameter in space.parameters],
-        "budget": {
-            field_.name: value for field_ in fields(budget) if (value := getattr(budget, field_.name)) not in (None, ())
-        },
+        "budget": _settings(budget),
         "objectives": list(budget.objectives),
         "metric": {"name": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better},
         "target": asdict(target),
-        "baseline": {
-            "metric": {
-                "val": number(base["metric"], metric.unit or "1"),
-                "test": original.get("test", not_measured("no candidate was measured")),
-            },
-            "figures": original.get("figures", {})
-            | {name: number(base[name], UNITS[name]) for name in UNITS if name in base},
-        },
-        "trials": [_trial(number, parameters, trial) for number, parameters, trial in rows],
-        "failed": [
-            {"trial": each["trial"], "reason": each["reason"]}
-            for _, _, each in finals
-            if each["state"] == "failed" and "trial" in each
-        ],
-        "front": [
-            _member(chosen, values[chosen], done[chosen])
-            for chosen in sorted(shown, key=lambda chosen: [figures[chosen][name] for name in budget.objectives])
-        ],
+        "baseline": _baseline(findings, metric, run_folders),
+        "trials": [_trial(number, parameters, trial) for number, parameters, trial in findings.trials],
+        "failed": findings.failed(),
+        "front": [_member(trial, values[trial], measured[trial]) for trial in front],
         "verdict": asdict(verdict) | {"binding": list(verdict.binding)},
         "machines": {"this": describe_machine(target.threads)},
     }
 
 
+def _baseline(findings: Findings, metric: Metric, run_folders: Sequence[Path]) -> dict[str, Any]:
+    """The original's row: figures that the search measured, and others from the first run of a finalist."""
+    target, base = findings.target, findings.baseline
+    original = _original(run_folders[0], target) if run_folders else {}
+    searched = {name: number(base[name], UNITS[name]) for name in UNITS if name in base}
+    return {
+        "metric": {
+            "val": number(base["metric"], metric.unit or "1"),
+            "test": original.get("test", not_measured("no candidate was measured")),
+        },
+        "figures": original.get("figures", {}) | searched,
+    }
+
+
+def _settings(budget: Budget) -> dict[str, Any]:
+    """Fields of the budget that are set."""
+    values = {field_.name: getattr(budget, field_.name) for field_ in fields(budget)}
+    return {name: value for name, value in values.items() if value not in (None, ())}
+
+
 def _trial(number: int, parameters: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial's row."""
+    """The row of a trial."""
     figures = trial.get("figures", {})
     return {
         "number": number,
@@ -199,9 +245,9 @@ def _member(number: int, parameters: Mapping[str, Any], final: Mapping[str, Any]
 
 
 def _original(run_folder: Path, target: Target) -> dict[str, Any]:
-    """The original, as the run of a candidate on this target has measured it."""
+    """Metric on test and figures of the original, as the run of a finalist measured them; empty without that run."""
     if not (run_folder / "run.json").is_file():
-        return {}  # it was made on another machine
+        return {}  # another machine ran the finalist
     try:
         run = load_run(run_folder)
     except ArtifactError as error:

@@ -20,7 +20,7 @@ from torchslim.runtimes import find_runtime
 from torchslim.tuning.sampling import Sampler
 from torchslim.tuning.space import Space
 from torchslim.tuning.storage import open_storage
-from torchslim.tuning.study import Ledger
+from torchslim.tuning.study import Design, Ledger
 
 
 def check_space(space: Space) -> None:
@@ -30,7 +30,7 @@ def check_space(space: Space) -> None:
         runtime = find_runtime(name)
         if "size" in budget.figures and runtime.suffix is None:
             raise RecipeError(
-                f"budget: runtime {name!r} has no file whose size could be bounded; leave out size, or it"
+                f"budget: runtime {name!r} has no file whose size could be bounded; leave out size, or this runtime"
             )
     if budget.finalists > budget.trials:
         raise RecipeError(
@@ -46,22 +46,18 @@ def make_ledgers(
         return None
     opened = open_storage(storage)
     budget = space.budget
-    seed = space.document.get("seed", 0)
-    trials = Ledger(
-        opened,
-        name,
-        key,
-        objectives=len(budget.objectives),
-        parameters=space.parameters,
+    trials = Design(
         trials=budget.trials,
-        sampler=sampler,
-        seed=seed,
+        objectives=len(budget.objectives),
         bounds=len(budget.bounds),
-        budget=budget,
-        beat=beat,
+        parameters=space.parameters,
+        sampler=sampler,
+        seed=space.document.get("seed", 0),
     )
-    return trials, Ledger(
-        opened, f"{name}/finals", key, objectives=1, parameters=(), trials=10**9, budget=budget, beat=beat
+    finals = Design(trials=10**9, objectives=1)
+    return (
+        Ledger(opened, name, key, trials, budget=budget, beat=beat),
+        Ledger(opened, f"{name}/finals", key, finals, budget=budget, beat=beat),
     )
 
 
@@ -96,7 +92,7 @@ def claim_folder(folder: Path, key: str, space: Space) -> None:
             try:
                 stored_key = CLAIM.read(path)["key"]
             except StorageError as error:
-                warn(f"{error}; the study says what is searched here, and the file is written again")
+                warn(f"{error}; the study identifies the search, and the file is written again")
             else:
                 if stored_key != key:
                     raise RecipeError(

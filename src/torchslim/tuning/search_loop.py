@@ -1,4 +1,4 @@
-"""The search: trials at little cost, then the best in full, from as many workers as share the study."""
+"""The search: trials at reduced cost, then the best in full; any number of workers share the study."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from torchslim.pipeline.result import Result
 from torchslim.pipeline.runner import run_steps
 from torchslim.report import render_search
 from torchslim.tuning.pareto import WHOLE, hopeless, near, next_finalist
-from torchslim.tuning.result import SearchResult, data_of, entries_of
+from torchslim.tuning.result import Findings, SearchResult, data_of, entries_of
 from torchslim.tuning.sampling import Sampler
 from torchslim.tuning.search_folder import check_space, claim_folder, make_ledgers, mark_folder
 from torchslim.tuning.shared import SAME
 from torchslim.tuning.space import Space, make_space
 from torchslim.tuning.study import Ledger
-from torchslim.tuning.trial import Lab, trainings
+from torchslim.tuning.trial import Lab, shortenable
 from torchslim.tuning.warm_start import informed_start
 
-WAIT_SECONDS = 1.0  # between looks at what other workers do
-REPEATS = 30  # trials in a row that were tried before: the space is exhausted
-GIVE_UP = 3  # so many trials that all fail, and none succeeded: something is wrong with all
+WAIT_SECONDS = 1.0  # before asking again for a trial, while other workers run theirs
+REPEATS = 30  # trials in a row with recipes that were tried before: the space is exhausted
+GIVE_UP = 3  # failed trials without a success before the search stops: all have the same fault
 
 
 @checks_arguments(RecipeError, earlier=("recipe", "model", "task"))
@@ -73,39 +73,74 @@ def search(
         workdir: folder of the search; the front's artifacts are in `front/`.
         storage: what workers share: an Optuna URL, or a file; by default one in `workdir`.
         study: its name in the storage; by default the folder's name.
-        sampler: "gp" (Gaussian processes) needs few trials; "tpe" (densities) suits many trials or objectives, and "gp"
-            turns to it there; "random" does not learn.
-        beat: seconds between a worker's signs of life.
+        sampler: "gp" (Gaussian processes) needs few trials; "tpe" (densities) suits many trials or objectives, and
+            replaces "gp" there; "random" does not learn.
+        beat: seconds between signs of life of a worker.
         progress: called with an `Event` at every phase.
 
     Raises:
-        RecipeError: a range or budget that cannot be, or a folder or study that belongs to another search.
+        RecipeError: a range or the budget is invalid, or the folder or study belongs to another search.
         StorageError: the storage cannot be reached.
     """
     model = usable(model)
     teacher = None if teacher is None else usable(teacher, what="the teacher")
     space = recipe if isinstance(recipe, Space) else make_space(recipe)
-    folder = Path(workdir)
     check_space(space)
     distributed.connect()
-    first = take_first(task.val, "val")
-    whole = digest(
+    first_batch = take_first(task.val, "val")
+    key = _key(space, model, teacher, first_batch)
+    inputs: Any = task.inputs(first_batch) if example_inputs is None else example_inputs
+    folder = Path(workdir)
+    ledgers = _open(space, key, folder, storage=storage, study=study, sampler=sampler, beat=beat)
+    lab = _make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress)
+    return _Search(space, lab, folder, ledgers).run()
+
+
+def _key(space: Space, model: nn.Module, teacher: nn.Module | None, first_batch: Any) -> str:
+    """Digest of everything that trials depend on: workers with equal keys share a study."""
+    sensitivity = space.document.get("sensitivity")
+    return digest(
         space.key,
         __version__,
         fingerprint(model.state_dict()),
-        fingerprint(first),
+        fingerprint(first_batch),
         "" if teacher is None else fingerprint(teacher.state_dict()),
-        *_priors(space),
+        *([Sensitivity.load(sensitivity).priors()] if sensitivity else []),
     )
-    names = study or folder.resolve().name
-    inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
+
+
+def _open(
+    space: Space,
+    key: str,
+    folder: Path,
+    *,
+    storage: str | Path | None,
+    study: str | None,
+    sampler: Sampler,
+    beat: float,
+) -> tuple[Ledger, Ledger] | None:
+    """Claim the folder and open the ledgers; None in all but the first process of a distributed training."""
     if distributed.is_first():
         mark_folder(folder)
-    studies = make_ledgers(space, names, whole, storage or folder / "study.journal", sampler, beat)
+    name = study or folder.resolve().name
+    ledgers = make_ledgers(space, name, key, storage or folder / "study.journal", sampler, beat)
     if distributed.is_first():
-        claim_folder(folder, whole, space)
+        claim_folder(folder, key, space)
     distributed.wait()
-    lab = Lab(
+    return ledgers
+
+
+def _make_lab(
+    space: Space,
+    folder: Path,
+    model: nn.Module,
+    task: Task,
+    teacher: nn.Module | None,
+    inputs: Inputs,
+    dynamic_shapes: Any,
+    progress: Callable[[Event], None],
+) -> Lab:
+    return Lab(
         model=model,
         task=task,
         teacher=teacher,
@@ -117,20 +152,17 @@ def search(
         short=space.budget.short,
         progress=progress if distributed.is_first() else ignore_progress,
     )
-    work = _Search(space, lab, folder, studies)
-    work.baselines()
-    work.trials()
-    work.finals()
-    return work.result()
-
-
-def _priors(space: Space) -> list[dict[str, float]]:
-    known = space.document.get("sensitivity")
-    return [Sensitivity.load(known).priors()] if known else []
 
 
 class _Search:
-    """One worker's part of a search."""
+    """One worker's part of a search.
+
+    Args:
+        space: searched space, with its budget.
+        lab: runs trials.
+        folder: folder of the search.
+        ledgers: studies of the trials and of the full trainings; None in all but the first process of a worker.
+    """
 
     def __init__(self, space: Space, lab: Lab, folder: Path, ledgers: tuple[Ledger, Ledger] | None) -> None:
         self.space, self.lab, self.folder, self.budget = space, lab, folder, space.budget
@@ -139,68 +171,78 @@ class _Search:
         self.results: dict[int, Result] = {}
         self.metric = lab.task.as_metric()
 
-    def baselines(self) -> None:
-        """Measure the original on every runtime, before any trial, so that deployment errors come at once."""
+    def run(self) -> SearchResult:
+        """Run baselines, trials and full trainings, and return the result."""
+        self._measure_baselines()
+        self._run_trials()
+        self._run_finals()
+        return self._result()
+
+    def _measure_baselines(self) -> None:
+        """Measure the original on every runtime, before any trial, so that deployment errors are raised at once."""
         for target in self._targets():
             if distributed.is_first():
                 self.lab.progress(Event(step="search", phase=f"baseline on {target.runtime}"))
                 self.lab.baseline(target)
         distributed.wait()
 
-    def trials(self) -> None:
-        """Until there are enough, and all other workers' are done."""
+    def _run_trials(self) -> None:
+        """Run trials until there are enough, and those of all other workers are finished."""
         if self.ledgers:
-            known = self.space.document.get("sensitivity")
-            informed = [informed_start(self.space, Sensitivity.load(known))] if known else []
+            sensitivity = self.space.document.get("sensitivity")
+            informed = [informed_start(self.space, Sensitivity.load(sensitivity))] if sensitivity else []
             self.ledgers[0].enqueue([*informed, *self.space.starts])
-        while True:
-            job = self._next_trial()
-            if job is None:
-                break
+        while (job := self._next_trial()) is not None:
             self._try(*job)
 
     def _next_trial(self) -> tuple[Any, dict[str, Any]] | None:
-        """The next trial and its values, in all processes of this worker; None when the trials are over."""
+        """Next trial and its values, the values in all processes of this worker; None if there are no more."""
         job: Any = None
         while self.ledgers:
             ledger = self.ledgers[0]
-            late = self.budget.hours is not None and time.monotonic() - self.started > 3600 * self.budget.hours
-            late = late or ledger.repeats() >= REPEATS
-            trial = None if late else ledger.ask()
+            over = self._out_of_time() or ledger.repeats() >= REPEATS
+            trial = None if over else ledger.ask()
             if trial is not None:
                 values = ledger.values(trial)
                 if self._repeated(trial, values):
                     continue
                 job = (trial, values)
                 break
-            if late or not ledger.waiting():
+            if over or not ledger.waiting():
                 break
-            time.sleep(WAIT_SECONDS)  # what another worker is at work on may be left to this one
-        told = distributed.told(None if job is None else job[1])
-        return None if told is None else (job[0] if job else None, told)
+            time.sleep(WAIT_SECONDS)  # a running trial is given to this worker if the other worker dies
+        shared_values = distributed.told(None if job is None else job[1])
+        return None if shared_values is None else (job[0] if job else None, shared_values)
+
+    def _out_of_time(self) -> bool:
+        hours = self.budget.hours
+        return hours is not None and time.monotonic() - self.started > 3600 * hours
 
     def _repeated(self, trial: Any, values: Mapping[str, Any]) -> bool:
-        """Was the same recipe tried before? What differs then belongs to steps that are skipped."""
+        """Store the result of an earlier trial with the same recipe, if there is one, and return whether there is.
+
+        Different values give the same recipe if the steps that they belong to are skipped.
+        """
         assert self.ledgers
-        ledger, recipe = self.ledgers[0], self._recipe(values)
-        for first, earlier, result in ledger.results():
-            if self._recipe(earlier) == recipe:
-                ledger.tell(trial, {**result, SAME: first}, None)  # the sampler has heard of it
+        ledger, recipe = self.ledgers[0], self._recipe_text(values)
+        for earlier, earlier_values, result in ledger.results():
+            if self._recipe_text(earlier_values) == recipe:
+                ledger.tell(trial, {**result, SAME: earlier}, None)  # without values: the sampler has this result
                 return True
         return False
 
     def _try(self, trial: Any, values: dict[str, Any]) -> None:
-        """One trial, and its result in the ledger."""
+        """Run a trial and store its result."""
         start = time.perf_counter()
         if not self.ledgers:
             self._attempt(values, [])
             return
         ledger = self.ledgers[0]
-        done = ledger.results()
+        earlier = [result for _, _, result in ledger.results()]
         self.lab.progress(
-            Event(step="search", phase=f"trial {trial.number}", current=len(done), total=self.budget.trials)
+            Event(step="search", phase=f"trial {trial.number}", current=len(earlier), total=self.budget.trials)
         )
-        others = [each["cheap"] for _, _, each in done if each.get("cheap")]
+        others = [result["cheap"] for result in earlier if result.get("cheap")]
         try:
             with ledger.beating(trial):
                 result = self._attempt(values, others)
@@ -210,79 +252,85 @@ class _Search:
         result["seconds"] = time.perf_counter() - start
         figures = result.get("figures")
         ledger.tell(trial, result, None if not figures else [figures[name] for name in self.budget.objectives])
-        failed = [each["reason"] for _, _, each in ledger.results() if each["state"] == "failed"]
-        if len(failed) >= GIVE_UP and len(failed) == len(ledger.results()):
-            raise RecipeError(f"each of the first {len(failed)} trials failed; the last: {failed[-1]}")
+        results = [result for _, _, result in ledger.results()]
+        if len(results) >= GIVE_UP and all(result["state"] == "failed" for result in results):
+            raise RecipeError(f"each of the first {len(results)} trials failed; the last: {results[-1]['reason']}")
 
     def _attempt(self, values: Mapping[str, Any], others: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """Little, then more: figures, how far it came, and why no farther."""
+        """Run a recipe without training, then, unless it is hopeless, with short training; return the trial's result.
+
+        Args:
+            values: values of the parameters.
+            others: figures of earlier trials without training.
+        """
         cheap, short = self.lab.efforts()
         result: dict[str, Any] = {"state": "failed", "stage": cheap.name, "reason": ""}
         try:
             recipe = self.space.recipe(values)
             figures = self.lab.attempt(recipe, cheap)
             result["cheap"] = figures
-            why = distributed.told(hopeless(figures, others, self.budget))
-            if not why:
-                result["stage"] = short.name if any(map(trainings, recipe.steps)) else WHOLE
+            reason = distributed.told(hopeless(figures, others, self.budget))
+            if not reason:
+                result["stage"] = short.name if any(map(shortenable, recipe.steps)) else WHOLE
                 figures = self.lab.attempt(recipe, short)
             excess = self.budget.excess(figures)
             return result | {
-                "state": "stopped" if why else "candidate",
-                "reason": why,
+                "state": "stopped" if reason else "candidate",
+                "reason": reason,
                 "figures": figures,
                 "excess": excess,
                 "bad": excess if result["stage"] == WHOLE else near(figures, self.budget),
             }
-        except TorchslimError as error:  # these values do not go together, or diverge: the search learns of it
+        except TorchslimError as error:  # a combination that cannot run is a result, too: the sampler avoids it
             return result | {"reason": str(error)}
 
-    def finals(self) -> None:
-        """Train the best fully, one at a time, until there are enough."""
-        while True:
-            job = self._next_final()
-            if job is None:
-                break
-            trial, chosen, values = job
+    def _run_finals(self) -> None:
+        """Train the best in full, one at a time, until there are enough."""
+        while (job := self._next_final()) is not None:
+            claim, number, values = job
             if not self.ledgers:
-                self._full(chosen, values)
+                self._train_fully(number, values)
                 continue
             ledger = self.ledgers[1]
-            self.lab.progress(Event(step="search", phase=f"full training of trial {chosen}"))
+            self.lab.progress(Event(step="search", phase=f"full training of trial {number}"))
             try:
-                with ledger.beating(trial):
-                    result = self._full(chosen, values)
+                with ledger.beating(claim):
+                    result = self._train_fully(number, values)
             except BaseException:
-                ledger.give_back(trial)
+                ledger.give_back(claim)
                 raise
-            ledger.tell(trial, result, [0.0] if result["state"] == "measured" else None)
+            ledger.tell(claim, result, [0.0] if result["state"] == "measured" else None)
 
-    def _recipe(self, values: Mapping[str, Any]) -> str:
+    def _recipe_text(self, values: Mapping[str, Any]) -> str:
+        """The recipe with these values, without the steps that are skipped, as comparable text."""
         return json.dumps(self.space.chosen(values), sort_keys=True, default=str)
 
     def _next_final(self) -> tuple[Any, int, dict[str, Any]] | None:
+        """Claim, number and values of the next finalist, the last two in all processes of this worker; None if over."""
         job: Any = None
         while self.ledgers:
             trials, finals = self.ledgers
-            found = {chosen: values for chosen, values, _ in trials.results()}
-            results = {chosen: result for chosen, _, result in trials.results()}
-            claims = {each: result for each, result in finals.claims().items() if "figures" in results.get(each, {})}
-            chosen = next_finalist(results, claims, self.budget)
-            if chosen is not None:
-                trial = finals.claim({"trial": chosen})
-                if trial is not None:
-                    job = (trial, chosen, found[chosen])
+            finished = trials.results()
+            results = {number: result for number, _, result in finished}
+            claims = {
+                number: result for number, result in finals.claims().items() if "figures" in results.get(number, {})
+            }
+            number = next_finalist(results, claims, self.budget)
+            if number is not None:
+                claim = finals.claim({"trial": number})
+                if claim is not None:
+                    job = (claim, number, next(values for trial, values, _ in finished if trial == number))
                     break
             elif not finals.waiting():
                 break
             time.sleep(WAIT_SECONDS)
-        told = distributed.told(None if job is None else job[1:])
-        return None if told is None else (job[0] if job else None, *told)
+        shared_job = distributed.told(None if job is None else job[1:])
+        return None if shared_job is None else (job[0] if job else None, *shared_job)
 
-    def _full(self, chosen: int, values: Mapping[str, Any]) -> dict[str, Any]:
-        """A whole run of one recipe, saved with it."""
+    def _train_fully(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the recipe of a trial in full, save its artifact and its recipe, and return the result."""
         recipe, lab = self.space.recipe(values), self.lab
-        folder = self.folder / "front" / f"{chosen:03d}"
+        folder = self.folder / "front" / f"{number:03d}"
         try:
             options = RunOptions(
                 target=recipe.target,
@@ -292,15 +340,15 @@ class _Search:
                 engine=recipe.engine,
                 sensitivity=recipe.known_sensitivity(),
                 seed=lab.seed,
-                workdir=self.folder / "runs" / f"{chosen:03d}",
+                workdir=self.folder / "runs" / f"{number:03d}",
                 stages=self.folder / "stages",
                 names={"model": recipe.model, "task": recipe.task},
                 progress=lab.progress,
             )
             result = run_steps(lab.model, lab.task, recipe.steps, options)
         except TorchslimError as error:
-            return {"state": "failed", "trial": chosen, "reason": str(error), "within": False}
-        self.results[chosen] = result
+            return {"state": "failed", "trial": number, "reason": str(error), "within": False}
+        self.results[number] = result
         if not distributed.is_first():
             return {}
         result.save(folder)
@@ -309,7 +357,7 @@ class _Search:
         figures = {name: entry["value"] for name, entry in entries.items()}
         return {
             "state": "measured",
-            "trial": chosen,
+            "trial": number,
             "metric": result.run["rows"][-1]["metric"],
             "figures": entries,
             "within": max(self.budget.excess(figures).values(), default=0.0) <= 0,
@@ -319,13 +367,14 @@ class _Search:
         threads = self.space.recipe(self.space.first).target.threads
         return [Target(runtime=name, threads=threads) for name in self.space.runtimes]
 
-    def result(self) -> SearchResult:
-        """The front, as it is measured; written to the folder by the first process."""
+    def _result(self) -> SearchResult:
+        """Write `search.json` and `report.html` in the first process, and return the result in every process."""
         data: Any = None
         if self.ledgers:
             trials, finals = (ledger.results() for ledger in self.ledgers)
             target = self._targets()[0]
-            data = data_of(self.space, self.metric, target, self.lab.baseline(target), trials, finals, self.folder)
+            findings = Findings(target=target, baseline=self.lab.baseline(target), trials=trials, finals=finals)
+            data = data_of(self.space, self.metric, findings, self.folder)
             write_json(self.folder / "search.json", data)
             write_bytes(self.folder / "report.html", render_search(data).encode())
         return SearchResult.of(distributed.told(data), self.folder, self.results)

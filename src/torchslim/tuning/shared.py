@@ -84,7 +84,7 @@ def read_row(trial: Any, parameters: Sequence[Parameter], objectives: int, budge
     queued = system_attributes.get("fixed_params")
     numbers = trial.values if finished and result is not None else None
     if numbers is not None and (not isinstance(numbers, (list, tuple)) or len(numbers) != objectives):
-        raise Unusable(f"it is not judged by {objectives} numbers")
+        raise Unusable(f"it does not have {objectives} objective values")
     return Row(
         number=_whole(trial.number, "number"),
         running=trial.state == optuna.trial.TrialState.RUNNING,
@@ -208,7 +208,7 @@ def _number(value: Any, what: str) -> float:
 def _numbers(value: Any, what: str) -> Json:
     table = _table(value, what)
     if not set(table) <= NUMBERS:
-        raise Unusable(f"its {what} are of other things than a budget knows")
+        raise Unusable(f"its {what} have keys that no budget has")
     return {key: _number(number, f"{what}.{key}") for key, number in table.items()}
 
 
@@ -236,7 +236,7 @@ def _figures(value: Any, what: str) -> Json:
     table = _table(value, what)
     if table and all(isinstance(entry, Mapping) for entry in table.values()):
         if not set(table) <= NUMBERS or any("not_measured" in entry for entry in table.values()):
-            raise Unusable(f"its {what} are of other things than a budget knows")
+            raise Unusable(f"its {what} have keys that no budget has")
         return {key: _entry(entry, f"{what}.{key}") for key, entry in table.items()}
     return _numbers(table, what)
 

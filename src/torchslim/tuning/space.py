@@ -188,7 +188,7 @@ def make_space(document: Mapping[str, Any], where: str = "recipe") -> Space:
     if not parameters:
         raise RecipeError(
             f"{where} has nothing to search: write a range in place of a value, such as "
-            "sparsity = { search = [0.2, 0.8] }, or take `torchslim run`"
+            "sparsity = { search = [0.2, 0.8] }, or use `torchslim run`"
         )
     budget: Budget = parse_table(Budget, document.get("budget", {}), f"{where}: budget")
     for index, table in enumerate(document["step"], 1):
@@ -232,7 +232,7 @@ def _found(document: Mapping[str, Any], where: str) -> list[Parameter]:
     for path, table in _tables(document, ()):
         name = _name(path, document)
         if path[0] in FIXED and len(path) <= (2 if path[0] == "step" else len(path)):
-            raise RecipeError(f"{where}: {name} cannot be searched over; name one")
+            raise RecipeError(f"{where}: {name} cannot be searched over; give one value")
         if name in by_name:
             raise RecipeError(f"{where}: two ranges are called {name}; keys of tables must not look like paths")
         by_name[name] = _parameter(name, path, table, where)

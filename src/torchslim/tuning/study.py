@@ -1,4 +1,4 @@
-"""One study that any number of workers share: who takes which trial, and who takes over what a dead one left."""
+"""One study that any number of workers share: gives trials to workers, and gives the trials of dead ones again."""
 
 from __future__ import annotations
 
@@ -22,38 +22,60 @@ from torchslim.tuning.space import Parameter
 from torchslim.tuning.storage import consulting
 
 BEAT_SECONDS = 5.0
-GRACE_BEATS = 12  # so many beats that are missed, and a worker on another machine counts as dead
-REFUSALS = 1_000  # trials in a row that others have asked for with values that do not fit: somebody floods the study
+GRACE_BEATS = 12  # missed beats after which a worker on another machine counts as dead
+REFUSALS = 1_000  # enqueued trials in a row with values beyond the ranges: the study is flooded with them
 
 
 @dataclass
 class Worker:
-    """This process, as other workers know it."""
+    """A process that runs trials; by default this one."""
 
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
 
     def to_dict(self) -> dict[str, Any]:
-        """With when it was started: numbers of processes are used again."""
+        """Host, process id and start time: the system uses process ids again."""
         return {"host": self.host, "pid": self.pid, "started": started(self.pid)}
 
 
-class Ledger:
-    """A study: gives trials to this worker, beats while it works, and takes back what dead workers left.
-
-    A trial counts once it has a result, good or bad; one that ended without is lost, and was given to somebody else.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Design:
+    """The trials of a study: their parameters, their number, and how values are drawn and judged.
 
     Args:
-        storage: of `open_storage`.
-        name: of the study in it.
-        key: what is searched; a study of the same name with another key belongs to another recipe.
-        objectives: how many numbers a trial is judged by, all to be small.
-        parameters: what varies.
-        sampler, seed: of the values; equal seeds and results give equal trials.
-        bounds: how many constraints there are.
-        budget: under which results are read.
-        trials: how many to take.
+        trials: number of trials to run.
+        objectives: number of objectives, all minimized.
+        bounds: number of constraints.
+        parameters: parameters of the space; none: trials are claimed by name, and no values are drawn.
+        sampler: as for `ts.search`.
+        seed: equal seeds and results give equal trials.
+    """
+
+    trials: int
+    objectives: int
+    bounds: int = 0
+    parameters: Sequence[Parameter] = ()
+    sampler: Sampler = "gp"
+    seed: int = 0
+
+
+class Ledger:
+    """One worker's access to a study: asks for trials, shows signs of life, and frees the trials of dead workers.
+
+    A trial counts once it has a result, good or bad. A trial that ended without one is lost; its values are enqueued
+    again.
+
+    Args:
+        storage: as `open_storage` returns it.
+        name: name of the study in the storage.
+        key: identifies the search; a study of this name with another key belongs to another search.
+        design: the trials of the study.
+        budget: the budget that results are judged by; None: results are used as they are stored.
         beat: seconds between signs of life.
+
+    Raises:
+        RecipeError: the study belongs to another search.
+        StorageError: the storage cannot be reached.
     """
 
     def __init__(
@@ -61,85 +83,84 @@ class Ledger:
         storage: Any,
         name: str,
         key: str,
+        design: Design,
         *,
-        objectives: int,
-        parameters: Sequence[Parameter],
-        trials: int,
-        sampler: Sampler = "gp",
-        seed: int = 0,
-        bounds: int = 0,
         budget: Budget | None = None,
         beat: float = BEAT_SECONDS,
     ) -> None:
         import optuna
 
-        self.parameters, self.trials, self.seed = parameters, trials, seed
-        self.sampler, self.bounds, self.beat, self.name = sampler, bounds, beat, name
-        self.objectives, self.budget = objectives, budget
-        self.storage, self.worker = storage, Worker().to_dict()
-        self.seen: dict[int, tuple[Any, float]] = {}
-        self.given: dict[int, dict[str, Any]] = {}  # the values of this worker's trials, as they are stored
-        self.ignored: dict[int, str] = {}  # trials that are of no use, and why
-        self.told: set[int] = set()
+        self.storage, self.name, self.design = storage, name, design
+        self.budget, self.beat = budget, beat
+        self.worker = Worker().to_dict()
+        self.last_beats: dict[int, tuple[Any, float]] = {}  # by running trial, and when this worker first saw the beat
+        self.own_values: dict[int, dict[str, Any]] = {}  # of this worker's trials, as they are stored
+        self.unusable: dict[int, str] = {}  # reasons by ignored trial
+        self.warned: set[int] = set()  # ignored trials that a warning has named
+        minimize = [optuna.study.StudyDirection.MINIMIZE] * design.objectives
         with consulting(name):
             self.study = optuna.create_study(
                 storage=storage,
                 study_name=name,
-                directions=["minimize"] * objectives,
+                directions=minimize,
                 load_if_exists=True,
                 sampler=optuna.samplers.RandomSampler(seed=0),
             )
-            other = self.study.user_attrs.get("key")
-            minimized = [direction == optuna.study.StudyDirection.MINIMIZE for direction in self.study.directions]
-            if (other is not None and other != key) or minimized != [True] * objectives:
+            stored_key = self.study.user_attrs.get("key")
+            if stored_key not in (None, key) or list(self.study.directions) != minimize:
                 raise RecipeError(
                     f"the study {name!r} belongs to another recipe, budget, model or data; choose another with "
                     "--study, or another folder"
                 )
-            if other is None:
+            if stored_key is None:
                 self.study.set_user_attr("key", key)
 
     def enqueue(self, starts: Sequence[Mapping[str, Any]]) -> None:
-        """Values to begin with, where nobody has begun."""
+        """Enqueue the values of the first trials, unless the study has trials already."""
         with self._consulting():
             if not self.study.get_trials(deepcopy=False):
                 for values in starts:
                     self.study.enqueue_trial(self._stored(values), skip_if_exists=True)
 
     def ask(self) -> Any:
-        """The next trial; None where enough are taken."""
+        """Return the next trial; None if there are enough.
+
+        Raises:
+            StorageError: too many enqueued trials in a row have values beyond the ranges of their parameters.
+        """
         import optuna
 
         with self._consulting():
             self.take_back()
             for _ in range(REFUSALS):
-                if self._taken() >= self.trials:
+                if self._count() >= self.design.trials:
                     return None
                 number = sum(row.result is not None for row in self._rows())
-                sampler = "random" if self.repeats() else self.sampler  # what repeats itself must look elsewhere
+                sampler = "random" if self.repeats() else self.design.sampler  # a sampler that repeats itself is stuck
                 trial = self.study.ask()
                 trial.set_user_attr("worker", self.worker)
-                with self.beating(trial):  # drawing takes its time, too
+                with self.beating(trial):  # drawing may take longer than the grace of a silent worker
                     usable = self._set_values(trial, number, sampler)
-                if not usable or self._taken(before=trial.number) >= self.trials:  # several workers asked at once
+                if not usable or self._count(before=trial.number) >= self.design.trials:  # workers asked at once
                     self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 if usable:
-                    return trial if self._taken(before=trial.number) < self.trials else None
+                    return trial if self._count(before=trial.number) < self.design.trials else None
         raise StorageError(
             f"the study {self.name!r} holds more than {REFUSALS:,} trials with values beyond the recipe's ranges; "
             "choose another with --study"
         )
 
     def values(self, trial: Any) -> dict[str, Any]:
-        """The values of the parameters of a trial that this worker was given."""
-        return self._decoded(self.given[trial.number])
+        """Values by parameter of a trial that `ask` returned."""
+        return self._decoded(self.own_values[trial.number])
 
     def _decoded(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Values from Optuna's form."""
         return {
             parameter.name: parameter.choices[stored[parameter.name]]
             if parameter.kind == "choice"
             else stored[parameter.name]
-            for parameter in self.parameters
+            for parameter in self.design.parameters
         }
 
     @contextmanager
@@ -153,7 +174,7 @@ class Ledger:
             count = 0
             while not stop.wait(self.beat):
                 count += 1
-                with suppress(optuna.exceptions.UpdateFinishedTrialError):  # somebody took this worker for dead
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):  # other workers took this one for dead
                     self.storage.set_trial_user_attr(trial._trial_id, "beat", count)
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -165,7 +186,13 @@ class Ledger:
             thread.join()
 
     def tell(self, trial: Any, result: Mapping[str, Any], values: Sequence[float] | None) -> None:
-        """Keep a result; without values the trial has failed. Of a trial that another has taken over it is dropped."""
+        """Store the result of a trial, unless another worker took the trial for lost.
+
+        Args:
+            trial: as `ask` or `claim` returned it.
+            result: stored as JSON.
+            values: of the objectives; None: the trial failed.
+        """
         import optuna
 
         with self._consulting(), suppress(optuna.exceptions.UpdateFinishedTrialError):
@@ -176,7 +203,7 @@ class Ledger:
                 self.study.tell(trial.number, list(values))
 
     def results(self) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
-        """Number, values and result of each trial that has one of its own, in order."""
+        """Number, values and result of every finished trial in order, without repetitions of earlier recipes."""
         with self._consulting():
             return [
                 (row.number, self._decoded(row.values), row.result)
@@ -185,7 +212,7 @@ class Ledger:
             ]
 
     def repeats(self) -> int:
-        """How many of the latest trials were the same as an earlier one."""
+        """Number of the latest trials, in a row, that repeated an earlier recipe."""
         count = 0
         for row in reversed(self._rows()):
             if SAME not in (row.result or {}):
@@ -194,13 +221,17 @@ class Ledger:
         return count
 
     def waiting(self) -> bool:
-        """Is somebody still at work, who may yet be lost?"""
+        """Whether a trial is running; if its worker dies, the trial is given again."""
         with self._consulting():
             self.take_back()
             return any(row.running for row in self._rows())
 
     def claim(self, about: Mapping[str, int]) -> Any:
-        """A trial for something that is named, and not drawn; None where another worker has it."""
+        """Claim a full training; return its trial, or None if another worker has claimed or done it.
+
+        Args:
+            about: {"trial": number of the trial to train in full}.
+        """
         import optuna
 
         with self._consulting():
@@ -209,85 +240,81 @@ class Ledger:
             trial.set_user_attr("about", dict(about))
             trial.set_user_attr("worker", self.worker)
             for other in self._rows():
-                mine = other.about == about["trial"]
-                if mine and (other.result is not None or other.running) and other.number < trial.number:
+                same = other.about == about["trial"]
+                if same and (other.result is not None or other.running) and other.number < trial.number:
                     self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                     return None
         return trial
 
     def claims(self) -> dict[int, dict[str, Any] | None]:
-        """By the number that was claimed its result, None while somebody is at work on it."""
-        found: dict[int, dict[str, Any] | None] = {}
+        """Results by claimed number; None while a worker computes the result."""
+        results: dict[int, dict[str, Any] | None] = {}
         with self._consulting():
             self.take_back()
             for row in self._rows():
                 if row.about is None:
                     continue
                 if row.result is not None:
-                    found[row.about] = row.result
+                    results[row.about] = row.result
                 elif row.running:
-                    found.setdefault(row.about, None)
-        return found
+                    results.setdefault(row.about, None)
+        return results
 
     def take_back(self) -> None:
-        """Trials of dead workers fail, and their values are asked for again."""
+        """Fail the running trials of dead workers, and enqueue their values again."""
         now = time.monotonic()
         for row in self._rows():
             if not row.running:
                 continue
             dead = is_dead(row.worker) if row.worker else None
-            if dead is None:
-                if row.number not in self.seen or self.seen[row.number][0] != row.beat:
-                    self.seen[row.number] = (row.beat, now)
-                dead = now - self.seen[row.number][1] > GRACE_BEATS * self.beat
+            if dead is None:  # on another machine: only its beats tell
+                if row.number not in self.last_beats or self.last_beats[row.number][0] != row.beat:
+                    self.last_beats[row.number] = (row.beat, now)
+                dead = now - self.last_beats[row.number][1] > GRACE_BEATS * self.beat
             if dead:
                 self._lose(row.number, row.values)
 
     def give_back(self, trial: Any) -> None:
-        """Of this worker, which cannot go on."""
+        """Fail a trial of this worker, which cannot finish it, and enqueue its values again."""
         with self._consulting():
-            self._lose(trial.number, self.given.get(trial.number))
+            self._lose(trial.number, self.own_values.get(trial.number))
 
     def _lose(self, number: int, values: Mapping[str, Any] | None) -> None:
         import optuna
 
         try:
             self.study.tell(number, state=optuna.trial.TrialState.FAIL)
-        except (ValueError, RuntimeError):  # another worker was faster, or it was alive and is done
+        except (ValueError, RuntimeError):  # the trial was finished meanwhile, by its own worker or by another
             return
-        if self.parameters:  # what is claimed by name is claimed again
+        if self.design.parameters:  # a trial without parameters was claimed by name, and is claimed again
             self.study.enqueue_trial(dict(values or {}), user_attrs={"instead_of": number})
 
     @contextmanager
     def _consulting(self) -> Iterator[None]:
-        """Around the use of the storage; afterwards each trial that was found to be of no use is told once."""
+        """Use the storage in the block; afterwards warn once for every trial that was found unusable."""
         with consulting(self.name):
             yield
-        for number, reason in self.ignored.items():
-            if number not in self.told:
-                self.told.add(number)
+        for number, reason in self.unusable.items():
+            if number not in self.warned:
+                self.warned.add(number)
                 warnings.warn(
                     f"trial {number} of the study {self.name!r} is ignored: {reason}; another worker, or somebody "
                     "else, has written it",
                     stacklevel=4,
                 )
 
-    def _all(self) -> list[Any]:
-        trials: list[Any] = self.study.get_trials(deepcopy=False)
-        return trials
-
     def _rows(self) -> list[Row]:
-        """The trials that are of use; the others are left out, with a warning."""
-        found = []
-        for trial in self._all():
+        """The usable trials, checked; `_consulting` warns of the others."""
+        rows = []
+        for trial in self.study.get_trials(deepcopy=False):
             try:
-                found.append(read_row(trial, self.parameters, self.objectives, self.budget))
-            except Unusable as unusable:
-                self.ignored.setdefault(trial.number, str(unusable))
-        return found
+                rows.append(read_row(trial, self.design.parameters, self.design.objectives, self.budget))
+            except Unusable as error:
+                self.unusable.setdefault(trial.number, str(error))
+        return rows
 
-    def _taken(self, before: int | None = None) -> int:
-        """How many trials have a result of their own or are worked on."""
+    def _count(self, before: int | None = None) -> int:
+        """Number of trials that are running or have a result of their own; with `before`, of those below it."""
         return sum(
             row.running if row.result is None else SAME not in row.result
             for row in self._rows()
@@ -295,7 +322,17 @@ class Ledger:
         )
 
     def _set_values(self, trial: Any, number: int, sampler: Sampler) -> bool:
-        """Give a trial the values that it was asked for with, or draw them; False where those are beyond a range."""
+        """Set the values of a trial: those that it was enqueued with, or drawn ones.
+
+        Args:
+            trial: of Optuna.
+            number: number of trials with results.
+            sampler: draws the values.
+
+        Returns:
+            False if the enqueued values are beyond the ranges of their parameters.
+        """
+        design = self.design
         rows = {row.number: row for row in self._rows()}
         if trial.number not in rows:
             return False
@@ -303,24 +340,25 @@ class Ledger:
         if values is None:
             others = [row for row in rows.values() if row.number != trial.number]
             values = draw(
-                self.parameters,
+                design.parameters,
                 others,
                 sampler,
-                seed=(self.seed * 1_000_003 + number) % 2**32,
+                seed=(design.seed * 1_000_003 + number) % 2**32,
                 number=number,
-                trials=self.trials,
-                objectives=self.objectives,
-                bounds=self.bounds,
+                trials=design.trials,
+                objectives=design.objectives,
+                bounds=design.bounds,
             )
-        for name, kind in distributions(self.parameters).items():
+        for name, kind in distributions(design.parameters).items():
             self.storage.set_trial_param(trial._trial_id, name, kind.to_internal_repr(values[name]), kind)
-        self.given[trial.number] = values
+        self.own_values[trial.number] = values
         return True
 
     def _stored(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values in Optuna's form: choices as indices."""
         return {
             parameter.name: parameter.choices.index(values[parameter.name])
             if parameter.kind == "choice"
             else values[parameter.name]
-            for parameter in self.parameters
+            for parameter in self.design.parameters
         }

@@ -1,4 +1,4 @@
-"""A recipe to search, from what a model is made of, what this machine does fast, and what the task allows."""
+"""Derive a recipe to search from the model's layers, the machine's integer kernels and the task's training data."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ from torchslim.tuning.suggestion_text import (
 
 NAMES: Mapping[str, str] = {"model": "your.package:model", "task": "your.package:task"}
 PACKAGES: Mapping[str, tuple[str, ...]] = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx")}
-LINEAR = ("addmm", "mm", "matmul", "bmm", "baddbmm")  # with a stored weight they are linear layers
-MOST = 0.5  # of the MACs must run on integers somewhere for a scheme to be worth a trial
-WORTH_PRUNING = 0.15  # of the model must be in what may go
-MANY_DEPTHWISE = 0.03  # of the MACs; their share of the time is several times as large
-UPDATES = 1000  # of the weights that a training is worth, as far as its epochs go
-EPOCHS = (3, 10)
+LINEAR = ("addmm", "mm", "matmul", "bmm", "baddbmm")  # linear layers if one factor is a stored weight
+MOST = 0.5  # fraction of the MACs that a runtime must compute on integers for a scheme to be worth a trial
+WORTH_PRUNING = 0.15  # fraction of the model that removable channels must hold
+MANY_DEPTHWISE = 0.03  # fraction of the MACs; depthwise layers take a several times larger fraction of the time
+UPDATES = 1000  # weight updates that a training should make, within the limits of `EPOCHS`
+EPOCHS = (3, 10)  # fewest and most epochs of a training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """A recipe with ranges, and why.
+    """A recipe with ranges, and the reasons for it.
 
     Attributes:
-        document: as `tomllib` gives it; `ts.search` and `torchslim search` take it.
-        reasons: three lines: what the model is made of, what is fast here, and what is therefore searched.
+        document: the recipe as `tomllib` parses it; `ts.search` and `torchslim search` take it.
+        reasons: three lines: the model's layers, the integer kernels of the runtimes, and the searched steps.
     """
 
     document: Document
@@ -69,11 +69,26 @@ class Suggestion:
 
     @property
     def toml(self) -> str:
-        """The recipe as text, the reasons as comments."""
+        """The recipe as TOML, with the reasons as comments."""
         return "".join(f"# {line}\n" for line in self.reasons) + "\n" + dumps(self.document)
 
     def __str__(self) -> str:
         return self.toml
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A step for the recipe, or the reason why there is none.
+
+    Attributes:
+        table: the step as a table of the recipe; None if it is left out.
+        line: what the step does, for the reasons.
+        omission: the kind of step and why it is left out, for the reasons; empty if that needs no mention.
+    """
+
+    table: Document | None = None
+    line: str = ""
+    omission: str = ""
 
 
 @checks_arguments(RecipeError)
@@ -86,74 +101,79 @@ def suggest(
     names: Mapping[str, str] | None = None,
     example_inputs: Inputs | None = None,
 ) -> Suggestion:
-    """A recipe with ranges for a model: which steps can help it here, and how far each may go.
+    """Derive a recipe with ranges: which steps can help a model on this machine, and how far each may go.
 
-    The model is captured and its channels are looked at; nothing is trained or timed. `docs/design/010-suggest.md` has
+    The model is captured and its channels are analyzed; nothing is trained or timed. `docs/design/010-suggest.md` has
     the rules.
 
     Args:
-        model: a trained module; it is left as it was.
-        task: whether it has training data and labels decides what can be mended after a cut.
-        budget: what is bounded and what is to be small.
-        runtime: where the result will run; by default those that are installed are part of the search.
-        names: how a recipe file names the "model" and the "task": "package.module:callable".
-        example_inputs: by default the inputs of the first validation batch.
+        model: a trained module; it is never modified.
+        task: training data and labels decide how the model can be trained after pruning.
+        budget: bounds and objectives; default: `Budget()`.
+        runtime: where the result will run; default: the installed runtimes are part of the search.
+        names: the "model" and the "task" of the recipe file: "package.module:callable".
+        example_inputs: default: the inputs of the first validation batch.
 
     Raises:
-        TorchslimError: the model cannot be captured, the task has no batches, or nothing here could help.
+        TorchslimError: the model cannot be captured, the task has no batches, or no step could help.
     """
     model = usable(model)
     budget = budget or Budget()
     runtimes = installed(speed="latency" in budget.figures) if runtime is None else (runtime,)
-    for each in runtimes:
-        find_runtime(each)
+    for name in runtimes:
+        find_runtime(name)
     if not any(True for _ in model.parameters()):
         raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
-    first = take_first(task.val, "val")
-    inputs: Any = task.inputs(first) if example_inputs is None else example_inputs
-    mix = _mixed(model, inputs, runtimes)
+    first_batch = take_first(task.val, "val")
+    inputs: Any = task.inputs(first_batch) if example_inputs is None else example_inputs
+    mix = _mix(model, inputs, runtimes)
     schooling = _schooling(model, task, inputs)
-    steps: list[Document] = []
-    told: list[str] = []
-    left: list[str] = []
-    for table, what, without in (
-        _pruning(mix, schooling, budget),
-        _teaching(mix, schooling),
-        _quantization(mix, schooling, budget, runtimes),
-    ):
-        if table:
-            if table["do"] == "distill" and not steps:  # it mends what a cut has broken, and nothing was cut
-                continue
-            if table["do"] == "finetune" and not steps:
-                continue
-            steps.append(table)
-            told.append(what)
-        elif without:
-            left.append(without)
-    if not steps:
-        raise RecipeError(f"no step could help this model within this budget: {'; '.join(left)}")
+    steps, lines, omissions = _steps(mix, schooling, budget, runtimes)
     document: Document = {
         **{key: {**NAMES, **dict(names or {})}[key] for key in NAMES},
         "runtime": runtimes[0] if len(runtimes) == 1 else {"search": list(runtimes)},
         "budget": written(budget),
         "step": steps,
     }
-    reasons = (about_model(mix, schooling), about_machine(mix, runtimes), therefore(told, left))
+    reasons = (about_model(mix, schooling), about_machine(mix, runtimes), therefore(lines, omissions))
     return Suggestion(document=document, reasons=reasons)
 
 
-def installed(*, speed: bool = True) -> tuple[str, ...]:
-    """The runtimes of this environment that save what ships; without `speed` one of them is enough.
+def _steps(
+    mix: Mix, schooling: Schooling, budget: Budget, runtimes: Sequence[str]
+) -> tuple[list[Document], list[str], list[str]]:
+    """Steps of the recipe, their lines in the reasons, and the reasons for the steps that are left out.
 
-    Nothing is imported. Where neither ONNX Runtime nor OpenVINO is there, AOTInductor if there is a compiler, or eager.
+    Raises:
+        RecipeError: no step could help.
     """
-    found = tuple(name for name, needed in PACKAGES.items() if all(importlib.util.find_spec(each) for each in needed))
-    if not found:
-        found = ("aoti",) if any(map(shutil.which, ("g++", "clang++"))) else ("eager",)
-    return found if speed else found[:1]
+    pruning = _pruning(mix, schooling, budget)
+    training = _training_step(mix, schooling)
+    if pruning.table is None and training.table is not None:
+        training = Proposal()  # training only repairs the damage of pruning; it needs no mention without it
+    proposals = [pruning, training, _quantization(mix, schooling, budget, runtimes)]
+    chosen = [proposal for proposal in proposals if proposal.table]
+    omissions = [proposal.omission for proposal in proposals if not proposal.table and proposal.omission]
+    if not chosen:
+        raise RecipeError(f"no step could help this model within this budget: {'; '.join(omissions)}")
+    return [proposal.table for proposal in chosen if proposal.table], [proposal.line for proposal in chosen], omissions
 
 
-def _mixed(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
+def installed(*, speed: bool = True) -> tuple[str, ...]:
+    """Installed runtimes that can save an artifact; only the first of them if `speed` is False.
+
+    Nothing is imported. Without ONNX Runtime and OpenVINO: "aoti" if there is a C++ compiler, or else "eager".
+    """
+    runtimes = tuple(
+        name for name, packages in PACKAGES.items() if all(importlib.util.find_spec(package) for package in packages)
+    )
+    if not runtimes:
+        runtimes = ("aoti",) if any(map(shutil.which, ("g++", "clang++"))) else ("eager",)
+    return runtimes if speed else runtimes[:1]
+
+
+def _mix(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
+    """Composition of the model, from one capture and one trace of its channels."""
     captured = capture(model, inputs)
     layers = layers_of(captured.program, captured.batch_axis)
     nodes = [node for node in captured.program.graph.nodes if multiplies(node)]
@@ -187,64 +207,68 @@ def _mixed(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
 
 
 def _kind(layer: Layer, node: Any) -> str:
+    """Kind of a layer, a key of `SHOWN`."""
     if layer.operation in ("lstm", "gru"):
         return "recurrent"
     if layer.operation.startswith("conv"):
         source, weight = (argument.meta["val"].shape for argument in node.args[:2])
-        alone = "transpose" not in layer.operation and weight[1] == 1 and source[1] > 1
-        return "depthwise" if alone else "convolution"
+        depthwise = "transpose" not in layer.operation and weight[1] == 1 and source[1] > 1
+        return "depthwise" if depthwise else "convolution"
     return "linear" if layer.weight_bits else "attention"
 
 
 def _on_integers(layer: Layer, runtime: str, scheme: str) -> bool:
-    """Has the runtime an integer kernel for a layer that is quantized so?"""
+    """Whether the runtime has an integer kernel for the layer, quantized with the scheme."""
     profile, activations = PROFILES[runtime], SCHEMES[scheme].activations
     if activations == "float":
         return False
     if not layer.weight_bits and layer.operation not in ("lstm", "gru"):
         return profile.products and activations == "static"
     operation = "linear" if layer.operation in LINEAR else layer.operation
-    if activations == "static":  # eager computes it on dequantized floats
+    if activations == "static":  # eager computes static schemes on dequantized floats
         return runtime in INTEGER_RUNTIMES and operation in profile.static
     return operation in profile.dynamic
 
 
 def _removable(model: nn.Module, inputs: Inputs) -> tuple[dict[str, float], str]:
-    """The part of MACs and parameters that goes with all channels that may go, and why it is nothing."""
+    """Fractions of MACs and parameters that removable channels hold, and why no channel is removable, or ""."""
     try:
-        found = inspect(model, inputs)
+        structure = inspect(model, inputs)
     except TorchslimError as error:
         return {"macs": 0.0, "params": 0.0}, str(error)
-    groups = {group: part for group in found.groups if group.prunable and (part := _part(group.width))}
-    shares = {  # a weight between two groups counts for both, so this is the most that it may come to
-        "macs": min(1.0, sum(part * each.macs for each, part in groups.items()) / max(found.macs, 1)),
-        "params": min(1.0, sum(part * each.parameters for each, part in groups.items()) / max(found.parameters, 1)),
+    parts = {group: part for group in structure.groups if group.prunable and (part := _part(group.width))}
+    macs = sum(part * group.macs for group, part in parts.items())
+    parameters = sum(part * group.parameters for group, part in parts.items())
+    shares = {  # upper limits: a weight between two groups counts for both
+        "macs": min(1.0, macs / max(structure.macs, 1)),
+        "params": min(1.0, parameters / max(structure.parameters, 1)),
     }
-    if groups:
+    if parts:
         return shares, ""
-    if any(group.prunable for group in found.groups):
+    if any(group.prunable for group in structure.groups):
         return shares, f"none is wider than the {Amount().min_channels} that must stay"
-    reasons = Counter(group.reason for group in found.groups if group.reason and not group.extent)
+    reasons = Counter(group.reason for group in structure.groups if group.reason and not group.extent)
     return shares, reasons.most_common(1)[0][0] if reasons else "it has none between layers"
 
 
 def _part(width: int) -> float:
-    """How much of a group may go, by the defaults of the pruning step."""
-    least = Amount().min_channels
-    return 1 - (least if width >= least else 1) / width
+    """Fraction of a group's channels that can be removed, by the defaults of `Amount`."""
+    min_channels = Amount().min_channels
+    return 1 - (min_channels if width >= min_channels else 1) / width
 
 
 def _schooling(model: nn.Module, task: Task, inputs: Inputs) -> Schooling:
+    """How the task can train the model: by distillation if the outputs have logits, else on labels, or not at all."""
     if task.train is None:
         return Schooling(table=None, epochs=0, about="the task has no training data")
-    first = first_batch(task)
+    batch = first_batch(task)
     with untouched(model):
         outputs = call(model, to_device(inputs, device_of(model)))
         try:
             logits = task.logits(outputs)
         except TaskError:
             logits = None
-    target = task.target(first)
+    target = task.target(batch)
     labeled = task.loss is not None or isinstance(target, Tensor)
     epochs = min(max(math.ceil(UPDATES / _length(task.train)), EPOCHS[0]), EPOCHS[1])
     if logits is not None:
@@ -258,7 +282,7 @@ def _schooling(model: nn.Module, task: Task, inputs: Inputs) -> Schooling:
 
 
 def _length(batches: Any) -> int:
-    """How many batches; of a loader that cannot tell, so many that the fewest epochs do."""
+    """Number of batches; `UPDATES`, which gives the fewest epochs, for a loader without a length."""
     try:
         return max(len(batches), 1)
     except TypeError:
@@ -266,78 +290,89 @@ def _length(batches: Any) -> int:
 
 
 def _training(schooling: Schooling, epochs: int, rates: tuple[float, float]) -> Document:
+    """The table of a training step, with a range for the learning rate."""
     assert schooling.table is not None
     head = {"do": schooling.table["do"], "epochs": epochs, "lr": {"search": list(rates), "log": True}}
     return head | schooling.table
 
 
-def _pruning(mix: Mix, schooling: Schooling, budget: Budget) -> tuple[Document | None, str, str]:
-    """The step, its line in the reasons, and why there is none."""
+def _pruning(mix: Mix, schooling: Schooling, budget: Budget) -> Proposal:
+    """Channel pruning, by MACs if they or the latency count, else by parameters."""
     of = "macs" if {"latency", "macs"} & set(budget.figures) else "params"
     if mix.stays:
-        return None, "", f"pruning (no channels may go: {mix.stays})"
+        return Proposal(omission=f"pruning (no channels may go: {mix.stays})")
     share = mix.removable[of]
     if share < WORTH_PRUNING:
-        return None, "", f"pruning (channels that may go hold {share:.0%} of the {words(of)})"
+        return Proposal(omission=f"pruning (channels that may go hold {share:.0%} of the {words(of)})")
     table: Document = {"do": "prune", "pattern": "channel", "of": of}
-    what = "channels" if mix.main != "attention" else "heads and neurons" if mix.shares["attention"] else "neurons"
-    if mix.main == "recurrent":
-        what = "units"
+    high = down(0.85 * share)
     if schooling.table is None:
         if not mix.recalibrates:
-            return None, "", "pruning (nothing would mend the cut: no training, and no batch norm to recalibrate)"
-        # first in the list is where a search begins: without data to train on, a cut is the exception
-        table |= {"sparsity": {"search": [0.05, min(0.25, down(0.85 * share))]}, "skip": {"search": [True, False]}}
-        return table, f"a few {what} may go, as only batch norms can be calibrated again", ""
-    high = min(0.8, down(0.85 * share))
+            return Proposal(
+                omission="pruning (nothing would mend the cut: no training, and no batch norm to recalibrate)"
+            )
+        # a search starts with the first choice: skip, since without training pruning seldom pays
+        table |= {"sparsity": {"search": [0.05, min(0.25, high)]}, "skip": {"search": [True, False]}}
+        line = f"a few {_channel_word(mix)} may go, as only batch norms can be calibrated again"
+        return Proposal(table=table, line=line)
+    high = min(0.8, high)
     low = 0.2 if high >= 0.4 else 0.05
     table |= {"sparsity": {"search": [low, high]}, "skip": {"search": [False, True]}}
     if mix.main == "convolution":
         table |= {"criterion": "lamp", "normalization": "max"}
-    return table, f"remove {what} with {low:.0%} to {high:.0%} of the {words(of)}", ""
+    line = f"remove {_channel_word(mix)} with {low:.0%} to {high:.0%} of the {words(of)}"
+    return Proposal(table=table, line=line)
 
 
-def _teaching(mix: Mix, schooling: Schooling) -> tuple[Document | None, str, str]:
+def _channel_word(mix: Mix) -> str:
+    """Name of the channels of the model's main family of layers."""
+    if mix.main == "attention":
+        return "heads and neurons" if mix.shares["attention"] else "neurons"
+    return "units" if mix.main == "recurrent" else "channels"
+
+
+def _training_step(mix: Mix, schooling: Schooling) -> Proposal:
+    """The training after pruning."""
     if schooling.table is None:
-        return None, "", f"training ({schooling.about})"
+        return Proposal(omission=f"training ({schooling.about})")
     rates = (2e-5, 2e-4) if mix.shares["attention"] else (2e-4, 2e-3)
-    by = "teach it by the original" if schooling.table["do"] == "distill" else "train it on the labels"
-    return _training(schooling, schooling.epochs, rates), f"{by} for {schooling.epochs} epochs", ""
+    how = "teach it by the original" if schooling.table["do"] == "distill" else "train it on the labels"
+    return Proposal(table=_training(schooling, schooling.epochs, rates), line=f"{how} for {schooling.epochs} epochs")
 
 
-def _quantization(
-    mix: Mix, schooling: Schooling, budget: Budget, runtimes: Sequence[str]
-) -> tuple[Document | None, str, str]:
-    wanted = set(budget.figures)
-    if not wanted & {"latency", "size", "peak_memory"}:
-        return None, "", "quantization (it changes neither MACs nor parameters)"
+def _quantization(mix: Mix, schooling: Schooling, budget: Budget, runtimes: Sequence[str]) -> Proposal:
+    """Quantization with the schemes that suit the runtimes; trained for convolutions, else plain or corrected."""
+    figures = set(budget.figures)
+    if not figures & {"latency", "size", "peak_memory"}:
+        return Proposal(omission="quantization (it changes neither MACs nor parameters)")
     schemes = _schemes(mix, budget, runtimes)
     table: Document = {"do": "quantize", "scheme": schemes[0] if len(schemes) == 1 else {"search": schemes}}
-    told = f"quantize to {' or '.join(schemes)}"
+    line = f"quantize to {' or '.join(schemes)}"
     if mix.main == "convolution" and schooling.table is not None and "int8-dynamic" not in schemes:
         rates = (2e-5, 5e-4)
         table |= {"mode": "qat", "train": _training(schooling, max(1, schooling.epochs // 3), rates)}
-        told += ", trained on its grid"
+        line += ", trained on its grid"
     else:
         table["accuracy"] = {"search": ["plain", "best"]}
-        told += ", plainly or with GPTQ and corrected biases"
-    if "latency" in wanted and not any(SCHEMES[scheme].activations != "float" for scheme in schemes):
-        told += " (fewer bytes at the speed of float: nothing here computes it on integers)"
-    elif "latency" in wanted and (saturates() or mix.shares["depthwise"] > MANY_DEPTHWISE):
+        line += ", plainly or with GPTQ and corrected biases"
+    if "latency" in figures and not any(SCHEMES[scheme].activations != "float" for scheme in schemes):
+        line += " (fewer bytes at the speed of float: nothing here computes it on integers)"
+    elif "latency" in figures and (saturates() or mix.shares["depthwise"] > MANY_DEPTHWISE):
         table["skip"] = {"search": [False, True]}
-        told += ", or not at all: " + (
+        line += ", or not at all: " + (
             "8 bits gain little without VNNI" if saturates() else "depthwise layers may lose more by conversions"
         )
-    return table, told, ""
+    return Proposal(table=table, line=line)
 
 
 def _schemes(mix: Mix, budget: Budget, runtimes: Sequence[str]) -> list[str]:
-    if "latency" not in budget.figures:  # in bytes weights alone count, and activations in float lose less
+    """Schemes that are worth a trial, in the order in which a search starts with them."""
+    if "latency" not in budget.figures:  # only weights are stored, and float activations lose less accuracy
         return ["int8-weights", "int4-weights"]
     best = {scheme: max(mix.runs[name][scheme] for name in runtimes) for scheme in SCHEMES}
-    found = [scheme for scheme in ("int8", "int8-dynamic") if best[scheme] >= MOST]
-    if not found or mix.main == "recurrent":
-        found.append("int8-weights")
+    schemes = [scheme for scheme in ("int8", "int8-dynamic") if best[scheme] >= MOST]
+    if not schemes or mix.main == "recurrent":
+        schemes.append("int8-weights")
     if "size" in budget.bounds and "latency" not in budget.bounds:
-        found.append("int4-weights")
-    return found
+        schemes.append("int4-weights")
+    return schemes

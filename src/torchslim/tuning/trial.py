@@ -199,7 +199,7 @@ class Lab:
             step = cut_short(full_step, effort)
             if step is None:
                 continue
-            share = data_share(full_step, effort) if trainings(step) else 1.0
+            share = data_share(full_step, effort) if shortenable(step) else 1.0
             target_fields = asdict(recipe.target) if _looks_at_target(step) else None
             key = digest(stage_key(key, step, recipe.steps, self.seed), share, target_fields)
             step_ctx = replace(
@@ -276,8 +276,12 @@ class Lab:
         return figures
 
 
-def trainings(step: Step) -> list[Training]:
-    """The trainings of a step: the step itself, or those among its fields."""
+def shortenable(step: Step) -> list[Training]:
+    """Trainings of a step that an `Effort` can shorten: the step itself, or those among its fields.
+
+    `Trains.trainings` answers another question, how many epochs will run: it counts a training once for every round of
+    a schedule, and a user's step may train in a way that no effort shortens, or lack the method.
+    """
     if isinstance(step, Training):
         return [step]
     if isinstance(step, Quantize):
@@ -287,7 +291,7 @@ def trainings(step: Step) -> list[Training]:
 
 def data_share(step: Step, effort: Effort) -> float:
     """Share of the training batches in the remaining epochs: for less than one epoch, a part of the data."""
-    epochs = [training.epochs * effort.training for training in trainings(step)]
+    epochs = [training.epochs * effort.training for training in shortenable(step)]
     return min((min(1.0, count / max(1, int(count))) for count in epochs if count), default=1.0)
 
 

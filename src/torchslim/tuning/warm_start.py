@@ -42,8 +42,8 @@ def total_damage(found: Sensitivity) -> dict[Any, float]:
     return totals
 
 
-def _bearable(found: Sensitivity, totals: Mapping[Any, float], budget: Budget) -> float:
-    if found.measure == "metric" and budget.metric_drop is not None:
+def _bearable(sensitivity: Sensitivity, totals: Mapping[Any, float], budget: Budget) -> float:
+    if sensitivity.measure == "metric" and budget.metric_drop is not None:
         return budget.metric_drop
     return totals.get(MILDEST, 0.0)
 

@@ -16,10 +16,10 @@ from torch.nn import functional
 from torchslim.errors import DistillError
 
 Shape = tuple[int, ...]
-"""Of a feature, without the batch: (channels, *positions)."""
+"""The shape of a feature without the batch: (channels, *positions)."""
 
 Masks = tuple[Tensor | None, Tensor | None]
-"""Of the student's positions and of the teacher's, True where one counts; None where all do."""
+"""Masks of the student's and the teacher's positions, True where a position counts; None if all count."""
 
 AVERAGES: Mapping[int, Callable[..., Tensor]] = {
     1: functional.adaptive_avg_pool1d,
@@ -50,7 +50,7 @@ def check_alignable(student: Shape, teacher: Shape) -> None:
         tokens, grid = sorted((student[1:], teacher[1:]), key=len)
         if tokens[0] - math.prod(grid) in (0, 1):
             return
-        reason = f"{tokens[0]} tokens are neither the {math.prod(grid)} positions of {grid} nor one class token more"
+        reason = f"{tokens[0]} tokens are not the {math.prod(grid)} positions of {grid}, with or without a class token"
     else:
         reason = "maps and volumes have no positions in common"
     raise DistillError(
@@ -134,7 +134,7 @@ def masked(feature: Tensor, mask: Tensor | None) -> Tensor:
         return feature
     if mask.shape != feature.shape[:1] + feature.shape[2:]:
         raise DistillError(
-            f"a mask is (batch, *positions) of its feature, which is {tuple(feature.shape)}; got {tuple(mask.shape)}"
+            f"a mask of a feature {tuple(feature.shape)} must be (batch, *positions), got {tuple(mask.shape)}"
         )
     return feature.masked_fill(~mask.bool()[:, None], 0)
 
@@ -177,16 +177,16 @@ def _on_grid(tokens: Tensor, mask: Tensor | None, grid: Sequence[int]) -> tuple[
     return tokens[:, :, first:].unflatten(2, grid), None if mask is None else mask[:, first:].unflatten(1, grid)
 
 
-def _resized(feature: Tensor, wanted: Sequence[int], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    wanted = tuple(wanted)
+def _resized(feature: Tensor, sizes: Sequence[int], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    sizes = tuple(sizes)
 
-    def resized(each: Tensor) -> Tensor:
-        least = tuple(map(min, each.shape[2:], wanted))
-        if least != each.shape[2:]:
-            each = AVERAGES[len(wanted)](each, least)
-        if least != wanted:
-            each = functional.interpolate(each, size=wanted, mode=MODES[len(wanted)], align_corners=False)
-        return each
+    def resized(tensor: Tensor) -> Tensor:
+        least = tuple(map(min, tensor.shape[2:], sizes))
+        if least != tensor.shape[2:]:
+            tensor = AVERAGES[len(sizes)](tensor, least)
+        if least != sizes:
+            tensor = functional.interpolate(tensor, size=sizes, mode=MODES[len(sizes)], align_corners=False)
+        return tensor
 
     if mask is None:
         return resized(feature), None

@@ -86,8 +86,8 @@ def _together(pair: Pair) -> Pair:
     return pair
 
 
-def _asked(student: Sequence[Tap], teacher: Sequence[Tap], left: str, right: str) -> list[Pair]:
-    ours, theirs = _named(student, left, "student"), _named(teacher, right, "teacher")
+def _asked(student: Sequence[Tap], teacher: Sequence[Tap], student_pattern: str, teacher_pattern: str) -> list[Pair]:
+    ours, theirs = _named(student, student_pattern, "student"), _named(teacher, teacher_pattern, "teacher")
     count = min(len(ours), len(theirs))
     return [Pair(tap, goal, "as asked") for tap, goal in zip(_evenly(ours, count), _evenly(theirs, count), strict=True)]
 

@@ -72,7 +72,7 @@ def _shortened(length: int) -> int:
     return length // 2 + 1
 
 
-def _cut(samples: int, length: int, wanted: int) -> Callable[[Tensor], Tensor]:
+def _cut(samples: int, length: int, new_length: int) -> Callable[[Tensor], Tensor]:
     """Function that cuts sequences: floats along dimension 1 only, others, such as masks, along all later ones too."""
 
     def cut(tensor: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _cut(samples: int, length: int, wanted: int) -> Callable[[Tensor], Tensor]:
             return tensor
         for dim in (1,) if tensor.is_floating_point() else range(1, tensor.dim()):
             if tensor.shape[dim] == length:
-                tensor = tensor.narrow(dim, 0, wanted)
+                tensor = tensor.narrow(dim, 0, new_length)
         return tensor
 
     return cut

@@ -145,7 +145,7 @@ def _run(model: nn.Module, task: Task, inputs: Any, *, watch: bool = True) -> _R
     return run
 
 
-def _likewise(model: nn.Module, task: Task, inputs: Any, whole: _Run, *, watch: bool = True) -> _Run | None:
+def _likewise(model: nn.Module, task: Task, inputs: Any, reference: _Run, *, watch: bool = True) -> _Run | None:
     """Run on other inputs; None if the model rejects them, or its outputs differ in modules or in ranks."""
     if inputs is None:
         return None
@@ -153,8 +153,8 @@ def _likewise(model: nn.Module, task: Task, inputs: Any, whole: _Run, *, watch: 
         run = _run(model, task, inputs, watch=watch)
     except Exception:  # noqa: BLE001 - a model may raise anything on sizes that it is not made for
         return None
-    alike = run.paths == whole.paths and [*map(len, run.sizes)] == [*map(len, whole.sizes)]
-    return run if alike and len(run.answer) == len(whole.answer) else None
+    alike = run.paths == reference.paths and [*map(len, run.sizes)] == [*map(len, reference.sizes)]
+    return run if alike and len(run.answer) == len(reference.answer) else None
 
 
 def _owners(model: nn.Module) -> Mapping[str, Any]:

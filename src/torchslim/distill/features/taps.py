@@ -21,7 +21,7 @@ from torchslim.graph.export import WRAPPED
 
 COMPILED = "_orig_mod"  # name of the wrapped module inside that of torch.compile
 Keep = Callable[[str, Any], None]
-"""Takes a module's path and its output."""
+"""A callback that receives a module's path and its output."""
 
 
 @dataclass(frozen=True, slots=True)

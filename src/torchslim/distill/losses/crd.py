@@ -154,7 +154,7 @@ class Contrast(nn.Module):
         if got != sizes:
             raise DistillError(
                 f"built for features (batch, channels, ...) of {sizes[0]} and {sizes[1]}, got {got[0]} and {got[1]}; "
-                "build it anew for other channels"
+                "build a new one for other channels"
             )
         for name, ids in (("index", index), ("target", target)):
             if ids is not None and (ids.shape != (batch,) or ids.is_floating_point() or ids.dtype == torch.bool):

@@ -46,7 +46,7 @@ from torchslim.distill.losses.response import check_positive
 from torchslim.errors import DistillError
 
 Compare = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Of a student's feature, a teacher's and a mask."""
+"""A loss of a student's feature, a teacher's feature and a mask."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class FeatureModule(nn.Module):
         if got != self.channels or not len(students) == len(teachers) == len(masks):
             raise DistillError(
                 f"built for pairs of (student, teacher) channels {self.channels}, got {len(students)} features of the "
-                f"student, {len(teachers)} of the teacher and {len(masks)} masks, of channels {got}; build it anew"
+                f"student, {len(teachers)} of the teacher and {len(masks)} masks, of channels {got}; build a new one"
             )
         parameter = next(self.parameters(), None)
         tensors = [
@@ -138,12 +138,12 @@ class _Variational(nn.Module):
 
     least_variance = 1e-5
 
-    def __init__(self, channels: int, wanted: int, variance: float) -> None:
+    def __init__(self, channels: int, teacher_channels: int, variance: float) -> None:
         super().__init__()
-        sizes = [channels, wanted, wanted, wanted]
+        sizes = [channels, teacher_channels, teacher_channels, teacher_channels]
         layers = [Project(inputs, outputs, bias=False) for inputs, outputs in pairwise(sizes)]
         self.regressor = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-        self.alpha = nn.Parameter(torch.full((wanted,), variance + math.log(-math.expm1(-variance))))
+        self.alpha = nn.Parameter(torch.full((teacher_channels,), variance + math.log(-math.expm1(-variance))))
 
     def forward(self, student: Tensor, teacher: Tensor, masks: Masks) -> Tensor:
         student, teacher, mask = align(student, teacher, masks)

@@ -32,13 +32,13 @@ from torchslim.distill.losses.review_kd import ReviewKD
 from torchslim.errors import DistillError
 
 Response = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(student logits, teacher logits, labels or None) -> scalar."""
+"""A response loss: (student logits, teacher logits, labels or None) -> scalar."""
 
 Feature = FeatureLoss | Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-"""(student features, teacher features) -> scalar; a (batch, channels, *positions) for each tap."""
+"""A feature loss: (student features, teacher features) -> scalar; one (batch, channels, *positions) per tap."""
 
 Relation = RelationLoss | CRD | Callable[[Tensor, Tensor], Tensor]
-"""(student, teacher) -> scalar; the features (batch, ...) of one tap, whose sizes may differ."""
+"""A relation loss: (student, teacher) -> scalar; features (batch, ...) of one tap, whose sizes may differ."""
 
 RESPONSES: Mapping[str, type] = {"kd": KD, "dkd": DKD, "dist": DIST, "mse": MSE}
 FEATURES: Mapping[str, type] = {

@@ -18,7 +18,7 @@ from torchslim.distill.ruled_out import comparable, divergence_terms, log_probab
 from torchslim.errors import DistillError
 
 Kind = Literal["classes", "labels"]
-"""What logits mean: one of several classes (softmax), or several labels at once, each yes or no (sigmoid)."""
+"""Meaning of logits: one of several classes (softmax), or several labels that are each on or off (sigmoid)."""
 
 
 @checks_arguments(DistillError)
@@ -147,7 +147,7 @@ class ResponseLoss:
         weights = [weight for weight, _ in weighted]
         rows = [logits.to(torch.promote_types(logits.dtype, torch.float32)) for _, logits in weighted]
         if any(row.shape != rows[0].shape for row in rows):
-            raise DistillError(f"teachers answer in different shapes: {', '.join(str(tuple(t.shape)) for t in rows)}")
+            raise DistillError(f"the teachers' logits differ in shape: {', '.join(str(tuple(t.shape)) for t in rows)}")
         if temperature is None or standardize:
             rows = [standardized(row) if standardize else row for row in rows]
             return torch.stack([weight * row for weight, row in zip(weights, rows, strict=True)]).sum(0)
@@ -165,7 +165,7 @@ class ResponseLoss:
         check_labels(target, len(student) if student.dim() else 1)
         if self.label_weight > 0 and target is None:
             raise DistillError(
-                f"{type(self).__name__} leaves weight to the labels ({self.label_weight:g}), but there are none; "
+                f"{type(self).__name__} gives the labels the weight {self.label_weight:g}, but there are none; "
                 "inside Distill set label_weight=0; for KD set alpha=1"
             )
         soft = self.soft(*positions(student, teacher, target))

@@ -56,11 +56,13 @@ class _Norm(nn.BatchNorm1d):
 class _Fusion(nn.Module):
     """Attention-based fusion of a student's feature with the fused one of the next deeper layer."""
 
-    def __init__(self, rank: int, channels: int, middle: int, wanted: int, *, deepest: bool) -> None:
+    def __init__(self, rank: int, channels: int, middle: int, teacher_channels: int, *, deepest: bool) -> None:
         super().__init__()
         convolution = CONVOLUTIONS[rank]
         self.inward = nn.Sequential(convolution(channels, middle, 1, bias=False), _Norm(middle))
-        self.outward = nn.Sequential(convolution(middle, wanted, 3, padding=1, bias=False), _Norm(wanted))
+        self.outward = nn.Sequential(
+            convolution(middle, teacher_channels, 3, padding=1, bias=False), _Norm(teacher_channels)
+        )
         for branch in (self.inward, self.outward):
             nn.init.kaiming_uniform_(next(branch.parameters()), a=1)
         self.gates = None if deepest else convolution(2 * middle, 2, 1)
