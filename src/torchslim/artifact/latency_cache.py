@@ -160,9 +160,7 @@ class LatencyTable:
         try:
             table = TABLE.read(self.path)
             if table["about"] != json.loads(json.dumps(self.about)):
-                raise ArtifactError(
-                    f"{self.path} is of another machine or runtime; delete it, or name another"
-                )
+                raise ArtifactError(f"{self.path} is of another machine or runtime; delete it, or name another")
         except ArtifactError as error:
             if self.given:
                 raise

@@ -56,9 +56,7 @@ def restore(
     state |= {name: state[first] for name, first in tied.items()}
     odd = [name for name in manifest["channels_last"] if name not in state or state[name].dim() not in CHANNELS_LAST]
     if odd:
-        raise ArtifactError(
-            f"the manifest lists {odd[0]!r} as channels-last, unlike the weights; save it again"
-        )
+        raise ArtifactError(f"the manifest lists {odd[0]!r} as channels-last, unlike the weights; save it again")
     saved_shapes = {name: list(value.shape) for name, value in state.items()}
     if difference(shapes(module), saved_shapes) and not is_plain(module):
         module, _ = copy_model(module)  # masks of torch.nn.utils.prune were saved as zeros

@@ -1,4 +1,4 @@
-"""What a student is trained on: response, features, relations and labels, each with its weight."""
+"""The loss of a student: response, features, relations and labels, weighted."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ class Part:
 
     @property
     def name(self) -> str:
-        """As it is logged."""
+        """The name in logs and histories."""
         return loss_name(self.loss)
 
     @property
     def learns(self) -> bool:
-        """Is it built for the features' shapes?"""
+        """Whether it is built for the shapes of the features."""
         return isinstance(self.loss, (FeatureLoss, CRD))
 
     @property
     def needs_places(self) -> bool:
-        """Does it keep something for each sample of the data set?"""
+        """Whether it keeps something for each sample of the data set."""
         return isinstance(self.loss, CRD)
 
 
 class Companion(nn.Module):
-    """What learns along with the student and is no part of it: projections, a memory bank, a moving average."""
+    """Modules that train with the student without being part of it: projections, a memory bank, a moving average."""
 
     def __init__(self, parts: Sequence[Part], pairs: Sequence[Pair], places: int, average: nn.Module | None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Companion(nn.Module):
         self.average = average
 
     def train(self, mode: bool = True) -> Companion:
-        """The moving average answers as a teacher does."""
+        """Switch modes; the moving average, a teacher, stays in eval mode."""
         super().train(mode)
         if self.average is not None:
             self.average.eval()
@@ -83,7 +83,7 @@ class Companion(nn.Module):
 
 
 def free_name(name: str, taken: Container[str]) -> str:
-    """The name, numbered where a part has it already; those of the labels and of penalties are never a part's."""
+    """`name`, numbered if another part has it; names of labels and penalties are reserved."""
     names = (f"{name}_{number}" if number > 1 else name for number in itertools.count(1))
     return next(numbered for numbered in names if numbered not in taken and numbered not in RESERVED)
 
@@ -234,12 +234,12 @@ class DistillObjective:
         student, teacher = (feature for feature, _ in last)
         if getattr(loss, "gather", False):
             student, teacher = gathered(student.flatten(1)), gathered(teacher.flatten(1))
-        # the last batch of an epoch may be small; that others are not, the check before the training sees
+        # the last batch of an epoch may be small; the check before the training refuses other small batches
         few = isinstance(loss, RelationLoss) and len(student) < loss.least and training
         return None if few else loss(student, teacher)
 
     def _check_gradients(self, students: Sequence[Tensor | None]) -> None:
-        """Once: features that are to be learned must be able to."""
+        """Raise, at the first call, for features that cannot be learned."""
         if self.checked or not torch.is_grad_enabled():
             return
         self.checked = True
@@ -271,9 +271,9 @@ def _compared(
     teachers: Sequence[Tensor],
     masks: Sequence[Masks],
 ) -> Tensor | None:
-    """A feature loss, by the module that it has built if it has one; None where a layer was dropped."""
-    there = [student for student in students if student is not None]
-    if len(there) < len(students):
+    """The value of a feature loss, computed by its own module if it has one; None where a layer was dropped."""
+    features = [student for student in students if student is not None]
+    if len(features) < len(students):
         return None
-    value: Tensor = loss(there, teachers) if learned is None else learned(there, teachers, masks)
+    value: Tensor = loss(features, teachers) if learned is None else learned(features, teachers, masks)
     return value

@@ -79,10 +79,7 @@ def prepare(
     helpers, samples = helpers or Helpers(), list(batches)
     _check(model, runtime, helpers, samples)
     choose = chooser(model, scheme, layers or {})
-    copied, _ = copy_model(model)
-    trainable = {name for name, parameter in copied.named_parameters() if parameter.requires_grad}
-    outside = _computed_in_float32(copied)
-    captured = capture(copied, example_inputs, dynamic_shapes, outside=outside)
+    captured, trainable = _captured(model, example_inputs, dynamic_shapes)
     axes = batch_axes(captured.program, captured.batch_axis)
     with quiet():  # importing torchao logs about extensions that this machine may lack
         from torchslim.quantize.fake_quantize import specs
@@ -90,15 +87,11 @@ def prepare(
     quantizer = SlimQuantizer(
         choose, PROFILES[runtime], specs(runtime, observer, training=qat, learned_step=learned_step)
     )
-    with quiet(), preserved_globals():
-        program = captured.program.module()
-        assert isinstance(program, GraphModule)
-        program.graph.set_codegen(CodeGen())  # tensors in, tensors out: no structures to take apart
-        program = _observed(program, quantizer, helpers, [_leaves(captured, model, batch) for batch in samples], qat)
-        if not any(record.action == "quantized" for record in quantizer.records):
-            raise QuantizeError(_nothing(scheme, quantizer.records))
-        for name, parameter in program.named_parameters() if qat else ():
-            parameter.requires_grad_(name.removeprefix(WRAPPED) in trainable)
+    program = _observed(captured, quantizer, helpers, [_leaves(captured, model, batch) for batch in samples], qat)
+    if not any(record.action == "quantized" for record in quantizer.records):
+        raise QuantizeError(_nothing(scheme, quantizer.records))
+    for name, parameter in program.named_parameters() if qat else ():
+        parameter.requires_grad_(name.removeprefix(WRAPPED) in trainable)
     prepared = Prepared(
         program,
         signature_of(model),
@@ -116,28 +109,41 @@ def prepare(
     return prepared
 
 
+def _captured(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -> tuple[Captured, set[str]]:
+    """The program of a copy of the model, in float32, and the names of its trainable parameters."""
+    copied, _ = copy_model(model)
+    trainable = {name for name, parameter in copied.named_parameters() if parameter.requires_grad}
+    outside = _computed_in_float32(copied)
+    return capture(copied, example_inputs, dynamic_shapes, outside=outside), trainable
+
+
 def _observed(
-    program: GraphModule, quantizer: SlimQuantizer, helpers: Helpers, samples: Sequence[list[Tensor]], qat: bool
+    captured: Captured, quantizer: SlimQuantizer, helpers: Helpers, samples: Sequence[list[Tensor]], qat: bool
 ) -> GraphModule:
-    """The program with an observer wherever the quantizer wants one; with `qat`, it has switches for its modes."""
+    """The graph with an observer wherever the quantizer wants one; with `qat`, it has switches for its modes."""
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-    open_bags(program)
-    if quantizer.profile.products or quantizer.profile.gates:
-        open_products(program, quantizer.takes_product)
-    if not qat:
-        fold_batch_norms(program)
-    if helpers.equalize:
-        equalize(program)
-    if helpers.smooth is not None:
-        smooth(program, samples, helpers.smooth)
-    hide_batch_norms(program)
-    program = prepare_pt2e(program, quantizer)
-    show_batch_norms(program)
-    if qat:
-        switch(program)
-    program.recompile()
+    with quiet(), preserved_globals():
+        program = captured.program.module()
+        assert isinstance(program, GraphModule)
+        program.graph.set_codegen(CodeGen())  # tensors in, tensors out: no structures to take apart
+        open_bags(program)
+        if quantizer.profile.products or quantizer.profile.gates:
+            open_products(program, quantizer.takes_product)
+        if not qat:
+            fold_batch_norms(program)
+        if helpers.equalize:
+            equalize(program)
+        if helpers.smooth is not None:
+            smooth(program, samples, helpers.smooth)
+        hide_batch_norms(program)
+        program = prepare_pt2e(program, quantizer)
+        assert isinstance(program, GraphModule)
+        show_batch_norms(program)
+        if qat:
+            switch(program)
+        program.recompile()
     return program
 
 

@@ -37,17 +37,17 @@ Losses = Mapping[str, Tensor]
 
 
 class Objective(Protocol):
-    """What loss to train on."""
+    """Computes the named losses of a batch."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses: ...
 
 
 @dataclass
 class Loop:
-    """The state of a running `fit`, as hooks see it. Hooks may replace entries of `masks`.
+    """The state of a running `fit` for hooks, which may replace entries of `masks`.
 
-    Where FSDP trains, the model's parameters are DTensors, of which each process holds some rows; in a block
-    `with loop.whole():` the model is an ordinary one, and may be changed.
+    With FSDP the model's parameters are DTensors, of which each process holds some rows; inside `with loop.whole():`
+    the model is an ordinary one and may be changed.
     """
 
     model: nn.Module
@@ -68,40 +68,44 @@ class Loop:
 
     @property
     def midpoint(self) -> float:
-        """Progress in the middle of the coming step, or of the epoch: what the learning rate goes by.
+        """Progress in the middle of the next step, or of the epoch, from which the learning rate is computed.
 
-        A step's start would give the first step no learning rate at all.
+        The start of a step would give the first step a learning rate of 0.
         """
         inside = min((self.step_in_epoch + 0.5) / self.steps_per_epoch, 1.0) if self.steps_per_epoch else 0.5
         return min((self.epoch + inside) / self.epochs, 1.0)
 
 
 class Hook:
-    """Override what is needed: schedules, penalties, freezing and averages are hooks of the one loop."""
+    """Base of schedules, penalties, freezing and averages; override the methods that you need."""
 
     def on_start(self, loop: Loop) -> None:
-        """Once before the first step; after a resume `loop` is where the killed run stood."""
+        """Called once before the first step; after a resume `loop` has the state of the interrupted run."""
 
     def on_step(self, loop: Loop) -> None:
-        """After each optimizer step, before the masks are applied."""
+        """Called after each optimizer step, before the masks are applied."""
 
     def on_epoch(self, loop: Loop) -> None:
-        """After each epoch, before it is evaluated."""
+        """Called after each epoch, before its evaluation."""
 
     def penalty(self, loop: Loop) -> Tensor | None:
         """A scalar that is added to the loss."""
         return None
 
     def settled(self, loop: Loop) -> bool:
-        """May the epoch that just ended be kept as the best? False while a schedule is still running."""
+        """Whether the epoch that just ended may be the best one; False while a schedule is still running."""
         return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
-    """One row of `history` per epoch: the mean of each loss, the validation metric, the learning rate.
+    """Result of `fit`.
 
-    `layers` says which layers were taught by what.
+    Attributes:
+        history: a row for each epoch: mean losses, validation metric, learning rate.
+        masks: masks at the end, by parameter name.
+        best_epoch, best_value: of the epoch whose weights were kept; None without `evaluate`.
+        layers: records of the layers that were distilled.
     """
 
     history: Sequence[Mapping[str, float]]
@@ -113,7 +117,7 @@ class FitReport:
 
 @dataclass(frozen=True, slots=True)
 class LabelLoss:
-    """The task's loss, alone."""
+    """The task's own loss."""
 
     task: Task
 
@@ -144,24 +148,24 @@ def fit(
     step_name: str = "fit",
     phase: str = "train",
 ) -> FitReport:
-    """Train `model` in place for `epochs`; with `evaluate`, end with the best epoch's weights by its val metric.
+    """Train `model` in place; with `evaluate`, it ends with the weights of the best epoch by the metric on `val`.
 
-    `objective(model, batch)` returns the named losses of a batch, which are added up. Each epoch runs under its own
-    seed, so a run that resumes from `state` (written after every epoch) ends with the same weights as an undisturbed
-    one. The file is sealed with `key`: where it is damaged, or was written under another key, a warning says so and the
-    training starts over. Weights whose mask is False stay zero. The global random state is left as it was; the model
-    returns to its device and its train/eval modes. What else learns, such as the projections of a loss, is the
-    `companion`: in the optimizer and in the checkpoints, but no part of the model. A model that `torch.compile` or
-    `DataParallel` has wrapped is trained without the wrapper; both share the weights.
+    The random state and the modes of the model are restored. Processes that torchrun started train jointly and end with
+    the same weights; with the strategy "fsdp" an error leaves the model without weights.
 
-    Processes that torchrun has started train jointly, and all end with the same weights. With the strategy "fsdp" the
-    model is spread over them until the end; an error on the way leaves it without weights.
+    Args:
+        model: wrappers of `torch.compile` and `DataParallel` are taken off; they share the weights.
+        objective: called with the model and a batch; returns named losses, which are added up.
+        masks: weights whose mask is False stay zero.
+        companion: a module that trains along without being part of the model, such as projections of a loss.
+        state: the checkpoint, written after every epoch; a run that resumes from it ends with the same weights as one
+            that was never interrupted. Every epoch has its own seed.
+        key: seals the checkpoint; one that is damaged or has another key is ignored with a warning.
 
     Raises:
-        TaskError: no batches.
-        TrainError: nothing to train, a model or an objective that cannot be trained, devices that cannot train this
-            model, or a loss or weights that are not finite (the last checkpoint is kept).
-        StorageError: the checkpoint cannot be written (the one before is kept).
+        TaskError: there are no batches.
+        TrainError: nothing can be trained, the devices cannot train this model, or a loss or weight is not finite.
+        StorageError: the checkpoint cannot be written; the one before is kept.
     """
     check_epochs(epochs)
     model = usable(model, TrainError)
@@ -190,7 +194,7 @@ def fit(
 
 @dataclass
 class _Trainee:
-    """The model under Fabric, with all that one epoch needs."""
+    """The model under Fabric, with the settings of its training."""
 
     place: Placement
     objective: Objective
@@ -291,19 +295,19 @@ class _Trainee:
         return {name: part.item() for name, part in {**parts, **penalties}.items()}
 
     def losses(self, batch: Batch, where: str) -> dict[str, Tensor]:
-        """What the objective gives for a batch."""
+        """The objective's losses of a batch."""
         takes = "it is called with the model and a batch, and returns a dict of named losses"
         try:
-            found: Any = self.objective(self.place.wrapped, self.place.fabric.to_device(batch))
+            losses: Any = self.objective(self.place.wrapped, self.place.fabric.to_device(batch))
         except MISTAKES as cause:
             said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
             raise TrainError(f"the objective failed in {self.step_name!r}, {where}: {said}; {takes}") from cause
-        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-            raise TrainError(f"the objective gave {shown(found)}; {takes}")
-        return dict(found)
+        if not isinstance(losses, Mapping) or not all(isinstance(name, str) for name in losses):
+            raise TrainError(f"the objective gave {shown(losses)}; {takes}")
+        return dict(losses)
 
     def total(self, parts: Losses) -> Tensor:
-        """The sum that is trained on."""
+        """The sum of all losses."""
         for name, part in parts.items():
             if not isinstance(part, Tensor) or part.numel() != 1:
                 got = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
@@ -316,7 +320,7 @@ class _Trainee:
         return torch.stack([part.reshape(()) for part in parts.values()]).sum()
 
     def diverged(self, what: str, where: str) -> TrainError:
-        """What to raise when numbers are lost."""
+        """The error for values that are not finite."""
         before = "there was no finite loss before"
         if math.isfinite(self.last_finite):
             before = f"the last finite loss was {self.last_finite:.6g}"
