@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.core.isolation import unfused_attention
+from torchslim.core.train_modes import eval_mode
 from torchslim.core.trees import device_of, tensors, to_device
 from torchslim.errors import TaskError
 
@@ -102,20 +103,13 @@ def predictor(model: nn.Module) -> Predict:
     """Function that runs `model` in eval mode without gradients, with inputs and outputs on any one device."""
 
     def predict(*args: Any, **kwargs: Any) -> Outputs:
-        modes = [(module, module.training) for module in model.modules() if module.training]
         arguments = tensors((args, kwargs))
         home, away = device_of(model), arguments[0].device if arguments else None
-        for module, _ in modes:
-            module.training = False
-        try:
-            # in eval mode PyTorch's fused encoder kernel gives 0 at padded positions; no other implementation does
-            with torch.no_grad(), unfused_attention():
-                if away is None or away == home:
-                    return model(*args, **kwargs)
-                args, kwargs = to_device((args, kwargs), home)
-                return to_device(model(*args, **kwargs), away)
-        finally:
-            for module, training in modes:
-                module.training = training
+        # in eval mode PyTorch's fused encoder kernel gives 0 at padded positions; no other implementation does
+        with eval_mode(model), torch.no_grad(), unfused_attention():
+            if away is None or away == home:
+                return model(*args, **kwargs)
+            args, kwargs = to_device((args, kwargs), home)
+            return to_device(model(*args, **kwargs), away)
 
     return predict

@@ -24,6 +24,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from torchslim.core.train_modes import eval_mode
 from torchslim.errors import ModelError
 
 
@@ -297,15 +298,8 @@ def warn(message: str) -> None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the block with `model` in eval mode and without gradients, then restore every module's mode."""
-    modes = [module for module in model.modules() if module.training]
-    for module in modes:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modes:
-            module.training = True
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -17,3 +17,12 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, without calling the modules' own `eval`, which some override."""
+    with modes_restored(model):
+        for module in model.modules():
+            module.training = False
+        yield

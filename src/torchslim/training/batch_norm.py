@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchslim.core.batches import Batch, checked
+from torchslim.core.train_modes import eval_mode
 from torchslim.core.trees import device_of, to_device
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -45,29 +46,25 @@ def recalibrate_batch_norm(
         TaskError: there are no batches.
     """
     norms = tracked(model)
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
     before = [[getattr(norm, name).clone() for name in STATISTICS] for norm in norms]
-    for module, _ in modes:
-        module.training = False
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.training = True
+    reached = 0
     finished = False
-    try:
-        for batch in checked(batches, "calibration"):
-            forward(model, to_device(batch, device_of(model)))
-        finished = True
-    finally:
-        reached = 0
-        for norm, momentum, old in zip(norms, momenta, before, strict=True):
-            norm.momentum = momentum
-            if finished and int(norm.num_batches_tracked):  # type: ignore[arg-type]
-                reached += 1
-                continue
-            for name, value in zip(STATISTICS, old, strict=True):
-                getattr(norm, name).copy_(value)
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.training = True
+        try:
+            for batch in checked(batches, "calibration"):
+                forward(model, to_device(batch, device_of(model)))
+            finished = True
+        finally:
+            for norm, momentum, old in zip(norms, momenta, before, strict=True):
+                norm.momentum = momentum
+                if finished and int(norm.num_batches_tracked):  # type: ignore[arg-type]
+                    reached += 1
+                    continue
+                for name, value in zip(STATISTICS, old, strict=True):
+                    getattr(norm, name).copy_(value)
     return reached

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from torchslim.core.isolation import preserved_globals
+from torchslim.core.train_modes import eval_mode
 from torchslim.core.trees import tensors
 from torchslim.distill.features.align import Shape
 from torchslim.distill.features.padding import Padding
@@ -263,12 +264,5 @@ def _scopes(node: Node) -> list[str]:
 @contextmanager
 def dry(model: nn.Module) -> Iterator[None]:
     """Run the block in eval mode without gradients; restore the modes and the random state after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    with preserved_globals(), torch.no_grad():
-        for module, _ in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    with preserved_globals(), torch.no_grad(), eval_mode(model):
+        yield

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torchslim.core.batches import Batch, Outputs, batch_inputs, batch_size, batch_target, call, checked, output_logits
 from torchslim.core.isolation import preserved_globals, unfused_attention
 from torchslim.core.metrics import default_loss
+from torchslim.core.train_modes import eval_mode
 from torchslim.core.trees import device_of, to_device
 from torchslim.errors import TaskError
 from torchslim.prune.criteria.activations import Outlets, batched, by_sample, facing, input_squares
@@ -165,7 +166,6 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters by path, in eval mode and with gradients; the model is restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
         (module, name, buffer, None if is_lazy(buffer) else buffer.clone())
@@ -174,10 +174,8 @@ def _untouched(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         if buffer is not None
     ]  # a module may count its calls, in eval mode too
     # the fused kernel calls no submodule, so no hook would see anything
-    with preserved_globals(), unfused_attention(), torch.inference_mode(False), torch.enable_grad():
+    with preserved_globals(), unfused_attention(), torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
         try:
-            for module, _ in modes:
-                module.training = False
             parameters = {
                 path: parameter
                 for path, parameter in model.named_parameters()
@@ -187,8 +185,6 @@ def _untouched(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
                 weight.requires_grad_(True)
             yield parameters
         finally:
-            for module, training in modes:
-                module.training = training
             for weight, requires_grad in trainable:
                 weight.requires_grad_(requires_grad)
             with torch.no_grad():
