@@ -31,7 +31,7 @@ def compress(
     runtime: str = "onnxruntime",
     threads: int | None = None,
     example_inputs: Inputs | None = None,
-    dynamic_shapes: Any = "batch",
+    dynamic_shapes: Any = "auto",
     teacher: nn.Module | None = None,
     engine: Engine | None = None,
     seed: int = 0,
@@ -51,7 +51,8 @@ def compress(
         budget: instead of steps: search for the recipe; returns the best result in the budget, or else the nearest.
         runtime, threads: of the deployed model and the baseline; threads=None: the runtime decides.
         example_inputs: inputs of the export; default: those of the first validation batch.
-        dynamic_shapes: "batch", None, or a torch.export spec.
+        dynamic_shapes: "auto" leaves free the batch and every size that differs between batches, such as the length of
+            padded sentences; "batch" the batch alone; None fixes all sizes; or a torch.export spec.
         teacher: of distillation; default: the original model.
         engine, seed: devices and precision of training; seed of everything random.
         workdir: folder of finished steps and checkpoints. An interrupted run resumes there and gives the same result.

@@ -37,7 +37,7 @@ from torchslim.prune.structured.surgery import cuts_of, perform
 from torchslim.quantize import prepare
 from torchslim.quantize.layerwise import Passes, singles
 from torchslim.quantize.schemes import find_scheme
-from torchslim.training.calibration import CalibrationData
+from torchslim.training.calibration import EXAMPLES, CalibrationData
 
 RETREATS = 60
 """The most rounds of ruling out a removal that fails; after them the coupling is used as it is."""
@@ -162,7 +162,8 @@ class Sensing:
     def _scheme(self, scheme: str, points: Known) -> Iterator[Point]:
         inputs = [self.task.inputs(batch) for batch in self.batches]
         try:
-            prepared = prepare(self.model, self.example_inputs, runtime=self.runtime, scheme=scheme)
+            examples = inputs[:EXAMPLES] or self.example_inputs  # their sizes may differ
+            prepared = prepare(self.model, examples, runtime=self.runtime, scheme=scheme)
             if find_scheme(scheme).activations == "static":
                 prepared.calibrate(inputs)
         except (QuantizeError, ExportError) as error:

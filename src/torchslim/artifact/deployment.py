@@ -29,11 +29,11 @@ Outputs = Sequence[Sequence[Tensor]]
 @checks_arguments(DeployError)
 def deploy(
     model: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: Inputs | list[Inputs],
     *,
     runtime: str = "onnxruntime",
     threads: int | None = None,
-    dynamic_shapes: Any = "batch",
+    dynamic_shapes: Any = "auto",
     checks: Checks | Mapping[str, float] | None = None,
 ) -> Deployed:
     """Compile `model` for a runtime; the result is called like the model and returns like the model.
@@ -43,10 +43,12 @@ def deploy(
 
     Args:
         model: a module, quantized or not; never modified.
-        example_inputs: a tuple of positional or a dict of keyword arguments.
+        example_inputs: a tuple of positional or a dict of keyword arguments, or for `dynamic_shapes="auto"` a list of
+            these, whose sizes span those of later calls.
         runtime: one of `ts.runtimes.RUNTIMES`.
         threads: number of threads of this deployment only; None leaves it to the runtime.
-        dynamic_shapes: "batch" leaves the batch dimension free, None fixes all sizes, or a torch.export spec.
+        dynamic_shapes: "batch" leaves the batch dimension free, "auto" also every size that differs between the
+            examples, such as the length of padded sentences; None fixes all sizes; or a torch.export spec.
         checks: thresholds; None takes those that the model was quantized with.
 
     Raises:

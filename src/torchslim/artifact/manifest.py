@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from torchslim.core.files import digest
 from torchslim.core.schema import MIB, Limits, Schema, parse_json, shorten
 from torchslim.errors import ArtifactError
 from torchslim.graph.io_structure import sound, tensors_of
+from torchslim.graph.size_guards import MOST, parse
 
 FORMAT = "torchslim-artifact"
 VERSION = 1
@@ -23,6 +24,12 @@ LIMITS = Limits(size_bytes=16 * MIB, values=1_000_000, depth=48)
 
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def _guard(text: str) -> str:
+    parse(text)
+    return text
+
 
 Text = Annotated[str, Field(max_length=10_000)]
 Name = Annotated[str, Field(max_length=2_000)]
@@ -84,6 +91,7 @@ class SpecJson(TypedDict):
     layers: NotRequired[list[LayerJson]]
     structure: NotRequired[Name]
     bfloat16: NotRequired[list[Annotated[int, Field(ge=0, le=10_000)]]]
+    guards: NotRequired[Annotated[list[Annotated[Text, AfterValidator(_guard)]], Field(max_length=MOST)]]
 
 
 class ManifestJson(TypedDict):

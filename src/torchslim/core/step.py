@@ -177,10 +177,17 @@ class Context:
     key: str = ""  # of the run up to this step; seals the step's files in `state`
     workbench: Workbench | None = None  # None outside of a run: models cannot be measured on the target
     priors: Mapping[str, float] = field(default_factory=dict)  # relative damage, by channel group and layer
+    examples: Sequence[Inputs] = ()  # inputs whose sizes span those of later calls, for `dynamic_shapes="auto"`
+    dynamic_shapes: Any = "auto"  # which sizes captured programs leave free, as for `torchslim.deploy`
     calibration: object = None  # as `torchslim.training.calibration.calibration_of` returns it
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError, "Context: ", only=CHECKED)
+
+    @property
+    def captured_with(self) -> Inputs | list[Inputs]:
+        """The inputs to capture a model with: all examples, or else the example inputs."""
+        return list(self.examples) or self.example_inputs
 
 
 @runtime_checkable

@@ -46,6 +46,14 @@ def tensors_of(value: Any) -> list[Tensor]:
     return leaves
 
 
+def examples_of(example_inputs: Inputs | list[Inputs]) -> list[Inputs]:
+    """The examples: a list of tuples and dicts holds several, anything else is one."""
+    several = isinstance(example_inputs, list) and bool(example_inputs)
+    if several and all(isinstance(example, (tuple, Mapping)) for example in example_inputs):
+        return list(example_inputs)
+    return [example_inputs]  # type: ignore[list-item]
+
+
 def bind(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Return inputs by the names of the forward, defaults included (varargs as one tuple, extra keywords as a dict).
 

@@ -17,6 +17,11 @@ from torchslim.graph.io_structure import Structure
 CERTAIN = 1e-3  # samples that differ by less are the same; above it, a later axis may fit better
 
 
+def fixed_sizes(value: Tensor) -> list[int | None]:
+    """Return the sizes of a program's value; None for a free size."""
+    return [int(size) if isinstance(size, int) or str(size).isdigit() else None for size in value.shape]
+
+
 def find_batch_axis(
     flat: Flat, leaves: Sequence[Tensor]
 ) -> tuple[int | None, list[Tensor], list[dict[int, Any] | None] | None]:
@@ -52,6 +57,25 @@ def find_batch_axis(
     if best is not None:
         return best[1]
     return None, list(leaves), None
+
+
+def free_where_examples_differ(
+    examples: Sequence[Sequence[Tensor]], batch: Sequence[Mapping[int, Any] | None] | None
+) -> list[dict[int, Any] | None]:
+    """Return the free sizes: those of the batch, and every size that differs between the examples.
+
+    Args:
+        examples: flat inputs of one structure, of equal dtypes and numbers of dimensions.
+        batch: the free sizes of the batch; None where it was not found.
+    """
+    spec: list[dict[int, Any] | None] = []
+    for leaves, sizes in zip(zip(*examples, strict=True), batch or [None] * len(examples[0]), strict=True):
+        free = dict(sizes or {})
+        for dim in range(leaves[0].dim()):
+            if len({leaf.shape[dim] for leaf in leaves}) > 1:
+                free.setdefault(dim, Dim.AUTO)  # the model's code may fix it, or tie it to another size
+        spec.append(free or None)
+    return spec
 
 
 def _user_spec(flat: Flat, spec: Any, bound: Mapping[str, Any]) -> list[Any]:

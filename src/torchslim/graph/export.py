@@ -24,11 +24,13 @@ from torch.fx.traceback import preserve_node_meta
 from torchslim.core.isolation import quiet, unfused_attention, untouched
 from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
-from torchslim.errors import ExportError
-from torchslim.graph.calling import Flat, bind
-from torchslim.graph.dynamic_sizes import _user_spec, find_batch_axis
-from torchslim.graph.io_structure import Structure, build, describe
+from torchslim.errors import ExportError, TorchslimError
+from torchslim.graph.calling import Flat, bind, examples_of
+from torchslim.graph.dynamic_sizes import _user_spec, find_batch_axis, fixed_sizes, free_where_examples_differ
+from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.packed_sequences import drop_unused_cells, packed_as_padded
+from torchslim.graph.recurrent_shapes import recurrent_kept_whole
+from torchslim.graph.size_guards import guards_of
 
 TORCH = Path(torch.__file__).parent
 OURS = Path(__file__).parents[1]
@@ -41,7 +43,8 @@ class Captured:
 
     `names` are the parameters of the model's forward in order; `inputs` (a dict by those names) and `outputs` are the
     structures of the model's inputs and outputs; `batch_axis` is the free dimension of the inputs, None when fixed.
-    `example` are inputs of the sizes that the program was captured with, `given` the inputs that the caller passed.
+    `example` are inputs of the sizes that the program was captured with, `given` the inputs that the caller passed, and
+    `variants` the flat inputs of further examples; `guards` are the relations of free sizes that the program needs.
     """
 
     program: ExportedProgram
@@ -53,6 +56,8 @@ class Captured:
     given: Mapping[str, Any]
     batch_axis: int | None
     notes: tuple[str, ...] = ()
+    variants: tuple[tuple[Tensor, ...], ...] = ()
+    guards: tuple[str, ...] = ()
 
     def inputs_of_program(self) -> list[Any]:
         """Return the example values of the program's inputs; free sizes are symbols."""
@@ -73,30 +78,43 @@ class Captured:
 
 
 def capture(
-    model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any = "batch", *, outside: torch.dtype | None = None
+    model: nn.Module,
+    example_inputs: Inputs | list[Inputs],
+    dynamic_shapes: Any = "auto",
+    *,
+    outside: torch.dtype | None = None,
 ) -> Captured:
     """Export `model` in eval mode, for the CPU; the model is not modified and shares no memory with the program.
 
     Args:
         model: any module, quantized or not.
-        example_inputs: a tuple of positional or a dict of keyword arguments.
+        example_inputs: a tuple of positional or a dict of keyword arguments; for "auto" a list of these, whose sizes
+            span those of later calls.
         dynamic_shapes: "batch" finds the batch dimension by running two batch sizes and leaves it free (where the
-            model's own code fixes it, the program is captured with a fixed batch, and a note says so); None fixes
-            every size; any other value is read as `torch.export.export` reads it.
+            model's own code fixes it, the program is captured with a fixed batch, and a note says so); "auto" also
+            frees every size that differs between the examples; None fixes every size; any other value is read as
+            `torch.export.export` reads it.
         outside: type of the program's floating-point inputs and outputs; it computes in the model's type, float32.
 
     Raises:
         ExportError: naming the line of the model's code that cannot be captured.
     """
-    if isinstance(dynamic_shapes, str) and dynamic_shapes != "batch":
-        raise ExportError(f"dynamic_shapes must be 'batch', None or a torch.export spec, got {dynamic_shapes!r}")
-    return capture_bound(model, bind(model, example_inputs), dynamic_shapes, outside)
+    if isinstance(dynamic_shapes, str) and dynamic_shapes not in ("auto", "batch"):
+        raise ExportError(
+            f"dynamic_shapes must be 'auto', 'batch', None or a torch.export spec, got {dynamic_shapes!r}"
+        )
+    examples = [bind(model, example) for example in examples_of(example_inputs)]
+    return capture_bound(model, examples[0], dynamic_shapes, outside, examples[1:])
 
 
 def capture_bound(
-    model: nn.Module, named: Mapping[str, Any], dynamic_shapes: Any = "batch", outside: torch.dtype | None = None
+    model: nn.Module,
+    named: Mapping[str, Any],
+    dynamic_shapes: Any = "auto",
+    outside: torch.dtype | None = None,
+    others: Sequence[Mapping[str, Any]] = (),
 ) -> Captured:
-    """Export as `capture` does, with inputs by the names of the model's forward."""
+    """Export as `capture` does, with inputs by the names of the model's forward; `others` are further examples."""
     bound = to_device(dict(named), device_of(model))
     classes: dict[str, type] = {}
     leaves: list[Tensor] = []
@@ -108,11 +126,20 @@ def capture_bound(
     axis: int | None = None
     notes: list[str] = []
     spec: list[Any] | None = None
+    batch_spec: list[Any] | None = None
     with untouched(model), unfused_attention():
         given_leaves = leaves
-        if dynamic_shapes == "batch":
-            axis, leaves, spec = find_batch_axis(flat, given_leaves)
-            if axis is None:
+        variants: list[list[Tensor]] = []
+        if dynamic_shapes in ("auto", "batch"):
+            if dynamic_shapes == "auto" and others:
+                variants = [leaves]
+                variants += [_variant(inputs, leaves, number, other) for number, other in enumerate(others, 2)]
+                leaves = max(variants, key=lambda variant: sum(leaf.numel() for leaf in variant))
+            axis, leaves, spec = find_batch_axis(flat, leaves)
+            batch_spec = spec
+            if variants:
+                spec = free_where_examples_differ(variants, spec)
+            if not any(spec or ()):
                 notes.append("no batch dimension was found: the sizes are fixed at those of the example inputs")
         elif dynamic_shapes is not None:
             spec = _user_spec(flat, dynamic_shapes, bound)
@@ -124,6 +151,11 @@ def capture_bound(
             ) from error
         outputs = describe(result, [], classes)
         program, failure = _export(flat, leaves, spec)
+        if program is None and variants:
+            notes.append(f"the sizes that differ between the examples cannot be free ({failure})")
+            program, failure = _export(flat, leaves, batch_spec)
+        elif program is not None and variants:
+            notes += _pinned(spec or [], program, leaf_names(inputs))
         if program is None and axis is not None:
             fixed_program, _ = _export(flat, given_leaves, None)
             if fixed_program is not None:
@@ -142,7 +174,65 @@ def capture_bound(
         given=build(inputs, [leaf.cpu() for leaf in given_leaves], classes),
         batch_axis=axis,
         notes=tuple(notes),
+        guards=guards_of(program, axis),
+        variants=tuple(tuple(leaf.cpu() for leaf in variant) for variant in variants[1:]),
     )
+
+
+def _variant(inputs: Structure, first: Sequence[Tensor], number: int, other: Mapping[str, Any]) -> list[Tensor]:
+    """The flat tensors of a further example.
+
+    Raises:
+        ExportError: it has another structure, dtype or number of dimensions than the first.
+    """
+    try:
+        leaves = flatten(inputs, dict(other), f"example {number}")
+    except TorchslimError as error:
+        raise ExportError(f"the examples differ in more than sizes: {error}") from error
+    for name, one, two in zip(leaf_names(inputs), first, leaves, strict=True):
+        if (one.dtype, one.dim()) != (two.dtype, two.dim()):
+            raise ExportError(
+                f"the examples differ in more than sizes: input {name!r} is {one.dtype} with {one.dim()} dimensions in "
+                f"the first, {two.dtype} with {two.dim()} in example {number}; give examples of one kind"
+            )
+    return [leaf.detach().to(one.device, copy=True) for one, leaf in zip(first, leaves, strict=True)]
+
+
+def _pinned(spec: Sequence[Any], program: ExportedProgram, names: Sequence[str]) -> list[str]:
+    """Notes on sizes that differ between the examples but that the model's code fixes, with the line that does."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    notes = []
+    for index, (name, sizes) in enumerate(zip(names, spec, strict=True)):
+        shape = fixed_sizes(values[program.graph_signature.user_inputs[index]])
+        for dim in sizes or ():
+            if shape[dim] is not None:
+                notes.append(
+                    f"the model's code fixes dimension {dim} of input {name!r} at {shape[dim]}"
+                    f"{_place(program, index, dim)}"
+                )
+    return notes
+
+
+def _place(program: ExportedProgram, index: int, dim: int) -> str:
+    """Return where the model's code fixes a size of an input, as text; empty if PyTorch has not recorded it."""
+    source = f"L['leaves'][{index}].size()[{dim}]"
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    shapes = next((mode.shape_env for value in values if (mode := getattr(value, "fake_mode", None))), None)
+    for symbol, sources in getattr(shapes, "var_to_sources", {}).items():
+        place = getattr(shapes, "replacements_slocs", {}).get(symbol)
+        if place is not None and any(str(getattr(known, "name", "")) == source for known in sources):
+            return f" {place}"
+    return ""
+
+
+def module_of(program: ExportedProgram) -> GraphModule:
+    """Return a module that runs the program's nodes, without PyTorch's checks of input sizes.
+
+    Those also check relations that hold for the example by chance; callers check `sizes` and `guards` themselves.
+    """
+    module = program.module(check_guards=False)
+    module._forward_pre_hooks.clear()
+    return module
 
 
 def user_line(error: BaseException) -> str:
@@ -185,6 +275,7 @@ def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tup
             with (
                 quiet(),
                 packed_as_padded() as packing,
+                recurrent_kept_whole(),
                 contextlib.nullcontext() if strict else _layers_remembered(flat),
             ):
                 program = torch.export.export(flat, tuple(leaves), dynamic_shapes=shapes, strict=strict)

@@ -32,9 +32,11 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torchslim.core.isolation import quiet
 from torchslim.core.step import Inputs
 from torchslim.errors import TorchslimError
-from torchslim.graph.calling import bind
+from torchslim.graph.calling import bind, examples_of
+from torchslim.graph.dynamic_sizes import fixed_sizes
 from torchslim.graph.export import WRAPPED, Captured, capture, own
 from torchslim.graph.io_structure import build, flatten
+from torchslim.graph.recurrent_shapes import recurrent_kept_whole
 
 PREFIXES = {InputKind.PARAMETER: "p", InputKind.BUFFER: "b", InputKind.CONSTANT_TENSOR: "c"}
 INSIDE = f"{WRAPPED}program."  # where the weights stand in the wrapped model that an export would see
@@ -46,7 +48,7 @@ class Origin:
 
     Attributes:
         frame: the capture; its program holds the graph of the float model without weights.
-        dynamic_shapes: the argument of the capture; None or "batch".
+        dynamic_shapes: the argument of the capture; None, "batch" or "auto".
     """
 
     frame: Captured
@@ -55,7 +57,7 @@ class Origin:
     @classmethod
     def of(cls, captured: Captured, dynamic_shapes: Any) -> Origin | None:
         """The origin of a capture; None where the caller named the free sizes, which deployment must export anew."""
-        if dynamic_shapes is not None and dynamic_shapes != "batch":
+        if dynamic_shapes not in (None, "auto", "batch"):
             return None
         light = copy.copy(captured.program)
         light._state_dict, light._constants = {}, {}
@@ -76,7 +78,7 @@ class HasOrigin(Protocol):
     origin: Origin | None
 
 
-def captured_of(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -> Captured:
+def captured_of(model: nn.Module, example_inputs: Inputs | list[Inputs], dynamic_shapes: Any) -> Captured:
     """The program of a model: made from the capture that it holds, else exported.
 
     Args, errors: as of `capture`.
@@ -84,7 +86,7 @@ def captured_of(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -
     return lifted(model, example_inputs, dynamic_shapes) or capture(model, example_inputs, dynamic_shapes)
 
 
-def lifted(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -> Captured | None:
+def lifted(model: nn.Module, example_inputs: Inputs | list[Inputs], dynamic_shapes: Any) -> Captured | None:
     """The program of a model that holds the graph of a capture; None where the model must be exported.
 
     Args:
@@ -92,12 +94,16 @@ def lifted(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -> Cap
         example_inputs: a tuple of positional or a dict of keyword arguments.
         dynamic_shapes: as of `capture`.
     """
-    if not isinstance(model, HasOrigin) or model.origin is None or model.origin.dynamic_shapes != dynamic_shapes:
+    if not isinstance(model, HasOrigin) or model.origin is None:
+        return None
+    captured_as = model.origin.dynamic_shapes
+    if dynamic_shapes != captured_as and (dynamic_shapes, captured_as) != ("batch", "auto"):
         return None
     frame, graph = model.origin.frame, model.program
-    leaves = _leaves(model, frame, example_inputs)
-    if leaves is None:
+    examples = [_leaves(model, frame, example) for example in examples_of(example_inputs)]
+    if any(leaves is None for leaves in examples):
         return None
+    leaves, *others = [leaves for leaves in examples if leaves is not None]
     copied = _copy(graph)
     values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
     modes = {id(value.fake_mode): value.fake_mode for value in values if isinstance(value, FakeTensor)}
@@ -106,7 +112,7 @@ def lifted(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -> Cap
     (mode,) = modes.values()
     sampled = _sampled(frame, leaves)
     no_guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
-    with quiet(), torch.no_grad(), no_guards, enable_python_dispatcher():
+    with quiet(), torch.no_grad(), no_guards, enable_python_dispatcher(), recurrent_kept_whole():
         FakeTensorProp(copied, mode).propagate_dont_convert_inputs(*values)
         program = _program(copied, frame.program, mode, sampled)
     return replace(
@@ -114,6 +120,7 @@ def lifted(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -> Cap
         program=own(program),
         example=build(frame.inputs, sampled, frame.classes),
         given=build(frame.inputs, leaves, frame.classes),
+        variants=tuple(tuple(variant) for variant in others),
     )
 
 
@@ -129,7 +136,7 @@ def _leaves(model: nn.Module, frame: Captured, example_inputs: Inputs) -> list[T
     for leaf, value in zip(leaves, frame.inputs_of_program(), strict=True):
         if leaf.dtype != value.dtype or leaf.dim() != value.dim():
             return None
-        if any(isinstance(size, int) and size != actual for size, actual in zip(value.shape, leaf.shape, strict=True)):
+        if any(size not in (None, actual) for size, actual in zip(fixed_sizes(value), leaf.shape, strict=True)):
             return None
     return leaves
 

@@ -39,7 +39,7 @@ def pack(
     *,
     target: Target | None = None,
     example_inputs: Inputs | None = None,
-    dynamic_shapes: Any = "batch",
+    dynamic_shapes: Any = "auto",
     progress: Callable[[Event], None] = log_progress,
 ) -> Path:
     """Write all programs of a latency table, and the script that times them; return the folder.

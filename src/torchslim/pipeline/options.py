@@ -20,7 +20,7 @@ class RunOptions:
 
     target: Target
     example_inputs: Inputs | None = None
-    dynamic_shapes: Any = "batch"
+    dynamic_shapes: Any = "auto"
     teacher: nn.Module | None = None
     engine: Engine | None = None
     seed: int = 0

@@ -43,7 +43,7 @@ from torchslim.quantize import QuantizedModule
 from torchslim.report import RUN_FORMAT
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.eager import on_eager
-from torchslim.training.calibration import CalibrationData
+from torchslim.training.calibration import CalibrationData, spanning_examples
 from torchslim.training.loaders import first_batch, seeded_splits
 
 ROUNDS = 60
@@ -78,7 +78,8 @@ def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunO
             example_inputs=ctx.example_inputs,
             target=target,
             steps=steps,
-            dynamic_shapes=options.dynamic_shapes,
+            examples=ctx.examples,
+            dynamic_shapes=ctx.dynamic_shapes,
         )
         ctx = check_ctx = replace(ctx, workbench=bench)
         for step in steps:
@@ -111,6 +112,7 @@ def _context(
 ) -> Context:
     """Make the context that all steps share."""
     teacher = copied if options.teacher is None else options.teacher
+    automatic = options.dynamic_shapes == "auto" and options.example_inputs is None
     return Context(
         task=task,
         model=copied,
@@ -121,6 +123,8 @@ def _context(
         engine=options.engine or Engine(),
         seed=options.seed,
         progress=options.progress,
+        examples=spanning_examples(task) if automatic else (),
+        dynamic_shapes=options.dynamic_shapes,
         priors={} if options.sensitivity is None else options.sensitivity.priors(),
     )
 
@@ -145,7 +149,10 @@ def origin(ctx: Context, model: nn.Module, batch: Any) -> str:
     teacher = fingerprint(ctx.teacher.state_dict())
     start = fingerprint(model.state_dict())
     priors = [dict(ctx.priors)] if ctx.priors else []
-    return digest(__version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train), *priors)
+    sizes = [] if ctx.dynamic_shapes == "auto" else [repr(ctx.dynamic_shapes)]
+    return digest(
+        __version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train), *priors, *sizes
+    )
 
 
 class _Runner:

@@ -36,13 +36,16 @@ class Bench:
         target: the runtime and its threads.
         task: source of calibration data where the recipe ends with integers; None: the example inputs.
         steps: steps of the recipe; the last `Quantize` sets the scheme of every timed model.
+        examples: further inputs, whose sizes span those of later calls, for `dynamic_shapes="auto"`.
+        dynamic_shapes: as for `torchslim.deploy`.
     """
 
     example_inputs: Inputs
     target: Target = field(default_factory=Target)
     task: Task | None = None
     steps: Sequence[Step] = ()
-    dynamic_shapes: Any = "batch"
+    examples: Sequence[Inputs] = ()
+    dynamic_shapes: Any = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError, "Bench: ")
@@ -53,7 +56,7 @@ class Bench:
 
     def compile(self, model: nn.Module) -> Deployed:
         """Compile the model for the target, unchecked."""
-        captured = captured_of(model, self.example_inputs, self.dynamic_shapes)
+        captured = captured_of(model, list(self.examples) or self.example_inputs, self.dynamic_shapes)
         return find_runtime(self.target.runtime).compile(captured, threads=self.target.threads, source=model)
 
     def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:
@@ -98,7 +101,7 @@ class Bench:
         layers = settings.layers if isinstance(settings.layers, Mapping) else {}
         prepared = prepare(
             model,
-            self.example_inputs,
+            list(self.examples) or self.example_inputs,
             runtime=self.target.runtime,
             scheme=settings.scheme,
             layers=layers,

@@ -45,6 +45,7 @@ def show_batches(prepared: Prepared, batches: list[Any]) -> None:
         for number, inputs in enumerate(batches, 1):
             named = bind(prepared, inputs)
             leaves = flatten(prepared.inputs, named, f"calibration batch {number}")
+            prepared.check_sizes(leaves)
             for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
                 # masks may hold -inf; it is an error only where it reaches a layer
                 check(leaf.masked_fill(torch.isneginf(leaf), 0.0), f"in input {index} ({name!r})")

@@ -22,6 +22,7 @@ from torchslim.quantize.conversion import integers
 from torchslim.quantize.modules import Prepared, QuantizedModule
 from torchslim.quantize.preparation import Layers, prepare
 from torchslim.quantize.schemes import SCHEMES
+from torchslim.training.calibration import EXAMPLES
 
 
 @checks_arguments(QuantizeError)
@@ -34,6 +35,7 @@ def static(
     runtime: str = "onnxruntime",
     observer: str = "mse",
     helpers: Helpers | None = None,
+    dynamic_shapes: Any = "auto",
     checks: Checks | None = Checks(),  # noqa: B008 - frozen
 ) -> nn.Module:
     """A quantized copy of `model`, calibrated on `batches`, called like the model.
@@ -46,6 +48,7 @@ def static(
         runtime: where the result will run; elsewhere its outputs are right, but it may be slower.
         observer: observer of the activations, a name of `OBSERVERS`.
         helpers: options for accuracy.
+        dynamic_shapes: as for `ts.deploy`; "auto" frees every size that differs between the first batches.
         checks: thresholds for the result, here and deployed: layers that lose an output or a channel of it go back to
             float, with a warning. None: no checks.
 
@@ -58,13 +61,14 @@ def static(
         raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
     prepared = prepare(
         model,
-        batch_list[0],
+        batch_list[:EXAMPLES] if dynamic_shapes == "auto" else batch_list[0],
         runtime=runtime,
         scheme=scheme,
         layers=layers,
         observer=observer,
         helpers=helpers,
         batches=batch_list,
+        dynamic_shapes=dynamic_shapes,
     )
     prepared.calibrate(batch_list)
     quantized = converted(prepared, checks)
@@ -75,22 +79,27 @@ def static(
 @checks_arguments(QuantizeError)
 def dynamic(
     model: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: Inputs | list[Inputs],
     *,
     layers: Layers | None = None,
     runtime: str = "onnxruntime",
+    dynamic_shapes: Any = "auto",
     checks: Checks | None = Checks(),  # noqa: B008 - frozen
 ) -> nn.Module:
     """A copy of `model` whose linear, LSTM and GRU layers compute on integers with the range of each call.
 
     Args:
         model: a float module, never modified.
-        example_inputs: a tuple of positional or a dict of keyword arguments.
+        example_inputs: a tuple of positional or a dict of keyword arguments, or a list of these.
         layers: schemes, or "float", by glob over layers or "type:NAME".
         runtime: where the result will run.
+        dynamic_shapes: as for `ts.deploy`.
         checks: as for `static`, on the example inputs.
     """
-    quantized = converted(prepare(model, example_inputs, runtime=runtime, scheme="int8-dynamic", layers=layers), checks)
+    prepared = prepare(
+        model, example_inputs, runtime=runtime, scheme="int8-dynamic", layers=layers, dynamic_shapes=dynamic_shapes
+    )
+    quantized = converted(prepared, checks)
     _warn(quantized)
     return quantized
 
@@ -98,25 +107,27 @@ def dynamic(
 @checks_arguments(QuantizeError)
 def weights(
     model: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: Inputs | list[Inputs],
     *,
     bits: int = 8,
     layers: Layers | None = None,
     runtime: str = "onnxruntime",
     helpers: Helpers | None = None,
     batches: Iterable[Inputs] = (),
+    dynamic_shapes: Any = "auto",
     checks: Checks | None = Checks(),  # noqa: B008 - frozen
 ) -> nn.Module:
     """A copy of `model` that stores its weights as integers and computes in float.
 
     Args:
         model: a float module, never modified.
-        example_inputs: a tuple of positional or a dict of keyword arguments.
+        example_inputs: a tuple of positional or a dict of keyword arguments, or a list of these.
         bits: 8 (a scale for each channel) or 4 (a scale for each group of 32).
         layers: schemes, or "float", by glob over layers or "type:NAME".
         runtime: where the result will run.
         helpers: options for accuracy, such as `Helpers(rounding="gptq")`.
         batches: model inputs for the helpers and the checks; without any, the checks use the example inputs.
+        dynamic_shapes: as for `ts.deploy`.
         checks: as for `static`.
     """
     scheme = f"int{bits}-weights"
@@ -127,7 +138,14 @@ def weights(
     if helpers.needs_data and not batch_list:
         raise QuantizeError("the options for accuracy need data: give batches of model inputs")
     prepared = prepare(
-        model, example_inputs, runtime=runtime, scheme=scheme, layers=layers, helpers=helpers, batches=batch_list
+        model,
+        example_inputs,
+        runtime=runtime,
+        scheme=scheme,
+        layers=layers,
+        helpers=helpers,
+        batches=batch_list,
+        dynamic_shapes=dynamic_shapes,
     )
     if helpers.needs_data:
         prepared.calibrate(batch_list)

@@ -11,7 +11,8 @@ from torchslim.core.step import LayerRecord
 from torchslim.core.trees import device_of
 from torchslim.errors import QuantizeError
 from torchslim.graph.calling import bind, bind_call
-from torchslim.graph.io_structure import build, flatten
+from torchslim.graph.io_structure import build, flatten, leaf_names
+from torchslim.graph.size_guards import broken, readable
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.samples import Samples
@@ -100,11 +101,12 @@ class Prepared(Called):
         helpers: Helpers,
         axes: tuple[Sequence[int | None], Sequence[int | None], int],
         example: Sequence[Tensor],
+        sizes: Sequence[Sequence[int | None]] = (),
         origin: Origin | None = None,
     ) -> None:
         super().__init__(*args)
         self.records, self.qat, self.helpers = records, qat, helpers
-        self.origin, self.output_axes = origin, tuple(axes[1])
+        self.origin, self.output_axes, self.sizes = origin, tuple(axes[1]), sizes
         self.samples, self.example = Samples(axes[0], axes[2]), [leaf.detach().cpu() for leaf in example]
         self.reference: list[list[Tensor]] | None = None  # float outputs, from before a helper rounded weights
         self.training = qat
@@ -114,6 +116,7 @@ class Prepared(Called):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = bind_call(self.forward_signature, args, kwargs)
         leaves = flatten(self.inputs, named, "inputs")
+        self.check_sizes(leaves)
         self.samples.add(leaves)
         switches: tuple[bool, ...] = ()
         if self.qat:
@@ -174,6 +177,23 @@ class Prepared(Called):
         """Model inputs as the flat tensors that the program takes, on the device of its weights."""
         device = device_of(self.program)
         return [leaf.to(device) for leaf in flatten(self.inputs, bind(self, inputs), "inputs")]
+
+    def check_sizes(self, leaves: Sequence[Tensor]) -> None:
+        """Raise QuantizeError for sizes that the captured graph does not take."""
+        names = leaf_names(self.inputs)
+        advice = "prepare the model with a list of example inputs that span the sizes"
+        for name, leaf, sizes in zip(names, leaves, self.sizes, strict=False):
+            if leaf.dim() != len(sizes) or any(
+                size not in (None, actual) for size, actual in zip(sizes, leaf.shape, strict=True)
+            ):
+                expected = ", ".join("any" if size is None else str(size) for size in sizes)
+                raise QuantizeError(
+                    f"input {name!r} must have the shape ({expected}), got {tuple(leaf.shape)}; {advice}"
+                )
+        guards = () if self.origin is None else self.origin.frame.guards
+        if (guard := broken(guards, [leaf.shape for leaf in leaves])) is not None:
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+            raise QuantizeError(f"the sizes {shapes} do not fit: the graph needs {readable(guard, names)}; {advice}")
 
     def observe(self, wanted: bool) -> None:
         """Switch the observers of the modules that round on or off."""

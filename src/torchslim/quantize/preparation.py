@@ -16,9 +16,10 @@ from torchslim.core.layer_patterns import check_patterns, class_names, matches
 from torchslim.core.step import Inputs, LayerRecord
 from torchslim.core.usable import usable
 from torchslim.errors import QuantizeError
-from torchslim.graph.calling import bind, signature_of
+from torchslim.graph.calling import bind, examples_of, signature_of
 from torchslim.graph.decompose import open_products
-from torchslim.graph.export import WRAPPED, Captured, capture
+from torchslim.graph.dynamic_sizes import fixed_sizes
+from torchslim.graph.export import WRAPPED, Captured, capture, module_of
 from torchslim.graph.io_structure import flatten
 from torchslim.graph.lifting import Origin
 from torchslim.graph.portable_ops import open_bags
@@ -41,7 +42,7 @@ Layers = Mapping[str, str]
 @checks_arguments(QuantizeError)
 def prepare(
     model: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: Inputs | list[Inputs],
     *,
     runtime: str = "onnxruntime",
     scheme: str = "int8",
@@ -51,7 +52,7 @@ def prepare(
     learned_step: bool = False,
     helpers: Helpers | None = None,
     batches: Iterable[Inputs] = (),
-    dynamic_shapes: Any = "batch",
+    dynamic_shapes: Any = "auto",
 ) -> Prepared:
     """A copy of `model` that observes what goes through it; with `qat`, it rounds as the converted model will.
 
@@ -102,14 +103,17 @@ def prepare(
         qat=qat,
         helpers=helpers,
         axes=axes,
-        example=_leaves(captured, model, example_inputs),
+        example=_leaves(captured, model, examples_of(example_inputs)[0]),
+        sizes=[fixed_sizes(value) for value in captured.inputs_of_program()],
         origin=Origin.of(captured, dynamic_shapes),
     )
     _look_at_weights(prepared)
     return prepared
 
 
-def _captured(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -> tuple[Captured, set[str]]:
+def _captured(
+    model: nn.Module, example_inputs: Inputs | list[Inputs], dynamic_shapes: Any
+) -> tuple[Captured, set[str]]:
     """The program of a copy of the model, in float32, and the names of its trainable parameters."""
     copied, _ = copy_model(model)
     trainable = {name for name, parameter in copied.named_parameters() if parameter.requires_grad}
@@ -125,7 +129,7 @@ def _observed(
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
     with quiet(), preserved_globals():
-        program = captured.program.module()
+        program = module_of(captured.program)
         assert isinstance(program, GraphModule)
         program.graph.set_codegen(CodeGen())  # tensors in, tensors out: no structures to take apart
         open_bags(program)

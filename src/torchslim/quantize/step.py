@@ -193,7 +193,7 @@ class Quantize:
         batches = self._batches(ctx)
         prepared = prepare(
             model,
-            ctx.example_inputs,
+            ctx.captured_with,
             runtime=ctx.target.runtime,
             scheme=self.scheme,
             layers=layers,
@@ -202,6 +202,7 @@ class Quantize:
             learned_step=self.learned_step,
             helpers=self.helpers(),
             batches=batches,
+            dynamic_shapes=ctx.dynamic_shapes,
         )
         if self.calibrates():
             prepared.calibrate(batches)

@@ -186,8 +186,8 @@ class Runtime:
     def compile(
         self,
         model: nn.Module | Captured,
-        example_inputs: Inputs = (),
-        dynamic_shapes: Any = "batch",
+        example_inputs: Inputs | list[Inputs] = (),
+        dynamic_shapes: Any = "auto",
         threads: int | None = None,
         *,
         source: nn.Module | None = None,

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from torchslim.core.isolation import quiet, torch_threads
 from torchslim.errors import ExportError
-from torchslim.graph.export import WRAPPED, Captured
+from torchslim.graph.export import WRAPPED, Captured, module_of
 from torchslim.graph.layers import multiplies
 from torchslim.runtimes.base import Deployed, Program, Runtime
 from torchslim.runtimes.kernel_listing import eager_kernels
@@ -31,7 +31,7 @@ def session_of(module: Any, threads: int | None) -> Session:
 
 
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
-    session = session_of(lower(captured.program.module()), threads)
+    session = session_of(lower(module_of(captured.program)), threads)
     try:
         return session, pack_program(captured.program)
     except ExportError:  # custom operators run here, but a file may not call them
@@ -40,7 +40,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
 
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     with quiet():
-        return session_of(lower(load_program(io.BytesIO(payload)).module()), threads)
+        return session_of(lower(module_of(load_program(io.BytesIO(payload)))), threads)
 
 
 def on_eager(deployed: Deployed, threads: int | None) -> Deployed:
@@ -54,7 +54,7 @@ def on_eager(deployed: Deployed, threads: int | None) -> Deployed:
         exported=deployed.exported,
     )
     with quiet():
-        session = session_of(lower(_exported(deployed).module()), threads)
+        session = session_of(lower(module_of(_exported(deployed))), threads)
     return Deployed(session, program, RUNTIME, threads=threads, payload=None)
 
 
@@ -63,7 +63,7 @@ def _exported(deployed: Deployed) -> ExportedProgram:
 
 
 def _kernels(deployed: Deployed) -> list[Kernel]:
-    module = _exported(deployed).module()
+    module = module_of(_exported(deployed))
     layers = iter(deployed.spec.layers)  # a saved program has no layer names; the spec lists them in its order
     for node in module.graph.nodes:
         if multiplies(node) and (layer := next(layers, None)) is not None:

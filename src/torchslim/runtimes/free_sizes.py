@@ -51,6 +51,8 @@ def compiled(
         result = make(captured)
         if trial and axis is not None:
             _try_batch(captured, axis, batched, symbols, result[1])
+        if trial:
+            _try_variants(captured, result[1])
         return captured, *result
     except (RuntimeUnavailable, AssertionError):
         raise
@@ -58,6 +60,8 @@ def compiled(
         failure = error if isinstance(error, TorchslimError) else _refused(error)
         if not any(map(any, free)):
             raise failure from error
+        if captured.variants and (freed := _with_free_batch(make, captured, source, failure, trial)) is not None:
+            return freed
         fixed = capture_bound(source, captured.given, None)
         try:
             result = make(fixed)
@@ -71,6 +75,36 @@ def compiled(
         note = f"the runtime needs a fixed batch size ({reason}): captured with batch size {size}"
         result[0].notes[:0] = [*captured.notes, note]
         return replace(fixed, notes=tuple(result[0].notes)), *result
+
+
+def _with_free_batch(
+    make: Callable[[Captured], tuple[Spec, Session, bytes | None]],
+    captured: Captured,
+    source: nn.Module,
+    failure: Exception,
+    trial: bool,
+) -> tuple[Captured, Spec, Session, bytes | None] | None:
+    """The program with the batch alone free, where further sizes do not work; None where that fails, too."""
+    try:
+        result = compiled(make, capture_bound(source, captured.given, "batch"), source, trial=trial)
+    except (RuntimeUnavailable, AssertionError):
+        raise
+    except Exception:  # noqa: BLE001 - the first error says more
+        return None
+    reason = str(failure).partition("; ")[0]
+    result[1].notes[:0] = [f"the runtime needs fixed sizes ({reason}): only the batch is free"]
+    return replace(result[0], notes=tuple(result[1].notes)), *result[1:]
+
+
+def _try_variants(captured: Captured, session: Session) -> None:
+    """Run the smallest and the largest further example; raise DeployError if that fails."""
+    by_size = sorted(captured.variants, key=lambda leaves: sum(leaf.numel() for leaf in leaves))
+    for leaves in by_size[:1] + by_size[1:][-1:]:
+        try:
+            session([leaf.contiguous() for leaf in leaves])
+        except Exception as error:
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+            raise DeployError(f"an example of the sizes {shapes} fails: {_first(error)}") from error
 
 
 def _try_batch(

@@ -13,6 +13,7 @@ from torchslim.errors import DeployError, ExportError, RuntimeUnavailable
 from torchslim.graph.export import Captured, scope_path
 from torchslim.graph.io_structure import leaf_names
 from torchslim.graph.portable_ops import portable
+from torchslim.graph.recurrent_shapes import recurrent_kept_whole
 from torchslim.runtimes.base import Runtime, as_array
 from torchslim.runtimes.kernel_listing import UNWANTED, onnx_kernels, unique
 from torchslim.runtimes.onnx_bfloat16 import widen
@@ -52,14 +53,15 @@ def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
     try:
         program = portable(captured.program)
         program = lower(program) if lowered else program
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            optimize=True,
-            external_data=False,
-            custom_translation_table=translations(program.graph),
-        )
+        with recurrent_kept_whole():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                optimize=True,
+                external_data=False,
+                custom_translation_table=translations(program.graph),
+            )
         assert exported is not None
         _register_constants(exported.model.graph)
         proto = exported.model_proto

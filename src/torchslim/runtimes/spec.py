@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torchslim.core.hardware import instruction_set
 from torchslim.errors import DeployError, ExportError
 from torchslim.graph.calling import positional, signature_of
+from torchslim.graph.dynamic_sizes import fixed_sizes
 from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.layers import layers_of, structure_of
+from torchslim.graph.size_guards import broken, readable
 
 KINDS = {
     "positional": inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -38,8 +40,10 @@ class Spec:
 
     `kinds` maps the arguments of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `optional`
     lists those that were captured with their default; `sizes` and `dtypes` are those of the flat input tensors, with
-    None for a free size; `bfloat16` holds the indices of output tensors of that type; `layers` lists the operations
-    that multiply, as dicts of `torchslim.graph.layers.Layer`; `structure` is the digest of the program without its
+    None for a free size; `guards` are the relations of free sizes that the program needs, as of
+    `torchslim.graph.size_guards`; `bfloat16` holds the indices of output tensors of that type; `layers` lists the
+    operations that multiply, as dicts of `torchslim.graph.layers.Layer`; `structure` is the digest of the program
+    without its
     numbers.
     """
 
@@ -55,6 +59,7 @@ class Spec:
     layers: list[dict[str, Any]] = field(default_factory=list)
     structure: str = ""
     bfloat16: list[int] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module) -> Spec:
@@ -70,7 +75,7 @@ class Spec:
             return varying.get(parameters[name].kind, "keyword" if name in keywords else "positional")
 
         leaves = flatten(captured.inputs, captured.example)
-        sizes = [_free_sizes(value) for value in captured.inputs_of_program()]
+        sizes = [fixed_sizes(value) for value in captured.inputs_of_program()]
         assert len(sizes) == len(leaves), "a program takes each input tensor, used or not"
         return cls(
             kinds={name: kind(name) for name in captured.names},
@@ -88,6 +93,7 @@ class Spec:
             notes=list(captured.notes),
             layers=[layer.to_dict() for layer in layers_of(captured.program, captured.batch_axis)],
             structure=structure_of(captured.program),
+            guards=list(captured.guards),
             bfloat16=[n for n, output in enumerate(captured.outputs_of_program()) if output.dtype == torch.bfloat16],
         )
 
@@ -122,6 +128,12 @@ class Spec:
         if len(batch_sizes) > 1:
             got = ", ".join(f"{size} in {name!r}" for size, name in batch_sizes.items())
             raise DeployError(f"the inputs must have one batch size, got {got}; give every input the same samples")
+        if (guard := broken(self.guards, [leaf.shape for leaf in leaves])) is not None:
+            got = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True))
+            raise DeployError(
+                f"the sizes do not fit: the captured program needs {readable(guard, names)}, got {got}; pad the inputs "
+                "to sizes that fit, or deploy with example inputs of such sizes"
+            )
         return leaves
 
     def narrowed(self, outputs: list[Tensor]) -> list[Tensor]:
@@ -176,10 +188,6 @@ def _is_default(captured: Captured, name: str, default: Any) -> bool:
         return bool(describe(default, [], {}) == captured.inputs["dict"][name])
     except ExportError:  # the default is no plain value, or there is none
         return False
-
-
-def _free_sizes(value: Tensor) -> list[int | None]:
-    return [int(size) if isinstance(size, int) or str(size).isdigit() else None for size in value.shape]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

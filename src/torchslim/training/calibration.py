@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import closing
 from functools import cached_property
+from itertools import chain, islice
 
 from torchslim.core.batches import Batch, batch_size
 from torchslim.core.isolation import preserved_globals
 from torchslim.core.step import Context, Inputs
 from torchslim.core.task import Task
-from torchslim.training.loaders import seeded
+from torchslim.core.trees import tensors
+from torchslim.training.loaders import seeded, seeded_splits
+
+EXAMPLES = 8
+LOOKED_AT = 16  # batches of each split
 
 
 class CalibrationData:
@@ -55,6 +61,22 @@ class CalibrationData:
     def _drawn(self) -> Generator[Batch, None, None]:
         with preserved_globals(self.seed), seeded(getattr(self.task, self.task.calibration_split), 0, self.seed):
             yield from self.task.first_batches(self.samples)
+
+
+def spanning_examples(task: Task) -> tuple[Inputs, ...]:
+    """Inputs of up to `EXAMPLES` batches of val and of the calibration data, whose sizes span those of all looked at.
+
+    They are the first batch, the smallest and the largest one, and the first ones of other sizes.
+    """
+    looked_at: dict[tuple[tuple[int, ...], ...], Inputs] = {}
+    with preserved_globals(0), seeded_splits(task, 0):
+        splits = (task.val, getattr(task, task.calibration_split))
+        for batch in chain.from_iterable(islice(split, LOOKED_AT) for split in splits if split is not None):
+            inputs = task.inputs(batch)
+            looked_at.setdefault(tuple(tuple(tensor.shape) for tensor in tensors(inputs)), inputs)
+    by_size = sorted(looked_at, key=lambda shapes: sum(map(math.prod, shapes)))
+    shapes = list(dict.fromkeys((next(iter(looked_at)), by_size[0], by_size[-1], *looked_at)))
+    return tuple(looked_at[shape] for shape in shapes[:EXAMPLES])
 
 
 def calibration_of(ctx: Context) -> CalibrationData:

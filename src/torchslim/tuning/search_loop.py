@@ -26,6 +26,7 @@ from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.runner import run_steps
 from torchslim.report import render_search
+from torchslim.training.calibration import spanning_examples
 from torchslim.tuning.pareto import WHOLE, hopeless, near, next_finalist
 from torchslim.tuning.result import Findings, SearchResult, data_of, entries_of
 from torchslim.tuning.sampling import Sampler
@@ -53,7 +54,7 @@ def search(
     study: str | None = None,
     sampler: Sampler = "gp",
     example_inputs: Inputs | None = None,
-    dynamic_shapes: Any = "batch",
+    dynamic_shapes: Any = "auto",
     beat: float = 5.0,
     progress: Callable[[Event], None] = log_progress,
 ) -> SearchResult:
@@ -147,6 +148,7 @@ def _make_lab(
         budget=space.budget,
         folder=folder / "cache",
         example_inputs=inputs,
+        examples=spanning_examples(task) if dynamic_shapes == "auto" else (),
         seed=space.document.get("seed", 0),
         dynamic_shapes=dynamic_shapes,
         short=space.budget.short,

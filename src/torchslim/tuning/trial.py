@@ -120,7 +120,8 @@ class Lab:
     folder: Path
     example_inputs: Inputs
     seed: int
-    dynamic_shapes: Any = "batch"
+    examples: Sequence[Inputs] = ()
+    dynamic_shapes: Any = "auto"
     short: float = 0.25
     progress: Callable[[Event], None] = log_progress
     _origins: dict[str, str] = field(default_factory=dict)
@@ -167,6 +168,7 @@ class Lab:
             example_inputs=self.example_inputs,
             target=target,
             steps=steps,
+            examples=self.examples,
             dynamic_shapes=self.dynamic_shapes,
         )
 
@@ -183,6 +185,8 @@ class Lab:
             engine=recipe.engine,
             seed=self.seed,
             progress=self.progress,
+            examples=self.examples,
+            dynamic_shapes=self.dynamic_shapes,
             priors={} if (sensitivity := recipe.known_sensitivity()) is None else sensitivity.priors(),
         )
 

@@ -1,0 +1,57 @@
+"""Recurrent layers in a capture: their outputs' shapes by formula, in place of a run over every time step.
+
+PyTorch computes the fake outputs of an LSTM, GRU or RNN by unrolling it, which takes seconds for a hundred steps and
+fixes their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+
+
+@contextmanager
+def recurrent_kept_whole() -> Iterator[None]:
+    """Inside, captures compute the shapes of recurrent layers by formula, so that the number of steps stays free."""
+    kernels: list[tuple[Any, Any, Callable[..., Any]]] = []
+    for layer in LAYERS:
+        for key, kernel in list(layer.py_kernels.items()):
+            kernels.append((layer, key, kernel))
+            layer.py_kernels[key] = _lstm if layer is aten.lstm.input else _single
+        layer._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for layer, key, kernel in kernels:
+            layer.py_kernels[key] = kernel
+            layer._dispatch_cache.clear()
+
+
+def _lstm(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
+    hidden, cell = states
+    return _sequence(x, hidden, *options), torch.empty_like(hidden), torch.empty_like(cell)
+
+
+def _single(x: Tensor, hidden: Tensor, params: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
+    return _sequence(x, hidden, *options), torch.empty_like(hidden)
+
+
+def _sequence(
+    x: Tensor,
+    hidden: Tensor,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Tensor:
+    """Outputs of all steps: (steps, batch, features) or (batch, steps, features), for two directions side by side."""
+    return x.new_empty((x.shape[0], x.shape[1], hidden.shape[2] * (2 if bidirectional else 1)))
