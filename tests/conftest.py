@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from tests.support.command import call  # noqa: F401 - a fixture
 from tests.support.exports import shared_tables
 from tests.support.processors import PROCESSORS, detected
+from tests.support.timing import shorten
 
 settings.register_profile(
     "laws", deadline=None, derandomize=True, database=None, max_examples=50,
@@ -68,6 +69,13 @@ def processor(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True, scope="session")
 def _shared_tables() -> Iterator[None]:
     with shared_tables():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_timings() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
         yield
 
 

@@ -14,6 +14,7 @@ import pytest
 import torchslim as ts
 from tests.support import toy
 from torchslim.cli.console import TimeLeft
+from torchslim.core.reason import Reason
 from torchslim.pipeline.recipe import STEPS
 
 RECIPE = """
@@ -65,7 +66,7 @@ def test_run_makes_the_artifact_and_says_where_the_report_is(call: Any, tmp_path
     recipe.write_text(RECIPE.replace("0.5", "0.6"))
     refused = call("run", recipe, "--out", out)
     assert refused.code == 2
-    assert "holds the run of another recipe" in refused.err
+    assert "run of another recipe" in refused.err
     assert "Traceback" not in refused.err
     assert len(refused.err.strip().splitlines()) == 1
 
@@ -106,7 +107,7 @@ def test_inspect_shows_what_may_be_pruned_and_why_the_rest_stays(call: Any) -> N
     done = call("inspect", "tests.support.toy:model", "--input", "1x1x8x8")
     assert done.code == 0, done.err
     assert "conv1.weight[0], bn1.weight[0], bn1.bias[0], conv2.weight[0] and 5 more" in done.out
-    assert "reaches an output" in done.out
+    assert Reason.OUTPUT in done.out
     assert "kernel's extent" not in done.out
     assert "kernel's extent" in call("inspect", "tests.support.toy:model", "--input", "1x1x8x8", "--all").out
     data = json.loads(
@@ -117,7 +118,7 @@ def test_inspect_shows_what_may_be_pruned_and_why_the_rest_stays(call: Any) -> N
     assert call("inspect", "tests.prune.test_inspection:with_inputs").code == 0
     refused = call("inspect", "tests.support.toy:model")
     assert refused.code == 2
-    assert "give one --input for each" in refused.err
+    assert "one --input" in refused.err
 
 
 @pytest.mark.parametrize("arguments", [["r.toml", "--sensitivity"], ["out"]])

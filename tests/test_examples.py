@@ -70,7 +70,7 @@ def test_a_damaged_file_is_an_error_and_not_another_place_to_look(
     write(tmp_path, (12, 3), monkeypatch)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"something else"))
     monkeypatch.setenv("TORCHSLIM_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match="is damaged: SHA-256"):
+    with pytest.raises(ValueError, match="damaged.*SHA-256"):
         data.locate()
 
 

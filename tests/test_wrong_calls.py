@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -210,18 +211,18 @@ def broken(value: float = math.nan) -> nn.Module:
 )
 def test_weights_that_are_nan_are_refused(call: str) -> None:
     function, good = CALLS[call]
-    with pytest.raises(TorchslimError, match=r"the weight 'conv2.weight' holds NaN; give a model whose weights are"):
+    with pytest.raises(TorchslimError, match="'conv2.weight'.*NaN"):
         function(**{**good, "model": broken()})
 
 
 UNFIT: Mapping[str, tuple[Callable[[], Any], str]] = {
-    "a class": (lambda: toy.Net, r"make an instance: Net\(\.\.\.\)|entry 2, the class Net, must be an nn.Module"),
-    "TorchScript": (lambda: torch.jit.trace(toy.model().eval(), INPUTS), "TorchScript module .* give the original"),
-    "TorchScript inside": (lambda: nn.Sequential(torch.jit.trace(toy.model().eval(), INPUTS)), "module '0' .* give the"),
-    "on meta": (lambda: toy.model().to("meta"), "'conv1.weight' of .* is on the meta device .* real weights"),
-    "lazy": (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), "'1.weight' of .* has no shape yet; call the model"),
-    "NaN": (broken, "the weight 'conv2.weight' holds NaN; give a model whose"),
-    "exported": (lambda: torch.export.export(toy.model().eval(), INPUTS), "the module ExportedProgram|exported from"),
+    "a class": (lambda: toy.Net, r"instance.*Net\(\.\.\.\)|entry 2.*class Net.*nn.Module"),
+    "TorchScript": (lambda: torch.jit.trace(toy.model().eval(), INPUTS), "TorchScript.*original"),
+    "TorchScript inside": (lambda: nn.Sequential(torch.jit.trace(toy.model().eval(), INPUTS)), "module '0'"),
+    "on meta": (lambda: toy.model().to("meta"), "'conv1.weight'.*meta device.*real weights"),
+    "lazy": (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), "'1.weight'.*no shape.*call"),
+    "NaN": (broken, "'conv2.weight'.*NaN"),
+    "exported": (lambda: torch.export.export(toy.model().eval(), INPUTS), "ExportedProgram|exported from"),
     "weights alone": (lambda: toy.model().state_dict(), "must be an nn.Module"),
 }  # fmt: skip
 
@@ -319,24 +320,24 @@ MORE: Sequence[tuple[str, Callable[[], Any], str]] = (
     ("a pattern that is none", lambda: ts.prune.weights(MODEL, 0.5, include="nothing"), "nothing"),
     ("what was not prepared", lambda: ts.quantize.convert(MODEL), "prepare"),
     ("inputs that are none", lambda: ts.deploy(MODEL, (None,), runtime="eager"), ""),
-    ("outputs of other shapes", lambda: ts.quantize.sqnr(LOGITS, LOGITS[:2]), "the same shapes, got [(3, 4)] and"),
-    ("outputs of another number", lambda: ts.quantize.sqnr((LOGITS, LOGITS), (LOGITS,)), "the same shapes"),
-    ("outputs of other names", lambda: ts.quantize.sqnr({"a": LOGITS}, {"b": LOGITS}), "the same keys"),
-    ("a model as outputs", lambda: ts.quantize.sqnr(MODEL, LOGITS), "reference must hold tensors, got the module Net"),
-    ("classes as outputs", lambda: ts.quantize.sqnr(LOGITS, LABELS), "value must hold a tensor of floating point"),
-    ("outputs without values", lambda: ts.quantize.sqnr(LOGITS.to("meta"), LOGITS), "reference is on the meta device"),
-    ("outputs without samples", lambda: ts.quantize.sqnr(LOGITS[:0], LOGITS[:0]), "reference is empty"),
-    ("no objective", lambda: ts.fit(MODEL, TASK.train, None, epochs=1), "a function (model, batch)"),
-    ("a class as objective", lambda: ts.fit(MODEL, TASK.train, ts.KD, epochs=1), "a function (model, batch)"),
-    ("a task as objective", lambda: ts.fit(MODEL, TASK.train, TASK, epochs=1), "a function (model, batch)"),
+    ("outputs of other shapes", lambda: ts.quantize.sqnr(LOGITS, LOGITS[:2]), r"same shapes.*\[\(3, 4\)\]"),
+    ("outputs of another number", lambda: ts.quantize.sqnr((LOGITS, LOGITS), (LOGITS,)), "same shapes"),
+    ("outputs of other names", lambda: ts.quantize.sqnr({"a": LOGITS}, {"b": LOGITS}), "same keys"),
+    ("a model as outputs", lambda: ts.quantize.sqnr(MODEL, LOGITS), "reference.*tensors.*module Net"),
+    ("classes as outputs", lambda: ts.quantize.sqnr(LOGITS, LABELS), "value.*floating point"),
+    ("outputs without values", lambda: ts.quantize.sqnr(LOGITS.to("meta"), LOGITS), "reference.*meta device"),
+    ("outputs without samples", lambda: ts.quantize.sqnr(LOGITS[:0], LOGITS[:0]), "reference.*empty"),
+    ("no objective", lambda: ts.fit(MODEL, TASK.train, None, epochs=1), r"function \(model, batch\)"),
+    ("a class as objective", lambda: ts.fit(MODEL, TASK.train, ts.KD, epochs=1), r"function \(model, batch\)"),
+    ("a task as objective", lambda: ts.fit(MODEL, TASK.train, TASK, epochs=1), r"function \(model, batch\)"),
     ("a criterion as objective", lambda: ts.fit(toy.model(), TASK.train, nn.CrossEntropyLoss(), epochs=1),
-     "called with the model and a batch, and returns a dict of named losses"),
+     "model.*batch.*dict.*losses"),
     ("a scalar of an objective", lambda: ts.fit(toy.model(), TASK.train, lambda m, b: m(b[0]).mean(), epochs=1),
-     "returns a dict of named losses"),
+     "dict.*losses"),
     ("an objective of one argument", lambda: ts.fit(toy.model(), TASK.train, lambda m: {}, epochs=1), "objective"),
     ("batches that the objective cannot take", lambda: ts.fit(toy.model(), [1, 2], squares, epochs=1), "batch 1"),
     ("a mask without values", lambda: ts.fit(toy.model(), TASK.train, squares, epochs=1, masks={
-        "conv2.bias": torch.ones(8, dtype=torch.bool, device="meta")}), "'conv2.bias' is on the meta device"),
+        "conv2.bias": torch.ones(8, dtype=torch.bool, device="meta")}), "'conv2.bias'.*meta device"),
     ("a task that is a class", lambda: ts.fit(MODEL, TASK.train, squares, epochs=1, evaluate=ts.Task), "evaluate"),
 )  # fmt: skip
 
@@ -345,7 +346,7 @@ MORE: Sequence[tuple[str, Callable[[], Any], str]] = (
 def test_what_no_signature_says_is_refused_too(about: str, call: Callable[[], Any], says: str) -> None:
     with pytest.raises(TorchslimError) as caught:
         call()
-    assert says in str(caught.value)
+    assert re.search(says, str(caught.value))
 
 
 def test_what_is_deployed_can_be_saved_as_ever(tmp_path: Path) -> None:

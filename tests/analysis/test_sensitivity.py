@@ -338,7 +338,7 @@ def test_damage_is_counted_in_the_direction_of_the_measure() -> None:
     )  # fmt: skip
     assert [metric.damage(each) for each in metric.points] == [3.0, None]
     assert metric.most_sensitive("int8") == ["a"]
-    with pytest.raises(SensitivityError, match="'int4-weights' was not measured; measured: int8"):
+    with pytest.raises(SensitivityError, match="'int4-weights'.*not measured.*int8"):
         metric.most_sensitive("int4-weights")
 
 
@@ -365,11 +365,11 @@ def test_a_run_starts_from_what_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"measure": "psnr"}, "measure must be one of 'sqnr', 'kl', 'metric', got 'psnr'"),
-        ({"ratios": (0.5, 1.0)}, r"in \(0, 1\); got 1.0"),
-        ({"ratios": (), "schemes": ()}, "there is nothing to measure"),
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"schemes": ("int3",)}, "scheme 'int3' is not known"),
+        ({"measure": "psnr"}, "measure.*'sqnr', 'kl', 'metric'.*'psnr'"),
+        ({"ratios": (0.5, 1.0)}, r"\(0, 1\).*got 1.0"),
+        ({"ratios": (), "schemes": ()}, "nothing to measure"),
+        ({"samples": 0}, "samples.*at least 1"),
+        ({"schemes": ("int3",)}, "scheme 'int3'"),
         ({"runtime": "nowhere"}, "nowhere"),
         ({"include": "nothing"}, "matches no layer"),
     ],
@@ -381,14 +381,14 @@ def test_mistakes_are_named(options: dict[str, Any], message: str, tmp_path: Pat
 
 def test_what_cannot_be_read_or_measured_says_so(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"format": 1, "kind": "run"}')
-    with pytest.raises(SensitivityError, match=r"other\.json is no sensitivity but a \"run\""):
+    with pytest.raises(SensitivityError, match=r"other\.json.*no sensitivity.*\"run\""):
         Sensitivity.load(tmp_path / "other.json")
     with pytest.raises(SensitivityError, match="cannot be read"):
         Sensitivity.load(tmp_path / "missing.json")
-    with pytest.raises(TaskError, match="measure 'kl' compares logits"):
+    with pytest.raises(TaskError, match="'kl'.*logits"):
         ts.sensitivity(nn.Sequential(nn.Linear(8, 4), nn.Flatten(0)), task(rows(1)), measure="kl", ratios=(),
                        workdir=tmp_path)  # fmt: skip
-    with pytest.raises(SensitivityError, match="nothing could be measured"):
+    with pytest.raises(SensitivityError, match="nothing.*measured"):
         ts.sensitivity(nn.LayerNorm(8), task(rows(1)), workdir=tmp_path)
 
 

@@ -169,11 +169,11 @@ def test_a_save_waits_for_who_holds_the_folder_and_says_so_in_the_end(
     monkeypatch.setattr(folder_lock, "FOLDER_SECONDS", 0.01)
     with folder_lock.reading(tmp_path / "a"):
         ts.load_module(tmp_path / "a", linear)  # readers do not wait for each other
-        with pytest.raises(StorageError, match="has been writing to, or reading, .*a for over .* s; wait until it ends"):
+        with pytest.raises(StorageError, match="writing to, or reading, .*a for over .* s.*wait"):
             ts.save(linear(), tmp_path / "a")
     with (
         folder_lock.writing(tmp_path / "a"),
-        pytest.raises(StorageError, match="another process has been writing to .*a for over"),
+        pytest.raises(StorageError, match="another process.*writing to .*a for over"),
     ):
         ts.load_module(tmp_path / "a", linear)
     ts.save(linear(), tmp_path / "a")
@@ -237,9 +237,9 @@ def test_what_is_not_signed_by_the_key_is_refused(pair: tuple[Any, Any], tmp_pat
     other = ed25519.Ed25519PrivateKey.generate()
     unsigned = ts.save(linear(), tmp_path / "unsigned", example_inputs=(torch.randn(3, 4),))
     foreign = ts.save(linear(), tmp_path / "foreign", example_inputs=(torch.randn(3, 4),), key=other)
-    with pytest.raises(ArtifactError, match="is not signed; load it without"):
+    with pytest.raises(ArtifactError, match="not signed.*without"):
         ts.load(unsigned, public_key=pair[1])
-    with pytest.raises(ArtifactError, match="is not signed by this key"):
+    with pytest.raises(ArtifactError, match="by this key"):
         ts.load(foreign, public_key=pair[1])
 
     # a signature of other content, and content that was changed with all hashes made anew
@@ -250,13 +250,13 @@ def test_what_is_not_signed_by_the_key_is_refused(pair: tuple[Any, Any], tmp_pat
     listed(mine, "model.pt2")
     for folder in (unsigned, mine):
         open_artifact(folder)
-        with pytest.raises(ArtifactError, match="is not signed by this key"):
+        with pytest.raises(ArtifactError, match="by this key"):
             open_artifact(folder, public_key=pair[1])
 
 
 def test_keys_of_other_kinds_are_named(pair: tuple[Any, Any], tmp_path: Path) -> None:
     for key, message in ((b"nonsense", "no unencrypted PEM"), (pem(pair[1]), "no unencrypted PEM"), (3, "got int"),
-                         (tmp_path / "missing.pem", "cannot be read"), (pair[1], "must be a private key of Ed25519")):  # fmt: skip
+                         (tmp_path / "missing.pem", "cannot be read"), (pair[1], "private key.*Ed25519")):  # fmt: skip
         with pytest.raises(ArtifactError, match=message):
             ts.save(linear(), tmp_path / "a", key=key)
         assert not (tmp_path / "a").exists()

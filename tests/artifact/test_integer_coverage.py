@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.support.deployment_models import trained_conv
 from torchslim.artifact.integer_coverage import executed, lowered
 from torchslim.artifact.model_size import macs
 from torchslim.cli import cli
+from torchslim.core.reason import Reason
 from torchslim.core.step import Context
 from torchslim.graph.export import capture
 from torchslim.graph.layers import layers_of, structure_of
@@ -108,7 +110,7 @@ def test_a_layer_in_float_says_why() -> None:
     found = lowered(ts.deploy(convert(prepared), (x,), runtime="onnxruntime"), prepared.records)
     by_layer = {each.layer: each for each in found.layers}
     assert not by_layer["pointwise"].integer
-    assert by_layer["pointwise"].why == "left in float, as asked"
+    assert by_layer["pointwise"].why == Reason.AS_ASKED
     assert 0 < found.integer_share < 1
     assert "pointwise" in found.table().splitlines()[3], "what is in float comes first"
 
@@ -120,7 +122,7 @@ def test_silent_float_is_told() -> None:
     deployed = ts.deploy(ts.quantize.static(trained_conv(), [(x,)], runtime="openvino"), (x,), runtime="onnxruntime")
     found = lowered(deployed)
     assert found.integer_share < 1
-    assert any("quantized but computed in float on onnxruntime" in each for each in found.warnings)
+    assert any("computed in float on onnxruntime" in each for each in found.warnings)
 
 
 @pytest.mark.slow
@@ -215,8 +217,8 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(
     ("runtime", "said"),
     [
-        ("eager", ["PyTorch's integer LSTM is slower than its float one on some processors"]),
-        ("openvino", ["no layer runs on integers on openvino (lstm: OpenVINO has no integer kernel for it"]),
+        ("eager", ["PyTorch.*integer LSTM.*slower"]),
+        ("openvino", [r"no layer.*openvino \(lstm: .*no integer kernel"]),
         ("onnxruntime", []),
     ],
 )
@@ -226,4 +228,4 @@ def test_a_recurrent_network_says_where_int8_will_not_pay(runtime: str, said: li
     deployed = ts.deploy(convert(prepared), (x,), runtime=runtime, threads=1)
     warnings = lowered(deployed, prepared.records).warnings
     assert len(warnings) == len(said)
-    assert all(warning.startswith(start) for warning, start in zip(warnings, said, strict=True))
+    assert all(re.search(words, warning) for warning, words in zip(warnings, said, strict=True))

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from tests.support.compiled import deploy
 from tests.support.deployment_models import Recurrent, TwoInputs, trained_conv
+from tests.support.timing import restore
 from torchslim.artifact import latency
 from torchslim.artifact.latency import Timings, compare, interleave, percentiles, resized
 from torchslim.artifact.model_size import macs, nonzeros, parameters
@@ -35,6 +36,7 @@ class Clock:
         self.now = 0.0
         self.calls: list[str] = []
         monkeypatch.setattr(latency.time, "perf_counter", lambda: self.now)
+        restore(monkeypatch)
 
     def candidate(self, name: str, *milliseconds: float) -> Any:
         """A function that takes these times in turn, the last one for ever."""
@@ -79,7 +81,7 @@ def test_the_time_limit_ends_the_rounds_but_five_are_made(clock: Clock) -> None:
 
 
 def test_no_rounds_at_all_are_refused() -> None:
-    with pytest.raises(TorchslimError, match="rounds must be at least 1, got 0; 50 give"):
+    with pytest.raises(TorchslimError, match="rounds.*at least 1.*got 0.*50"):
         interleave({"a": lambda: None}, rounds=0)
 
 

@@ -244,9 +244,9 @@ def test_masks_take_an_eighth_of_a_byte_each(tmp_path: Path) -> None:
 
 def test_weights_alone_are_no_program_and_a_program_no_weights(saved: Path, tmp_path: Path) -> None:
     ts.save(nn.Linear(4, 2), tmp_path / "weights")
-    with pytest.raises(ArtifactError, match=r"weights only; rebuild the model with ts.load_module"):
+    with pytest.raises(ArtifactError, match="weights only.*ts.load_module"):
         ts.load(tmp_path / "weights")
-    with pytest.raises(ArtifactError, match=r"no weights, only a program; use ts.load"):
+    with pytest.raises(ArtifactError, match="no weights.*program.*ts.load"):
         ts.load_module(saved / "eager-float", trained_conv)
 
 
@@ -313,7 +313,7 @@ def test_truncated_and_missing_files_are_noticed(float_copy: Path) -> None:
 def test_a_file_that_changes_after_it_was_opened_is_noticed(float_copy: Path) -> None:
     deployed = ts.load(float_copy)
     (float_copy / "model.pt2").write_bytes(b"other")
-    with pytest.raises(ArtifactError, match="changed since the artifact was opened"):
+    with pytest.raises(ArtifactError, match="changed.*opened"):
         deployed.program()
 
 
@@ -326,7 +326,7 @@ def test_other_manifests_are_refused(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["nowhere", "."])
 def test_folders_without_an_artifact_are_refused(where: str, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is not a torchslim artifact: it has no artifact.json"):
+    with pytest.raises(ArtifactError, match="not a torchslim artifact.*artifact.json"):
         ts.load(tmp_path / where)
 
 
@@ -339,7 +339,7 @@ def rewritten(folder: Path, **changes: Any) -> None:
 
 def test_a_newer_format_asks_for_an_upgrade(float_copy: Path) -> None:
     rewritten(float_copy, version=2)
-    with pytest.raises(ArtifactError, match="format version 2, this torchslim reads up to 1; upgrade"):
+    with pytest.raises(ArtifactError, match="version 2.*up to 1.*upgrade"):
         ts.load(float_copy)
 
 
@@ -350,7 +350,7 @@ def test_files_outside_the_folder_are_not_read(name: str, float_copy: Path) -> N
     (float_copy / "link").symlink_to(outside)
     known = json.loads((float_copy / "artifact.json").read_text())["files"]
     rewritten(float_copy, files={**known, name: sha256(outside)})
-    with pytest.raises(ArtifactError, match="names a file outside its folder"):
+    with pytest.raises(ArtifactError, match="file outside"):
         ts.load(float_copy)
 
 
@@ -524,7 +524,7 @@ def test_an_artifact_with_such_a_program_is_refused(honest: bytes, float_copy: P
     (float_copy / "model.pt2").write_bytes(evil_programs(honest, marker)["sample inputs"])
     known = json.loads((float_copy / "artifact.json").read_text())["files"]
     rewritten(float_copy, files={**known, "model.pt2": sha256(float_copy / "model.pt2")})
-    with pytest.raises(ArtifactError, match="pickled sample inputs; it is not loaded"):
+    with pytest.raises(ArtifactError, match="pickled sample inputs"):
         ts.load(float_copy)
     assert not marker.exists()
 
@@ -569,9 +569,9 @@ def test_what_cannot_be_read_back_is_not_written() -> None:
 
 def test_foreign_folders_and_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="holds something that torchslim did not save"):
+    with pytest.raises(ArtifactError, match="torchslim did not save"):
         ts.save(nn.Linear(2, 2), tmp_path)
-    with pytest.raises(ArtifactError, match="is a file; name a folder"):
+    with pytest.raises(ArtifactError, match="is a file.*folder"):
         ts.save(nn.Linear(2, 2), tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -619,7 +619,7 @@ def test_on_a_full_disk_the_old_artifact_is_kept(tmp_path: Path) -> None:
     done = fresh_python(FULL_DISK, folder, 20_000)
 
     assert done.stdout.startswith("StorageError cannot write "), done.stderr
-    assert "free some space or choose another folder" in done.stdout
+    assert re.search("space.*folder", done.stdout)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert torch.equal(ts.load_module(folder, lambda: nn.Linear(10, 10)).weight, model.weight)  # type: ignore[arg-type]
 
@@ -636,16 +636,16 @@ def test_a_failed_rename_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.
 def test_more_files_are_hashed_too(tmp_path: Path) -> None:
     write_artifact(tmp_path / "a", module=nn.Linear(2, 2), extra={"run.json": b"{}"})
     assert open_artifact(tmp_path / "a").read("run.json") == b"{}"
-    with pytest.raises(ArtifactError, match="has no report.html: the artifact was saved without it"):
+    with pytest.raises(ArtifactError, match="no report.html.*without"):
         open_artifact(tmp_path / "a").read("report.html")
     (tmp_path / "a" / "run.json").write_bytes(b"[]")
-    with pytest.raises(ArtifactError, match="changed since it was saved"):
+    with pytest.raises(ArtifactError, match="changed.*saved"):
         open_artifact(tmp_path / "a")
 
 
 def test_another_instruction_set_is_warned_of(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "instruction_set", lambda: "elsewhere")
-    with pytest.warns(UserWarning, match="this machine has elsewhere: int8 may be slower here"):
+    with pytest.warns(UserWarning, match="elsewhere.*int8.*slower"):
         ts.load(saved / "eager-int8")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -733,7 +733,7 @@ def test_the_benchmark_refuses_nonsense(saved: Path) -> None:
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "rounds, batch and threads must be at least 1" in done.stderr
+    assert re.search("rounds, batch and threads.*at least 1", done.stderr)
 
 
 def test_the_spec_still_checks_a_loaded_models_calls(saved: Path) -> None:

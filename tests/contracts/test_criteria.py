@@ -137,9 +137,7 @@ def test_slices_can_be_pruned_where_the_criterion_ranks_them(name: str, dim: int
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     batches = [(torch.randn(16, 8), torch.randint(4, (16,)))]
     if name in CHANNELS_ONLY and dim == 1:
-        with pytest.raises(
-            PruneError, match=f"no chosen layer can be ranked: 0.weight: criterion '{name}' gives it no scores"
-        ):
+        with pytest.raises(PruneError, match=f"0.weight.*'{name}'.*no scores"):
             ts.prune.weights(model, 0.5, criterion=name, pattern="slice", dim=dim, include="0", batches=batches)
         return
     pruned = ts.prune.weights(model, 0.5, criterion=name, pattern="slice", dim=dim, include="0", batches=batches)
@@ -149,16 +147,14 @@ def test_slices_can_be_pruned_where_the_criterion_ranks_them(name: str, dim: int
 @pytest.mark.parametrize("name", CHANNELS_ONLY)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_what_ranks_channels_only_is_refused_for_single_weights_with_those_that_can(name: str, pattern: str) -> None:
-    with pytest.raises(PruneError, match=f"'{name}' ranks whole channels.*those that can: {', '.join(ELEMENTWISE)}"):
+    with pytest.raises(PruneError, match=f"'{name}'.*whole channels.*{', '.join(ELEMENTWISE)}"):
         ts.Prune(sparsity=0.5, criterion=name, pattern=pattern)
 
 
 @pytest.mark.parametrize("name", WITH_DATA)
 def test_what_needs_data_says_so_and_what_needs_none(name: str) -> None:
-    labels = " with labels" if CRITERIA[name].needs_loss else ", or"
-    message = (
-        f"criterion '{name}' needs data; give batches=...{labels}.*need none: l1, l2, random, bn_scale, fpgm, lamp"
-    )
+    labels = ".*labels" if CRITERIA[name].needs_loss else "(?! with labels)"
+    message = rf"'{name}' needs data.*batches=\.\.\.{labels}.*l1, l2, random, bn_scale, fpgm, lamp"
     with pytest.raises(PruneError, match=message):
         ts.prune.weights(toy.model(), 0.5, criterion=name, pattern="slice")
     with pytest.raises(PruneError, match=message):

@@ -40,7 +40,7 @@ def holder(path: Path, seconds: float) -> subprocess.Popen[str]:
 def test_a_second_process_is_told_who_works_in_the_folder_and_goes_on_when_that_was_killed(tmp_path: Path) -> None:
     first = holder(tmp_path / LOCK, 60)
     try:
-        with pytest.raises(StorageError, match=rf"is in use by process {first.pid} on \S+, since \d{{4}}-.*wait until"):
+        with pytest.raises(StorageError, match=rf"process {first.pid} on \S+, since \d{{4}}-.*wait"):
             ts.compress(toy.model(), toy.task(), [ts.Prune(sparsity=0.5)], runtime="eager", workdir=tmp_path)
         told: list[str] = []
         threading.Timer(0.5, first.send_signal, [signal.SIGKILL]).start()
@@ -54,7 +54,7 @@ def test_a_second_process_is_told_who_works_in_the_folder_and_goes_on_when_that_
 
 
 def test_two_runs_of_one_process_do_not_share_a_folder(tmp_path: Path) -> None:
-    with holding(tmp_path / LOCK), pytest.raises(StorageError, match="is in use by this process on"):
+    with holding(tmp_path / LOCK), pytest.raises(StorageError, match="this process"):
         ts.compress(toy.model(), toy.task(), [ts.Prune(sparsity=0.5)], runtime="eager", workdir=tmp_path)
     with holding(tmp_path / LOCK):
         pass
@@ -65,7 +65,7 @@ def test_a_damaged_lock_file_neither_hides_the_holder_nor_stays_in_the_way(damag
     path = tmp_path / LOCK
     with holding(path):
         path.write_bytes(damage)
-        with pytest.raises(StorageError, match="is in use by another process"), holding(path):
+        with pytest.raises(StorageError, match="another process"), holding(path):
             pass
     with holding(path):
         assert json.loads(path.read_text())["pid"] == os.getpid()

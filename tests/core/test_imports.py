@@ -30,7 +30,7 @@ def document(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (None, "must be written 'package.module:name', got None"),
+        (None, "'package.module:name'.*None"),
         ("", "must be written"), ("os", "must be written"), ("os:", "must be written"), (":system", "must be written"),
         ("os:a:b", "must be written"), ("os :system", "must be written"), ("../evil:name", "must be written"),
         ("os:system()", "must be written"), ("a" * 20_000 + ":b", "must be written"), ("os:1", "must be written"),
@@ -59,9 +59,7 @@ CODE = {
 def test_code_that_fails_is_one_error_with_its_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"users_{name}.py").write_text(CODE[name])
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(
-        TaskError, match=rf"task 'users_{name}:task' cannot be imported: .*users_{name}\.py, line \d"
-    ) as caught:
+    with pytest.raises(TaskError, match=rf"task 'users_{name}:task'.*imported.*users_{name}\.py, line \d") as caught:
         resolve(f"users_{name}:task", "task", TaskError)
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
@@ -93,7 +91,7 @@ def test_a_recipe_calls_no_function_that_it_names(do: str, place: str, monkeypat
         "response": [{"do": "distill", "response": table}],
         "feature": [{"do": "distill", "feature": [table]}],
     }
-    with pytest.raises(RecipeError, match="a step is a frozen dataclass"):
+    with pytest.raises(RecipeError, match="frozen dataclass"):
         parse_document(document(step=steps[place]))
 
 

@@ -232,7 +232,7 @@ class Guarded(nn.Module):
 
 
 def test_an_attribute_that_cannot_be_copied_is_named() -> None:
-    with pytest.raises(ModelError, match=r"its attribute '1\.lock', a lock, cannot .*keep the attribute outside"):
+    with pytest.raises(ModelError, match=r"attribute '1\.lock', a lock,.*outside"):
         copy_model(nn.Sequential(nn.ReLU(), Guarded()))
     with pytest.raises(ModelError, match="attribute 'lock'"):
         ts.prune.channels(Guarded(), (torch.randn(2, 5),), 0.5)

@@ -78,7 +78,7 @@ def test_what_is_named_is_chosen_unless_it_is_excluded(include: set[str], exclud
     if include - exclude:
         assert set(select_weights(ZOO, sorted(include), sorted(exclude))) == include - exclude
     else:
-        with pytest.raises(SelectError, match="no layer is left to compress"):
+        with pytest.raises(SelectError, match="no layer.*left"):
             select_weights(ZOO, sorted(include), sorted(exclude))
     if set(PRUNED) - exclude:
         assert set(select_weights(ZOO, None, sorted(exclude))) == set(PRUNED) - exclude
@@ -109,7 +109,7 @@ with warnings.catch_warnings():
 )
 def test_patterns_mean_what_they_say(include: Any, expected: set[str]) -> None:
     if isinstance(include, list) and "type:Conv?d" in include:
-        with pytest.raises(SelectError, match=r"'type:Conv\?d' matches no layer; near names: type:Conv\dd"):
+        with pytest.raises(SelectError, match=r"'type:Conv\?d'.*near.*type:Conv\dd"):
             select_weights(ZOO, include)
         include = include[1:]
     assert set(select_weights(ZOO, include)) == expected
@@ -118,13 +118,13 @@ def test_patterns_mean_what_they_say(include: Any, expected: set[str]) -> None:
 @pytest.mark.parametrize(
     ("include", "message"),
     [
-        ("lin", "pattern 'lin' matches no layer; near names: line"),
-        ("conv.3.weight", r"near names: conv.\d.weight"),
-        ("type:Linera", "pattern 'type:Linera' matches no layer; near names: type:Linear"),
-        ("type:linear", "near names: type:Linear"),
-        ("norms", "'norms' matches no weight that is pruned by default; to prune it anyway, name the parameter: norms.0.weight, norms.0.bias"),
-        ("type:Embedding", "name the parameter: embed.0.weight"),
-        ("line.bia?s", "near names: line.bias"),
+        ("lin", "'lin'.*near.*line"),
+        ("conv.3.weight", r"near.*conv.\d.weight"),
+        ("type:Linera", "'type:Linera'.*near.*type:Linear"),
+        ("type:linear", "near.*type:Linear"),
+        ("norms", "'norms'.*by default.*norms.0.weight, norms.0.bias"),
+        ("type:Embedding", "parameter.*embed.0.weight"),
+        ("line.bia?s", "near.*line.bias"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("use", ["include", "among others"])
@@ -135,14 +135,14 @@ def test_a_pattern_that_means_nothing_is_told_what_is_near(include: str, message
 
 def test_a_layer_without_parameters_and_a_wrong_exclusion_are_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(SelectError, match="'1' matches no weight .* the layers that it matches have no parameters"):
+    with pytest.raises(SelectError, match="'1' .*no weight.*no parameters"):
         select_weights(model, "1")
-    with pytest.raises(SelectError, match="pattern 'type:Relu' matches no layer; near names: type:ReLU"):
+    with pytest.raises(SelectError, match="'type:Relu'.*near.*type:ReLU"):
         select_weights(model, exclude="type:Relu")
     assert set(select_weights(model, exclude="type:ReLU")) == {"0.weight"}
-    with pytest.raises(SelectError, match=r"the model \(ReLU\) has no parameters; there is nothing to compress"):
+    with pytest.raises(SelectError, match=r"\(ReLU\).*no parameters"):
         select_weights(nn.ReLU())
-    with pytest.raises(SelectError, match="'0.weight' has no shape yet; run one batch through the model first"):
+    with pytest.raises(SelectError, match="'0.weight'.*no shape.*batch"):
         select_weights(nn.Sequential(nn.LazyLinear(3)))
 
 
@@ -152,7 +152,7 @@ def test_a_table_that_is_also_the_head_is_left_alone_unless_it_is_named_by_eithe
     for name in ("head.weight", "embed.weight", "*.weight"):
         assert "embed.weight" in select_weights(model, name)
     assert "embed.weight" not in select_weights(model, "*.weight", exclude="head")
-    with pytest.raises(SelectError, match="'head' matches no weight that is pruned by default.*embed.weight"):
+    with pytest.raises(SelectError, match="'head'.*by default.*embed.weight"):
         select_weights(model, "head")
 
 
@@ -193,7 +193,7 @@ def test_the_last_pattern_that_covers_a_weight_decides() -> None:
     found = by_pattern(["*", "type:Conv2d", "conv2"], chosen, toy.model())
     assert found == {"conv1.weight": "type:Conv2d", "conv2.weight": "conv2", "head.weight": "*"}
     assert by_pattern(["conv2", "*"], chosen, toy.model()) == dict.fromkeys(chosen, "*")
-    with pytest.raises(SelectError, match="pattern 'bn1' matches no weight that is chosen.*conv1.weight.*include="):
+    with pytest.raises(SelectError, match="'bn1'.*chosen.*conv1.weight.*include="):
         by_pattern(["bn1"], chosen, toy.model())
-    with pytest.raises(SelectError, match="pattern 'convs' matches no layer; near names: conv"):
+    with pytest.raises(SelectError, match="'convs'.*near.*conv"):
         by_pattern(["convs"], chosen, toy.model())

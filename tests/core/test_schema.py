@@ -90,7 +90,7 @@ def test_as_deep_and_as_large_as_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"x": 3, "y": 1}', "point.json is damaged: y: Extra inputs are not permitted, got 1; copy it again"),
+        ('{"x": 3, "y": 1}', "point.json.*damaged: y: Extra inputs are not permitted, got 1.*copy"),
         ("{}", "x: Field required; copy"),
         ('{"x": "3"}', "x: Input should be a valid integer, got '3'"),
         ('{"x": true}', "x: Input should be a valid integer, got True"),

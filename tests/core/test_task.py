@@ -38,7 +38,7 @@ def test_batches_and_outputs_are_read_by_their_kind() -> None:
     assert task.mask({"attention_mask": mask}) is mask
     for outputs in (x, (x, y), {"logits": x}, Output(x), SimpleNamespace(logits=x)):
         assert task.logits(outputs) is x
-    with pytest.raises(TaskError, match="no logits in an output of type int"):
+    with pytest.raises(TaskError, match="no logits.*int"):
         task.logits(3)
 
 
@@ -84,13 +84,13 @@ def test_a_torchmetrics_metric_is_taken_as_it_is() -> None:
 
 
 def test_a_task_that_cannot_work_says_so() -> None:
-    with pytest.raises(TaskError, match="metric 'acuracy' is not known; one of accuracy"):
+    with pytest.raises(TaskError, match="metric.*'acuracy'.*accuracy"):
         ts.Task(val=[1], metric="acuracy")
     with pytest.raises(TaskError, match="metric must be a name"):
         ts.Task(val=[1], metric=3)
     with pytest.raises(TaskError, match="val is None"):
         ts.Task(val=None, metric="accuracy")
-    with pytest.raises(TaskError, match="train must be an iterable of batches, got 3"):
+    with pytest.raises(TaskError, match="train.*iterable.*got 3"):
         ts.Task(val=[1], train=3, metric="accuracy")
     with pytest.raises(TaskError, match="got str"):
         ts.Task(val=[1], metric=lambda predict, batches: "good").evaluate(len)
@@ -133,7 +133,7 @@ def test_dense_labels_are_compared_by_position() -> None:
 
 @pytest.mark.parametrize("label", [-1, 3, 7])
 def test_labels_out_of_range_are_named_with_the_range(label: int) -> None:
-    with pytest.raises(TaskError, match=rf"labels must be in \[0, 3\) for 3 outputs, got .*{label}.*-100"):
+    with pytest.raises(TaskError, match=rf"labels.*\[0, 3\).*3 outputs.*got .*{label}.*-100"):
         default_loss(torch.randn(2, 3), torch.tensor([1, label]))
 
 
@@ -146,9 +146,9 @@ def test_real_targets_are_compared_by_their_square() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("nan"), "the metric returned nan on val; check the metric"),
-        (float("inf"), "the metric returned inf on val"),
-        (torch.ones(2), r"one number, got a tensor of shape \(2,\)"),
+        (float("nan"), "metric.*nan on val"),
+        (float("inf"), "metric.*inf on val"),
+        (torch.ones(2), r"one number.*tensor.*\(2,\)"),
         (None, "one number, got NoneType"),
         ({"accuracy": 1.0}, "one number, got dict"),
     ],
@@ -165,13 +165,13 @@ def test_whatever_is_one_number_will_do(value: Any) -> None:
 
 
 def test_a_metric_without_labels_says_so() -> None:
-    with pytest.raises(TaskError, match="metric 'accuracy' needs labels, but Task.target gives None"):
+    with pytest.raises(TaskError, match="'accuracy'.*labels.*Task.target.*None"):
         ts.Task(val=[(torch.randn(2, 3),)], metric="accuracy").evaluate(lambda x: x)
 
 
 @pytest.mark.parametrize("make", [iter, lambda batches: (each for each in batches), lambda b: map(tuple, b)])
 def test_what_can_be_read_only_once_is_refused(make: Any) -> None:
-    with pytest.raises(TaskError, match="val is an iterator and is used up after one pass"):
+    with pytest.raises(TaskError, match="val.*iterator"):
         ts.Task(val=make([1]), metric="accuracy")
 
 
@@ -189,7 +189,7 @@ class Exhausting:
 def test_empty_and_used_up_splits_are_named() -> None:
     task = ts.Task(val=Exhausting(), metric="accuracy")
     assert 0 <= task.evaluate(lambda x: x) <= 100
-    with pytest.raises(TaskError, match="val gave no batch; it is empty, or was used up by an earlier pass"):
+    with pytest.raises(TaskError, match="val.*no batch.*used up"):
         task.evaluate(lambda x: x)
     with pytest.raises(TaskError, match="train gave no batch"):
         take_first([], "train")
@@ -247,7 +247,7 @@ def test_labels_of_any_integer_type_and_batches_without_one_that_counts() -> Non
     nothing = default_loss(logits, torch.full((4,), -100))
     nothing.backward()
     assert nothing.item() == 0
-    with pytest.raises(TaskError, match="do not fit real targets of shape"):
+    with pytest.raises(TaskError, match="real targets.*shape"):
         default_loss(logits, torch.randn(5))
 
 

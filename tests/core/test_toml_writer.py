@@ -72,9 +72,9 @@ def test_a_recipe_looks_as_people_write_it():
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"step": [{"threads": None}]}, "threads: TOML has no type for None; leave the key out"),
-        ({"a": {1: 2}}, "a key of a TOML table is text, got 1"),
-        ({"a": {"b": object}}, "b: TOML has no type for <class 'object'>"),
+        ({"step": [{"threads": None}]}, "threads: .*type.*None"),
+        ({"a": {1: 2}}, "key.*text.*got 1"),
+        ({"a": {"b": object}}, "b: .*type.*<class 'object'>"),
         ({"a": "\ud800"}, "no valid Unicode"),
     ],
 )

@@ -29,7 +29,7 @@ UNUSABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: None, "NoneType"),
     "weights": (lambda: net().state_dict(), "load_state_dict"),
     "meta": (lambda: net().to("meta"), "meta device"),
-    "lazy": (lambda: nn.Sequential(nn.LazyLinear(2)), "no shape yet; call the model once"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(2)), "no shape.*call"),
     "torch.ao": (lambda: nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(3, 4)), "quantized already, by torch.ao"),
     "parallel inside": (lambda: nn.Sequential(nn.DataParallel(net())), "wrapped by DataParallel"),
 }
@@ -62,14 +62,14 @@ def test_what_cannot_work_is_refused_by_name(kind: str) -> None:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_function_refuses_it(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ts.TorchslimError, match="model must be an nn.Module( or a Deployed)?, got 3"):
+    with pytest.raises(ts.TorchslimError, match="model.*nn.Module.*got 3"):
         FUNCTIONS[function](3)
     assert not list(tmp_path.iterdir())
 
 
 def test_searching_refuses_it(tmp_path: Path) -> None:
     recipe = {"step": [{"do": "prune", "sparsity": {"search": [0.3, 0.5]}}], "budget": {"metric_drop": 1.0}}
-    with pytest.raises(ts.TorchslimError, match="model must be an nn.Module( or a Deployed)?, got 3"):
+    with pytest.raises(ts.TorchslimError, match="model.*nn.Module.*got 3"):
         ts.search(3, TASK, recipe, workdir=tmp_path)  # type: ignore[arg-type]
 
 
@@ -81,5 +81,5 @@ def test_wrappers_come_off() -> None:
 
 
 def test_a_teacher_is_named() -> None:
-    with pytest.raises(ts.TorchslimError, match="teacher must be an nn.Module, got 'resnet'"):
+    with pytest.raises(ts.TorchslimError, match="teacher.*nn.Module.*'resnet'"):
         ts.compress(net(), TASK, [ts.Distill(epochs=1)], teacher="resnet")  # type: ignore[arg-type]

@@ -255,7 +255,7 @@ def test_what_cannot_work_is_refused() -> None:
     for settings in ({"weight": 0.0}, {"temperature": -1.0}, {"size": 0}, {"negatives": 1.5}, {"momentum": 1.0}):
         with pytest.raises(DistillError, match=f"{next(iter(settings))} must be"):
             CRD(**settings)
-    with pytest.raises(DistillError, match="at least two samples, got 1"):
+    with pytest.raises(DistillError, match="two samples.*got 1"):
         CRD().build((3,), (5,), 1)
     with pytest.raises(DistillError, match=r"\(3, 0\).*\(5,\)"):
         CRD().build((3, 0), (5,), 10)
@@ -264,9 +264,9 @@ def test_what_cannot_work_is_refused() -> None:
     for index in ([0, 6], [-1, 0]):
         with pytest.raises(DistillError, match=rf"in \[0, 6\).*got {min(index)} to {max(index)}"):
             module(student, teacher, torch.tensor(index))
-    with pytest.raises(DistillError, match="index must hold a whole number"):
+    with pytest.raises(DistillError, match="index.*whole number"):
         module(student, teacher, torch.tensor([0.0, 1.0]))
-    with pytest.raises(DistillError, match="target must hold a whole number"):
+    with pytest.raises(DistillError, match="target.*whole number"):
         module(student, teacher, torch.tensor([0, 1]), torch.tensor([0]))
     with pytest.raises(DistillError, match=r"\(2, 3\) and \(2, 5\), got \(2, 5\) and \(2, 3\)"):
         module(teacher, student, torch.tensor([0, 1]))

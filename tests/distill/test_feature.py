@@ -418,7 +418,7 @@ def test_shapes_with_nothing_in_common_are_named(student: Shape, teacher: Shape)
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(DistillError, match="at least two pairs, got 1"):
+    with pytest.raises(DistillError, match="two pairs.*got 1"):
         FSP().build([((3, 2, 2), (3, 2, 2))])
     with pytest.raises(DistillError, match="needs channels"):
         FSP().build([((), (3,)), ((), (3,))])
@@ -442,7 +442,7 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(DistillError, match="of 2 and 3 samples"):
         TokenMSE()(torch.ones(2, 3), torch.ones(3, 3))
     module = TokenMSE().build([((3, 4), (3, 4))])
-    with pytest.raises(DistillError, match=r"a feature \(2, 3, 4\) must be .*, got \(2, 3\)"):
+    with pytest.raises(DistillError, match=r"feature \(2, 3, 4\).*\(2, 3\)"):
         module([torch.ones(2, 3, 4)], [torch.ones(2, 3, 4)], [(torch.ones(2, 3), None)])
     with pytest.raises(DistillError, match="one for the student"):
         module([torch.ones(2, 3, 4)], [torch.ones(2, 3, 4)], [torch.ones(2, 4)])
@@ -464,9 +464,7 @@ def test_settings_and_calls_are_checked(loss: FeatureLoss) -> None:
     if loss in BARE:
         assert loss(features, features).shape == ()
     if not isinstance(loss, AttentionTransfer):
-        with pytest.raises(
-            DistillError, match=r"learns with the student.*build\(\.\.\.\), or Distill\(feature=\.\.\.\)"
-        ):
+        with pytest.raises(DistillError, match=r"build\(\.\.\.\).*Distill\(feature=\.\.\.\)"):
             loss(features, [torch.ones(2, 5, 4)] * 2)
     for make, name in ((AttentionTransfer, "power"), (VID, "variance"), (ReviewKD, "channels")):
         with pytest.raises(DistillError, match=f"{name} must be"):

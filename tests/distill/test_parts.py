@@ -101,7 +101,7 @@ def test_features_may_be_learned_from_a_teacher_with_other_classes() -> None:
     teacher[-1] = nn.Linear(24, 9)
     ctx = context(teacher=teacher)
     ts.Distill(response=None, feature=Hint()).check(ctx)
-    with pytest.raises(DistillError, match=r"differ in shape: \(8, 5\), \(8, 9\)"):
+    with pytest.raises(DistillError, match=r"shape.*\(8, 5\), \(8, 9\)"):
         ts.Distill(feature=Hint()).check(ctx)
 
 
@@ -140,7 +140,7 @@ def test_several_teachers_are_the_mean_of_their_softened_outputs(
     outputs = ts.distill.MSE().blend([one, two], weights)
     assert torch.allclose(outputs, weight * one + (1 - weight) * two)
     assert torch.allclose(ts.KD(temperature=temperature).blend([one, one], weights).softmax(1), one.softmax(1))
-    with pytest.raises(DistillError, match="the teachers' logits differ in shape"):
+    with pytest.raises(DistillError, match="teachers' logits.*shape"):
         ts.KD().blend([one, student[:, :3]], weights)
 
 
@@ -250,7 +250,7 @@ def test_a_student_belongs_to_a_step_by_itself() -> None:
     step = ts.Distill(student=small(), epochs=1)
     step.check(context())
     for user in (ts.Prune(sparsity=0.5, train=step), ts.Quantize("int8", mode="qat", train=step)):
-        with pytest.raises(DistillError, match="student is only for Distill as a step"):
+        with pytest.raises(DistillError, match="student.*as a step"):
             user.check(context())
 
 
@@ -280,23 +280,23 @@ def test_pruning_and_quantization_train_on_all_parts_and_say_what_taught_them() 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"feature": "hintt"}, "feature 'hintt' is not known; one of hint, attention_transfer"),
-        ({"feature": "rkd"}, "feature 'rkd' is not known; it is a relation loss: give relation='rkd'"),
-        ({"relation": Hint()}, r"Hint is a feature loss; give feature=Hint\(...\)"),
-        ({"response": RKD()}, r"RKD is a relation loss; give relation=RKD\(...\)"),
-        ({"feature": Hint}, "feature must be Hint.*or a function"),
+        ({"feature": "hintt"}, "feature 'hintt'.*hint, attention_transfer"),
+        ({"feature": "rkd"}, "feature 'rkd'.*relation loss.*relation='rkd'"),
+        ({"relation": Hint()}, r"Hint.*feature loss.*feature=Hint\(...\)"),
+        ({"response": RKD()}, r"RKD.*relation loss.*relation=RKD\(...\)"),
+        ({"feature": Hint}, "feature.*Hint.*function"),
         ({"taps": {}}, "taps is empty"),
         ({"ema_decay": 1.0}, "ema_decay must be in"),
-        ({"teacher": "ema", "cache": "x"}, "teacher='ema' changes at every step"),
+        ({"teacher": "ema", "cache": "x"}, "teacher='ema'.*every step"),
         ({"teacher": ("ema", "ema")}, "without other teachers"),
-        ({"teacher_weights": (1.0, 2.0)}, "one for each of the 0 teachers"),
+        ({"teacher_weights": (1.0, 2.0)}, "the 0 teachers"),
         (
             {"teacher": ("a:b", "c:d"), "teacher_weights": (1.0, math.nan)},
-            "teacher_weights entry 2, nan, must be a finite number",
+            "teacher_weights entry 2.*nan.*finite",
         ),
         ({"teacher": ("a:b", "c:d"), "teacher_weights": (1.0, -1.0)}, "none negative"),
-        ({"response": None, "label_weight": 0.0}, "nothing to learn from"),
-        ({"taps": {"0": "0"}}, "taps name features, but no loss compares any"),
+        ({"response": None, "label_weight": 0.0}, "nothing to learn"),
+        ({"taps": {"0": "0"}}, "taps.*no loss"),
         ({"cache": __file__}, "cache must be a folder"),
     ],
 )
@@ -316,11 +316,11 @@ def vectors() -> nn.Module:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"feature": Hint(), "taps": {"layer3": "0"}}, "tap 'layer3' matches no output of the student"),
-        ({"feature": Hint(), "taps": {"0": "layer3"}}, "tap 'layer3' matches no output of the teacher"),
-        ({"teacher": "tests.distill.test_parts:nothing"}, "teacher .* must be a module or give one, got 3"),
+        ({"feature": Hint(), "taps": {"layer3": "0"}}, "tap 'layer3'.*student"),
+        ({"feature": Hint(), "taps": {"0": "layer3"}}, "tap 'layer3'.*teacher"),
+        ({"teacher": "tests.distill.test_parts:nothing"}, "teacher.*module.*got 3"),
         ({"teacher": "tests.distill.test_parts:nobody"}, "has no 'nobody'"),
-        ({"student": "tests.distill.test_parts:nothing"}, "student .* must be a module or give one, got 3"),
+        ({"student": "tests.distill.test_parts:nothing"}, "student.*module.*got 3"),
         ({"feature": "tests.distill.test_parts:nobody"}, "has no 'nobody'"),
         ({"feature": AttentionTransfer(), "student": vectors(), "taps": {"3": "0"}}, "AttentionTransfer"),
     ],
@@ -393,7 +393,7 @@ def test_crd_refuses_samples_that_have_no_numbers() -> None:
 
     ctx = context()
     shuffled = Own(ctx.task.train.dataset, batch_size=8, shuffle=True)
-    with pytest.raises(DistillError, match="CRD stores features by sample, but"):
+    with pytest.raises(DistillError, match="CRD.*by sample"):
         ts.Distill(relation="crd").check(replace(ctx, task=replace(ctx.task, train=shuffled)))
     ts.Distill(relation="crd").check(ctx)
 
@@ -439,7 +439,7 @@ def checkpointed(*, use_reentrant: bool) -> nn.Module:
 
 def test_a_feature_without_a_gradient_is_an_error() -> None:
     step = ts.Distill(feature="token_mse", taps={"body.0": "body.0"}, epochs=1)
-    with pytest.raises(DistillError, match="'body.0' carries no gradient.*use_reentrant=False"):
+    with pytest.raises(DistillError, match="'body.0'.*gradient.*use_reentrant=False"):
         step(checkpointed(use_reentrant=True), context(teacher=checkpointed(use_reentrant=True)))
     model, before = checkpointed(use_reentrant=False), checkpointed(use_reentrant=False)
     step(model, context(teacher=checkpointed(use_reentrant=False)))
@@ -484,9 +484,7 @@ def test_inputs_must_have_the_batch_first() -> None:
     x, y = torch.randn(9, 4, 3), torch.arange(4)
     task = ts.Task(train=[(x, y)], val=[(x, y)], metric="accuracy")
     ctx = ts.Context(task=task, teacher=TimeFirst(), model=TimeFirst(), example_inputs=(x,))
-    with pytest.raises(
-        DistillError, match="the inputs' first dimension is 9, the logits' 4; both must be the batch size"
-    ):
+    with pytest.raises(DistillError, match="inputs' first dimension.*9.*logits'.*4.*batch size"):
         ts.Distill(relation="rkd").check(ctx)
 
 

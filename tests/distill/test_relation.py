@@ -160,7 +160,7 @@ def test_equal_samples_have_finite_gradients_and_one_alone_is_refused(make: Any)
     make()(student, torch.randn(4, 3)).backward()
     assert student.grad is not None
     assert torch.isfinite(student.grad).all()
-    with pytest.raises(DistillError, match="a relation needs at least"):
+    with pytest.raises(DistillError, match="relation.*at least"):
         make()(torch.randn(1, 3), torch.randn(1, 3))
     with pytest.raises(DistillError, match="of 4 and 3 samples"):
         make()(torch.randn(4, 3), torch.randn(3, 3))

@@ -163,7 +163,7 @@ def test_ignored_positions_do_not_count(seed: int) -> None:
     assert torch.equal(labels, target[kept])
     pixels = positions(student.movedim(-1, 1), teacher.movedim(-1, 1), target, None, -100)
     assert torch.equal(pixels[1], teacher[target != -100])
-    with pytest.raises(DistillError, match="no position of a batch counts"):
+    with pytest.raises(DistillError, match="no position"):
         positions(student, teacher, torch.full((3, 4), -100), None, -100)
 
 
@@ -174,7 +174,7 @@ def test_bad_values_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(DistillError, match="must be|nothing to learn"):
             make()
-    with pytest.raises(DistillError, match="DKD needs one class index for each sample, got none"):
+    with pytest.raises(DistillError, match="DKD.*class index.*got none"):
         ts.DKD().soft(torch.zeros(2, 3), torch.zeros(2, 3))
 
 
@@ -185,7 +185,7 @@ def test_a_loss_that_needs_labels_says_so_before_training() -> None:
     task = ts.Task(train=toy.task().train, val=toy.task().val, test=toy.task().test, metric=lambda *_: 0.0,
                    target=inputs_only)  # fmt: skip
     ctx = ts.Context(task=task, teacher=toy.model(), example_inputs=toy.images(2, 0)[:1])
-    with pytest.raises(DistillError, match="DKD needs labels, but Task.target gives None"):
+    with pytest.raises(DistillError, match="DKD.*labels.*Task.target.*None"):
         ts.Distill(response="dkd", label_weight=0).check(ctx)
 
 

@@ -175,7 +175,7 @@ def test_a_run_keeps_the_originals_infinities_and_refuses_others() -> None:
         model.broken = True  # type: ignore[assignment]
         return model
 
-    with pytest.raises(ts.TorchslimError, match="after step 'breaking' 32 values"):
+    with pytest.raises(ts.TorchslimError, match="'breaking'.*32 values"):
         ts.compress(Policy(), task, [breaking], runtime="eager")
 
 

@@ -86,7 +86,7 @@ def test_kd_refuses_what_cannot_be() -> None:
         ts.KD()(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1).long())
     with pytest.raises(DistillError, match="label_weight must be"):
         ts.Distill(label_weight=-1)
-    with pytest.raises(DistillError, match="response 'kl' is not known; one of kd"):
+    with pytest.raises(DistillError, match="response 'kl'.*kd"):
         ts.compress(toy.model(), toy.task(), [ts.Distill(response="kl")], runtime="eager")
 
 
@@ -152,7 +152,7 @@ def test_dense_logits_that_nothing_explains_are_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), ()])
 def test_one_output_is_no_distribution(shape: tuple[int, ...]) -> None:
-    with pytest.raises(DistillError, match="at least two classes, got logits of shape"):
+    with pytest.raises(DistillError, match="two classes.*shape"):
         kl_divergence(torch.zeros(shape), torch.zeros(shape))
 
 
@@ -217,9 +217,9 @@ def unlabeled(**fields: Any) -> ts.Context:
     [ts.Distill(), ts.Distill(response=ts.KD(alpha=1.0), label_weight=0.1), ts.Distill(response="kd")],
 )
 def test_labels_that_count_but_are_missing_are_an_error_before_any_work(step: ts.Distill) -> None:
-    with pytest.raises(DistillError, match=r"the labels have weight 0.1, but Task.target gives None; set alpha=1"):
+    with pytest.raises(DistillError, match="labels.*weight 0.1.*Task.target.*None.*alpha=1"):
         step.check(unlabeled())
-    with pytest.raises(DistillError, match="the labels have weight"):
+    with pytest.raises(DistillError, match="labels.*weight"):
         ts.Prune(sparsity=0.5, train=step).check(unlabeled())
     step.check(unlabeled(loss=lambda outputs, batch: outputs.mean()))
 
@@ -259,11 +259,11 @@ def test_a_response_may_be_an_object_or_be_named(response: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"response": ts.KD}, "response must be KD.*or a function"),
-        ({"response": 3}, "response must be KD.*got 3"),
-        ({"response": ts.KD(alpha=0.0), "label_weight": 0.0}, "nothing to learn from"),
-        ({"response": "kdd"}, "response 'kdd' is not known; one of kd, dkd, dist, mse, or 'package.module:name'"),
-        ({"label_weight": float("nan")}, "label_weight must be a finite number, got nan"),
+        ({"response": ts.KD}, "response.*KD.*function"),
+        ({"response": 3}, "response.*KD.*got 3"),
+        ({"response": ts.KD(alpha=0.0), "label_weight": 0.0}, "nothing to learn"),
+        ({"response": "kdd"}, "response 'kdd'.*kd, dkd, dist, mse.*'package.module:name'"),
+        ({"label_weight": float("nan")}, "label_weight.*finite.*nan"),
     ],
 )
 def test_a_step_that_cannot_work_says_so_when_it_is_made(fields: dict[str, Any], message: str) -> None:
@@ -283,5 +283,5 @@ def test_a_named_response_that_is_not_there_is_an_error_before_any_work(spec: st
 
 def test_a_teacher_with_other_classes_is_an_error_that_names_both_shapes() -> None:
     ctx = replace(unlabeled(), teacher=nn.Linear(4, 7))
-    with pytest.raises(DistillError, match=r"differ in shape: \(8, 3\), \(8, 7\)"):
+    with pytest.raises(DistillError, match=r"shape.*\(8, 3\), \(8, 7\)"):
         ts.Distill(response=ts.KD(alpha=1.0))(nn.Linear(4, 3), ctx)

@@ -257,9 +257,9 @@ def test_a_graph_that_is_trained_on_its_grid_is_tapped_where_its_modules_were() 
 @pytest.mark.parametrize(
     ("taps", "message"),
     [
-        ({"layer": "1"}, "tap 'layer' matches no output of the student that can be a feature"),
-        ({"1": "1.o"}, r"tap '1.o' matches no output of the teacher .* near names: .*1.0"),
-        ({"1[3]": "1"}, r"tap '1\[3\]' matches no output of the student"),
+        ({"layer": "1"}, "tap 'layer'.*student.*feature"),
+        ({"1": "1.o"}, "tap '1.o'.*teacher.*near.*1.0"),
+        ({"1[3]": "1"}, r"tap '1\[3\]'.*student"),
     ],
 )
 def test_a_tap_that_matches_nothing_names_what_is_near(taps: dict[str, str], message: str) -> None:

@@ -117,7 +117,7 @@ class Stream(IterableDataset[Any]):
     [DataLoader(Noisy("sample"), batch_size=8), DataLoader(Noisy("none"), batch_size=8, collate_fn=noisy_collate)],
 )
 def test_a_loader_that_augments_is_refused_before_training(batches: Any, tmp_path: Path) -> None:
-    with pytest.raises(DistillError, match="cache needs the same sample each time, but the training loader augments"):
+    with pytest.raises(DistillError, match="cache.*same sample.*loader augments"):
         ts.Distill(cache=tmp_path).check(context(batches))
 
 
@@ -147,12 +147,12 @@ def test_samples_that_changed_since_are_an_error(tmp_path: Path) -> None:
     step(toy.model(), context(loader()))
     x, y = toy.images(40, 1)
     x[7] = x[7].flip(-1)
-    with pytest.raises(DistillError, match="sample 7 differs from the one whose"):
+    with pytest.raises(DistillError, match="sample 7 differs"):
         step(toy.model(), context(loader() if x is None else DataLoader(TensorDataset(x, y), batch_size=8)))
     (shard,) = tmp_path.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:100])
     before = fingerprint(ts.Distill(epochs=1)(toy.model(), context(loader())).model.state_dict())
-    with pytest.warns(UserWarning, match=r"is damaged \(.*\); it is deleted and computed again"):
+    with pytest.warns(UserWarning, match=r"damaged \(.*\).*deleted"):
         found = step(toy.model(), context(loader()))
     assert fingerprint(found.model.state_dict()) == before
     assert [each.name for each in tmp_path.glob("*.safetensors")] == [shard.name]  # the same answers, the same seal
@@ -296,7 +296,7 @@ def test_batches_padded_by_themselves_are_kept_in_order_and_refused_when_shuffle
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = ts.Distill(feature="token_mse", taps={"layer": "layer"}, epochs=2, cache=tmp_path)
-    with pytest.raises(DistillError, match="pads each batch to its longest sample"):
+    with pytest.raises(DistillError, match="pads.*longest sample"):
         step.check(reading(shuffle=True))
     ctx = reading(shuffle=False)
     step.check(ctx)
@@ -311,7 +311,7 @@ def test_samples_padded_to_other_lengths_are_an_error_that_says_so(tmp_path: Pat
         cache.keep(index, torch.zeros(4, 3, dtype=torch.float64), {"feature_0": torch.zeros(4, 2, length)})
     cache.flush()
     assert len(cache.files) == 2
-    with pytest.raises(DistillError, match="padded to different lengths"):
+    with pytest.raises(DistillError, match="padded.*lengths"):
         cache.find(torch.tensor([0, 5]), torch.zeros(2, 3, dtype=torch.float64))
 
 
@@ -355,5 +355,5 @@ def test_a_collate_that_drops_samples_is_refused(tmp_path: Path) -> None:
     ctx = reading(shuffle=False)
     loader = DataLoader(Sentences(), batch_size=6, collate_fn=lambda samples: padded(samples[1:]))
     step = ts.Distill(epochs=1, cache=tmp_path)
-    with pytest.raises(DistillError, match="the loader's collate_fn returned 5 of 6 samples"):
+    with pytest.raises(DistillError, match="collate_fn.*5 of 6 samples"):
         step(Reader(), replace(ctx, task=replace(ctx.task, train=loader)))

@@ -135,7 +135,7 @@ def test_an_attention_in_float_is_not_taken_for_the_layers_of_its_module(runtime
     found, _ = quantized(Module(), scheme="int8-dynamic", runtime=runtime)
     (product,) = [each for each in found.layers if each.weight_bits is None]
     assert not product.integer
-    assert product.why == "a product of two activations, in float"
+    assert "product of two activations" in product.why
     assert found.integer_share < 1
 
 

@@ -131,7 +131,7 @@ def test_a_batch_that_the_models_code_fixes_is_noted() -> None:
 def test_no_batch_at_all_is_noted() -> None:
     captured = capture(nn.Linear(4, 2), (torch.randn(4),))
     assert captured.batch_axis is None
-    assert "no batch dimension was found" in captured.notes[0]
+    assert "no batch dimension" in captured.notes[0]
 
 
 def test_sizes_are_fixed_when_asked() -> None:
@@ -166,7 +166,7 @@ def test_a_torch_export_spec_is_read_as_torch_reads_it(form: str) -> None:
 
 @pytest.mark.parametrize("spec", ["time", {"y": None}, 3])
 def test_other_dynamic_shapes_are_refused(spec: Any) -> None:
-    with pytest.raises(ExportError, match="dynamic_shapes must be 'batch', None"):
+    with pytest.raises(ExportError, match="dynamic_shapes.*'batch', None"):
         capture(nn.Linear(4, 2), (torch.randn(3, 4),), spec)
 
 
@@ -275,8 +275,8 @@ def line_of(mark: str) -> int:
 @pytest.mark.parametrize(
     ("model", "mark", "words"),
     [
-        (Branches(), "depends on the data", "torch.export cannot capture the model"),
-        (Fails(), "shapes do not fit", "the model fails on its example inputs"),
+        (Branches(), "depends on the data", "torch.export.*capture"),
+        (Fails(), "shapes do not fit", "fails.*example inputs"),
     ],
 )
 def test_what_resists_is_named_by_file_and_line(model: nn.Module, mark: str, words: str) -> None:
@@ -303,12 +303,9 @@ def test_a_size_that_depends_on_the_lengths_is_named_with_what_to_write(kind: ty
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        (
-            torch.zeros(2, 4),
-            r"must be a tuple of positional or a dict of keyword arguments, got Tensor; .* \(x,\)",
-        ),
+        (torch.zeros(2, 4), r"tuple.*dict.*got Tensor.* \(x,\)"),
         ((), "do not fit Linear.forward"),
-        ({"x": torch.zeros(2, 4)}, "do not fit Linear.forward.*missing a required argument: 'input'"),
+        ({"x": torch.zeros(2, 4)}, "Linear.forward.*'input'"),
         ((1.0,), "hold no tensor"),
         ((torch.zeros(2, 4), 3), "too many positional arguments"),
         (({"set": {1}, "x": torch.zeros(2, 4)},), "input 'input' has the type set"),

@@ -167,18 +167,14 @@ def test_only_the_fields_that_are_set_count_in_a_mapping_dataclass() -> None:
     ("captured", "given_", "words"),
     [
         (torch.zeros(1), [1], "input must be a tensor, got list"),
-        (2, 3, "input was fixed at 2 when the model was captured, got 3"),
+        (2, 3, "input.*fixed at 2.*captured.*got 3"),
         (2, 2.0, "fixed at 2 .* got 2.0"),
         (True, 1, "fixed at True .* got 1"),
         (None, torch.zeros(1), r"fixed at None .* got a tensor of shape \(1,\)"),
         (math.nan, 0.0, "fixed at nan .* got 0.0"),
         ((torch.zeros(1),), (torch.zeros(1), torch.zeros(1)), "must be a tuple of 1, .* got tuple of 2"),
         ({"a": torch.zeros(1)}, {"b": torch.zeros(1)}, "must have the keys a, .* got the keys b"),
-        (
-            {"a": {"b": torch.zeros(1)}},
-            {"a": {"b": None}},
-            r"input\['a'\]\['b'\] must be a tensor, got NoneType",
-        ),
+        ({"a": {"b": torch.zeros(1)}}, {"a": {"b": None}}, r"input\['a'\]\['b'\] must be a tensor, got NoneType"),
         (Point(torch.zeros(1), 1), [torch.zeros(1), 1], "must have the keys x, y, .* got list of 2"),
     ],
 )

@@ -93,15 +93,15 @@ def test_a_recipe_takes_the_table(packed, tmp_path):
 
 def test_packed_again_in_its_place_but_not_in_that_of_others(packed, tmp_path):
     (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(RecipeError, match="holds files that no latency pack of torchslim left there"):
+    with pytest.raises(RecipeError, match="files.*no latency pack"):
         pack(model(), task(), [step()], tmp_path)
 
 
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ([ts.Prune(sparsity=0.5)], "no step of the recipe prunes to a latency"),
-        ([ts.Prune(pattern="channel", sparsity=0.2), step()], r"step 1 \('prune'\) changes the model's shape before"),
+        ([ts.Prune(sparsity=0.5)], "no step.*latency"),
+        ([ts.Prune(pattern="channel", sparsity=0.2), step()], r"step 1 \('prune'\).*shape"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(tmp_path, steps, message):

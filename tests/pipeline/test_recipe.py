@@ -70,7 +70,7 @@ def test_top_level_keys_reach_the_run() -> None:
 def test_a_step_of_the_users_own_needs_no_registration() -> None:
     (made,) = steps('[[step]]\ndo = "tests.support.toy:Shift"\nby = 1')
     assert (type(made).__name__, made.by) == ("Shift", 1.0)
-    with pytest.raises(RecipeError, match=r"my\.toml: step 1 .*unknown key 'bye'; did you mean 'by'"):
+    with pytest.raises(RecipeError, match=r"my\.toml: step 1 .*unknown key 'bye'.*'by'"):
         steps('[[step]]\ndo = "tests.support.toy:Shift"\nbye = 1')
 
 
@@ -80,29 +80,29 @@ PRUNE = '[[step]]\ndo = "prune"\nsparsity = 0.5\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[[step]]\ndo = "prune"\nsparsty = 0.5', r"my\.toml: step 1 \('prune'\): unknown key 'sparsty'; did you mean 'sparsity'"),
-        ('[[step]]\ndo = "prun"', r"my\.toml: step 1 \('prun'\) is not known; did you mean 'prune'"),
+        ('[[step]]\ndo = "prune"\nsparsty = 0.5', r"my\.toml: step 1 \('prune'\): unknown key 'sparsty'.*'sparsity'"),
+        ('[[step]]\ndo = "prun"', r"my\.toml: step 1 \('prun'\).*not known.*'prune'"),
         ("[[step]]\nsparsity = 0.5", r"my\.toml: step 1 needs a key 'do'"),
         ('[[step]]\ndo = "prune"\nsparsity = "half"', r"my\.toml: step 1 \('prune'\), key 'sparsity': got 'half'"),
         ('[[step]]\ndo = "distill"\nepochs = 1.5', r"step 1 \('distill'\), key 'epochs': got 1\.5"),
         ('[[step]]\ndo = "distill"\nepochs = true', r"step 1 \('distill'\), key 'epochs': got True"),
         ('[[step]]\ndo = "prune"\nsparsity = 1.0', r"my\.toml: step 1 \('prune'\): sparsity must be in \[0, 1\).*got 1\.0"),
-        ('[[step]]\ndo = "prune"\nsparsity = nan', r"my\.toml: step 1 \('prune'\), key 'sparsity': got nan: it must be a finite number"),
+        ('[[step]]\ndo = "prune"\nsparsity = nan', r"my\.toml: step 1 \('prune'\), key 'sparsity': got nan.*finite"),
         ('[[step]]\ndo = "prune"\nsparsity = -0.1', r"sparsity must be in \[0, 1\).*got -0\.1"),
-        ('[[step]]\ndo = "distill"\nresponse = { do = "kd", temprature = 1 }', r"key 'response' \('kd'\): unknown key 'temprature'; did you mean 'temperature'"),
+        ('[[step]]\ndo = "distill"\nresponse = { do = "kd", temprature = 1 }', r"key 'response' \('kd'\): unknown key 'temprature'.*'temperature'"),
         ('[[step]]\ndo = "distill"\nresponse = { do = "kd", temperature = 0 }', r"key 'response' \('kd'\): temperature must be"),
-        ('[[step]]\ndo = "kd"', r"step 1 is a loss, not a step"),
+        ('[[step]]\ndo = "kd"', r"step 1.*is a loss"),
         ('[[step]]\ndo = "prune"\nsparsity = 0.5\ntrain = { do = "kd" }', r"key 'train': got KD"),
-        ('[[step]]\ndo = "quantize"\n' + PRUNE, r"step 2 \('prune'\) needs a model in the form 'module', but step 1 \('quantize'\) leaves it 'quantized'; move step 2 before step 1"),
-        ('[[step]]\ndo = "distill"\nfeature = [{ do = "hnt" }]', r"\('hnt'\) is not known; did you mean 'hint'\?; known: hint, attention_transfer, fsp, vid, review_kd, token_mse, token_cosine, or"),
-        ('[[step]]\ndo = "quantize"\nscheme = "int9"', r"scheme 'int9' is not known; did you mean 'int8'"),
+        ('[[step]]\ndo = "quantize"\n' + PRUNE, r"step 2 \('prune'\).*'module'.*step 1 \('quantize'\).*'quantized'.*step 2 before step 1"),
+        ('[[step]]\ndo = "distill"\nfeature = [{ do = "hnt" }]', r"\('hnt'\).*not known.*'hint'.*hint, attention_transfer, fsp, vid, review_kd, token_mse, token_cosine"),
+        ('[[step]]\ndo = "quantize"\nscheme = "int9"', r"scheme 'int9'.*not known.*'int8'"),
         ('[[step]]\ndo = "no.such.module:Step"', r"cannot be imported: ModuleNotFoundError"),
         ('[[step]]\ndo = "tests.support.toy:Missing"', r"module 'tests\.support\.toy' has no 'Missing'"),
-        ('runtime = "tpu"\n' + PRUNE, r"runtime 'tpu' is not known; one of eager"),
-        ("threads = 0\n" + PRUNE, r"key 'threads': got 0: it must be a whole number from 1 to 1024"),
-        ("thread = 1\n" + PRUNE, r"unknown key 'thread'; did you mean 'threads'"),
-        ('engine = { device = "cpu" }\n' + PRUNE, r"engine: unknown key 'device'; did you mean 'devices'"),
-        ("[step]\ndo = 1", r"steps are written as \[\[step\]\] tables"),
+        ('runtime = "tpu"\n' + PRUNE, r"runtime 'tpu'.*not known.*eager"),
+        ("threads = 0\n" + PRUNE, r"key 'threads': got 0.*whole number from 1 to 1024"),
+        ("thread = 1\n" + PRUNE, r"unknown key 'thread'.*'threads'"),
+        ('engine = { device = "cpu" }\n' + PRUNE, r"engine: unknown key 'device'.*'devices'"),
+        ("[step]\ndo = 1", r"steps.*\[\[step\]\]"),
         ("seed = ", r"my\.toml is not valid TOML"),
     ],
 )  # fmt: skip
@@ -114,7 +114,7 @@ def test_a_mistake_names_its_place_and_the_way_out(text: str, message: str) -> N
 def test_missing_parts_are_named() -> None:
     with pytest.raises(RecipeError, match="the key 'task' is missing"):
         parse_recipe('model = "tests.support.toy:model"\n' + PRUNE)
-    with pytest.raises(RecipeError, match="nowhere.toml does not exist; name a recipe file"):
+    with pytest.raises(RecipeError, match="nowhere.toml.*not exist.*recipe"):
         load_recipe(Path("nowhere.toml"))
 
 
@@ -122,9 +122,9 @@ def test_missing_parts_are_named() -> None:
     ("model", "message"),
     [
         ("tests.nothing:model", "model 'tests.nothing:model' cannot be imported: ModuleNotFoundError"),
-        ("tests.support.toy", "model must be written 'package.module:name', got 'tests.support.toy'"),
-        ("tests.support.toy:task", "model 'tests.support.toy:task' must give a Module, got Task"),
-        ("tests.support.toy:CLASSES", "model 'tests.support.toy:CLASSES' must be a Module or give one, got int"),
+        ("tests.support.toy", "model.*'package.module:name'.*'tests.support.toy'"),
+        ("tests.support.toy:task", "model 'tests.support.toy:task'.*Module.*got Task"),
+        ("tests.support.toy:CLASSES", "model 'tests.support.toy:CLASSES'.*Module.*got int"),
     ],
 )
 def test_what_a_recipe_names_must_be_what_it_says(model: str, message: str) -> None:

@@ -114,7 +114,7 @@ def test_a_finished_run_is_picked_up_whole(result: ts.Result) -> None:
 
 def test_another_recipe_does_not_take_the_folder(result: ts.Result) -> None:
     other = [replace(STEPS[0], sparsity=0.75), *STEPS[1:]]
-    with pytest.raises(RecipeError, match=r"holds the run of another recipe \(step 1, sparsity: 0.5 there, 0.75 here"):
+    with pytest.raises(RecipeError, match=r"another recipe.*step 1, sparsity: 0.5 there, 0.75 here"):
         ts.compress(toy.model(), toy.task(), other, runtime="onnxruntime", threads=1, workdir=result.folder)
     with pytest.raises(RecipeError, match="3 steps there, 1 here"):
         ts.compress(toy.model(), toy.task(), STEPS[:1], threads=1, workdir=result.folder)
@@ -124,7 +124,7 @@ def test_another_recipe_does_not_take_the_folder(result: ts.Result) -> None:
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(RecipeError, match="holds files that no run of torchslim left there"):
+    with pytest.raises(RecipeError, match="files.*no run"):
         ts.compress(toy.model(), toy.task(), STEPS, workdir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -203,12 +203,9 @@ class Bad:
 
 @pytest.mark.slow
 def test_a_step_that_breaks_the_model_is_named() -> None:
-    with pytest.raises(RecipeError, match=r"step 1 \('bad'\) must return an Outcome with a model, got NoneType"):
+    with pytest.raises(RecipeError, match=r"step 1 \('bad'\).*Outcome.*model.*NoneType"):
         ts.compress(toy.model(), toy.task(), [Bad()], runtime="eager")
-    with pytest.raises(
-        TorchslimError,
-        match=r"after step 'bad' \d+ values of the model's outputs on the example inputs are not finite, where they were",
-    ):
+    with pytest.raises(TorchslimError, match=r"step 'bad' .*\d+ values.*not finite"):
         ts.compress(toy.model(), toy.task(), [Bad("nan")], runtime="eager")
 
 
@@ -243,20 +240,20 @@ class Exhausted:
     ("model", "task", "steps", "error", "message"),
     [
         (toy.model, toy.task, lambda: [ts.Prune(sparsity=1.0)], PruneError, r"sparsity must be in \[0, 1\).*got 1.0"),
-        (toy.model, toy.task, lambda: [ts.Prune(sparsity=0.5, include="con1")], SelectError, "pattern 'con1' matches no layer; near names: conv1"),
+        (toy.model, toy.task, lambda: [ts.Prune(sparsity=0.5, include="con1")], SelectError, "'con1'.*near.*conv1"),
         (nn.ReLU, toy.task, lambda: [ts.Prune(sparsity=0.5)], TaskError, r"the model \(ReLU\) has no parameters"),
-        (toy.model, lambda: replace(toy.task(), val=[]), lambda: STEPS, TaskError, "val gave no batch; it is empty"),
-        (toy.model, lambda: replace(toy.task(), val=Exhausted()), lambda: STEPS, TaskError, "val gave no batch; it is empty, or was used up"),
-        (toy.model, lambda: replace(toy.task(), train=once()), lambda: STEPS, TaskError, "train is an iterator and is used up after one pass"),
-        (toy.model, lambda: replace(toy.task(), train=None), lambda: STEPS, TaskError, r"the task has no train batches; give Task\(train=\.\.\.\)"),
-        (toy.model, lambda: replace(toy.task(), train=[(torch.randn(8, 1, 8, 8), torch.full((8,), 9))]), lambda: [ts.Finetune(epochs=1)], TaskError, r"labels must be in \[0, 4\) for 4 outputs, got 9 to 9"),
-        (toy.model, lambda: replace(toy.task(), calibration=[(torch.full((8, 1, 8, 8), float("nan")), torch.zeros(8))]), lambda: [ts.Quantize("int8")], TorchslimError, "calibration batch 1 has values that are not finite in input 0"),
+        (toy.model, lambda: replace(toy.task(), val=[]), lambda: STEPS, TaskError, "val.*no batch.*empty"),
+        (toy.model, lambda: replace(toy.task(), val=Exhausted()), lambda: STEPS, TaskError, "val.*no batch.*used up"),
+        (toy.model, lambda: replace(toy.task(), train=once()), lambda: STEPS, TaskError, "train.*iterator"),
+        (toy.model, lambda: replace(toy.task(), train=None), lambda: STEPS, TaskError, r"no train batches.*Task\(train=\.\.\.\)"),
+        (toy.model, lambda: replace(toy.task(), train=[(torch.randn(8, 1, 8, 8), torch.full((8,), 9))]), lambda: [ts.Finetune(epochs=1)], TaskError, r"labels.*\[0, 4\).*4 outputs.*9 to 9"),
+        (toy.model, lambda: replace(toy.task(), calibration=[(torch.full((8, 1, 8, 8), float("nan")), torch.zeros(8))]), lambda: [ts.Quantize("int8")], TorchslimError, "calibration batch 1.*not finite.*input 0"),
         (Untraceable, toy.task, lambda: [ts.Prune(sparsity=0.5)], ExportError, r"test_runner\.py:\d+ in forward: if super"),
-        (toy.model, lambda: replace(toy.task(), metric=lambda predict, batches: float("nan")), lambda: STEPS, TaskError, "the metric returned nan on val"),
-        (toy.model, lambda: replace(toy.task(), metric=lambda predict, batches: torch.ones(3)), lambda: STEPS, TaskError, r"the metric must return one number, got a tensor of shape \(3,\)"),
-        (toy.model, no_labels, lambda: [ts.Finetune(epochs=1)], TrainError, "Finetune needs labels, but Task.target gives None"),
+        (toy.model, lambda: replace(toy.task(), metric=lambda predict, batches: float("nan")), lambda: STEPS, TaskError, "metric.*nan on val"),
+        (toy.model, lambda: replace(toy.task(), metric=lambda predict, batches: torch.ones(3)), lambda: STEPS, TaskError, r"metric.*one number.*tensor.*\(3,\)"),
+        (toy.model, no_labels, lambda: [ts.Finetune(epochs=1)], TrainError, "Finetune.*labels.*Task.target.*None"),
         (toy.model, toy.task, lambda: [ts.Quantize("int8"), ts.Prune(sparsity=0.5)], RecipeError, "move step 2 before step 1"),
-        (toy.model, toy.task, lambda: [ts.Finetune(epochs=1, lr=1e9, optimizer="sgd")], TrainError, r"the loss became (nan|inf) in 'finetune', epoch 1, batch \d+; the last finite loss was"),
+        (toy.model, toy.task, lambda: [ts.Finetune(epochs=1, lr=1e9, optimizer="sgd")], TrainError, r"loss.* (nan|inf) .*'finetune', epoch 1, batch \d+.*last finite loss"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_a_clear_error(model: Any, task: Any, steps: Any, error: type, message: str) -> None:

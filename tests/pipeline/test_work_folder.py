@@ -137,18 +137,18 @@ def copied(source: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "says"), [
-    (lambda record: record["row"]["metric"]["val"].update(value=100.0), "stage.json was changed since it was written"),
+    (lambda record: record["row"]["metric"]["val"].update(value=100.0), "stage.json.*changed"),
     (lambda record: record["row"].update(more=1), "more: Extra inputs are not permitted"),
-    (lambda record: record.update(artifact="0" * 64), "stage.json was changed since it was written"),
-    (lambda record: record.update(key_id="0" * 64), "a run with other weights, data, settings or another version"),
-    (lambda record: record.update(seal="x"), "stage.json was changed since it was written"),
+    (lambda record: record.update(artifact="0" * 64), "stage.json.*changed"),
+    (lambda record: record.update(key_id="0" * 64), "other weights, data, settings.*another version"),
+    (lambda record: record.update(seal="x"), "stage.json.*changed"),
 ])  # fmt: skip
 def test_an_edited_stage_is_noticed_and_taken_again(
     change: Any, says: str, finished: tuple[Path, Any], tmp_path: Path
 ) -> None:
     folder = copied(finished[0], tmp_path)
     edited(folder, change)
-    with pytest.warns(UserWarning, match=rf"{says}.*; the step is run again$"):
+    with pytest.warns(UserWarning, match=rf"{says}.*step is run again$"):
         assert tiny.outcome(tiny.run(folder)) == finished[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -165,7 +165,7 @@ def test_other_weights_in_a_stage_are_noticed(finished: tuple[Path, Any], tmp_pa
     shutil.rmtree(stage)
     write_artifact(stage, deployed=ts.deploy(module, (torch.ones(2, 4),), runtime="eager", threads=1), module=module)
     (stage / "stage.json").write_bytes(record)
-    with pytest.warns(UserWarning, match="are not those that were written with stage.json; the step is run again"):
+    with pytest.warns(UserWarning, match="not those.*stage.json.*step is run again"):
         assert tiny.outcome(tiny.run(folder)) == finished[1]
 
 
@@ -286,11 +286,11 @@ def test_a_damaged_recipe_is_written_again_where_the_folder_is_marked(
 ) -> None:
     folder = copied(finished[0], tmp_path)
     (folder / "work" / "recipe.json").write_text("{")
-    with pytest.warns(UserWarning, match="recipe.json is damaged and written again"):
+    with pytest.warns(UserWarning, match="recipe.json.*damaged.*again"):
         assert tiny.outcome(tiny.run(folder)) == finished[1]
     (folder / "work" / "recipe.json").write_text("{")
     (folder / "work" / ".torchslim.lock").unlink()
-    with pytest.raises(RecipeError, match="holds files that no run of torchslim left there"):
+    with pytest.raises(RecipeError, match="files.*no run"):
         tiny.run(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torchslim as ts
 from tests.support import toy
 from torchslim.artifact.model_size import macs, parameters
 from torchslim.core.fingerprint import canonical, fingerprint
+from torchslim.core.reason import Reason
 from torchslim.core.step import check_order
 from torchslim.errors import PruneError, SelectError
 from torchslim.pipeline.recipe import parse_recipe
@@ -112,26 +114,26 @@ def test_every_field_survives_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"threshold": 0.1, "sparsity": None}, r"takes one sparsity, as layers share their channels; got threshold=0\.1"),
-        ({"sparsity": {"conv1": 0.5}}, r"takes one sparsity.*got sparsity=\{'conv1': 0\.5\}; choose layers with include"),
-        ({"sparsity": None}, "nothing to do: give sparsity"),
-        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\)"),
-        ({"n": 1.0}, "n is for pattern 'slice', got 1.0; leave n out"),
-        ({"dim": 1}, "dim is for pattern 'slice', got 1"),
-        ({"of": "joules"}, "of must be one of 'params', 'macs', 'channels', 'latency', got 'joules'"),
-        ({"scope": "block"}, "scope must be one of 'global', 'layer', got 'block'"),
-        ({"round_to": 0}, "round_to must be a whole number of at least 1, got 0"),
+        ({"threshold": 0.1, "sparsity": None}, r"one sparsity.*threshold=0\.1"),
+        ({"sparsity": {"conv1": 0.5}}, r"one sparsity.*sparsity=\{'conv1': 0\.5\}.*include"),
+        ({"sparsity": None}, "nothing to do.*sparsity"),
+        ({"sparsity": 1.0}, r"sparsity.*\[0, 1\)"),
+        ({"n": 1.0}, "n .*'slice'.*1.0.*leave n out"),
+        ({"dim": 1}, "dim.*'slice'.*got 1"),
+        ({"of": "joules"}, "of .*'params', 'macs', 'channels', 'latency'.*'joules'"),
+        ({"scope": "block"}, "scope.*'global', 'layer'.*'block'"),
+        ({"round_to": 0}, "round_to.*whole number.*at least 1.*got 0"),
         ({"min_channels": 0}, "min_channels must be"),
-        ({"heads": "half"}, "heads must be one of 'auto', 'whole', 'dim', got 'half'"),
+        ({"heads": "half"}, "heads.*'auto', 'whole', 'dim'.*'half'"),
         ({"reduction": "median"}, "reduction must be one of"),
         ({"normalization": "l2"}, "normalization must be one of"),
-        ({"criterion": "l7"}, "criterion 'l7' is not known"),
-        ({"schedule": "gradual", "train": TRAIN}, "'gradual' is not for pattern 'channel': shapes cannot change while"),
+        ({"criterion": "l7"}, "criterion 'l7'"),
+        ({"schedule": "gradual", "train": TRAIN}, "'gradual'.*'channel'.*shapes"),
         ({"schedule": "iterative"}, "schedule 'iterative' needs train="),
-        ({"rounds": 0}, "rounds must be a whole number"),
-        ({"sparsify": "l0", "train": TRAIN}, "sparsify must be one of 'group-lasso', 'bn-l1', got 'l0'"),
-        ({"sparsify": "bn-l1"}, "sparsify='bn-l1' needs a training; give sparsify_train="),
-        ({"sparsify": "bn-l1", "train": TRAIN, "strength": 0.0}, "strength must be a finite number above 0, got 0.0"),
+        ({"rounds": 0}, "rounds.*whole number"),
+        ({"sparsify": "l0", "train": TRAIN}, "sparsify.*'group-lasso', 'bn-l1'.*'l0'"),
+        ({"sparsify": "bn-l1"}, "sparsify='bn-l1'.*training.*sparsify_train="),
+        ({"sparsify": "bn-l1", "train": TRAIN, "strength": 0.0}, "strength.*above 0.*0.0"),
         ({"strength": 1e-3}, "belong to sparsify='group-lasso' or 'bn-l1'"),
         ({"sparsify_train": TRAIN}, "belong to sparsify="),
         ({"sparsify_train": "finetune"}, "sparsify_train must be Finetune"),
@@ -151,18 +153,18 @@ def test_what_makes_no_sense_for_channels_is_refused(fields: dict[str, Any], mes
 def test_what_is_of_channels_is_refused_for_weights(pattern: str, fields: dict[str, Any]) -> None:
     (name,) = fields
     amount = {} if ":" in pattern else {"sparsity": 0.5}
-    with pytest.raises(PruneError, match=f"{name} is for pattern 'channel', got pattern '{pattern}'; leave {name} out"):
+    with pytest.raises(PruneError, match=f"{name}.*'channel'.*'{pattern}'.*leave {name} out"):
         ts.Prune(pattern=pattern, **amount, **fields)
 
 
 def test_single_weights_have_no_channels() -> None:
-    with pytest.raises(PruneError, match=r"use ts.prune.channels\(model, example_inputs"):
+    with pytest.raises(PruneError, match=r"ts.prune.channels\(model, example_inputs"):
         ts.prune.weights(toy.model(), 0.5, pattern="channel")
 
 
 def test_the_check_needs_no_work() -> None:
     ctx = context()
-    with pytest.raises(SelectError, match="pattern 'stam' matches no layer; near names: stem"):
+    with pytest.raises(SelectError, match="'stam'.*stem"):
         step(include="stam").check(ctx)
     unlabeled = replace(ctx, task=replace(ctx.task, target=lambda batch: None))
     with pytest.raises(PruneError, match="'taylor' needs labels"):
@@ -194,9 +196,7 @@ def test_it_does_what_the_function_does() -> None:
     outcome = step(of="macs")(wide(), replace(ctx, task=replace(ctx.task, calibration=[toy.images(4, 1)])))
     assert fingerprint(outcome.model.state_dict()) == fingerprint(by_hand.state_dict())
     assert ts.surgery(outcome.model) == ts.surgery(by_hand)
-    assert outcome.warnings[:1] == [
-        "batch norms are not recalibrated: no batch of calibration has 8 samples"
-    ]
+    assert re.search("batch norms.*not recalibrated.*8 samples", outcome.warnings[0])
 
 
 def test_batch_norms_fit_what_is_left() -> None:
@@ -242,7 +242,7 @@ def test_a_round_too_small_for_a_step_is_passed_over() -> None:
     assert len(ts.surgery(outcome.model)["rounds"]) < 6
     assert max(row["round"] for row in outcome.history) == 6
     assert left(outcome.model, "channels") == pytest.approx(0.7, abs=0.1)
-    with pytest.raises(PruneError, match="removes no channel; the smallest step is 16"):
+    with pytest.raises(PruneError, match="removes no channel.*16"):
         step(sparsity=0.01, round_to=16)(wide(), context())
 
 
@@ -252,9 +252,7 @@ def test_a_target_that_cannot_be_reached_is_said_once_and_of_the_whole() -> None
     for more in ({}, {"schedule": "iterative", "rounds": 2, "train": TRAIN}):
         outcome = step(**fields, **more)(wide(), context())
         (warning,) = outcome.warnings
-        assert warning.startswith(
-            "a sparsity of 0.95 of channels cannot be reached with round_to=8 and min_channels=24"
-        )
+        assert re.search("0.95 of channels.*cannot be reached.*round_to=8.*min_channels=24", warning)
         assert f"{1 - left(outcome.model, 'channels'):.2f} is the nearest" in warning
         assert widths(outcome.model) == [24, 24, 24]
 
@@ -280,7 +278,7 @@ def test_each_layer_and_each_refused_group_has_a_record() -> None:
     assert pruned["last"].reason == "64 x 32 x 3 x 3 -> 64 x 16 x 3 x 3"
     assert set(pruned) == {"stem", "norm", "inner", "inner_norm", "back", "last"}
     refused = [(each.layer, each.reason) for each in outcome.layers if each.action == "refused"]
-    assert refused == [("last.weight", "excluded"), ("head.weight", "reaches an output")]
+    assert refused == [("last.weight", Reason.EXCLUDED), ("head.weight", Reason.OUTPUT)]
     assert not any("extent" in reason for _, reason in refused)
     assert outcome.warnings == []
 
@@ -414,7 +412,7 @@ def test_a_killed_step_goes_on_with_the_right_shapes(moment: tuple[str, int], tm
 @pytest.mark.parametrize("damage", [b"", b"junk"])
 def test_a_damaged_round_is_warned_of_and_pruning_starts_over(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "cut.ckpt").write_bytes(damage)
-    with pytest.warns(UserWarning, match=r"cut\.ckpt was truncated or changed.*; the rounds of pruning start over"):
+    with pytest.warns(UserWarning, match=r"cut\.ckpt.*truncated or changed.*start over"):
         found = step()(wide(), context(state=tmp_path))
     assert widths(found.model) == widths(step()(wide(), context()).model)
 

@@ -204,20 +204,20 @@ def test_a_users_criterion_says_what_it_needs_and_gets_it(criterion: Any) -> Non
     assert ts.prune.sparsity(pruned).total == pytest.approx(0.5)
     result = ts.compress(toy.model(), toy.task(), [ts.Prune(sparsity=0.5, criterion=criterion)], runtime="eager")
     assert ts.prune.sparsity(result.module).total == pytest.approx(0.5)
-    with pytest.raises(PruneError, match="criterion 'sensitivity' needs data; give batches=... with labels"):
+    with pytest.raises(PruneError, match=r"'sensitivity' needs data.*batches=\.\.\..*labels"):
         ts.prune.weights(toy.model(), 0.5, criterion=criterion)
 
 
 def test_criteria_that_are_none_are_refused() -> None:
     with pytest.raises(PruneError, match="criterion 'empty' scores nothing"):
         Criterion(name="empty")
-    with pytest.raises(PruneError, match=r"must be a function or a Criterion, got frozenset"):
+    with pytest.raises(PruneError, match="function.*Criterion.*frozenset"):
         find_criterion("tests.prune.test_criteria:EVERYTHING")
     bad = Criterion(name="bad", channels=lambda weight, dim, statistics: weight)
-    with pytest.raises(PruneError, match=r"criterion 'bad' must return scores of shape \(2,\), got \(2, 3\)"):
+    with pytest.raises(PruneError, match=r"'bad'.*scores of shape \(2,\).*\(2, 3\)"):
         channel_scores(bad, torch.ones(2, 3), 0, known())
     nan = Criterion(name="nan", channels=lambda weight, dim, statistics: weight[:, 0] / 0)
-    with pytest.raises(PruneError, match="criterion 'nan' gave scores that are not finite for 'layer.weight'"):
+    with pytest.raises(PruneError, match="'nan'.*not finite.*'layer.weight'"):
         channel_scores(nan, torch.ones(2, 3), 0, known())
 
 
@@ -281,11 +281,11 @@ def test_equal_scores_stay_equal(how: Any, value: float, size: int) -> None:
 
 def test_what_cannot_be_combined_is_refused_clearly() -> None:
     member = [(torch.tensor([0]), torch.tensor([1.0]))]
-    with pytest.raises(PruneError, match="reduction must be one of 'mean', 'sum', 'max', 'first', got 'median'"):
+    with pytest.raises(PruneError, match="reduction.*'mean', 'sum', 'max', 'first'.*'median'"):
         combine(member, 1, reduction="median")  # type: ignore[arg-type]
-    with pytest.raises(PruneError, match="normalization must be one of 'none', 'mean', 'max', 'gaussian', got 'l2'"):
+    with pytest.raises(PruneError, match="normalization.*'none', 'mean', 'max', 'gaussian'.*'l2'"):
         combine(member, 1, normalization="l2")  # type: ignore[arg-type]
-    with pytest.raises(PruneError, match="no member of the group has scores"):
+    with pytest.raises(PruneError, match="no member.*scores"):
         combine([], 3)
 
 
@@ -321,7 +321,7 @@ class Idle(nn.Module):
 
 
 def test_a_layer_that_the_data_does_not_reach_is_left_alone_and_said_so() -> None:
-    with pytest.warns(UserWarning, match="not pruned: unused.weight: the data shows no input_norm of it"):
+    with pytest.warns(UserWarning, match="not pruned.*unused.weight.*no input_norm"):
         pruned = ts.prune.weights(Idle(), 0.5, criterion="wanda", batches=[torch.randn(8, 4)])
     assert ts.prune.sparsity(pruned).layers == {"used.weight": 0.5, "unused.weight": 0.0}
 
@@ -345,7 +345,7 @@ def test_a_step_gathers_from_calibration_or_the_first_samples_of_train() -> None
 
 def test_labels_are_asked_for_before_any_work() -> None:
     step = ts.Prune(sparsity=0.5, criterion="taylor")
-    with pytest.raises(PruneError, match=r"'taylor' needs labels, but Task.target gives None.*one of l1, l2.*wanda"):
+    with pytest.raises(PruneError, match="'taylor'.*labels.*Task.target.*None.*l1, l2.*wanda"):
         step.check(context(target=lambda batch: None))
     step.check(context(target=lambda batch: None, loss=lambda outputs, batch: outputs.sum()))
     ts.Prune(sparsity=0.5, criterion="wanda").check(context(target=lambda batch: None))

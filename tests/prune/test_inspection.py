@@ -13,6 +13,7 @@ import torchslim as ts
 from tests.support import models, toy
 from tests.support.deployment_models import trained_conv
 from torchslim.artifact.model_size import macs
+from torchslim.core.reason import Reason
 from torchslim.errors import PruneError, RecipeError, SelectError, TorchslimError
 from torchslim.pipeline.model_spec import load_model, make_inputs
 from torchslim.prune import ChannelGroup, Inspection
@@ -56,12 +57,12 @@ def test_what_is_at_stake_is_what_one_channel_less_saves_times_the_width() -> No
 @pytest.mark.slow
 def test_why_a_group_stays() -> None:
     found = ts.prune.inspect(models.Encoder(), TOKENS)
-    assert "reaches an output" in group(found, "head.weight[0]").reason
-    assert "rows are looked up" in group(found, "embed.weight[0]").reason
+    assert Reason.OUTPUT.given_in(group(found, "head.weight[0]").reason)
+    assert Reason.LOOKED_UP.given_in(group(found, "embed.weight[0]").reason)
     assert not group(found, "embed.weight[0]").extent, "a vocabulary is worth seeing"
     assert group(found, "embed.weight[1]").prunable
     excluded = ts.prune.inspect(models.Encoder(), TOKENS, exclude="*linear1")
-    assert "excluded" in group(excluded, "encoder.layers.0.linear1.weight[0]").reason
+    assert Reason.EXCLUDED.given_in(group(excluded, "encoder.layers.0.linear1.weight[0]").reason)
 
 
 @pytest.mark.slow
@@ -182,20 +183,20 @@ def test_inputs_are_made_from_sizes_the_same_each_time() -> None:
     [
         ("tests.support.toy", ["1x1x8x8"], "must be written 'package.module:name'"),
         ("tests.support.toy:nothing", ["1x1x8x8"], "has no 'nothing'"),
-        ("tests.support.toy:model", [], "comes without example inputs; give one --input for each"),
+        ("tests.support.toy:model", [], "example inputs.*one --input"),
         (
             "tests.support.toy:model",
             ["1x3x8x8"],
-            "'tests.support.toy:model' does not run on these inputs: RuntimeError: Given groups=1",
+            "'tests.support.toy:model'.*does not run.*RuntimeError: Given groups=1",
         ),
-        ("tests.support.toy:model", ["1,1,8,8"], "an input is written as its sizes"),
-        ("tests.support.toy:model", ["1x1x8x8:floaty"], "torch has no dtype 'floaty'"),
-        ("tests.support.toy:model", ["0x1x8x8"], "is empty; every size must be at least 1"),
-        ("tests.support.toy:model", ["x=1x1x8x8", "1x1"], "all given by different names or all by position"),
-        ("tests.support.toy:model", ["x=1x1x8x8", "x=1x1"], "all given by different names or all by position"),
-        ("tests.support.toy:task", ["1x1x8x8"], r"must give an nn.Module or \(model, example_inputs\), got Task"),
-        ("tests.prune.test_inspection:NOTHING", [], "must be an nn.Module or give one, got int"),
-        ("tests.prune.test_inspection:broken", ["1"], "cannot be made: ValueError: no weights on this machine"),
+        ("tests.support.toy:model", ["1,1,8,8"], "input.*sizes"),
+        ("tests.support.toy:model", ["1x1x8x8:floaty"], "dtype 'floaty'"),
+        ("tests.support.toy:model", ["0x1x8x8"], "empty.*at least 1"),
+        ("tests.support.toy:model", ["x=1x1x8x8", "1x1"], "different names.*position"),
+        ("tests.support.toy:model", ["x=1x1x8x8", "x=1x1"], "different names.*position"),
+        ("tests.support.toy:task", ["1x1x8x8"], r"nn.Module.*\(model, example_inputs\).*Task"),
+        ("tests.prune.test_inspection:NOTHING", [], "nn.Module.*got int"),
+        ("tests.prune.test_inspection:broken", ["1"], "cannot be made.*ValueError: no weights on this machine"),
         ("tests.support.deployment_models:architectures", ["1"], "must give an nn.Module"),
     ],
 )

@@ -6,6 +6,7 @@ Times are those of a machine that is a formula, so that nothing depends on this 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -163,13 +164,11 @@ def test_fast_widths_are_preferred():
 @pytest.mark.slow
 def test_a_ceiling_that_widths_cannot_meet_is_told():
     clock = Clock()
-    with pytest.warns(
-        UserWarning, match=r"a latency of 0.05 of the model's cannot be reached with round_to=8 .*: 0\.\d+ is the least"
-    ):
+    with pytest.warns(UserWarning, match=r"latency of 0.05.*cannot be reached.*round_to=8 .*0\.\d+.*least"):
         model = ts.prune.channels(chain(), INPUTS, 0.95, of="latency", criterion="l2", workbench=clock)
     assert ratio(model) == pytest.approx(min(ratio(model), 1.0))
     assert clock.again <= ROUNDS
-    with pytest.warns(UserWarning, match="a latency of 0.97 of the model's is kept by far, at 0.500"):
+    with pytest.warns(UserWarning, match="latency of 0.97.*kept by far.*0.500"):
         ts.prune.channels(
             nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)), (torch.ones(1, 4),), 0.03, of="latency",
             round_to=32, criterion="l2", workbench=Clock(bill=lambda model: model[0].out_features),
@@ -214,16 +213,16 @@ def test_where_noise_decides_the_slower_of_two_counts():
 
 
 def test_without_something_to_measure_with_it_says_what_to_do():
-    with pytest.raises(PruneError, match="of='latency' is measured by a workbench.*give workbench=ts.Bench"):
+    with pytest.raises(PruneError, match="of='latency'.*workbench=ts.Bench"):
         ts.prune.channels(chain(), INPUTS, 0.5, of="latency")
     with pytest.raises(PruneError, match="of='params' with workbench"):
         ts.prune.channels(chain(), INPUTS, 0.5, workbench=Clock())
     step = ts.Prune(pattern="channel", sparsity=0.5, of="latency")
-    with pytest.raises(PruneError, match="of='latency' needs a workbench to measure latency: run the step by ts.compress"):
+    with pytest.raises(PruneError, match="of='latency'.*workbench.*ts.compress"):
         step.check(context())
     with pytest.raises(PruneError, match="leave out scope='layer'"):
         ts.Prune(pattern="channel", sparsity=0.5, of="latency", scope="layer")
-    with pytest.raises(PruneError, match="latency_table is for of='latency', got of='params'"):
+    with pytest.raises(PruneError, match="latency_table.*of='latency'.*of='params'"):
         ts.Prune(pattern="channel", sparsity=0.5, latency_table="latency.json")
 
 
@@ -301,17 +300,18 @@ def test_times_taken_elsewhere_are_used_and_said_to_be(tmp_path):
     assert ratio(outcome.model) == pytest.approx(0.5 * AIM, rel=0.1)
     (told,) = outcome.evidence["latency"]
     assert (told["elsewhere"], [each["measured"] for each in told["rounds"]]) == ("a board", [None])
-    assert outcome.warnings == ["the latency was predicted from times taken on a board, and not measured here"]
+    (warning,) = outcome.warnings
+    assert re.search("predicted.*a board.*not measured", warning)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"runtime": "openvino"}, "measured for runtime 'openvino', and this is 'onnxruntime'"),
-        ({"threads": 4}, "measured for threads 4, and this is None"),
-        ({"ends": "int8"}, "measured for final numbers 'int8', and this is 'float'"),
-        ({"structure": "of old"}, "measured for model another, and this is this one"),
+        ({"runtime": "openvino"}, "runtime 'openvino'.*'onnxruntime'"),
+        ({"threads": 4}, "threads 4.*None"),
+        ({"ends": "int8"}, "final numbers 'int8'.*'float'"),
+        ({"structure": "of old"}, "model another.*this one"),
     ],
 )
 def test_a_table_of_something_else_is_refused(tmp_path, about, message):
@@ -337,11 +337,9 @@ def test_a_table_of_something_else_is_refused(tmp_path, about, message):
 )
 def test_a_table_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "latency.json").write_text(text)
-    with pytest.raises(
-        PruneError, match="is (no table of latencies|damaged).*; give the latency.json that bench.py wrote"
-    ):
+    with pytest.raises(PruneError, match="(no table of latencies|damaged).*latency.json.*bench.py"):
         load_rows(tmp_path / "latency.json", {})
-    with pytest.raises(PruneError, match="does not exist; give the latency.json"):
+    with pytest.raises(PruneError, match="does not exist.*latency.json"):
         load_rows(tmp_path / "missing.json", {})
 
 
@@ -358,7 +356,7 @@ def count_macs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_narrower_is_not_always_faster():
-    with pytest.raises(PruneError, match="none of the narrower widths that were timed makes the model faster"):
+    with pytest.raises(PruneError, match="none of the narrower widths.*faster"):
         cut(0.5, Clock(bill=lambda model: 1.0))
 
 

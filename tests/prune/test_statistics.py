@@ -402,10 +402,10 @@ def test_half_precision_is_summed_wide() -> None:
     ("batches", "loss", "message"),
     [
         ([], None, "batches gave no batch"),
-        ([(torch.randn(2, 1, 8, 8),)], None, "batch 1 has no labels, but its gradients are needed"),
-        (split(4, 4), lambda outputs, batch: outputs, "the loss must be one number in a tensor that depends"),
-        (split(4, 4), lambda outputs, batch: outputs.detach().sum(), "depends on the model's weights"),
-        (split(4, 2), lambda outputs, batch: outputs.sum() / 0, "the loss of batch 1 is"),
+        ([(torch.randn(2, 1, 8, 8),)], None, "batch 1.*no labels.*gradients"),
+        (split(4, 4), lambda outputs, batch: outputs, "loss.*one number.*tensor"),
+        (split(4, 4), lambda outputs, batch: outputs.detach().sum(), "depends.*model's weights"),
+        (split(4, 2), lambda outputs, batch: outputs.sum() / 0, "loss of batch 1"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused_clearly(batches: Any, loss: Any, message: str) -> None:

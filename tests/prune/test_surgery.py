@@ -241,8 +241,8 @@ def test_buffers_that_are_not_saved_may_grow_as_the_model_runs(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (lambda: Conv(classes=6), r"this Conv is not the model that was pruned, a tests.support.deployment_models.Conv; missing: none; unknown: none; other shapes: head.weight \(6, 16\) instead of \(5, 16\), head.bias \(6,\) instead of \(5,\); give the factory of the model before pruning"),
-        (toy.Net, r"missing: bn1.bias.*unknown: depthwise.bias.*other shapes: head.weight \(4, 8\) instead of \(5, 16\)"),
+        (lambda: Conv(classes=6), r"Conv.*not the model.*tests.support.deployment_models.Conv.*missing: none.*unknown: none.*head.weight \(6, 16\).*\(5, 16\).*head.bias \(6,\).*\(5,\).*factory"),
+        (toy.Net, r"missing: bn1.bias.*unknown: depthwise.bias.*shapes: head.weight \(4, 8\).*\(5, 16\)"),
         (lambda: nn.Sequential(conv()), "unknown: depthwise.bias"),
     ],
 )  # fmt: skip
@@ -253,16 +253,14 @@ def test_another_model_is_refused_and_the_difference_named(saved: Path, factory:
 
 def test_a_pruned_factory_of_another_pruning_is_refused(saved: Path) -> None:
     other = ts.prune.channels(trained_conv(), (pictures(),), 0.2, **FINE)
-    with pytest.raises(ArtifactError, match="not the model that was pruned"):
+    with pytest.raises(ArtifactError, match="not the model.*pruned"):
         ts.load_module(saved, lambda: copy.deepcopy(other))
 
 
 def test_a_record_of_another_base_is_refused(pruned: nn.Module) -> None:
     record = ts.surgery(pruned)
     assert record is not None
-    with pytest.raises(
-        PruneError, match="made on a tests.support.deployment_models.Conv with other weights than this Net"
-    ):
+    with pytest.raises(PruneError, match="tests.support.deployment_models.Conv.*other weights.*Net"):
         replay(toy.Net(), record)
     assert torch.equal(replay(trained_conv(), record).stem.weight, pruned.stem.weight)  # type: ignore[union-attr,arg-type]
 
@@ -280,7 +278,7 @@ def test_a_changed_or_missing_surgery_is_detected(saved: Path, tmp_path: Path) -
     path = saved / "surgery.json"
     whole = path.read_text()
     path.write_text(whole.replace('"size": 8', '"size": 9', 1))
-    with pytest.raises(ArtifactError, match=r"surgery.json was truncated or changed"):
+    with pytest.raises(ArtifactError, match="surgery.json.*truncated or changed"):
         ts.load_module(saved, conv)
     path.unlink()
     with pytest.raises(ArtifactError, match=r"surgery.json is missing"):
@@ -294,17 +292,17 @@ def first(record: Any, kind: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record.update(version=2), "format version 2, this torchslim reads 1; upgrade it"),
-        (lambda record: record.pop("base"), "surgery.json is damaged: base: Field required"),
-        (lambda record: first(record, "cuts").update(kept=[0, 99]), "keeps indices that do not exist"),
-        (lambda record: first(record, "cuts").update(kept=[1, 0]), "keeps indices that do not exist"),
-        (lambda record: first(record, "cuts").update(kept=None), r"surgery.json is damaged: rounds.0.cuts.0.kept: .* valid array, got None"),
+        (lambda record: record.update(version=2), "version 2.*reads 1.*upgrade"),
+        (lambda record: record.pop("base"), "surgery.json.*damaged.*base: Field required"),
+        (lambda record: first(record, "cuts").update(kept=[0, 99]), "indices.*not exist"),
+        (lambda record: first(record, "cuts").update(kept=[1, 0]), "indices.*not exist"),
+        (lambda record: first(record, "cuts").update(kept=None), "surgery.json.*damaged.*rounds.0.cuts.0.kept: .* valid array.*None"),
         (lambda record: first(record, "patches").update(name="_parameters"), "surgery.json is damaged"),
-        (lambda record: first(record, "patches").update(new="8"), "surgery.json is damaged: rounds.0.patches.0.new"),
+        (lambda record: first(record, "patches").update(new="8"), "surgery.json.*damaged.*rounds.0.patches.0.new"),
         (lambda record: first(record, "patches").update(module="nowhere"), "does not fit this Conv"),
-        (lambda record: first(record, "patches").update(name="nothing"), r"\.nothing, which this model lacks"),
-        (lambda record: first(record, "cuts").update(weight="nothing"), "is not the model that was pruned"),
-        (lambda record: record["rounds"].clear(), "is not the model that was pruned"),
+        (lambda record: first(record, "patches").update(name="nothing"), r"\.nothing.*lacks"),
+        (lambda record: first(record, "cuts").update(weight="nothing"), "not the model.*pruned"),
+        (lambda record: record["rounds"].clear(), "not the model.*pruned"),
     ],
 )  # fmt: skip
 def test_a_surgery_that_makes_no_sense_is_refused(saved: Path, change: Any, message: str) -> None:

@@ -135,17 +135,13 @@ def test_a_slice_that_is_gone_goes_first_and_a_thinned_one_is_ranked_by_what_is_
 
 def test_what_has_no_slices_or_no_such_dimension_is_refused_with_the_reason() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))
-    with pytest.warns(UserWarning, match="not pruned: 1.weight: a weight of 2 dimensions has no dim 2"):
+    with pytest.warns(UserWarning, match="not pruned.*1.weight.*2 dimensions.*dim 2"):
         pruned = ts.prune.weights(model, 0.34, pattern="slice", dim=2)
     assert ts.prune.sparsity(pruned).layers == {"0.weight": 1 / 3, "1.weight": 0.0}
-    with pytest.raises(
-        PruneError, match="no chosen layer can follow the pattern: 1.bias: a weight of one dimension has"
-    ):
+    with pytest.raises(PruneError, match="no chosen layer.*1.bias.*one dimension"):
         ts.prune.weights(model, 0.5, pattern="slice", include="1.bias")
     assert int((ts.prune.weights(model, pattern="2:4", include="1.bias")[1].bias == 0).sum()) == 2
-    with pytest.raises(
-        PruneError, match="no chosen layer can follow.*0.weight: input dimension 4 is not a multiple of 3"
-    ):
+    with pytest.raises(PruneError, match="no chosen layer.*0.weight.*input dimension 4.*multiple of 3"):
         ts.prune.weights(model, pattern="1:3")
 
 
@@ -176,7 +172,7 @@ def test_a_weight_that_is_computed_from_another_is_reported() -> None:
     with pytest.warns(UserWarning, match="not pruned: new.weight") as found:
         pruned = ts.prune.weights(model, 0.5)
     (message,) = [str(each.message) for each in found]
-    assert message.startswith("not pruned: new.weight: a parametrization computes it; torch.nn.utils.parametrize.rem")
+    assert re.match("not pruned.*new.weight.*parametrization.*torch.nn.utils.parametrize.rem", message)
     assert ts.prune.sparsity(pruned).layers == {"line.weight": 0.5}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -292,20 +288,21 @@ def test_a_layer_that_is_emptied_is_said_so() -> None:
     model = toy.model()
     with torch.no_grad():
         model.head.weight.mul_(1e-6)
-    with pytest.warns(UserWarning, match="emptied: head.weight: every weight is removed"):
+    with pytest.warns(UserWarning, match="emptied.*head.weight"):
         ts.prune.weights(model, 0.5)
     ctx = ts.Context(task=toy.task(), teacher=model, example_inputs=())
     outcome = ts.Prune(sparsity=0.5)(model, ctx)
-    assert outcome.warnings == ["emptied: head.weight: every weight is removed"]
+    (warning,) = outcome.warnings
+    assert re.search("emptied.*head.weight", warning)
     assert {record.layer: record.sparsity for record in outcome.layers}["head.weight"] == 1.0
 
 
 def test_held_zeros_need_masks_that_fit_and_can_be_let_go_twice() -> None:
     model = toy.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TrainError, match="masks name parameters that the model does not have: head.weights"):
+    with pytest.raises(TrainError, match="masks.*not have.*head.weights"):
         ts.prune.hold_zeros(model, optimizer, {"head.weights": torch.ones(4, 8, dtype=torch.bool)})
-    with pytest.raises(TrainError, match=r"'head.weight' must be boolean .*\(4, 8\), got torch.uint8"):
+    with pytest.raises(TrainError, match=r"'head.weight'.*boolean.*\(4, 8\).*torch.uint8"):
         ts.prune.hold_zeros(model, optimizer, {"head.weight": torch.ones(4, 8, dtype=torch.uint8)})
     mask = torch.rand(4) < 0.5
     held = ts.prune.hold_zeros(model, optimizer, {"head.bias": mask})
@@ -317,32 +314,32 @@ def test_held_zeros_need_masks_that_fit_and_can_be_let_go_twice() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sparsity": True}, "sparsity must be a number or a table of numbers, got True"),
-        ({"sparsity": "0.5"}, "sparsity must be a number or a table of numbers, got '0.5'"),
-        ({"sparsity": {"conv1": 0.5, "head": 1.0}}, "sparsity of 'head' must be in [0, 1)"),
-        ({"threshold": -1.0}, "threshold must be a finite number of at least 0, got -1.0"),
-        ({"threshold": float("nan")}, "threshold must be a finite number, got nan"),
-        ({"sparsity": 0.5, "scope": "local"}, "scope must be one of 'global', 'layer', got 'local'"),
-        ({"sparsity": 0.5, "schedule": "cubic"}, "schedule must be one of 'one-shot', 'iterative', 'gradual', got 'cubic'"),
-        ({"sparsity": 0.5, "train": 3}, "train must be Finetune(...) or Distill(...), got 3"),
-        ({"sparsity": 0.5, "pattern": "slice", "n": float("nan")}, "n must be a number, got nan"),
-        ({"threshold": 0.1, "pattern": "2:4"}, "pattern '2:4' fixes the sparsity at 0.5; leave sparsity and threshold out"),
-        ({"sparsity": {"conv1": 0.5}, "pattern": "2:4"}, "pattern '2:4' fixes the sparsity"),
+        ({"sparsity": True}, "sparsity.*table of numbers.*True"),
+        ({"sparsity": "0.5"}, r"sparsity.*table of numbers.*'0\.5'"),
+        ({"sparsity": {"conv1": 0.5, "head": 1.0}}, r"sparsity of 'head'.*\[0, 1\)"),
+        ({"threshold": -1.0}, r"threshold.*finite.*at least 0.*-1\.0"),
+        ({"threshold": float("nan")}, "threshold.*finite.*nan"),
+        ({"sparsity": 0.5, "scope": "local"}, "scope.*'global', 'layer'.*'local'"),
+        ({"sparsity": 0.5, "schedule": "cubic"}, "schedule.*'one-shot', 'iterative', 'gradual'.*'cubic'"),
+        ({"sparsity": 0.5, "train": 3}, r"train.*Finetune\(\.\.\.\).*Distill\(\.\.\.\).*got 3"),
+        ({"sparsity": 0.5, "pattern": "slice", "n": float("nan")}, "n must be a number.*nan"),
+        ({"threshold": 0.1, "pattern": "2:4"}, r"'2:4' fixes.*sparsity at 0\.5.*leave sparsity and threshold out"),
+        ({"sparsity": {"conv1": 0.5}, "pattern": "2:4"}, "'2:4' fixes.*sparsity"),
         ({"pattern": "0:4"}, "0 < N < M, got 0:4"),
         ({"pattern": "4:4"}, "0 < N < M, got 4:4"),
-        ({"threshold": 0.1, "schedule": "gradual", "train": ts.Finetune()}, "schedule 'gradual' needs one number as sparsity, got None"),
-        ({"sparsity": {"a": 0.1}, "schedule": "iterative", "train": ts.Finetune()}, "schedule 'iterative' needs one number"),
-        ({"pattern": "2:4", "schedule": "iterative", "train": ts.Finetune()}, "schedule 'iterative' needs one number"),
-        ({"sparsity": 0.5, "rounds": 0}, "rounds must be a whole number of at least 1, got 0"),
-        ({"sparsity": 0.5, "until": 0.0}, "until must be in (0, 1], the fraction of the training, got 0.0"),
-        ({"sparsity": 0.5, "until": float("nan")}, "until must be a finite number, got nan"),
-        ({"sparsity": 0.5, "criterion": "tailor"}, "criterion 'tailor' is not known; one of l1, l2, random"),
-        ({"sparsity": 0.5, "criterion": "fpgm"}, "criterion 'fpgm' ranks whole channels, not single weights; those that can: l1, l2, random, lamp, taylor, fisher, wanda"),
-        ({"pattern": "2:4", "criterion": "apoz"}, "criterion 'apoz' ranks whole channels"),
+        ({"threshold": 0.1, "schedule": "gradual", "train": ts.Finetune()}, "'gradual'.*one number.*sparsity.*None"),
+        ({"sparsity": {"a": 0.1}, "schedule": "iterative", "train": ts.Finetune()}, "'iterative'.*one number"),
+        ({"pattern": "2:4", "schedule": "iterative", "train": ts.Finetune()}, "'iterative'.*one number"),
+        ({"sparsity": 0.5, "rounds": 0}, "rounds.*whole number.*at least 1.*got 0"),
+        ({"sparsity": 0.5, "until": 0.0}, r"until.*\(0, 1\].*training.*0\.0"),
+        ({"sparsity": 0.5, "until": float("nan")}, "until.*finite.*nan"),
+        ({"sparsity": 0.5, "criterion": "tailor"}, "criterion 'tailor'.*l1, l2, random"),
+        ({"sparsity": 0.5, "criterion": "fpgm"}, "'fpgm'.*whole channels.*l1, l2, random, lamp, taylor, fisher, wanda"),
+        ({"pattern": "2:4", "criterion": "apoz"}, "'apoz'.*whole channels"),
     ],
 )  # fmt: skip
 def test_a_step_that_cannot_work_says_so_when_it_is_made(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(PruneError, match=re.escape(message)):
+    with pytest.raises(PruneError, match=message):
         ts.Prune(**fields)
 
 
@@ -350,7 +347,7 @@ def test_a_step_that_cannot_work_says_so_when_it_is_made(fields: dict[str, Any],
     ("spec", "message"),
     [
         ("tests.prune.test_weight_rules:nothing", "has no 'nothing'"),
-        ("tests.nowhere:x", "cannot be imported: ModuleNotFound"),
+        ("tests.nowhere:x", "cannot be imported.*ModuleNotFound"),
     ],
 )
 def test_a_named_criterion_that_is_not_there_is_an_error_before_any_work(spec: str, message: str) -> None:

@@ -125,7 +125,7 @@ def test_of_every_m_inputs_n_are_kept(layer: nn.Module, dim: int, n: int, m: int
 
 @pytest.mark.slow
 def test_a_layer_that_cannot_follow_the_pattern_is_named_with_the_reason() -> None:
-    with pytest.warns(UserWarning, match=r"not pruned: conv1.weight: input dimension 1 is not a multiple of 4"):
+    with pytest.warns(UserWarning, match="not pruned.*conv1.weight.*input dimension 1 .*multiple of 4"):
         pruned = ts.prune.weights(toy.model(), pattern="2:4")
     assert ts.prune.sparsity(pruned).layers["conv2.weight"] == 0.5
     outcome = ts.compress(toy.model(), toy.task(), [ts.Prune(pattern="2:4")], runtime="eager")
@@ -174,9 +174,9 @@ def test_weights_are_touched_and_biases_norms_and_embeddings_are_not() -> None:
 
 
 def test_a_pattern_that_matches_nothing_lists_near_names() -> None:
-    with pytest.raises(SelectError, match="pattern 'con2' matches no layer; near names: conv2"):
+    with pytest.raises(SelectError, match="'con2'.*conv2"):
         ts.prune.weights(toy.model(), 0.5, include="con2")
-    with pytest.raises(SelectError, match="'bn1' matches no weight that is pruned by default.*bn1.weight"):
+    with pytest.raises(SelectError, match="'bn1'.*no weight.*default.*bn1.weight"):
         ts.prune.weights(toy.model(), 0.5, include="bn1")
     with pytest.raises(SelectError, match="near names: head"):
         ts.prune.weights(toy.model(), {"haed": 0.5})
@@ -223,21 +223,21 @@ def test_a_criterion_of_the_users_own(criterion: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 1}, r"sparsity must be in \[0, 1\).*got 1.0; to drop a whole layer"),
+        ({"sparsity": 1}, r"sparsity.*\[0, 1\).*1.0.*whole layer"),
         ({"sparsity": 1.5}, "got 1.5"),
         ({"sparsity": -0.1}, "got -0.1"),
         ({"sparsity": float("nan")}, "got nan"),
         ({"sparsity": {}}, "sparsity names no layer"),
         ({}, "nothing to do"),
         ({"sparsity": 0.5, "threshold": 0.1}, "not both"),
-        ({"threshold": float("inf")}, "threshold must be a finite number"),
+        ({"threshold": float("inf")}, "threshold.*finite"),
         ({"sparsity": {"conv1": 0.5}, "scope": "global"}, "leave out scope='global'"),
-        ({"sparsity": 0.3, "pattern": "2:4"}, "pattern '2:4' fixes the sparsity at 0.5"),
+        ({"sparsity": 0.3, "pattern": "2:4"}, "'2:4' fixes.*sparsity at 0.5"),
         ({"pattern": "4:2"}, "0 < N < M, got 4:2"),
-        ({"sparsity": 0.5, "pattern": "blobs"}, "pattern 'blobs' is not known; one of unstructured"),
-        ({"sparsity": 0.5, "criterion": "l7"}, "criterion 'l7' is not known; one of l1, l2, random"),
-        ({"sparsity": 0.5, "criterion": lambda weight, statistics: weight[0]}, "must return scores of shape"),
-        ({"sparsity": 0.5, "criterion": lambda weight, statistics: weight / 0}, "scores that are not finite"),
+        ({"sparsity": 0.5, "pattern": "blobs"}, "pattern 'blobs'.*unstructured"),
+        ({"sparsity": 0.5, "criterion": "l7"}, "criterion 'l7'.*l1, l2, random"),
+        ({"sparsity": 0.5, "criterion": lambda weight, statistics: weight[0]}, "scores of shape"),
+        ({"sparsity": 0.5, "criterion": lambda weight, statistics: weight / 0}, "scores.*not finite"),
     ],
 )
 def test_what_cannot_be_is_refused_clearly(arguments: dict, message: str) -> None:

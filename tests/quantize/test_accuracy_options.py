@@ -249,15 +249,15 @@ def test_biases_are_corrected_by_what_a_rounding_method_changed(bits: int) -> No
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(QuantizeError, match="rounding must be one of 'nearest', 'gptq', 'adaround', got 'up'"):
+    with pytest.raises(QuantizeError, match="rounding.*'nearest', 'gptq', 'adaround'.*'up'"):
         Quantize(rounding="up")  # type: ignore[arg-type]
-    with pytest.raises(QuantizeError, match="smooth must be between 0 and 1, got 2"):
+    with pytest.raises(QuantizeError, match="smooth.*between 0 and 1.*got 2"):
         Helpers(smooth=2)
     with pytest.raises(QuantizeError, match="training does their work"):
         Quantize(mode="qat", correct_biases=True)
     with pytest.raises(QuantizeError, match="need data"):
         weights(Chain(), (rand(2, 3, 9, 9),), helpers=Helpers(rounding="gptq"))
-    with pytest.raises(QuantizeError, match="smoothing looks at activations"):
+    with pytest.raises(QuantizeError, match="smoothing.*activations"):
         prepare(Block(), (rand(2, 5, 8),), helpers=Helpers(smooth=0.5))
 
 
@@ -295,9 +295,9 @@ def test_best_accuracy_stands_for_helpers_and_what_is_set_wins(options: Any, exp
 def test_best_accuracy_is_valid_in_recipes() -> None:
     recipe = 'model = "a:b"\ntask = "a:c"\n[[step]]\ndo = "quantize"\naccuracy = "best"\nsmooth = "off"\n'
     assert parse_recipe(recipe).steps == (Quantize(accuracy="best", smooth="off"),)
-    with pytest.raises(RecipeError, match="must be one of 'plain', 'best'"):
+    with pytest.raises(RecipeError, match="'plain', 'best'"):
         parse_recipe(recipe.replace('"best"', '"most"'))
-    with pytest.raises(QuantizeError, match="accuracy must be one of 'plain', 'best', got 'most'"):
+    with pytest.raises(QuantizeError, match="accuracy.*'plain', 'best'.*'most'"):
         Quantize(accuracy="most")  # type: ignore[arg-type]
 
 

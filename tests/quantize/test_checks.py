@@ -90,7 +90,7 @@ def test_one_lost_channel_is_named(seed, channels, samples, data):
     answer[:, channel] = torch.randn(samples) * value[:, channel].std()
     found = faults([[value]], [[answer]], [0], CHECKS)
     assert [each.place.channel for each in found if each.place.dim == 1] == [channel]
-    assert f"channel {channel} (dimension 1) of the output" in found[-1].told([""])
+    assert f"channel {channel} (dimension 1)" in found[-1].told([""])
     moved = apart([[value]], [[value * 1.001]], [[answer]], [0], CHECKS)
     assert channel in [each.place.channel for each in moved]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_the_layer_that_hurts_stays_and_its_record_says_why(tmp_path: Path) -> N
     row = result.run["rows"][-1]
     assert row["metric"]["val"]["value"] >= 95  # of the artifact; the model that came is right by construction
     records = {each["layer"]: each for each in result.run["rows"][1]["layers"]}
-    assert records["head"]["reason"] == "kept in float to hold the metric"
+    assert re.search("in float.*metric", records["head"]["reason"])
     assert [name for name, each in records.items() if each["action"] == "quantized"] != []
     assert not any("not quantized" in each for each in result.run["rows"][1]["warnings"])
 
@@ -127,7 +128,7 @@ def test_four_bits_fall_back_to_eight() -> None:
     outcome = ts.Quantize("int4-weights", layers="auto", metric_drop=10.0)(model, context(model, task))
     records = {each.layer: each for each in outcome.layers}
     assert records["head"].weight_bits == 8
-    assert records["head"].reason == "kept in 8 bits to hold the metric"
+    assert re.search("in 8 bits.*metric", records["head"].reason)
     assert {each.weight_bits for each in records.values()} == {4, 8}
 
 
@@ -160,9 +161,7 @@ def test_a_killed_choice_goes_on_from_what_it_has_measured(tmp_path: Path, monke
     assert again.layers == first.layers
     (tmp_path / "mixed.rows").write_bytes(b"junk")
     monkeypatch.undo()
-    with pytest.warns(
-        UserWarning, match="mixed.rows was truncated or changed.*; the choices of layers are measured again"
-    ):
+    with pytest.warns(UserWarning, match="mixed.rows.*truncated or changed.*measured again"):
         assert step(model, ctx).layers == first.layers
 
 
@@ -172,7 +171,7 @@ def test_a_budget_that_cannot_be_kept_gives_the_nearest_and_says_so() -> None:
     outcome = ts.Quantize("int8-weights", layers="auto", metric_drop=0.0)(
         model, context(model, ts.Task(val=task.val, train=task.train, metric=lambda predict, batches: _strict(predict)))
     )
-    assert any("no choice of layers that was measured keeps the metric within 0" in each for each in outcome.warnings)
+    assert any(re.search("no choice of layers.*metric within 0", each) for each in outcome.warnings)
 
 
 def _strict(predict: Any) -> float:
@@ -210,11 +209,11 @@ def test_a_recipe_may_ask_for_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "auto"}, "layers='auto' needs metric_drop, the largest allowed loss"),
+        ({"layers": "auto"}, "layers='auto' needs metric_drop"),
         ({"metric_drop": 0.5}, "metric_drop belongs to layers='auto'"),
-        ({"layers": "some", "metric_drop": 0.5}, "or 'auto', got 'some'"),
+        ({"layers": "some", "metric_drop": 0.5}, "'auto'.*'some'"),
         ({"layers": "auto", "metric_drop": -1.0}, "at least 0, got -1"),
-        ({"layers": "auto", "metric_drop": float("nan")}, "must be a finite number, got nan"),
+        ({"layers": "auto", "metric_drop": float("nan")}, "finite.*nan"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:

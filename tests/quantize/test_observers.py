@@ -418,7 +418,7 @@ def test_what_is_not_finite_is_left_out_counted_and_warned_of(name: str, bad: fl
     x = sample(0, 100, "normal")
     each = shown(make(name), torch.cat([x[:50], torch.tensor([bad, bad]), x[50:]]))
     assert int(each.ignored) == 2
-    with pytest.warns(UserWarning, match="NaN or infinite values were left out"):
+    with pytest.warns(UserWarning, match="NaN or infinite.*left out"):
         mine = qparams(each)
     for got, expected in zip(mine, qparams(make(name), x), strict=True):
         assert np.array_equal(got, expected)
@@ -554,20 +554,20 @@ def test_a_state_can_be_copied_saved_and_loaded(name: str, per_channel: bool) ->
     [
         (
             lambda: observer("minmax"),
-            "observer 'minmax' is not known; did you mean 'min-max'.*percentile, mse, entropy",
+            "observer 'minmax'.*'min-max'.*percentile, mse, entropy",
         ),
         (lambda: observer("moving_average"), "did you mean 'moving-average'"),
-        (lambda: observer("xyz"), "observer 'xyz' is not known. One of min-max"),
-        (lambda: observer("entropy", per_channel=True), "'entropy' has no form per channel; use one of min-max, .*mse"),
-        (lambda: observer("percentile", percentile=0), "percentile must be above 0 and at most 100, got 0"),
+        (lambda: observer("xyz"), "observer 'xyz'.*min-max"),
+        (lambda: observer("entropy", per_channel=True), "'entropy'.*per channel.*min-max, .*mse"),
+        (lambda: observer("percentile", percentile=0), "percentile.*above 0.*at most 100.*got 0"),
         (lambda: observer("percentile", percentile=101), "got 101"),
         (lambda: observer("percentile", percentile="most"), "cannot take"),
-        (lambda: observer("moving-average", averaging_constant=0), "averaging_constant must be above 0"),
-        (lambda: observer("mse", bins=1000), "bins must be a power of two, got 1000"),
+        (lambda: observer("moving-average", averaging_constant=0), "averaging_constant.*above 0"),
+        (lambda: observer("mse", bins=1000), "bins.*power of two.*1000"),
         (lambda: observer("min-max", percentile=99), "'min-max' cannot take .*percentile"),
         (lambda: observer("min-max", quant_min=1, quant_max=5), "cannot take"),
         (lambda: observer("mse", is_dynamic=True), "MSE cannot be dynamic"),
-        (lambda: observer("mse", qscheme=torch.per_channel_affine), "MSE is per tensor, got torch.per_channel_affine"),
+        (lambda: observer("mse", qscheme=torch.per_channel_affine), "MSE.*per tensor.*torch.per_channel_affine"),
         (lambda: observer("mse", per_channel=True, qscheme=torch.per_tensor_affine), "PerChannelMSE is per channel"),
     ],
 )
@@ -578,7 +578,7 @@ def test_what_cannot_be_is_said(call: Callable[[], Any], message: str) -> None:
 
 def test_a_channel_axis_of_changing_size_is_an_error() -> None:
     each = shown(make_channels("min-max", ch_axis=1), torch.ones(2, 3))
-    with pytest.raises(QuantizeError, match="a batch has 4 channels along axis 1, those before had 3"):
+    with pytest.raises(QuantizeError, match="4 channels.*axis 1.*3"):
         each(torch.ones(2, 4))
 
 

@@ -244,13 +244,13 @@ def test_layers_choose_their_schemes() -> None:
     }
     with pytest.raises(SelectError, match="pointwide"):
         prepare(trained_conv(), (x,), layers={"pointwide": "float"})
-    with pytest.raises(QuantizeError, match="finds nothing to quantize"):
+    with pytest.raises(QuantizeError, match="nothing to quantize"):
         prepare(trained_conv(), (x,), layers={"*": "float"})
 
 
 @pytest.mark.slow
 def test_what_is_not_prepared_is_not_converted() -> None:
-    with pytest.raises(QuantizeError, match="convert takes what ts.quantize.prepare returned, got Conv"):
+    with pytest.raises(QuantizeError, match="convert.*ts.quantize.prepare.*Conv"):
         convert(trained_conv())
     with pytest.raises(QuantizeError, match="prepare it with qat=True"):
         prepare(trained_conv(), (images(4),)).train()

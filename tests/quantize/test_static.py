@@ -318,7 +318,7 @@ def test_the_callers_model_is_unchanged(model: nn.Module) -> None:
 
 
 def test_a_quantized_model_cannot_be_trained(quantized: nn.Module) -> None:
-    with pytest.raises(QuantizeError, match="cannot be trained; train before"):
+    with pytest.raises(QuantizeError, match="cannot be trained"):
         quantized.train()
     assert quantized.eval() is quantized
     assert not any(parameter.requires_grad for parameter in quantized.parameters())
@@ -341,7 +341,7 @@ def test_it_is_called_like_the_model() -> None:
     assert sqnr(model(ids), answer) > 20
     with pytest.raises(TypeError, match="unexpected keyword argument 'tokens'"):
         quantized(ids, tokens=ids)
-    with pytest.raises(DeployError, match=r"inputs\['scale'\] was fixed at 1.0"):
+    with pytest.raises(DeployError, match=r"inputs\['scale'\].*fixed.*1.0"):
         quantized(ids, scale=2.0)
 
 
@@ -364,7 +364,7 @@ def test_records_name_the_layers_of_a_model_with_a_dataclass_output() -> None:
     assert by_layer["up"].action == "quantized"
     on_runtime = {record.layer: record for record in recorded(Wrapped().eval(), (images(4),), "onnxruntime")[1]}
     assert (on_runtime["up"].weight_bits, on_runtime["up"].activation_bits) == (8, None)
-    assert "ONNX Runtime has no integer kernel" in on_runtime["up"].reason
+    assert "no integer kernel" in on_runtime["up"].reason
 
 
 @pytest.mark.slow
@@ -404,17 +404,17 @@ def test_an_all_zero_layer_quantizes() -> None:
 
 def test_what_is_quantized_already_is_refused(quantized: nn.Module) -> None:
     for each in (quantized, nn.Sequential(quantized)):
-        with pytest.raises(QuantizeError, match="quantized already; quantize the float model"):
+        with pytest.raises(QuantizeError, match="quantized already.*float model"):
             static(each, [(images(2),)])
 
 
 def test_no_batches_are_refused(model: nn.Module) -> None:
-    with pytest.raises(QuantizeError, match="no calibration batches were given; 100 to 500"):
+    with pytest.raises(QuantizeError, match="calibration batches.*100 to 500"):
         static(model, [])
 
 
 def test_batches_that_are_no_inputs_are_refused(model: nn.Module) -> None:
-    message = r"must be a tuple or a dict of the model's arguments, got a tensor of shape .*; give \(x,\)"
+    message = r"tuple.*dict.*tensor of shape .*\(x,\)"
     with pytest.raises(QuantizeError, match=message):
         static(model, [images(2)])  # type: ignore[list-item]
 
@@ -424,7 +424,7 @@ def test_batches_that_are_no_inputs_are_refused(model: nn.Module) -> None:
 def test_values_that_are_not_finite_name_their_batch_and_input(model: nn.Module, bad: float) -> None:
     broken = images(4)
     broken[1, 2, 3, 4] = bad
-    with pytest.raises(QuantizeError, match=r"batch 2 has values that are not finite in input 0 \('x'\)"):
+    with pytest.raises(QuantizeError, match=r"batch 2.*not finite.*input 0 \('x'\)"):
         static(model, [(images(4),), (broken,), (images(4),)])
 
 
@@ -437,23 +437,23 @@ def test_overflow_inside_the_model_names_its_layer_and_batch() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.second(self.first(x).exp())
 
-    with pytest.raises(QuantizeError, match="batch 2 has values that are not finite at exp"):
+    with pytest.raises(QuantizeError, match="batch 2.*not finite at exp"):
         static(Explodes(), [(images(4),), (1e4 * images(4),)])
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
     with torch.no_grad():
         model[1].weight.mul_(1e30)  # type: ignore[operator]
-    with pytest.raises(QuantizeError, match="batch 1 has values that are not finite at 1;"):
+    with pytest.raises(QuantizeError, match="batch 1.*not finite at 1;"):
         static(model, [(1e20 * images(4),)])
 
 
 @pytest.mark.slow
 def test_batches_of_other_sizes_are_refused(model: nn.Module) -> None:
-    with pytest.raises(QuantizeError, match=r"batch 2 \(x \(4, 3, 9, 9\)\) does not fit .*same sizes"):
+    with pytest.raises(QuantizeError, match=r"batch 2 \(x \(4, 3, 9, 9\)\).*same sizes"):
         static(model, [(images(4),), (images(4, 9),)])
 
 
 def test_nothing_to_quantize_says_why() -> None:
-    with pytest.raises(QuantizeError, match="finds nothing to quantize .*bilinear has no integer kernel") as caught:
+    with pytest.raises(QuantizeError, match="nothing to quantize.*bilinear.*no integer kernel") as caught:
         static(nn.Bilinear(6, 6, 4), [(torch.randn(3, 6), torch.randn(3, 6))])
     assert "leave the quantization out" in str(caught.value)
     with pytest.raises(QuantizeError, match="no layer has weights"):
@@ -489,16 +489,16 @@ def test_a_weight_that_is_computed_is_folded_or_refused(processor: str) -> None:
     assert sqnr(normed(x), quantized(x)) > 25
     _, records = recorded(FromInput().eval(), (x,), "eager")
     reasons = {record.layer: (record.action, record.reason) for record in records}
-    assert ("refused", "its weight is computed from the input, not stored") in reasons.values()
+    assert any(action == "refused" and "computed from the input" in reason for action, reason in reasons.values())
     assert reasons["last"][0] == "quantized"
 
 
 def test_schemes_and_modes_are_checked() -> None:
-    with pytest.raises(QuantizeError, match="scheme 'int3' is not known; did you mean 'int8'"):
+    with pytest.raises(QuantizeError, match="scheme 'int3'.*'int8'"):
         Quantize("int3")
-    with pytest.raises(QuantizeError, match="mode must be one of 'ptq', 'qat', got 'later'"):
+    with pytest.raises(QuantizeError, match="mode.*'ptq', 'qat'.*'later'"):
         Quantize(mode="later")  # type: ignore[arg-type]
-    with pytest.raises(QuantizeError, match="observer 'max' is not known; one of min-max"):
+    with pytest.raises(QuantizeError, match="observer 'max'.*min-max"):
         Quantize(observer="max")
     with pytest.raises(QuantizeError, match="belong to mode='qat'"):
         Quantize(learned_step=True)
@@ -512,7 +512,7 @@ def test_a_recurrent_network_is_quantized_where_it_can_be() -> None:
         ("head", "quantized"),
     ]
     assert records[0].activation_bits is None
-    assert "no runtime computes it with static ranges" in records[0].reason
+    assert "static ranges" in records[0].reason
     assert torch.isfinite(quantized(torch.randn(2, 7, 6))).all()
 
 

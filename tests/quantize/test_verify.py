@@ -16,6 +16,7 @@ import torchslim as ts
 from tests.support.sabotage import WAYS, Heads, Mixed, harm, harmful, images, small
 from torchslim.artifact import deployment, shipped, storage
 from torchslim.artifact.integer_coverage import lowered
+from torchslim.core.reason import Reason
 from torchslim.errors import DeployError, QuantizeError
 from torchslim.quantize import Checks, QuantizedModule, convert, prepare, sqnr
 from torchslim.quantize import rollback as rollback_module
@@ -117,7 +118,7 @@ def test_what_no_layer_is_to_blame_for_is_an_error(net):
 
     with (
         mock.patch.object(rollback_module, "integers", useless),
-        pytest.raises(QuantizeError, match="cannot be verified: the output has values that are not finite"),
+        pytest.raises(QuantizeError, match="cannot be verified.*output.*not finite"),
     ):
         convert(prepared)
 
@@ -208,7 +209,7 @@ def test_a_layer_that_a_runtime_gets_wrong_goes_back_to_float(runtime, how):
     assert any(layer in note and runtime in note for note in deployed.spec.notes)
     table = {each.layer: each for each in lowered(deployed, quantized.records).layers}
     assert not table[layer].integer
-    assert "back in float" in table[layer].why
+    assert Reason.BACK_IN_FLOAT.given_in(table[layer].why)
 
 
 @pytest.mark.slow
@@ -222,7 +223,7 @@ def test_a_deployed_model_that_is_wrong_in_float_too_is_an_error(net):
         deployed.session = lambda leaves: [2 * value for value in session(leaves)]
         return deployed
 
-    with pytest.raises(DeployError, match="with all layers in float.*output is .* dB from float deployed"):
+    with pytest.raises(DeployError, match="all layers in float.*output.* dB"):
         deployment.verified(quantized, compile_)
 
 
@@ -427,6 +428,6 @@ def test_a_saved_model_is_loaded_and_asked_again(net, tmp_path):
 
     with (
         mock.patch.object(storage, "load_opened", load),
-        pytest.raises(storage.ArtifactError, match="gives other outputs than before"),
+        pytest.raises(storage.ArtifactError, match="other outputs"),
     ):
         ts.save(deployed, tmp_path / "wrong")

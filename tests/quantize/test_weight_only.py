@@ -130,9 +130,9 @@ def test_the_chain_is_found_again(layer: nn.Module, lifted: bool) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(QuantizeError, match="4 bits hold -8 ... 7, got -9 ... 3"):
+    with pytest.raises(QuantizeError, match="4 bits.*-8 ... 7.*-9 ... 3"):
         pack_int4(torch.tensor([[-9, 3]]), 2)
-    with pytest.raises(QuantizeError, match="group_size must be even, got 3"):
+    with pytest.raises(QuantizeError, match="group_size.*even.*got 3"):
         pack_int4(torch.tensor([[1, 2]]), 3)
-    with pytest.raises(QuantizeError, match="bits must be 2 to 8 and group_size at least 1, got 1 and 32"):
+    with pytest.raises(QuantizeError, match="bits.*2 to 8.*group_size.*at least 1.*1 and 32"):
         quantize_groups(torch.randn(2, 4), bits=1)

@@ -406,26 +406,26 @@ def test_load_takes_the_file_or_its_folder(tmp_path: Path) -> None:
     ("content", "says"),
     [
         ("{", "is damaged: Expecting property name"),
-        ("[" * 100_000, "is damaged: nested deeper than 64 levels"),
+        ("[" * 100_000, "is damaged.*nested.*64"),
         ('{"format": NaN}', "NaN is no number of JSON"),
         ("[1]", 'has no "format"'),
         ("{}", 'has no "format"'),
-        ('{"format": true}', "must be a number from 1 to 1, got true"),
-        ('{"format": 0}', "must be a number from 1 to 1, got 0"),
-        ('{"format": 2}', "has format 2, and this torchslim reads up to 1; upgrade torchslim"),
-        ('{"format": 1}', "is damaged: torchslim: Field required; run again"),
+        ('{"format": true}', "number from 1 to 1.*got true"),
+        ('{"format": 0}', "number from 1 to 1.*got 0"),
+        ('{"format": 2}', "format 2.*up to 1.*upgrade"),
+        ('{"format": 1}', "is damaged: torchslim: Field required.*run again"),
         ('{"format": 1, "format": 1}', "the key 'format' is given twice"),
         ('{"format": 1e999}', "a number is too large"),
-        (f'{{"format": {2**64}}}', "a whole number is beyond 64 bits"),
+        (f'{{"format": {2**64}}}', "whole number.*64 bits"),
     ],
 )
 def test_load_refuses_what_is_no_run(tmp_path: Path, content: str, says: str) -> None:
-    with pytest.raises(ArtifactError, match=re.escape(says)):
+    with pytest.raises(ArtifactError, match=says):
         load_run(written(tmp_path, content))
 
 
 def test_load_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"holds no run\.json; give a folder"):
+    with pytest.raises(ArtifactError, match=r"no run\.json.*folder"):
         load_run(tmp_path)
     with pytest.raises(ArtifactError, match="there is no file"):
         load_run(tmp_path / "none.json")

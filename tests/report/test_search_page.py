@@ -297,7 +297,7 @@ def test_load_takes_what_was_written_and_refuses_what_is_damaged(
     kind: str, load: Any, make: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / f"{kind}.json"
-    with pytest.raises(ArtifactError, match=rf"holds no {kind}\.json; give a folder"):
+    with pytest.raises(ArtifactError, match=rf"no {kind}\.json.*folder"):
         load(tmp_path)
     path.write_text(json.dumps(make()))
     assert load(tmp_path) == load(path) == make()

@@ -98,7 +98,7 @@ def test_the_package_holds_no_sources_and_no_traces_of_this_machine(deployed: De
 
 
 def test_machine_code_is_loaded_only_where_it_is_trusted(saved: Path) -> None:
-    with pytest.raises(ArtifactError, match="holds machine code, .* load it with trusted=True, else with runtime="):
+    with pytest.raises(ArtifactError, match="machine code.*trusted=True.*runtime="):
         ts.load(saved)
     assert ts.load(saved, runtime="eager")(**inputs(2))["logits"].shape == (2, 5), "its program is no machine code"
 
@@ -167,7 +167,7 @@ def test_a_package_for_something_else_is_no_crash(saved: Path, monkeypatch: pyte
         raise RuntimeError("undefined symbol: aoti_torch_new")
 
     monkeypatch.setattr(torch._inductor, "aoti_load_package", other)
-    with pytest.raises(DeployError, match="undefined symbol.* deploy the model again here"):
+    with pytest.raises(DeployError, match="undefined symbol.*deploy.*again"):
         ts.load(saved, trusted=True)
 
 
@@ -176,7 +176,7 @@ def test_another_processor_is_not_given_machine_code(saved: Path, processor: str
     if processor == made_for:
         assert ts.load(saved, trusted=True).spec.instruction_set == processor
         return
-    message = f"machine code for {made_for}, this machine has {processor}; load it with runtime="
+    message = f"machine code.*{made_for}.*{processor}.*runtime="
     with pytest.raises(ArtifactError, match=message):
         ts.load(saved, trusted=True)
 

@@ -192,7 +192,7 @@ def test_bench_runs_nothing_that_was_put_into_a_good_folder(tmp_path: Path) -> N
     victim.write_bytes(bytes(32))
     folder = ts.save(nn.Linear(4, 2), tmp_path / "a", example_inputs=(torch.randn(3, 4),))
     (folder / "model.pt2").write_bytes(changed((folder / "model.pt2").read_bytes(), from_file(victim)))
-    for message in ("was changed since it was saved", "calls 'torch.ops.aten.from_file.default'"):
+    for message in ("was changed", "calls 'torch.ops.aten.from_file.default'"):
         done = subprocess.run(
             [sys.executable, folder / "bench.py", "--rounds", "1"], capture_output=True, text=True, check=False
         )

@@ -101,32 +101,16 @@ ids, mask = torch.zeros(3, 6, dtype=torch.long), torch.zeros(3, 6, dtype=torch.b
 @pytest.mark.parametrize(
     ("args", "kwargs", "words"),
     [
-        ((ids.float(), mask), {}, "input 'ids' must be int64, got float32; convert it with"),
-        ((ids, mask.long()), {}, "input 'mask' must be bool, got int64"),
-        (
-            (ids[:, :4], mask[:, :4]),
-            {},
-            r"input 'ids' must have the shape \(any, 6\), got \(3, 4\); deploy again",
-        ),
-        ((ids[0], mask), {}, r"input 'ids' must have the shape \(any, 6\), got \(6,\)"),
-        (
-            (ids, mask[:2]),
-            {},
-            "one batch size, got 3 in 'ids', 2 in 'mask'; give every input the same samples",
-        ),
-        (
-            (ids,),
-            {},
-            "captured with the inputs ids, mask, scale; got 1 by position: missing a required argument: 'mask'; call it as it was",
-        ),
+        ((ids.float(), mask), {}, "'ids'.*int64.*float32.*convert"),
+        ((ids, mask.long()), {}, "'mask'.*bool.*int64"),
+        ((ids[:, :4], mask[:, :4]), {}, r"'ids'.*shape \(any, 6\).*\(3, 4\).*deploy"),
+        ((ids[0], mask), {}, r"'ids'.*shape \(any, 6\).*\(6,\)"),
+        ((ids, mask[:2]), {}, "batch size.*3 in 'ids', 2 in 'mask'"),
+        ((ids,), {}, "ids, mask, scale.*1 by position.*'mask'"),
         ((ids, None), {}, r"inputs\['mask'\] must be a tensor, got NoneType"),
         ((ids, mask, 2.0), {}, "too many positional arguments"),
-        (
-            (ids, mask),
-            {"scale": 3.0},
-            r"inputs\['scale'\] was fixed at 1.0 when .*, got 3.0; capture it again",
-        ),
-        ((ids, mask), {"labels": ids}, "got 2 by position, labels: got an unexpected keyword argument 'labels'"),
+        ((ids, mask), {"scale": 3.0}, r"inputs\['scale'\].*fixed at 1.0.*3.0.*capture"),
+        ((ids, mask), {"labels": ids}, "2 by position, labels.*unexpected.*'labels'"),
         ((ids, mask), {"mask": mask}, "multiple values for argument 'mask'"),
         (([1, 2], mask), {}, r"inputs\['ids'\] must be a tensor, got list"),
     ],
@@ -231,7 +215,7 @@ def test_the_saved_file_is_the_payload(runtime: str, deployed: Any, tmp_path: Pa
 
 
 def test_the_first_of_several_files_is_named(deployed: Any, tmp_path: Path) -> None:
-    with pytest.raises(DeployError, match="'openvino' writes .xml and .bin; name the first of them"):
+    with pytest.raises(DeployError, match="'openvino'.*.xml.*.bin.*first"):
         deployed["conv", "openvino"].save(tmp_path / "model.onnx")
 
 
@@ -272,7 +256,7 @@ def test_an_operation_that_onnx_has_not_is_named() -> None:
 
     x = torch.randn(3, 4)
     assert torch.equal(deploy(Custom(), (x,), runtime="eager")(x), 2 * x)
-    with pytest.raises(ExportError, match="cannot be exported to ONNX: .*twice.*runtimes 'eager'"):
+    with pytest.raises(ExportError, match="exported to ONNX.*twice.*'eager'"):
         deploy(Custom(), (x,), runtime="onnxruntime")
 
 
@@ -297,9 +281,7 @@ def test_a_missing_compiler_says_what_to_install(runtime: str, monkeypatch: pyte
 
 
 def test_an_unknown_runtime_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        RecipeError, match="'tensorrt' is not known; one of eager, aoti, inductor, onnxruntime, openvino"
-    ):
+    with pytest.raises(RecipeError, match="'tensorrt'.*eager, aoti, inductor, onnxruntime, openvino"):
         find_runtime("tensorrt")
     assert {find_runtime(name).name for name in RUNTIMES} == set(RUNTIMES)
 
@@ -317,7 +299,7 @@ def test_inductor_computes_integers_as_the_converted_graph_does(
     assert sqnr(quantized(others[:1]), found(others[:1])) >= 30
     assert found.size_bytes is None
     assert "no file" in repr(found)
-    with pytest.raises(DeployError, match="'inductor' has no file format: it compiles on the machine"):
+    with pytest.raises(DeployError, match="'inductor'.*no file format"):
         found.save(tmp_path / "model")
     assert not os.listdir(tmp_path)  # noqa: PTH208
     assert capfd.readouterr() == ("", "")

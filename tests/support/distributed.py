@@ -10,10 +10,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
 from tests.support.forked import become, context
+from tests.support.timing import shorten
 
 
 def free_port() -> int:
@@ -42,6 +44,7 @@ def torchslim_on_two(command: Sequence[str], folder: Path) -> str:
 
 def _begin(rank: int, environment: Mapping[str, str], work: Callable[..., None], arguments: Sequence[Any]) -> None:
     become(environment)
+    shorten(pytest.MonkeyPatch())
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "test",

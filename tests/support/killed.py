@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import torchslim as ts
 from tests.support import toy
 from tests.support.forked import become, context
+from tests.support.timing import shorten
 
 STEPS = [
     ts.Prune(sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=1e-2)),
@@ -109,5 +111,6 @@ def end(moment: str, folder: Path) -> int | None:
 
 def _run_alone(folder: Path, moment: str, environment: Mapping[str, str]) -> None:
     become(environment)
+    shorten(pytest.MonkeyPatch())
     torch.set_num_threads(1)
     run(folder, moment)

@@ -198,9 +198,7 @@ def test_a_loss_that_is_not_finite_names_its_place_and_keeps_the_checkpoint(tmp_
             late = loop.epoch == 1 and loop.step_in_epoch == 1
             return torch.tensor(float("nan")) if late else torch.tensor(0.5)
 
-    with pytest.raises(
-        TrainError, match=r"the loss became nan in 'fit', epoch 2, batch 2; the last finite loss was \d"
-    ):
+    with pytest.raises(TrainError, match=r"loss.*nan.*'fit', epoch 2, batch 2.*last finite loss.* \d"):
         train(net, toy.task(), hooks=[Poison()], state=state)
     saved = opened(state)
     assert saved["epoch"] == 1
@@ -217,7 +215,7 @@ def test_weights_that_are_lost_in_an_epochs_last_step_are_neither_saved_nor_eval
                     loop.model.head.bias[0] = float("inf")
 
     task = replace(toy.task(), metric=lambda predict, batches: float(len(evaluated) or evaluated.append(1) or 0))
-    with pytest.raises(TrainError, match=r"head.bias became nan or infinite in 'fit', end of epoch 2"):
+    with pytest.raises(TrainError, match=r"head.bias.*nan or infinite.*'fit', end of epoch 2"):
         train(net, task, hooks=[Lose()], state=state)
     assert len(evaluated) == 1
     assert opened(state)["epoch"] == 1
@@ -238,7 +236,7 @@ def test_a_damaged_checkpoint_is_warned_of_and_not_taken(damage: Callable[[bytes
     train(whole, toy.task(), epochs=2)
     train(toy.model(), toy.task(), epochs=1, state=state)
     state.write_bytes(damage(state.read_bytes()))
-    with pytest.warns(UserWarning, match=r"c\.ckpt was truncated or changed.*; the training starts over"):
+    with pytest.warns(UserWarning, match=r"c\.ckpt.*truncated or changed.*starts over"):
         train(net, toy.task(), epochs=2, state=state)
     assert fingerprint(net.state_dict()) == fingerprint(whole.state_dict())
     train(toy.model(), toy.task(), epochs=2, state=state)  # whole again
@@ -246,7 +244,7 @@ def test_a_damaged_checkpoint_is_warned_of_and_not_taken(damage: Callable[[bytes
 
 def test_a_checkpoint_under_another_key_is_not_taken(tmp_path: Path) -> None:
     train(toy.model(), toy.task(), epochs=1, state=tmp_path / "c.ckpt", key="one")
-    with pytest.warns(UserWarning, match="or belongs to another run; the training starts over"):
+    with pytest.warns(UserWarning, match="another run.*starts over"):
         train(toy.model(), toy.task(), epochs=1, state=tmp_path / "c.ckpt", key="two")
 
 

@@ -129,10 +129,10 @@ def test_the_best_epoch_is_kept_or_the_last() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda outputs, batch: outputs.square(), r"the loss 'label' must be one number in a tensor, got shape \(16, 4\); take its mean"),
-        (lambda outputs, batch: 1.0, "the loss 'label' must be one number in a tensor, got float"),
-        (lambda outputs, batch: outputs.detach().sum(), r"no loss depends on a trainable weight \(losses: label\)"),
-        (lambda outputs, batch: outputs.sum() * math.inf, r"in 'fit', epoch 1, batch 1; there was no finite loss before; lower lr \(now 0.05\)"),
+        (lambda outputs, batch: outputs.square(), r"loss 'label'.*one number.*\(16, 4\).*mean"),
+        (lambda outputs, batch: 1.0, "loss 'label'.*one number.*got float"),
+        (lambda outputs, batch: outputs.detach().sum(), r"no loss.*trainable.*label"),
+        (lambda outputs, batch: outputs.sum() * math.inf, r"'fit', epoch 1, batch 1.*no finite loss.*lr.*0.05"),
     ],
 )  # fmt: skip
 def test_a_loss_that_cannot_be_trained_on_says_why(loss: Any, message: str) -> None:
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_not_finite_is_found_before_it_is_clipped() -> None:
         return (outputs * 0).abs().sqrt().sum()  # finite, with an infinite slope
 
     settings = OptimizerSettings(clip_norm=1.0)
-    with pytest.raises(TrainError, match="the gradient's norm became nan in 'fit', epoch 1, batch 1"):
+    with pytest.raises(TrainError, match="gradient.*norm.*nan.*'fit', epoch 1, batch 1"):
         train(toy.model(), replace(toy.task(), loss=loss), settings=settings)
 
 
@@ -162,7 +162,7 @@ def test_no_data_and_no_labels_are_errors_before_any_work() -> None:
         with pytest.raises(TaskError, match=r"no train batches; give Task\(train=...\)"):
             step.check(ctx)
     for step in (ts.Finetune(), ts.Prune(sparsity=0.5, train=ts.Finetune())):
-        with pytest.raises(TrainError, match="Finetune needs labels, but Task.target gives None"):
+        with pytest.raises(TrainError, match="Finetune.*labels.*Task.target.*None"):
             step.check(unlabeled)
         step.check(replace(ctx, task=replace(unlabeled.task, loss=lambda outputs, batch: outputs.mean())))
     with pytest.raises(TaskError, match="train gave no batch"):

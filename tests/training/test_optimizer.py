@@ -45,9 +45,9 @@ def test_masked_weights_and_what_the_optimizer_knows_of_them_stay_zero(optimizer
 
 
 def test_masks_that_fit_no_parameter_are_refused() -> None:
-    with pytest.raises(TrainError, match="masks name parameters that the model does not have: nothing"):
+    with pytest.raises(TrainError, match="masks.*parameters.*nothing"):
         train(toy.model(), toy.task(), masks={"nothing": torch.ones(1, dtype=torch.bool)})
-    with pytest.raises(TrainError, match="the mask of 'head.weight' must be boolean"):
+    with pytest.raises(TrainError, match="mask.*'head.weight'.*boolean"):
         train(toy.model(), toy.task(), masks={"head.weight": torch.ones(1)})
 
 
@@ -105,11 +105,7 @@ def test_training_fields_are_checked(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize("epochs", [0, -1, 2.5, "3"])
 def test_epochs_are_whole(epochs: Any) -> None:
-    whole = (
-        "epochs must be a whole number of at least 1, got"
-        if isinstance(epochs, int)
-        else "epochs must be a whole number, got"
-    )
+    whole = "epochs.*whole number.*at least 1, got" if isinstance(epochs, int) else "epochs.*whole number, got"
     with pytest.raises(TrainError, match=whole):
         train(toy.model(), toy.task(), epochs=epochs)
     with pytest.raises(TrainError, match=whole):
@@ -132,11 +128,9 @@ def test_frozen_weights_stay_bit_for_bit() -> None:
 
 
 def test_a_factory_that_makes_no_optimizer_is_an_error() -> None:
-    with pytest.raises(TrainError, match="must return a torch Optimizer, got list"):
+    with pytest.raises(TrainError, match="Optimizer.*got list"):
         train(toy.model(), toy.task(), settings=OptimizerSettings(optimizer=list))
-    with pytest.raises(
-        TrainError, match="optimizer 'tests.support.toy:nothing': module 'tests.support.toy' has no 'nothing'"
-    ):
+    with pytest.raises(TrainError, match="optimizer 'tests.support.toy:nothing'.*'tests.support.toy'.*'nothing'"):
         ts.Finetune(optimizer="tests.support.toy:nothing").check(
             ts.Context(task=toy.task(), teacher=toy.model(), example_inputs=())
         )

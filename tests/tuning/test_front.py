@@ -165,7 +165,7 @@ def test_the_verdict_says_what_is_nearest_and_what_binds() -> None:
     figures = {3: {"metric_drop": 0.2, "latency": 4.0}, 5: {"metric_drop": 0.6, "latency": 2.9}}
     verdict = judge(figures, Budget(metric_drop=0.5, latency_ms=3.0))
     assert (verdict.nearest, verdict.binding) == (5, ("metric_drop",))
-    assert "no measured artifact meets the budget" in verdict.text
+    assert "no measured artifact" in verdict.text
     assert "metric_drop 0.6 of at most 0.5" in verdict.text
     assert not judge({}, Budget(metric_drop=0.5)).met
 

@@ -67,7 +67,7 @@ def test_a_trial_that_does_not_fit_is_ignored_with_a_warning(
 ) -> None:
     book = ledger(storage, 2)
     add(storage, params, result, distributions)
-    with pytest.warns(UserWarning, match="trial 0 of the study 'study' is ignored: "):
+    with pytest.warns(UserWarning, match="trial 0.*'study'.*ignored"):
         assert book.results() == []
 
 
@@ -79,7 +79,7 @@ def test_values_that_another_asks_for_are_taken_within_their_ranges_alone(storag
     with hushed():
         theirs(storage).enqueue_trial(queued)
         theirs(storage).enqueue_trial({"x": 0.25, "kind": 1})
-    with pytest.warns(UserWarning, match="is ignored: its parameter"):
+    with pytest.warns(UserWarning, match="ignored.*parameter"):
         trial = book.ask()
     assert book.values(trial) == {"x": 0.25, "kind": {"do": "b"}}
     book.tell(trial, {"state": "candidate"}, answer(book.values(trial)))
@@ -93,7 +93,7 @@ def test_a_flood_of_values_that_do_not_fit_ends(tmp_path: Path, monkeypatch: pyt
     with hushed():
         for number in range(6):
             theirs(storage).enqueue_trial({"x": 7.0 + number, "kind": 0})
-    with pytest.warns(UserWarning, match="is ignored"), pytest.raises(StorageError, match="beyond the recipe's ranges"):
+    with pytest.warns(UserWarning, match="is ignored"), pytest.raises(StorageError, match="beyond.*ranges"):
         book.ask()
 
 
@@ -149,7 +149,7 @@ def test_what_follows_from_figures_is_computed_and_not_believed(tmp_path: Path) 
 def test_a_trial_that_is_not_judged_by_numbers_is_unusable(judged: Any) -> None:
     given = TRIALS[0] | {"state": TrialState.COMPLETE, "values": judged}
     given["user_attrs"] = given["user_attrs"] | {"result": json.dumps(given["user_attrs"]["result"])}
-    with pytest.raises(Unusable, match="does not have 2 objective values"):
+    with pytest.raises(Unusable, match="2 objective values"):
         read_row(SimpleNamespace(**given), PARAMETERS, 2, BUDGET)
 
 
@@ -166,7 +166,7 @@ def test_a_line_that_is_no_operation_is_one_clear_error(tmp_path: Path) -> None:
     book = ledger(storage, 2)
     with (tmp_path / "study").open("a") as file:
         file.write('{"op_code": 99, "worker_id": "a"}\n')
-    with pytest.raises(StorageError, match="the study 'study' cannot be read or written: "):
+    with pytest.raises(StorageError, match="'study'.*read or written"):
         book.results()
     with pytest.raises(StorageError, match="cannot be opened"):
         open_storage(tmp_path / "study")

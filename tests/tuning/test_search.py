@@ -113,17 +113,17 @@ def test_killed_in_a_trial_it_goes_on_as_undisturbed(found: ts.SearchResult, tmp
 def test_a_folder_or_study_of_another_search_is_refused_before_any_work(found: ts.SearchResult, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="belongs to another recipe"):
         ts.search(model(), task(), document("0.6", "0.7"), workdir=found.folder)
-    with pytest.raises(RecipeError, match="holds the search of another recipe"):
+    with pytest.raises(RecipeError, match="search of another recipe"):
         ts.search(model(), task(), document("0.6", "0.7"), workdir=found.folder, study="mine")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="holds files that no search of torchslim left there"):
+    with pytest.raises(RecipeError, match="files.*no search"):
         ts.search(model(), task(), document(), workdir=tmp_path)
 
 
 def test_budgets_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="5 finalists cannot come from 4 trials"):
+    with pytest.raises(RecipeError, match="5 finalists.*4 trials"):
         ts.search(model(), task(), document("finalists = 1", "finalists = 5"), workdir=tmp_path / "a")
-    with pytest.raises(RecipeError, match="'inductor' has no file whose size"):
+    with pytest.raises(RecipeError, match="'inductor'.*no file"):
         ts.search(model(), task(), document("threads = 1", 'runtime = "inductor"'), workdir=tmp_path / "b")
     assert not (tmp_path / "a").exists()
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_met_ends_with_the_nearest_and_what_binds(tmp_path: Path)
     assert result.best is not None
     assert not result.best.within
     assert set(result.verdict.binding) == {"params", "size"}
-    assert "no measured artifact meets the budget" in str(result)
+    assert "no measured artifact" in str(result)
     assert all(row["state"] == "stopped" for row in result.data["trials"])  # no training makes it smaller
 
 
@@ -228,7 +228,7 @@ def test_trials_that_all_fail_end_the_search(tmp_path: Path) -> None:
     broken = document('pattern = "channel"', 'pattern = "channel"\nexclude = ["*"]')
     broken["step"][0]["skip"] = False
     broken["step"][0]["sparsity"] = {"search": [0.1, 0.6]}
-    with pytest.raises(RecipeError, match="each of the first 3 trials failed; the last"):
+    with pytest.raises(RecipeError, match="first 3 trials failed"):
         ts.search(model(), task(), broken, workdir=tmp_path / "out")
 
 

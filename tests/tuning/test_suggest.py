@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import torchslim as ts
 from tests.support import toy
 from tests.support.processors import SATURATING, detected
+from torchslim.core.reason import Reason
 from torchslim.core.step import Context, Target
 from torchslim.errors import ExportError, RecipeError, TaskError
 from torchslim.tuning import make_space
@@ -196,7 +198,7 @@ def test_without_training_data_little_is_cut_and_nothing_is_trained() -> None:
     assert max(steps["prune"]["sparsity"]["search"]) <= 0.25
     assert make_space(found.document).starts[0]["1-prune.skip"] is True
     assert "mode" not in steps["quantize"]
-    assert "training (the task has no training data)" in found.reasons[2]
+    assert "no training data" in found.reasons[2]
     bare = ts.suggest(perceptron(), task(16, train=False), FAST)
     assert [table["do"] for table in bare.document["step"]] == ["quantize"]
     assert "nothing would mend the cut" in bare.reasons[2]
@@ -218,7 +220,7 @@ def test_an_lstm_is_dynamic_first_and_a_gru_keeps_floating_sums() -> None:
     found, steps = derived("gru")
     assert steps["quantize"]["scheme"] == "int8-weights"
     assert "onnxruntime none, openvino none" in found.reasons[1]
-    assert "nothing here computes it on integers" in found.reasons[2]
+    assert "nothing here computes" in found.reasons[2]
     assert derived("lstm", runtime="openvino")[1]["quantize"]["scheme"] == "int8-weights"
     assert derived("gru", runtime="eager")[1]["quantize"]["scheme"] == {"search": ["int8-dynamic", "int8-weights"]}
 
@@ -238,17 +240,17 @@ def test_where_bytes_alone_count_weights_alone_become_integers() -> None:
 def test_counts_are_no_matter_of_bits() -> None:
     found, steps = derived("convolutions", ts.Budget(macs=1e5))
     assert "quantize" not in steps
-    assert "it changes neither MACs nor parameters" in found.reasons[2]
-    with pytest.raises(RecipeError, match="no step could help this model within this budget: pruning .*quantization"):
+    assert "neither MACs nor parameters" in found.reasons[2]
+    with pytest.raises(RecipeError, match="no step.*budget.*pruning .*quantization"):
         derived("toy", ts.Budget(macs=1e5))
 
 
 def test_what_cannot_lose_channels_is_told_and_not_trained_in_vain() -> None:
     found, steps = derived("toy")
     assert list(steps) == ["quantize"]
-    assert "none is wider than the 8 that must stay" in found.reasons[2]
+    assert "wider than the 8" in found.reasons[2]
     alone = ts.suggest(nn.Linear(16, 4), task(16), FAST)
-    assert "no channels may go: reaches an output" in alone.reasons[2]
+    assert re.search(f"no channels.*{Reason.OUTPUT}", alone.reasons[2])
 
 
 def test_outputs_decide_what_the_original_teaches() -> None:
@@ -278,7 +280,7 @@ def test_outputs_without_logits_are_taught_by_labels_or_not_at_all() -> None:
     batch = (torch.randn(16, 16),)
     silent = ts.Task(train=[batch], val=[batch], metric=lambda p, b: 0.0)
     found = ts.suggest(Several(), silent, FAST)
-    assert "outputs that no teacher can teach" in found.reasons[0]
+    assert "no teacher" in found.reasons[0]
     assert [table["do"] for table in found.document["step"]] == ["quantize"]
 
 
@@ -310,11 +312,11 @@ def test_the_model_and_the_random_state_stay_as_they_were() -> None:
 
 
 def test_what_cannot_be_used_is_refused() -> None:
-    with pytest.raises(TaskError, match="has no parameters; there is nothing to compress"):
+    with pytest.raises(TaskError, match="no parameters"):
         ts.suggest(nn.ReLU(), task(16), FAST)
-    with pytest.raises(RecipeError, match="runtime 'tpu' is not known"):
+    with pytest.raises(RecipeError, match="runtime 'tpu'"):
         ts.suggest(perceptron(), task(16), FAST, runtime="tpu")
-    with pytest.raises(RecipeError, match="no layer that multiplies by weights"):
+    with pytest.raises(RecipeError, match="no layer.*weights"):
         ts.suggest(nn.LayerNorm(16), task(16), FAST)
     with pytest.raises(ExportError):
         ts.suggest(perceptron(), task(3), FAST)

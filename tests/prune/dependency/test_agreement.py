@@ -106,7 +106,7 @@ def test_a_refusal_names_its_first_cause() -> None:
     assert said["a.weight[0]"] == said["b.weight[1]"] == said["b.weight[0]"] == said["c.weight[1]"]
     assert "'linalg_qr' has no rule" in said["a.weight[0]"]
     assert said["c.weight[0]"] == ""
-    with pytest.raises(Stuck, match=r"no channel of Unknown can go: operation 'linalg_qr' has no rule"):
+    with pytest.raises(Stuck, match="no channel of Unknown.*'linalg_qr' has no rule"):
         ts.prune.channels(model, inputs, 0.5, exclude="c")
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import torchslim as ts
 from tests.support import toy
 from tests.support.channel_laws import assert_equals_masked, random_scores, scramble
+from torchslim.core.reason import Reason
 from torchslim.errors import PruneError
 from torchslim.prune.structured.plan import analyze
 from torchslim.prune.structured.removal import shrink
@@ -147,11 +148,11 @@ def test_examples_bring_in_what_one_call_does_not_reach(name: str) -> None:
 
 def test_what_is_shared_with_unseen_code_may_be_cut_if_the_user_says_so() -> None:
     model = scramble(Heads())
-    with pytest.warns(UserWarning, match="with unseen='prune' they may not fit"):
+    with pytest.warns(UserWarning, match="unseen='prune'.*not fit"):
         shrunk = ts.prune.channels(model, (X,), **FIELDS, unseen="prune")
     assert shrunk.second.out_channels < 14
     assert shrunk.project.in_features == 14
-    with pytest.raises(PruneError, match="unseen must be one of 'keep', 'prune'"):
+    with pytest.raises(PruneError, match="unseen.*'keep', 'prune'"):
         ts.prune.channels(model, (X,), unseen="cut")  # type: ignore[arg-type]
 
 
@@ -170,11 +171,11 @@ def test_a_method_without_weights_of_its_own_is_named_too() -> None:
         def reset_all(self, value: float) -> None:
             self.down.weight.data.fill_(value)
 
-    with pytest.warns(UserWarning, match="methods encode: whether they still run was not checked"):
+    with pytest.warns(UserWarning, match="methods encode.*not checked"):
         ts.prune.channels(Coder(), (torch.randn(2, 6),), **FIELDS)
     encoded = {"method": "encode", "args": (torch.randn(2, 6),)}
     found = analyze(Coder(), (torch.randn(2, 6),), examples=[encoded]).coupling().groups
-    assert "reaches an output" in next(each.reason for each in found if each.name == "down.weight[0]")
+    assert Reason.OUTPUT.given_in(next(each.reason for each in found if each.name == "down.weight[0]"))
 
 
 def test_where_all_is_shared_with_unseen_code_the_refusal_says_what_to_give() -> None:
@@ -188,7 +189,7 @@ def test_where_all_is_shared_with_unseen_code_the_refusal_says_what_to_give() ->
 
     with pytest.raises(
         PruneError,
-        match=r"can go: may be shared with weights that no example reached: two; .*give the calls .* or unseen='prune'",
+        match=f"{Reason.NOT_REACHED}: two.*calls.*unseen='prune'",
     ):
         ts.prune.channels(Fork(), (torch.randn(2, 4),), **FIELDS)
 
@@ -196,9 +197,9 @@ def test_where_all_is_shared_with_unseen_code_the_refusal_says_what_to_give() ->
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ((X,), "examples\\[0\\] must be a tuple"),
-        ([{"method": "embeds"}], "which is no method of"),
-        ([{"method": "embed", "inputs": (X,)}], "its keys are method, args, kwargs; got 'inputs'"),
+        ((X,), r"examples\[0\].*tuple"),
+        ([{"method": "embeds"}], "no method"),
+        ([{"method": "embed", "inputs": (X,)}], "method, args, kwargs.*'inputs'"),
         ([{"method": "embed", "args": X}], "args as a tuple"),
         ({"method": "embed"}, "must be a list"),
     ],

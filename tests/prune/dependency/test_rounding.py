@@ -71,7 +71,7 @@ def test_rounding_gives_way_where_groups_forbid_multiples_and_the_user_is_told(
     wide: int, wider: int, groups: int
 ) -> None:
     model, inputs = unet(wide, wider, groups)
-    with pytest.warns(UserWarning, match="round_to=8 gave way in .* groups whose parts must stay equal") as told:
+    with pytest.warns(UserWarning, match="round_to=8 gave way.*groups.*equal") as told:
         shrunk = ts.prune.channels(model, inputs, 0.5)
     about = ts.surgery(shrunk)["rounds"][0]["about"]
     missed = any("cannot be reached" in str(each.message) for each in told)

@@ -18,6 +18,7 @@ import torchslim as ts
 from tests.support import channel_networks as net
 from tests.support.channel_laws import remove, run, scramble
 from tests.support.wrong_surgery import noticed, with_cut
+from torchslim.core.reason import Reason
 from torchslim.prune.structured.attributes import mend
 from torchslim.prune.structured.plan import Plan
 from torchslim.prune.structured.removal import Shrunk
@@ -170,7 +171,7 @@ def test_an_attribute_changed_that_should_not_be(made: tuple[Plan, Shrunk], data
 def test_an_output_that_loses_elements(name: str) -> None:
     plan, done = removal(name, 0)
     coupling = done.coupling
-    outputs = next(each for each in coupling.groups if each.reason == "reaches an output")
+    outputs = next(each for each in coupling.groups if each.reason == Reason.OUTPUT)
     removed = done.removed | np.isin(coupling.roots, outputs.classes[:1])
     surgery, diverged = mend(plan.model, coupling, removed, plan.inputs)
     assert diverged is not None or noticed(plan, replace(done, removed=removed), surgery)

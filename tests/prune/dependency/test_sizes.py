@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def test_the_pruned_model_equals_the_masked_one_at_other_sizes(make: Any, seed: 
 def test_channels_that_mix_with_positions_stay_and_the_reason_says_so() -> None:
     model, inputs = scramble(Mixing()), (torch.randn(1, 3, 8, 8),)
     said = {member: each for each in ts.prune.inspect(model, inputs).groups for member in each.members}
-    assert "at another size of the inputs ((2, 3, 8, 12)) its channels mix" in said["value.weight[0]"].reason
+    assert re.search(r"another size.*\(2, 3, 8, 12\).*channels mix", said["value.weight[0]"].reason)
     assert said["hidden.weight[0]"].prunable
     shrunk = ts.prune.channels(model, inputs, 0.3, round_to=1, min_channels=1)
     record = ts.surgery(shrunk)
