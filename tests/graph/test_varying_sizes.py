@@ -15,6 +15,7 @@ from tests.support.varying import VARYING, image, text
 from torchslim.core.batches import call
 from torchslim.errors import DeployError, ExportError, QuantizeError
 from torchslim.graph import size_guards
+from torchslim.graph.dynamic_sizes import fixed_sizes
 from torchslim.graph.export import capture
 from torchslim.graph.lifting import lifted
 from torchslim.quantize import sqnr
@@ -184,3 +185,30 @@ def test_a_job_on_sentences_padded_to_the_longest_runs_to_its_end(mode: str, tmp
     for length in (3, 30):
         batch = text(2, length)
         assert call(results[1].deployed, batch).shape == (2, 3)
+
+
+def free(captured: Any) -> list[list[bool]]:
+    return [[size is None for size in fixed_sizes(value)] for value in captured.inputs_of_program()]
+
+
+def test_dimensions_can_be_listed() -> None:
+    model, inputs = VARYING["text"].model(), text(3, 8)
+    captured = capture(model, inputs, {"input_ids": [1], "attention_mask": [0, -1]})
+    assert free(captured) == [[True, True], [True, True]]
+    assert captured.batch_axis == 0
+    assert free(capture(model, inputs, "fixed")) == free(capture(model, inputs, None)) == [[False, False]] * 2
+    assert free(capture(model, inputs, "auto")) == free(capture(model, inputs, "batch")) == [[True, False]] * 2
+    quantized = ts.quantize.static(model, [inputs], dynamic_shapes={"input_ids": [1], "attention_mask": [1]})
+    deployed = ts.deploy(quantized, inputs, dynamic_shapes={"input_ids": [1], "attention_mask": [1]})
+    other = text(2, 13)
+    assert sqnr(call(quantized, other), call(deployed, other)) > 35
+
+
+@pytest.mark.parametrize(("shapes", "message"), [
+    ("every", "'auto', 'batch', 'fixed'.*'every'"),
+    ({"ids": [1]}, "ids.*input_ids, attention_mask"),
+    ({"input_ids": [2]}, r"\[2\] of input 'input_ids', which has 2"),
+])  # fmt: skip
+def test_sizes_that_cannot_be_free_are_refused(shapes: Any, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        capture(VARYING["text"].model(), text(3, 8), shapes)

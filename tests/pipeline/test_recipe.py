@@ -67,6 +67,19 @@ def test_top_level_keys_reach_the_run() -> None:
     assert teacher is None
 
 
+def test_free_sizes_are_a_word_or_lists_of_dimensions() -> None:
+    step = '[[step]]\ndo = "prune"\nsparsity = 0.5'
+    for text, expected in (
+        ("", "auto"),
+        ('dynamic_shapes = "fixed"\n', "fixed"),
+        ("dynamic_shapes = { input_ids = [0, 1] }\n", {"input_ids": (0, 1)}),
+    ):
+        assert parse_recipe(HEAD + text + step).dynamic_shapes == expected
+    for text in ('"every"', "3", "{ input_ids = [] }", '{ input_ids = ["batch"] }'):
+        with pytest.raises(RecipeError, match="dynamic_shapes.*'auto', 'batch', 'fixed'"):
+            parse_recipe(HEAD + f"dynamic_shapes = {text}\n" + step)
+
+
 def test_a_step_of_the_users_own_needs_no_registration() -> None:
     (made,) = steps('[[step]]\ndo = "tests.support.toy:Shift"\nby = 1')
     assert (type(made).__name__, made.by) == ("Shift", 1.0)

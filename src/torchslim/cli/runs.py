@@ -55,6 +55,7 @@ def carried_out(
             threads=recipe.target.threads,
             teacher=teacher,
             engine=recipe.engine,
+            dynamic_shapes=recipe.dynamic_shapes,
             seed=recipe.seed,
             workdir=out / "work",
             overwrite=overwrite,

@@ -12,14 +12,63 @@ from torch.export import Dim
 
 from torchslim.errors import ExportError
 from torchslim.graph.calling import Flat, positional
-from torchslim.graph.io_structure import Structure
+from torchslim.graph.io_structure import Structure, leaf_names
 
+WORDS = ("auto", "batch", "fixed")
 CERTAIN = 1e-3  # samples that differ by less are the same; above it, a later axis may fit better
 
 
 def fixed_sizes(value: Tensor) -> list[int | None]:
     """Return the sizes of a program's value; None for a free size."""
     return [int(size) if isinstance(size, int) or str(size).isdigit() else None for size in value.shape]
+
+
+def normalized(dynamic_shapes: Any) -> Any:
+    """Return the argument with None for "fixed", after a check of its words.
+
+    Raises:
+        ExportError: an unknown word, or a list of dimensions that are no whole numbers.
+    """
+    if isinstance(dynamic_shapes, str) and dynamic_shapes not in WORDS:
+        raise ExportError(
+            f"dynamic_shapes must be 'auto', 'batch', 'fixed', None, lists of dimensions by input, or a torch.export "
+            f"spec, got {dynamic_shapes!r}"
+        )
+    return None if isinstance(dynamic_shapes, str) and dynamic_shapes == "fixed" else dynamic_shapes
+
+
+def lists_dimensions(dynamic_shapes: Any) -> bool:
+    """Return whether the argument lists the free dimensions of inputs, such as `{"input_ids": [0, 1]}`."""
+    return isinstance(dynamic_shapes, Mapping) and all(
+        isinstance(dims, (list, tuple)) and dims and all(type(dim) is int for dim in dims)
+        for dims in dynamic_shapes.values()
+    )
+
+
+def free_as_listed(
+    inputs: Structure, leaves: Sequence[Tensor], dims: Mapping[str, Sequence[int]], batch: Sequence[Any] | None
+) -> list[dict[int, Any] | None]:
+    """Return the free sizes: those of the batch, and the listed dimensions of every tensor of an input.
+
+    Raises:
+        ExportError: an input that does not exist, or a dimension that none of its tensors has.
+    """
+    known = inputs["dict"]
+    if unknown := sorted(set(dims) - set(known)):
+        raise ExportError(f"dynamic_shapes names the inputs {', '.join(unknown)}; the model takes {', '.join(known)}")
+    owners = [name for name, structure in known.items() for _ in leaf_names(structure)]
+    spec: list[dict[int, Any] | None] = []
+    for owner, leaf, sizes in zip(owners, leaves, batch or [None] * len(leaves), strict=True):
+        free = dict(sizes or {})
+        for dim in dims.get(owner, ()):
+            if -leaf.dim() <= dim < leaf.dim():
+                free.setdefault(dim % leaf.dim(), Dim.AUTO)
+        spec.append(free or None)
+    for name, listed in dims.items():
+        most = max((leaf.dim() for owner, leaf in zip(owners, leaves, strict=True) if owner == name), default=0)
+        if any(not -most <= dim < most for dim in listed):
+            raise ExportError(f"dynamic_shapes lists dimensions {list(listed)} of input {name!r}, which has {most}")
+    return spec
 
 
 def find_batch_axis(

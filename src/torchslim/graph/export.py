@@ -26,7 +26,15 @@ from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
 from torchslim.errors import ExportError, TorchslimError
 from torchslim.graph.calling import Flat, bind, examples_of
-from torchslim.graph.dynamic_sizes import _user_spec, find_batch_axis, fixed_sizes, free_where_examples_differ
+from torchslim.graph.dynamic_sizes import (
+    _user_spec,
+    find_batch_axis,
+    fixed_sizes,
+    free_as_listed,
+    free_where_examples_differ,
+    lists_dimensions,
+    normalized,
+)
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.packed_sequences import drop_unused_cells, packed_as_padded
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
@@ -92,17 +100,14 @@ def capture(
             span those of later calls.
         dynamic_shapes: "batch" finds the batch dimension by running two batch sizes and leaves it free (where the
             model's own code fixes it, the program is captured with a fixed batch, and a note says so); "auto" also
-            frees every size that differs between the examples; None fixes every size; any other value is read as
+            frees every size that differs between the examples; a dict such as `{"input_ids": [0, 1]}` frees the batch
+            and the listed dimensions of inputs; "fixed" or None fixes every size; any other value is read as
             `torch.export.export` reads it.
         outside: type of the program's floating-point inputs and outputs; it computes in the model's type, float32.
 
     Raises:
         ExportError: naming the line of the model's code that cannot be captured.
     """
-    if isinstance(dynamic_shapes, str) and dynamic_shapes not in ("auto", "batch"):
-        raise ExportError(
-            f"dynamic_shapes must be 'auto', 'batch', None or a torch.export spec, got {dynamic_shapes!r}"
-        )
     examples = [bind(model, example) for example in examples_of(example_inputs)]
     return capture_bound(model, examples[0], dynamic_shapes, outside, examples[1:])
 
@@ -115,6 +120,8 @@ def capture_bound(
     others: Sequence[Mapping[str, Any]] = (),
 ) -> Captured:
     """Export as `capture` does, with inputs by the names of the model's forward; `others` are further examples."""
+    dynamic_shapes = normalized(dynamic_shapes)
+    listed = lists_dimensions(dynamic_shapes)
     bound = to_device(dict(named), device_of(model))
     classes: dict[str, type] = {}
     leaves: list[Tensor] = []
@@ -130,7 +137,7 @@ def capture_bound(
     with untouched(model), unfused_attention():
         given_leaves = leaves
         variants: list[list[Tensor]] = []
-        if dynamic_shapes in ("auto", "batch"):
+        if listed or dynamic_shapes in ("auto", "batch"):
             if dynamic_shapes == "auto" and others:
                 variants = [leaves]
                 variants += [_variant(inputs, leaves, number, other) for number, other in enumerate(others, 2)]
@@ -139,6 +146,8 @@ def capture_bound(
             batch_spec = spec
             if variants:
                 spec = free_where_examples_differ(variants, spec)
+            elif listed:
+                spec = free_as_listed(inputs, leaves, dynamic_shapes, spec)
             if not any(spec or ()):
                 notes.append("no batch dimension was found: the sizes are fixed at those of the example inputs")
         elif dynamic_shapes is not None:
@@ -154,7 +163,7 @@ def capture_bound(
         if program is None and variants:
             notes.append(f"the sizes that differ between the examples cannot be free ({failure})")
             program, failure = _export(flat, leaves, batch_spec)
-        elif program is not None and variants:
+        elif program is not None and (variants or listed):
             notes += _pinned(spec or [], program, leaf_names(inputs))
         if program is None and axis is not None:
             fixed_program, _ = _export(flat, given_leaves, None)

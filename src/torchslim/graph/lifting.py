@@ -7,7 +7,7 @@ running the graph on the fake inputs fills them. Weights, which such a graph rea
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -33,7 +33,7 @@ from torchslim.core.isolation import quiet
 from torchslim.core.step import Inputs
 from torchslim.errors import TorchslimError
 from torchslim.graph.calling import bind, examples_of
-from torchslim.graph.dynamic_sizes import fixed_sizes
+from torchslim.graph.dynamic_sizes import fixed_sizes, lists_dimensions, normalized
 from torchslim.graph.export import WRAPPED, Captured, capture, own
 from torchslim.graph.io_structure import build, flatten
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
@@ -48,16 +48,17 @@ class Origin:
 
     Attributes:
         frame: the capture; its program holds the graph of the float model without weights.
-        dynamic_shapes: the argument of the capture; None, "batch" or "auto".
+        dynamic_shapes: the argument of the capture; None, "batch", "auto" or lists of dimensions.
     """
 
     frame: Captured
-    dynamic_shapes: str | None
+    dynamic_shapes: str | Mapping[str, Sequence[int]] | None
 
     @classmethod
     def of(cls, captured: Captured, dynamic_shapes: Any) -> Origin | None:
         """The origin of a capture; None where the caller named the free sizes, which deployment must export anew."""
-        if dynamic_shapes not in (None, "auto", "batch"):
+        dynamic_shapes = normalized(dynamic_shapes)
+        if dynamic_shapes is not None and not isinstance(dynamic_shapes, str) and not lists_dimensions(dynamic_shapes):
             return None
         light = copy.copy(captured.program)
         light._state_dict, light._constants = {}, {}
@@ -96,7 +97,7 @@ def lifted(model: nn.Module, example_inputs: Inputs | list[Inputs], dynamic_shap
     """
     if not isinstance(model, HasOrigin) or model.origin is None:
         return None
-    captured_as = model.origin.dynamic_shapes
+    captured_as, dynamic_shapes = model.origin.dynamic_shapes, normalized(dynamic_shapes)
     if dynamic_shapes != captured_as and (dynamic_shapes, captured_as) != ("batch", "auto"):
         return None
     frame, graph = model.origin.frame, model.program

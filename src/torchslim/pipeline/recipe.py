@@ -33,7 +33,8 @@ from torchslim.core.step import Engine, Step, Target, check_order
 from torchslim.core.task import Task
 from torchslim.distill import LOSSES, Distill
 from torchslim.distill.losses.registry import KINDS as LOSS_KINDS
-from torchslim.errors import RecipeError, TorchslimError
+from torchslim.errors import ExportError, RecipeError, TorchslimError
+from torchslim.graph.dynamic_sizes import lists_dimensions, normalized
 from torchslim.pipeline.document import load_document, parse_toml, sound
 from torchslim.prune import Prune
 from torchslim.quantize import Quantize
@@ -42,8 +43,8 @@ from torchslim.training.finetune import Finetune
 
 STEPS: Mapping[str, type] = {"prune": Prune, "finetune": Finetune, "distill": Distill, "quantize": Quantize}
 KINDS: Mapping[str, type] = {**STEPS, **LOSSES}  # classes that `do` may name
-KEYS = ("model", "task", "teacher", "runtime", "threads", "seed", "engine", "sensitivity", "step")
-NAMED = ("model", "task", "teacher", "seed", "sensitivity")
+KEYS = ("model", "task", "teacher", "runtime", "threads", "seed", "engine", "sensitivity", "dynamic_shapes", "step")
+NAMED = ("model", "task", "teacher", "seed", "sensitivity", "dynamic_shapes")
 MADE: Mapping[str, type] = {"model": nn.Module, "task": Task, "teacher": nn.Module}
 RANGE = ("search", "log", "step")  # the keys of a range
 T = TypeVar("T")
@@ -61,6 +62,18 @@ class Recipe:
     seed: Seed = 0
     engine: Engine = field(default_factory=Engine)
     sensitivity: str | None = None  # path of a saved `ts.sensitivity` analysis
+    dynamic_shapes: Any = "auto"  # "auto", "batch", "fixed", or lists of dimensions by input
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dynamic_shapes, str) and not lists_dimensions(self.dynamic_shapes):
+            raise RecipeError(
+                "dynamic_shapes must be 'auto', 'batch', 'fixed', or lists of dimensions such as "
+                f"{{ input_ids = [0, 1] }}, got {shown(self.dynamic_shapes)}"
+            )
+        try:
+            normalized(self.dynamic_shapes)
+        except ExportError as error:
+            raise RecipeError(str(error)) from error
 
     def load(self) -> tuple[nn.Module, Task, nn.Module | None]:
         """Make the model, the task and the teacher that the recipe names.

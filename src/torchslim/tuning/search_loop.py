@@ -91,6 +91,7 @@ def search(
     first_batch = take_first(task.val, "val")
     key = _key(space, model, teacher, first_batch)
     inputs: Any = task.inputs(first_batch) if example_inputs is None else example_inputs
+    dynamic_shapes = space.document.get("dynamic_shapes", dynamic_shapes)
     folder = Path(workdir)
     ledgers = _open(space, key, folder, storage=storage, study=study, sampler=sampler, beat=beat)
     lab = _make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress)

@@ -20,7 +20,17 @@ from torchslim.tuning.feasible import check_values
 Path = tuple[str | int, ...]
 PARAMETERS, CHOICES = 100, 100  # at most so many parameters, and so many choices of one parameter
 STEPS = 10**6  # at most so many steps from the low to the high end of a range
-FIXED = ("model", "task", "teacher", "budget", "seed", "sensitivity", "engine", "step")  # the same in every trial
+FIXED = (
+    "model",
+    "task",
+    "teacher",
+    "budget",
+    "seed",
+    "sensitivity",
+    "dynamic_shapes",
+    "engine",
+    "step",
+)  # the same in every trial
 
 
 @dataclass(frozen=True, kw_only=True)
