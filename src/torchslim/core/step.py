@@ -156,7 +156,20 @@ class Workbench(Protocol):
         ...
 
 
-CHECKED = ("task", "teacher", "example_inputs", "model", "target", "engine", "seed", "progress", "name", "state", "key")
+CHECKED = (
+    "task",
+    "teacher",
+    "example_inputs",
+    "examples",
+    "model",
+    "target",
+    "engine",
+    "seed",
+    "progress",
+    "name",
+    "state",
+    "key",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,9 +59,10 @@ def static(
     batch_list = list(batches)
     if not batch_list:
         raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
+    examples = [batch for batch in batch_list[:EXAMPLES] if isinstance(batch, (tuple, Mapping))]
     prepared = prepare(
         model,
-        batch_list[:EXAMPLES] if dynamic_shapes == "auto" else batch_list[0],
+        examples if dynamic_shapes == "auto" and len(examples) == len(batch_list[:EXAMPLES]) else batch_list[0],
         runtime=runtime,
         scheme=scheme,
         layers=layers,
