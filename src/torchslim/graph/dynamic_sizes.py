@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from torchslim.errors import ExportError
 from torchslim.graph.calling import Flat, positional
@@ -125,6 +125,33 @@ def free_where_examples_differ(
                 free.setdefault(dim, Dim.AUTO)  # the model's code may fix it, or tie it to another size
         spec.append(free or None)
     return spec
+
+
+def pinned_sizes(spec: Sequence[Any], program: ExportedProgram, names: Sequence[str]) -> list[str]:
+    """Return notes on the sizes that were to be free but that the model's code fixes, with the line that does."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    notes = []
+    for index, (name, sizes) in enumerate(zip(names, spec, strict=True)):
+        shape = fixed_sizes(values[program.graph_signature.user_inputs[index]])
+        for dim in sizes or ():
+            if shape[dim] is not None:
+                notes.append(
+                    f"the model's code fixes dimension {dim} of input {name!r} at {shape[dim]}"
+                    f"{_place(program, index, dim)}"
+                )
+    return notes
+
+
+def _place(program: ExportedProgram, index: int, dim: int) -> str:
+    """Return where the model's code fixes a size of an input, as text; empty if PyTorch has not recorded it."""
+    source = f"L['leaves'][{index}].size()[{dim}]"
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    shapes = next((mode.shape_env for value in values if (mode := getattr(value, "fake_mode", None))), None)
+    for symbol, sources in getattr(shapes, "var_to_sources", {}).items():
+        place = getattr(shapes, "replacements_slocs", {}).get(symbol)
+        if place is not None and any(str(getattr(known, "name", "")) == source for known in sources):
+            return f" {place}"
+    return ""
 
 
 def _user_spec(flat: Flat, spec: Any, bound: Mapping[str, Any]) -> list[Any]:

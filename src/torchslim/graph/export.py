@@ -11,7 +11,7 @@ import contextlib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from torchslim.graph.calling import Flat, bind, examples_of
 from torchslim.graph.dynamic_sizes import (
     _user_spec,
     find_batch_axis,
-    fixed_sizes,
     free_as_listed,
     free_where_examples_differ,
     lists_dimensions,
     normalized,
+    pinned_sizes,
 )
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.packed_sequences import drop_unused_cells, packed_as_padded
@@ -120,72 +120,106 @@ def capture_bound(
     others: Sequence[Mapping[str, Any]] = (),
 ) -> Captured:
     """Export as `capture` does, with inputs by the names of the model's forward; `others` are further examples."""
-    dynamic_shapes = normalized(dynamic_shapes)
-    listed = lists_dimensions(dynamic_shapes)
     bound = to_device(dict(named), device_of(model))
     classes: dict[str, type] = {}
     leaves: list[Tensor] = []
     inputs: Structure = {
         "dict": {name: describe(value, leaves, classes, f"input {name!r}") for name, value in bound.items()}
     }
-    leaves = [leaf.detach().clone() for leaf in leaves]
+    given = [leaf.detach().clone() for leaf in leaves]
     flat = Flat(model, inputs, classes, outside)
-    axis: int | None = None
-    notes: list[str] = []
-    spec: list[Any] | None = None
-    batch_spec: list[Any] | None = None
     with untouched(model), unfused_attention():
-        given_leaves = leaves
-        variants: list[list[Tensor]] = []
-        if listed or dynamic_shapes in ("auto", "batch"):
-            if dynamic_shapes == "auto" and others:
-                variants = [leaves]
-                variants += [_variant(inputs, leaves, number, other) for number, other in enumerate(others, 2)]
-                leaves = max(variants, key=lambda variant: sum(leaf.numel() for leaf in variant))
-            axis, leaves, spec = find_batch_axis(flat, leaves)
-            batch_spec = spec
-            if variants:
-                spec = free_where_examples_differ(variants, spec)
-            elif listed:
-                spec = free_as_listed(inputs, leaves, dynamic_shapes, spec)
-            if not any(spec or ()):
-                notes.append("no batch dimension was found: the sizes are fixed at those of the example inputs")
-        elif dynamic_shapes is not None:
-            spec = _user_spec(flat, dynamic_shapes, bound)
+        sizes = _sizes(flat, given, normalized(dynamic_shapes), bound, others)
         try:
-            result = flat.natural(leaves)
+            result = flat.natural(sizes.leaves)
         except Exception as error:
             raise ExportError(
                 f"the model fails on its example inputs at {user_line(error)}: {_first(error)}"
             ) from error
         outputs = describe(result, [], classes)
-        program, failure = _export(flat, leaves, spec)
-        if program is None and variants:
-            notes.append(f"the sizes that differ between the examples cannot be free ({failure})")
-            program, failure = _export(flat, leaves, batch_spec)
-        elif program is not None and (variants or listed):
-            notes += _pinned(spec or [], program, leaf_names(inputs))
-        if program is None and axis is not None:
-            fixed_program, _ = _export(flat, given_leaves, None)
-            if fixed_program is not None:
-                size = next(leaf.shape[axis] for leaf, sizes in zip(given_leaves, spec or (), strict=True) if sizes)
-                notes.append(f"the model's code fixes the batch size ({failure}): captured with batch size {size}")
-                program, axis, leaves = fixed_program, None, given_leaves
-    if program is None:
-        raise ExportError(f"torch.export cannot capture the model; {failure}")
+        program, sizes = _program(flat, sizes, given)
     return Captured(
         program=own(program),
         names=tuple(bound),
         inputs=inputs,
         outputs=outputs,
         classes=classes,
-        example=build(inputs, [leaf.cpu() for leaf in leaves], classes),
-        given=build(inputs, [leaf.cpu() for leaf in given_leaves], classes),
-        batch_axis=axis,
-        notes=tuple(notes),
-        guards=guards_of(program, axis),
-        variants=tuple(tuple(leaf.cpu() for leaf in variant) for variant in variants[1:]),
+        example=build(inputs, [leaf.cpu() for leaf in sizes.leaves], classes),
+        given=build(inputs, [leaf.cpu() for leaf in given], classes),
+        batch_axis=sizes.axis,
+        notes=sizes.notes,
+        guards=guards_of(program, sizes.axis),
+        variants=tuple(tuple(leaf.cpu() for leaf in variant) for variant in sizes.variants),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Which sizes of a capture are free.
+
+    Attributes:
+        leaves: the flat inputs to capture with.
+        axis: the batch dimension; None if it is fixed.
+        batch: the free sizes of the batch alone, by input.
+        spec: all free sizes, by input.
+        variants: flat inputs of further examples.
+        notes: remarks for the user.
+    """
+
+    leaves: list[Tensor]
+    axis: int | None = None
+    batch: list[Any] | None = None
+    spec: list[Any] | None = None
+    variants: Sequence[list[Tensor]] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _sizes(
+    flat: Flat, given: list[Tensor], dynamic_shapes: Any, bound: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
+) -> _Sizes:
+    """Find the free sizes, and the example to capture with: the largest one, if sizes differ."""
+    if dynamic_shapes is None:
+        return _Sizes(leaves=given)
+    listed = lists_dimensions(dynamic_shapes)
+    if not listed and dynamic_shapes not in ("auto", "batch"):
+        return _Sizes(leaves=given, spec=_user_spec(flat, dynamic_shapes, bound))
+    further = others if dynamic_shapes == "auto" else ()
+    variants = [_variant(flat.inputs, given, number, other) for number, other in enumerate(further, 2)]
+    largest = max((given, *variants), key=lambda leaves: sum(leaf.numel() for leaf in leaves))
+    axis, leaves, batch = find_batch_axis(flat, largest)
+    spec = batch
+    if variants:
+        spec = free_where_examples_differ([given, *variants], batch)
+    elif listed:
+        spec = free_as_listed(flat.inputs, leaves, dynamic_shapes, batch)
+    note = "no batch dimension was found: the sizes are fixed at those of the example inputs"
+    notes = () if any(spec or ()) else (note,)
+    return _Sizes(leaves=leaves, axis=axis, batch=batch, spec=spec, variants=variants, notes=notes)
+
+
+def _program(flat: Flat, sizes: _Sizes, given: list[Tensor]) -> tuple[ExportedProgram, _Sizes]:
+    """Export with all free sizes, else with the batch alone free, else with fixed sizes.
+
+    Raises:
+        ExportError: none of these can be captured.
+    """
+    program, failure = _export(flat, sizes.leaves, sizes.spec)
+    if program is None and sizes.axis is not None and sizes.spec != sizes.batch:
+        note = f"only the batch can be free, not further sizes ({failure})"
+        sizes = replace(sizes, spec=sizes.batch, notes=(*sizes.notes, note))
+        program, failure = _export(flat, sizes.leaves, sizes.spec)
+    if program is None and sizes.axis is not None:
+        batched = zip(given, sizes.spec or (), strict=True)
+        size = next(leaf.shape[sizes.axis] for leaf, free in batched if free)
+        note = f"the model's code fixes the batch size ({failure}): captured with batch size {size}"
+        sizes = replace(sizes, leaves=given, axis=None, spec=None, notes=(*sizes.notes, note))
+        program, _ = _export(flat, given, None)
+    if program is None:
+        raise ExportError(f"torch.export cannot capture the model; {failure}")
+    if sizes.spec != sizes.batch and (sizes.variants or sizes.batch is not None):
+        pinned = pinned_sizes(sizes.spec or [], program, leaf_names(flat.inputs))
+        sizes = replace(sizes, notes=(*sizes.notes, *pinned))
+    return program, sizes
 
 
 def _variant(inputs: Structure, first: Sequence[Tensor], number: int, other: Mapping[str, Any]) -> list[Tensor]:
@@ -205,33 +239,6 @@ def _variant(inputs: Structure, first: Sequence[Tensor], number: int, other: Map
                 f"the first, {two.dtype} with {two.dim()} in example {number}; give examples of one kind"
             )
     return [leaf.detach().to(one.device, copy=True) for one, leaf in zip(first, leaves, strict=True)]
-
-
-def _pinned(spec: Sequence[Any], program: ExportedProgram, names: Sequence[str]) -> list[str]:
-    """Notes on sizes that differ between the examples but that the model's code fixes, with the line that does."""
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    notes = []
-    for index, (name, sizes) in enumerate(zip(names, spec, strict=True)):
-        shape = fixed_sizes(values[program.graph_signature.user_inputs[index]])
-        for dim in sizes or ():
-            if shape[dim] is not None:
-                notes.append(
-                    f"the model's code fixes dimension {dim} of input {name!r} at {shape[dim]}"
-                    f"{_place(program, index, dim)}"
-                )
-    return notes
-
-
-def _place(program: ExportedProgram, index: int, dim: int) -> str:
-    """Return where the model's code fixes a size of an input, as text; empty if PyTorch has not recorded it."""
-    source = f"L['leaves'][{index}].size()[{dim}]"
-    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
-    shapes = next((mode.shape_env for value in values if (mode := getattr(value, "fake_mode", None))), None)
-    for symbol, sources in getattr(shapes, "var_to_sources", {}).items():
-        place = getattr(shapes, "replacements_slocs", {}).get(symbol)
-        if place is not None and any(str(getattr(known, "name", "")) == source for known in sources):
-            return f" {place}"
-    return ""
 
 
 def module_of(program: ExportedProgram) -> GraphModule:
