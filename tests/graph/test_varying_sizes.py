@@ -18,6 +18,7 @@ from torchslim.graph import size_guards
 from torchslim.graph.dynamic_sizes import fixed_sizes
 from torchslim.graph.export import capture
 from torchslim.graph.lifting import lifted
+from torchslim.graph.recurrent_shapes import recurrent_kept_whole
 from torchslim.quantize import sqnr
 from torchslim.quantize.preparation import convert, prepare
 
@@ -212,3 +213,30 @@ def test_dimensions_can_be_listed() -> None:
 def test_sizes_that_cannot_be_free_are_refused(shapes: Any, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         capture(VARYING["text"].model(), text(3, 8), shapes)
+
+
+def test_recurrent_layers_are_unrolled_again_whoever_leaves_last() -> None:
+    layers = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)
+    before = [dict(layer.py_kernels) for layer in layers]
+    first, second = recurrent_kept_whole(), recurrent_kept_whole()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert [dict(layer.py_kernels) for layer in layers] != before
+    second.__exit__(None, None, None)
+    assert [dict(layer.py_kernels) for layer in layers] == before
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True, "bias": False}]
+)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_recurrent_shapes_are_those_of_pytorch(kind: str, options: dict[str, Any]) -> None:
+    model = getattr(nn, kind)(3, 5, **options, **({"proj_size": 2} if kind == "LSTM" and not options else {})).eval()
+    x = torch.randn(4, 6, 3)
+    captured = capture(model, (x,), None)
+    states = model(x)[1]
+    expected = [model(x)[0], *(states if kind == "LSTM" else [states])]
+    assert [tuple(value.shape) for value in captured.outputs_of_program()] == [tuple(part.shape) for part in expected]
+    for one, two in zip(captured.program.module()(x), expected, strict=True):
+        torch.testing.assert_close(one, two)

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchslim.core.isolation import Shared
+
 aten = torch.ops.aten
 LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
+@Shared
 @contextmanager
 def recurrent_kept_whole() -> Iterator[None]:
     """Inside, captures compute the shapes of recurrent layers by formula, so that the number of steps stays free."""
