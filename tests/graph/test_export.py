@@ -166,7 +166,7 @@ def test_a_torch_export_spec_is_read_as_torch_reads_it(form: str) -> None:
 
 @pytest.mark.parametrize("spec", ["time", {"y": None}, 3])
 def test_other_dynamic_shapes_are_refused(spec: Any) -> None:
-    with pytest.raises(ExportError, match="dynamic_shapes.*'batch', None"):
+    with pytest.raises(ExportError, match="dynamic_shapes.*'batch'.*None"):
         capture(nn.Linear(4, 2), (torch.randn(3, 4),), spec)
 
 

@@ -73,6 +73,8 @@ def test_a_quantized_program_is_lifted_with_its_free_sizes() -> None:
     assert captured is not None
     assert [str(size).isdigit() for size in captured.inputs_of_program()[0].shape] == [False, False]
     assert len(captured.variants) == len(examples) - 1
+    for each in (captured, capture(model, examples, "auto")):  # what is timed: the first example, with two samples
+        assert each.example["input_ids"].shape == (2, 5)
 
 
 def test_sizes_that_the_code_fixes_are_named_with_the_line() -> None:

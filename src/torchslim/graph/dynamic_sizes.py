@@ -188,9 +188,14 @@ def _spread(structure: Structure, spec: Any, entries: list[Any], path: str) -> N
         _spread(part, specs.get(key), entries, f"{path}[{key!r}]")
 
 
+def pick_samples(leaf: Tensor, axis: int, count: int) -> Tensor:
+    """Return the first `count` samples, again from the first one where there are fewer."""
+    return _pick(leaf, axis, torch.arange(count) % max(leaf.shape[axis], 1))
+
+
 def _samples(leaf: Tensor, axis: int, count: int) -> Tensor:
     """Take `count` samples along the axis; floats are scaled so that samples differ even if the example's do not."""
-    samples = _pick(leaf, axis, torch.arange(count) % max(leaf.shape[axis], 1))
+    samples = pick_samples(leaf, axis, count)
     if leaf.is_floating_point():
         view = [1] * leaf.dim()
         view[axis] = count

@@ -33,6 +33,7 @@ from torchslim.graph.dynamic_sizes import (
     free_where_examples_differ,
     lists_dimensions,
     normalized,
+    pick_samples,
     pinned_sizes,
 )
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
@@ -144,7 +145,7 @@ def capture_bound(
         inputs=inputs,
         outputs=outputs,
         classes=classes,
-        example=build(inputs, [leaf.cpu() for leaf in sizes.leaves], classes),
+        example=build(inputs, [leaf.cpu() for leaf in sizes.example(given)], classes),
         given=build(inputs, [leaf.cpu() for leaf in given], classes),
         batch_axis=sizes.axis,
         notes=sizes.notes,
@@ -172,6 +173,17 @@ class _Sizes:
     spec: list[Any] | None = None
     variants: Sequence[list[Tensor]] = ()
     notes: tuple[str, ...] = ()
+
+    def example(self, given: list[Tensor]) -> list[Tensor]:
+        """The caller's first example, which may be smaller, with as many samples as the program is captured with."""
+        if not self.variants or self.axis is None:
+            return self.leaves
+        counts = [
+            leaf.shape[self.axis] if free else 0 for leaf, free in zip(self.leaves, self.batch or (), strict=True)
+        ]
+        return [
+            pick_samples(leaf, self.axis, count) if count else leaf for leaf, count in zip(given, counts, strict=True)
+        ]
 
 
 def _sizes(
@@ -216,8 +228,8 @@ def _program(flat: Flat, sizes: _Sizes, given: list[Tensor]) -> tuple[ExportedPr
         program, _ = _export(flat, given, None)
     if program is None:
         raise ExportError(f"torch.export cannot capture the model; {failure}")
-    if sizes.spec != sizes.batch and (sizes.variants or sizes.batch is not None):
-        pinned = pinned_sizes(sizes.spec or [], program, leaf_names(flat.inputs))
+    if sizes.spec is not None and sizes.spec != sizes.batch and (sizes.variants or sizes.batch is not None):
+        pinned = pinned_sizes(sizes.spec, program, leaf_names(flat.inputs))
         sizes = replace(sizes, notes=(*sizes.notes, *pinned))
     return program, sizes
 

@@ -33,7 +33,7 @@ from torchslim.core.isolation import quiet
 from torchslim.core.step import Inputs
 from torchslim.errors import TorchslimError
 from torchslim.graph.calling import bind, examples_of
-from torchslim.graph.dynamic_sizes import fixed_sizes, lists_dimensions, normalized
+from torchslim.graph.dynamic_sizes import fixed_sizes, lists_dimensions, normalized, pick_samples
 from torchslim.graph.export import WRAPPED, Captured, capture, own
 from torchslim.graph.io_structure import build, flatten
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
@@ -149,7 +149,7 @@ def _sampled(frame: Captured, leaves: Sequence[Tensor]) -> list[Tensor]:
         leaves, flatten(frame.inputs, frame.example), frame.inputs_of_program(), strict=True
     ):
         if axis is not None and leaf.dim() > axis and not isinstance(value.shape[axis], int):
-            leaf = leaf.index_select(axis, torch.arange(captured.shape[axis]) % max(leaf.shape[axis], 1))
+            leaf = pick_samples(leaf, axis, captured.shape[axis])
         sampled.append(leaf)
     return sampled
 
