@@ -243,3 +243,21 @@ def test_recurrent_shapes_are_those_of_pytorch(kind: str, options: dict[str, Any
     assert [tuple(value.shape) for value in captured.outputs_of_program()] == [tuple(part.shape) for part in expected]
     for one, two in zip(captured.program.module()(x), expected, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["inductor", "aoti"])
+def test_compilers_that_unroll_keep_the_number_of_steps(runtime: str) -> None:
+    """Costs 20 s: they would compute something else for a series of another length."""
+    case = VARYING["lstm"]
+    model, examples = case.model(), case.examples()
+    deployed = ts.deploy(model, examples, runtime=runtime, threads=1)
+    (note,) = [note for note in deployed.spec.notes if "fixed sizes" in note]
+    assert "unrolls" in note
+    torch.testing.assert_close(deployed(*examples[0]), model(*examples[0]).detach(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(DeployError, match=r"\(any, 5, 4\).*\(2, 7, 4\)"):
+        deployed(*examples[2])
+    other = VARYING["text"]
+    deployed = ts.deploy(other.model(), other.examples(), runtime=runtime, threads=1)
+    inputs = other.inputs(1, 13)
+    torch.testing.assert_close(call(deployed, inputs), call(other.model(), inputs).detach(), rtol=1e-4, atol=1e-4)

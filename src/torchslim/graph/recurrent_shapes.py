@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from torchslim.core.isolation import Shared
+from torchslim.errors import DeployError
 
 aten = torch.ops.aten
 LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
@@ -35,6 +37,22 @@ def recurrent_kept_whole() -> Iterator[None]:
         for layer, key, kernel in kernels:
             layer.py_kernels[key] = kernel
             layer._dispatch_cache.clear()
+
+
+def need_fixed_steps(program: ExportedProgram, runtime: str) -> None:
+    """Raise DeployError if a recurrent layer has a free number of steps, for compilers that unroll it.
+
+    They would unroll as many steps as the example has, and compute something else for other lengths.
+    """
+    for node in program.graph.nodes:
+        if node.target not in LAYERS:
+            continue
+        value, batch_first = node.args[0].meta["val"], bool(node.args[8])
+        if not str(value.shape[1 if batch_first else 0]).isdigit():
+            raise DeployError(
+                f"runtime {runtime!r} unrolls recurrent layers, so that their number of steps must be fixed; use "
+                "'onnxruntime', 'openvino' or 'eager' for series of any length"
+            )
 
 
 def _lstm(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:

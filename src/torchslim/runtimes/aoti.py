@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torchslim.core.isolation import quiet, torch_threads
 from torchslim.errors import DeployError, ExportError
 from torchslim.graph.export import Captured
+from torchslim.graph.recurrent_shapes import need_fixed_steps
 from torchslim.runtimes.base import Runtime
 from torchslim.runtimes.inductor import (
     DEQUANTIZE,
@@ -45,6 +46,7 @@ SOURCES = (".cpp", "kernel_metadata.json")
 
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
     need_compiler("aoti")
+    need_fixed_steps(captured.program, "aoti")
     program = rows_gathered(inputs_kept(captured.program))
     settings: dict[str, Any] = {
         "aot_inductor.enable_line_tables": False,

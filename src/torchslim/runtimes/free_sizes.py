@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.errors import DeployError, RuntimeUnavailable, TorchslimError
-from torchslim.graph.export import Captured, capture_bound
+from torchslim.graph.export import Captured, capture_bound, module_of
 from torchslim.graph.io_structure import flatten
 
 if TYPE_CHECKING:
     from torchslim.runtimes.spec import Session, Spec
 
+WRONG = 0.3  # relative difference of an output; integer kernels stay below a tenth
 SAMPLES = 3  # batch size of the trial; programs are captured with 2
 
 
@@ -51,8 +52,7 @@ def compiled(
         result = make(captured)
         if trial and axis is not None:
             _try_batch(captured, axis, batched, symbols, result[1])
-        if trial:
-            _try_variants(captured, result[1])
+        _try_variants(captured, result[1])
         return captured, *result
     except (RuntimeUnavailable, AssertionError):
         raise
@@ -97,14 +97,34 @@ def _with_free_batch(
 
 
 def _try_variants(captured: Captured, session: Session) -> None:
-    """Run the smallest and the largest further example; raise DeployError if that fails."""
+    """Run the smallest and the largest further example; raise DeployError if that fails or the answers are wrong.
+
+    Right answers are those of PyTorch; integer kernels may differ from a quantized program by some steps.
+    """
+    module = module_of(captured.program)
     by_size = sorted(captured.variants, key=lambda leaves: sum(leaf.numel() for leaf in leaves))
     for leaves in by_size[:1] + by_size[1:][-1:]:
         try:
-            session([leaf.contiguous() for leaf in leaves])
+            answers = list(session([leaf.contiguous() for leaf in leaves]))
         except Exception as error:
-            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-            raise DeployError(f"an example of the sizes {shapes} fails: {_first(error)}") from error
+            raise DeployError(f"an example of the sizes {_shapes(leaves)} fails: {_first(error)}") from error
+        with torch.no_grad():
+            expected = list(module(*leaves))
+        for answer, right in zip(answers, expected, strict=True):
+            if answer.shape != right.shape or _apart(right, answer) > WRONG:
+                raise DeployError(f"an example of the sizes {_shapes(leaves)} is computed wrongly")
+
+
+def _shapes(leaves: Sequence[Tensor]) -> str:
+    return ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+
+
+def _apart(right: Tensor, answer: Tensor) -> float:
+    """Norm of the difference over the norm of the right answer; 0 for values that are no floats or not finite."""
+    if not right.is_floating_point() or not right.numel() or not bool(torch.isfinite(right).all()):
+        return 0.0
+    one, two = right.double(), answer.double()
+    return float((one - two).norm() / (one.norm() + 1e-12))
 
 
 def _try_batch(

@@ -17,8 +17,9 @@ from torch.fx import GraphModule, Node
 
 from torchslim.core.isolation import quiet
 from torchslim.errors import RuntimeUnavailable
-from torchslim.graph.export import Captured, layer_of
+from torchslim.graph.export import Captured, layer_of, module_of
 from torchslim.graph.io_structure import flatten
+from torchslim.graph.recurrent_shapes import need_fixed_steps
 from torchslim.runtimes.base import Runtime
 from torchslim.runtimes.eager import session_of
 from torchslim.runtimes.kernel_listing import decomposed
@@ -177,7 +178,8 @@ class _Compiled:
     """A compiled module and the code that was generated for it."""
 
     def __init__(self, captured: Captured, threads: int | None) -> None:
-        module = rows_gathered(inputs_kept(captured.program)).module()
+        need_fixed_steps(captured.program, "inductor")
+        module = module_of(rows_gathered(inputs_kept(captured.program)))
         fold_weights(module)
         self.program = captured.program
         self.run: Callable[[list[Tensor]], Sequence[Tensor]] = session_of(torch.compile(module), threads)
