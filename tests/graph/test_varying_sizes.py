@@ -156,6 +156,13 @@ def test_one_example_leaves_the_batch_alone_free() -> None:
     assert free == [False, True, True, True]
 
 
+def test_a_smaller_last_batch_is_no_further_size() -> None:
+    model = VARYING["convolutions"].model()
+    captured = capture(model, [image(8, 9, 9), image(3, 9, 9), image(8, 12, 9), image(5, 12, 9)])
+    assert [tuple(leaf.shape for leaf in leaves) for leaves in captured.variants] == [((2, 3, 12, 9),)]
+    assert not capture(model, [image(8, 9, 9), image(3, 9, 9)]).variants
+
+
 def padded(samples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
     """Pad sentences to the longest one."""
     longest = max(len(ids) for ids, _ in samples)

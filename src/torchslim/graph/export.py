@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from torchslim.graph.calling import Flat, bind, examples_of
 from torchslim.graph.dynamic_sizes import (
     _user_spec,
     find_batch_axis,
+    fixed_sizes,
     free_as_listed,
     free_where_examples_differ,
     lists_dimensions,
@@ -39,7 +40,7 @@ from torchslim.graph.dynamic_sizes import (
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.packed_sequences import drop_unused_cells, packed_as_padded
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
-from torchslim.graph.size_guards import guards_of
+from torchslim.graph.size_guards import broken, guards_of
 
 TORCH = Path(torch.__file__).parent
 OURS = Path(__file__).parents[1]
@@ -52,8 +53,9 @@ class Captured:
 
     `names` are the parameters of the model's forward in order; `inputs` (a dict by those names) and `outputs` are the
     structures of the model's inputs and outputs; `batch_axis` is the free dimension of the inputs, None when fixed.
-    `example` are inputs of the sizes that the program was captured with, `given` the inputs that the caller passed, and
-    `variants` the flat inputs of further examples; `guards` are the relations of free sizes that the program needs.
+    `example` are inputs of the sizes that the program was captured with, `given` the inputs that the caller passed,
+    `variants` flat inputs of further examples of other sizes that the program takes, with as many samples; `guards` the
+    relations of free sizes that the program needs.
     """
 
     program: ExportedProgram
@@ -76,6 +78,13 @@ class Captured:
             for node in self.program.graph.nodes
             if node.op == "placeholder" and node.name in input_names
         ]
+
+    def takes(self, leaves: Sequence[Tensor]) -> bool:
+        """Return whether the program takes flat inputs of these sizes."""
+        for leaf, value in zip(leaves, self.inputs_of_program(), strict=True):
+            if any(size not in (None, actual) for size, actual in zip(fixed_sizes(value), leaf.shape, strict=True)):
+                return False
+        return broken(self.guards, [leaf.shape for leaf in leaves]) is None
 
     def outputs_of_program(self) -> list[Tensor]:
         """Return the example values of the program's outputs that are tensors."""
@@ -139,19 +148,22 @@ def capture_bound(
             ) from error
         outputs = describe(result, [], classes)
         program, sizes = _program(flat, sizes, given)
-    return Captured(
+    # the first example, not the largest one, is timed
+    example = sizes.sampled(given) if sizes.variants else sizes.leaves
+    captured = Captured(
         program=own(program),
         names=tuple(bound),
         inputs=inputs,
         outputs=outputs,
         classes=classes,
-        example=build(inputs, [leaf.cpu() for leaf in sizes.example(given)], classes),
+        example=build(inputs, [leaf.cpu() for leaf in example], classes),
         given=build(inputs, [leaf.cpu() for leaf in given], classes),
         batch_axis=sizes.axis,
         notes=sizes.notes,
         guards=guards_of(program, sizes.axis),
-        variants=tuple(tuple(leaf.cpu() for leaf in variant) for variant in sizes.variants),
     )
+    further = other_sizes(example, map(sizes.sampled, sizes.variants))
+    return replace(captured, variants=tuple(leaves for leaves in further if captured.takes(leaves)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,16 +186,23 @@ class _Sizes:
     variants: Sequence[list[Tensor]] = ()
     notes: tuple[str, ...] = ()
 
-    def example(self, given: list[Tensor]) -> list[Tensor]:
-        """The caller's first example, which may be smaller, with as many samples as the program is captured with."""
-        if not self.variants or self.axis is None:
-            return self.leaves
+    def sampled(self, leaves: list[Tensor]) -> list[Tensor]:
+        """An example with as many samples as the program is captured with."""
+        if self.axis is None:
+            return leaves
         counts = [
             leaf.shape[self.axis] if free else 0 for leaf, free in zip(self.leaves, self.batch or (), strict=True)
         ]
         return [
-            pick_samples(leaf, self.axis, count) if count else leaf for leaf, count in zip(given, counts, strict=True)
+            pick_samples(leaf, self.axis, count) if count else leaf for leaf, count in zip(leaves, counts, strict=True)
         ]
+
+
+def other_sizes(first: Sequence[Tensor], others: Iterable[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], ...]:
+    """Return the examples whose sizes differ from those of the first, one for each combination of sizes."""
+    by_shapes = {tuple(leaf.shape for leaf in leaves): tuple(leaf.cpu() for leaf in leaves) for leaves in others}
+    by_shapes.pop(tuple(leaf.shape for leaf in first), None)
+    return tuple(by_shapes.values())
 
 
 def _sizes(

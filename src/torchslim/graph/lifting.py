@@ -34,7 +34,7 @@ from torchslim.core.step import Inputs
 from torchslim.errors import TorchslimError
 from torchslim.graph.calling import bind, examples_of
 from torchslim.graph.dynamic_sizes import fixed_sizes, lists_dimensions, normalized, pick_samples
-from torchslim.graph.export import WRAPPED, Captured, capture, own
+from torchslim.graph.export import WRAPPED, Captured, capture, other_sizes, own
 from torchslim.graph.io_structure import build, flatten
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
 
@@ -121,7 +121,7 @@ def lifted(model: nn.Module, example_inputs: Inputs | list[Inputs], dynamic_shap
         program=own(program),
         example=build(frame.inputs, sampled, frame.classes),
         given=build(frame.inputs, leaves, frame.classes),
-        variants=tuple(tuple(variant) for variant in others),
+        variants=other_sizes(sampled, (_sampled(frame, variant) for variant in others)),
     )
 
 
