@@ -99,6 +99,9 @@ def test_a_size_on_the_other_side_of_a_branch_is_refused() -> None:
             return 2 * self.layer(x) if x.shape[1] > 10 else self.layer(x)
 
     model = Branch()
+    quantized = ts.quantize.static(model, [(torch.randn(2, 12, 4),), (torch.randn(2, 20, 4),)])
+    with pytest.raises(QuantizeError, match=r"x\.shape\[1\] > 10"):
+        quantized(torch.randn(3, 6, 4))
     examples: list[Any] = [(torch.randn(2, 12, 4),), (torch.randn(2, 20, 4),)]
     for runtime in RUNTIMES:
         deployed = ts.deploy(model, examples, runtime=runtime, threads=1)

@@ -56,5 +56,6 @@ def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedMod
         prepared.outputs,
         prepared.classes,
         records=prepared.records,
+        sizes=prepared.sizes,
         origin=prepared.origin,
     )

@@ -44,7 +44,28 @@ class Called(nn.Module):
         self.program: GraphModule = program
         self.inputs, self.outputs, self.classes = inputs, outputs, dict(classes)
         self.forward_signature = signature
+        self.sizes: Sequence[Sequence[int | None]] = ()
+        self.origin: Origin | None = None
         self.training = False
+
+    def check_sizes(self, leaves: Sequence[Tensor]) -> None:
+        """Raise QuantizeError for sizes that the captured graph does not take."""
+        if not all(isinstance(size, int) for leaf in leaves for size in leaf.shape):
+            return  # symbols of a capture
+        names = leaf_names(self.inputs)
+        advice = "prepare the model with a list of example inputs that span the sizes"
+        for name, leaf, sizes in zip(names, leaves, self.sizes, strict=False):
+            if leaf.dim() != len(sizes) or any(
+                size not in (None, actual) for size, actual in zip(sizes, leaf.shape, strict=True)
+            ):
+                expected = ", ".join("any" if size is None else str(size) for size in sizes)
+                raise QuantizeError(
+                    f"input {name!r} must have the shape ({expected}), got {tuple(leaf.shape)}; {advice}"
+                )
+        guards = () if self.origin is None else self.origin.frame.guards
+        if (guard := broken(guards, [leaf.shape for leaf in leaves])) is not None:
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+            raise QuantizeError(f"the sizes {shapes} do not fit: the graph needs {readable(guard, names)}; {advice}")
 
 
 class QuantizedModule(Called):
@@ -66,15 +87,18 @@ class QuantizedModule(Called):
         *args: Any,
         records: Sequence[LayerRecord] = (),
         evidence: Evidence | None = None,
+        sizes: Sequence[Sequence[int | None]] = (),
         origin: Origin | None = None,
     ) -> None:
         super().__init__(*args)
-        self.origin = origin
+        self.sizes, self.origin = sizes, origin
         self.records, self.notes, self.evidence = list(records), [], evidence
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = bind_call(self.forward_signature, args, kwargs)
-        return build(self.outputs, self.program(*flatten(self.inputs, named, "inputs")), self.classes)
+        leaves = flatten(self.inputs, named, "inputs")
+        self.check_sizes(leaves)
+        return build(self.outputs, self.program(*leaves), self.classes)
 
     def train(self, mode: bool = True) -> QuantizedModule:
         """Only `train(False)` is possible."""
@@ -177,23 +201,6 @@ class Prepared(Called):
         """Model inputs as the flat tensors that the program takes, on the device of its weights."""
         device = device_of(self.program)
         return [leaf.to(device) for leaf in flatten(self.inputs, bind(self, inputs), "inputs")]
-
-    def check_sizes(self, leaves: Sequence[Tensor]) -> None:
-        """Raise QuantizeError for sizes that the captured graph does not take."""
-        names = leaf_names(self.inputs)
-        advice = "prepare the model with a list of example inputs that span the sizes"
-        for name, leaf, sizes in zip(names, leaves, self.sizes, strict=False):
-            if leaf.dim() != len(sizes) or any(
-                size not in (None, actual) for size, actual in zip(sizes, leaf.shape, strict=True)
-            ):
-                expected = ", ".join("any" if size is None else str(size) for size in sizes)
-                raise QuantizeError(
-                    f"input {name!r} must have the shape ({expected}), got {tuple(leaf.shape)}; {advice}"
-                )
-        guards = () if self.origin is None else self.origin.frame.guards
-        if (guard := broken(guards, [leaf.shape for leaf in leaves])) is not None:
-            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-            raise QuantizeError(f"the sizes {shapes} do not fit: the graph needs {readable(guard, names)}; {advice}")
 
     def observe(self, wanted: bool) -> None:
         """Switch the observers of the modules that round on or off."""
