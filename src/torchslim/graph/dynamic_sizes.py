@@ -96,9 +96,9 @@ def find_batch_axis(
                 continue
             distance = max(_apart(*pair, order) for pair in zip(full, part, strict=True))
             if distance <= 1 and (best is None or distance < best[0]):
-                index = torch.arange(2) % max(size, 1)
                 example = [
-                    _pick(leaf, axis, index) if varies else leaf for leaf, varies in zip(leaves, batched, strict=True)
+                    pick_samples(leaf, axis, 2) if varies else leaf
+                    for leaf, varies in zip(leaves, batched, strict=True)
                 ]
                 best = distance, (axis, example, [{axis: Dim.DYNAMIC} if varies else None for varies in batched])
                 if distance <= CERTAIN:

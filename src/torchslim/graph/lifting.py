@@ -157,14 +157,12 @@ def _sampled(frame: Captured, leaves: Sequence[Tensor]) -> list[Tensor]:
 def _copy(graph: GraphModule) -> GraphModule | None:
     """A copy of the nodes that shares the weights; None where they hold more than operations on tensors."""
     copied = GraphModule(graph, copy.deepcopy(graph.graph))
-    for node in list(copied.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
-            copied.graph.erase_node(node)  # compares sizes of inputs, which a program states by itself
-        elif node.op == "call_module" or "unbacked_bindings" in node.meta:
+    for node in copied.graph.nodes:
+        if node.op == "call_module" or "unbacked_bindings" in node.meta:
             return None
-        elif node.op == "get_attr" and not isinstance(_attribute(graph, node.target), Tensor):
+        if node.op == "get_attr" and not isinstance(_attribute(graph, node.target), Tensor):
             return None  # the body of a loop or a branch
-        elif node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr":
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr":
             return None  # state that a call changes
     copied.recompile()
     return copied

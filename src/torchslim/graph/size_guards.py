@@ -11,6 +11,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -66,7 +67,7 @@ def parse(relation: str) -> ast.expr:
     if len(relation) > LENGTH:
         raise ValueError("a relation of sizes is too long")
     try:
-        tree = ast.parse(relation, mode="eval").body
+        tree = _tree(relation)
         values = dict.fromkeys(_names(tree), 2)
         _value(tree, values)
     except (SyntaxError, RecursionError, MemoryError, ZeroDivisionError, TypeError) as error:
@@ -79,7 +80,7 @@ def broken(relations: Sequence[str], shapes: Sequence[Sequence[int]]) -> str | N
     sizes = {f"s{index}_{dim}": size for index, shape in enumerate(shapes) for dim, size in enumerate(shape)}
     for relation in relations:
         try:
-            holds = bool(_value(ast.parse(relation, mode="eval").body, sizes))
+            holds = bool(_value(_tree(relation), sizes))
         except (KeyError, ZeroDivisionError):
             holds = False
         if not holds:
@@ -90,6 +91,12 @@ def broken(relations: Sequence[str], shapes: Sequence[Sequence[int]]) -> str | N
 def readable(relation: str, names: Sequence[str]) -> str:
     """A relation with the names of the inputs, such as `x.shape[2] % 4 == 0`."""
     return NAME.sub(lambda match: f"{names[int(match[1])]}.shape[{match[2]}]", relation)
+
+
+@lru_cache(maxsize=10_000)
+def _tree(relation: str) -> ast.expr:
+    """The syntax tree of a relation, which every call of a deployed model needs."""
+    return ast.parse(relation, mode="eval").body
 
 
 def _names(tree: ast.expr) -> set[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.errors import DeployError, RuntimeUnavailable, TorchslimError
+from torchslim.graph.dynamic_sizes import pick_samples
 from torchslim.graph.export import Captured, capture_bound, module_of
 from torchslim.graph.io_structure import flatten
 
@@ -52,7 +53,8 @@ def compiled(
         result = make(captured)
         if trial and axis is not None:
             _try_batch(captured, axis, batched, symbols, result[1])
-        _try_variants(captured, result[1])
+        if captured.variants:
+            _try_variants(captured, result[1])
         return captured, *result
     except (RuntimeUnavailable, AssertionError):
         raise
@@ -132,7 +134,7 @@ def _try_batch(
 ) -> None:
     """Run another batch size; raise DeployError if that fails or the outputs have other sizes than the program's."""
     leaves = [
-        leaf.index_select(axis, torch.arange(SAMPLES) % leaf.shape[axis]) if is_batched else leaf
+        pick_samples(leaf, axis, SAMPLES) if is_batched else leaf
         for leaf, is_batched in zip(flatten(captured.inputs, captured.example), batched, strict=True)
     ]
     try:
