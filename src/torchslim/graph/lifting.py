@@ -33,7 +33,7 @@ from torchslim.core.isolation import quiet
 from torchslim.core.step import Inputs
 from torchslim.errors import TorchslimError
 from torchslim.graph.calling import bind, examples_of
-from torchslim.graph.dynamic_sizes import fixed_sizes, lists_dimensions, normalized, pick_samples
+from torchslim.graph.dynamic_sizes import lists_dimensions, normalized, pick_samples
 from torchslim.graph.export import WRAPPED, Captured, capture, other_sizes, own
 from torchslim.graph.io_structure import build, flatten
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
@@ -134,12 +134,9 @@ def _leaves(model: nn.Module, frame: Captured, example_inputs: Inputs) -> list[T
         leaves = [leaf.detach().cpu().clone() for leaf in flatten(frame.inputs, named, "inputs")]
     except TorchslimError:  # another structure of inputs is another program
         return None
-    for leaf, value in zip(leaves, frame.inputs_of_program(), strict=True):
-        if leaf.dtype != value.dtype or leaf.dim() != value.dim():
-            return None
-        if any(size not in (None, actual) for size, actual in zip(fixed_sizes(value), leaf.shape, strict=True)):
-            return None
-    return leaves
+    pairs = zip(leaves, frame.inputs_of_program(), strict=True)
+    alike = all((leaf.dtype, leaf.dim()) == (value.dtype, value.dim()) for leaf, value in pairs)
+    return leaves if alike and frame.takes(leaves) else None
 
 
 def _sampled(frame: Captured, leaves: Sequence[Tensor]) -> list[Tensor]:
