@@ -206,13 +206,10 @@ def _sliced(evidence: Evidence, deployed: Deployed) -> _Given | None:
 
 
 def _fits(deployed: Deployed, run: Run) -> bool:
+    """Whether a deployed model takes these flat inputs."""
     spec = deployed.spec
-    return all(
-        str(leaf.dtype) == f"torch.{dtype}"
-        and leaf.dim() == len(sizes)
-        and all(size is None or size == got for size, got in zip(sizes, leaf.shape, strict=True))
-        for leaf, sizes, dtype in zip(run, spec.sizes, spec.dtypes, strict=True)
-    )
+    dtypes_fit = all(str(leaf.dtype) == f"torch.{dtype}" for leaf, dtype in zip(run, spec.dtypes, strict=True))
+    return dtypes_fit and spec.input_sizes.misfit([leaf.shape for leaf in run]) is None
 
 
 def _repaired(

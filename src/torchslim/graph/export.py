@@ -40,7 +40,7 @@ from torchslim.graph.dynamic_sizes import (
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.packed_sequences import drop_unused_cells, packed_as_padded
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
-from torchslim.graph.size_guards import broken, guards_of
+from torchslim.graph.size_guards import InputSizes, guards_of
 
 TORCH = Path(torch.__file__).parent
 OURS = Path(__file__).parents[1]
@@ -79,12 +79,14 @@ class Captured:
             if node.op == "placeholder" and node.name in input_names
         ]
 
+    @property
+    def input_sizes(self) -> InputSizes:
+        """Sizes of the flat inputs that the program takes."""
+        return InputSizes(sizes=[fixed_sizes(value) for value in self.inputs_of_program()], guards=self.guards)
+
     def takes(self, leaves: Sequence[Tensor]) -> bool:
         """Return whether the program takes flat inputs of these sizes."""
-        for leaf, value in zip(leaves, self.inputs_of_program(), strict=True):
-            if any(size not in (None, actual) for size, actual in zip(fixed_sizes(value), leaf.shape, strict=True)):
-                return False
-        return broken(self.guards, [leaf.shape for leaf in leaves]) is None
+        return self.input_sizes.misfit([leaf.shape for leaf in leaves]) is None
 
     def outputs_of_program(self) -> list[Tensor]:
         """Return the example values of the program's outputs that are tensors."""

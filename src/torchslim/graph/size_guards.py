@@ -2,7 +2,8 @@
 
 The code of a model may branch on sizes, or fit only to multiples of one. A capture follows one path, and records the
 relations of sizes that lead to it. They are kept as texts of a small language: whole numbers, sizes such as `s0_2`
-(dimension 2 of the input tensor 0), `+ - * // %`, `max`, `min`, comparisons, `and`, `or`, `not`.
+(dimension 2 of the input tensor 0), `+ - * // %`, `max`, `min`, comparisons, `and`, `or`, `not`. `InputSizes` holds
+them together with the fixed sizes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +36,38 @@ OPERATIONS: Mapping[type, Callable[[Any, Any], Any]] = {
 }
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {"max": max, "min": min}
 LARGEST = 2**63
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSizes:
+    """The sizes of flat inputs that a captured program takes.
+
+    Attributes:
+        sizes: those of every input tensor; None for a free size.
+        guards: relations of the free sizes.
+    """
+
+    sizes: Sequence[Sequence[int | None]]
+    guards: Sequence[str] = ()
+
+    def misfit(self, shapes: Sequence[Sequence[int]]) -> int | str | None:
+        """The index of the first input of another shape, else the first guard that is broken; None if all fit."""
+        for index, (sizes, shape) in enumerate(zip(self.sizes, shapes, strict=True)):
+            if not shape_fits(sizes, shape):
+                return index
+        return broken(self.guards, shapes)
+
+
+def shape_fits(sizes: Sequence[int | None], shape: Sequence[int]) -> bool:
+    """Whether a tensor's shape has these sizes, where None stands for any."""
+    return len(sizes) == len(shape) and all(
+        size is None or size == actual for size, actual in zip(sizes, shape, strict=True)
+    )
+
+
+def readable_sizes(sizes: Sequence[int | None]) -> str:
+    """Sizes as in a message, such as `(any, 3, 8)`."""
+    return f"({', '.join('any' if size is None else str(size) for size in sizes)})"
 
 
 def guards_of(program: ExportedProgram, batch_axis: int | None) -> tuple[str, ...]:

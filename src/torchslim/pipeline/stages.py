@@ -27,6 +27,7 @@ from torchslim.core.seals import is_sealed, key_id, own_secret, seal
 from torchslim.core.step import DependsOnMore, Event, Form, Step
 from torchslim.errors import StorageError, TorchslimError
 from torchslim.graph.calling import signature_of
+from torchslim.graph.export import module_of
 from torchslim.quantize import QuantizedModule
 from torchslim.report.records import STRICT, StageRow
 from torchslim.runtimes import Deployed, find_runtime
@@ -183,9 +184,11 @@ def restored(
         deployed = load_opened(opened, trusted=stage_files.own, compiled_again=foreign_code)
         deployed.classes = classes
         if form is Form.QUANTIZED:
-            program = load_program(io.BytesIO(opened.read("model.pt2"))).module()
+            program = module_of(load_program(io.BytesIO(opened.read("model.pt2"))))
             spec = deployed.spec
-            current: nn.Module = QuantizedModule(program, signature_of(model), spec.inputs, spec.outputs, classes)
+            current: nn.Module = QuantizedModule(
+                program, signature_of(model), spec.inputs, spec.outputs, classes, input_sizes=spec.input_sizes
+            )
         else:
             current = module = opened.into(copy_model(module)[0])
         masks = opened.masks()

@@ -56,6 +56,6 @@ def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedMod
         prepared.outputs,
         prepared.classes,
         records=prepared.records,
-        sizes=prepared.sizes,
+        input_sizes=prepared.input_sizes,
         origin=prepared.origin,
     )

@@ -12,7 +12,7 @@ from torchslim.core.trees import device_of
 from torchslim.errors import QuantizeError
 from torchslim.graph.calling import bind, bind_call
 from torchslim.graph.io_structure import build, flatten, leaf_names
-from torchslim.graph.size_guards import broken, readable
+from torchslim.graph.size_guards import InputSizes, readable, readable_sizes
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.samples import Samples
@@ -30,7 +30,7 @@ from torchslim.graph.io_structure import Structure
 
 
 class Called(nn.Module):
-    """A graph of flat tensors, called like the model that it was made from."""
+    """A graph of flat tensors, called like the model that it was made from, with sizes that `input_sizes` takes."""
 
     def __init__(
         self,
@@ -39,33 +39,34 @@ class Called(nn.Module):
         inputs: Structure,
         outputs: Structure,
         classes: Mapping[str, type],
+        *,
+        input_sizes: InputSizes,
+        origin: Origin | None = None,
     ) -> None:
         super().__init__()
         self.program: GraphModule = program
         self.inputs, self.outputs, self.classes = inputs, outputs, dict(classes)
         self.forward_signature = signature
-        self.sizes: Sequence[Sequence[int | None]] = ()
-        self.origin: Origin | None = None
+        self.input_sizes, self.origin = input_sizes, origin
         self.training = False
 
     def check_sizes(self, leaves: Sequence[Tensor]) -> None:
         """Raise QuantizeError for sizes that the captured graph does not take."""
         if not all(isinstance(size, int) for leaf in leaves for size in leaf.shape):
             return  # symbols of a capture
+        misfit = self.input_sizes.misfit([leaf.shape for leaf in leaves])
+        if misfit is None:
+            return
         names = leaf_names(self.inputs)
-        advice = "prepare the model with a list of example inputs that span the sizes"
-        for name, leaf, sizes in zip(names, leaves, self.sizes, strict=False):
-            if leaf.dim() != len(sizes) or any(
-                size not in (None, actual) for size, actual in zip(sizes, leaf.shape, strict=True)
-            ):
-                expected = ", ".join("any" if size is None else str(size) for size in sizes)
-                raise QuantizeError(
-                    f"input {name!r} must have the shape ({expected}), got {tuple(leaf.shape)}; {advice}"
-                )
-        guards = () if self.origin is None else self.origin.frame.guards
-        if (guard := broken(guards, [leaf.shape for leaf in leaves])) is not None:
+        if isinstance(misfit, int):
+            wrong = (
+                f"input {names[misfit]!r} must have the shape {readable_sizes(self.input_sizes.sizes[misfit])}, got "
+                f"{tuple(leaves[misfit].shape)}"
+            )
+        else:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-            raise QuantizeError(f"the sizes {shapes} do not fit: the graph needs {readable(guard, names)}; {advice}")
+            wrong = f"the sizes {shapes} do not fit: the graph needs {readable(misfit, names)}"
+        raise QuantizeError(f"{wrong}; prepare the model with a list of example inputs that span the sizes")
 
 
 class QuantizedModule(Called):
@@ -87,11 +88,10 @@ class QuantizedModule(Called):
         *args: Any,
         records: Sequence[LayerRecord] = (),
         evidence: Evidence | None = None,
-        sizes: Sequence[Sequence[int | None]] = (),
+        input_sizes: InputSizes,
         origin: Origin | None = None,
     ) -> None:
-        super().__init__(*args)
-        self.sizes, self.origin = sizes, origin
+        super().__init__(*args, input_sizes=input_sizes, origin=origin)
         self.records, self.notes, self.evidence = list(records), [], evidence
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -125,12 +125,12 @@ class Prepared(Called):
         helpers: Helpers,
         axes: tuple[Sequence[int | None], Sequence[int | None], int],
         example: Sequence[Tensor],
-        sizes: Sequence[Sequence[int | None]] = (),
+        input_sizes: InputSizes,
         origin: Origin | None = None,
     ) -> None:
-        super().__init__(*args)
+        super().__init__(*args, input_sizes=input_sizes, origin=origin)
         self.records, self.qat, self.helpers = records, qat, helpers
-        self.origin, self.output_axes, self.sizes = origin, tuple(axes[1]), sizes
+        self.output_axes = tuple(axes[1])
         self.samples, self.example = Samples(axes[0], axes[2]), [leaf.detach().cpu() for leaf in example]
         self.reference: list[list[Tensor]] | None = None  # float outputs, from before a helper rounded weights
         self.training = qat

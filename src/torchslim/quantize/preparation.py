@@ -18,7 +18,6 @@ from torchslim.core.usable import usable
 from torchslim.errors import QuantizeError
 from torchslim.graph.calling import bind, examples_of, signature_of
 from torchslim.graph.decompose import open_products
-from torchslim.graph.dynamic_sizes import fixed_sizes
 from torchslim.graph.export import WRAPPED, Captured, capture, module_of
 from torchslim.graph.io_structure import flatten
 from torchslim.graph.lifting import Origin
@@ -104,7 +103,7 @@ def prepare(
         helpers=helpers,
         axes=axes,
         example=_leaves(captured, model, examples_of(example_inputs)[0]),
-        sizes=[fixed_sizes(value) for value in captured.inputs_of_program()],
+        input_sizes=captured.input_sizes,
         origin=Origin.of(captured, dynamic_shapes),
     )
     _look_at_weights(prepared)

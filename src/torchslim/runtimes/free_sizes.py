@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.errors import DeployError, RuntimeUnavailable, TorchslimError
-from torchslim.graph.dynamic_sizes import pick_samples
+from torchslim.graph.dynamic_sizes import fixed_sizes, pick_samples
 from torchslim.graph.export import Captured, capture_bound, module_of
 from torchslim.graph.io_structure import flatten
+from torchslim.graph.size_guards import readable_sizes, shape_fits
 
 if TYPE_CHECKING:
     from torchslim.runtimes.spec import Session, Spec
@@ -41,7 +42,7 @@ def compiled(
             that case the message suggests `dynamic_shapes=None`.
     """
     # read before `make`: an exporter may fix a size in the program itself
-    free = [[_is_free(size) for size in input_.shape] for input_ in captured.inputs_of_program()]
+    free = [[size is None for size in sizes] for sizes in captured.input_sizes.sizes]
     axis = captured.batch_axis
     batched = [axis is not None and len(flags) > axis and flags[axis] for flags in free]
     symbols = {
@@ -146,19 +147,13 @@ def _try_batch(
         value: Any = getattr(node, "meta", {}).get("val")
         if not isinstance(value, Tensor):
             continue
-        sizes = [SAMPLES if str(size) in symbols else None if _is_free(size) else int(size) for size in value.shape]
-        if len(sizes) != output.dim() or any(
-            size not in (None, got) for size, got in zip(sizes, output.shape, strict=True)
-        ):
-            expected = ", ".join("any" if size is None else str(size) for size in sizes)
+        pairs = zip(value.shape, fixed_sizes(value), strict=True)
+        sizes = [SAMPLES if str(symbol) in symbols else size for symbol, size in pairs]
+        if not shape_fits(sizes, output.shape):
             raise DeployError(
                 f"output {node} has the shape {tuple(output.shape)} for a batch of {SAMPLES}, where the model gives "
-                f"({expected})"
+                f"{readable_sizes(sizes)}"
             )
-
-
-def _is_free(size: Any) -> bool:
-    return not (isinstance(size, int) or str(size).isdigit())
 
 
 def _refused(error: Exception) -> DeployError:

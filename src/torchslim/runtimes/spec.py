@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torchslim.core.hardware import instruction_set
 from torchslim.errors import DeployError, ExportError
 from torchslim.graph.calling import positional, signature_of
-from torchslim.graph.dynamic_sizes import fixed_sizes
 from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.layers import layers_of, structure_of
-from torchslim.graph.size_guards import broken, readable
+from torchslim.graph.size_guards import InputSizes, readable, readable_sizes
 
 KINDS = {
     "positional": inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -75,7 +74,7 @@ class Spec:
             return varying.get(parameters[name].kind, "keyword" if name in keywords else "positional")
 
         leaves = flatten(captured.inputs, captured.example)
-        sizes = [fixed_sizes(value) for value in captured.inputs_of_program()]
+        sizes = [list(sizes) for sizes in captured.input_sizes.sizes]
         assert len(sizes) == len(leaves), "a program takes each input tensor, used or not"
         return cls(
             kinds={name: kind(name) for name in captured.names},
@@ -97,6 +96,11 @@ class Spec:
             bfloat16=[n for n, output in enumerate(captured.outputs_of_program()) if output.dtype == torch.bfloat16],
         )
 
+    @property
+    def input_sizes(self) -> InputSizes:
+        """Sizes of the flat inputs that the program takes."""
+        return InputSizes(sizes=self.sizes, guards=self.guards)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dict."""
         return asdict(self)
@@ -109,32 +113,37 @@ class Spec:
         """
         leaves = flatten(self.inputs, self._bind(args, kwargs), "inputs")
         names = leaf_names(self.inputs)
-        batch_sizes: dict[int, str] = {}
-        for name, leaf, sizes, dtype in zip(names, leaves, self.sizes, self.dtypes, strict=True):
+        for name, leaf, dtype in zip(names, leaves, self.dtypes, strict=True):
             if str(leaf.dtype) != f"torch.{dtype}":
                 got = str(leaf.dtype).removeprefix("torch.")
                 raise DeployError(f"input {name!r} must be {dtype}, got {got}; convert it with .to(torch.{dtype})")
-            wrong = len(sizes) != leaf.dim() or any(
-                size is not None and size != got for size, got in zip(sizes, leaf.shape, strict=True)
+        misfit = self.input_sizes.misfit([leaf.shape for leaf in leaves])
+        if isinstance(misfit, int):
+            raise DeployError(
+                f"input {names[misfit]!r} must have the shape {readable_sizes(self.sizes[misfit])}, got "
+                f"{tuple(leaves[misfit].shape)}; deploy again with other example inputs, or with dynamic_shapes"
             )
-            if wrong:
-                shape = ", ".join("any" if size is None else str(size) for size in sizes)
-                raise DeployError(
-                    f"input {name!r} must have the shape ({shape}), got {tuple(leaf.shape)}; deploy again with other "
-                    "example inputs, or with dynamic_shapes"
-                )
-            if self.batch_axis is not None and len(sizes) > self.batch_axis and sizes[self.batch_axis] is None:
-                batch_sizes.setdefault(leaf.shape[self.batch_axis], name)
+        self._check_batch(names, leaves)
+        if misfit is not None:
+            got = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True))
+            raise DeployError(
+                f"the sizes do not fit: the captured program needs {readable(misfit, names)}, got {got}; pad the "
+                "inputs to sizes that fit, or deploy with example inputs of such sizes"
+            )
+        return leaves
+
+    def _check_batch(self, names: Sequence[str], leaves: Sequence[Tensor]) -> None:
+        """Raise DeployError for inputs of several batch sizes."""
+        axis = self.batch_axis
+        if axis is None:
+            return
+        batch_sizes: dict[int, str] = {}
+        for name, leaf, sizes in zip(names, leaves, self.sizes, strict=True):
+            if len(sizes) > axis and sizes[axis] is None:
+                batch_sizes.setdefault(leaf.shape[axis], name)
         if len(batch_sizes) > 1:
             got = ", ".join(f"{size} in {name!r}" for size, name in batch_sizes.items())
             raise DeployError(f"the inputs must have one batch size, got {got}; give every input the same samples")
-        if (guard := broken(self.guards, [leaf.shape for leaf in leaves])) is not None:
-            got = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True))
-            raise DeployError(
-                f"the sizes do not fit: the captured program needs {readable(guard, names)}, got {got}; pad the inputs "
-                "to sizes that fit, or deploy with example inputs of such sizes"
-            )
-        return leaves
 
     def narrowed(self, outputs: list[Tensor]) -> list[Tensor]:
         """The outputs of a runtime without bfloat16, converted to the model's types."""
