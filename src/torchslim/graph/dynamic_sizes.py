@@ -193,6 +193,16 @@ def pick_samples(leaf: Tensor, axis: int, count: int) -> Tensor:
     return _pick(leaf, axis, torch.arange(count) % max(leaf.shape[axis], 1))
 
 
+def sampled_as(
+    example: Sequence[Tensor], leaves: Sequence[Tensor], axis: int | None, batched: Sequence[bool]
+) -> list[Tensor]:
+    """Return the leaves with as many samples as an example has, in the inputs that have the batch axis."""
+    return [
+        pick_samples(leaf, axis, like.shape[axis]) if axis is not None and has_batch else leaf
+        for like, leaf, has_batch in zip(example, leaves, batched, strict=True)
+    ]
+
+
 def _samples(leaf: Tensor, axis: int, count: int) -> Tensor:
     """Take `count` samples along the axis; floats are scaled so that samples differ even if the example's do not."""
     samples = pick_samples(leaf, axis, count)

@@ -34,8 +34,8 @@ from torchslim.graph.dynamic_sizes import (
     free_where_examples_differ,
     lists_dimensions,
     normalized,
-    pick_samples,
     pinned_sizes,
+    sampled_as,
 )
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.packed_sequences import drop_unused_cells, packed_as_padded
@@ -83,6 +83,12 @@ class Captured:
     def input_sizes(self) -> InputSizes:
         """Sizes of the flat inputs that the program takes."""
         return InputSizes(sizes=[fixed_sizes(value) for value in self.inputs_of_program()], guards=self.guards)
+
+    @property
+    def batched(self) -> list[bool]:
+        """Which of the program's inputs have a free batch dimension."""
+        axis = self.batch_axis
+        return [axis is not None and len(sizes) > axis and sizes[axis] is None for sizes in self.input_sizes.sizes]
 
     def takes(self, leaves: Sequence[Tensor]) -> bool:
         """Return whether the program takes flat inputs of these sizes."""
@@ -190,14 +196,8 @@ class _Sizes:
 
     def sampled(self, leaves: list[Tensor]) -> list[Tensor]:
         """An example with as many samples as the program is captured with."""
-        if self.axis is None:
-            return leaves
-        counts = [
-            leaf.shape[self.axis] if free else 0 for leaf, free in zip(self.leaves, self.batch or (), strict=True)
-        ]
-        return [
-            pick_samples(leaf, self.axis, count) if count else leaf for leaf, count in zip(leaves, counts, strict=True)
-        ]
+        batched = [bool(free) for free in self.batch or [None] * len(leaves)]
+        return sampled_as(self.leaves, leaves, self.axis, batched)
 
 
 def other_sizes(first: Sequence[Tensor], others: Iterable[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], ...]:

@@ -33,7 +33,7 @@ from torchslim.core.isolation import quiet
 from torchslim.core.step import Inputs
 from torchslim.errors import TorchslimError
 from torchslim.graph.calling import bind, examples_of
-from torchslim.graph.dynamic_sizes import lists_dimensions, normalized, pick_samples
+from torchslim.graph.dynamic_sizes import lists_dimensions, normalized, sampled_as
 from torchslim.graph.export import WRAPPED, Captured, capture, other_sizes, own
 from torchslim.graph.io_structure import build, flatten
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
@@ -141,14 +141,7 @@ def _leaves(model: nn.Module, frame: Captured, example_inputs: Inputs) -> list[T
 
 def _sampled(frame: Captured, leaves: Sequence[Tensor]) -> list[Tensor]:
     """The leaves with as many samples as the program was captured with."""
-    axis, sampled = frame.batch_axis, []
-    for leaf, captured, value in zip(
-        leaves, flatten(frame.inputs, frame.example), frame.inputs_of_program(), strict=True
-    ):
-        if axis is not None and leaf.dim() > axis and not isinstance(value.shape[axis], int):
-            leaf = pick_samples(leaf, axis, captured.shape[axis])
-        sampled.append(leaf)
-    return sampled
+    return sampled_as(flatten(frame.inputs, frame.example), leaves, frame.batch_axis, frame.batched)
 
 
 def _copy(graph: GraphModule) -> GraphModule | None:

@@ -42,9 +42,9 @@ def compiled(
             that case the message suggests `dynamic_shapes=None`.
     """
     # read before `make`: an exporter may fix a size in the program itself
-    free = [[size is None for size in sizes] for sizes in captured.input_sizes.sizes]
+    any_free = any(None in sizes for sizes in captured.input_sizes.sizes)
     axis = captured.batch_axis
-    batched = [axis is not None and len(flags) > axis and flags[axis] for flags in free]
+    batched = captured.batched
     symbols = {
         str(value.shape[axis])
         for value, is_batched in zip(captured.inputs_of_program(), batched, strict=True)
@@ -61,7 +61,7 @@ def compiled(
         raise
     except Exception as error:
         failure = error if isinstance(error, TorchslimError) else _refused(error)
-        if not any(map(any, free)):
+        if not any_free:
             raise failure from error
         if captured.variants and (freed := _with_free_batch(make, captured, source, failure, trial)) is not None:
             return freed
