@@ -15,9 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.support import toy
+from tests.support.varying import VARYING, image
+from torchslim.core.batches import call
 from torchslim.errors import (
     ExportError,
     PruneError,
+    QuantizeError,
     RecipeError,
     SelectError,
     TaskError,
@@ -344,3 +347,31 @@ def test_a_model_that_returns_a_dataclass_does_so_after_every_step_and_after_a_r
             assert answer.hidden is None
     with pytest.raises(TorchslimError, match="not finite"):
         ts.compress(model, toy.task(), [Bad("nan")], runtime="eager")
+
+
+def test_a_resumed_quantized_stage_takes_and_refuses_the_sizes_that_the_first_run_does(tmp_path: Path) -> None:
+    """Costs 5 s: one quantization of a network whose sizes must be multiples of 4, and a resumption."""
+    case = VARYING["u-net"]
+    batches = [*case.examples(), case.inputs(2, 12, 20)]
+    task = ts.Task(val=batches, calibration=batches, metric=size_of_outputs, inputs=lambda batch: batch)
+    phases: list[str] = []
+    first, resumed = (
+        ts.compress(
+            case.model(), task, [ts.Quantize("int8")], runtime="eager", threads=1, workdir=tmp_path,
+            progress=lambda event: phases.append(event.phase),
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    assert "resumed" in phases
+    assert resumed.deployed.quantized
+    for sizes in ((1, 8, 8), (3, 16, 4), (5, 12, 28)):
+        torch.testing.assert_close(call(resumed.model, image(*sizes)), call(first.model, image(*sizes)))
+    refused = [image(1, 18, 16), image(2, 16, 6), (torch.randn(2, 4, 16, 16),), (torch.randn(3, 16, 16),)]
+    for inputs in refused:
+        for result in (first, resumed):
+            with pytest.raises(QuantizeError, match="list of example inputs"):
+                result.model(*inputs)
+
+
+def size_of_outputs(predict: Any, batches: Any) -> float:
+    return float(sum(predict(*batch).numel() for batch in batches))
