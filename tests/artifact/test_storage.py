@@ -314,7 +314,7 @@ def test_a_file_that_changes_after_it_was_opened_is_noticed(float_copy: Path) ->
     deployed = ts.load(float_copy)
     (float_copy / "model.pt2").write_bytes(b"other")
     with pytest.raises(ArtifactError, match="changed.*opened"):
-        deployed.program()
+        deployed.program.pack()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other", "version": 1, "files": {}}', "\xff"])

@@ -324,7 +324,7 @@ def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
 
 
 def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
-    files = {PROGRAM: deployed.program()}
+    files = {PROGRAM: deployed.program.pack()}
     files |= {f"model{suffix}": data for suffix, data in deployed.files.items()}
     arrays = {f"in{index:03d}": as_array(leaf) for index, leaf in enumerate(deployed.example)}
     outputs = deployed.run(deployed.example)

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -182,7 +182,7 @@ def restored(
         # machine code from elsewhere is never loaded: the program beside it is compiled again
         foreign_code = find_runtime(runtime).native and not (stage_files.own and _for_this_processor(opened))
         deployed = load_opened(opened, trusted=stage_files.own, compiled_again=foreign_code)
-        deployed.classes = classes
+        deployed.program = replace(deployed.program, classes=classes)
         if form is Form.QUANTIZED:
             program = module_of(load_program(io.BytesIO(opened.read("model.pt2"))))
             spec = deployed.spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import build, flatten, tensors_of
 from torchslim.graph.lifting import captured_of
 from torchslim.runtimes.free_sizes import compiled
-from torchslim.runtimes.pt2 import pack_program
+from torchslim.runtimes.pt2 import load_program, pack_program
 from torchslim.runtimes.spec import Kernel, Session, Spec
 
 
@@ -65,11 +66,16 @@ class Program:
             exported=captured.program,
         )
 
+    def loaded(self) -> ExportedProgram:
+        """The program in memory, read from its bytes where it is not there yet."""
+        return self.exported or load_program(io.BytesIO(self.pack()))
+
 
 class Deployed:
     """A model on a runtime. Called like the model, on tensors of any device; answers on the CPU without gradients.
 
     Attributes:
+        program: the program that it computes.
         runtime: the runtime's name.
         threads: how many threads compute, None for the runtime's own choice.
         payload: the bytes of the runtime's files, None where it has no file format.
@@ -82,8 +88,7 @@ class Deployed:
     ) -> None:
         self.session, self.threads, self.payload = session, threads, payload
         self.runtime, self.suffixes, self._no_file = on.name, on.suffixes, on.no_file
-        self.spec, self.example, self.program = program.spec, list(program.example), program.pack
-        self.quantized, self.classes, self.exported = program.quantized, dict(program.classes), program.exported
+        self.program = program
         self.records: list[LayerRecord] = []
         self.made_from: nn.Module | None = None
 
@@ -92,7 +97,7 @@ class Deployed:
         outputs, count = self.run(leaves), tensors_of(self.spec.outputs)
         if len(outputs) != count:
             raise DeployError(f"the model gives {len(outputs)} tensors, its spec lists {count}; deploy it again")
-        return build(self.spec.outputs, outputs, self.classes)
+        return build(self.spec.outputs, outputs, self.program.classes)
 
     def run(self, leaves: list[Tensor]) -> list[Tensor]:
         """Compute flat output tensors from flat input tensors without checks; benchmarks time this call.
@@ -110,6 +115,21 @@ class Deployed:
                 f"{', '.join(str(tuple(leaf.shape)) for leaf in leaves)}: {type(error).__name__}: {str(error)[:300]}; "
                 "deploy the model again, with example inputs like these"
             ) from error
+
+    @property
+    def spec(self) -> Spec:
+        """How the model is called."""
+        return self.program.spec
+
+    @property
+    def example(self) -> list[Tensor]:
+        """Flat input tensors of the captured sizes."""
+        return list(self.program.example)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the program holds quantized values."""
+        return self.program.quantized
 
     @property
     def size_bytes(self) -> int | None:

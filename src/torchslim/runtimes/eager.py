@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from torchslim.core.isolation import quiet, torch_threads
 from torchslim.errors import ExportError
 from torchslim.graph.export import WRAPPED, Captured, module_of
 from torchslim.graph.layers import multiplies
-from torchslim.runtimes.base import Deployed, Program, Runtime
+from torchslim.runtimes.base import Deployed, Runtime
 from torchslim.runtimes.kernel_listing import eager_kernels
 from torchslim.runtimes.pt2 import load_program, pack_program
 from torchslim.runtimes.spec import Kernel, Session, Spec
@@ -45,25 +44,13 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
 
 def on_eager(deployed: Deployed, threads: int | None) -> Deployed:
     """The program of a model that is deployed elsewhere, in PyTorch; it has no file."""
-    program = Program(
-        spec=deployed.spec,
-        example=deployed.example,
-        pack=deployed.program,
-        quantized=deployed.quantized,
-        classes=deployed.classes,
-        exported=deployed.exported,
-    )
     with quiet():
-        session = session_of(lower(module_of(_exported(deployed))), threads)
-    return Deployed(session, program, RUNTIME, threads=threads, payload=None)
-
-
-def _exported(deployed: Deployed) -> ExportedProgram:
-    return deployed.exported or load_program(io.BytesIO(deployed.program()))
+        session = session_of(lower(module_of(deployed.program.loaded())), threads)
+    return Deployed(session, deployed.program, RUNTIME, threads=threads, payload=None)
 
 
 def _kernels(deployed: Deployed) -> list[Kernel]:
-    module = module_of(_exported(deployed))
+    module = module_of(deployed.program.loaded())
     layers = iter(deployed.spec.layers)  # a saved program has no layer names; the spec lists them in its order
     for node in module.graph.nodes:
         if multiplies(node) and (layer := next(layers, None)) is not None:
