@@ -19,7 +19,7 @@ from torchslim.core.isolation import warn
 from torchslim.core.measurement import Measurement
 from torchslim.core.schema import Schema
 from torchslim.errors import ArtifactError
-from torchslim.report.records import STRICT
+from torchslim.report.records import strict
 from torchslim.runtimes import Deployed
 
 FORMAT = "torchslim-latency"
@@ -53,9 +53,8 @@ class Timing:
         return cls(ratio=ratio, latency=Measurement(value=entry["ms"], unit="ms", rounds=entry["rounds"]))
 
 
+@strict
 class _Entry(TypedDict):
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-
     ratio: Annotated[float, Gt(0), Le(1e12)]
     low: Annotated[float, Gt(0), Le(1e12)]
     high: Annotated[float, Gt(0), Le(1e12)]
@@ -63,10 +62,9 @@ class _Entry(TypedDict):
     rounds: Annotated[int, Ge(1), Le(10**12)]
 
 
+@strict
 class _Table(TypedDict):
     """Content of the file; `entries` are by the reference's structure, then by the program's."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     format: Literal["torchslim-latency"]
     about: dict[str, Any]

@@ -29,7 +29,7 @@ from torchslim.errors import StorageError, TorchslimError
 from torchslim.graph.calling import signature_of
 from torchslim.graph.export import module_of
 from torchslim.quantize import QuantizedModule
-from torchslim.report.records import STRICT, StageRow
+from torchslim.report.records import StageRow, strict
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.pt2 import load_program
 
@@ -39,14 +39,13 @@ AGAIN = "the step is run again"
 Digest = Annotated[str, MaxLen(64)]
 
 
+@strict
 class Record(TypedDict):
     """Content of `stage.json`; `artifact` is the digest of the manifest beside it, which holds the hashes of all files.
 
     `seal` binds all other entries to the run's key. `own` also binds the artifact to this user on this machine; it is
     empty where no secret can be stored.
     """
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     format: Literal["torchslim-stage"]
     version: Literal[1]

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torchslim.report.numbers import TO, Entry, exact, spread, value_of, with_unit
+from torchslim.report.numbers import TO, exact, is_measured, spread, with_unit
+from torchslim.report.records import Entry
 
 Write = Callable[[float], str]
 NOT_MEASURED = "not measured"
@@ -26,12 +27,12 @@ class Cell:
     def data(self) -> dict[str, str]:
         """The exact JSON numbers, by HTML attribute."""
         names = {"value": "data-value", "low": "data-low", "high": "data-high", "repeats": "data-repeats"}
-        return {names[key]: json.dumps(self.entry[key]) for key in names if key in self.entry}
+        return {names[key]: json.dumps(value) for key, value in self.entry.items() if key in names}
 
     @property
     def title(self) -> str:
         """The tooltip: all digits, unit, repeats and spread, or why there is no number."""
-        if "not_measured" in self.entry:
+        if not is_measured(self.entry):
             return f"not measured: {self.entry['not_measured']}"
         text = with_unit(exact(self.entry["value"]), self.entry["unit"])
         if "low" in self.entry:
@@ -49,8 +50,9 @@ class Column:
 
 def cell_of(field: str, entry: Entry, write: Write) -> Cell:
     """The cell of an entry, with its value as `write` shows it."""
-    value = value_of(entry)
-    return absent_cell(field, entry) if value is None else Cell(field=field, entry=entry, text=write(value))
+    if not is_measured(entry):
+        return absent_cell(field, entry)
+    return Cell(field=field, entry=entry, text=write(entry["value"]))
 
 
 def absent_cell(field: str, entry: Entry) -> Cell:
@@ -60,7 +62,7 @@ def absent_cell(field: str, entry: Entry) -> Cell:
 
 def latency_cell(field: str, entry: Entry) -> Cell:
     """The cell of a latency: the median, with p10 and p90 as the note."""
-    if value_of(entry) is None:
+    if not is_measured(entry):
         return absent_cell(field, entry)
     median, low, high = spread(entry)
     return Cell(field=field, entry=entry, text=median, note=f"{low}{TO}{high}" if "low" in entry else "")

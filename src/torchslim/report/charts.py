@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchslim.report.findings import Row, Run, labels, latency_entry, metric_entry, reported_split
+from torchslim.report.findings import labels, latency_entry, metric_entry, reported_split
 from torchslim.report.numbers import (
     TO,
     byte_unit,
+    is_measured,
     metric_text,
     significant,
     sized,
@@ -15,6 +16,7 @@ from torchslim.report.numbers import (
     value_of,
     with_unit,
 )
+from torchslim.report.records import Row, Run
 
 
 def common_unit(run: Run) -> tuple[str, int]:
@@ -28,20 +30,20 @@ def tradeoffs(run: Run) -> list[dict[str, Any]]:
     axis = metric_axis(run, reported_split(run))
     named = list(zip(labels(run["rows"]), run["rows"], strict=True))
     size_points = [
-        point | {"x": row["size_bytes"]["value"] / unit_bytes, "text": sized(row["size_bytes"]["value"])}
+        point | {"x": size / unit_bytes, "text": sized(size)}
         for label, row in named
-        if (point := _point(run, label, row)) and value_of(row["size_bytes"]) is not None
+        if (point := _point(run, label, row)) and (size := value_of(row["size_bytes"])) is not None
     ]
     time_points = []
     for label, row in named:
         entry = latency_entry(run, row)
         point = _point(run, label, row)
-        if point and value_of(entry) is not None:
+        if point and is_measured(entry):
             median, low, high = spread(entry)
             time_points.append(
                 point
                 | {"x": entry["value"], "text": f"{median} [{low}{TO}{high}] ms"}
-                | {key: entry.get(key, entry["value"]) for key in ("low", "high")}
+                | {"low": entry.get("low", entry["value"]), "high": entry.get("high", entry["value"])}
             )
     return [
         {"id": "plot-size", "title": "size", "x": f"size, {unit}", "y": axis, "points": size_points},

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torchslim.report.numbers import (
-    Entry,
     faster,
+    is_measured,
     metric_text,
     ratio_text,
     significant,
@@ -17,9 +16,7 @@ from torchslim.report.numbers import (
     value_of,
     with_unit,
 )
-
-Run = dict[str, Any]
-Row = dict[str, Any]
+from torchslim.report.records import Entry, Ratio, Row, Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,14 +99,12 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 def metric_entry(run: Run, row: Row) -> Entry:
     """Metric of the row on the reported split."""
-    entry: Entry = row["metric"][reported_split(run)]
-    return entry
+    return row["metric"][reported_split(run)]
 
 
 def latency_entry(run: Run, row: Row) -> Entry:
     """Latency of the row on the target runtime."""
-    entry: Entry = row["latency_ms"][run["target"]["runtime"]]
-    return entry
+    return row["latency_ms"][run["target"]["runtime"]]
 
 
 def warnings(run: Run) -> list[tuple[str, list[str]]]:
@@ -127,7 +122,7 @@ def gaps(run: Run, entries: Iterable[tuple[str, str, Entry]]) -> list[str]:
     """Missing entries, one text for each name and reason: "size of prune, distill: no file"."""
     rows_by_gap: dict[tuple[str, str], list[str]] = {}
     for label, what, entry in entries:
-        if "not_measured" in entry:
+        if not is_measured(entry):
             rows_by_gap.setdefault((what, entry["not_measured"]), []).append(label)
     total = len(run["rows"])
     return [
@@ -161,10 +156,10 @@ def _size_change(before: Entry, after: Entry) -> str:
     return f"{smaller(old, new)} ({'-' if new < old else '+'}{sized(abs(new - old))})"
 
 
-def _latency_change(speedup: Entry) -> str:
-    ratio = value_of(speedup)
-    if ratio is None:
+def _latency_change(speedup: Ratio) -> str:
+    if not is_measured(speedup):
         return "not measured"
+    ratio = speedup["value"]
     low, high = speedup.get("low", ratio), speedup.get("high", ratio)
     if speedup["verdict"] == "no difference":
         return f"none ({times(ratio)} [{ratio_text(low)}-{ratio_text(high)}])"
@@ -211,13 +206,13 @@ def summary(run: Run) -> str:
     else:
         change = smaller(before, after)
         clauses.append("the artifact is as large as before" if change == "none" else f"the artifact is {change}")
-    ratio = value_of(last["speedup"]["over_baseline"])
-    if ratio is None:
+    speedup = last["speedup"]["over_baseline"]
+    if not is_measured(speedup):
         clauses.append(f"its latency on {runtime} was not measured")
-    elif last["speedup"]["over_baseline"]["verdict"] == "no difference":
+    elif speedup["verdict"] == "no difference":
         clauses.append(f"its latency on {runtime} shows no difference")
     else:
-        clauses.append(f"it runs {faster(ratio)} on {runtime}")
+        clauses.append(f"it runs {faster(speedup['value'])} on {runtime}")
     return f"{clauses[0]}; {clauses[1]}, and {clauses[2]}."
 
 
@@ -232,8 +227,8 @@ def layers(run: Run) -> list[Layer]:
             name = record["layer"].removesuffix(".weight")
             layer = by_name.setdefault(name, Layer(name=name))
             for key in ("sparsity", "weight_bits", "activation_bits", "sqnr_db", "kernel", "integer"):
-                if record.get(key) not in (None, ""):
-                    setattr(layer, key, record[key])
+                if (value := record.get(key)) not in (None, ""):
+                    setattr(layer, key, value)
             note = (label, record["action"], record["reason"])
             if (record["reason"] or record["action"] == "refused") and note not in layer.notes:
                 layer.notes.append(note)

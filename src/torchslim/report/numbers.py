@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+
+from typing_extensions import TypeIs
+
+from torchslim.report.records import Entry, Measured
 
 TIMES, TO = "\u00d7", "\u2013"  # for the page; the table is plain ASCII
 BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
-Entry = dict[str, Any]  # {"value", "unit", "repeats", "low", "high", "machine"} or {"not_measured": reason}
+
+def is_measured(entry: Entry) -> TypeIs[Measured]:
+    """Whether an entry has a number, not the reason why there is none."""
+    return "value" in entry
 
 
 def value_of(entry: Entry) -> float | None:
     """Exact number of an entry; None if it was not measured."""
-    return entry.get("value")
+    return entry["value"] if is_measured(entry) else None
 
 
 def decimals_for(value: float, digits: int) -> int:
@@ -76,7 +82,7 @@ def sized(size: float) -> str:
     return f"{in_unit(size, unit_bytes)} {unit}"
 
 
-def spread(entry: Entry) -> tuple[str, str, str]:
+def spread(entry: Measured) -> tuple[str, str, str]:
     """Median, p10 and p90 of a measured entry, with equal numbers of decimals for easy comparison."""
     middle = entry["value"]
     decimals = min(decimals_for(middle, 3), 9)

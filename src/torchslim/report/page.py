@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from torchslim.report import charts
 from torchslim.report.cells import NOT_MEASURED, Cell, Column, Write, absent_cell, cell_of, latency_cell
 from torchslim.report.findings import (
     Ceiling,
     Layer,
-    Row,
-    Run,
     batch_words,
     ceilings,
     gains,
@@ -34,10 +32,10 @@ from torchslim.report.html import fill, machine_facts
 from torchslim.report.numbers import (
     TIMES,
     TO,
-    Entry,
     counted,
     faster,
     in_unit,
+    is_measured,
     metric_text,
     ratio_text,
     significant,
@@ -46,6 +44,7 @@ from torchslim.report.numbers import (
     value_of,
     with_unit,
 )
+from torchslim.report.records import Entry, Measured, NotMeasured, Row, Run
 
 OPEN_LAYERS = 40  # a longer table of layers starts folded
 
@@ -81,6 +80,11 @@ def render(run: dict[str, Any]) -> str:
     Args:
         run: content of `run.json`.
     """
+    return _render(cast("Run", run))
+
+
+def _render(run: Run) -> str:
+    """The page of a run."""
     columns = _step_columns(run)
     rows = _step_rows(run, columns)
     changed_layers = layers(run)
@@ -145,10 +149,10 @@ def _size_tile(run: Run) -> Tile:
 
 def _latency_tile(run: Run) -> Tile:
     speedup = run["rows"][-1]["speedup"]["over_baseline"]
-    ratio = value_of(speedup)
     figure = NOT_MEASURED
-    if ratio is not None:
-        figure = "no difference" if speedup["verdict"] == "no difference" else _with_times_sign(faster(ratio))
+    if is_measured(speedup):
+        same = speedup["verdict"] == "no difference"
+        figure = "no difference" if same else _with_times_sign(faster(speedup["value"]))
     before, after = (value_of(latency_entry(run, run["rows"][index])) for index in (0, -1))
     return Tile(
         heading=f"latency on {run['target']['runtime']}",
@@ -203,7 +207,7 @@ def _metric_column(run: Run, split: str) -> StepColumn:
     name, unit = run["metric"]["name"], run["metric"]["unit"]
 
     def cell(row: Row) -> Cell:
-        entry = row["metric"].get(split, {"not_measured": f"no figure on {split}"})
+        entry = row["metric"].get(split, NotMeasured(not_measured=f"no figure on {split}"))
         return cell_of(f"metric.{split}", entry, lambda value: metric_text(value, unit))
 
     return StepColumn(Column(name=f"{name} on {split}", unit=unit), cell)
@@ -221,12 +225,12 @@ def _latency_column(name: str, runtime: str) -> StepColumn:
     return StepColumn(
         Column(name=name, unit=f"ms, p10{TO}p90"),
         lambda row: latency_cell(
-            f"latency_ms.{runtime}", row["latency_ms"].get(runtime, {"not_measured": "no figure"})
+            f"latency_ms.{runtime}", row["latency_ms"].get(runtime, NotMeasured(not_measured="no figure"))
         ),
     )
 
 
-def _count_column(key: str, name: str, unit: str = "") -> StepColumn:
+def _count_column(key: Literal["nonzero", "parameters", "macs"], name: str, unit: str = "") -> StepColumn:
     return StepColumn(Column(name=name, unit=unit), lambda row: cell_of(key, row[key], counted))
 
 
@@ -249,16 +253,15 @@ def _step_entries(columns: Sequence[StepColumn], rows: Sequence[StepRow]) -> lis
 def _speedup_cell(row: Row) -> Cell:
     """The speed-up over the baseline; "no difference" if it is within the spread, whatever the median is."""
     field, entry = "speedup.over_baseline", row["speedup"]["over_baseline"]
-    ratio = value_of(entry)
-    if ratio is None:
+    if not is_measured(entry):
         return absent_cell(field, entry)
-    text = ratio_text(ratio)
+    text = ratio_text(entry["value"])
     if row["kind"] == "baseline":
         return Cell(field=field, entry=entry, text=text)
     interval = f"{ratio_text(entry['low'])}{TO}{ratio_text(entry['high'])}" if "low" in entry else ""
     if entry["verdict"] == "no difference":
         return Cell(field=field, entry=entry, text="no difference", note=f"{text}, {interval}", tone="none")
-    tone = "good" if ratio > 1 else "bad"
+    tone = "good" if entry["value"] > 1 else "bad"
     return Cell(field=field, entry=entry, text=f"{text} {entry['verdict']}", note=interval, tone=tone)
 
 
@@ -270,8 +273,10 @@ def _ceiling_cells(round_: Ceiling) -> list[Cell]:
     cells = []
     for name in ("ceiling", "predicted", "measured", "share"):
         value = getattr(round_, name)
-        entry = {"not_measured": round_.about} if value is None else {"value": value, "unit": "1", "repeats": 1}
-        cells.append(cell_of(f"ceiling.{name}", entry, significant))
+        if value is None:
+            cells.append(absent_cell(f"ceiling.{name}", NotMeasured(not_measured=round_.about)))
+        else:
+            cells.append(cell_of(f"ceiling.{name}", Measured(value=value, unit="1", repeats=1), significant))
     return cells
 
 

@@ -1,31 +1,42 @@
 """Types of the files that reports read, for pydantic: no unknown keys, and every number has bounds.
 
-Values are plain dicts where they are used. This module does not import pydantic, which is loaded to check a file.
+Values are plain dicts of these types where they are used. This module does not import pydantic, which is loaded to
+check a file.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from typing_extensions import TypedDict
 
 from torchslim.core.budget import Objective
 
-STRICT = {"extra": "forbid", "strict": True}
-OPEN = {"extra": "allow", "strict": True}  # for tables that a user's own steps and metrics may extend
 LONGEST = 100_000  # characters of a text: a reason may quote a compiler
 
 Text = Annotated[str, MaxLen(LONGEST)]
 Figure = Annotated[float, Ge(-1e40), Le(1e40)]  # a loss in float32 may be that large
 Number = Figure | Annotated[int, Ge(-(2**63)), Le(2**63 - 1)]
 Count = Annotated[int, Ge(0), Le(2**63 - 1)]
+K = TypeVar("K")
 
 
+def strict(kind: type[K]) -> type[K]:
+    """Let pydantic refuse unknown keys of a TypedDict."""
+    kind.__pydantic_config__ = {"extra": "forbid", "strict": True}  # type: ignore[attr-defined]
+    return kind
+
+
+def extensible(kind: type[K]) -> type[K]:
+    """Let pydantic take unknown keys of a TypedDict, for tables that a user's own steps and metrics may extend."""
+    kind.__pydantic_config__ = {"extra": "allow", "strict": True}  # type: ignore[attr-defined]
+    return kind
+
+
+@strict
 class Measured(TypedDict):
     """A number with its unit; `low` and `high` are p10 and p90 of `repeats` values."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     value: Number
     unit: Text
@@ -35,18 +46,16 @@ class Measured(TypedDict):
     machine: NotRequired[Text]
 
 
+@strict
 class Compared(Measured):
     """A ratio, and in words whether it differs from 1 by more than the noise."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     verdict: Text
 
 
+@strict
 class NotMeasured(TypedDict):
     """The reason why there is no number, in its place."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     not_measured: Text
 
@@ -55,10 +64,9 @@ Entry = Measured | NotMeasured
 Ratio = Compared | NotMeasured
 
 
+@strict
 class Layer(TypedDict):
     """A `core.step.LayerRecord`."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     version: Count
     layer: Text
@@ -72,20 +80,18 @@ class Layer(TypedDict):
     integer: NotRequired[bool | None]
 
 
+@extensible
 class Round(TypedDict):
     """One attempt to cut a model to a latency ceiling."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     target: Number
     predicted: Number
     measured: NotRequired[Number | None]
 
 
+@extensible
 class Cut(TypedDict):
     """The attempts for one latency ceiling; `best` counts the rounds from 1."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     ceiling: Number
     programs: Number
@@ -94,18 +100,16 @@ class Cut(TypedDict):
     best: Annotated[int, Ge(1)]
 
 
+@extensible
 class Evidence(TypedDict):
     """Further findings of a step; a user's own steps may add any keys."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     latency: NotRequired[list[Cut]]
 
 
+@strict
 class StageRow(TypedDict):
     """A stage without its latency, as in `stage.json`."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     name: Text
     kind: Text
@@ -121,65 +125,58 @@ class StageRow(TypedDict):
     evidence: NotRequired[Evidence]
 
 
+@strict
 class Speedup(TypedDict):
     """Speed-up over the baseline, and over the previous row."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     over_baseline: Ratio
     over_previous: Ratio
 
 
+@strict
 class Shrink(TypedDict):
     """How many times smaller than the baseline, and than the previous row."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     over_baseline: Entry
     over_previous: Entry
 
 
+@strict
 class Row(StageRow):
     """A stage, or the artifact, compared with the other rows, as in `run.json`."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     latency_ms: dict[Text, Entry]
     speedup: Speedup
     shrink: Shrink
 
 
+@strict
 class MetricOf(TypedDict):
     """Name, unit and direction of the metric."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     name: Text
     unit: Text
     higher_is_better: NotRequired[bool]
 
 
+@strict
 class TargetOf(TypedDict):
     """Runtime and threads of the deployed model."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     runtime: Text
     threads: NotRequired[Annotated[int, Gt(0)] | None]
 
 
+@extensible
 class Machine(TypedDict):
     """Description of a machine, and the versions of packages on it."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     versions: NotRequired[dict[Text, Any]]
 
 
+@strict
 class RecipeOf(TypedDict):
     """The recipe of a run, in `recipe.json` and `run.json`; its steps are those of `core.fingerprint.canonical`."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     model: NotRequired[Text]
     task: NotRequired[Text]
@@ -188,19 +185,17 @@ class RecipeOf(TypedDict):
     seed: int
 
 
+@extensible
 class BudgetOf(TypedDict):
     """Whether a search kept its bounds, with a text."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     met: bool
     text: Text
 
 
+@strict
 class Run(TypedDict):
     """Content of `run.json`."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     format: Literal[1]
     kind: NotRequired[Literal["run"]]
@@ -216,10 +211,9 @@ class Run(TypedDict):
     budget: NotRequired[BudgetOf]
 
 
+@strict
 class SearchRange(TypedDict):
     """A parameter of a search between two numbers."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     name: Text
     kind: Literal["float", "int"]
@@ -227,20 +221,18 @@ class SearchRange(TypedDict):
     high: Number
 
 
+@strict
 class SearchChoice(TypedDict):
     """A parameter of a search with listed values."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     name: Text
     kind: Literal["choice"]
     choices: list[Any]
 
 
+@extensible
 class SearchBudget(TypedDict):
     """Bounds of a search, by the fields of `core.budget.Budget`, which has more than these."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     metric_drop: NotRequired[Number]
     latency_ms: NotRequired[Number]
@@ -250,10 +242,9 @@ class SearchBudget(TypedDict):
     params: NotRequired[Number]
 
 
+@strict
 class Trial(TypedDict):
     """A tried candidate."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     number: Count
     parameters: dict[Text, Any]
@@ -265,19 +256,17 @@ class Trial(TypedDict):
     seconds: Number
 
 
+@strict
 class Original(TypedDict):
     """Figures of a search's original model."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     metric: dict[Text, Entry]
     figures: dict[Text, Entry]
 
 
+@strict
 class FrontMember(Original):
     """A candidate that was trained fully and measured as an artifact; paths begin in the folder of the search."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     trial: Count
     parameters: dict[Text, Any]
@@ -286,19 +275,17 @@ class FrontMember(Original):
     within: bool
 
 
+@strict
 class FailedFinal(TypedDict):
     """A candidate that could not be measured as an artifact."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     trial: Count
     reason: Text
 
 
+@strict
 class VerdictOf(TypedDict):
     """Whether a search kept its bounds, the nearest trial, and the bounds that this trial breaks."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     met: bool
     text: Text
@@ -306,10 +293,9 @@ class VerdictOf(TypedDict):
     binding: list[Objective]
 
 
+@strict
 class SearchFile(TypedDict):
     """Content of `search.json`."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     format: Literal[1]
     kind: Literal["search"]
@@ -328,10 +314,9 @@ class SearchFile(TypedDict):
     machines: dict[Text, Machine]
 
 
+@strict
 class PointOf(TypedDict):
     """A change of one layer or channel group and its measured effect, as `analysis.result.Point`."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     name: Text
     kind: Literal["channels", "layer"]
@@ -342,10 +327,9 @@ class PointOf(TypedDict):
     groups: NotRequired[list[Text]]
 
 
+@strict
 class SensitivityFile(TypedDict):
     """Content of `sensitivity.json`."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     format: Literal[1]
     kind: Literal["sensitivity"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torchslim.report.findings import (
-    Row,
-    Run,
     batch_words,
     ceilings,
     gains,
@@ -20,7 +18,17 @@ from torchslim.report.findings import (
     times,
     warnings,
 )
-from torchslim.report.numbers import Entry, counted, metric_text, significant, sized, spread, value_of, with_unit
+from torchslim.report.numbers import (
+    counted,
+    is_measured,
+    metric_text,
+    significant,
+    sized,
+    spread,
+    value_of,
+    with_unit,
+)
+from torchslim.report.records import Entry, NotMeasured, Row, Run
 
 NAME_WIDTH = 20
 ABSENT = "-"
@@ -32,6 +40,11 @@ def table(run: dict[str, Any]) -> str:
     Args:
         run: content of `run.json`.
     """
+    return _table(cast("Run", run))
+
+
+def _table(run: Run) -> str:
+    """The lines of the table, with gains, ceilings, gaps and warnings below."""
     rows, runtime, metric = run["rows"], run["target"]["runtime"], run["metric"]
     names = labels(rows)
     compared = runtime != "eager"
@@ -92,7 +105,7 @@ def aligned(headers: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -
 
 def _cells(run: Run, row: Row) -> list[str]:
     metric, size, macs = value_of(metric_entry(run, row)), value_of(row["size_bytes"]), value_of(row["macs"])
-    nonzero, total = (value_of(row[key]) for key in ("nonzero", "parameters"))
+    nonzero, total = value_of(row["nonzero"]), value_of(row["parameters"])
     return [
         ABSENT if metric is None else metric_text(metric, run["metric"]["unit"]),
         " / ".join(ABSENT if count is None else counted(count) for count in (nonzero, total)),
@@ -104,7 +117,7 @@ def _cells(run: Run, row: Row) -> list[str]:
 
 
 def _latency(entry: Entry) -> str:
-    if value_of(entry) is None:
+    if not is_measured(entry):
         return ABSENT
     median, low, high = spread(entry)
     return f"{median} [{low}-{high}] ms"
@@ -112,23 +125,22 @@ def _latency(entry: Entry) -> str:
 
 def _speedup(row: Row) -> str:
     entry = row["speedup"]["over_baseline"]
-    ratio = value_of(entry)
-    if ratio is None:
+    if not is_measured(entry):
         return ABSENT
     if row["kind"] == "baseline":
-        return times(ratio)
-    verdict = str(entry["verdict"])
-    return verdict if verdict == "no difference" else f"{times(ratio)} {verdict}"
+        return times(entry["value"])
+    verdict = entry["verdict"]
+    return verdict if verdict == "no difference" else f"{times(entry['value'])} {verdict}"
 
 
 def _eager(row: Row) -> str:
-    entry = row["latency_ms"].get("eager", {"not_measured": ""})
-    return ABSENT if value_of(entry) is None else f"{spread(entry)[0]} ms"
+    entry = row["latency_ms"].get("eager", NotMeasured(not_measured=""))
+    return f"{spread(entry)[0]} ms" if is_measured(entry) else ABSENT
 
 
 def _rounds(run: Run) -> str:
     repeats = sorted(
-        {entry["repeats"] for row in run["rows"] for entry in row["latency_ms"].values() if "value" in entry}
+        {entry["repeats"] for row in run["rows"] for entry in row["latency_ms"].values() if is_measured(entry)}
     )
     if not repeats:
         return "not measured"
@@ -184,7 +196,7 @@ def _ceiling_lines(run: Run) -> list[str]:
 def _shown(run: Run) -> list[tuple[str, str, Entry]]:
     """All entries that the table shows, with label and name."""
     runtime = run["target"]["runtime"]
-    entries = []
+    entries: list[tuple[str, str, Entry]] = []
     for label, row in zip(labels(run["rows"]), run["rows"], strict=True):
         entries += [
             (label, run["metric"]["name"], metric_entry(run, row)),

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchslim.core.budget import BOUNDS, UNITS
-from torchslim.report.cells import Cell, Column
+from torchslim.report.cells import Cell, Column, absent_cell
 from torchslim.report.html import fill, machine_facts
-from torchslim.report.numbers import TO, Entry, counted, metric_text, significant, spread, value_of, with_unit
+from torchslim.report.numbers import TO, counted, is_measured, metric_text, significant, spread, value_of, with_unit
+from torchslim.report.records import Entry, NotMeasured
 from torchslim.report.run_table import ABSENT, aligned, plain
 
 Search = dict[str, Any]
@@ -100,7 +101,7 @@ def search_table(data: Search) -> str:
         f"not measured ({ABSENT}): {plain(what)} of {_named(row)}: {plain(entry['not_measured'])}"
         for row in (data["baseline"], *data["front"])
         for what, entry in _entries(data, row)
-        if "not_measured" in entry
+        if not is_measured(entry)
     )
     failed = [f"failed in full: trial {trial['trial']}: {plain(trial['reason'])}" for trial in data.get("failed", [])]
     return "\n".join([*lines, *missing, *failed, _counts(data)])
@@ -166,7 +167,7 @@ def _text(data: Search, name: str, value: float) -> str:
 def _entries(data: Search, row: Member) -> list[tuple[str, Entry]]:
     """Names and entries of a row that the tables show, in order."""
     metric = data["metric"]["name"]
-    absent = {"not_measured": "the search stored no figure"}
+    absent = NotMeasured(not_measured="the search stored no figure")
     return [
         *((f"{metric} on {split}", row["metric"].get(split, absent)) for split in ("val", "test")),
         *((FIGURES[name], row["figures"].get(name, absent)) for name in _figures(data)),
@@ -177,10 +178,10 @@ def _cells(data: Search, row: Member) -> list[Cell]:
     fields = ["metric.val", "metric.test", *_figures(data)]
     cells = []
     for field, (_, entry) in zip(fields, _entries(data, row), strict=True):
-        value = value_of(entry)
-        if value is None:
-            cells.append(Cell(field=field, entry=entry, text="not measured", tone="absent"))
+        if not is_measured(entry):
+            cells.append(absent_cell(field, entry))
             continue
+        value = entry["value"]
         tone = "bad" if value > _bounds(data).get(field, float("inf")) else ""
         if field.startswith("metric."):
             cells.append(Cell(field=field, entry=entry, text=metric_text(value, data["metric"]["unit"])))
@@ -196,16 +197,15 @@ def _row(data: Search, row: Member) -> list[str]:
     fields = ["", "", *_figures(data)]
     texts = []
     for field, (_, entry) in zip(fields, _entries(data, row), strict=True):
-        value = value_of(entry)
-        if value is None:
+        if not is_measured(entry):
             texts.append(ABSENT)
         elif not field:
-            texts.append(metric_text(value, data["metric"]["unit"]))
+            texts.append(metric_text(entry["value"], data["metric"]["unit"]))
         elif "low" in entry:
             middle, low, high = spread(entry)
             texts.append(f"{middle} [{low}-{high}] {_unit(data, field)}".rstrip())
         else:
-            texts.append(_text(data, field, value))
+            texts.append(_text(data, field, entry["value"]))
     return texts
 
 

@@ -15,7 +15,7 @@ from torchslim.core.isolation import warn
 from torchslim.core.schema import Schema
 from torchslim.errors import RecipeError, StorageError
 from torchslim.pipeline.work_folder import SHARED_SECONDS, own
-from torchslim.report.records import STRICT, Text
+from torchslim.report.records import Text, strict
 from torchslim.runtimes import find_runtime
 from torchslim.tuning.sampling import Sampler
 from torchslim.tuning.space import Space
@@ -61,10 +61,9 @@ def make_ledgers(
     )
 
 
+@strict
 class Claim(TypedDict):
     """Content of `space.json`: what is searched in the folder."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
 
     key: Text
     document: dict[Text, Any]
