@@ -42,6 +42,8 @@ class TimeLeft:
             if event.step not in self.names[self.place + 1 :]:
                 return None
             self.running, self.place = (event.step, event.phase), self.names.index(event.step, self.place + 1)
+        if "last_epoch" in event.values:  # the training has stopped early
+            self.epochs[self.place] = int(event.values["last_epoch"])
         finished = sum(self.epochs[: self.place]) + self.epochs[self.place] * event.current / event.total
         now = time.monotonic()
         self.begun = self.begun or (now, finished)

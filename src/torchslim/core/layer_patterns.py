@@ -166,6 +166,22 @@ def by_pattern(patterns: Iterable[str], chosen: Iterable[str], model: nn.Module)
     return covered
 
 
+def covering(patterns: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """Last pattern that covers each parameter of `model`, biases and norms included, by parameter.
+
+    Raises:
+        SelectError: a pattern matches no layer or parameter, with the nearest names.
+    """
+    patterns, types = list(patterns), class_names(model)
+    check_patterns(model, patterns, None)
+    return {
+        path: pattern
+        for pattern in patterns  # a later pattern replaces an earlier one
+        for path, aliases in parameter_paths(model).items()
+        if any(matches(pattern, alias, types) for alias in aliases)
+    }
+
+
 def _names(pattern: str, path: str) -> bool:
     """Whether the pattern spells out the parameter's own name, as `*.bias` does and `*` does not."""
     if pattern.startswith("type:") or pattern.endswith("*"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, Literal
@@ -153,7 +154,7 @@ class Quantize:
             masks = {_inside(name): mask for name, mask in ctx.masks.items()}
             parameters = dict(prepared.named_parameters())
             freeze = Freeze(prepared, self.norms_until, self.ranges_until)
-            report = self.training().fit(
+            report = _inside_training(self.training(), model, parameters).fit(
                 prepared, ctx, hooks=[freeze], masks={name: mask for name, mask in masks.items() if name in parameters}
             )
             history, training_records = report.history, report.layers
@@ -310,6 +311,15 @@ def _worst(evidence: Any, records: Sequence[LayerRecord]) -> dict[str, Any] | No
 
 def _inside(name: str) -> str:
     return f"program.{WRAPPED}{name}"
+
+
+def _inside_training(training: Training, model: nn.Module, parameters: Container[str]) -> Training:
+    """The training with `lr_scale` by the names of the prepared model, whose program has no classes of layers."""
+    if not training.lr_scale:
+        return training
+    factors = {_inside(name): factor for name, factor in training.settings().factors(model).items()}
+    inside = {glob.escape(name): factor for name, factor in factors.items() if name in parameters}
+    return replace(training, lr_scale=inside)
 
 
 def _surprising(record: LayerRecord) -> bool:

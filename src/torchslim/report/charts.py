@@ -117,11 +117,13 @@ def history_column(run: Run, key: str) -> str:
         return metric_axis(run, "val")
     if key == "lr":
         return "learning rate"
+    if key == "since_best":
+        return "epochs since the best"
     return f"loss: {key.removeprefix('loss_')}" if key.startswith("loss_") else key
 
 
 def history_text(run: Run, key: str, value: float) -> str:
     """A figure of the history, rounded for display."""
-    if key in ("epoch", "round"):
+    if key in ("epoch", "round", "since_best"):
         return f"{value:g}"
     return metric_text(value, run["metric"]["unit"]) if key == "val" else significant(value, 4)

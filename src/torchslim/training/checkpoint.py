@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchslim.core.distributed import is_first
+from torchslim.core.distributed import is_first, told
 from torchslim.core.files import present
 from torchslim.core.isolation import warn
+from torchslim.core.metrics import Metric
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.errors import StorageError, TrainError
+from torchslim.training.averaging import WeightAverage
 from torchslim.training.devices import Placement
 from torchslim.training.fsdp import collected, load_optimizer, load_spread
 
@@ -43,12 +45,30 @@ class Record:
     place: Placement
     path: Path | None
     key: str
+    average: WeightAverage | None = None
+    patience: int | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     best: Best = Best()
+    since_best: int = 0  # epochs that could have been the best one, and were not
 
-    def keep(self, loop: Loop, value: float) -> None:
-        """Keep the weights as they are now as the best ones."""
-        self.best = Best(loop.epoch, value, self.place.weights(loop.model), dict(loop.masks))
+    def rate(self, loop: Loop, value: float, metric: Metric) -> None:
+        """Keep the weights as they are now if they are the best ones so far; count the epoch if not."""
+        if metric.better(value, self.best.value):
+            self.best = Best(loop.epoch, value, self.place.weights(loop.model), dict(loop.masks))
+            self.since_best = 0
+        else:
+            self.since_best += 1
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `patience` epochs have passed without a better one, by the count of the first process."""
+        return self.patience is not None and told(self.since_best) >= self.patience
+
+    def stopped(self, loop: Loop) -> str:
+        """The reason why the training ended before its last epoch; empty where it did not."""
+        if loop.epoch >= loop.epochs:
+            return ""
+        return f"stopped after epoch {loop.epoch} of {loop.epochs}: no better metric on val in {self.patience} epochs"
 
     def add(self, loop: Loop, row: dict[str, float]) -> None:
         """Append a finished epoch to the history, and write the checkpoint."""
@@ -64,6 +84,10 @@ class Record:
             "history": self.history,
             "steps_per_epoch": loop.steps_per_epoch,
             "optimizer": collected(loop.optimizer.state_dict(), self.place.fabric.is_global_zero),
+            "average": None
+            if self.average is None
+            else collected(self.average.values, self.place.fabric.is_global_zero),
+            "since_best": self.since_best,
             "best": [self.best.epoch, self.best.value, self.best.weights, self.best.masks],
         }
         if self.place.fabric.is_global_zero:
@@ -86,7 +110,9 @@ class Record:
             load_optimizer(loop.optimizer, saved["optimizer"])
             loop.masks, loop.epoch, loop.step = saved["masks"], saved["epoch"], saved["step"]
             loop.steps_per_epoch = saved["steps_per_epoch"]
-            self.history, self.best = saved["history"], Best(*saved["best"])
+            self.history, self.best, self.since_best = saved["history"], Best(*saved["best"]), saved["since_best"]
+            if self.average is not None:
+                self.average.load(saved["average"])
         except Exception as error:
             raise TrainError(
                 f"the checkpoint {self.path} cannot be resumed from ({error}); delete it to start over"

@@ -47,8 +47,22 @@ class Placement:
         share(self.model.buffers())  # as DistributedDataParallel does: the first process's statistics and ranges
         return explained()
 
-    def backward(self, losses: Sequence[Tensor], penalties: Sequence[Tensor]) -> None:
-        """Compute the gradients of the sum of losses and penalties; penalties depend on the weights alone."""
+    def accumulating(self, unfinished: bool) -> AbstractContextManager[None]:
+        """Return the context of a batch's forward and backward pass; `unfinished` if others of the same step follow.
+
+        DDP averages the gradients over the processes in a step's last batch only. FSDP does so in every batch, so that
+        gradients stay sharded.
+        """
+        if not unfinished or self.shards is not None or self.fabric.world_size == 1:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.fabric.no_backward_sync(self.wrapped)
+        return context
+
+    def backward(self, losses: Sequence[Tensor], penalties: Sequence[Tensor], *, unfinished: bool = False) -> None:
+        """Add the gradients of the sum of losses and penalties, which depend on the weights alone.
+
+        In a step's last batch, with `unfinished` False, the gradients are averaged over the processes.
+        """
         if self.shards is None:
             self.fabric.backward(_sum([*losses, *penalties]))
         else:
@@ -56,8 +70,9 @@ class Placement:
             for part in (penalties, losses):
                 if part and (total := _sum(part)).requires_grad:
                     self.fabric.backward(total)
-            average_gradients(self.shards.kept)
-        average_gradients(self.companion.parameters())
+        if not unfinished:
+            average_gradients([] if self.shards is None else self.shards.kept)
+            average_gradients(self.companion.parameters())
 
     def clip(self, max_norm: float) -> float | None:
         """Scale the gradients to a joint norm of at most `max_norm`; return the norm before, None where unknown."""

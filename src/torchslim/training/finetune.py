@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torchslim.core.checks import check_fields
 from torchslim.core.step import Context, Form, LayerRecord, Outcome
 from torchslim.errors import TrainError
 from torchslim.training.loaders import first_batch
-from torchslim.training.loop import FitReport, Hook, LabelLoss, Objective, check_epochs, fit
+from torchslim.training.loop import FitReport, Hook, LabelLoss, Objective, check_epochs, check_patience, fit
 from torchslim.training.optimizer import OptimizerSettings
 
 
@@ -40,7 +40,13 @@ class Lesson:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The fields that all training steps share; those of the optimizer are documented in `OptimizerSettings`."""
+    """The fields that all training steps share; those of the optimizer are documented in `OptimizerSettings`.
+
+    Args:
+        keep: the weights of the best epoch by the metric on `val`, or of the last epoch.
+        patience: end the training after so many epochs in a row that are not better than the best one; epochs in which
+            a schedule is still running do not count. Needs keep="best".
+    """
 
     written: ClassVar[str] = "Finetune(...) or Distill(...)"
 
@@ -52,12 +58,17 @@ class Training:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = 0.05
     clip_norm: float | None = None
+    accumulate: int = 1
+    average: float | None = None
+    lr_scale: Mapping[str, float] = field(default_factory=dict, hash=False)
     keep: Literal["best", "last"] = "best"
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, TrainError)
         self.settings()
         check_epochs(self.epochs)
+        check_patience(self.patience, evaluated=self.keep == "best")
 
     def settings(self) -> OptimizerSettings:
         """Return the checked fields of the optimizer."""
@@ -74,9 +85,11 @@ class Training:
         return [self.epochs]
 
     def check_training(self, ctx: Context) -> None:
-        """Raise early for errors that training would meet: no data, no optimizer."""
+        """Raise early for errors that training would meet: no data, no optimizer, patterns that match nothing."""
         first_batch(ctx.task)
-        self.settings().factory()
+        settings = self.settings()
+        settings.factory()
+        settings.check_patterns(ctx.model if ctx.model is not None else ctx.teacher)
 
     def fit(
         self,
@@ -97,6 +110,7 @@ class Training:
                 epochs=self.epochs,
                 settings=self.settings(),
                 evaluate=ctx.task if self.keep == "best" else None,
+                patience=self.patience,
                 hooks=[*hooks, *lesson.hooks],
                 masks=ctx.masks if masks is None else masks,
                 companion=lesson.companion,
@@ -108,7 +122,8 @@ class Training:
                 step_name=ctx.name,
                 phase=phase,
             )
-            return replace(report, layers=lesson.layers)
+            ended = [LayerRecord(layer="", action="trained", reason=report.stopped)] if report.stopped else []
+            return replace(report, layers=[*lesson.layers, *ended])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +25,12 @@ from torchslim.core.train_modes import modes_restored
 from torchslim.core.trees import device_of
 from torchslim.core.usable import usable
 from torchslim.errors import TrainError
+from torchslim.training.averaging import WeightAverage
 from torchslim.training.checkpoint import Record
 from torchslim.training.devices import Placement, fabric_for, placed
 from torchslim.training.loaders import length, seeded, shared
 from torchslim.training.masks import MaskKeeper
-from torchslim.training.optimizer import OptimizerSettings
+from torchslim.training.optimizer import LR_SCALE, OptimizerSettings
 
 MISTAKES = (TypeError, AttributeError, LookupError, ValueError)  # of an objective that takes or gives something else
 
@@ -102,10 +104,12 @@ class FitReport:
     """Result of `fit`.
 
     Attributes:
-        history: a row for each epoch: mean losses, validation metric, learning rate.
+        history: a row for each epoch: mean losses, validation metric, learning rate; with `patience` also the number
+            of epochs since the best one.
         masks: masks at the end, by parameter name.
         best_epoch, best_value: of the epoch whose weights were kept; None without `evaluate`.
         layers: records of the layers that were distilled.
+        stopped: why the training ended before its last epoch; empty where it did not.
     """
 
     history: Sequence[Mapping[str, float]]
@@ -113,6 +117,7 @@ class FitReport:
     best_epoch: int | None
     best_value: float | None
     layers: Sequence[LayerRecord] = ()
+    stopped: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,7 @@ def fit(
     epochs: int,
     settings: OptimizerSettings | None = None,
     evaluate: Task | None = None,
+    patience: int | None = None,
     hooks: Sequence[Hook] = (),
     masks: Mapping[str, Tensor] | None = None,
     companion: nn.Module | None = None,
@@ -156,6 +162,8 @@ def fit(
     Args:
         model: wrappers of `torch.compile` and `DataParallel` are taken off; they share the weights.
         objective: called with the model and a batch; returns named losses, which are added up.
+        patience: end the training after so many epochs in a row without a better metric; needs `evaluate`. Epochs in
+            which a schedule is still running do not count.
         masks: weights whose mask is False stay zero.
         companion: a module that trains along without being part of the model, such as projections of a loss.
         state: the checkpoint, written after every epoch; a run that resumes from it ends with the same weights as one
@@ -168,18 +176,21 @@ def fit(
         StorageError: the checkpoint cannot be written; the one before is kept.
     """
     check_epochs(epochs)
+    check_patience(patience, evaluated=evaluate is not None)
     model = usable(model, TrainError)
     companion = None if companion is None else usable(companion, TrainError, "the companion")
     settings, engine = settings or OptimizerSettings(), engine or Engine()
     home = device_of(model)
     # a caller who only evaluates may have switched gradients off
     with preserved_globals(), torch.enable_grad(), fabric_for(engine) as fabric, modes_restored(model):
-        with placed(fabric, engine, model, companion or nn.Module(), settings) as place:
-            per_epoch = length(batches, fabric.world_size)
+        with settings.freezing(model), placed(fabric, engine, model, companion or nn.Module(), settings) as place:
+            count = length(batches, fabric.world_size)
+            per_epoch = None if count is None else math.ceil(count / settings.accumulate)
             loop = Loop(model, place.optimizer, epochs, dict(masks or {}), per_epoch, whole=place.whole)
-            record = Record(place, state, key)
+            average = None if settings.average is None else WeightAverage(model, settings.average)
+            record = Record(place, state, key, average, patience)
             record.resume(loop)
-            trainee = _Trainee(place, objective, settings, hooks, progress, step_name, phase)
+            trainee = _Trainee(place, objective, settings, average, hooks, progress, step_name, phase)
             trainee.run(batches, loop, record, evaluate, seed)
         if record.best.weights is not None and record.best.masks is not None:
             place.load_weights(record.best.weights)
@@ -189,6 +200,7 @@ def fit(
         masks={name: mask.to(home) for name, mask in loop.masks.items()},
         best_epoch=record.best.epoch,
         best_value=record.best.value,
+        stopped=record.stopped(loop),
     )
 
 
@@ -199,6 +211,7 @@ class _Trainee:
     place: Placement
     objective: Objective
     settings: OptimizerSettings
+    average: WeightAverage | None
     hooks: Sequence[Hook]
     progress: Callable[[Event], None]
     step_name: str
@@ -211,23 +224,45 @@ class _Trainee:
         for hook in self.hooks:
             hook.on_start(loop)
         keeper.follow(loop.masks)
-        keeper.after_step()  # weights that arrive non-zero under a mask are zeroed before the first forward
         metric = evaluate.as_metric() if evaluate else None
+        self.hold(keeper)  # weights that arrive non-zero under a mask are zeroed before the first forward
         try:
-            for epoch in range(loop.epoch, loop.epochs):
-                epoch_seed = seed * 100_003 + epoch
+            while loop.epoch < loop.epochs and not record.exhausted:
+                epoch, epoch_seed = loop.epoch, seed * 100_003 + loop.epoch
                 seed_everything(epoch_seed)
                 with seeded(batches, epoch, epoch_seed):
                     row = self.epoch(shared(checked(batches, "train"), self.place.fabric), loop, keeper)
                 share(loop.model.buffers())  # each process has seen other batches; all must keep the same best epoch
                 if evaluate is not None and metric is not None:
-                    with seeded(evaluate.val, epoch, epoch_seed):
-                        row["val"] = evaluate.evaluate(predictor(loop.model), "val")
-                    if all(hook.settled(loop) for hook in self.hooks) and metric.better(row["val"], record.best.value):
-                        record.keep(loop, row["val"])
+                    with self.averaged():
+                        with seeded(evaluate.val, epoch, epoch_seed):
+                            row["val"] = evaluate.evaluate(predictor(loop.model), "val")
+                        if all(hook.settled(loop) for hook in self.hooks):
+                            record.rate(loop, row["val"], metric)
+                    if record.patience is not None:
+                        row["since_best"] = float(record.since_best)
                 record.add(loop, row)
+                if record.exhausted and loop.epoch < loop.epochs:
+                    self.report(loop, loop.step, epoch=loop.epoch, last_epoch=loop.epoch)
+            if self.average is not None:
+                self.average.settle()
         finally:
             loop.model.zero_grad(set_to_none=True)
+
+    def hold(self, keeper: MaskKeeper) -> None:
+        """Zero the masked weights, in the average too."""
+        keeper.after_step()
+        if self.average is not None:
+            keeper.zero(self.average.values)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return the context in which the model has its averaged weights, where they are asked for."""
+        return nullcontext() if self.average is None else self.average.shown()
+
+    def report(self, loop: Loop, total: int | None, **figures: float) -> None:
+        """Report that `loop.step` of `total` steps are done; `last_epoch` tells that the training has stopped early."""
+        values = {**figures, "loss": self.last_finite}
+        self.progress(Event(step=self.step_name, phase=self.phase, current=loop.step, total=total, values=values))
 
     def epoch(self, batches: Iterator[Batch], loop: Loop, keeper: MaskKeeper) -> dict[str, float]:
         """One pass over the batches: a history row of mean losses."""
@@ -236,50 +271,50 @@ class _Trainee:
         count = 0
         self.place.wrapped.train()
         self.place.companion.train()
-        for count, batch in enumerate(batches, 1):
+        while batch_group := list(islice(batches, self.settings.accumulate)):
             factor = self.settings.factor(loop.midpoint)
             for group, lr in zip(loop.optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = lr * factor
-            for name, value in self.step(batch, loop, keeper, count).items():
+            for name, value in self.step(batch_group, loop, keeper, count).items():
                 sums[name] = sums.get(name, 0.0) + value
-            total = loop.steps_per_epoch and loop.steps_per_epoch * loop.epochs
-            self.progress(
-                Event(
-                    step=self.step_name,
-                    phase=self.phase,
-                    current=loop.step,
-                    total=total,
-                    values={"epoch": loop.epoch + 1, "loss": self.last_finite},
-                )
-            )
+            count += len(batch_group)
+            self.report(loop, loop.steps_per_epoch and loop.steps_per_epoch * loop.epochs, epoch=loop.epoch + 1)
+        loop.steps_per_epoch = loop.steps_per_epoch or loop.step_in_epoch
         loop.epoch, loop.step_in_epoch = loop.epoch + 1, 0
-        loop.steps_per_epoch = loop.steps_per_epoch or count
         for hook in self.hooks:
             hook.on_epoch(loop)
         keeper.follow(loop.masks)
-        keeper.after_step()
+        self.hold(keeper)
         if broken := self.place.broken():
             raise self.diverged(f"{', '.join(broken[:3])} became nan or infinite", f"end of epoch {loop.epoch}")
         means = {f"loss_{name}": total / count for name, total in sums.items()}
-        return {"epoch": float(loop.epoch), **means, "lr": loop.optimizer.param_groups[0]["lr"]}
+        first = loop.optimizer.param_groups[0]
+        return {"epoch": float(loop.epoch), **means, "lr": first["lr"] / first.get(LR_SCALE, 1.0)}
 
-    def step(self, batch: Batch, loop: Loop, keeper: MaskKeeper, number: int) -> dict[str, float]:
-        """One optimizer step: the value of each part of the loss."""
-        place, where = self.place, f"epoch {loop.epoch + 1}, batch {number}"
-        with place.computing():
-            parts = self.losses(batch, where)
-        penalties: dict[str, Tensor] = {}
-        for index, hook in enumerate(self.hooks):
-            penalty = hook.penalty(loop)
-            if penalty is not None:
-                penalties[f"penalty_{index}" if index else "penalty"] = penalty
-        loss = self.total({**parts, **penalties})
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self.diverged(f"the loss became {value}", where)
-        self.last_finite = value
-        loop.optimizer.zero_grad(set_to_none=True)
-        place.backward([*parts.values()], [*penalties.values()])
+    def step(self, group: Sequence[Batch], loop: Loop, keeper: MaskKeeper, before: int) -> dict[str, float]:
+        """One optimizer step, on the mean over a group of batches: the sums over them of the parts of the loss.
+
+        `before` counts the epoch's batches before the group.
+        """
+        place, penalties = self.place, dict[str, Tensor]()
+        sums: dict[str, float] = {}
+        values: list[float] = []
+        for number, batch in enumerate(group, 1):
+            unfinished, where = number < len(group), f"epoch {loop.epoch + 1}, batch {before + number}"
+            with place.accumulating(unfinished):
+                with place.computing():
+                    parts = self.losses(batch, where)
+                penalties = self.penalties(loop) if number == 1 else penalties
+                values.append(self.total({**parts, **penalties}).item())
+                if not math.isfinite(values[-1]):
+                    raise self.diverged(f"the loss became {values[-1]}", where)
+                shares = [part / len(group) for part in parts.values()] if len(group) > 1 else [*parts.values()]
+                if number == 1:
+                    loop.optimizer.zero_grad(set_to_none=True)
+                place.backward(shares, [*penalties.values()] if number == 1 else [], unfinished=unfinished)
+            for name, part in {**parts, **penalties}.items():
+                sums[name] = sums.get(name, 0.0) + part.item()
+        self.last_finite = sum(values) / len(values)
         keeper.before_step()
         if self.settings.clip_norm is not None:
             norm = place.clip(self.settings.clip_norm)
@@ -287,12 +322,21 @@ class _Trainee:
                 raise self.diverged(f"the gradient's norm became {norm}", where)
         place.stepper.step()
         loop.step += 1
-        loop.step_in_epoch = number
+        loop.step_in_epoch += 1
         for hook in self.hooks:
             hook.on_step(loop)
         keeper.follow(loop.masks)
-        keeper.after_step()
-        return {name: part.item() for name, part in {**parts, **penalties}.items()}
+        if self.average is not None:
+            self.average.update(loop.step)
+        self.hold(keeper)
+        return sums
+
+    def penalties(self, loop: Loop) -> dict[str, Tensor]:
+        """The penalties of the hooks, by name."""
+        values = (
+            (f"penalty_{index}" if index else "penalty", hook.penalty(loop)) for index, hook in enumerate(self.hooks)
+        )
+        return {name: value for name, value in values if value is not None}
 
     def losses(self, batch: Batch, where: str) -> dict[str, Tensor]:
         """The objective's losses of a batch."""
@@ -336,3 +380,14 @@ def check_epochs(epochs: int) -> None:
     """Raise TrainError unless it is a whole number of at least 1."""
     if not isinstance(epochs, int) or epochs < 1:
         raise TrainError(f"epochs must be a whole number of at least 1, got {epochs!r}")
+
+
+def check_patience(patience: int | None, *, evaluated: bool) -> None:
+    """Raise TrainError for a patience below 1, or without a metric that shows which epoch is better."""
+    if patience is not None and patience < 1:
+        raise TrainError(f"patience must be at least 1, got {patience}")
+    if patience is not None and not evaluated:
+        raise TrainError(
+            f"patience={patience} compares epochs by the metric on val, which is not measured here; set keep='best' "
+            "(in `fit`: evaluate=task), or leave patience out"
+        )

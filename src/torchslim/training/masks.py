@@ -20,7 +20,7 @@ class MaskKeeper:
         self.optimizer = optimizer
         self.parameters = parameters
         self.masks: dict[str, Tensor] = {}
-        self.dropped: list[tuple[Tensor, Tensor]] = []
+        self.dropped: dict[str, Tensor] = {}
         self.follow(masks)
 
     def follow(self, masks: Mapping[str, Tensor]) -> None:
@@ -31,24 +31,31 @@ class MaskKeeper:
         self.masks = dict(masks)
         for name, mask in masks.items():  # the masks of a process may come from its own batches only
             share([mask], through=self.parameters[name].device)
-        pairs = [(self.parameters[name], mask) for name, mask in masks.items()]
-        self.dropped = [(parameter, local(spread(~mask.to(parameter.device), parameter))) for parameter, mask in pairs]
+        pairs = [(name, self.parameters[name], mask) for name, mask in masks.items()]
+        self.dropped = {name: local(spread(~mask.to(parameter.device), parameter)) for name, parameter, mask in pairs}
 
     @torch.no_grad()
     def before_step(self, *_: Any) -> None:
         """Zero the gradients of masked weights, so that they do not count in momentum and clipping."""
-        for parameter, dropped in self.dropped:
-            if parameter.grad is not None:
-                local(parameter.grad).masked_fill_(dropped, 0)
+        for name, dropped in self.dropped.items():
+            if (gradient := self.parameters[name].grad) is not None:
+                local(gradient).masked_fill_(dropped, 0)
 
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:
         """Zero masked weights and their optimizer state (weight decay and old momentum included)."""
-        for parameter, dropped in self.dropped:
-            local(parameter).masked_fill_(dropped, 0)
+        self.zero(self.parameters)
+        for name, dropped in self.dropped.items():
+            parameter = self.parameters[name]
             for value in self.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     local(value).masked_fill_(dropped, 0)
+
+    @torch.no_grad()
+    def zero(self, values: Mapping[str, Tensor]) -> None:
+        """Zero the entries of masked weights in tensors that are named like the parameters."""
+        for name, dropped in self.dropped.items():
+            local(values[name]).masked_fill_(dropped, 0)
 
 
 def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
