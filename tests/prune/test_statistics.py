@@ -299,21 +299,24 @@ def test_a_norm_that_has_its_channels_second_is_told_by_their_number() -> None:
 
 
 class Checkpointed(nn.Module):
-    """Computes its middle again in the backward pass."""
+    """Computes its middle again in the backward pass, reentrantly or not; with None it does not."""
 
-    def __init__(self, again: bool) -> None:
+    def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
-        self.one, self.two, self.again = nn.Conv2d(1, 4, 3), nn.Linear(4, 4), again
+        self.one, self.two, self.reentrant = nn.Conv2d(1, 4, 3), nn.Linear(4, 4), reentrant
 
     def middle(self, x: Tensor) -> Tensor:
         return torch.relu(self.one(x)).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.two(checkpoint(self.middle, x, use_reentrant=False) if self.again else self.middle(x))
+        if self.reentrant is None:
+            return self.two(self.middle(x))
+        return self.two(checkpoint(self.middle, x, use_reentrant=self.reentrant))
 
 
-def test_what_is_computed_again_is_counted_once() -> None:
-    plain, again = Checkpointed(False), Checkpointed(True)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_is_counted_once(reentrant: bool) -> None:
+    plain, again = Checkpointed(None), Checkpointed(reentrant)
     again.load_state_dict(plain.state_dict())
     one, other = (of(gather(model, EVERYTHING, split(8, 4)), "one.weight") for model in (plain, again))
     for each in Statistic:

@@ -23,6 +23,7 @@ from torch.nn.modules import transformer
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import checkpoint as torch_checkpoint
 
 from torchslim.core.train_modes import eval_mode
 from torchslim.errors import ModelError
@@ -271,6 +272,31 @@ def unfused_attention() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         transformer._detect_is_causal_mask = detect
+
+
+@Shared
+@contextmanager
+def differentiable_checkpoints() -> Iterator[None]:
+    """Let `torch.utils.checkpoint` recompute activations in a way that `torch.autograd.grad` allows.
+
+    With `use_reentrant=True` it calls `backward()` inside the backward pass: that fails in `torch.autograd.grad`, and
+    outputs of the checkpointed part have no gradients. Its other implementation computes the same values. Other threads
+    also use that one meanwhile.
+    """
+    reentrant = torch_checkpoint.CheckpointFunction
+
+    class Recomputed:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return torch_checkpoint.checkpoint(
+                function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+            )
+
+    torch_checkpoint.CheckpointFunction = Recomputed
+    try:
+        yield
+    finally:
+        torch_checkpoint.CheckpointFunction = reentrant
 
 
 @contextmanager

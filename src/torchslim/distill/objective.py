@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchslim.core.batches import Batch, batch_size
 from torchslim.core.distributed import gathered
+from torchslim.core.isolation import differentiable_checkpoints
 from torchslim.core.task import Task
 from torchslim.distill.features.align import Masks, averaged, masked
 from torchslim.distill.features.matching import Pair
@@ -127,6 +128,7 @@ class DistillObjective:
         self.owners = modules_by_path(model)
         with ExitStack() as stack:
             if self.taps:
+                stack.enter_context(differentiable_checkpoints())  # else features inside them would have no gradient
                 stack.enter_context(watched(model, self.watch.keep, self.watch.outputs))
                 self.watch.rehearse(model, lambda: answer(self.task, model, batch))
             if isinstance(self.response, ResponseLoss):
@@ -248,8 +250,8 @@ class DistillObjective:
             learns = owner is not None and any(parameter.requires_grad for parameter in owner.parameters())
             if feature is not None and learns and not feature.requires_grad:
                 raise DistillError(
-                    f"the output of {tap.name!r} carries no gradient, so nothing learns from it; where activations "
-                    "are checkpointed, give checkpoint(..., use_reentrant=False), or tap a module outside"
+                    f"the output of {tap.name!r} carries no gradient, so nothing learns from it; compute it without "
+                    "torch.no_grad, or tap a module outside of that block"
                 )
 
     def _classes(self, batch: Batch) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchslim.core.batches import Batch, Outputs, batch_inputs, batch_size, batch_target, call, checked, output_logits
-from torchslim.core.isolation import preserved_globals, unfused_attention
+from torchslim.core.isolation import differentiable_checkpoints, preserved_globals, unfused_attention
 from torchslim.core.metrics import default_loss
 from torchslim.core.train_modes import eval_mode
 from torchslim.core.trees import device_of, to_device
@@ -135,6 +135,7 @@ def gather(
     with _untouched(model) as parameters, ExitStack() as stack:
         run = _Pass(model, needs, parameters, forward or _forward, loss or _label_loss)
         stack.callback(run.release)
+        stack.enter_context(differentiable_checkpoints())
         if run.differentiates and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN has no backward for recurrent layers in eval mode
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
