@@ -81,6 +81,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
 SETTINGS = {
     "sgd": OptimizerSettings(optimizer="sgd", lr=0.05, clip_norm=1.0),
     "adamw": OptimizerSettings(optimizer="adamw", lr=0.01, schedule="constant"),
+    "averaged groups": OptimizerSettings(
+        lr=0.01, accumulate=2, average=0.99, lr_scale={"net.conv1": 0.0, "type:Linear": 0.3}, clip_norm=1.0
+    ),
 }
 
 
@@ -135,6 +138,43 @@ def test_a_resumed_training_ends_with_the_same_weights(loader: str, optimizer: s
     assert fingerprint(resumed.state_dict()) == fingerprint(whole.state_dict())
     assert again == replace(report, masks=again.masks)
     assert torch.equal(again.masks["net.conv2.weight"], masks["net.conv2.weight"])
+
+
+@pytest.mark.parametrize("killed", [1, 2, 4])
+def test_early_stopping_counts_on_after_an_interruption(killed: int, tmp_path: Path) -> None:
+    """Epochs 2, 3 and 4 are no better than epoch 1, whichever run measures them."""
+
+    def task() -> ts.Task:
+        def metric(predict: Any, batches: Any) -> float:
+            return float(-len(calls))
+
+        return replace(toy.task(), metric=metric)
+
+    class Count(Hook):
+        def on_epoch(self, loop: Loop) -> None:
+            calls[:] = [0] * loop.epoch
+
+    calls: list[int] = []
+    whole, resumed, state = model(), model(), tmp_path / "c.ckpt"
+    report = train(whole, task(), epochs=9, patience=3, hooks=[Count()])
+    assert [row["since_best"] for row in report.history] == [0, 1, 2, 3]
+    if killed < 4:
+        with pytest.raises(Killed):
+            train(model(), task(), epochs=9, patience=3, hooks=[Count(), StopAt(killed)], state=state)
+    else:
+        train(model(), task(), epochs=9, patience=3, hooks=[Count()], state=state)
+    events: list[ts.Event] = []
+    again = train(resumed, task(), epochs=9, patience=3, hooks=[Count()], state=state, progress=events.append)
+    assert again == report
+    assert bool(events) == (killed < 4), "a run that has stopped is finished"
+    assert fingerprint(resumed.state_dict()) == fingerprint(whole.state_dict())
+
+
+def test_a_checkpoint_without_an_average_cannot_be_averaged_on(tmp_path: Path) -> None:
+    train(toy.model(), toy.task(), epochs=1, state=tmp_path / "c.ckpt")
+    with pytest.raises(TrainError, match="cannot be resumed from.*average"):
+        settings = replace(SETTINGS["sgd"], average=0.9)
+        train(toy.model(), toy.task(), epochs=2, settings=settings, state=tmp_path / "c.ckpt")
 
 
 def test_a_loader_killed_and_resumed_in_the_same_process_is_left_as_it_was(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
@@ -228,3 +230,144 @@ def test_progress_counts_every_step_and_says_which_step_it_is() -> None:
     assert [event.current for event in events] == list(range(1, 17))
     assert {(event.step, event.phase, event.total) for event in events} == {("mine", "again", 16)}
     assert [event.values["epoch"] for event in events] == [1] * 8 + [2] * 8
+
+
+# accumulated gradients ------------------------------------------------------------------------------------------------
+
+
+class Unsized:
+    """A loader that does not know its length."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+class Norm(Hook):
+    """A penalty, and the progress that hooks see after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, float]] = []
+
+    def penalty(self, loop: Loop) -> Tensor:
+        return 0.1 * sum(parameter.square().sum() for parameter in loop.model.parameters())
+
+    def on_step(self, loop: Loop) -> None:
+        self.seen.append((loop.step, loop.step_in_epoch, loop.progress if loop.steps_per_epoch else 0.0))
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.sampled_from(["sgd", "adamw"]), st.booleans())
+def test_a_step_on_several_batches_is_a_step_on_their_union(
+    count: int, accumulate: int, name: str, sized: bool
+) -> None:
+    """The last step of an epoch may have fewer batches, and follows the mean of those."""
+    generator = torch.Generator().manual_seed(count)
+    batches = [
+        (torch.randn(4, 3, generator=generator, dtype=torch.float64), torch.randint(3, (4,), generator=generator))
+        for _ in range(count)
+    ]
+    groups = [batches[start : start + accumulate] for start in range(0, count, accumulate)]
+    unions = [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
+    results = []
+    for data, size in ((batches, accumulate), (unions, 1)):
+        torch.manual_seed(0)
+        model, hook, events = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double(), Norm(), []
+        task = ts.Task(train=data if sized else Unsized(data), val=batches, metric="accuracy")
+        settings = OptimizerSettings(optimizer=name, lr=0.1, warmup=0.3, clip_norm=0.5, accumulate=size)
+        mask = {"0.weight": torch.arange(15).view(5, 3) % 2 == 0}
+        report = train(
+            model, task, epochs=2, settings=settings, hooks=[hook], evaluate=None, masks=mask, progress=events.append
+        )
+        steps = [(event.current, event.total, event.values["epoch"]) for event in events]
+        results.append((model.state_dict(), hook.seen, steps, report.history))
+    (weights, seen, steps, history), (expected, *others) = results
+    assert all(torch.allclose(weights[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected)
+    assert [seen, steps] == others[:2]
+    assert [row["lr"] for row in history] == [row["lr"] for row in others[2]]
+    if count % accumulate == 0:  # else the batches of the last step count less in the mean over unions
+        for row, other in zip(history, others[2], strict=True):
+            assert row == pytest.approx(other)
+
+
+def test_a_rows_loss_is_the_mean_over_its_batches_whatever_a_step_takes() -> None:
+    batches, settings = [toy.images(16, seed) for seed in range(5)], OptimizerSettings(lr=1e-12)
+    task = replace(toy.task(), train=batches)
+    rows = [
+        train(toy.model(), task, epochs=1, settings=replace(settings, accumulate=size)).history[0] for size in (1, 3, 9)
+    ]
+    assert [row["loss_label"] for row in rows] == pytest.approx([rows[0]["loss_label"]] * 3, rel=1e-5)
+
+
+def test_a_broken_loss_names_its_batch_inside_of_a_step() -> None:
+    batches = [toy.images(16, seed) for seed in range(5)]
+    batches[3][0].fill_(math.nan)
+    settings = OptimizerSettings(accumulate=2)
+    with pytest.raises(TrainError, match=r"nan.*'fit', epoch 1, batch 4"):
+        train(toy.model(), replace(toy.task(), train=batches), settings=settings)
+
+
+# early stopping -------------------------------------------------------------------------------------------------------
+
+
+class SettledFrom(Hook):
+    """A schedule that runs in the first epochs."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def settled(self, loop: Loop) -> bool:
+        return loop.epoch >= self.epoch
+
+
+def expected_stop(values: list[int], patience: int, settled: int) -> tuple[int, int | None]:
+    """The number of epochs and the best one, epoch by epoch as the documentation says."""
+    best, waited = None, 0
+    for epoch, value in enumerate(values, 1):
+        if epoch >= settled:
+            if best is None or value > values[best - 1]:
+                best, waited = epoch, 0
+            else:
+                waited += 1
+        if waited == patience:
+            return epoch, best
+    return len(values), best
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(1, 4), st.integers(0, 4))
+def test_training_stops_after_so_many_epochs_without_a_better_one(
+    values: list[int], patience: int, settled: int
+) -> None:
+    given_values, events = iter(values), []
+    batch = (torch.ones(2, 3), torch.tensor([0, 1]))
+    task = ts.Task(train=[batch], val=[batch], metric=lambda predict, batches: float(next(given_values)))
+    report = train(
+        nn.Linear(3, 2), task, epochs=len(values), patience=patience, hooks=[SettledFrom(settled)],
+        progress=events.append,
+    )  # fmt: skip
+    epochs, best = expected_stop(values, patience, settled)
+    assert (len(report.history), report.best_epoch) == (epochs, best)
+    early = epochs < len(values)
+    assert bool(report.stopped) == early
+    if early:
+        assert all(str(number) in report.stopped for number in (epochs, len(values), patience))
+        assert report.history[-1]["since_best"] == patience
+    assert (events[-1].current, events[-1].total) == (epochs, epochs), "nothing is left to do"
+
+
+def test_the_report_of_a_step_says_why_it_stopped() -> None:
+    values = iter([3.0, 2.0, 1.0, 0.0])
+    task = replace(toy.task(), metric=lambda predict, batches: next(values))
+    ctx = ts.Context(task=task, teacher=toy.model(), example_inputs=())
+    outcome = ts.Finetune(epochs=9, patience=2)(toy.model(), ctx)
+    assert outcome.layers[0].reason == "best epoch 1"
+    assert "after epoch 3 of 9" in outcome.layers[1].reason
+    assert [row["since_best"] for row in outcome.history] == [0, 1, 2]
+
+
+def test_patience_needs_a_metric() -> None:
+    with pytest.raises(TrainError, match=r"patience=2.*evaluate=task"):
+        train(toy.model(), toy.task(), evaluate=None, patience=2)
+    with pytest.raises(TrainError, match=r"patience=2.*keep='best'"):
+        ts.Finetune(patience=2, keep="last")

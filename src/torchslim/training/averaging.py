@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from torchslim.core.distributed import local, share, spread
+from torchslim.errors import TrainError
 
 AVERAGED_BUFFERS = ("running_mean", "running_var")
 
@@ -53,8 +54,14 @@ class WeightAverage:
             get_ema_multi_avg_fn(decay)(averages, weights, step)
 
     @torch.no_grad()
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Set the average to whole tensors of a checkpoint."""
+    def load(self, saved: Mapping[str, Tensor] | None) -> None:
+        """Set the average to whole tensors of a checkpoint.
+
+        Raises:
+            TrainError: there are none, since the training had no average so far.
+        """
+        if saved is None:
+            raise TrainError("it has no average of the weights, as it is of a training without")
         for name, value in self.values.items():
             local(value).copy_(local(spread(saved[name], value)))
 
