@@ -213,3 +213,13 @@ def test_the_time_left_is_at_the_pace_of_the_trainings_so_far(monkeypatch: pytes
     assert after(25, "distill", "train", 0) == pytest.approx(40 / 4 * 4)
     assert after(0, "stranger", "train", 5) is None
     assert after(10, "distill", "train", 10) == 0
+
+
+def test_the_time_left_leaves_out_epochs_that_early_stopping_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("torchslim.cli.console.time.monotonic", lambda: now[0])
+    left = TimeLeft([ts.Finetune(epochs=8, patience=1), ts.Distill(epochs=4)])
+    left.after(ts.Event(step="finetune", phase="train", current=0, total=80, values={"epoch": 1}))
+    now[0] = 20
+    done = ts.Event(step="finetune", phase="train", current=20, total=20, values={"epoch": 2, "last_epoch": 2})
+    assert left.after(done) == pytest.approx(4 * 10), "four epochs at the pace of two in 20 s"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from tests.support import models, toy
-from torchslim.core.layer_patterns import by_pattern, matches, select_weights
+from torchslim.core.layer_patterns import by_pattern, covering, matches, select_weights
 from torchslim.errors import SelectError
 
 
@@ -197,3 +197,22 @@ def test_the_last_pattern_that_covers_a_weight_decides() -> None:
         by_pattern(["bn1"], chosen, toy.model())
     with pytest.raises(SelectError, match="'convs'.*near.*conv"):
         by_pattern(["convs"], chosen, toy.model())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ([], {}),
+        (["conv2"], {"conv2.weight": "conv2", "conv2.bias": "conv2"}),
+        (["*", "type:BatchNorm2d"], {"conv1.weight": "*", "bn1.weight": "type:BatchNorm2d", "bn1.bias": "type:BatchNorm2d",
+                                     "conv2.weight": "*", "conv2.bias": "*", "head.weight": "*", "head.bias": "*"}),
+        (["type:BatchNorm2d", "bn?.bias"], {"bn1.weight": "type:BatchNorm2d", "bn1.bias": "bn?.bias"}),
+    ],
+)  # fmt: skip
+def test_the_last_pattern_covers_any_parameter(patterns: list[str], expected: dict[str, str]) -> None:
+    assert covering(patterns, toy.model()) == expected
+
+
+def test_a_pattern_that_covers_nothing_names_what_is_near() -> None:
+    with pytest.raises(SelectError, match=r"'covn1.*near names: .*conv1"):
+        covering(["*", "covn1"], toy.model())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -317,3 +317,66 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Any) -> None:
     joined = torch.load(tmp_path / "grads.pt", weights_only=True)
     for name, each in prepared.named_parameters():
         torch.testing.assert_close(joined[name], each.grad, rtol=1e-5, atol=1e-6)
+
+
+class Watched(Finetune):
+    """Keeps the weights of the prepared model from before and after the training."""
+
+    seen: ClassVar[list[dict[str, Tensor]]] = []
+
+    def fit(self, model: nn.Module, ctx: Context, **options: Any) -> Any:
+        self.seen.append({name: each.detach().clone() for name, each in model.named_parameters()})
+        report = super().fit(model, ctx, **options)
+        self.seen.append({name: each.detach().clone() for name, each in model.named_parameters()})
+        return report
+
+
+@pytest.mark.parametrize("learned_step", [False, True])
+def test_learning_rates_are_scaled_by_the_names_and_classes_of_the_users_model(learned_step: bool) -> None:
+    task = toy.task()
+    train = Watched(epochs=1, lr_scale={"type:Conv2d": 0, "conv2.bias": 1, "bn1": 0})
+    step = Quantize("int8", mode="qat", train=train, learned_step=learned_step, checks=None)
+    ctx = Context(task=task, teacher=toy.model(), model=toy.model(), example_inputs=task.inputs(task.val[0]))
+    step.check(ctx)
+    Watched.seen.clear()
+    step(toy.model(), ctx)
+    before, after = Watched.seen
+    frozen = {name.rpartition("model.")[2] for name in before if torch.equal(before[name], after[name])}
+    assert frozen == {"conv1.weight", "conv2.weight", "bn1.weight", "bn1.bias"}
+    with pytest.raises(SelectError, match="near names: conv2"):
+        Quantize("int8", mode="qat", train=Finetune(lr_scale={"conv22": 0})).check(ctx)
+
+
+def test_a_tied_weight_is_scaled_by_any_of_its_names() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.relu(self.one(x)))
+
+    torch.manual_seed(0)
+    x = torch.randn(32, 8)
+    task = ts.Task(train=[(x, torch.arange(32) % 8)], val=[(x, torch.arange(32) % 8)], metric="accuracy")
+    Watched.seen.clear()
+    step = Quantize("int8", mode="qat", train=Watched(epochs=1, lr_scale={"two.weight": 0}), checks=None)
+    step(Tied(), Context(task=task, teacher=Tied(), example_inputs=(x,)))
+    before, after = Watched.seen
+    assert [name for name in before if torch.equal(before[name], after[name])] == [
+        name for name in before if name.endswith("weight")
+    ]
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_trained_and_converted() -> None:
+    """The grid is that of the trained weights; the average may not leave it by more than training does."""
+    task, outcomes = toy.task(), []
+    for average in (None, 0.9):
+        train = Finetune(epochs=3, lr=1e-3, average=average, accumulate=2, patience=2)
+        ctx = Context(task=task, teacher=toy.model(), example_inputs=task.inputs(task.val[0]))
+        outcomes.append(Quantize("int8", mode="qat", train=train)(toy.model(), ctx))
+    plain, averaged = (outcome.model(task.val[0][0]) for outcome in outcomes)
+    assert not torch.equal(plain, averaged)
+    assert float(sqnr(plain, averaged)) > 10

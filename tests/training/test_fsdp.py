@@ -111,7 +111,12 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen": {"frozen": True, "settings": {"clip_norm": 0.1, "lr": 1e-2}},
     "last": {"evaluate": False},
     "penalty": {"penalty": True},
-}
+    "accumulate": {"penalty": True, "settings": {"accumulate": 3, "clip_norm": 0.5}},  # of five batches in each process
+    "options": {
+        "masks": True, "patience": 1,
+        "settings": {"accumulate": 2, "average": 0.9, "lr_scale": {"blocks.1": 0, "head.bias": 0.1}, "lr": 0.05},
+    },
+}  # fmt: skip
 
 
 def train(
@@ -130,6 +135,7 @@ def train(
     report = ts.fit(
         net, data.train, LabelLoss(data), epochs=4, evaluate=data if case.get("evaluate", True) else None, hooks=own,
         settings=OptimizerSettings(**{"lr": 1e-2, **case.get("settings", {})}), masks=held, seed=2,
+        patience=case.get("patience"),
         engine=ts.Engine(accelerator="cpu", strategy=strategy), state=state,
     )  # fmt: skip
     assert all(parameters[name] is each for name, each in net.named_parameters())  # whoever holds one finds it trained
@@ -182,7 +188,12 @@ def _worker(rank: int, folder: str) -> None:
     with pytest.raises(Killed):
         train(CASES["masks"], "fsdp", (Kill(),), state)
     distributed.wait()
-    found["resumed"] = train(CASES["masks"], "fsdp", (), state)
+    found["masks/resumed"] = train(CASES["masks"], "fsdp", (), state)
+    state = Path(folder) / "options.ckpt"
+    with pytest.raises(Killed):
+        train(CASES["options"], "fsdp", (Kill(),), state)
+    distributed.wait()
+    found["options/resumed"] = train(CASES["options"], "fsdp", (), state)
     with pytest.raises(TrainError, match="became"):  # in both, or one would wait for the other
         train({"settings": {"optimizer": "sgd", "lr": 1e9}}, "fsdp")
     data = single()
@@ -309,8 +320,9 @@ def test_every_process_ends_with_the_same_weights(runs: list[dict[str, Any]], na
 
 
 @pytest.mark.distributed
-def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(runs: list[dict[str, Any]]) -> None:
-    undisturbed, resumed = runs[0]["found"]["masks/fsdp"], runs[0]["found"]["resumed"]
+@pytest.mark.parametrize("name", ["masks", "options"])
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(runs: list[dict[str, Any]], name: str) -> None:
+    undisturbed, resumed = (runs[0]["found"][f"{name}/{how}"] for how in ("fsdp", "resumed"))
     assert resumed["history"] == undisturbed["history"]
     assert all(torch.equal(each, resumed["weights"][key]) for key, each in undisturbed["weights"].items())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -258,6 +258,7 @@ class Norm(Hook):
         self.seen.append((loop.step, loop.step_in_epoch, loop.progress if loop.steps_per_epoch else 0.0))
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 5), st.sampled_from(["sgd", "adamw"]), st.booleans())
 def test_a_step_on_several_batches_is_a_step_on_their_union(
     count: int, accumulate: int, name: str, sized: bool

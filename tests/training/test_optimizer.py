@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 import torchslim as ts
 from tests.support import toy
-from torchslim.errors import TrainError
+from torchslim.errors import SelectError, TrainError
 from torchslim.training.loop import Hook, LabelLoss, Loop
 from torchslim.training.optimizer import OptimizerSettings
 
@@ -96,7 +97,7 @@ def test_the_learning_rate_stays_between_zero_and_its_top(progress: float, warmu
 @pytest.mark.parametrize(
     ("field", "value"),
     [("epochs", 0), ("lr", 0.0), ("lr", float("nan")), ("momentum", 1.0), ("weight_decay", -1.0), ("warmup", 1.0),
-     ("clip_norm", 0.0), ("optimizer", "lion"), ("schedule", "step"), ("keep", "first")],
+     ("clip_norm", 0.0), ("accumulate", 0), ("average", 1.0), ("patience", 0), ("optimizer", "lion"), ("schedule", "step"), ("keep", "first")],
 )  # fmt: skip
 def test_training_fields_are_checked(field: str, value: Any) -> None:
     with pytest.raises(TrainError, match=f"{field} must be"):
@@ -175,3 +176,103 @@ def test_held_weights_do_not_count_when_gradients_are_clipped() -> None:
     train(model, task, epochs=1, evaluate=None, settings=settings, masks={"conv2.weight": mask})
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.allclose(ours, theirs - rate * theirs.grad, atol=1e-7)
+
+
+# learning rates by pattern --------------------------------------------------------------------------------------------
+
+
+def moved(lr_scale: dict[str, float], **settings: Any) -> dict[str, Any]:
+    """How far a step of plain SGD moves the parameters of the toy model, and its masked weights."""
+    plain = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+    options = OptimizerSettings(**plain | settings, lr_scale=lr_scale)
+    model, task = toy.model().double(), toy.task()
+    x, y = toy.images(16, 0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    ts.fit(model, [(x.double(), y)], LabelLoss(task), epochs=1, settings=options)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["*", "conv?", "conv2.bias", "type:BatchNorm2d", "type:Conv2d", "head", "*.weight"]),
+        st.sampled_from([0.0, 0.25, 1.0, 3.0]),
+    ).filter(lambda patterns: not patterns or any(factor > 0 for factor in patterns.values()))
+)
+def test_a_step_is_scaled_by_the_last_pattern_that_matches(lr_scale: dict[str, float]) -> None:
+    layers = {"conv1": "Conv2d", "conv2": "Conv2d", "bn1": "BatchNorm2d", "head": "Linear"}
+
+    def factor(name: str) -> float:
+        layer = name.partition(".")[0]
+        matching = [
+            value
+            for pattern, value in lr_scale.items()
+            if fnmatch(name, pattern) or fnmatch(layer, pattern) or pattern == f"type:{layers[layer]}"
+        ]
+        return matching[-1] if matching else 1.0
+
+    whole = moved({})
+    if all(factor(name) == 0 for name in whole):
+        with pytest.raises(TrainError, match="no trainable parameter.*lr_scale"):
+            moved(lr_scale)
+        return
+    for name, change in moved(lr_scale).items():
+        torch.testing.assert_close(change, factor(name) * whole[name], rtol=1e-9, atol=1e-12)
+
+
+def test_scaled_rates_keep_weight_decay_and_the_logged_rate() -> None:
+    settings = OptimizerSettings(weight_decay=0.3, lr=0.2, lr_scale={"conv2": 0.5, "head.bias": 0.1})
+    model = toy.model()
+    groups = settings.build(model).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(each)]: (group["lr"], group["weight_decay"]) for group in groups for each in group["params"]}
+    assert found == {
+        "conv1.weight": (0.2, 0.3), "bn1.weight": (0.2, 0.0), "bn1.bias": (0.2, 0.0), "conv2.weight": (0.1, 0.3),
+        "conv2.bias": (0.1, 0.0), "head.weight": (0.2, 0.3), "head.bias": (pytest.approx(0.02), 0.0),
+    }  # fmt: skip
+    constant = {"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "warmup": 0.0}
+    rates = [
+        train(toy.model(), toy.task(), epochs=1, settings=OptimizerSettings(**constant, lr_scale=scale)).history[0][
+            "lr"
+        ]
+        for scale in ({}, {"*": 0.5})
+    ]
+    assert rates == [0.1, pytest.approx(0.1)]
+
+
+@pytest.mark.parametrize("optimizer", [momentum_free, "sgd", "adamw"])
+def test_layers_scaled_by_zero_are_frozen_with_any_optimizer(optimizer: Any) -> None:
+    model, before = toy.model(), toy.model()
+    model.bn1.bias.requires_grad_(False)
+    settings = OptimizerSettings(optimizer=optimizer, lr=0.1, lr_scale={"conv?": 0, "bn1": 0.5}, clip_norm=1.0)
+    train(model, toy.task(), settings=settings)
+    for name, value in before.named_parameters():
+        same = torch.equal(model.get_parameter(name), value)
+        assert same == (name.startswith("conv") or name == "bn1.bias"), name
+        assert model.get_parameter(name).requires_grad == (name != "bn1.bias")
+
+
+def test_a_pattern_that_scales_nothing_is_an_error_before_any_work() -> None:
+    ctx = ts.Context(task=toy.task(), teacher=toy.model(), example_inputs=())
+    for step in (ts.Finetune(lr_scale={"hed.*": 0.1}), ts.Prune(sparsity=0.5, train=ts.Distill(lr_scale={"hed": 0.1}))):
+        with pytest.raises(SelectError, match="'hed.*near names: head"):
+            step.check(ctx)
+    with pytest.raises(SelectError, match="'type:ReLU'.*without parameters"):
+        model = nn.Sequential(toy.model(), nn.ReLU())
+        ts.Finetune(lr_scale={"type:ReLU": 0.1}).check(replace(ctx, model=model))
+    for wrong in (-1.0, float("inf"), "fast"):
+        with pytest.raises(TrainError, match="lr_scale"):
+            ts.Finetune(lr_scale={"head": wrong})
+
+
+def test_rates_are_scaled_by_the_names_of_a_pruned_model() -> None:
+    step = ts.Prune(
+        sparsity=0.5, pattern="channel", round_to=1, min_channels=1, train=ts.Finetune(epochs=1, lr_scale={"*.bias": 0})
+    )
+    model = toy.model()
+    task = toy.task()
+    ctx = ts.Context(task=task, teacher=toy.model(), model=model, example_inputs=task.inputs(task.val[0]))
+    untrained = replace(step, train=None)(toy.model(), ctx).model
+    trained = step(model, ctx).model
+    for name, value in untrained.named_parameters():
+        assert torch.equal(trained.get_parameter(name), value) == name.endswith("bias"), name

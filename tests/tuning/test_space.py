@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.support.searches import SPACE
 from torchslim.errors import RecipeError
 from torchslim.pipeline.recipe import parse_document
+from torchslim.training.finetune import Finetune
 from torchslim.tuning import make_space
 from torchslim.tuning.space import has_ranges
 
@@ -148,3 +149,25 @@ def test_the_key_tells_searches_apart_but_not_how_long_they_look() -> None:
     assert space("metric_drop = 1.0", "metric_drop = 1.0\ntrials = 90").key == key
     assert space("metric_drop = 1.0", "metric_drop = 2.0").key != key
     assert space("[0.2, 0.8]", "[0.2, 0.7]").key != key
+
+
+OPTIONS = """
+[[step]]
+do = "finetune"
+epochs = 8
+patience = { search = [2, 4] }
+accumulate = { search = [1, 2, 4] }
+average = { search = [0.9, 0.999] }
+lr_scale = { "conv?" = { search = [1e-3, 1.0], log = true }, "type:BatchNorm2d" = 0 }
+"""
+
+
+def test_options_of_trainings_can_be_searched() -> None:
+    found = make_space(tomllib.loads(SPACE.partition("[[step]]")[0] + OPTIONS))
+    assert [each.name for each in found.parameters if each.path[0] == "step"] == [
+        "1-finetune.patience", "1-finetune.accumulate", "1-finetune.average", "1-finetune.lr_scale.conv?",
+    ]  # fmt: skip
+    (step,) = parse_document(found.chosen(found.whole(0.5))).steps
+    assert isinstance(step, Finetune)
+    assert (step.patience, step.accumulate) == (3, 1)
+    assert step.lr_scale == {"conv?": pytest.approx(10**-1.5), "type:BatchNorm2d": 0}
