@@ -42,6 +42,9 @@ INSTANCES: dict[str, Callable[[], Any]] = {
         sparsity=0.5, pattern="channel", round_to=1, min_channels=1, sparsify="group-lasso", train=ts.Distill(epochs=1)
     ),
     "finetune": lambda: ts.Finetune(epochs=1, optimizer="sgd"),
+    "finetune, with every option": lambda: ts.Finetune(
+        epochs=3, accumulate=3, average=0.9, lr_scale={"conv2": 0, "head": 0.1}, clip_norm=1.0, patience=1
+    ),
     "distill": lambda: ts.Distill(epochs=1),
     "quantize": lambda: ts.Quantize("int8"),
 }

@@ -66,6 +66,10 @@ PLAIN = (
     epochs = 1
     weight_decay = 0.0
     clip_norm = 1.0
+    accumulate = 2
+    average = 0.9
+    patience = 1
+    lr_scale = { "conv?" = 0.5 }
     [[step]]
     do = "tests.support.toy:Shift"
     by = 1.0

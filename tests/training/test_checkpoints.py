@@ -198,10 +198,13 @@ def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
     assert fingerprint(second.state_dict()) == fingerprint(first.state_dict())
 
 
+@pytest.mark.parametrize("options", [{}, {"average": 0.9, "patience": 1, "lr_scale": {"conv1": 0.1}}])
 @pytest.mark.parametrize("schedule", ["gradual", "iterative"])
 @pytest.mark.parametrize("calls", [5, 12, 20])
-def test_pruning_that_trains_resumes_wherever_it_was_killed(schedule: str, calls: int, tmp_path: Path) -> None:
-    train_step = ts.Finetune(epochs=3 if schedule == "gradual" else 2, optimizer="sgd", lr=0.05)
+def test_pruning_that_trains_resumes_wherever_it_was_killed(
+    options: dict[str, Any], schedule: str, calls: int, tmp_path: Path
+) -> None:
+    train_step = ts.Finetune(epochs=3 if schedule == "gradual" else 2, optimizer="sgd", lr=0.05, **options)
     step = ts.Prune(sparsity=0.6, schedule=schedule, rounds=2, until=0.6, train=train_step)
     task = replace(toy.task(), train=LOADERS["own generator"]())
     ctx = ts.Context(task=task, teacher=toy.model(), example_inputs=(), seed=3)

@@ -128,7 +128,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Training):
-    """Train on the labels with the task's own loss."""
+    """Train on the labels with the task's own loss; the page "Training options" describes the fields."""
 
     accepts: ClassVar[Form] = Form.MODULE
     produces: ClassVar[Form] = Form.MODULE
