@@ -20,12 +20,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.nn.utils import prune as torch_prune
+from torch.utils.checkpoint import checkpoint
 
 import torchslim as ts
 from tests.support import models, toy
 from torchslim.core.batches import predictor
 from torchslim.core.fingerprint import fingerprint
-from torchslim.core.isolation import copy_model, preserved_globals, quiet, seed_everything, torch_threads
+from torchslim.core.isolation import (
+    copy_model,
+    differentiable_checkpoints,
+    preserved_globals,
+    quiet,
+    seed_everything,
+    torch_threads,
+)
 from torchslim.errors import ModelError
 
 IMAGES = (torch.randn(2, 1, 8, 8),)
@@ -301,3 +309,17 @@ def test_a_wrapped_module_is_pruned_saved_and_made_again(make: Callable[[], nn.M
     torch.manual_seed(0)
     assert torch.equal(ts.load_module(tmp_path / "b", make).eval()(*inputs), twice(*inputs))
     (again.train()(*inputs)).sum().backward()
+
+
+def test_reentrant_checkpoints_can_be_differentiated_inside_the_block_only() -> None:
+    weight, x = torch.ones(3, requires_grad=True), torch.arange(3.0, requires_grad=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        outputs = checkpoint(lambda x: (weight * x).square(), x, use_reentrant=True)
+        return torch.autograd.grad(outputs.sum(), (weight, x))
+
+    with pytest.raises(KeyError), differentiable_checkpoints(), differentiable_checkpoints():
+        assert torch.equal(torch.stack(gradients()), torch.stack([2 * x.detach() ** 2, 2 * x.detach()]))
+        raise KeyError
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        gradients()
