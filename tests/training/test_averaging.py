@@ -72,6 +72,28 @@ def test_weights_in_bfloat16_have_an_average_in_float32() -> None:
     assert model.weight.item() == pytest.approx(1.5 - 0.5 * 0.999**500, abs=2**-8)
 
 
+def test_real_and_complex_weights_are_averaged_and_indices_are_not() -> None:
+    model = nn.ParameterDict(
+        {
+            "real": nn.Parameter(torch.zeros(2)),
+            "complex": nn.Parameter(torch.zeros(2, dtype=torch.complex64)),
+            "index": nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False),
+        }
+    )
+    average = WeightAverage(model, 0.1)
+    with torch.no_grad():
+        for parameter in model.values():
+            parameter.fill_(10)
+    average.update(1)
+    with average.shown():
+        assert {name: parameter[0].item() for name, parameter in model.items()} == {
+            "real": 9,
+            "complex": 9,
+            "index": 10,
+        }
+    assert all(bool((parameter == 10).all()) for parameter in model.values())
+
+
 def test_evaluation_the_best_epoch_and_the_result_use_the_average() -> None:
     values, seen, raw = iter([0.9, 0.2]), [], []
 

@@ -38,7 +38,11 @@ class WeightAverage:
         self.statistics = {
             name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in AVERAGED_BUFFERS
         }
-        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+        parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.is_floating_point() or parameter.is_complex()
+        }
         self.tensors: dict[str, Tensor] = {**parameters, **self.statistics}
         self.values = {
             name: tensor.detach().clone().to(torch.promote_types(tensor.dtype, torch.float32))

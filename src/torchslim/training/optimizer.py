@@ -18,7 +18,7 @@ from torchslim.errors import SelectError, TrainError
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant")
-LR_SCALE = "lr_scale"  # key of an optimizer's group: the factor that its learning rate contains
+LR_SCALE = "torchslim_lr_scale"  # key of an optimizer's group: the factor that its learning rate contains
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
