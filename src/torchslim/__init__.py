@@ -17,7 +17,8 @@ from torchslim import distill, prune, quantize
 from torchslim.analysis.result import Sensitivity
 from torchslim.analysis.sensitivity import sensitivity
 from torchslim.artifact.deployment import deploy
-from torchslim.artifact.storage import load, load_module, save
+from torchslim.artifact.loading import load, load_module
+from torchslim.artifact.storage import save
 from torchslim.core.budget import Budget
 from torchslim.core.metrics import Metric
 from torchslim.core.step import Context, Engine, Event, Form, LayerRecord, Outcome, Step, Target

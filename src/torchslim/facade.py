@@ -32,6 +32,7 @@ def compress(
     threads: int | None = None,
     example_inputs: Inputs | None = None,
     dynamic_shapes: Any = "auto",
+    part: str | Sequence[str] | None = None,
     teacher: nn.Module | None = None,
     engine: Engine | None = None,
     seed: int = 0,
@@ -53,6 +54,8 @@ def compress(
         example_inputs: inputs of the export; default: those of the first validation batch.
         dynamic_shapes: "auto" leaves free the batch and every size that differs between batches, such as the length of
             padded sentences; "batch" the batch alone; None fixes all sizes; or a torch.export spec.
+        part: names or globs of submodules that the steps change and that are deployed; the code around them stays in
+            Python. Metric, teacher and trainings see the whole model. None: the whole model.
         teacher: of distillation; default: the original model.
         engine, seed: devices and precision of training; seed of everything random.
         workdir: folder of finished steps and checkpoints. An interrupted run resumes there and gives the same result.
@@ -71,6 +74,7 @@ def compress(
         target=Target(runtime=runtime, threads=threads),
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
+        part=part,
         teacher=None if teacher is None else usable(teacher, what="the teacher"),
         engine=engine,
         seed=seed,

@@ -14,7 +14,7 @@ from torch import nn
 from torchslim.analysis.activation_cache import Changed, Replays
 from torchslim.analysis.measures import Gauge, Measure, MetricGauge, OutputGauge
 from torchslim.analysis.result import Known, Point
-from torchslim.core.batches import Batch
+from torchslim.core.batches import EXAMPLES, Batch
 from torchslim.core.isolation import copy_model, untouched
 from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
 from torchslim.core.reason import Reason
@@ -37,7 +37,7 @@ from torchslim.prune.structured.surgery import cuts_of, perform
 from torchslim.quantize import prepare
 from torchslim.quantize.layerwise import Passes, singles
 from torchslim.quantize.schemes import find_scheme
-from torchslim.training.calibration import EXAMPLES, CalibrationData
+from torchslim.training.calibration import CalibrationData
 
 RETREATS = 60
 """The most rounds of ruling out a removal that fails; after them the coupling is used as it is."""

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.isolation import warn
+from torchslim.core.part_calls import recorded_examples
+from torchslim.core.parts import WHOLE, part_at, parts_of, select_parts
 from torchslim.core.step import Inputs, LayerRecord
 from torchslim.core.usable import usable
 from torchslim.errors import DeployError
+from torchslim.graph.calling import examples_of
 from torchslim.quantize import Checks, QuantizedModule
 from torchslim.quantize.checks import Fault, apart, faults
 from torchslim.quantize.conversion import integers
@@ -35,7 +39,8 @@ def deploy(
     threads: int | None = None,
     dynamic_shapes: Any = "auto",
     checks: Checks | Mapping[str, float] | None = None,
-) -> Deployed:
+    part: str | Sequence[str] | None = None,
+) -> AnyDeployed:
     """Compile `model` for a runtime; the result is called like the model and returns like the model.
 
     A model that `ts.quantize` made is compared with its graph, on the samples of its own checks. Layers that the
@@ -50,22 +55,31 @@ def deploy(
         dynamic_shapes: "batch" leaves the batch dimension free, "auto" also every size that differs between the
             examples, such as the length of padded sentences; None fixes all sizes; or a torch.export spec.
         checks: thresholds; None takes those that the model was quantized with.
+        part: names or globs of submodules to compile, while the code around them stays in Python: detectors'
+            post-processing, loops that generate, branches on data. Their example inputs are recorded while the model
+            runs on `example_inputs`. None compiles the whole model, or the quantized parts of a model that has some.
 
     Raises:
         ExportError: the model cannot be captured; names the line of its code.
         RuntimeUnavailable: a package or compiler is missing; says what to install.
         DeployError: the runtime computes something else than the model, whichever layers are in float.
     """
-
     model = usable(model, DeployError)
+    paths = parts_of(model) if part is None else select_parts(model, part)
+    examples = {WHOLE: example_inputs}
+    if paths != (WHOLE,):
+        examples = {**recorded_examples(model, paths, examples_of(example_inputs))}
+    deployed = {}
+    for path in paths:
+        inner = part_at(model, path)
 
-    def compile_(module: nn.Module) -> Deployed:
-        return find_runtime(runtime).compile(module, example_inputs, dynamic_shapes, threads)
+        def compile_(module: nn.Module, inputs: Inputs | list[Inputs] = examples[path]) -> Deployed:
+            return find_runtime(runtime).compile(module, inputs, dynamic_shapes, threads)
 
-    deployed = verified(model, compile_, checks=Checks.of(checks))
-    for note in new_notes(model, deployed):
-        warn(note)
-    return deployed
+        deployed[path] = verified(inner, compile_, checks=Checks.of(checks))
+        for note in new_notes(inner, deployed[path]):
+            warn(note)
+    return deployed[WHOLE] if WHOLE in deployed else DeployedParts(model, deployed, examples_of(example_inputs)[0])
 
 
 def verified(
@@ -126,7 +140,7 @@ def new_notes(model: nn.Module, deployed: Deployed) -> list[str]:
     return [note for note in made.notes if note not in model.notes]
 
 
-def merged(layers: Sequence[LayerRecord], deployed: Deployed) -> list[LayerRecord]:
+def merged(layers: Sequence[LayerRecord], deployed: AnyDeployed) -> list[LayerRecord]:
     """Records of a step, updated with the layers that went back to float when its model was deployed."""
     if deployed.made_from is None:
         return list(layers)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts
+from torchslim.core.parts import inside, under
 from torchslim.core.reason import Reason
 from torchslim.core.step import LayerRecord
 from torchslim.graph.layers import Layer
@@ -63,14 +65,16 @@ class Lowered:
         )
 
 
-def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
-    """Match the layers of a deployed model with the kernels that execute them.
+def lowered(deployed: AnyDeployed, records: Iterable[LayerRecord] = ()) -> Lowered:
+    """Match the layers of a deployed model, or of its parts, with the kernels that execute them.
 
     Args:
         deployed: a model on any runtime.
         records: of the quantization, with the reasons for layers in float; for layers that verification left in float,
             the records of the deployed model take precedence.
     """
+    if isinstance(deployed, DeployedParts):
+        return _lowered_parts(deployed, list(records))
     working = kernels(deployed)
     returned = [
         record
@@ -86,6 +90,19 @@ def lowered(deployed: Deployed, records: Iterable[LayerRecord] = ()) -> Lowered:
     total = sum(layer.macs for layer in layers)
     share = sum(layer.macs for layer in layers if layer.integer) / total if total else 0.0
     warnings = _warnings(deployed, layers, working, share, reasons) if deployed.quantized else []
+    return Lowered(runtime=deployed.runtime, layers=layers, integer_share=share, warnings=warnings)
+
+
+def _lowered_parts(deployed: DeployedParts, records: Sequence[LayerRecord]) -> Lowered:
+    layers: list[LayerKernel] = []
+    warnings: list[str] = []
+    for path, piece in deployed.parts.items():
+        own = [replace(record, layer=name) for record in records if (name := inside(path, record.layer)) is not None]
+        found = lowered(piece, own)
+        layers += [replace(layer, layer=under(path, layer.layer)) for layer in found.layers]
+        warnings += [f"{path}: {warning}" for warning in found.warnings]
+    total = sum(layer.macs for layer in layers)
+    share = sum(layer.macs for layer in layers if layer.integer) / total if total else 0.0
     return Lowered(runtime=deployed.runtime, layers=layers, integer_share=share, warnings=warnings)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.core.measurement import THIS_MACHINE, Measurement, Speedup
 from torchslim.errors import TorchslimError
 from torchslim.runtimes.base import Deployed
@@ -84,7 +85,11 @@ def interleave(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 50,
 
 
 def compare(
-    deployed: Mapping[str, Deployed], *, batch: int | None = None, rounds: int = 50, seconds: float = 60.0
+    deployed: Mapping[str, AnyDeployed],
+    *,
+    batch: int | None = None,
+    rounds: int = 50,
+    seconds: float = 60.0,
 ) -> Timings:
     """Interleaved latency of deployed models on their example inputs, resized to `batch` samples.
 
@@ -96,7 +101,9 @@ def compare(
     return interleave({name: _caller(model, batch) for name, model in deployed.items()}, rounds=rounds, seconds=seconds)
 
 
-def _caller(deployed: Deployed, batch: int | None) -> Callable[[], Any]:
+def _caller(deployed: AnyDeployed, batch: int | None) -> Callable[[], Any]:
+    if isinstance(deployed, DeployedParts):  # a whole model is called as its task calls it
+        return deployed.caller()
     leaves = resized(deployed, batch)
     return lambda: deployed.run(leaves)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 from typing_extensions import TypedDict
 
+from torchslim.artifact.assembled import AnyDeployed
 from torchslim.artifact.latency import compare
 from torchslim.core.files import digest, present, write_json
 from torchslim.core.folder_lock import holding
@@ -20,7 +21,6 @@ from torchslim.core.measurement import Measurement
 from torchslim.core.schema import Schema
 from torchslim.errors import ArtifactError
 from torchslim.report.records import strict
-from torchslim.runtimes import Deployed
 
 FORMAT = "torchslim-latency"
 ROUNDS = 40
@@ -109,17 +109,17 @@ class LatencyTable:
 
     def measure(
         self,
-        deployed: Mapping[str, Deployed],
-        reference: Deployed,
+        deployed: Mapping[str, AnyDeployed],
+        reference: AnyDeployed,
         *,
         again: bool = False,
         rounds: int = ROUNDS,
         seconds: float = SECONDS,
     ) -> dict[str, Timing]:
         """Timings of deployed models relative to the reference; those in the file are used, unless `again`."""
-        first = reference.spec.structure
+        first = reference.structure
         by_structure = {} if again else self.known(first)
-        structures = {name: model.spec.structure for name, model in deployed.items()}
+        structures = {name: model.structure for name, model in deployed.items()}
         missing = {key: deployed[name] for name, key in structures.items() if key not in by_structure and key != first}
         if first not in by_structure or missing:
             timings = compare({first: reference} | missing, batch=self.batch, rounds=rounds, seconds=seconds)
@@ -129,13 +129,13 @@ class LatencyTable:
             self.add(first, {key: by_structure[key] for key in new})
         return {name: by_structure[key] for name, key in structures.items()}
 
-    def settle(self, reference: Deployed) -> Timing:
+    def settle(self, reference: AnyDeployed) -> Timing:
         """The reference's own timing, measured once more and replaced if it is markedly lower: the machine was busy.
 
         A busy machine changes milliseconds, but not ratios from paired rounds. A difference within the noise changes
         nothing, so that a repeated search gets the same figures.
         """
-        first = reference.spec.structure
+        first = reference.structure
         before = self.measure({"it": reference}, reference)["it"]
         measured = compare({first: reference}, batch=self.batch, rounds=ROUNDS, seconds=SECONDS).latency(first)
         if measured.value >= BUSY * before.latency.value:

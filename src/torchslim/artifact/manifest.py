@@ -7,6 +7,7 @@ refused, so that code which uses the parsed values need not check them again.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field
@@ -23,6 +24,7 @@ VERSION = 1
 LIMITS = Limits(size_bytes=16 * MIB, values=1_000_000, depth=48)
 
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
+PARTS = "parts"  # folder of the artifacts of a model's parts
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -113,6 +115,8 @@ class ManifestJson(TypedDict):
     aliases: NotRequired[dict[Name, Name]]
     channels_last: NotRequired[list[Name]]
     mask_shapes: NotRequired[dict[Name, Shape]]
+    # of a model whose parts are deployed: the folder of each, by its path in the model
+    parts: NotRequired[dict[Name, Name]]
 
 
 class CutJson(TypedDict):
@@ -159,7 +163,7 @@ class SurgeryJson(TypedDict):
 
 
 def _wrong_manifest(manifest: ManifestJson) -> str | None:
-    outside = next((name for name in manifest["files"] if not FILE.fullmatch(name) or RESERVED.fullmatch(name)), None)
+    outside = next((name for name in manifest["files"] if not _is_inside(name)), None)
     if outside is not None:
         return f"it names a file outside its folder: {shorten(outside)}"
     program = [key for key in ("runtime", "threads", "spec", "quantized") if key in manifest]
@@ -170,7 +174,25 @@ def _wrong_manifest(manifest: ManifestJson) -> str | None:
         return "its weights are not described"
     if ("mask_shapes" in manifest) != ("masks.safetensors" in manifest["files"]):
         return "its masks are not described"
+    for path, name in manifest.get("parts", {}).items():
+        if f"{PARTS}/{name}/artifact.json" not in manifest["files"]:
+            return f"it lists the part {shorten(path)}, but not its files"
     return _wrong_spec(manifest["spec"]) if "spec" in manifest else None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name stays in the folder: a plain name, or `parts/PART/FILE`."""
+    words = name.split("/")
+    plain = all(FILE.fullmatch(word) and not RESERVED.fullmatch(word) for word in words)
+    return plain and (len(words) == 1 or (len(words) == 3 and words[0] == PARTS))
+
+
+def part_folders(paths: Iterable[str]) -> dict[str, str]:
+    """A folder name for each part: its path, or a number in place of a path that is no safe name."""
+    return {
+        path: path if FILE.fullmatch(path) and not RESERVED.fullmatch(path) else f"part-{number}"
+        for number, path in enumerate(paths)
+    }
 
 
 def _wrong_spec(spec: SpecJson) -> str | None:

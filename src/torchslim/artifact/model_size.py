@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchslim.artifact.assembled import AnyDeployed, pieces
 from torchslim.artifact.latency import resized
 from torchslim.core.batches import call
 from torchslim.core.isolation import quiet, unfused_attention, untouched
+from torchslim.core.parts import part_at
 from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
-from torchslim.runtimes.base import Deployed
 
 
 def stored_weights(model: nn.Module) -> list[Tensor]:
@@ -60,9 +61,17 @@ def macs(model: nn.Module, inputs: Inputs) -> Macs:
     return Macs(counter.get_total_flops() // 2, tuple(uncounted))
 
 
-def sample_macs(model: nn.Module, deployed: Deployed) -> Macs:
-    """Multiply-accumulates of the module that was deployed, on one sample where the batch is free."""
-    return macs(_Positional(model), (deployed.spec.call_arguments(resized(deployed)),))
+def sample_macs(model: nn.Module, deployed: AnyDeployed) -> Macs:
+    """Multiply-accumulates of the module that was deployed, on one sample where the batch is free.
+
+    Of a model with deployed parts, the sum over one call of each part.
+    """
+    counted = [
+        macs(_Positional(part_at(model, path)), (piece.spec.call_arguments(resized(piece)),))
+        for path, piece in pieces(deployed).items()
+    ]
+    uncounted = sorted({name for part in counted for name in part.uncounted})
+    return Macs(sum(part.total for part in counted), tuple(uncounted))
 
 
 class _Positional(nn.Module):

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchslim.artifact.manifest import LIMITS, parse_manifest
+from torchslim.artifact.manifest import LIMITS, PARTS, parse_manifest
 from torchslim.artifact.manifest import SURGERY as SURGERY_SCHEMA
 from torchslim.artifact.signing import Key, verify
 from torchslim.artifact.state import restore
-from torchslim.artifact.writing import MANIFEST, is_file
+from torchslim.artifact.writing import MANIFEST, is_file, within
 from torchslim.core.archives import read_arrays, read_masks
 from torchslim.core.files import sha256
 from torchslim.core.schema import read_file
@@ -44,6 +44,8 @@ class Opened:
             raise ArtifactError(f"{self.folder} has no {name}: the artifact was saved without it")
         if name in self.ahead:
             return self.ahead.pop(name)
+        if not within(self.folder, name):
+            raise ArtifactError(f"{self.folder / name} lies behind a link; copy the files themselves")
         data = read_file(self.folder / name, ArtifactError, size_bytes=FILE_BYTES, links=False)
         if hashlib.sha256(data).hexdigest() != self.manifest["files"][name]:
             raise ArtifactError(f"{self.folder / name} was changed since the artifact was opened; load it again")
@@ -52,6 +54,25 @@ class Opened:
     def read_ahead(self, *names: str) -> None:
         """Read files into memory, as far as the artifact has them."""
         self.ahead.update({name: self.read(name) for name in names if name in self.manifest["files"]})
+
+    def part(self, path: str) -> Opened:
+        """The artifact of a part, which is checked as the files of this one are.
+
+        Raises:
+            ArtifactError: there is no such part.
+        """
+        parts = self.manifest.get("parts", {})
+        if path not in parts:
+            listed = f"its parts are {', '.join(map(repr, parts))}" if parts else "it holds a whole model"
+            raise ArtifactError(f"{self.folder} has no part {path!r}; {listed}")
+        place = f"{PARTS}/{parts[path]}"
+        what = f"{self.folder}/{place}/{MANIFEST}"
+        manifest = parse_manifest(self.read(f"{place}/{MANIFEST}"), what)
+        listed_files = {f"{place}/{name}": value for name, value in manifest["files"].items()}
+        if any(self.manifest["files"].get(name) != value for name, value in listed_files.items()):
+            raise ArtifactError(f"{what} lists other files than the artifact around it; save it again")
+        ahead = {name[len(place) + 1 :]: data for name, data in self.ahead.items() if name.startswith(f"{place}/")}
+        return Opened(self.folder / place, dict(manifest), ahead, self.signed)
 
     def into(self, module: nn.Module) -> nn.Module:
         """The saved module, restored in a module of its kind; see `load_module`."""
@@ -99,7 +120,7 @@ def open_artifact(folder: str | Path, *, public_key: Key | None = None) -> Opene
         verify(manifest["digest"], manifest.get("signature"), public_key, str(folder))
     for name, expected in manifest["files"].items():
         inside = folder / name
-        if inside.is_symlink():
+        if inside.is_symlink() or not within(folder, name):
             raise ArtifactError(f"{path} names a file outside its folder: {name!r} is a link; copy the file itself")
         if not is_file(inside):
             raise ArtifactError(f"{folder} is incomplete: {name} is missing; copy it again")

@@ -7,20 +7,29 @@ from pathlib import Path
 
 from torch import nn
 
+from torchslim.artifact.assembled import AnyDeployed, pieces
 from torchslim.artifact.deployment import Compile, off
-from torchslim.artifact.storage import load, write_artifact
+from torchslim.artifact.loading import load_opened, opened_for_loading
+from torchslim.artifact.storage import write_artifact
+from torchslim.core.parts import part_at
 from torchslim.quantize import QuantizedModule
 from torchslim.runtimes import Deployed
 
 
-def kept_right(model: nn.Module, deployed: Deployed, folder: Path) -> bool:
-    """Whether the artifact in a folder computes what `model`, which it was made from, does.
+def kept_right(model: nn.Module, deployed: AnyDeployed, folder: Path) -> bool:
+    """Whether the artifact in a folder computes what `model`, which it was made from, does; of its parts, all.
 
     True without a comparison if the runtime has no file or the model does not carry its evidence.
     """
-    if not isinstance(model, QuantizedModule) or model.evidence is None or not deployed.suffixes:
-        return True
-    return not off(model, load(folder, trusted=True))  # machine code in it was made by this run
+    for path, piece in pieces(deployed).items():
+        part = part_at(model, path)
+        if not isinstance(part, QuantizedModule) or part.evidence is None or not piece.suffixes:
+            continue
+        opened = opened_for_loading(folder, None, None)
+        loaded = load_opened(opened.part(path) if path else opened, trusted=True)  # machine code was made by this run
+        if off(part, loaded):
+            return False
+    return True
 
 
 def as_saved(compile_: Compile) -> Compile:
@@ -29,6 +38,6 @@ def as_saved(compile_: Compile) -> Compile:
     def saved(model: nn.Module) -> Deployed:
         with tempfile.TemporaryDirectory(prefix="torchslim-") as folder:
             write_artifact(folder, deployed=compile_(model))
-            return load(folder, trusted=True)
+            return load_opened(opened_for_loading(folder, None, None), trusted=True)
 
     return saved

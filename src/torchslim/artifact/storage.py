@@ -6,51 +6,47 @@ weights.safetensors   the module's state, for `load_module`; masks.safetensors: 
 surgery.json          which channels were removed from the module that the factory makes
 example.npz           example inputs and the outputs they gave
 bench.py              times the model where torchslim is not installed
+parts/PART/           of a model with deployed parts: the artifact of each part
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts, pieces
 from torchslim.artifact.deployment import alike, new_notes, verified
 from torchslim.artifact.latency import Timings
-from torchslim.artifact.manifest import FORMAT, VERSION, checked_manifest, manifest_digest
-from torchslim.artifact.opened import MASKS, SURGERY, WEIGHTS, Opened, open_artifact
+from torchslim.artifact.loading import PROGRAM, load_opened, opened_for_loading
+from torchslim.artifact.manifest import FORMAT, PARTS, VERSION, checked_manifest, manifest_digest, part_folders
+from torchslim.artifact.opened import MASKS, SURGERY, WEIGHTS
 from torchslim.artifact.signing import Key, sign
 from torchslim.artifact.state import pack_masks, pack_state, pack_surgery
-from torchslim.artifact.writing import replace_files
+from torchslim.artifact.writing import MANIFEST, replace_files
 from torchslim.core.arguments import checks_arguments
-from torchslim.core.files import bundle
-from torchslim.core.folder_lock import reading
-from torchslim.core.hardware import describe_machine, instruction_set
-from torchslim.core.isolation import quiet, warn
-from torchslim.core.schema import shorten
+from torchslim.core.files import json_bytes
+from torchslim.core.hardware import describe_machine
+from torchslim.core.isolation import warn
 from torchslim.core.step import Inputs
-from torchslim.core.terminal import printable
 from torchslim.core.usable import usable
-from torchslim.errors import ArtifactError, TorchslimError
-from torchslim.graph.export import Captured
-from torchslim.graph.io_structure import build
-from torchslim.quantize import QuantizedModule
-from torchslim.runtimes import RUNTIMES, Deployed, Runtime, Spec, find_runtime
-from torchslim.runtimes.base import Program, as_array
-from torchslim.runtimes.pt2 import load_program, operators_of
+from torchslim.errors import ArtifactError
+from torchslim.quantize.modules import is_quantized
+from torchslim.runtimes import Deployed, find_runtime
+from torchslim.runtimes.base import as_array
+from torchslim.runtimes.pt2 import operators_of
 
-PROGRAM = "model.pt2"
 BENCH = Path(__file__).parent / "bench_script.py"
 
 
 @checks_arguments(ArtifactError)
 def save(
-    model: nn.Module | Deployed,
+    model: nn.Module | AnyDeployed,
     folder: str | Path,
     *,
     example_inputs: Inputs | None = None,
@@ -63,7 +59,8 @@ def save(
     deployed model is saved with its runtime's file, and loads with `load`.
 
     Args:
-        model: what to save.
+        model: what to save. Of a model with deployed parts, the parts are saved, each as an artifact of its own in the
+            folder `parts`, and the weights of the whole model unless parts of it are quantized.
         folder: a new or an empty one, or one that holds an artifact, which is replaced.
         example_inputs: inputs of the module, for saving its program.
         masks: masks of pruned weights, by parameter name.
@@ -77,8 +74,12 @@ def save(
     if isinstance(model, Deployed):
         confirm(folder, model, write_artifact(folder, deployed=model, masks=masks, key=key))
         return Path(folder)
+    if isinstance(model, DeployedParts):
+        module = None if is_quantized(model.model) else model.model
+        confirm(folder, model, write_artifact(folder, deployed=model, module=module, masks=masks, key=key))
+        return Path(folder)
     model = usable(model, ArtifactError)
-    quantized = any(isinstance(module, QuantizedModule) for module in model.modules())
+    quantized = is_quantized(model)
     if example_inputs is None:
         if quantized:
             raise ArtifactError(
@@ -93,7 +94,7 @@ def save(
     return Path(folder)
 
 
-def confirm(folder: str | Path, deployed: Deployed, digest: str) -> None:
+def confirm(folder: str | Path, deployed: AnyDeployed, digest: str) -> None:
     """Load a quantized model that was just written, and compare its outputs on the example with those of `deployed`.
 
     Args:
@@ -104,23 +105,27 @@ def confirm(folder: str | Path, deployed: Deployed, digest: str) -> None:
     Raises:
         ArtifactError: the outputs differ.
     """
-    if not deployed.quantized or not deployed.suffixes:
+    own = pieces(deployed)
+    if not any(part.quantized and part.suffixes for part in own.values()):
         return
-    opened = _opened(folder, None, None)
+    opened = opened_for_loading(folder, None, None)
     if opened.manifest["digest"] != digest:
         return
-    loaded = load_opened(opened, trusted=True)  # machine code in it was just written here
-    if not alike(deployed, loaded):
-        raise ArtifactError(
-            f"the model saved to {folder} gives other outputs than before on {deployed.runtime!r}; save it "
-            "for another runtime"
-        )
+    for path, part in own.items():
+        if not part.quantized or not part.suffixes:
+            continue
+        loaded = load_opened(opened.part(path) if path else opened, trusted=True)  # machine code was just written here
+        if not alike(part, loaded):
+            raise ArtifactError(
+                f"the model saved to {folder} gives other outputs than before on {part.runtime!r}; save it "
+                "for another runtime"
+            )
 
 
 def write_artifact(
     folder: str | Path,
     *,
-    deployed: Deployed | None = None,
+    deployed: AnyDeployed | None = None,
     module: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, bytes] | None = None,
@@ -137,9 +142,28 @@ def write_artifact(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; name a folder to save to")
-    files: dict[str, bytes] = dict(extra or {})
+    files, manifest = _contents(deployed, dict(extra or {}), module=module, masks=masks, key=key)
+    replace_files(folder, files, manifest)
+    return str(manifest["digest"])
+
+
+def _contents(
+    deployed: AnyDeployed | None,
+    files: dict[str, bytes],
+    *,
+    module: nn.Module | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    key: Key | None = None,
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """All files of an artifact, `files` included, and its manifest."""
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "machine": describe_machine()}
-    if deployed is not None:
+    if isinstance(deployed, DeployedParts):
+        manifest["parts"] = part_folders(deployed.parts)
+        for path, part in deployed.parts.items():
+            inner, inner_manifest = _contents(part, {}, key=key)
+            inner[MANIFEST] = json_bytes(inner_manifest)
+            files |= {f"{PARTS}/{manifest['parts'][path]}/{name}": data for name, data in inner.items()}
+    elif deployed is not None:
         files |= _deployed_files(deployed)
         manifest |= {
             "runtime": deployed.runtime,
@@ -159,143 +183,7 @@ def write_artifact(
     if key is not None:
         manifest["signature"] = sign(manifest["digest"], key)
     checked_manifest(manifest)  # a manifest that could not be read is not written
-    replace_files(folder, files, manifest)
-    return str(manifest["digest"])
-
-
-@checks_arguments(ArtifactError)
-def load(
-    folder: str | Path,
-    *,
-    runtime: str | None = None,
-    threads: int | None = None,
-    trusted: bool = False,
-    public_key: Key | None = None,
-) -> Deployed:
-    """Load a saved model for use; outputs are bitwise those of the model that was saved.
-
-    Nothing is unpickled, and every file is checked against its SHA-256. With `runtime`, the saved program is
-    compiled for another runtime than the one it was saved for.
-
-    Args:
-        folder: folder that `save` wrote.
-        runtime: None takes the one that it was saved for.
-        threads: None takes those that it was saved with.
-        trusted: load machine code too (runtime "aoti"), which can do on this machine whatever you can. A model of
-            OpenVINO is then not tried in a child process first.
-        public_key: refuse an artifact that was not signed with the private key of this one: the path or the bytes of a
-            PEM file, or a key object of `cryptography`. None takes unsigned artifacts too, and checks no signature.
-
-    Raises:
-        ArtifactError: no artifact, a newer format, a changed or missing file, nothing that runs, machine code that is
-            not trusted, or one that is not signed by the key.
-        RuntimeUnavailable: the artifact's runtime is not installed.
-    """
-    opened = _opened(folder, public_key, runtime)
-    return load_opened(opened, runtime=runtime, threads=threads, trusted=trusted)
-
-
-def _opened(folder: str | Path, public_key: Key | None, runtime: str | None) -> Opened:
-    """A checked artifact, with the files for loading in memory: another process may replace them meanwhile."""
-    with reading(Path(folder)):
-        opened = open_artifact(folder, public_key=public_key)
-        own = opened.manifest.get("runtime")
-        stored = own is not None and own in RUNTIMES and runtime in (None, own)
-        files = [f"model{suffix}" for suffix in find_runtime(str(own)).suffixes] if stored else []
-        opened.read_ahead("example.npz", *(files or [PROGRAM]))
-    return opened
-
-
-def load_opened(
-    opened: Opened,
-    *,
-    runtime: str | None = None,
-    threads: int | None = None,
-    trusted: bool = False,
-    compiled_again: bool = False,
-) -> Deployed:
-    """`load` for an opened artifact; `compiled_again` compiles its program instead of reading the runtime's files."""
-    folder, manifest = opened.folder, opened.manifest
-    if "spec" not in manifest:
-        raise ArtifactError(f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)")
-    spec = Spec(**manifest["spec"])
-    if runtime is None and manifest["runtime"] not in RUNTIMES:
-        raise ArtifactError(
-            f"{folder} was saved for the runtime {shorten(manifest['runtime'])}, which this torchslim does not have; "
-            "name another: ts.load(..., runtime=...)"
-        )
-    chosen = find_runtime(runtime or manifest["runtime"])
-    stored = chosen.read is not None and chosen.name == manifest["runtime"] and not compiled_again
-    if stored and chosen.native:
-        _check_native(folder, spec, trusted)
-    if manifest["quantized"] and spec.instruction_set != instruction_set():
-        warnings.warn(
-            f"{folder} was quantized for {printable(spec.instruction_set)}, this machine has {instruction_set()}: int8 "
-            "may be slower here, and without VNNI less accurate; quantize again on such a machine",
-            stacklevel=3,
-        )
-    threads = threads or manifest["threads"]
-    example = opened.example()
-    payload: bytes | None = None
-    with quiet():
-        try:
-            if chosen.read is not None and stored:
-                payload = _checked_payload(opened, chosen, trusted, example)
-                session = chosen.read(payload, spec, threads)
-            else:
-                session, payload = chosen.make(_recaptured(opened, spec, example), spec, threads)
-        except TorchslimError:
-            raise
-        except Exception as error:
-            raise ArtifactError(
-                f"{folder} cannot be loaded on runtime {chosen.name!r}: {type(error).__name__}: {str(error)[:300]}; "
-                "save the model again"
-            ) from error
-    program = Program(spec=spec, example=example, pack=lambda: opened.read(PROGRAM), quantized=manifest["quantized"])
-    return Deployed(session, program, chosen, threads=threads, payload=payload)
-
-
-def _checked_payload(opened: Opened, runtime: Runtime, trusted: bool, example: Sequence[Tensor]) -> bytes:
-    """Bytes of the runtime's files, checked, and tried in a child process first if the runtime may crash on them."""
-    files = {suffix: opened.read(f"model{suffix}") for suffix in runtime.suffixes}
-    if runtime.check is not None:
-        runtime.check(files)
-    if runtime.trial is not None and not (trusted or opened.signed):
-        runtime.trial(files, example)
-    return bundle(files) if runtime.beside else next(iter(files.values()))
-
-
-def _check_native(folder: str | Path, spec: Spec, trusted: bool) -> None:
-    """Raise ArtifactError for machine code that is not trusted, or that is for another instruction set."""
-    if not trusted:
-        raise ArtifactError(
-            f"{folder} holds machine code, which can do anything when it is loaded; if you trust who made it, load it "
-            "with trusted=True, else with runtime='inductor', which compiles its program here"
-        )
-    if spec.instruction_set != instruction_set():
-        raise ArtifactError(
-            f"{folder} holds machine code for {spec.instruction_set}, this machine has {instruction_set()}; load it "
-            "with runtime='inductor', which compiles its program here"
-        )
-
-
-@checks_arguments(ArtifactError)
-def load_module(folder: str | Path, factory: Callable[[], nn.Module], *, public_key: Key | None = None) -> nn.Module:
-    """A module from `factory` with the saved weights, in their saved precision.
-
-    Args:
-        folder: folder that `save` wrote.
-        factory: makes the model as it was before channels were pruned, whose channels are then removed again, or a
-            model of the pruned architecture. Its weights do not matter, and the returned model may be modified.
-        public_key: as for `load`.
-
-    Raises:
-        ArtifactError: the factory's model has other parameters than the saved one; names them.
-    """
-    with reading(Path(folder)):
-        opened = open_artifact(folder, public_key=public_key)
-        opened.read_ahead(WEIGHTS, SURGERY)
-    return opened.into(factory())
+    return files, manifest
 
 
 def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
@@ -342,17 +230,3 @@ def bench_script(programs: Iterable[bytes]) -> bytes:
     assert text.count(empty) == 1, "bench.py has one place for the operators"
     lines = "".join(f"    {name!r},\n" for name in operators)
     return text.replace(empty, f"OPERATORS: tuple[str, ...] = (\n{lines})" if operators else empty).encode()
-
-
-def _recaptured(opened: Opened, spec: Spec, example: list[Tensor]) -> Captured:
-    """The saved program in the form that a runtime compiles."""
-    return Captured(
-        program=load_program(io.BytesIO(opened.read(PROGRAM))),
-        names=tuple(spec.kinds),
-        inputs=spec.inputs,
-        outputs=spec.outputs,
-        classes={},
-        example=build(spec.inputs, example),
-        given=build(spec.inputs, example),
-        batch_axis=spec.batch_axis,
-    )

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torchslim.artifact.manifest import LIMITS, parse_manifest
+from torchslim.artifact.manifest import LIMITS, PARTS, parse_manifest
 from torchslim.core.files import TEMPORARY, sha256, write_bytes, write_json
 from torchslim.core.folder_lock import writing
 from torchslim.core.schema import read_file
@@ -50,20 +50,49 @@ def replace_files(folder: Path, files: Mapping[str, bytes], manifest: Mapping[st
             staging = Path(tempfile.mkdtemp(dir=folder, prefix=f"{STAGING}-"))
             try:
                 for name, data in files.items():
+                    (staging / name).parent.mkdir(parents=True, exist_ok=True)
                     write_bytes(staging / name, data)
                 write_json(staging / MANIFEST, manifest)
                 old = {name: value for name, value in _listed(folder).items() if name not in files}
+                for name in files:
+                    _make_parents(folder, name)
                 # from here on nothing is written, only renamed
                 (folder / MANIFEST).unlink(missing_ok=True)
                 for name in (*files, MANIFEST):
                     (staging / name).replace(folder / name)
                 for name, value in old.items():  # a stale model.onnx would be taken for this model
-                    if is_file(folder / name) and sha256(folder / name) == value:
+                    if is_file(folder / name) and within(folder, name) and sha256(folder / name) == value:
                         (folder / name).unlink(missing_ok=True)
+                        _remove_empty(folder, name)
             finally:
                 _clear(staging)
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+
+
+def within(folder: Path, name: str) -> bool:
+    """Whether no folder on the way from `folder` to the file `name` is a link."""
+    place = folder
+    for word in name.split("/")[:-1]:
+        place = place / word
+        if place.is_symlink():
+            return False
+    return True
+
+
+def _make_parents(folder: Path, name: str) -> None:
+    if not within(folder, name):
+        raise ArtifactError(f"{folder / name} lies behind a link; name an empty or a new folder")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _remove_empty(folder: Path, name: str) -> None:
+    """Remove the folders on the way to a deleted file that are empty now."""
+    with suppress(OSError):  # they hold other files
+        for parent in (folder / name).parents:
+            if parent == folder:
+                return
+            parent.rmdir()
 
 
 def is_file(path: Path) -> bool:
@@ -105,5 +134,7 @@ def _clear(staging: Path) -> None:
     for path in staging.iterdir():
         if OURS.fullmatch(path.name) and is_file(path):
             path.unlink(missing_ok=True)
+        elif PARTS in (staging.name, path.name):
+            _clear(path)
     with suppress(OSError):  # the folder holds other files, which are not ours to delete
         staging.rmdir()

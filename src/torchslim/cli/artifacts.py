@@ -23,7 +23,7 @@ from torchslim.core.terminal import printable
 def kernels(artifact: Path, trusted: bool, public_key: Path | None, as_json: bool) -> None:
     """List the layers of an ARTIFACT (a saved folder) that run on integers, their kernels, and why others do not."""
     from torchslim.artifact.integer_coverage import lowered
-    from torchslim.artifact.storage import load
+    from torchslim.artifact.loading import load
 
     executed = lowered(load(artifact, trusted=trusted, public_key=public_key))
     click.echo(json.dumps(executed.to_dict(), indent=1) if as_json else printable(executed.table(), lines=True))
@@ -52,7 +52,8 @@ def bench(
 ) -> None:
     """Time saved artifacts side by side, interleaved; ratios are over the first."""
     from torchslim.artifact.latency import compare
-    from torchslim.artifact.storage import load, render_timings
+    from torchslim.artifact.loading import load
+    from torchslim.artifact.storage import render_timings
 
     loaded = {str(path): load(path, threads=threads, trusted=trusted, public_key=public_key) for path in artifacts}
     rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]))

@@ -56,6 +56,7 @@ def carried_out(
             teacher=teacher,
             engine=recipe.engine,
             dynamic_shapes=recipe.dynamic_shapes,
+            part=recipe.part,
             seed=recipe.seed,
             workdir=out / "work",
             overwrite=overwrite,

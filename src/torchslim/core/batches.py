@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,11 @@ from torchslim.core.trees import device_of, tensors, to_device
 from torchslim.errors import TaskError
 
 Batch = Any
+T = TypeVar("T")
 Outputs = Any
 Predict = Callable[..., Outputs]
 LABELS = ("labels", "label", "target", "targets", "y")
+EXAMPLES = 8  # inputs of different sizes that a program is captured with
 MASKS = ("attention_mask", "mask")  # 1 where a token is real; torch's own padding masks mean the opposite
 
 
@@ -99,17 +103,51 @@ def batch_size(inputs: Any) -> int:
     return next((int(tensor.shape[0]) for tensor in tensors(inputs) if tensor.dim()), 1)
 
 
-def predictor(model: nn.Module) -> Predict:
-    """Function that runs `model` in eval mode without gradients, with inputs and outputs on any one device."""
+def spanning(items: Iterable[T], most: int, inputs: Callable[[T], Any]) -> list[T]:
+    """Up to `most` items whose sizes span those of all: the first, the smallest, the largest, and further sizes.
 
-    def predict(*args: Any, **kwargs: Any) -> Outputs:
+    Args:
+        items: batches or calls, each looked at once.
+        most: largest number of items to return.
+        inputs: returns the model inputs of an item.
+    """
+    by_shapes: dict[tuple[tuple[int, ...], ...], T] = {}
+    for item in items:
+        by_shapes.setdefault(tuple(tuple(tensor.shape) for tensor in tensors(inputs(item))), item)
+    by_size = sorted(by_shapes, key=lambda shapes: sum(map(math.prod, shapes)))
+    ordered = dict.fromkeys((*list(by_shapes)[:1], *by_size[:1], *by_size[-1:], *by_shapes))
+    return [by_shapes[shapes] for shapes in list(ordered)[:most]]
+
+
+class Predictor:
+    """Runs a model in eval mode without gradients, with inputs and outputs on any one device.
+
+    Methods of the model, such as `generate`, run in the same way; other attributes are the model's own.
+    """
+
+    def __init__(self, model: nn.Module, method: str = "") -> None:
+        self.model, self.method = model, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Outputs:
+        model = self.model
+        function = getattr(model, self.method) if self.method else model
         arguments = tensors((args, kwargs))
         home, away = device_of(model), arguments[0].device if arguments else None
         # in eval mode PyTorch's fused encoder kernel gives 0 at padded positions; no other implementation does
         with eval_mode(model), torch.no_grad(), unfused_attention():
             if away is None or away == home:
-                return model(*args, **kwargs)
+                return function(*args, **kwargs)
             args, kwargs = to_device((args, kwargs), home)
-            return to_device(model(*args, **kwargs), away)
+            return to_device(function(*args, **kwargs), away)
 
-    return predict
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self.model, name)
+        bound_to_model = inspect.ismethod(value) and value.__self__ is self.model
+        return Predictor(self.model, name) if bound_to_model else value
+
+
+def predictor(model: nn.Module) -> Predict:
+    """Function that runs `model` in eval mode without gradients; its attributes are the model's."""
+    return Predictor(model)

@@ -56,7 +56,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity are a ValueError."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON; NaN and infinity are a ValueError."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def clean_temporaries(folder: Path, *, older_s: float = 0.0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -155,6 +155,10 @@ class Workbench(Protocol):
         """Key of times over `reference`, the same on every machine: runtime, threads, and structure."""
         ...
 
+    def within(self, path: str) -> Workbench:
+        """The same service for a part of the model, called as the whole model calls it."""
+        ...
+
 
 CHECKED = (
     "task",
@@ -192,6 +196,7 @@ class Context:
     priors: Mapping[str, float] = field(default_factory=dict)  # relative damage, by channel group and layer
     examples: Sequence[Inputs] = ()  # inputs whose sizes span those of later calls, for `dynamic_shapes="auto"`
     dynamic_shapes: Any = "auto"  # which sizes captured programs leave free, as for `torchslim.deploy`
+    parts: Mapping[str, Sequence[Inputs]] = field(default_factory=dict)  # examples of the parts; empty: no parts
     calibration: object = None  # as `torchslim.training.calibration.calibration_of` returns it
 
     def __post_init__(self) -> None:
@@ -201,6 +206,19 @@ class Context:
     def captured_with(self) -> Inputs | list[Inputs]:
         """The inputs to capture a model with: all examples, or else the example inputs."""
         return list(self.examples) or self.example_inputs
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the parts that steps change; `("",)` for the whole model."""
+        return tuple(self.parts) or ("",)
+
+    def within(self, path: str) -> Context:
+        """The context as a part sees it: its example inputs, and a workbench that deploys and times the part alone."""
+        if not path:
+            return self
+        examples = self.parts[path]
+        bench = None if self.workbench is None else self.workbench.within(path)
+        return replace(self, example_inputs=examples[0], examples=examples, workbench=bench, parts={})
 
 
 @runtime_checkable

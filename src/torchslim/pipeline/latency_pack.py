@@ -73,7 +73,7 @@ def pack(
         bench = Bench(example_inputs=inputs, target=target, task=task, steps=steps, dynamic_shapes=dynamic_shapes)
         plan = pruning.options.plan(copied, inputs, task.examples)
         narrowed = variants(plan, *programs(plan, pruning.amount))
-        whole = bench.deploy(bench.ended(plan.model))
+        whole = bench.deploy_whole(bench.ended(plan.model))
         whole_name = f"whole{whole.suffixes[0]}"
         whole.save(folder / whole_name)
         rows = _write_programs(folder, bench, narrowed, progress)
@@ -106,7 +106,7 @@ def _write_programs(
     for count, variant in enumerate(narrowed, 1):
         model = variant.make()
         if model is not None:  # widths that cannot be built are left out, as in a table that is measured here
-            deployed = bench.deploy(bench.ended(model))
+            deployed = bench.deploy_whole(bench.ended(model))
             name = f"{variant.name}{deployed.suffixes[0]}"
             deployed.save(folder / name)
             rows.append({"row": variant.row.key, "width": variant.width, "file": name})

@@ -21,6 +21,7 @@ class RunOptions:
     target: Target
     example_inputs: Inputs | None = None
     dynamic_shapes: Any = "auto"
+    part: str | Sequence[str] | None = None
     teacher: nn.Module | None = None
     engine: Engine | None = None
     seed: int = 0

@@ -43,8 +43,8 @@ from torchslim.training.finetune import Finetune
 
 STEPS: Mapping[str, type] = {"prune": Prune, "finetune": Finetune, "distill": Distill, "quantize": Quantize}
 KINDS: Mapping[str, type] = {**STEPS, **LOSSES}  # classes that `do` may name
-KEYS = ("model", "task", "teacher", "runtime", "threads", "seed", "engine", "sensitivity", "dynamic_shapes", "step")
-NAMED = ("model", "task", "teacher", "seed", "sensitivity", "dynamic_shapes")
+NAMED = ("model", "task", "teacher", "seed", "sensitivity", "dynamic_shapes", "part")
+KEYS = (*NAMED, "runtime", "threads", "engine", "step")
 MADE: Mapping[str, type] = {"model": nn.Module, "task": Task, "teacher": nn.Module}
 RANGE = ("search", "log", "step")  # the keys of a range
 T = TypeVar("T")
@@ -63,6 +63,7 @@ class Recipe:
     engine: Engine = field(default_factory=Engine)
     sensitivity: str | None = None  # path of a saved `ts.sensitivity` analysis
     dynamic_shapes: Any = "auto"  # "auto", "batch", "fixed", or lists of dimensions by input
+    part: str | tuple[str, ...] | None = None  # names or globs of submodules
 
     def __post_init__(self) -> None:
         if not isinstance(self.dynamic_shapes, str) and not lists_dimensions(self.dynamic_shapes):

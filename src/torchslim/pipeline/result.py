@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchslim.artifact.assembled import AnyDeployed
 from torchslim.artifact.storage import confirm, write_artifact
 from torchslim.report import render, table
-from torchslim.runtimes import Deployed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Result:
     model: nn.Module
     module: nn.Module
     masks: Mapping[str, Tensor]
-    deployed: Deployed
+    deployed: AnyDeployed
     run: dict[str, Any]
     folder: Path
     _keep: Any = field(repr=False, default=None)  # keeps a temporary folder as long as the result exists

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from torchslim.artifact.assembled import AnyDeployed
 from torchslim.artifact.latency import Timings
 from torchslim.core.measurement import Measurement
-from torchslim.runtimes import Deployed
 
 
 def number(value: float, unit: str, *, machine: str = "") -> dict[str, Any]:
@@ -19,7 +20,7 @@ def not_measured(reason: str) -> dict[str, Any]:
     return {"not_measured": reason}
 
 
-def size(deployed: Deployed) -> dict[str, Any]:
+def size(deployed: AnyDeployed) -> dict[str, Any]:
     """Return the size of the deployed file in bytes."""
     if deployed.size_bytes is None:
         return not_measured(f"runtime {deployed.runtime!r} has no file")
@@ -30,16 +31,22 @@ def _quotient(before: float | None, after: float | None) -> dict[str, Any]:
     return number(before / after, "x") if before and after else not_measured("the runtime has no file")
 
 
-def compare_rows(rows: list[dict[str, Any]], timings: Timings, runtime: str) -> None:
+def compare_rows(rows: list[dict[str, Any]], timings: Timings, runtime: str, parts: Sequence[str] = ()) -> None:
     """Add latencies to the rows, and their gains in bytes and speed over the baseline and over the previous row.
 
-    Timings are named "INDEX/RUNTIME" by stage; the last row is the artifact, which is the last stage as it ships.
+    Timings are named "INDEX/RUNTIME" by stage, and "INDEX/RUNTIME/PART" for parts of a model; the last row is the
+    artifact, which is the last stage as it ships.
     """
     last = len(rows) - 2
     for index, row in enumerate(rows):
         stage, before = min(index, last), min(max(index - 1, 0), last)
         kinds = dict.fromkeys((runtime, "eager"))
         row["latency_ms"] = {kind: timings.latency(f"{stage}/{kind}").to_dict() for kind in kinds}
+        row["latency_ms"] |= {
+            f"{kind}, part {path}": timings.latency(f"{stage}/{kind}/{path}").to_dict()
+            for kind in kinds
+            for path in parts
+        }
         row["speedup"] = {
             "over_baseline": timings.speedup(f"{stage}/{runtime}", f"0/{runtime}").to_dict(),
             "over_previous": timings.speedup(f"{stage}/{runtime}", f"{before}/{runtime}").to_dict(),

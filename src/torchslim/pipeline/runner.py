@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from torchslim._version import __version__
-from torchslim.artifact.deployment import merged, verified
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts, pieces
+from torchslim.artifact.deployment import merged
 from torchslim.artifact.integer_coverage import executed, lowered
 from torchslim.artifact.latency import Timings, compare
 from torchslim.artifact.model_size import nonzeros, parameters, sample_macs
-from torchslim.artifact.shipped import as_saved, kept_right
+from torchslim.artifact.shipped import kept_right
 from torchslim.core import distributed
 from torchslim.core.batches import call, predictor, take_first
 from torchslim.core.files import digest, remove, write_json
@@ -27,6 +28,7 @@ from torchslim.core.hardware import describe_machine
 from torchslim.core.infinities import spoiled
 from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.metrics import Metric
+from torchslim.core.parts import WHOLE, part_at, select_parts, with_rest_of
 from torchslim.core.seals import key_id
 from torchslim.core.step import Context, Engine, Event, Form, Inputs, MakesModel, Outcome, Step, check_order, step_name
 from torchslim.core.task import Task
@@ -39,15 +41,16 @@ from torchslim.pipeline.run_record import compare_rows, not_measured, number, si
 from torchslim.pipeline.stages import Stage, alone, restored, stage_key, state_folder
 from torchslim.pipeline.target_bench import Bench
 from torchslim.pipeline.work_folder import working_in
-from torchslim.quantize import QuantizedModule
+from torchslim.quantize.modules import is_quantized
 from torchslim.report import RUN_FORMAT
-from torchslim.runtimes import Deployed, find_runtime
+from torchslim.runtimes import find_runtime
 from torchslim.runtimes.eager import on_eager
-from torchslim.training.calibration import CalibrationData, spanning_examples
+from torchslim.training.calibration import CalibrationData, part_examples, spanning_examples
 from torchslim.training.loaders import first_batch, seeded_splits
 
 ROUNDS = 60
 SECONDS = 40.0
+MACS_OF_PARTS = "MACs, one call of each part"
 
 
 def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunOptions) -> Result:
@@ -80,6 +83,7 @@ def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunO
             steps=steps,
             examples=ctx.examples,
             dynamic_shapes=ctx.dynamic_shapes,
+            parts=ctx.parts,
         )
         ctx = check_ctx = replace(ctx, workbench=bench)
         for step in steps:
@@ -113,6 +117,7 @@ def _context(
     """Make the context that all steps share."""
     teacher = copied if options.teacher is None else options.teacher
     automatic = options.dynamic_shapes == "auto" and options.example_inputs is None
+    paths = select_parts(copied, options.part)
     return Context(
         task=task,
         model=copied,
@@ -125,6 +130,7 @@ def _context(
         progress=options.progress,
         examples=spanning_examples(task) if automatic else (),
         dynamic_shapes=options.dynamic_shapes,
+        parts={} if paths == (WHOLE,) else part_examples(copied, task, paths, options.seed),
         priors={} if options.sensitivity is None else options.sensitivity.priors(),
     )
 
@@ -150,6 +156,7 @@ def origin(ctx: Context, model: nn.Module, batch: Any) -> str:
     start = fingerprint(model.state_dict())
     priors = [dict(ctx.priors)] if ctx.priors else []
     sizes = [] if ctx.dynamic_shapes == "auto" else [repr(ctx.dynamic_shapes)]
+    sizes += [repr(ctx.paths)] if ctx.parts else []
     return digest(
         __version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train), *priors, *sizes
     )
@@ -174,11 +181,12 @@ class _Runner:
     def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> Stage:
         """Measure the unmodified model, or restore its stage."""
         self.key = digest(self.key, asdict(self.ctx.target))
-        describe(call(predictor(model), self.ctx.example_inputs), [], self.classes)
+        for path in self.ctx.paths:
+            describe(call(predictor(part_at(model, path)), self.ctx.within(path).example_inputs), [], self.classes)
         folder, runtime = self._place("00-baseline"), self.ctx.target.runtime
 
         def kept() -> Stage | None:
-            return restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime)
+            return restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime, self.ctx.example_inputs)
 
         with alone(folder, self.ctx.progress if self.shared else None):
             return _by_the_first(
@@ -237,11 +245,12 @@ class _Runner:
             before.model,
             self.classes,
             self.ctx.target.runtime,
+            self.ctx.example_inputs,
         )
 
     def _verify(self, outcome: Outcome, step: Step, before: nn.Module) -> None:
         """Raise for a model that fails, or whose outputs are infinite or NaN where they were finite before the step."""
-        if getattr(outcome.model, "evidence", None) is not None:
+        if any(getattr(part_at(outcome.model, path), "evidence", None) is not None for path in self.ctx.paths):
             return  # quantization has compared the model with float
         inputs = to_device(self.ctx.example_inputs, "cpu")
         outputs = tensors(call(predictor(outcome.model), inputs))
@@ -263,7 +272,7 @@ class _Runner:
         stage = self._kept(name, folder, outcome, module, seconds, index, self.bench.deploy(outcome.model))
         if kept_right(stage.model, stage.deployed, folder):
             return stage
-        deployed = verified(stage.model, self.bench.compile, reload=as_saved(self.bench.compile))
+        deployed = self.bench.deploy(stage.model, saved=True)
         return self._kept(name, folder, outcome, module, seconds, index, deployed)
 
     def _kept(
@@ -274,16 +283,19 @@ class _Runner:
         module: nn.Module,
         seconds: float,
         index: int,
-        deployed: Deployed,
+        deployed: AnyDeployed,
     ) -> Stage:
         """Measure and store a stage."""
         model = deployed.made_from or outcome.model
-        module = model if not isinstance(model, QuantizedModule) else module
+        if not is_quantized(model):
+            module = model
+        elif self.ctx.parts:  # the training of a quantization changes the model around the parts, too
+            module = with_rest_of(module, model, self.ctx.paths)
         records = merged(outcome.layers, deployed)
         self.ctx.progress(Event(step=name, phase="evaluate"))
         values = self._evaluate(predictor(model))
         counted = sample_macs(model, deployed)
-        warnings = [*outcome.warnings, *deployed.spec.notes]
+        warnings = [*outcome.warnings, *deployed.notes]
         layers = [{"version": record.version, **asdict(record)} for record in records]
         if deployed.quantized:
             coverage = lowered(deployed, records)
@@ -297,7 +309,7 @@ class _Runner:
             "metric": values,
             "parameters": number(parameters(model), "count"),
             "nonzero": number(nonzeros(model), "count"),
-            "macs": number(counted.total, "MACs per sample"),
+            "macs": number(counted.total, MACS_OF_PARTS if self.ctx.parts else "MACs per sample"),
             "size_bytes": size(deployed),
             "seconds": number(seconds, "s", machine="this") if index else not_measured("no work was done"),
             "layers": layers,
@@ -334,7 +346,13 @@ class _Runner:
         rounds: dict[str, Sequence[float]] = {}
         for kind in dict.fromkeys((runtime, "eager")):
             candidates = {f"{i}/{kind}": self._on(stage, kind) for i, stage in enumerate(stages)}
-            rounds |= compare(candidates, rounds=ROUNDS, seconds=SECONDS).rounds
+            parts = {
+                f"{name}/{path}": piece
+                for name, candidate in candidates.items()
+                for path, piece in pieces(candidate).items()
+                if path
+            }
+            rounds |= compare(candidates | parts, rounds=ROUNDS, seconds=SECONDS).rounds
         timings = Timings(rounds)
         rows = [dict(stage.row) for stage in stages]
         rows.append(
@@ -350,7 +368,7 @@ class _Runner:
                 "seconds": not_measured("no work was done"),
             }
         )
-        compare_rows(rows, timings, runtime)
+        compare_rows(rows, timings, runtime, tuple(self.ctx.parts))
         return {
             "format": RUN_FORMAT,
             "torchslim": __version__,
@@ -363,13 +381,14 @@ class _Runner:
             "target": asdict(self.ctx.target),
             "selected_on": "val",
             "reported_on": "test" if self.ctx.task.test is not None else "val (selected on val)",
-            "batch": 1 if last.deployed.spec.batch_axis is not None else "as captured",
+            "batch": 1 if last.deployed.takes_single_samples else "as captured",
             "machines": {"this": self.machine},
             "rows": rows,
         }
 
-    def _on(self, stage: Stage, runtime: str) -> Deployed:
+    def _on(self, stage: Stage, runtime: str) -> AnyDeployed:
         """Return a stage deployed on `runtime`, "eager" if it is not the run's own."""
-        return (
-            stage.deployed if stage.deployed.runtime == runtime else on_eager(stage.deployed, self.ctx.target.threads)
-        )
+        deployed, threads = stage.deployed, self.ctx.target.threads
+        if deployed.runtime == runtime:
+            return deployed
+        return deployed.on_eager(threads) if isinstance(deployed, DeployedParts) else on_eager(deployed, threads)

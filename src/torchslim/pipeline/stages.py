@@ -14,17 +14,20 @@ from annotated_types import MaxLen
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts
+from torchslim.artifact.loading import load_opened
 from torchslim.artifact.opened import Opened, open_artifact
-from torchslim.artifact.storage import load_opened, write_artifact
+from torchslim.artifact.storage import write_artifact
 from torchslim.core import distributed
 from torchslim.core.files import TEMPORARY, clean_temporaries, digest, present, remove, write_bytes, write_json
 from torchslim.core.fingerprint import canonical
 from torchslim.core.folder_lock import holding
 from torchslim.core.hardware import instruction_set
 from torchslim.core.isolation import copy_model, warn
+from torchslim.core.parts import WHOLE, mounted, part_at
 from torchslim.core.schema import Schema
 from torchslim.core.seals import is_sealed, key_id, own_secret, seal
-from torchslim.core.step import DependsOnMore, Event, Form, Step
+from torchslim.core.step import DependsOnMore, Event, Form, Inputs, Step
 from torchslim.errors import StorageError, TorchslimError
 from torchslim.graph.calling import signature_of
 from torchslim.graph.export import module_of
@@ -71,12 +74,12 @@ class Stage:
     model: nn.Module
     module: nn.Module
     masks: Mapping[str, Tensor]
-    deployed: Deployed
+    deployed: AnyDeployed
     row: dict[str, Any]
 
     def keep(self, key: str) -> None:
         """Write the stage to its folder, replacing the files of an earlier run."""
-        module = None if isinstance(self.model, QuantizedModule) else self.model
+        module = None if isinstance(self.model, QuantizedModule) else self.module
         keep(self.folder, key, module=module, masks=self.masks, deployed=self.deployed, row=self.row)
 
 
@@ -92,7 +95,7 @@ def keep(
     *,
     module: nn.Module | None,
     masks: Mapping[str, Tensor],
-    deployed: Deployed | None = None,
+    deployed: AnyDeployed | None = None,
     row: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model to a stage's folder, replacing its contents."""
@@ -157,7 +160,14 @@ def taken_again(error: Exception) -> None:
 
 
 def restored(
-    folder: Path, key: str, form: Form, module: nn.Module, model: nn.Module, classes: dict[str, type], runtime: str
+    folder: Path,
+    key: str,
+    form: Form,
+    module: nn.Module,
+    model: nn.Module,
+    classes: dict[str, type],
+    runtime: str,
+    example: Inputs | None = None,
 ) -> Stage | None:
     """Load the stage that an earlier run finished under this key, if it is complete.
 
@@ -170,26 +180,32 @@ def restored(
         classes: classes of the model's outputs, by name.
         runtime: the run's runtime; files of another runtime are not loaded, and machine code only if this user made it
             on this machine.
+        example: inputs of a call of the whole model, where its parts are deployed.
     """
     stage_files = kept(folder, key)
     if stage_files is None or stage_files.row is None:
         return None
     opened = stage_files.opened
     try:
-        if opened.manifest.get("runtime") != runtime:
+        places = {path: opened.part(path) for path in opened.manifest.get("parts", ())} or {WHOLE: opened}
+        if any(place.manifest.get("runtime") != runtime for place in places.values()):
             raise StorageError(f"{folder} was made for another runtime than {runtime!r}")
         # machine code from elsewhere is never loaded: the program beside it is compiled again
-        foreign_code = find_runtime(runtime).native and not (stage_files.own and _for_this_processor(opened))
-        deployed = load_opened(opened, trusted=stage_files.own, compiled_again=foreign_code)
-        deployed.program = replace(deployed.program, classes=classes)
+        native, own = find_runtime(runtime).native, stage_files.own
+        pieces = {
+            path: load_opened(place, trusted=own, compiled_again=native and not (own and _for_this_processor(place)))
+            for path, place in places.items()
+        }
+        for piece in pieces.values():
+            piece.program = replace(piece.program, classes=classes)
         if form is Form.QUANTIZED:
-            program = module_of(load_program(io.BytesIO(opened.read("model.pt2"))))
-            spec = deployed.spec
-            current: nn.Module = QuantizedModule(
-                program, signature_of(model), spec.inputs, spec.outputs, classes, input_sizes=spec.input_sizes
-            )
+            graphs = {path: _graph(places[path], piece, part_at(model, path)) for path, piece in pieces.items()}
+            if WHOLE not in graphs:
+                module = opened.into(copy_model(module)[0])
+            current: nn.Module = mounted(module if WHOLE in graphs else copy_model(module)[0], graphs)
         else:
             current = module = opened.into(copy_model(module)[0])
+        deployed = pieces[WHOLE] if WHOLE in pieces else DeployedParts(current, pieces, example)
         masks = opened.masks()
     except (TorchslimError, KeyError, ValueError, TypeError, RuntimeError) as error:
         # the files are intact but do not fit: a custom step changed the architecture, for example
@@ -203,6 +219,19 @@ def restored(
         masks=masks,
         deployed=deployed,
         row=stage_files.row,
+    )
+
+
+def _graph(place: Opened, deployed: Deployed, model: nn.Module) -> QuantizedModule:
+    """The quantized graph of a stored program, called like `model`."""
+    program, spec = module_of(load_program(io.BytesIO(place.read("model.pt2")))), deployed.spec
+    return QuantizedModule(
+        program,
+        signature_of(model),
+        spec.inputs,
+        spec.outputs,
+        deployed.program.classes,
+        input_sizes=spec.input_sizes,
     )
 
 

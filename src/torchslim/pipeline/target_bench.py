@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.artifact.deployment import verified
 from torchslim.artifact.latency_cache import LatencyTable
+from torchslim.artifact.shipped import as_saved
 from torchslim.core.checks import check_fields
 from torchslim.core.files import digest
 from torchslim.core.fingerprint import canonical
+from torchslim.core.parts import part_at
 from torchslim.core.step import Inputs, Makers, Step, Target
 from torchslim.core.task import Task
 from torchslim.errors import RecipeError
@@ -38,6 +41,7 @@ class Bench:
         steps: steps of the recipe; the last `Quantize` sets the scheme of every timed model.
         examples: further inputs, whose sizes span those of later calls, for `dynamic_shapes="auto"`.
         dynamic_shapes: as for `torchslim.deploy`.
+        parts: examples of the parts that are deployed, by path; empty: the whole model is deployed.
     """
 
     example_inputs: Inputs
@@ -46,13 +50,29 @@ class Bench:
     steps: Sequence[Step] = ()
     examples: Sequence[Inputs] = ()
     dynamic_shapes: Any = "auto"
+    parts: Mapping[str, Sequence[Inputs]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError, "Bench: ")
 
-    def deploy(self, model: nn.Module) -> Deployed:
-        """Compile the model for the target and check it; quantized layers that the target gets wrong stay in float."""
-        return verified(model, self.compile)
+    def within(self, path: str) -> Bench:
+        """The bench of a part: its calibration data are its example inputs, since only the speed counts."""
+        examples = self.parts[path]
+        return replace(self, example_inputs=examples[0], examples=examples, task=None, parts={})
+
+    def deploy(self, model: nn.Module, *, saved: bool = False) -> AnyDeployed:
+        """Compile the model for the target and check it; quantized layers that the target gets wrong stay in float.
+
+        With `saved`, the model is checked as it is after it was saved and loaded again.
+        """
+        if not self.parts:
+            return self.deploy_whole(model, saved)
+        parts = {path: self.within(path).deploy_whole(part_at(model, path), saved) for path in self.parts}
+        return DeployedParts(model, parts, self.example_inputs)
+
+    def deploy_whole(self, model: nn.Module, saved: bool = False) -> Deployed:
+        """`deploy` for a bench without parts."""
+        return verified(model, self.compile, reload=as_saved(self.compile) if saved else None)
 
     def compile(self, model: nn.Module) -> Deployed:
         """Compile the model for the target, unchecked."""

@@ -16,6 +16,7 @@ from torchslim.core import distributed
 from torchslim.core.files import present
 from torchslim.core.isolation import warn
 from torchslim.core.layer_patterns import parameter_paths
+from torchslim.core.parts import under
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Context
 from torchslim.core.trees import device_of
@@ -26,27 +27,40 @@ from torchslim.prune.structured.surgery import Surgery
 
 
 @dataclass
+class PartState:
+    """The figures of a part, or of the whole model, that later rounds need."""
+
+    total: float = 0.0  # the size of the part that the step received; 0 before the first cut
+    kept: float = 0.0  # the size of the part now, in the same measure
+    tolerance: float = 0.0  # a result this far from the target does not miss it
+    refused: list[tuple[str, str]] = field(default_factory=list)  # layer and reason
+    rows: Rows = field(default_factory=dict)  # times by row and width, for of="latency"
+
+
+@dataclass
 class PruningState:
     """The model so far, and the figures that later rounds need; the checkpoint uses the same names."""
 
     model: nn.Module
     masks: dict[str, Tensor]
+    parts: dict[str, PartState]  # by path; the whole model has the path ""
     cuts: int = 0  # rounds whose cut is done
-    total: float = 0.0  # the size of the model that the step received; 0 before the first cut
-    kept: float = 0.0  # the size of `model`, in the same measure
-    tolerance: float = 0.0  # a result this far from the target does not miss it
-    refused: list[tuple[str, str]] = field(default_factory=list)  # layer and reason
     warnings: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
-    rows: Rows = field(default_factory=dict)  # times by row and width, for of="latency"
     evidence: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> list[tuple[str, str]]:
+        """Layers whose channels stay, with the reasons."""
+        return [(under(path, layer), reason) for path, part in self.parts.items() for layer, reason in part.refused]
 
     def save(self, ctx: Context) -> None:
         """Store the surgery that leads to the model, its weights, masks and figures."""
         path = _checkpoint(ctx)
         if path is None or not distributed.is_first():
             return
-        figures = {name: value for name, value in vars(self).items() if name not in ("model", "masks")}
+        figures = {name: value for name, value in vars(self).items() if name not in ("model", "masks", "parts")}
+        figures["parts"] = {name: vars(part) for name, part in self.parts.items()}
         checkpoint = {
             "about": json.dumps({**figures, "surgery": surgery(self.model)}),
             "weights": self.model.state_dict(),
@@ -82,11 +96,14 @@ def _read(content: bytes, model: nn.Module) -> PruningState:
     record = figures.pop("surgery")
     pruned = model if record is None else replay(model, record)
     pruned.load_state_dict(checkpoint["weights"])
-    figures["refused"] = [(layer, reason) for layer, reason in figures["refused"]]
-    figures["rows"] = {
-        name: {int(width): ratio for width, ratio in ratios.items()} for name, ratios in figures["rows"].items()
-    }
-    return PruningState(model=pruned, masks=checkpoint["masks"], **figures)
+    parts = {name: _part(stored) for name, stored in figures.pop("parts").items()}
+    return PruningState(model=pruned, masks=checkpoint["masks"], parts=parts, **figures)
+
+
+def _part(stored: Mapping[str, Any]) -> PartState:
+    refused = [(layer, reason) for layer, reason in stored["refused"]]
+    rows = {name: {int(width): ratio for width, ratio in ratios.items()} for name, ratios in stored["rows"].items()}
+    return PartState(**{**stored, "refused": refused, "rows": rows})
 
 
 def _checkpoint(ctx: Context) -> Path | None:
@@ -94,7 +111,7 @@ def _checkpoint(ctx: Context) -> Path | None:
 
 
 def cut_masks(masks: Mapping[str, Tensor], surgery: Surgery, model: nn.Module) -> dict[str, Tensor]:
-    """Masks of weights that are zero already, without the slices that the surgery removes from `model`."""
+    """Masks of weights that are zero already, without the slices that the surgery removes from the whole `model`."""
     first_path = {path: first for first, paths in parameter_paths(model).items() for path in paths}
     remaining = dict(masks)
     for cut in surgery.cuts:

@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
-import numpy as np
 from torch import nn
 
 from torchslim.core.batches import batch_size
 from torchslim.core.layer_patterns import check_patterns
-from torchslim.core.reason import Reason
 from torchslim.core.step import Context, Event, LayerRecord, Outcome
 from torchslim.errors import PruneError
-from torchslim.prune.channel_records import pruned_records, refusals, refused_records, shapes_of_parameters
-from torchslim.prune.channel_state import PruningState, cut_masks, restored_state
-from torchslim.prune.criteria.gathering import check_data, gather_for
+from torchslim.prune.channel_cut import CutPart, parts_to_cut
+from torchslim.prune.channel_records import pruned_records, refused_records, shapes_of_parameters
+from torchslim.prune.channel_state import PartState, PruningState, restored_state
+from torchslim.prune.criteria.gathering import check_data
 from torchslim.prune.criteria.registry import find_criterion, named_by_path
-from torchslim.prune.dependency.coupling import Coupling
-from torchslim.prune.latency.solve import Told, reach
-from torchslim.prune.latency.table import Table, load_rows
+from torchslim.prune.latency.table import load_rows
 from torchslim.prune.masking.masks import apply_masks
 from torchslim.prune.schedule import Schedule
 from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.penalties import Sparsify, make_penalty
-from torchslim.prune.structured.plan import Plan
-from torchslim.prune.structured.removal import (
-    Shrunk,
-    Stuck,
-    TooLittle,
-    finish,
-    gave_way,
-    missed_target,
-    shrink,
-    tolerance,
-    vacuous,
-)
-from torchslim.prune.structured.selection import Amount, Of, Scores
+from torchslim.prune.structured.selection import Amount
 from torchslim.training.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.training.calibration import calibration_of
 from torchslim.training.finetune import Training
@@ -113,12 +97,13 @@ class PruneChannels:
 
 
 class _Rounds:
-    """One run of the step. Every target is a fraction of the model that the step received."""
+    """One run of the step. Every target is a fraction of the model, or of the part, that the step received."""
 
     def __init__(self, step: PruneChannels, model: nn.Module, ctx: Context) -> None:
         self.step, self.ctx = step, ctx
         self.received, self.received_shapes = model, shapes_of_parameters(model)
-        self.state = restored_state(model, ctx) or PruningState(model, dict(ctx.masks))
+        fresh = PruningState(model, dict(ctx.masks), {path: PartState() for path in ctx.paths})
+        self.state = restored_state(model, ctx) or fresh
 
     def run(self) -> Outcome:
         """Train with the penalty, then cut and train in every round."""
@@ -131,10 +116,11 @@ class _Rounds:
             last = number == len(targets)
             if number > state.cuts:
                 self.ctx.progress(Event(step=self.ctx.name, phase=f"cut-{number}"))
-                if step.amount.of == "latency":
-                    self._cut_to_latency(targets[number - 1])
-                else:
-                    self._cut_to_size(targets[number - 1], last=last)
+                before = state.model
+                for part in self._parts(before):
+                    part.cut(targets[number - 1], last=last)
+                if state.model is not before:
+                    state.warnings += _recalibrate(state.model, self.ctx)
                 state.cuts = number
                 state.save(self.ctx)
             if step.schedule.train is not None:
@@ -148,6 +134,13 @@ class _Rounds:
             history=state.history,
             evidence=state.evidence,
         )
+
+    def _parts(self, model: nn.Module) -> list[CutPart]:
+        """The parts of a model that have layers to prune."""
+        return [
+            CutPart(self.step.amount, self.step.latency_table, self.ctx, self.state, path, options, self.received)
+            for path, options in parts_to_cut(model, self.step.options, self.ctx.paths)
+        ]
 
     def _train_sparsely(self) -> None:
         penalty = self.step.penalty
@@ -174,116 +167,10 @@ class _Rounds:
         penalty = self.step.penalty
         if penalty is None:
             return []
-        return [make_penalty(penalty.kind, self._plan(self.state.model).coupling(), penalty.strength)]
-
-    def _plan(self, model: nn.Module) -> Plan:
-        return self.step.options.plan(model, self.ctx.example_inputs, self.ctx.task.examples)
-
-    def _scores(self, plan: Plan) -> Scores:
-        criterion = find_criterion(self.step.options.criterion)
-        gathered = gather_for(criterion, self.state.model, self.ctx)
-        return self.step.options.ranking(gathered, self.ctx.seed, self.ctx.priors).scores(plan.model, plan)
-
-    def _cut_to_size(self, target: float, *, last: bool) -> None:
-        """Remove what is still missing to a sparsity of parameters, MACs or channels."""
-        state, amount = self.state, self.step.amount
-        plan = self._plan(state.model)
-        sparsity = self._missing_sparsity(target, plan)
-        try:
-            if sparsity > 0:  # widths are whole steps: an earlier round may have removed enough
-                self._remove(plan, replace(amount, sparsity=sparsity))
-        except TooLittle:
-            if last and not state.total:
-                raise
-        except Stuck as error:
-            if not state.total:
-                raise
-            state.warnings.append(f"a later round stopped: {error}")
-        if last:
-            state.warnings += missed_target(state.kept / state.total, amount, state.tolerance)
-
-    def _missing_sparsity(self, target: float, plan: Plan) -> float:
-        """The fraction to remove from the model as it is, for a target that is a fraction of the received model."""
-        state = self.state
-        if not state.total:
-            return target
-        size = _size(plan, plan.coupling(), self.step.amount.of)
-        stuck = max(state.kept - size, 0.0)  # channels of units that can shrink no further
-        return 0.0 if not size else min(1 - ((1 - target) * state.total - stuck) / size, 1 - 1e-9)
-
-    def _remove(self, plan: Plan, amount: Amount) -> None:
-        state = self.state
-        removal = shrink(plan, amount, self._scores(plan))
-        size = _size(plan, removal.coupling, amount.of)
-        stuck = max(state.kept - size, 0.0) if state.total else 0.0
-        state.total = state.total or size
-        state.tolerance = state.tolerance or tolerance(plan, removal.coupling, self.step.amount)
-        state.kept = stuck + removal.left * size
-        self._accept(plan, removal, amount)
-
-    def _cut_to_latency(self, target: float) -> None:
-        """Shrink to at most 1 - target of the time that the received model takes."""
-        state = self.state
-        if state.total and state.kept <= 1 - target:  # an earlier round removed enough
-            return
-        plan = self._plan(state.model)
-        table = self._table(plan if state.model is self.received else self._plan(self.received))
-        amount = replace(self.step.amount, sparsity=target)
-
-        def report_attempt(number: int) -> None:
-            self.ctx.progress(Event(step=self.ctx.name, phase=f"widths, attempt {number}"))
-
-        scores = self._scores(plan)
-        try:
-            reached = reach(plan, amount, scores, table, progress=report_attempt)
-        except (Stuck, TooLittle) as error:
-            if not state.total:
-                raise
-            state.warnings.append(f"a later round stopped: {error}")
-            return
-        state.total, state.kept, state.rows = 1.0, reached.left, table.rows
-        state.evidence = {"latency": [*state.evidence.get("latency", ()), dict(reached.evidence)]}
-        self._accept(plan, reached.done, amount)
-        state.warnings += reached.warnings
-
-    def _table(self, plan: Plan) -> Table:
-        """Table of the times that decide the widths, measured on another machine or here."""
-        assert self.ctx.workbench is not None
-        workbench, amount = Told(bench=self.ctx.workbench), self.step.amount
-        if self.step.latency_table is not None:
-            rows, machine = load_rows(self.step.latency_table, workbench.about(plan.model))
-            return Table(plan=plan, amount=amount, rows=rows, elsewhere=machine)
-        event = partial(Event, step=self.ctx.name, phase="table of latencies")
-
-        def report_timed(done: int, total: int) -> None:
-            self.ctx.progress(event(current=done, total=total))
-
-        return Table(plan=plan, amount=amount, workbench=workbench, progress=report_timed, rows=self.state.rows)
-
-    def _accept(self, plan: Plan, removal: Shrunk, amount: Amount) -> None:
-        """Make the model of a verified removal the current one, with its masks, refusals and warnings."""
-        state = self.state
-        finish(plan, removal, amount, find_criterion(self.step.options.criterion).name)
-        state.masks = cut_masks(state.masks, removal.surgery, plan.model)
-        state.model = removal.model
-        state.refused = refusals(removal.coupling)
-        state.warnings += [
-            f"not pruned: {layer}: {reason}" for layer, reason in state.refused if Reason.NOT_VERIFIED.given_in(reason)
+        return [
+            make_penalty(penalty.kind, part.plan(self.state.model).coupling(), penalty.strength, part.path)
+            for part in self._parts(self.state.model)
         ]
-        state.warnings += [
-            f"no rule for {name} ({count} times): channels that reach it are kept"
-            for name, count in plan.trace.unruled.items()
-        ]
-        state.warnings += [*plan.notes(), *vacuous(removal), *gave_way(removal, amount)]
-        state.warnings += _recalibrate(state.model, self.ctx)
-
-
-def _size(plan: Plan, coupling: Coupling, of: Of) -> float:
-    """The size of a model before a removal, in the measure of the amount."""
-    if of == "channels":
-        return float(sum(unit.width for unit in coupling.units))
-    nothing = np.zeros(coupling.atoms.count, dtype=bool)
-    return float(coupling.macs(nothing) if of == "macs" else coupling.parameters(nothing, plan.names))
 
 
 def _recalibrate(model: nn.Module, ctx: Context) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
-from torchslim.core.layer_patterns import by_pattern, select_weights
+from torchslim.core.layer_patterns import as_list, by_pattern, select_weights
+from torchslim.core.parts import outside
 from torchslim.core.step import Context, LayerRecord, Outcome
 from torchslim.errors import PruneError
 from torchslim.prune.criteria.gathering import check_data, gather_for
@@ -100,14 +101,21 @@ class PruneWeights:
         """Raise if no layer matches, the criterion does not exist, or it or the training lacks its data."""
         check_data(self._checked_criterion(), ctx)
         model = ctx.model if ctx.model is not None else ctx.teacher
-        weights = select_weights(model, self.include, self.exclude)
+        weights = select_weights(model, self.include, self._for_parts(model, ctx).exclude)
         if isinstance(self.sparsity, Mapping):
             by_pattern(self.sparsity, weights, model)
         if self.schedule.train is not None:
             self.schedule.train.check_training(ctx)
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
-        return self._along_training(model, ctx) if self.schedule.kind == "gradual" else self._in_rounds(model, ctx)
+        step = self._for_parts(model, ctx)
+        return step._along_training(model, ctx) if self.schedule.kind == "gradual" else step._in_rounds(model, ctx)
+
+    def _for_parts(self, model: nn.Module, ctx: Context) -> PruneWeights:
+        """The step without the weights outside of the context's parts."""
+        if not ctx.parts:
+            return self
+        return replace(self, exclude=(*as_list(self.exclude), *outside(model, ctx.paths)))
 
     def masks(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchslim.core.arguments import checks_arguments
+from torchslim.core.batches import EXAMPLES
 from torchslim.core.checks import got, shown
 from torchslim.core.infinities import difference, energy
 from torchslim.core.isolation import quiet, warn
@@ -20,9 +21,9 @@ from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.conversion import integers
 from torchslim.quantize.modules import Prepared, QuantizedModule
+from torchslim.quantize.parts import by_part
 from torchslim.quantize.preparation import Layers, prepare
 from torchslim.quantize.schemes import SCHEMES
-from torchslim.training.calibration import EXAMPLES
 
 
 @checks_arguments(QuantizeError)
@@ -37,6 +38,7 @@ def static(
     helpers: Helpers | None = None,
     dynamic_shapes: Any = "auto",
     checks: Checks | None = Checks(),  # noqa: B008 - frozen
+    part: str | Sequence[str] | None = None,
 ) -> nn.Module:
     """A quantized copy of `model`, calibrated on `batches`, called like the model.
 
@@ -51,6 +53,8 @@ def static(
         dynamic_shapes: as for `ts.deploy`; "auto" frees every size that differs between the first batches.
         checks: thresholds for the result, here and deployed: layers that lose an output or a channel of it go back to
             float, with a warning. None: no checks.
+        part: names or globs of submodules to quantize, calibrated on the inputs that the whole model gives them; the
+            result is the whole model with these parts in integers, and `ts.deploy` deploys the parts.
 
     Raises:
         QuantizeError: no batches, values that are not finite, nothing to quantize, or checks that cannot be met.
@@ -59,6 +63,22 @@ def static(
     batch_list = list(batches)
     if not batch_list:
         raise QuantizeError("no calibration batches were given; 100 to 500 samples of real data will do")
+    if part is not None:
+
+        def make(inner: nn.Module, calls: list[Inputs], names: Layers) -> nn.Module:
+            return static(
+                inner,
+                calls,
+                scheme=scheme,
+                layers=names,
+                runtime=runtime,
+                observer=observer,
+                helpers=helpers,
+                dynamic_shapes=dynamic_shapes,
+                checks=checks,
+            )
+
+        return by_part(model, part, batch_list, layers, make)
     examples = [batch for batch in batch_list[:EXAMPLES] if isinstance(batch, (tuple, Mapping))]
     prepared = prepare(
         model,
@@ -86,6 +106,7 @@ def dynamic(
     runtime: str = "onnxruntime",
     dynamic_shapes: Any = "auto",
     checks: Checks | None = Checks(),  # noqa: B008 - frozen
+    part: str | Sequence[str] | None = None,
 ) -> nn.Module:
     """A copy of `model` whose linear, LSTM and GRU layers compute on integers with the range of each call.
 
@@ -96,7 +117,14 @@ def dynamic(
         runtime: where the result will run.
         dynamic_shapes: as for `ts.deploy`.
         checks: as for `static`, on the example inputs.
+        part: as for `static`.
     """
+    if part is not None:
+
+        def make(inner: nn.Module, calls: list[Inputs], names: Layers) -> nn.Module:
+            return dynamic(inner, calls, layers=names, runtime=runtime, dynamic_shapes=dynamic_shapes, checks=checks)
+
+        return by_part(model, part, example_inputs, layers, make)
     prepared = prepare(
         model, example_inputs, runtime=runtime, scheme="int8-dynamic", layers=layers, dynamic_shapes=dynamic_shapes
     )
@@ -117,6 +145,7 @@ def weights(
     batches: Iterable[Inputs] = (),
     dynamic_shapes: Any = "auto",
     checks: Checks | None = Checks(),  # noqa: B008 - frozen
+    part: str | Sequence[str] | None = None,
 ) -> nn.Module:
     """A copy of `model` that stores its weights as integers and computes in float.
 
@@ -130,11 +159,28 @@ def weights(
         batches: model inputs for the helpers and the checks; without any, the checks use the example inputs.
         dynamic_shapes: as for `ts.deploy`.
         checks: as for `static`.
+        part: as for `static`; the parts' calls on `batches`, or else on the example inputs, are their batches.
     """
     scheme = f"int{bits}-weights"
     if scheme not in SCHEMES:
         raise QuantizeError(f"bits must be 8 or 4, got {bits}")
     batch_list = list(batches)
+    if part is not None:
+
+        def make(inner: nn.Module, calls: list[Inputs], names: Layers) -> nn.Module:
+            return weights(
+                inner,
+                calls[:EXAMPLES],
+                bits=bits,
+                layers=names,
+                runtime=runtime,
+                helpers=helpers,
+                batches=calls if batch_list else (),
+                dynamic_shapes=dynamic_shapes,
+                checks=checks,
+            )
+
+        return by_part(model, part, batch_list or example_inputs, layers, make)
     helpers = helpers or Helpers()
     if helpers.needs_data and not batch_list:
         raise QuantizeError("the options for accuracy need data: give batches of model inputs")

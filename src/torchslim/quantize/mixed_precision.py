@@ -14,15 +14,16 @@ from torch import nn
 from torchslim.core import distributed
 from torchslim.core.batches import predictor
 from torchslim.core.files import present
-from torchslim.core.isolation import preserved_globals, warn
+from torchslim.core.isolation import copy_model, preserved_globals, warn
 from torchslim.core.layer_patterns import check_patterns
+from torchslim.core.parts import WHOLE, mounted, under
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Context, Event
 from torchslim.errors import SelectError, StorageError
 from torchslim.quantize.modules import Prepared
 from torchslim.quantize.preparation import convert
 from torchslim.quantize.schemes import FLOAT, find_scheme
-from torchslim.training.calibration import calibration_of
+from torchslim.training.calibration import PartCalibration
 from torchslim.training.loaders import seeded_splits
 
 GIVE_BACK = 12  # layers that are tried on integers again, one at a time, after the bisection
@@ -112,8 +113,10 @@ class Way(Protocol):
         """Scheme of the layers that are not left out."""
         ...
 
-    def prepared(self, model: nn.Module, ctx: Context, layers: Mapping[str, str]) -> Prepared:
-        """A calibrated model, for post-training quantization."""
+    def prepared(
+        self, model: nn.Module, ctx: Context, layers: Mapping[str, str], data: PartCalibration
+    ) -> dict[str, Prepared]:
+        """The calibrated parts of a model by path, for post-training quantization."""
         ...
 
 
@@ -134,6 +137,7 @@ class Trials:
             except StorageError as error:
                 if distributed.is_first():
                     warn(f"{error}; the choices of layers are measured again")
+        self.data = PartCalibration(self.model, self.ctx, self.ctx.paths)
         self.base = self._known("base", lambda: self.metric(predictor(self.model)))
 
     @cached_property
@@ -145,9 +149,14 @@ class Trials:
         """
         from torchslim.quantize.layerwise import damages, singles
 
-        prepared = self.way.prepared(self.model, self.ctx, {})
-        spared = {record.layer for record in prepared.records if record.weight_bits == 8}  # have their fallback already
-        names = [single.layer for single in singles(prepared)]
+        parts = self.way.prepared(self.model, self.ctx, {}, self.data)
+        spared = {  # have their fallback already
+            under(path, record.layer)
+            for path, prepared in parts.items()
+            for record in prepared.records
+            if record.weight_bits == 8
+        }
+        names = [under(path, single.layer) for path, prepared in parts.items() for single in singles(prepared)]
         if fallback(self.way.scheme) != FLOAT:
             names = [name for name in names if name not in spared]
         names = [name for name in names if self._can_be_named(name)]
@@ -156,7 +165,11 @@ class Trials:
         elif all(f"damage {name}" in self.rows for name in names):
             sensitivities = {name: self.rows[f"damage {name}"] for name in names}
         else:
-            sensitivities = damages(prepared, calibration_of(self.ctx).inputs)
+            sensitivities = {
+                under(path, layer): damage
+                for path, prepared in parts.items()
+                for layer, damage in damages(prepared, self.data.inputs(path)).items()
+            }
             self._keep(
                 {f"damage {name}": min(sensitivities[name], sys.float_info.max) for name in names}
             )  # JSON has no infinity
@@ -173,8 +186,10 @@ class Trials:
 
         def value() -> float:
             # only the final choice is checked, the metric judges the others
-            quantized = convert(self.way.prepared(self.model, self.ctx, self.exceptions(layers)), checks=None)
-            return self.metric(self._ships(quantized))
+            parts = self.way.prepared(self.model, self.ctx, self.exceptions(layers), self.data)
+            quantized = {path: convert(prepared, checks=None) for path, prepared in parts.items()}
+            whole = self.model if WHOLE in parts else copy_model(self.model)[0]
+            return self.metric(self._ships(mounted(whole, quantized)))
 
         return self.lost(self._known(json.dumps(sorted(layers)), value))
 

@@ -210,3 +210,8 @@ class Prepared(Called):
             for module in rounding_modules(self):
                 module.enable_observer(wanted)
             self._observing = wanted
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is a quantized graph."""
+    return any(isinstance(module, QuantizedModule) for module in model.modules())

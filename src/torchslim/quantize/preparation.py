@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from torchslim.core.arguments import checks_arguments
+from torchslim.core.batches import EXAMPLES
 from torchslim.core.isolation import copy_model, preserved_globals, quiet, warn
 from torchslim.core.layer_patterns import check_patterns, class_names, matches
+from torchslim.core.parts import mounted
 from torchslim.core.step import Inputs, LayerRecord
 from torchslim.core.usable import usable
 from torchslim.errors import QuantizeError
@@ -29,6 +31,7 @@ from torchslim.quantize.checks import Checks
 from torchslim.quantize.conversion import integers
 from torchslim.quantize.equalize import equalize, smooth
 from torchslim.quantize.modules import Called, Prepared, QuantizedModule
+from torchslim.quantize.parts import by_part, mounted_of
 from torchslim.quantize.samples import batch_axes
 from torchslim.quantize.schemes import FLOAT, SCHEMES, Scheme, find_scheme
 
@@ -36,6 +39,42 @@ if TYPE_CHECKING:
     from torchslim.quantize.quantizer import SlimQuantizer
 
 Layers = Mapping[str, str]
+
+
+@overload
+def prepare(
+    model: nn.Module,
+    example_inputs: Inputs | list[Inputs],
+    *,
+    runtime: str = "onnxruntime",
+    scheme: str = "int8",
+    layers: Layers | None = None,
+    observer: str = "mse",
+    qat: bool = False,
+    learned_step: bool = False,
+    helpers: Helpers | None = None,
+    batches: Iterable[Inputs] = (),
+    dynamic_shapes: Any = "auto",
+    part: None = None,
+) -> Prepared: ...
+
+
+@overload
+def prepare(
+    model: nn.Module,
+    example_inputs: Inputs | list[Inputs],
+    *,
+    runtime: str = "onnxruntime",
+    scheme: str = "int8",
+    layers: Layers | None = None,
+    observer: str = "mse",
+    qat: bool = False,
+    learned_step: bool = False,
+    helpers: Helpers | None = None,
+    batches: Iterable[Inputs] = (),
+    dynamic_shapes: Any = "auto",
+    part: str | Sequence[str],
+) -> nn.Module: ...
 
 
 @checks_arguments(QuantizeError)
@@ -52,7 +91,8 @@ def prepare(
     helpers: Helpers | None = None,
     batches: Iterable[Inputs] = (),
     dynamic_shapes: Any = "auto",
-) -> Prepared:
+    part: str | Sequence[str] | None = None,
+) -> nn.Module:
     """A copy of `model` that observes what goes through it; with `qat`, it rounds as the converted model will.
 
     Call it on calibration inputs (or train it as any module, `train()` and `eval()` work), then `convert` it.
@@ -69,6 +109,8 @@ def prepare(
         helpers: what is done for accuracy besides.
         batches: model inputs that `helpers.smooth` looks at.
         dynamic_shapes: as in `ts.deploy`.
+        part: names or globs of submodules to prepare; the result is the whole model with prepared parts. Their example
+            inputs are recorded while the model runs on the example inputs.
 
     Raises:
         QuantizeError: an unknown name, nothing to quantize, or a model that is quantized already.
@@ -77,6 +119,24 @@ def prepare(
     """
     model = usable(model, QuantizeError)
     helpers, samples = helpers or Helpers(), list(batches)
+    if part is not None:
+
+        def make(inner: nn.Module, calls: list[Inputs], names: Layers) -> nn.Module:
+            return prepare(
+                inner,
+                calls[:EXAMPLES],
+                runtime=runtime,
+                scheme=scheme,
+                layers=names,
+                observer=observer,
+                qat=qat,
+                learned_step=learned_step,
+                helpers=helpers,
+                batches=calls if samples else (),
+                dynamic_shapes=dynamic_shapes,
+            )
+
+        return by_part(model, part, samples or example_inputs, layers, make)
     _check(model, runtime, helpers, samples)
     choose = chooser(model, scheme, layers or {})
     captured, trainable = _captured(model, example_inputs, dynamic_shapes)
@@ -172,8 +232,16 @@ def _computed_in_float32(model: nn.Module) -> torch.dtype | None:
     return dtypes.pop()
 
 
+@overload
+def convert(prepared: Prepared, *, checks: Checks | None = Checks()) -> QuantizedModule: ...  # noqa: B008 - frozen
+
+
+@overload
+def convert(prepared: nn.Module, *, checks: Checks | None = Checks()) -> nn.Module: ...  # noqa: B008 - frozen
+
+
 @checks_arguments(QuantizeError)
-def convert(prepared: nn.Module, *, checks: Checks | None = Checks()) -> QuantizedModule:  # noqa: B008 - frozen
+def convert(prepared: nn.Module, *, checks: Checks | None = Checks()) -> nn.Module:  # noqa: B008 - frozen
     """Integers for what a prepared model has observed. Its numbers are then fixed.
 
     The result is compared with float on a few of the samples that the model was calibrated on (of those that it was
@@ -188,6 +256,9 @@ def convert(prepared: nn.Module, *, checks: Checks | None = Checks()) -> Quantiz
     """
     while isinstance(inner := getattr(prepared, "module", None), nn.Module) and not isinstance(prepared, Prepared):
         prepared = inner  # DistributedDataParallel and Fabric wrap it
+    if isinstance(prepared, nn.Module) and (parts := mounted_of(prepared, Prepared)):
+        converted = {path: convert(part, checks=checks) for path, part in parts.items()}
+        return mounted(copy_model(prepared)[0], converted)
     if not isinstance(prepared, Prepared):
         raise QuantizeError(
             f"convert takes what ts.quantize.prepare returned, got {type(prepared).__name__}; prepare the model first"

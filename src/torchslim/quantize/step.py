@@ -14,8 +14,9 @@ from torch import nn
 from torchslim.core.batches import take_first
 from torchslim.core.checks import check_fields
 from torchslim.core.imports import resolve
-from torchslim.core.isolation import quiet
+from torchslim.core.isolation import copy_model, quiet
 from torchslim.core.layer_patterns import class_names, matches
+from torchslim.core.parts import inside, mounted, part_at, under
 from torchslim.core.reason import Reason
 from torchslim.core.step import Context, Form, Inputs, LayerRecord, Outcome
 from torchslim.errors import QuantizeError
@@ -25,9 +26,10 @@ from torchslim.quantize.checks import Checks
 from torchslim.quantize.functional import converted, decibels
 from torchslim.quantize.mixed_precision import KEPT, WIDENINGS, Trials, fallback, fewest
 from torchslim.quantize.modules import Prepared, QuantizedModule
+from torchslim.quantize.parts import check_layers, layers_inside
 from torchslim.quantize.preparation import Layers, chooser, prepare
 from torchslim.quantize.schemes import FLOAT, OBSERVERS, find_scheme
-from torchslim.training.calibration import calibration_of
+from torchslim.training.calibration import PartCalibration
 from torchslim.training.finetune import Training
 from torchslim.training.loop import Hook, Loop
 
@@ -114,7 +116,9 @@ class Quantize:
             take_first(getattr(ctx.task, split), split)
         if self.layers == "auto":
             take_first(ctx.task.val, "val")
-        chooser(ctx.model if ctx.model is not None else ctx.teacher, self.scheme, self.exceptions())
+        model = ctx.model if ctx.model is not None else ctx.teacher
+        chooser(model, self.scheme, self.exceptions())
+        check_layers(model, ctx.paths, self.exceptions())
         if self.mode == "qat":
             self.training().check_training(ctx)
 
@@ -147,51 +151,78 @@ class Quantize:
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         if self.layers == "auto":
             return self._mixed(model, ctx)
-        prepared = self._prepared(model, ctx, self.exceptions())
+        prepared = self.prepared_parts(model, ctx, self.exceptions(), PartCalibration(model, ctx, ctx.paths))
+        whole = mounted(copy_model(model)[0] if ctx.parts else model, prepared)
         history: Sequence[Mapping[str, float]] = ()
         training_records: Sequence[LayerRecord] = ()
         if self.mode == "qat":
-            masks = {_inside(name): mask for name, mask in ctx.masks.items()}
-            parameters = dict(prepared.named_parameters())
-            freeze = Freeze(prepared, self.norms_until, self.ranges_until)
-            report = _inside_training(self.training(), model, parameters).fit(
-                prepared, ctx, hooks=[freeze], masks={name: mask for name, mask in masks.items() if name in parameters}
+            masks = {inside_graph(ctx.paths, name): mask for name, mask in ctx.masks.items()}
+            parameters = dict(whole.named_parameters())
+            freeze = Freeze(list(prepared.values()), self.norms_until, self.ranges_until)
+            training = _inside_training(self.training(), model, ctx.paths, parameters)
+            report = training.fit(
+                whole, ctx, hooks=[freeze], masks={name: mask for name, mask in masks.items() if name in parameters}
             )
             history, training_records = report.history, report.layers
         checks = self.checks
         assert not isinstance(checks, Mapping)
-        quantized = converted(prepared, checks)
-        records = _measured(prepared, quantized, ctx.example_inputs)
-        messages = [f"not quantized: {record.layer}: {record.reason}" for record in records if _surprising(record)]
-        evidence = quantized.evidence
-        outputs = ((), ()) if evidence is None else (chain(*evidence.reference), chain(*evidence.graph))
-        ratio = decibels(*outputs)
-        if ratio < LOUD_DB and self.mode == "ptq":
-            messages.append(f"the quantized output is only {ratio:.1f} dB from the float one; expect a loss")
+        quantized = {path: converted(part, checks) for path, part in prepared.items()}
+        records: list[LayerRecord] = []
+        messages: list[str] = []
+        worst: list[dict[str, Any]] = []
+        for path, part in quantized.items():
+            own = _measured(prepared[path], part, ctx.within(path).example_inputs)
+            named = [replace(record, layer=under(path, record.layer)) for record in own]
+            messages += [f"not quantized: {record.layer}: {record.reason}" for record in named if _surprising(record)]
+            messages += self._noise(part, path)
+            figure = None if part.evidence is None else _worst(part.evidence, own)
+            if figure is not None:
+                worst.append({**figure, "layer": figure["layer"] and under(path, figure["layer"])})
+            records += named
+        evidence = any(part.evidence is not None for part in quantized.values())
+        figures = min(worst, key=lambda figure: float(figure["sqnr_db"]), default=None)
         return Outcome(
-            model=quantized,
+            model=mounted(whole, quantized),
             masks=ctx.masks,
             layers=[*records, *training_records],
             warnings=messages,
             history=history,
-            evidence={} if evidence is None else {"worst_channel": _worst(evidence, records)},
+            evidence={"worst_channel": figures} if evidence else {},
         )
 
-    def prepared(self, model: nn.Module, ctx: Context, layers: Layers) -> Prepared:
-        """A calibrated model for post-training quantization, with `layers` in place of the step's."""
-        return replace(self, layers=layers, metric_drop=None, mode="ptq", train=None, learned_step=False)._prepared(
-            model, ctx, layers
-        )
+    def _noise(self, quantized: QuantizedModule, path: str) -> list[str]:
+        """A warning if the noise of post-training quantization is loud."""
+        evidence = quantized.evidence
+        if evidence is None or self.mode != "ptq":
+            return []
+        ratio = decibels(chain(*evidence.reference), chain(*evidence.graph))
+        of = f" of {path}" if path else ""
+        if ratio >= LOUD_DB:
+            return []
+        return [f"the quantized output{of} is only {ratio:.1f} dB from the float one; expect a loss"]
 
-    def _batches(self, ctx: Context) -> list[Inputs]:
+    def prepared(self, model: nn.Module, ctx: Context, layers: Layers, data: PartCalibration) -> dict[str, Prepared]:
+        """Calibrated parts for post-training quantization, with `layers` in place of the step's."""
+        step = replace(self, layers=layers, metric_drop=None, mode="ptq", train=None, learned_step=False)
+        return step.prepared_parts(model, ctx, layers, data)
+
+    def prepared_parts(
+        self, model: nn.Module, ctx: Context, layers: Layers, data: PartCalibration
+    ) -> dict[str, Prepared]:
+        """The parts of the model, prepared and calibrated, by path."""
+        prepared = {}
+        for path in ctx.paths:
+            named = layers_inside(model, path, layers)
+            prepared[path] = self._prepared(part_at(model, path), ctx.within(path), named, self._batches(data, path))
+        return prepared
+
+    def _batches(self, data: PartCalibration, path: str) -> list[Inputs]:
         """Batches for the observers, or as many samples as the checks take, or none."""
-        data = calibration_of(ctx)
         if self.calibrates():
-            return data.inputs
-        return data.first(self.checks.samples) if isinstance(self.checks, Checks) else []
+            return data.inputs(path)
+        return data.first(path, self.checks.samples) if isinstance(self.checks, Checks) else []
 
-    def _prepared(self, model: nn.Module, ctx: Context, layers: Layers) -> Prepared:
-        batches = self._batches(ctx)
+    def _prepared(self, model: nn.Module, ctx: Context, layers: Layers, batches: list[Inputs]) -> Prepared:
         prepared = prepare(
             model,
             ctx.captured_with,
@@ -259,7 +290,7 @@ class Quantize:
 class Freeze(Hook):
     """Freezes batch-norm statistics late in training and ranges later, so that the weights adapt to the final ones."""
 
-    def __init__(self, prepared: Prepared, norms_until: float, ranges_until: float) -> None:
+    def __init__(self, prepared: Sequence[Prepared], norms_until: float, ranges_until: float) -> None:
         self.prepared, self.norms_until, self.ranges_until = prepared, norms_until, ranges_until
 
     def on_start(self, loop: Loop) -> None:
@@ -268,10 +299,11 @@ class Freeze(Hook):
 
     def on_step(self, loop: Loop) -> None:
         """Freeze statistics and ranges when their fraction of the training is over."""
-        if loop.progress >= self.norms_until:
-            self.prepared.freeze_norms()
-        if loop.progress >= self.ranges_until:
-            self.prepared.freeze_ranges()
+        for prepared in self.prepared:
+            if loop.progress >= self.norms_until:
+                prepared.freeze_norms()
+            if loop.progress >= self.ranges_until:
+                prepared.freeze_ranges()
 
     def settled(self, loop: Loop) -> bool:
         """Whether the grids are final: only such an epoch may be kept as the best."""
@@ -309,15 +341,22 @@ def _worst(evidence: Any, records: Sequence[LayerRecord]) -> dict[str, Any] | No
     }
 
 
-def _inside(name: str) -> str:
-    return f"program.{WRAPPED}{name}"
+def inside_graph(paths: Sequence[str], name: str) -> str:
+    """Name of a parameter in a model whose parts are mounted graphs, from its name in the model before."""
+    for path in paths:
+        own = inside(path, name)
+        if own is not None:
+            return under(f"{path}.inner" if path else "", f"program.{WRAPPED}{own}")
+    return name
 
 
-def _inside_training(training: Training, model: nn.Module, parameters: Container[str]) -> Training:
+def _inside_training(
+    training: Training, model: nn.Module, paths: Sequence[str], parameters: Container[str]
+) -> Training:
     """The training with `lr_scale` by the names of the prepared model, whose program has no classes of layers."""
     if not training.lr_scale:
         return training
-    factors = {_inside(name): factor for name, factor in training.settings().factors(model).items()}
+    factors = {inside_graph(paths, name): factor for name, factor in training.settings().factors(model).items()}
     inside = {glob.escape(name): factor for name, factor in factors.items() if name in parameters}
     return replace(training, lr_scale=inside)
 

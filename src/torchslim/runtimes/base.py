@@ -131,6 +131,20 @@ class Deployed:
         """Whether the program holds quantized values."""
         return self.program.quantized
 
+    def notes(self) -> list[str]:
+        """Notes on the capture and on the deployment."""
+        return self.spec.notes
+
+    @property
+    def takes_single_samples(self) -> bool:
+        """Whether the batch is free, so that a call may hold one sample."""
+        return self.spec.batch_axis is not None
+
+    @property
+    def structure(self) -> str:
+        """Digest of the program without its numbers."""
+        return self.spec.structure
+
     @property
     def size_bytes(self) -> int | None:
         """Bytes of the runtime's files on disk; None where it has no file format."""

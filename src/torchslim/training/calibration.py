@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cached_property
 from itertools import chain, islice
 
-from torchslim.core.batches import Batch, batch_size
+from torch import nn
+
+from torchslim.core.batches import EXAMPLES, Batch, batch_size, spanning
 from torchslim.core.isolation import preserved_globals
+from torchslim.core.part_calls import first_samples, recorded
+from torchslim.core.parts import WHOLE
 from torchslim.core.step import Context, Inputs
 from torchslim.core.task import Task
-from torchslim.core.trees import tensors
 from torchslim.training.loaders import seeded, seeded_splits
 
-EXAMPLES = 8
 LOOKED_AT = 16  # batches of each split
 
 
@@ -63,20 +64,55 @@ class CalibrationData:
             yield from self.task.first_batches(self.samples)
 
 
-def spanning_examples(task: Task) -> tuple[Inputs, ...]:
-    """Inputs of up to `EXAMPLES` batches of val and of the calibration data, whose sizes span those of all looked at.
-
-    They are the first batch, the smallest and the largest one, and the first ones of other sizes.
-    """
-    looked_at: dict[tuple[tuple[int, ...], ...], Inputs] = {}
+def spanning_batches(task: Task) -> list[Batch]:
+    """Up to `EXAMPLES` batches of val and of the calibration data, whose sizes span those of all looked at."""
     with preserved_globals(0), seeded_splits(task, 0):
         splits = (task.val, getattr(task, task.calibration_split))
-        for batch in chain.from_iterable(islice(split, LOOKED_AT) for split in splits if split is not None):
-            inputs = task.inputs(batch)
-            looked_at.setdefault(tuple(tuple(tensor.shape) for tensor in tensors(inputs)), inputs)
-    by_size = sorted(looked_at, key=lambda shapes: sum(map(math.prod, shapes)))
-    shapes = list(dict.fromkeys((next(iter(looked_at)), by_size[0], by_size[-1], *looked_at)))
-    return tuple(looked_at[shape] for shape in shapes[:EXAMPLES])
+        looked_at = chain.from_iterable(islice(split, LOOKED_AT) for split in splits if split is not None)
+        return spanning(looked_at, EXAMPLES, task.inputs)
+
+
+def spanning_examples(task: Task) -> tuple[Inputs, ...]:
+    """The model inputs of `spanning_batches`."""
+    return tuple(task.inputs(batch) for batch in spanning_batches(task))
+
+
+def part_examples(model: nn.Module, task: Task, paths: Sequence[str], seed: int = 0) -> dict[str, tuple[Inputs, ...]]:
+    """For each part, up to `EXAMPLES` of its calls while the model runs on `spanning_batches`; their sizes span all.
+
+    Raises:
+        TaskError: a part is never called.
+    """
+    with preserved_globals(seed):
+        calls = recorded(model, task, paths, spanning_batches(task))
+    return {path: tuple(spanning(inputs, EXAMPLES, lambda inputs: inputs)) for path, inputs in calls.items()}
+
+
+class PartCalibration:
+    """The calls of each part while a model runs on calibration batches; recorded once, when they are first asked for.
+
+    Args:
+        model: the whole model as it is now: the inputs of its parts depend on its weights.
+        ctx: its task and calibration data.
+        paths: the parts.
+    """
+
+    def __init__(self, model: nn.Module, ctx: Context, paths: Sequence[str]) -> None:
+        self.model, self.ctx, self.paths = model, ctx, paths
+
+    @cached_property
+    def calls(self) -> dict[str, list[Inputs]]:
+        """All recorded calls, by part."""
+        with preserved_globals(self.ctx.seed):
+            return recorded(self.model, self.ctx.task, self.paths, calibration_of(self.ctx).batches)
+
+    def inputs(self, path: str) -> list[Inputs]:
+        """The inputs of all calls of a part; of the model itself, those of the calibration batches."""
+        return calibration_of(self.ctx).inputs if path == WHOLE else self.calls[path]
+
+    def first(self, path: str, samples: int) -> list[Inputs]:
+        """The first of `inputs` that hold at least `samples` samples."""
+        return calibration_of(self.ctx).first(samples) if path == WHOLE else first_samples(self.calls[path], samples)
 
 
 def calibration_of(ctx: Context) -> CalibrationData:

@@ -47,6 +47,7 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
         teacher=options.teacher,
         example_inputs=options.example_inputs,
         dynamic_shapes=options.dynamic_shapes,
+        part=options.part,
         progress=options.progress,
     )
     best = outcome.best

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchslim._version import __version__
+from torchslim.artifact.assembled import pieces
 from torchslim.artifact.peak_memory import peak_memory
 from torchslim.core.budget import UNITS, Budget
 from torchslim.core.hardware import describe_machine
@@ -122,7 +123,9 @@ def entries_of(
     entries["macs"] = number(row["macs"]["value"], UNITS["macs"])
     entries["params"] = number(row["parameters"]["value"], UNITS["params"])
     if "peak_memory" in budget.figures:
-        entries["peak_memory"] = number(peak_memory(result.deployed) / 1e6, UNITS["peak_memory"], machine="this")
+        entries["peak_memory"] = number(
+            sum(map(peak_memory, pieces(result.deployed).values())) / 1e6, UNITS["peak_memory"], machine="this"
+        )
     return entries
 
 

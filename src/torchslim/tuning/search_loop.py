@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torchslim.core.arguments import checks_arguments
 from torchslim.core.batches import take_first
 from torchslim.core.files import digest, write_bytes, write_json
 from torchslim.core.fingerprint import fingerprint
+from torchslim.core.layer_patterns import as_list
+from torchslim.core.parts import select_parts
 from torchslim.core.step import Event, Inputs, Target, ignore_progress, log_progress
 from torchslim.core.task import Task
 from torchslim.core.toml_writer import dumps
@@ -26,7 +29,7 @@ from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.runner import run_steps
 from torchslim.report import render_search
-from torchslim.training.calibration import spanning_examples
+from torchslim.training.calibration import part_examples, spanning_examples
 from torchslim.tuning.pareto import WHOLE, hopeless, near, next_finalist
 from torchslim.tuning.result import Findings, SearchResult, data_of, entries_of
 from torchslim.tuning.sampling import Sampler
@@ -55,6 +58,7 @@ def search(
     sampler: Sampler = "gp",
     example_inputs: Inputs | None = None,
     dynamic_shapes: Any = "auto",
+    part: str | Sequence[str] | None = None,
     beat: float = 5.0,
     progress: Callable[[Event], None] = log_progress,
 ) -> SearchResult:
@@ -70,7 +74,7 @@ def search(
     Args:
         model, task: as for `compress`.
         recipe: the parsed TOML, with `{"search": [...]}` in place of each value that varies, and a "budget" table.
-        teacher, example_inputs, dynamic_shapes: as for `compress`.
+        teacher, example_inputs, dynamic_shapes, part: as for `compress`.
         workdir: folder of the search; the front's artifacts are in `front/`.
         storage: what workers share: an Optuna URL, or a file; by default one in `workdir`.
         study: its name in the storage; by default the folder's name.
@@ -89,16 +93,21 @@ def search(
     check_space(space)
     distributed.connect()
     first_batch = take_first(task.val, "val")
-    key = _key(space, model, teacher, first_batch)
+    part = space.document.get("part", part)
+    key = _key(space, model, teacher, first_batch, part)
     inputs: Any = task.inputs(first_batch) if example_inputs is None else example_inputs
     dynamic_shapes = space.document.get("dynamic_shapes", dynamic_shapes)
     folder = Path(workdir)
     ledgers = _open(space, key, folder, storage=storage, study=study, sampler=sampler, beat=beat)
-    lab = _make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress)
+    paths = select_parts(model, part)
+    parts = {} if part is None else part_examples(model, task, paths, space.document.get("seed", 0))
+    lab = replace(_make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress), parts=parts)
     return _Search(space, lab, folder, ledgers).run()
 
 
-def _key(space: Space, model: nn.Module, teacher: nn.Module | None, first_batch: Any) -> str:
+def _key(
+    space: Space, model: nn.Module, teacher: nn.Module | None, first_batch: Any, part: str | Sequence[str] | None
+) -> str:
     """Digest of everything that trials depend on: workers with equal keys share a study."""
     sensitivity = space.document.get("sensitivity")
     return digest(
@@ -108,6 +117,7 @@ def _key(space: Space, model: nn.Module, teacher: nn.Module | None, first_batch:
         fingerprint(first_batch),
         "" if teacher is None else fingerprint(teacher.state_dict()),
         *([Sensitivity.load(sensitivity).priors()] if sensitivity else []),
+        *([] if part is None else [as_list(part)]),
     )
 
 
@@ -339,6 +349,7 @@ class _Search:
                 target=recipe.target,
                 example_inputs=lab.example_inputs,
                 dynamic_shapes=lab.dynamic_shapes,
+                part=tuple(lab.parts) or None,
                 teacher=lab.teacher,
                 engine=recipe.engine,
                 sensitivity=recipe.known_sensitivity(),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from torchslim.artifact.assembled import AnyDeployed, pieces
 from torchslim.artifact.latency_cache import LatencyTable
 from torchslim.artifact.model_size import parameters, sample_macs
 from torchslim.artifact.peak_memory import peak_memory
@@ -28,7 +29,6 @@ from torchslim.pipeline.stages import alone, keep, kept, stage_key, taken_again
 from torchslim.pipeline.target_bench import Bench
 from torchslim.prune import Prune
 from torchslim.quantize import Quantize
-from torchslim.runtimes import Deployed
 from torchslim.training.finetune import Training
 from torchslim.training.loaders import part_of, seeded_splits
 
@@ -122,10 +122,11 @@ class Lab:
     seed: int
     examples: Sequence[Inputs] = ()
     dynamic_shapes: Any = "auto"
+    parts: Mapping[str, Sequence[Inputs]] = field(default_factory=dict)
     short: float = 0.25
     progress: Callable[[Event], None] = log_progress
     _origins: dict[str, str] = field(default_factory=dict)
-    _baselines: dict[Target, tuple[Deployed, dict[str, float]]] = field(default_factory=dict)
+    _baselines: dict[Target, tuple[AnyDeployed, dict[str, float]]] = field(default_factory=dict)
     _metrics: dict[tuple[Target, float], float] = field(default_factory=dict)  # of the original, by share of val
     _memories: dict[str, float] = field(default_factory=dict)
 
@@ -170,6 +171,7 @@ class Lab:
             steps=steps,
             examples=self.examples,
             dynamic_shapes=self.dynamic_shapes,
+            parts=self.parts,
         )
 
     def _context(self, recipe: Recipe) -> Context:
@@ -187,6 +189,7 @@ class Lab:
             progress=self.progress,
             examples=self.examples,
             dynamic_shapes=self.dynamic_shapes,
+            parts=self.parts,
             priors={} if (sensitivity := recipe.known_sensitivity()) is None else sensitivity.priors(),
         )
 
@@ -248,19 +251,19 @@ class Lab:
         shared: dict[str, float] = distributed.told(figures)
         return shared
 
-    def _metric(self, deployed: Deployed, share: float) -> float:
+    def _metric(self, deployed: AnyDeployed, share: float) -> float:
         task = replace(self.task, val=part_of(self.task.val, share))
         with preserved_globals(self.seed), seeded_splits(task, self.seed):
             return task.evaluate(deployed, "val")
 
-    def _sizes(self, deployed: Deployed, model: nn.Module, target: Target) -> dict[str, float]:
+    def _sizes(self, deployed: AnyDeployed, model: nn.Module, target: Target) -> dict[str, float]:
         """All figures that the budget asks for, except the metric's."""
         figures: dict[str, float] = {}
         if "latency" in self.budget.figures:
             reference = self._baselines[target][0]
             table = LatencyTable(target.runtime, target.threads)
             timing = table.measure({"it": deployed}, reference)["it"]
-            baseline = table.known(reference.spec.structure)[reference.spec.structure]
+            baseline = table.known(reference.structure)[reference.structure]
             figures["latency"] = timing.ratio.value * baseline.latency.value
         if "size" in self.budget.figures:
             if deployed.size_bytes is None:
@@ -273,9 +276,9 @@ class Lab:
         if "params" in self.budget.figures:
             figures["params"] = float(parameters(model))
         if "peak_memory" in self.budget.figures:
-            structure = deployed.spec.structure
+            structure = deployed.structure
             if structure not in self._memories:
-                self._memories[structure] = peak_memory(deployed) / 1e6
+                self._memories[structure] = sum(map(peak_memory, pieces(deployed).values())) / 1e6
             figures["peak_memory"] = self._memories[structure]
         return figures
 

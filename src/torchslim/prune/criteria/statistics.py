@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torchslim.core.batches import Batch, Outputs, batch_inputs, batch_size, batch_target, call, checked, output_logits
 from torchslim.core.isolation import differentiable_checkpoints, preserved_globals, unfused_attention
 from torchslim.core.metrics import default_loss
+from torchslim.core.parts import inside
 from torchslim.core.train_modes import eval_mode
 from torchslim.core.trees import device_of, to_device
 from torchslim.errors import TaskError
@@ -95,6 +96,20 @@ class Gathered:
     needs: frozenset[Statistic] = frozenset()
     values: Mapping[Statistic, Mapping[str, Any]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)  # a shared tensor's or module's other paths
+
+    def inside(self, part: str) -> Gathered:
+        """The statistics of a part at a path, by the names inside of it."""
+        if not part:
+            return self
+        values = {
+            need: {
+                name: entries[self.aliases.get(key, key)]
+                for key in (*entries, *self.aliases)
+                if (name := inside(part, key)) is not None and self.aliases.get(key, key) in entries
+            }
+            for need, entries in self.values.items()
+        }
+        return Gathered(needs=self.needs, values=values)
 
     def of(
         self, path: str, *, generator: torch.Generator, role: Role = "other", norm_scale: bool = False

@@ -89,6 +89,10 @@ class Told:
         times: dict[str, float] = distributed.told(own_times)
         return times
 
+    def within(self, path: str) -> Workbench:
+        """The same service for a part of the model."""
+        return Told(bench=self.bench.within(path))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Round:

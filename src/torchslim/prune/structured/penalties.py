@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchslim.core.distributed import whole
+from torchslim.core.parts import under
 from torchslim.errors import PruneError
 from torchslim.prune.criteria.registry import slices
 from torchslim.prune.dependency.coupling import Coupling
@@ -48,8 +49,8 @@ def slices_of(coupling: Coupling) -> tuple[list[Slices], int]:
 class _Penalty(Hook):
     """A weighted sum over classes; epochs before the last are not as sparse yet, so none is kept as the best."""
 
-    def __init__(self, coupling: Coupling, strength: float) -> None:
-        self.strength = strength
+    def __init__(self, coupling: Coupling, strength: float, path: str = "") -> None:
+        self.strength, self.path = strength, path
         self.slices, self.count = slices_of(coupling)
         self.parts: list[tuple[Tensor, Slices]] = []
 
@@ -58,7 +59,7 @@ class _Penalty(Hook):
         parameters = dict(loop.model.named_parameters())
         self.parts = []
         for part in self.slices:
-            weight = parameters[part.weight]
+            weight = parameters[under(self.path, part.weight)]
             if weight.requires_grad:
                 placed = Slices(part.weight, part.dim, part.indices.to(weight.device), part.classes.to(weight.device))
                 self.parts.append((weight, placed))
@@ -105,8 +106,8 @@ class ScaleL1(_Penalty):
     Source: Liu et al. 2017 (network slimming), arXiv:1708.06519, section 3, eq. 1.
     """
 
-    def __init__(self, coupling: Coupling, strength: float) -> None:
-        super().__init__(coupling, strength)
+    def __init__(self, coupling: Coupling, strength: float, path: str = "") -> None:
+        super().__init__(coupling, strength, path)
         self.slices = [part for part in self.slices if part.weight in coupling.trace.norm_scales]
         if not self.slices:
             raise PruneError("sparsify='bn-l1' finds no batch norm with removable channels; use 'group-lasso'")
@@ -122,6 +123,6 @@ class ScaleL1(_Penalty):
         )
 
 
-def make_penalty(kind: Sparsify, coupling: Coupling, strength: float) -> Hook:
-    """The hook that adds the penalty `kind` to the loss."""
-    return GroupLasso(coupling, strength) if kind == "group-lasso" else ScaleL1(coupling, strength)
+def make_penalty(kind: Sparsify, coupling: Coupling, strength: float, path: str = "") -> Hook:
+    """The hook that adds the penalty `kind` to the loss; `path` is that of the part whose channels are coupled."""
+    return GroupLasso(coupling, strength, path) if kind == "group-lasso" else ScaleL1(coupling, strength, path)

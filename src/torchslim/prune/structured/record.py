@@ -71,8 +71,7 @@ def _record(model: nn.Module, before: Shapes, rounds: list[Any]) -> dict[str, An
 def _inside(path: str, round_: Mapping[str, Any]) -> dict[str, Any]:
     """A round of a part, with the paths of the whole model."""
     return {
-        "cuts": [{**cut, "weight": f"{path}.{cut['weight']}"} for cut in round_["cuts"]],
-        "patches": [{**patch, "module": f"{path}.{patch['module']}".rstrip(".")} for patch in round_["patches"]],
+        **Surgery.from_dict(round_).under(path).to_dict(),
         "about": {**copy.deepcopy(round_["about"]), "part": path},
     }
 

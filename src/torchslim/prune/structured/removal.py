@@ -163,6 +163,20 @@ def finish(plan: Plan, removal: Shrunk, amount: Amount, criterion: str) -> None:
     attach(removal.model, plan.model, removal.surgery, _about(plan, removal, amount, criterion))
 
 
+def finish_part(whole: nn.Module, path: str, plan: Plan, removal: Shrunk, amount: Amount, criterion: str) -> nn.Module:
+    """The whole model after the removal from a part at `path`, with its record.
+
+    The surgery runs on the whole model, so that weights that the part shares with the rest stay shared.
+    """
+    if not path:
+        finish(plan, removal, amount, criterion)
+        return removal.model
+    surgery = removal.surgery.under(path)
+    shrunk: nn.Module = perform(whole, surgery)
+    attach(shrunk, whole, surgery, {**_about(plan, removal, amount, criterion), "part": path})
+    return shrunk
+
+
 def _about(plan: Plan, removal: Shrunk, amount: Amount, criterion: str) -> dict[str, Any]:
     """The entry "about" of a record: the verification, the request, sizes before and after, and groups that stayed."""
     coupling = removal.coupling

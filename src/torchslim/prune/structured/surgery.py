@@ -7,7 +7,7 @@ is not certain, values are tried one at a time against the predicted shape of ev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.core.isolation import duplicate
+from torchslim.core.parts import under
 from torchslim.errors import PruneError
 from torchslim.prune.dependency.coupling import Coupling, Mask
 from torchslim.prune.dependency.trace import named_weights
@@ -66,6 +67,13 @@ class Surgery:
                 for patch in self.patches
             ],
         }
+
+    def under(self, path: str) -> Surgery:
+        """The same changes of a part, with the paths of the whole model."""
+        return Surgery(
+            tuple(replace(cut, weight=under(path, cut.weight)) for cut in self.cuts),
+            tuple(replace(patch, module=under(path, patch.module)) for patch in self.patches),
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Surgery:

@@ -1,0 +1,76 @@
+"""Quantize parts of a model, as the whole model calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from torchslim.core.isolation import copy_model
+from torchslim.core.part_calls import recorded_calls
+from torchslim.core.parts import Mounted, mounted, part_at, patterns_inside, select_parts
+from torchslim.core.step import Inputs
+from torchslim.errors import QuantizeError
+from torchslim.graph.calling import examples_of
+
+Layers = Mapping[str, str]
+T = TypeVar("T", bound=nn.Module)
+
+
+def by_part(
+    model: nn.Module,
+    part: str | Sequence[str],
+    inputs: Inputs | list[Inputs],
+    layers: Layers | None,
+    make: Callable[[nn.Module, list[Inputs], Layers], nn.Module],
+) -> nn.Module:
+    """A copy of the model in which each part is replaced by what `make` returns for it.
+
+    Args:
+        model: never modified.
+        part: names or globs of submodules.
+        inputs: of the whole model; all calls of the parts on them are recorded.
+        layers: schemes by pattern over the names of the whole model.
+        make: called with a part, the inputs of its calls, and the schemes by the names inside of it.
+
+    Raises:
+        SelectError: a pattern of `part` names no submodule.
+        TaskError: a part is never called on the inputs.
+        QuantizeError: a pattern of `layers` names nothing inside of the parts.
+    """
+    paths = select_parts(model, part)
+    check_layers(model, paths, layers or {})
+    calls = recorded_calls(model, paths, examples_of(inputs))
+    made = {path: make(part_at(model, path), calls[path], layers_inside(model, path, layers or {})) for path in paths}
+    return mounted(copy_model(model)[0], made)
+
+
+def check_layers(model: nn.Module, paths: Sequence[str], layers: Layers) -> None:
+    """Raise QuantizeError for a pattern that names nothing inside of the parts."""
+    found = dict.fromkeys(layers, 0)
+    for path in paths:
+        for pattern, names in patterns_inside(model, path, layers).items():
+            found[pattern] += len(names)
+    if missing := next((pattern for pattern, count in found.items() if not count), None):
+        parts = ", ".join(map(repr, paths))
+        raise QuantizeError(f"layers: pattern {missing!r} names no layer of the parts {parts}; name one in them")
+
+
+def layers_inside(model: nn.Module, path: str, layers: Layers) -> dict[str, str]:
+    """`layers` over the names inside of a part; the last entry for a name counts, as in `layers`."""
+    named: dict[str, str] = {}
+    for pattern, names in patterns_inside(model, path, layers).items():
+        for name in names:
+            named.pop(name, None)
+            named[name] = layers[pattern]
+    return named
+
+
+def mounted_of(model: nn.Module, kind: type[T]) -> dict[str, T]:
+    """The mounted parts of a kind, by path."""
+    return {
+        path: module.inner
+        for path, module in model.named_modules()
+        if isinstance(module, Mounted) and isinstance(module.inner, kind)
+    }
