@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,7 +136,10 @@ def recorded_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Inpu
     predict = predictor(model)
     with recording(model, paths) as calls:
         for given in inputs:
-            call(predict, given)
+            if isinstance(given, Mapping) and "method" in given:  # as in `Task.examples`
+                getattr(predict, given["method"])(*given.get("args", ()), **given.get("kwargs", {}))
+            else:
+                call(predict, given)
     if silent := next((path for path, record in calls.items() if not record.count), None):
         raise TaskError(
             f"part {silent!r} is never called when the model runs on the example inputs; name a submodule that is "
