@@ -25,10 +25,18 @@ class DeployedParts:
         model: the whole model, with the parts mounted that were deployed.
         parts: the deployed parts, by path.
         example: inputs of a call of the whole model; None where no example is known.
+        part_examples: inputs of a call of each part as the whole model makes it; empty where they are not known.
     """
 
-    def __init__(self, model: nn.Module, parts: Mapping[str, Deployed], example: Inputs | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Mapping[str, Deployed],
+        example: Inputs | None = None,
+        part_examples: Mapping[str, Inputs] | None = None,
+    ) -> None:
         self.model, self.parts, self.example = model, dict(parts), example
+        self.part_examples = dict(part_examples or {})
         copied, _ = copy_model(model)
         self._predict = predictor(mounted(copied.eval(), dict(parts)))
 
@@ -104,7 +112,7 @@ class DeployedParts:
     def on_eager(self, threads: int | None) -> DeployedParts:
         """The same model with its parts in PyTorch."""
         parts = {path: on_eager(part, threads) for path, part in self.parts.items()}
-        return DeployedParts(self.model, parts, self.example)
+        return DeployedParts(self.model, parts, self.example, self.part_examples)
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{path!r}: {part!r}" for path, part in self.parts.items())

@@ -13,8 +13,9 @@ from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.isolation import warn
 from torchslim.core.part_calls import recorded_examples
-from torchslim.core.parts import WHOLE, part_at, parts_of, select_parts
+from torchslim.core.parts import WHOLE, part_view, parts_of, select_parts
 from torchslim.core.step import Inputs, LayerRecord
+from torchslim.core.tensor_objects import of_structure
 from torchslim.core.usable import usable
 from torchslim.errors import DeployError
 from torchslim.graph.calling import examples_of
@@ -66,12 +67,15 @@ def deploy(
     """
     model = usable(model, DeployError)
     paths = parts_of(model) if part is None else select_parts(model, part)
-    examples = {WHOLE: example_inputs}
-    if paths != (WHOLE,):
-        examples = {**recorded_examples(model, paths, examples_of(example_inputs))}
+    calls: dict[str, list[Inputs]] = {}
+    if paths == (WHOLE,):
+        modules, examples = {WHOLE: model}, {WHOLE: example_inputs}
+    else:
+        calls = recorded_examples(model, paths, examples_of(example_inputs))
+        modules = {path: part_view(model, path, own[0]) for path, own in calls.items()}
+        examples = {path: of_structure(own, own[0]) for path, own in calls.items()}
     deployed = {}
-    for path in paths:
-        inner = part_at(model, path)
+    for path, inner in modules.items():
 
         def compile_(module: nn.Module, inputs: Inputs | list[Inputs] = examples[path]) -> Deployed:
             return find_runtime(runtime).compile(module, inputs, dynamic_shapes, threads)
@@ -79,7 +83,10 @@ def deploy(
         deployed[path] = verified(inner, compile_, checks=Checks.of(checks))
         for note in new_notes(inner, deployed[path]):
             warn(note)
-    return deployed[WHOLE] if WHOLE in deployed else DeployedParts(model, deployed, examples_of(example_inputs)[0])
+    if WHOLE in deployed:
+        return deployed[WHOLE]
+    first = examples_of(example_inputs)[0]
+    return DeployedParts(model, deployed, first, {path: own[0] for path, own in calls.items()})
 
 
 def verified(

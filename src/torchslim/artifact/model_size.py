@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchslim.artifact.assembled import AnyDeployed, pieces
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts, pieces
 from torchslim.artifact.latency import resized
 from torchslim.core.batches import call
 from torchslim.core.isolation import quiet, unfused_attention, untouched
-from torchslim.core.parts import part_at
+from torchslim.core.parts import part_view
 from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
 
@@ -66,8 +66,9 @@ def sample_macs(model: nn.Module, deployed: AnyDeployed) -> Macs:
 
     Of a model with deployed parts, the sum over one call of each part.
     """
+    examples = deployed.part_examples if isinstance(deployed, DeployedParts) else {}
     counted = [
-        macs(_Positional(part_at(model, path)), (piece.spec.call_arguments(resized(piece)),))
+        macs(_Positional(part_view(model, path, examples.get(path, ()))), (piece.spec.call_arguments(resized(piece)),))
         for path, piece in pieces(deployed).items()
     ]
     uncounted = sorted({name for part in counted for name in part.uncounted})

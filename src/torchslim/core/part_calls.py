@@ -19,6 +19,7 @@ from torchslim.core.batches import EXAMPLES, Batch, batch_size, call, predictor,
 from torchslim.core.parts import signature_of_call
 from torchslim.core.step import Inputs
 from torchslim.core.task import Task
+from torchslim.core.tensor_objects import by_structure, holds_objects, named_arguments, unpacked
 from torchslim.core.trees import changed, tensors
 from torchslim.errors import TaskError
 
@@ -42,7 +43,7 @@ class Calls:
             if place >= len(self.inputs):
                 return
         inputs = self._named(_copied(args), _copied(kwargs))
-        self.bytes += sum(tensor.nbytes for tensor in tensors(inputs))
+        self.bytes += sum(tensor.nbytes for tensor in tensors(unpacked(inputs)))
         if place < len(self.inputs):
             self.inputs[place] = inputs
         else:
@@ -50,19 +51,7 @@ class Calls:
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Positional arguments alone, or all arguments by name: either form that example inputs may have."""
-        if not kwargs:
-            return args
-        bound = self.signature.bind(*args, **kwargs)
-        named = dict(bound.arguments)
-        for parameter in self.signature.parameters.values():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                named |= named.pop(parameter.name, {})
-            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and named.pop(parameter.name, ()):
-                raise TaskError(
-                    "a part is called with *args and keyword arguments at once, which example inputs cannot hold; "
-                    "choose a submodule that is called by name"
-                )
-        return named
+        return named_arguments(self.signature, args, kwargs) if kwargs or holds_objects(args) else args
 
 
 def _copied(tree: Any) -> Any:
@@ -149,10 +138,14 @@ def recorded_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Inpu
 
 
 def recorded_examples(model: nn.Module, paths: Sequence[str], inputs: Sequence[Inputs]) -> dict[str, list[Inputs]]:
-    """For each part, up to `EXAMPLES` of its calls on the inputs, whose sizes span those of all."""
-    return {
-        path: spanning(calls, EXAMPLES, lambda own: own) for path, calls in recorded_calls(model, paths, inputs).items()
-    }
+    """For each part, the examples among its calls on the inputs; see `examples_of_part`."""
+    return {path: examples_of_part(calls) for path, calls in recorded_calls(model, paths, inputs).items()}
+
+
+def examples_of_part(calls: Sequence[Inputs]) -> list[Inputs]:
+    """Up to `EXAMPLES` calls of the most frequent structure, whose sizes span those of all, then one of each other."""
+    frequent, *others = by_structure(calls)
+    return [*spanning(frequent, EXAMPLES, unpacked), *(group[0] for group in others)]
 
 
 def first_samples(calls: Sequence[Inputs], samples: int) -> list[Inputs]:

@@ -15,6 +15,8 @@ from torch import nn
 
 from torchslim.core.isolation import copy_model
 from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
+from torchslim.core.step import Inputs
+from torchslim.core.tensor_objects import holds_objects, named_arguments, packed, unpacked, view_with_tensors
 from torchslim.core.trees import tensors, to_device
 from torchslim.errors import SelectError
 
@@ -24,8 +26,9 @@ WHOLE = ""  # path of the model itself
 class Mounted(nn.Module):
     """Stands in the place of a part: calls `inner`, and has the other attributes and methods of the part.
 
-    `inner` is a module, such as a quantized graph, or a deployed model. Its outputs are returned on the device of the
-    inputs.
+    `inner` is a quantized graph or a deployed model. A call of another structure than `inner` was captured with, such
+    as the first step of a generation, whose cache is empty, runs the part's own module. Tensors in objects, such as
+    caches, are taken out for the call and put back. Outputs are returned on the device of the inputs.
     """
 
     def __init__(self, part: nn.Module, inner: Callable[..., Any]) -> None:
@@ -63,11 +66,18 @@ class Mounted(nn.Module):
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    outputs = self.inner(*args, **kwargs)
-    if isinstance(self.inner, nn.Module):
+    inner, objects = self.inner, dict[str, Any]()
+    given: tuple[Any, Any] = (args, kwargs)
+    if holds_objects(given):
+        named = unpacked(named_arguments(signature_of_call(self.part), args, kwargs), objects)
+        given = ((), named)
+    if not inner.takes(*given[0], **given[1]):  # calls of another structure than the captured one
+        return self.part(*args, **kwargs)
+    outputs = packed(inner(*given[0], **given[1]), objects)
+    if isinstance(inner, nn.Module):
         return outputs
-    given = tensors((args, kwargs))
-    return to_device(outputs, given[0].device) if given else outputs
+    tensors_given = tensors(given)
+    return to_device(outputs, tensors_given[0].device) if tensors_given else outputs
 
 
 def signature_of_call(module: nn.Module) -> inspect.Signature:
@@ -117,6 +127,21 @@ def part_at(model: nn.Module, path: str) -> nn.Module:
     """The module at a path; for one that is mounted, the module that it calls."""
     module = model.get_submodule(path) if path else model
     return module.inner if isinstance(module, Mounted) and isinstance(module.inner, nn.Module) else module
+
+
+def part_view(model: nn.Module, path: str, example: Inputs) -> nn.Module:
+    """The module at a path as it is captured: with dicts of tensors in place of objects in the example."""
+    module = model.get_submodule(path) if path else model
+    if isinstance(module, Mounted):
+        return part_at(model, path)
+    if not path or not isinstance(example, Mapping) or not holds_objects(example):
+        return module
+    return view_with_tensors(module, signature_of_call(module), example)
+
+
+def part_views(model: nn.Module, parts: Mapping[str, Sequence[Inputs]]) -> dict[str, nn.Module]:
+    """`part_view` of each part by its first example; the model itself where there are no parts."""
+    return {path: part_view(model, path, examples[0]) for path, examples in parts.items()} or {WHOLE: model}
 
 
 def mounted(model: nn.Module, parts: Mapping[str, Callable[..., Any]]) -> nn.Module:

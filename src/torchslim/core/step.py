@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchslim.core.checks import Seed, Threads, check_fields
 from torchslim.core.task import Task
+from torchslim.core.tensor_objects import of_structure
 from torchslim.errors import RecipeError
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -216,7 +217,7 @@ class Context:
         """The context as a part sees it: its example inputs, and a workbench that deploys and times the part alone."""
         if not path:
             return self
-        examples = self.parts[path]
+        examples = of_structure(self.parts[path], self.parts[path][0])
         bench = None if self.workbench is None else self.workbench.within(path)
         return replace(self, example_inputs=examples[0], examples=examples, workbench=bench, parts={})
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-
-T = TypeVar("T")
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -67,20 +65,6 @@ def changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
             object.__setattr__(copied, name, value)  # works on frozen dataclasses, and does not run their checks again
         return copied
     return tree
-
-
-def structures(trees: Sequence[T]) -> list[T]:
-    """The first of the trees of each structure: containers, types, numbers, and ranks of tensors, but not sizes."""
-
-    def key(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return f"<{leaf.dim()} {leaf.dtype}>"
-        return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else type(leaf).__name__
-
-    first: dict[str, T] = {}
-    for tree in trees:
-        first.setdefault(repr(torch.utils._pytree.tree_map(key, tree)), tree)
-    return list(first.values())
 
 
 def _rebuilt(tree: Mapping[str, Any], values: dict[str, Any]) -> Any:

@@ -13,6 +13,8 @@ from torchslim.core.step import Inputs
 from torchslim.errors import ExportError
 from torchslim.graph.io_structure import Structure, build, describe
 
+KEYWORDS = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+
 
 class Flat(nn.Module):
     """Wraps a model as a function from flat tensors to flat tensors, which is exported."""
@@ -29,7 +31,7 @@ class Flat(nn.Module):
         """Call the model with its own arguments, built from `leaves`, and return its own output."""
         if self.outside is not None:
             leaves = [leaf.float() if leaf.dtype == self.outside else leaf for leaf in leaves]
-        args, kwargs = positional(self.model, build(self.inputs, leaves, self.classes))
+        args, kwargs = by_keyword(self.model, build(self.inputs, leaves, self.classes))
         return self.model(*args, **kwargs)
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -108,3 +110,22 @@ def positional(model: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, .
     """Convert arguments by name to the positional and keyword arguments of a call of the model."""
     bound = inspect.BoundArguments(signature_of(model), dict(named))
     return bound.args, bound.kwargs
+
+
+def by_keyword(model: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Convert arguments by name to a call with optional arguments by keyword, as code usually gives them.
+
+    A decorated forward may set some of its optional arguments itself, which fails for those that came by position.
+    """
+    parameters = signature_of(model).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+        return positional(model, named)
+    args, kwargs = positional(model, named)
+    required = [parameter for parameter in parameters if parameter.kind not in KEYWORDS]
+    count = next(
+        (place for place, parameter in enumerate(required) if parameter.default is not inspect.Parameter.empty),
+        len(required),
+    )
+    count += sum(parameter.kind is inspect.Parameter.POSITIONAL_ONLY for parameter in required[count:])
+    optional = {parameter.name: value for parameter, value in zip(required[count:], args[count:], strict=False)}
+    return args[:count], optional | kwargs

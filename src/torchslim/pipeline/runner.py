@@ -28,7 +28,7 @@ from torchslim.core.hardware import describe_machine
 from torchslim.core.infinities import spoiled
 from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.metrics import Metric
-from torchslim.core.parts import WHOLE, part_at, select_parts, with_rest_of
+from torchslim.core.parts import WHOLE, part_at, part_views, select_parts, with_rest_of
 from torchslim.core.seals import key_id
 from torchslim.core.step import Context, Engine, Event, Form, Inputs, MakesModel, Outcome, Step, check_order, step_name
 from torchslim.core.task import Task
@@ -172,6 +172,7 @@ class _Runner:
         self.key = origin
         self.metric: Metric = ctx.task.as_metric()
         self.machine = describe_machine(ctx.target.threads)
+        self.examples = ctx.example_inputs, {path: own[0] for path, own in ctx.parts.items()}
         self.classes: dict[str, type] = {}  # classes of the model's outputs: files store only their names
 
     def _place(self, name: str) -> Path:
@@ -181,8 +182,8 @@ class _Runner:
     def baseline(self, model: nn.Module, masks: Mapping[str, Tensor]) -> Stage:
         """Measure the unmodified model, or restore its stage."""
         self.key = digest(self.key, asdict(self.ctx.target))
-        for path in self.ctx.paths:
-            describe(call(predictor(part_at(model, path)), self.ctx.within(path).example_inputs), [], self.classes)
+        for path, part in part_views(model, self.ctx.parts).items():
+            describe(call(predictor(part), self.ctx.within(path).example_inputs), [], self.classes)
         folder, runtime = self._place("00-baseline"), self.ctx.target.runtime
 
         def kept() -> Stage | None:
@@ -245,7 +246,7 @@ class _Runner:
             before.model,
             self.classes,
             self.ctx.target.runtime,
-            self.ctx.example_inputs,
+            *self.examples,
         )
 
     def _verify(self, outcome: Outcome, step: Step, before: nn.Module) -> None:

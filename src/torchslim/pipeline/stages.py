@@ -168,6 +168,7 @@ def restored(
     classes: dict[str, type],
     runtime: str,
     example: Inputs | None = None,
+    part_examples: Mapping[str, Inputs] | None = None,
 ) -> Stage | None:
     """Load the stage that an earlier run finished under this key, if it is complete.
 
@@ -180,7 +181,7 @@ def restored(
         classes: classes of the model's outputs, by name.
         runtime: the run's runtime; files of another runtime are not loaded, and machine code only if this user made it
             on this machine.
-        example: inputs of a call of the whole model, where its parts are deployed.
+        example, part_examples: inputs of calls of the whole model and of its parts, where parts are deployed.
     """
     stage_files = kept(folder, key)
     if stage_files is None or stage_files.row is None:
@@ -205,7 +206,7 @@ def restored(
             current: nn.Module = mounted(module if WHOLE in graphs else copy_model(module)[0], graphs)
         else:
             current = module = opened.into(copy_model(module)[0])
-        deployed = pieces[WHOLE] if WHOLE in pieces else DeployedParts(current, pieces, example)
+        deployed = pieces[WHOLE] if WHOLE in pieces else DeployedParts(current, pieces, example, part_examples)
         masks = opened.masks()
     except (TorchslimError, KeyError, ValueError, TypeError, RuntimeError) as error:
         # the files are intact but do not fit: a custom step changed the architecture, for example

@@ -15,9 +15,10 @@ from torchslim.artifact.shipped import as_saved
 from torchslim.core.checks import check_fields
 from torchslim.core.files import digest
 from torchslim.core.fingerprint import canonical
-from torchslim.core.parts import part_at
+from torchslim.core.parts import part_views
 from torchslim.core.step import Inputs, Makers, Step, Target
 from torchslim.core.task import Task
+from torchslim.core.tensor_objects import of_structure
 from torchslim.errors import RecipeError
 from torchslim.graph.export import capture
 from torchslim.graph.layers import structure_of
@@ -57,7 +58,7 @@ class Bench:
 
     def within(self, path: str) -> Bench:
         """The bench of a part: its calibration data are its example inputs, since only the speed counts."""
-        examples = self.parts[path]
+        examples = of_structure(self.parts[path], self.parts[path][0])
         return replace(self, example_inputs=examples[0], examples=examples, task=None, parts={})
 
     def deploy(self, model: nn.Module, *, saved: bool = False) -> AnyDeployed:
@@ -67,8 +68,9 @@ class Bench:
         """
         if not self.parts:
             return self.deploy_whole(model, saved)
-        parts = {path: self.within(path).deploy_whole(part_at(model, path), saved) for path in self.parts}
-        return DeployedParts(model, parts, self.example_inputs)
+        views = part_views(model, self.parts)
+        parts = {path: self.within(path).deploy_whole(view, saved) for path, view in views.items()}
+        return DeployedParts(model, parts, self.example_inputs, {path: own[0] for path, own in self.parts.items()})
 
     def deploy_whole(self, model: nn.Module, saved: bool = False) -> Deployed:
         """`deploy` for a bench without parts."""

@@ -14,7 +14,7 @@ from torchslim.core.layer_patterns import as_list
 from torchslim.core.parts import WHOLE, inside, part_at, patterns_inside, under
 from torchslim.core.reason import Reason
 from torchslim.core.step import Context, Event
-from torchslim.core.trees import structures
+from torchslim.core.tensor_objects import by_structure
 from torchslim.errors import PruneError
 from torchslim.prune.channel_records import refusals
 from torchslim.prune.channel_state import PartState, PruningState, cut_masks
@@ -120,8 +120,9 @@ class CutPart:
         """The analysis of the part of a model."""
         examples: Sequence[Any] = self.ctx.task.examples
         if self.path != WHOLE:  # calls of other structures may run other branches
-            examples = structures(self.ctx.examples)[1:]
-        return self.options.plan(part_at(model, self.path), self.ctx.example_inputs, examples)
+            examples = [group[0] for group in by_structure(self.whole_ctx.parts[self.path])[1:]]
+        inputs = self.whole_ctx.parts[self.path][0] if self.path else self.ctx.example_inputs
+        return self.options.plan(part_at(model, self.path), inputs, examples)
 
     def cut(self, target: float, *, last: bool) -> None:
         """Remove channels up to a target sparsity, a fraction of the part as it was received."""

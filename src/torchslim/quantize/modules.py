@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchslim.core.step import LayerRecord
 from torchslim.core.trees import device_of
-from torchslim.errors import QuantizeError
+from torchslim.errors import DeployError, QuantizeError
 from torchslim.graph.calling import bind, bind_call
 from torchslim.graph.io_structure import build, flatten, leaf_names
 from torchslim.graph.size_guards import InputSizes, readable, readable_sizes
@@ -67,6 +67,15 @@ class Called(nn.Module):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
             wrong = f"the sizes {shapes} do not fit: the graph needs {readable(misfit, names)}"
         raise QuantizeError(f"{wrong}; prepare the model with a list of example inputs that span the sizes")
+
+    def takes(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a call has the structure and the ranks of the captured one; its sizes may not fit."""
+        try:
+            leaves = flatten(self.inputs, bind_call(self.forward_signature, args, kwargs))
+        except (TypeError, DeployError):
+            return False
+        sizes = self.input_sizes.sizes
+        return len(sizes) != len(leaves) or all(leaf.dim() == len(own) for leaf, own in zip(leaves, sizes, strict=True))
 
 
 class QuantizedModule(Called):

@@ -9,8 +9,9 @@ from torch import nn
 
 from torchslim.core.isolation import copy_model
 from torchslim.core.part_calls import recorded_calls
-from torchslim.core.parts import Mounted, mounted, part_at, patterns_inside, select_parts
+from torchslim.core.parts import Mounted, mounted, part_view, patterns_inside, select_parts
 from torchslim.core.step import Inputs
+from torchslim.core.tensor_objects import by_structure, of_structure
 from torchslim.errors import QuantizeError
 from torchslim.graph.calling import examples_of
 
@@ -42,7 +43,11 @@ def by_part(
     paths = select_parts(model, part)
     check_layers(model, paths, layers or {})
     calls = recorded_calls(model, paths, examples_of(inputs))
-    made = {path: make(part_at(model, path), calls[path], layers_inside(model, path, layers or {})) for path in paths}
+    made = {}
+    for path in paths:
+        example = by_structure(calls[path])[0][0]
+        own = of_structure(calls[path], example)
+        made[path] = make(part_view(model, path, example), own, layers_inside(model, path, layers or {}))
     return mounted(copy_model(model)[0], made)
 
 

@@ -16,7 +16,7 @@ from torchslim.core.checks import check_fields
 from torchslim.core.imports import resolve
 from torchslim.core.isolation import copy_model, quiet
 from torchslim.core.layer_patterns import class_names, matches
-from torchslim.core.parts import inside, mounted, part_at, under
+from torchslim.core.parts import inside, mounted, part_views, under
 from torchslim.core.reason import Reason
 from torchslim.core.step import Context, Form, Inputs, LayerRecord, Outcome
 from torchslim.errors import QuantizeError
@@ -211,9 +211,9 @@ class Quantize:
     ) -> dict[str, Prepared]:
         """The parts of the model, prepared and calibrated, by path."""
         prepared = {}
-        for path in ctx.paths:
+        for path, part in part_views(model, ctx.parts).items():
             named = layers_inside(model, path, layers)
-            prepared[path] = self._prepared(part_at(model, path), ctx.within(path), named, self._batches(data, path))
+            prepared[path] = self._prepared(part, ctx.within(path), named, self._batches(data, path))
         return prepared
 
     def _batches(self, data: PartCalibration, path: str) -> list[Inputs]:

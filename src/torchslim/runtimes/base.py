@@ -116,6 +116,10 @@ class Deployed:
                 "deploy the model again, with example inputs like these"
             ) from error
 
+    def takes(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a call has the structure, the types and the ranks that the program was captured with."""
+        return self.spec.takes(args, kwargs)
+
     @property
     def spec(self) -> Spec:
         """How the model is called."""
@@ -131,6 +135,7 @@ class Deployed:
         """Whether the program holds quantized values."""
         return self.program.quantized
 
+    @property
     def notes(self) -> list[str]:
         """Notes on the capture and on the deployment."""
         return self.spec.notes

@@ -145,6 +145,17 @@ class Spec:
             got = ", ".join(f"{size} in {name!r}" for size, name in batch_sizes.items())
             raise DeployError(f"the inputs must have one batch size, got {got}; give every input the same samples")
 
+    def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call has the structure, the types and the ranks of the captured one; its sizes may not fit."""
+        try:
+            leaves = flatten(self.inputs, self._bind(args, kwargs))
+        except DeployError:
+            return False
+        return all(
+            str(leaf.dtype) == f"torch.{dtype}" and leaf.dim() == len(sizes)
+            for leaf, sizes, dtype in zip(leaves, self.sizes, self.dtypes, strict=True)
+        )
+
     def narrowed(self, outputs: list[Tensor]) -> list[Tensor]:
         """The outputs of a runtime without bfloat16, converted to the model's types."""
         return [output.bfloat16() if n in self.bfloat16 else output for n, output in enumerate(outputs)]

@@ -11,10 +11,11 @@ from torch import nn
 
 from torchslim.core.batches import EXAMPLES, Batch, batch_size, spanning
 from torchslim.core.isolation import preserved_globals
-from torchslim.core.part_calls import first_samples, recorded
+from torchslim.core.part_calls import examples_of_part, first_samples, recorded
 from torchslim.core.parts import WHOLE
 from torchslim.core.step import Context, Inputs
 from torchslim.core.task import Task
+from torchslim.core.tensor_objects import of_structure
 from torchslim.training.loaders import seeded, seeded_splits
 
 LOOKED_AT = 16  # batches of each split
@@ -78,14 +79,14 @@ def spanning_examples(task: Task) -> tuple[Inputs, ...]:
 
 
 def part_examples(model: nn.Module, task: Task, paths: Sequence[str], seed: int = 0) -> dict[str, tuple[Inputs, ...]]:
-    """For each part, up to `EXAMPLES` of its calls while the model runs on `spanning_batches`; their sizes span all.
+    """For each part, examples among its calls while the model runs on `spanning_batches`; see `examples_of_part`.
 
     Raises:
         TaskError: a part is never called.
     """
     with preserved_globals(seed):
         calls = recorded(model, task, paths, spanning_batches(task))
-    return {path: tuple(spanning(inputs, EXAMPLES, lambda inputs: inputs)) for path, inputs in calls.items()}
+    return {path: tuple(examples_of_part(own)) for path, own in calls.items()}
 
 
 class PartCalibration:
@@ -102,9 +103,10 @@ class PartCalibration:
 
     @cached_property
     def calls(self) -> dict[str, list[Inputs]]:
-        """All recorded calls, by part."""
+        """The recorded calls of the structure of the part's examples, by part."""
         with preserved_globals(self.ctx.seed):
-            return recorded(self.model, self.ctx.task, self.paths, calibration_of(self.ctx).batches)
+            calls = recorded(self.model, self.ctx.task, self.paths, calibration_of(self.ctx).batches)
+        return {path: of_structure(own, self.ctx.parts[path][0]) for path, own in calls.items()}
 
     def inputs(self, path: str) -> list[Inputs]:
         """The inputs of all calls of a part; of the model itself, those of the calibration batches."""

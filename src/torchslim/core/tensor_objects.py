@@ -1,0 +1,202 @@
+"""Objects that hold tensors, such as the caches of generating models, as plain dicts of their tensors.
+
+A captured program takes and returns tensors only. Around it, the tensors of such an argument are taken out by the path
+of their attributes, and those that come back are put into the same object, as the code of the model would do.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from torchslim.errors import TaskError
+
+MARK = "tensors of "  # begins the key under which an object's tensors stand
+DEPTH = 12
+PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type)
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether a value is an object with tensors among its attributes: no container, dataclass or module."""
+    if isinstance(value, (Tensor, PackedSequence, nn.Module, Mapping, tuple, list, *PLAIN)) or is_dataclass(value):
+        return False
+    return hasattr(value, "__dict__") and not callable(value)
+
+
+def walk(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Tensors and plain values of an object by path, in the order of its attributes."""
+    if depth > DEPTH:
+        return
+    if isinstance(value, (Tensor, *PLAIN)):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from walk(item, f"{path}[{key!r}]", depth + 1)
+    elif isinstance(value, (tuple, list)):
+        for place, item in enumerate(value):
+            yield from walk(item, f"{path}[{place}]", depth + 1)
+    elif hasattr(value, "__dict__"):
+        for name, item in vars(value).items():
+            yield from walk(item, f"{path}.{name}", depth + 1)
+
+
+def tensors_in(value: Any) -> dict[str, Tensor]:
+    """The tensors of an object, by path."""
+    return {path: leaf for path, leaf in walk(value) if isinstance(leaf, Tensor)}
+
+
+def state_of(value: Any) -> str:
+    """Everything in an object but the contents and sizes of its tensors, as text."""
+    return repr(
+        [(path, f"{leaf.dim()} {leaf.dtype}" if isinstance(leaf, Tensor) else leaf) for path, leaf in walk(value)]
+    )
+
+
+def put(value: Any, tensors: Mapping[str, Any], path: str = "", depth: int = 0) -> Any:
+    """The same object with other tensors, set in place; a tuple in it is made anew."""
+    if path in tensors:
+        return tensors[path]
+    if depth > DEPTH or isinstance(value, (Tensor, *PLAIN)):
+        return value
+    if isinstance(value, tuple):
+        items = [put(item, tensors, f"{path}[{place}]", depth + 1) for place, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        value[:] = [put(item, tensors, f"{path}[{place}]", depth + 1) for place, item in enumerate(value)]
+    elif isinstance(value, dict):
+        value.update({key: put(item, tensors, f"{path}[{key!r}]", depth + 1) for key, item in value.items()})
+    elif hasattr(value, "__dict__"):
+        for name, item in list(vars(value).items()):
+            vars(value)[name] = put(item, tensors, f"{path}.{name}", depth + 1)
+    return value
+
+
+def emptied(value: Any) -> Any:
+    """A deep copy of an object with None in place of its tensors."""
+    memo: dict[int, Any] = {id(tensor): None for tensor in tensors_in(value).values()}
+    blank = object()
+    for key in memo:
+        memo[key] = blank  # deepcopy ignores None in its memo
+    copied = copy.deepcopy(value, memo)
+    return put(copied, dict.fromkeys(tensors_in(value)))
+
+
+def holds_objects(tree: Any) -> bool:
+    """Whether arguments of a call include an object that holds tensors."""
+    objects: dict[str, Any] = {}
+    unpacked(tree, objects)
+    return bool(objects)
+
+
+def unpacked(tree: Any, objects: dict[str, Any] | None = None, path: str = "") -> Any:
+    """The tree with a dict of tensors in place of every object that holds some.
+
+    Args:
+        tree: arguments or outputs of a call.
+        objects: receives the objects by the names that stand in their dicts.
+        path: of the tree in the arguments.
+    """
+    if holds_tensors(tree):
+        name = path
+        if objects is not None:
+            name = next((known for known, value in objects.items() if value is tree), path)
+            objects[name] = tree
+        return {f"{MARK}{name}": tensors_in(tree)}
+    if type(tree) is dict:
+        return {key: unpacked(item, objects, f"{path}.{key}".lstrip(".")) for key, item in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(unpacked(item, objects, f"{path}.{place}".lstrip(".")) for place, item in enumerate(tree))
+    if is_dataclass(tree) and isinstance(tree, Mapping):  # outputs of transformers
+        return type(tree)(**{key: unpacked(item, objects, f"{path}.{key}".lstrip(".")) for key, item in tree.items()})
+    return tree
+
+
+def packed(tree: Any, objects: Mapping[str, Any]) -> Any:
+    """The inverse of `unpacked`: each dict of tensors becomes its object, in which the tensors are set."""
+    if type(tree) is dict:
+        if len(tree) == 1 and (key := str(next(iter(tree)))).startswith(MARK):
+            value = objects[key.removeprefix(MARK)]
+            return put(value, tree[key])
+        return {key: packed(item, objects) for key, item in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(packed(item, objects) for item in tree)
+    if is_dataclass(tree) and isinstance(tree, Mapping):
+        return type(tree)(**{key: packed(item, objects) for key, item in tree.items()})
+    return tree
+
+
+def structure_of(tree: Any) -> str:
+    """Containers, types, numbers and ranks of a tree as text, but not the sizes and contents of its tensors."""
+
+    def key(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return f"<{leaf.dim()} {leaf.dtype}>"
+        if holds_tensors(leaf):
+            return f"<{type(leaf).__name__} {state_of(leaf)}>"
+        return leaf if isinstance(leaf, PLAIN) else type(leaf).__name__
+
+    return repr(torch.utils._pytree.tree_map(key, tree))
+
+
+def view_with_tensors(module: nn.Module, signature: inspect.Signature, inputs: Mapping[str, Any]) -> nn.Module:
+    """A view of a module that takes and returns dicts of tensors in place of the objects in `inputs`.
+
+    The view shares all weights and submodules, under the same names.
+
+    Args:
+        module: the module.
+        signature: of its forward.
+        inputs: arguments of a call by name, with objects.
+    """
+    objects: dict[str, Any] = {}
+    unpacked(dict(inputs), objects)
+    empty = {name: emptied(value) for name, value in objects.items()}
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {name: copy.deepcopy(value) for name, value in empty.items()}
+        named = packed(named_arguments(signature, args, kwargs), given)
+        return unpacked(type(module).forward(self, **named), given)
+
+    view = copy.copy(module)
+    view.__class__ = type(type(module).__name__, (type(module),), {"forward": forward, "__module__": __name__})
+    vars(view)["forward_signature"] = signature
+    return view
+
+
+def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The given arguments of a call by name, keywords beyond the signature's own included.
+
+    Raises:
+        TaskError: the call has further positional arguments, which have no name.
+    """
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and named.pop(parameter.name, ()):
+            raise TaskError(
+                "a part is called with *args and keyword arguments at once, which example inputs cannot hold; choose "
+                "a submodule that is called by name"
+            )
+    return named
+
+
+def by_structure(calls: Sequence[Any]) -> list[list[Any]]:
+    """The calls of each structure, the most frequent one first."""
+    groups: dict[str, list[Any]] = {}
+    for inputs in calls:
+        groups.setdefault(structure_of(inputs), []).append(inputs)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def of_structure(calls: Sequence[Any], example: Any) -> list[Any]:
+    """The calls of the structure of `example`, as a captured program takes them: with dicts in place of objects."""
+    structure = structure_of(example)
+    return [unpacked(inputs) for inputs in calls if structure_of(inputs) == structure]
