@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchslim.core.tensor_objects import of_structure
 from torchslim.core.usable import usable
 from torchslim.errors import DeployError
 from torchslim.graph.calling import examples_of
+from torchslim.graph.capturable import parts_named
 from torchslim.quantize import Checks, QuantizedModule
 from torchslim.quantize.checks import Fault, apart, faults
 from torchslim.quantize.conversion import integers
@@ -80,7 +82,8 @@ def deploy(
         def compile_(module: nn.Module, inputs: Inputs | list[Inputs] = examples[path]) -> Deployed:
             return find_runtime(runtime).compile(module, inputs, dynamic_shapes, threads)
 
-        deployed[path] = verified(inner, compile_, checks=Checks.of(checks))
+        with parts_named(model, example_inputs) if path == WHOLE else nullcontext():
+            deployed[path] = verified(inner, compile_, checks=Checks.of(checks))
         for note in new_notes(inner, deployed[path]):
             warn(note)
     if WHOLE in deployed:

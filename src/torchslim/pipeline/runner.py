@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from torchslim.core.step import Context, Engine, Event, Form, Inputs, MakesModel
 from torchslim.core.task import Task
 from torchslim.core.trees import tensors, to_device
 from torchslim.errors import RecipeError, TaskError, TorchslimError
+from torchslim.graph.capturable import parts_named
 from torchslim.graph.io_structure import describe
 from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.result import Result
@@ -189,7 +191,8 @@ class _Runner:
         def kept() -> Stage | None:
             return restored(folder, self.key, Form.MODULE, model, model, self.classes, runtime, self.ctx.example_inputs)
 
-        with alone(folder, self.ctx.progress if self.shared else None):
+        hint = nullcontext() if self.ctx.parts else parts_named(model, self.ctx.example_inputs)
+        with alone(folder, self.ctx.progress if self.shared else None), hint:
             return _by_the_first(
                 lambda: kept() or self._finish("baseline", folder, Outcome(model=model, masks=masks), model, 0.0, 0),
                 kept,

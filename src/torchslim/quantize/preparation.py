@@ -19,6 +19,7 @@ from torchslim.core.step import Inputs, LayerRecord
 from torchslim.core.usable import usable
 from torchslim.errors import QuantizeError
 from torchslim.graph.calling import bind, examples_of, signature_of
+from torchslim.graph.capturable import parts_named
 from torchslim.graph.decompose import open_products
 from torchslim.graph.export import WRAPPED, Captured, capture, module_of
 from torchslim.graph.io_structure import flatten
@@ -139,7 +140,8 @@ def prepare(
         return by_part(model, part, samples or example_inputs, layers, make)
     _check(model, runtime, helpers, samples)
     choose = chooser(model, scheme, layers or {})
-    captured, trainable = _captured(model, example_inputs, dynamic_shapes)
+    with parts_named(model, example_inputs):
+        captured, trainable = _captured(model, example_inputs, dynamic_shapes)
     axes = batch_axes(captured.program, captured.batch_axis)
     with quiet():  # importing torchao logs about extensions that this machine may lack
         from torchslim.quantize.fake_quantize import specs
