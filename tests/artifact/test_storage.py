@@ -33,7 +33,7 @@ from tests.support.deployment_models import (
     fresh_python,
     trained_conv,
 )
-from torchslim.artifact import storage, writing
+from torchslim.artifact import loading, storage, writing
 from torchslim.artifact.latency import Timings
 from torchslim.artifact.opened import open_artifact
 from torchslim.artifact.state import pack_masks
@@ -644,7 +644,7 @@ def test_more_files_are_hashed_too(tmp_path: Path) -> None:
 
 
 def test_another_instruction_set_is_warned_of(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "instruction_set", lambda: "elsewhere")
+    monkeypatch.setattr(loading, "instruction_set", lambda: "elsewhere")
     with pytest.warns(UserWarning, match="elsewhere.*int8.*slower"):
         ts.load(saved / "eager-int8")
     with warnings.catch_warnings():

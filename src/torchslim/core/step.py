@@ -166,6 +166,7 @@ CHECKED = (
     "teacher",
     "example_inputs",
     "examples",
+    "parts",
     "model",
     "target",
     "engine",
