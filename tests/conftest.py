@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ settings.register_profile(
 )  # fmt: skip
 settings.load_profile("laws")
 
+GPU_TESTS = Path(__file__).parent / "gpu"
+
 
 if not torch.cuda.is_available():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise torch looks for a driver again in every capture
@@ -37,8 +40,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a browser or a database, by its fixtures and parameters."""
+    """Mark what needs a browser, a database or a GPU, by its fixtures, parameters and folder."""
     for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.browser)
         if "postgresql" in item.nodeid:
@@ -48,6 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--processor avx2` runs all tests as if torchslim had detected that processor."""
     parser.addoption("--processor", choices=[*PROCESSORS], help="the processor that torchslim detects in all tests")
+    parser.addoption("--gpu-device", choices=["cuda", "cpu"], default="cuda", help="the device of tests/gpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:

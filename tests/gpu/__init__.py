@@ -1,0 +1,1 @@
+"""Tests that need CUDA; see CONTRIBUTING.md for running them on another device."""
