@@ -47,17 +47,16 @@ def test_a_recipe_gives_the_metrics_of_the_cpu(
     rows, others = result.run["rows"], reference.run["rows"]
     assert [row["name"] for row in rows] == [row["name"] for row in others]
     for row, other in zip(rows, others, strict=True):
-        assert row["params"] == other["params"]
-        assert row["metric"] == pytest.approx(other["metric"], abs=5)  # percent: three of 64 images
+        assert row["parameters"]["value"] == other["parameters"]["value"]
+        figures = [one["metric"]["test"]["value"] for one in (row, other)]
+        assert figures[0] == pytest.approx(figures[1], abs=5)  # percent: three of 64 images
     images = toy.images(64, 5)[0]
     answer, expected = result.deployed(images.to(device)), reference.deployed(images)
     assert answer.device == CPU
     assert (answer.argmax(1) == expected.argmax(1)).double().mean() > 0.85
 
 
-def test_a_run_that_the_device_began_ends_on_the_cpu(
-    device: torch.device, engine: ts.Engine, tmp_path: Path
-) -> None:
+def test_a_run_that_the_device_began_ends_on_the_cpu(device: torch.device, engine: ts.Engine, tmp_path: Path) -> None:
     """Finished steps are read from the folder, whichever device made them."""
     first = run(device, CPU, engine, workdir=tmp_path)
     again = run(CPU, CPU, engine, workdir=tmp_path)

@@ -141,9 +141,7 @@ def test_mixed_precision_learns_what_float32_learns(precision: str, options: str
 def test_the_scale_of_losses_in_float16_may_overflow_at_first(cuda: torch.device) -> None:
     """The first scale is 65536, which large gradients overflow; the scaler then skips the step and halves the scale."""
     task = task_on(CPU, loss=lambda outputs, batch: 300 * nn.functional.cross_entropy(outputs, batch[1]))
-    model, report = train(
-        engine_of(cuda, "16-mixed"), task=task, settings={"lr": 1e-4, "clip_norm": 1.0}, epochs=3
-    )
+    model, report = train(engine_of(cuda, "16-mixed"), task=task, settings={"lr": 1e-4, "clip_norm": 1.0}, epochs=3)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert report.history[-1]["loss_label"] <= report.history[0]["loss_label"]
 

@@ -64,7 +64,9 @@ def assert_near(one: nn.Module, other: nn.Module, tolerance: float = TOLERANCE) 
     first, second = weights(one), weights(other)
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, second[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def assert_moved(model: nn.Module, by: float = 5 * TOLERANCE) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 
 SHARED_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
 
@@ -39,3 +41,22 @@ def strip_unused(model: GraphModule) -> None:
         if name not in used:
             owner, _, attribute = name.rpartition(".")
             delattr(model.get_submodule(owner), attribute)
+
+
+def place_constants(model: GraphModule, device: torch.device) -> None:
+    """Make all operations that name a device, such as `arange`, name `device`: a capture fixes that of its example."""
+
+    def placed(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for graph_module in model.modules():
+        if not isinstance(graph_module, GraphModule):
+            continue
+        changed = False
+        for node in graph_module.graph.nodes:
+            args, kwargs = map_aggregate(node.args, placed), map_aggregate(node.kwargs, placed)
+            if (args, kwargs) != (node.args, node.kwargs):
+                node.args, node.kwargs = args, kwargs
+                changed = True
+        if changed:
+            graph_module.recompile()

@@ -12,6 +12,7 @@ from torchslim.core.trees import device_of
 from torchslim.errors import DeployError, QuantizeError
 from torchslim.graph.calling import bind, bind_call
 from torchslim.graph.io_structure import build, flatten, leaf_names
+from torchslim.graph.rewrite import place_constants
 from torchslim.graph.size_guards import InputSizes, readable, readable_sizes
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
@@ -156,6 +157,12 @@ class Prepared(Called):
             self.observe(self.training and not self.ranges_frozen)
             switches = (self.training, self.training and not self.norms_frozen)
         return build(self.outputs, self.program(*leaves, *switches), self.classes)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Prepared:
+        """Move the model as any module, with the tensors that its graph makes: the capture fixed their device."""
+        super()._apply(fn, recurse)
+        place_constants(self.program, device_of(self.program))
+        return self
 
     def train(self, mode: bool = True) -> Prepared:
         """Switch dropouts, batch norms and the observation of ranges on or off."""

@@ -87,6 +87,7 @@ class Record:
             "average": None
             if self.average is None
             else collected(self.average.values, self.place.fabric.is_global_zero),
+            "precision": self.place.fabric.strategy.precision.state_dict(),  # the scale of losses, with "16-mixed"
             "since_best": self.since_best,
             "best": [self.best.epoch, self.best.value, self.best.weights, self.best.masks],
         }
@@ -111,6 +112,8 @@ class Record:
             loop.masks, loop.epoch, loop.step = saved["masks"], saved["epoch"], saved["step"]
             loop.steps_per_epoch = saved["steps_per_epoch"]
             self.history, self.best, self.since_best = saved["history"], Best(*saved["best"]), saved["since_best"]
+            if saved["precision"]:
+                self.place.fabric.strategy.precision.load_state_dict(saved["precision"])
             if self.average is not None:
                 self.average.load(saved["average"])
         except Exception as error:

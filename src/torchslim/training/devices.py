@@ -75,12 +75,23 @@ class Placement:
             average_gradients(self.companion.parameters())
 
     def clip(self, max_norm: float) -> float | None:
-        """Scale the gradients to a joint norm of at most `max_norm`; return the norm before, None where unknown."""
+        """Scale the gradients to a joint norm of at most `max_norm`; return the norm before, None where unknown.
+
+        With "16-mixed" a norm that is not finite counts as unknown: the scale of the losses was too large, as it often
+        is in the first steps. The scaler then skips the step and lowers the scale.
+        """
         if self.shards is not None:
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             return float(clip(parameters, max_norm))
         norm: Any = self.fabric.clip_gradients(self.wrapped, self.stepper, max_norm=max_norm, error_if_nonfinite=False)
-        return None if norm is None else float(norm)
+        if norm is None or (self.scales_losses and not bool(torch.isfinite(norm))):
+            return None
+        return float(norm)
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether losses are multiplied by a scale that keeps gradients in the range of float16."""
+        return bool(self.fabric.strategy.precision.state_dict())  # only a gradient scaler has a state
 
     def weights(self, module: nn.Module) -> dict[str, Any]:
         """Copy the module's state to the CPU; spread tensors are copied in the first process only, None elsewhere."""
