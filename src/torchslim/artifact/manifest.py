@@ -10,14 +10,16 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from torchslim.core.files import digest
+from torchslim.core.json_types import STRICT, Axis, Hash, Name, Size, Text
 from torchslim.core.schema import MIB, Limits, Schema, parse_json, shorten
 from torchslim.errors import ArtifactError
 from torchslim.graph.io_structure import sound, tensors_of
 from torchslim.graph.size_guards import MOST, parse
+from torchslim.prune.structured.record_schema import SurgeryJson
 
 FORMAT = "torchslim-artifact"
 VERSION = 1
@@ -33,13 +35,8 @@ def _guard(text: str) -> str:
     return text
 
 
-Text = Annotated[str, Field(max_length=10_000)]
-Name = Annotated[str, Field(max_length=2_000)]
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Size = Annotated[int, Field(ge=0, le=2**40)]
 Shape = Annotated[list[Size], Field(max_length=64)]
 Threads = Annotated[int, Field(ge=1, le=65_536)]
-Axis = Annotated[int, Field(ge=0, le=63)]
 Dtype = Literal[
     "float16",
     "float32",
@@ -63,7 +60,6 @@ Dtype = Literal[
     "float8_e5m2fnuz",
     "float8_e8m0fnu",
 ]
-STRICT = ConfigDict(extra="forbid", strict=True, regex_engine="python-re")
 
 
 class LayerJson(TypedDict):
@@ -117,49 +113,6 @@ class ManifestJson(TypedDict):
     mask_shapes: NotRequired[dict[Name, Shape]]
     # of a model whose parts are deployed: the folder of each, by its path in the model
     parts: NotRequired[dict[Name, Name]]
-
-
-class CutJson(TypedDict):
-    """The indices of one dimension of a weight that are kept."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-    weight: Name
-    dim: Axis
-    size: Size
-    kept: list[Size]
-
-
-class PatchJson(TypedDict):
-    """The change of a module's attribute that holds a size."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-    module: Name
-    name: Annotated[str, Field(pattern=r"^[^\W\d_]\w{0,199}$")]
-    place: Annotated[list[Size], Field(max_length=16)]
-    old: Annotated[int, Field(ge=-(2**40), le=2**40)]
-    new: Annotated[int, Field(ge=-(2**40), le=2**40)]
-
-
-class RoundJson(TypedDict):
-    """The channels that one pruning removed."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-    cuts: list[CutJson]
-    patches: list[PatchJson]
-    about: dict[str, Any]
-
-
-BaseJson = TypedDict("BaseJson", {"class": Name, "shapes": Hash})
-BaseJson.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
-
-
-class SurgeryJson(TypedDict):
-    """What channel pruning removed from a module; see `torchslim.surgery`."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-    version: Annotated[int, Field(ge=1)]  # a newer one is refused where the record is used
-    base: BaseJson
-    rounds: Annotated[list[RoundJson], Field(max_length=10_000)]
 
 
 def _wrong_manifest(manifest: ManifestJson) -> str | None:

@@ -7,7 +7,7 @@ from torchslim.prune.masking.masks import HeldZeros, Sparsity, hold_zeros, spars
 from torchslim.prune.masking.patterns import PATTERNS
 from torchslim.prune.step import Prune
 from torchslim.prune.structured.inspection import ChannelGroup, Inspection, inspect
-from torchslim.prune.structured.record import surgery
+from torchslim.prune.structured.record import apply_surgery, surgery
 
 __all__ = [
     "CRITERIA",
@@ -20,6 +20,7 @@ __all__ = [
     "Sparsity",
     "Statistic",
     "Statistics",
+    "apply_surgery",
     "channels",
     "hold_zeros",
     "inspect",

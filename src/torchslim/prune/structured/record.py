@@ -6,14 +6,19 @@ A record rebuilds the shrunk module from a fresh instance of its base, so nothin
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.files import digest
+from torchslim.core.isolation import copy_model
+from torchslim.core.schema import Schema
+from torchslim.core.usable import usable
 from torchslim.errors import PruneError
 from torchslim.prune.structured.surgery import Surgery, perform
 
@@ -133,6 +138,35 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
             ) from error
     _set(base, copy.deepcopy(dict(record)))
     return base
+
+
+@checks_arguments(PruneError)
+def apply_surgery(model: nn.Module, record: Mapping[str, Any] | str | Path) -> nn.Module:
+    """A copy of `model` without the channels that `record` names: the architecture of the model that was pruned.
+
+    Load a checkpoint of the pruned model into the copy, whichever library wrote it. If `model` has the weights that were
+    pruned, so has the copy: they are sliced as they were then.
+
+    Args:
+        model: the model as it was before channels were pruned, such as a fresh instance; it is not modified.
+        record: a result of `ts.surgery`, or a JSON file of it.
+
+    Raises:
+        PruneError: the record is damaged, of a newer version, or of another model.
+    """
+    if isinstance(record, (str, Path)):
+        read = _schema().read(Path(record))
+    else:
+        read = _schema().check(dict(record))
+    copied, _ = copy_model(usable(model, PruneError))
+    return replay(copied, read)
+
+
+@functools.cache
+def _schema() -> Schema[Any]:
+    from torchslim.prune.structured.record_schema import SurgeryJson  # loads pydantic
+
+    return Schema[Any](SurgeryJson, "the surgery", PruneError, mend="copy or save it again")
 
 
 def _continues(record: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
