@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import torchslim as ts
-from tests.support import toy
+from tests.support import models, toy
 from tests.support.deployment_models import trained_conv
 from tests.support.distributed import two_processes
 from torchslim.core.step import Context, Engine
@@ -212,6 +213,22 @@ def test_state_dicts_load_into_a_fresh_preparation() -> None:
     second = prepare(trained_conv(1), (x,), qat=True)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.eval()(x), second.eval()(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_no_two_names_of_a_state_dict_share_memory(runtime: str) -> None:
+    """Trainers save it as safetensors, which refuses tensors that share memory. Costs 2 s."""
+    tokens = torch.arange(32).reshape(4, 8) % models.WORDS
+    model = models.Encoder().eval()
+    prepared = ready(model, tokens, runtime=runtime)
+    state = prepared.state_dict()
+    places = [value.untyped_storage().data_ptr() for value in state.values() if value.numel()]
+    assert len(set(places)) == len(places)
+    other = prepare(models.Encoder(), (tokens,), qat=True, runtime=runtime)
+    other.load_state_dict(load(save(state)))
+    assert torch.equal(other.eval()(tokens), prepared.eval()(tokens))
+    assert torch.equal(convert(other, checks=None)(tokens), convert(prepared, checks=None)(tokens))
 
 
 @pytest.mark.slow

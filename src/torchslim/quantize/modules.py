@@ -126,6 +126,7 @@ class Prepared(Called):
 
     records: list[LayerRecord]
     qat: bool
+    accepts_loss_kwargs = False  # transformers.Trainer reads it: else it would pass arguments that were not captured
 
     def __init__(
         self,

@@ -208,8 +208,20 @@ def _observed(
         show_batch_norms(program)
         if qat:
             switch(program)
+            _name_once(program)
         program.recompile()
     return program
+
+
+def _name_once(program: GraphModule) -> None:
+    """Call every observer by one name: trainers save a state dict, in which no two names may share a tensor."""
+    names: dict[int, str] = {}
+    calls = [node for node in program.graph.nodes if node.op == "call_module"]
+    called = [str(node.target) for node in calls]
+    for node, name in zip(calls, called, strict=True):
+        node.target = names.setdefault(id(program.get_submodule(name)), name)
+    for name in set(called) - set(names.values()):
+        program.delete_submodule(name)
 
 
 def _check(model: nn.Module, runtime: str, helpers: Helpers, batches: Sequence[Inputs]) -> None:
