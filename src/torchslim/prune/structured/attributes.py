@@ -8,7 +8,7 @@ two at a time until the run gets further; what helped one module is carried to i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -61,6 +61,12 @@ def mend(model: nn.Module, coupling: Coupling, removed: Mask, inputs: Inputs) ->
         if carried or (patches and divergence is not None):
             divergence = repair.divergence()
     return Surgery(cuts, tuple(repair.patches.values())), divergence
+
+
+def size_changes(model: nn.Module, coupling: Coupling, removed: Mask) -> Callable[[str], list[Patch]]:
+    """A function from the path of a module to patches of its attributes: to every new size around it of their value."""
+    suggestions = _Suggestions(model, coupling, removed)
+    return lambda path: list(suggestions.of_attributes([path]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,10 +220,10 @@ class _Suggestions:
         Attributes come first, then those of modules inside the innermost that may not be called, then numbers in code.
         """
         paths = _path_and_parents(divergence.path)
-        attributes = [patch for place, path in enumerate(paths) for patch in self._of_attributes(paths[: place + 1])]
+        attributes = [patch for place, path in enumerate(paths) for patch in self.of_attributes(paths[: place + 1])]
         return [*attributes, *self._of_uncalled(divergence.path), *self._of_code(paths)]
 
-    def _of_attributes(self, paths: Sequence[str]) -> Iterator[Patch]:
+    def of_attributes(self, paths: Sequence[str]) -> Iterator[Patch]:
         """Patches of the attributes of the last module of `paths`, to sizes around it and the modules before it."""
         path = paths[-1]
         module = self.modules[path]

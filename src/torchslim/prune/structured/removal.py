@@ -17,6 +17,7 @@ from torchslim.core.isolation import trim
 from torchslim.core.reason import Reason
 from torchslim.errors import PruneError
 from torchslim.prune.dependency.coupling import Coupling, Mask
+from torchslim.prune.structured.other_forwards import with_other_forwards
 from torchslim.prune.structured.plan import Plan, shapes_of
 from torchslim.prune.structured.proof import ROLLBACKS, Proof, give_up, prove
 from torchslim.prune.structured.record import attach
@@ -88,9 +89,10 @@ def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selectio
             raise _nothing_removed(plan, amount, rollbacks)
         proof = prove(plan, coupling, removed)
         if proof.right:
+            surgery = with_other_forwards(plan.model, coupling, removed, plan.inputs, proof.surgery)
             return Shrunk(
-                model=perform(plan.model, proof.surgery),  # a new copy: the verified one has run and may have changed
-                surgery=proof.surgery,
+                model=perform(plan.model, surgery),  # a new copy: the verified one has run and may have changed
+                surgery=surgery,
                 coupling=coupling,
                 removed=removed,
                 error=proof.error,
