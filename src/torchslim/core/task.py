@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchslim.core.batches import (
     Batch,
@@ -23,6 +23,7 @@ from torchslim.core.batches import (
     output_logits,
 )
 from torchslim.core.checks import check_fields, shown
+from torchslim.core.imports import resolve
 from torchslim.core.metrics import METRICS, Metric, TorchMetric, default_loss
 from torchslim.errors import TaskError
 
@@ -74,6 +75,103 @@ class Task:
         if isinstance(self.examples, (str, Mapping)) or not isinstance(self.examples, Sequence):
             raise TaskError(f"examples must be a list of calls, got {shown(self.examples)}; give examples=[(x,), ...]")
         check_fields(self, TaskError, only=("loss", "inputs", "logits", "target", "mask"))
+
+    @classmethod
+    def from_lightning(
+        cls,
+        module: nn.Module,
+        data: Any = None,
+        *,
+        metric: Metric | TorchMetric | Callable[[Predict, Iterable[Batch]], float] | str,
+        model: str = "",
+        higher_is_better: bool | None = None,
+        loss: Callable[[Outputs, Batch], Tensor] | None = None,
+        **options: Any,
+    ) -> Task:
+        """The task of a LightningModule: the loaders of its data, the loss of its training_step.
+
+        Args:
+            module: a LightningModule; it is copied and never modified.
+            data: a LightningDataModule; without one, the module's own loaders, or `train`, `val` and `test`.
+            metric: a name that validation_step logs or returns, or a metric as `Task` takes it.
+            model: name of the part that is compressed, such as "net"; empty: the module itself.
+            higher_is_better: of a logged metric; None: False for names with "loss" or "error".
+            loss: loss(outputs, batch), instead of that of training_step.
+            options: further arguments of `Task`.
+
+        Raises:
+            TaskError: training_step, validation_step or the data cannot be used; the message says what to give instead.
+        """
+        fields = {"metric": metric, "model": model, "higher_is_better": higher_is_better, "loss": loss, **options}
+        return _adapted("lightning", module, data, **fields)
+
+    @classmethod
+    def from_transformers(
+        cls,
+        source: Any,
+        *,
+        train: Any = None,
+        val: Any = None,
+        test: Any = None,
+        metric: Metric | TorchMetric | Callable[[Predict, Iterable[Batch]], float] | str | None = None,
+        higher_is_better: bool | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
+        label_names: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        loss: Callable[[Outputs, Batch], Tensor] | None = None,
+        **options: Any,
+    ) -> Task:
+        """The task of a Hugging Face model: its data sets, its own loss, and a metric of `compute_metrics`.
+
+        Args:
+            source: a PreTrainedModel, or a transformers.Trainer, which has defaults for all other arguments.
+            train, val, test: data sets of dicts with the model's arguments and labels, or DataLoaders.
+            metric: a key of what `compute_metrics` returns, or a metric as `Task` takes it.
+            higher_is_better: of a key of `compute_metrics`; None: False for names that end in "loss".
+            data_collator: makes a batch of samples; None: pads sequences to the longest of the batch.
+            compute_metrics: takes a transformers.EvalPrediction, as a Trainer's does.
+            label_names: columns that are no inputs of the deployed model; default "labels".
+            batch_size: of all splits; default 32, or that of the Trainer.
+            loss: loss(outputs, batch), instead of the model's own.
+            options: further arguments of `Task`.
+
+        Raises:
+            TaskError: the model, the data or the metric cannot be used; the message says what to give instead.
+        """
+        data = {"train": train, "val": val, "test": test, "data_collator": data_collator, "batch_size": batch_size}
+        metrics = {"metric": metric, "higher_is_better": higher_is_better, "compute_metrics": compute_metrics}
+        return _adapted("transformers", source, **data, **metrics, label_names=label_names, loss=loss, **options)
+
+    @classmethod
+    def from_timm(
+        cls,
+        model: nn.Module,
+        *,
+        val: Any,
+        train: Any = None,
+        test: Any = None,
+        metric: Metric | TorchMetric | Callable[[Predict, Iterable[Batch]], float] | str = "accuracy",
+        batch_size: int = 32,
+        workers: int = 0,
+        augment: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Task:
+        """The task of a timm model: images, with the size and normalization that the model was trained with.
+
+        Args:
+            model: a result of timm.create_model.
+            val, train, test: folders with a folder of images for each class, or data sets of (PIL image, label).
+            metric: as `Task` takes it.
+            batch_size, workers: of the loaders.
+            augment: arguments of timm.data.create_transform for the training images.
+            options: further arguments of `Task`.
+
+        Raises:
+            TaskError: the model or the data cannot be used.
+        """
+        fields = {"metric": metric, "batch_size": batch_size, "workers": workers, "augment": augment, **options}
+        return _adapted("timm", model, val=val, train=train, test=test, **fields)
 
     def forward(self, model: Callable[..., Outputs], batch: Batch) -> Outputs:
         """Outputs of `model` on a batch."""
@@ -160,3 +258,9 @@ class Task:
         for logits, target in self._pairs(predict, batches):
             metric.update(logits, target)
         return metric.compute()  # type: ignore[no-any-return]
+
+
+def _adapted(library: str, *args: Any, **fields: Any) -> Task:
+    """The task that an adapter makes; it is imported by name, as it stands above this package."""
+    made: Task = resolve(f"torchslim.adapters.{library}:task", "the adapter", TaskError)(*args, **fields)
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,11 +130,12 @@ def placed(
     companion = companion.to(fabric.device)
     if engine.strategy != FSDP or fabric.world_size == 1:  # one process has no other to spread weights to
         optimizer = settings.build(model, companion)
-        try:
-            wrapped, stepper = fabric.setup(model, optimizer)
-            yield Placement(fabric, model, wrapped, companion, optimizer, stepper, None)
-        finally:
-            model.to(home)
+        with _forgotten(model):
+            try:
+                wrapped, stepper = fabric.setup(model, optimizer)
+                yield Placement(fabric, model, wrapped, companion, optimizer, stepper, None)
+            finally:
+                model.to(home)
         return
     check_shardable(model, engine.precision or _precision(engine))
     wrapped = fabric.setup_module(model)
@@ -150,6 +152,17 @@ def placed(
         shards.close(home if intact else None)
         for buffer in (*shards.kept, *model.buffers()):
             buffer.data = buffer.data.to(home)
+
+
+@contextmanager
+def _forgotten(model: nn.Module) -> Iterator[None]:
+    """Remove the references to itself and the optimizer that Fabric adds to a LightningModule: they cannot be copied."""
+    before = {name: vars(model)[name] for name in ("_fabric", "_fabric_optimizers") if name in vars(model)}
+    vars(model).update({name: copy.copy(value) for name, value in before.items()})
+    try:
+        yield
+    finally:
+        vars(model).update(before)
 
 
 def _precision(engine: Engine) -> Any:

@@ -71,9 +71,7 @@ def with_other_forwards(
         for path, name in methods:
             if path not in before or not before[path].same(getattr(whole.get_submodule(path), name)):
                 continue  # it computes something else, such as a convolution without its norm
-            open_changes = [
-                patch for patch in changes(path) if (patch.module, patch.name, patch.place) not in patched
-            ]
+            open_changes = [patch for patch in changes(path) if (patch.module, patch.name, patch.place) not in patched]
             patches += _mended(shrunk, after[path], f"{path}.{name}", open_changes)
     return Surgery(surgery.cuts, (*surgery.patches, *patches))
 

@@ -144,8 +144,8 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
 def apply_surgery(model: nn.Module, record: Mapping[str, Any] | str | Path) -> nn.Module:
     """A copy of `model` without the channels that `record` names: the architecture of the model that was pruned.
 
-    Load a checkpoint of the pruned model into the copy, whichever library wrote it. If `model` has the weights that were
-    pruned, so has the copy: they are sliced as they were then.
+    Load a checkpoint of the pruned model into the copy, whichever library wrote it. If `model` has the weights that
+    were pruned, the copy has their slices.
 
     Args:
         model: the model as it was before channels were pruned, such as a fresh instance; it is not modified.
@@ -154,10 +154,7 @@ def apply_surgery(model: nn.Module, record: Mapping[str, Any] | str | Path) -> n
     Raises:
         PruneError: the record is damaged, of a newer version, or of another model.
     """
-    if isinstance(record, (str, Path)):
-        read = _schema().read(Path(record))
-    else:
-        read = _schema().check(dict(record))
+    read = _schema().read(Path(record)) if isinstance(record, (str, Path)) else _schema().check(dict(record))
     copied, _ = copy_model(usable(model, PruneError))
     return replay(copied, read)
 
