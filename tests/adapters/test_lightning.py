@@ -115,7 +115,9 @@ NAMES = ("val_acc", "val_loss", "most", "sum", "max", "epoch_acc")
 def test_a_logged_metric_is_the_one_that_a_trainer_shows() -> None:
     """Costs 1 s."""
     module = Whole()
-    trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = pl.Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
     [shown] = trainer.validate(module, datamodule=Data(), verbose=False)
     for name in NAMES:
         task = ts.Task.from_lightning(module, Data(), metric=name)
