@@ -280,7 +280,7 @@ class Moving(Data):
 
 class Several(Data):
     def val_dataloader(self) -> Any:
-        return [super(Several, self).val_dataloader()] * 2
+        return [super().val_dataloader()] * 2
 
 
 class Empty(pl.LightningModule):

@@ -156,7 +156,7 @@ def placed(
 
 @contextmanager
 def _forgotten(model: nn.Module) -> Iterator[None]:
-    """Remove the references to itself and the optimizer that Fabric adds to a LightningModule: they cannot be copied."""
+    """Remove the references that Fabric adds to a LightningModule, to itself and the optimizer: they block a copy."""
     before = {name: vars(model)[name] for name in ("_fabric", "_fabric_optimizers") if name in vars(model)}
     vars(model).update({name: copy.copy(value) for name, value in before.items()})
     try:
