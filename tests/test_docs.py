@@ -31,6 +31,9 @@ def test_there_are_pages_to_run() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_blocks_of_a_page_run(page: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, or where the page says so in one that `torchslim init` has filled."""
+    for needs in re.findall(r"<!-- needs: (.*) -->", page.read_text()):
+        for library in needs.split(", "):
+            pytest.importorskip(library)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "task", raising=False)

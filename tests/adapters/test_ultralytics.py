@@ -98,7 +98,7 @@ def widths(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolo11n"])
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n"])
 def test_a_pruned_detector_is_trained_saved_fused_and_exported(name: str, shapes: Path, tmp_path: Path) -> None:
     """Costs 15 s."""
     import onnxruntime
