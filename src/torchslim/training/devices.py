@@ -157,7 +157,9 @@ def placed(
 @contextmanager
 def _forgotten(model: nn.Module) -> Iterator[None]:
     """Remove the references that Fabric adds to a LightningModule, to itself and the optimizer: they block a copy."""
-    before = {name: vars(model)[name] for name in ("_fabric", "_fabric_optimizers") if name in vars(model)}
+    before: dict[str, Any] = {
+        name: vars(model)[name] for name in ("_fabric", "_fabric_optimizers") if name in vars(model)
+    }
     vars(model).update({name: copy.copy(value) for name, value in before.items()})
     try:
         yield
