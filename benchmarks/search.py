@@ -158,7 +158,7 @@ def run_search(work: Path, seed: int) -> dict[str, Any]:
     document["threads"] = THREADS
     document["budget"] = {**document["budget"], "trials": TRIALS, "metric_drop": LEVEL}  # what the page counts
     folder, count = work / "search", work / "search.count"
-    found = ts.search(resnet(), task(count), document, workdir=folder, example_inputs=example())
+    found = ts.search(resnet(), task(count), document, workdir=folder, example_inputs=example(), rehearse=False)
     tried = found.data["trials"]
     attempts = sum(1 + (each["stage"] != "cheap") for each in tried)
     folders = sorted((folder / "front").iterdir())
@@ -180,7 +180,7 @@ def run_each(
         if not (folder / "run.json").is_file():
             result = ts.compress(
                 resnet(), task(count), steps, threads=THREADS, example_inputs=example(), seed=seed,
-                workdir=folder / "work", stages=work / f"{name}-stages",
+                workdir=folder / "work", stages=work / f"{name}-stages", rehearse=False,
             )  # fmt: skip
             result.save(folder)
         folders.append(folder)

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from tests.support.command import call  # noqa: F401 - a fixture
 from tests.support.exports import shared_tables
 from tests.support.processors import PROCESSORS, detected
+from tests.support.rehearsals import skip
 from tests.support.timing import shorten
 
 settings.register_profile(
@@ -82,6 +83,13 @@ def _shared_tables() -> Iterator[None]:
 def _short_timings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_rehearsals() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        skip(patch)
         yield
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import torchslim as ts
-from tests.support import toy
-from torchslim.cli.console import TimeLeft
+from tests.support import rehearsals, toy
 from torchslim.core.reason import Reason
+from torchslim.pipeline.forecast import TimeLeft
 from torchslim.pipeline.recipe import STEPS
 
 RECIPE = """
@@ -195,7 +195,7 @@ def test_the_demo_shows_int8_alone_before_the_whole_recipe(call: Any, tmp_path: 
 
 def test_the_time_left_is_at_the_pace_of_the_trainings_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("torchslim.cli.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("torchslim.pipeline.forecast.time.monotonic", lambda: now[0])
     train = ts.Finetune(epochs=2)
     steps = [ts.Prune(sparsity=0.5, schedule="iterative", rounds=2, train=train), ts.Quantize("int8"),
              ts.Distill(epochs=4)]  # fmt: skip
@@ -217,9 +217,55 @@ def test_the_time_left_is_at_the_pace_of_the_trainings_so_far(monkeypatch: pytes
 
 def test_the_time_left_leaves_out_epochs_that_early_stopping_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("torchslim.cli.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("torchslim.pipeline.forecast.time.monotonic", lambda: now[0])
     left = TimeLeft([ts.Finetune(epochs=8, patience=1), ts.Distill(epochs=4)])
     left.after(ts.Event(step="finetune", phase="train", current=0, total=80, values={"epoch": 1}))
     now[0] = 20
     done = ts.Event(step="finetune", phase="train", current=20, total=20, values={"epoch": 2, "last_epoch": 2})
     assert left.after(done) == pytest.approx(4 * 10), "four epochs at the pace of two in 20 s"
+
+
+@pytest.mark.slow
+def test_check_rehearses_where_asked_and_run_by_itself(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Costs 6 s."""
+    rehearsals.restore(monkeypatch)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE)
+    plain, rehearsed = call("check", recipe), call("check", recipe, "--rehearse")
+    assert plain.out == rehearsed.out
+    assert "forecast" not in plain.err
+    assert "memory at the peak" in rehearsed.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.toml"]
+    outputs = {}
+    for name, options in (("with", []), ("without", ["--no-rehearse"])):
+        done = call("run", recipe, "--out", tmp_path / name, *options)
+        assert done.code == 0
+        outputs[name] = done.err
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert ("forecast" in run) is ("time (forecast)" in done.out) is (name == "with")
+    assert (
+        outputs["with"].index("rehearsal")
+        < outputs["with"].index("memory at the peak")
+        < outputs["with"].index("baseline: deploy")
+    )
+    assert "rehearsal" not in outputs["without"]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_that_fails_is_one_line_with_the_step_and_the_line_of_code(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "late_task.py").write_text(
+        "from dataclasses import replace\nfrom tests.support import toy\n\n\n"
+        "def loss(outputs, batch):\n    return outputs['loss']\n\n\n"
+        "def task():\n    return replace(toy.task(), loss=loss)\n"
+    )
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE.replace("tests.support.toy:task", "late_task:task"))
+    done = call("check", recipe, "--rehearse")
+    assert done.code == 2
+    assert "step 2 ('finetune')" in done.err
+    assert "late_task.py, line 6" in done.err

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import torchslim
+from tests.support import rehearsals
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -37,6 +38,8 @@ def test_the_code_blocks_of_a_page_run(page: Path, call: Any, tmp_path: Path, mo
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "task", raising=False)
+    if page.name == "rehearsal.md":
+        rehearsals.restore(monkeypatch)
     if "from task import" in page.read_text():
         assert call("init").code == 0
     scope: dict[str, object] = {}

@@ -41,6 +41,7 @@ def compress(
     stages: str | Path | None = None,
     names: Mapping[str, str] | None = None,
     sensitivity: Sensitivity | str | Path | None = None,
+    rehearse: bool = True,
     progress: Callable[[Event], None] = log_progress,
 ) -> Result:
     """Run the steps on a copy of the model; measure the model after every step, and the artifact that ships.
@@ -63,6 +64,8 @@ def compress(
         stages: folder of finished steps that several runs share; default: a folder in `workdir`.
         names: of the model and the task, for the report and to tell recipes apart.
         sensitivity: result of `ts.sensitivity` or its file; guides pruning to a latency and layers="auto".
+        rehearse: begin with every step at least effort, through the code of the run, so that nothing fails late; then
+            show a forecast. A rehearsal that passed in `workdir` is not repeated.
         progress: called with an `Event` at every phase.
 
     Raises:
@@ -83,6 +86,7 @@ def compress(
         stages=stages,
         names=names,
         sensitivity=Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity,
+        rehearse=rehearse,
         progress=progress,
     )
     return _run(model, task, steps, budget, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from torchslim.core.imports import foreign, resolve
+from torchslim.core.imports import foreign, own_line, resolve
 from torchslim.errors import RecipeError, TaskError
 from torchslim.pipeline.recipe import check_names, made, parse_document
 
@@ -111,3 +113,23 @@ def test_files_of_the_current_folder_do_not_come_before_installed_packages(comma
     assert done.returncode == 0, done.stderr
     assert "ok" in done.stdout
     assert "shadowed" not in done.stderr
+
+
+def own_code() -> None:
+    torch.nn.functional.linear(torch.ones(2, 3), torch.ones(2, 4))  # fails inside of PyTorch
+
+
+def test_the_line_of_the_users_code_is_outside_of_torchslim_pytorch_and_python() -> None:
+    for fails, line in ((own_code, own_code.__code__.co_firstlineno + 1), (lambda: json.loads("{"), None)):
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            fails()
+        found = own_line(caught.value)
+        assert found.startswith(f"{__file__}, line ")
+        assert line is None or found.endswith(f"line {line}")
+
+
+def test_an_error_of_torchslim_alone_has_no_line_of_the_user() -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolve("", "model")
+    caught.value.__traceback__ = caught.value.__traceback__.tb_next  # type: ignore[union-attr]  # without this test
+    assert own_line(caught.value) == ""

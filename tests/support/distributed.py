@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 
 from tests.support.forked import become, context
+from tests.support.rehearsals import skip
 from tests.support.timing import shorten
 
 
@@ -45,6 +46,7 @@ def torchslim_on_two(command: Sequence[str], folder: Path) -> str:
 def _begin(rank: int, environment: Mapping[str, str], work: Callable[..., None], arguments: Sequence[Any]) -> None:
     become(environment)
     shorten(pytest.MonkeyPatch())
+    skip(pytest.MonkeyPatch())
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "test",

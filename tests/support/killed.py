@@ -14,6 +14,7 @@ import torch
 import torchslim as ts
 from tests.support import toy
 from tests.support.forked import become, context
+from tests.support.rehearsals import skip
 from tests.support.timing import shorten
 
 STEPS = [
@@ -112,5 +113,6 @@ def end(moment: str, folder: Path) -> int | None:
 def _run_alone(folder: Path, moment: str, environment: Mapping[str, str]) -> None:
     become(environment)
     shorten(pytest.MonkeyPatch())
+    skip(pytest.MonkeyPatch())
     torch.set_num_threads(1)
     run(folder, moment)

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 import torchslim as ts
 from tests.support import toy
+from torchslim.training.loaders import batch_count, few_of, seeded
 from torchslim.training.loop import Hook, LabelLoss, Loop
 from torchslim.training.optimizer import OptimizerSettings
 
@@ -131,3 +134,40 @@ def test_a_loader_without_a_length_learns_at_a_full_rate_and_then_as_if_it_had_o
         assert totals[-1] == 3 * batches
     assert rates["without"][batches:] == pytest.approx(rates["with"][batches:])
     assert all(rate == rates["without"][0] > 0.04 for rate in rates["without"][:batches])
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 6))
+def test_few_batches_are_the_first_ones_and_the_last_one(samples: int, count: int, size: int) -> None:
+    data = TensorDataset(torch.arange(samples))
+    sampled = DataLoader(data, size)
+    every = [batch[0].tolist() for batch in sampled]
+    expected = every if len(every) <= count else [*every[: count - 1], every[-1]]
+    for batches in (sampled, list(sampled)):
+        few = few_of(batches, count)
+        assert [batch[0].tolist() for batch in few] == expected
+        assert len(few) == len(expected)
+    assert type(few_of(sampled, count)) is DataLoader
+
+
+def test_few_batches_of_what_cannot_be_indexed_are_the_first_ones() -> None:
+    drawn: list[int] = []
+
+    class Stream:
+        def __iter__(self) -> Any:
+            for number in range(10):
+                drawn.append(number)
+                yield number
+
+    few = few_of(Stream(), 3)
+    assert [list(few), list(few)] == [[0, 1, 2]] * 2
+    assert len(drawn) == 6, "no more than the batches that are used"
+    assert batch_count(few) is None
+
+
+def test_few_batches_of_a_shuffling_loader_are_those_of_its_seed() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(12)), 2, shuffle=True, generator=torch.Generator())
+    orders = []
+    for batches in (loader, few_of(loader, 3)):
+        with seeded(batches, 0, 5):
+            orders.append([batch[0].tolist() for batch in batches])
+    assert orders[1] == [*orders[0][:2], orders[0][-1]]

@@ -160,6 +160,10 @@ def merged(layers: Sequence[LayerRecord], deployed: AnyDeployed) -> list[LayerRe
     return updated + [record for name, record in latest.items() if name not in names]
 
 
+class UnverifiedDeployment(DeployError):
+    """The deployed model fails its checks, which depend on the weights: another training may mend that."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Given:
     """Inputs and reference outputs that a deployed model is compared on, from the evidence as far as sizes allow."""
@@ -256,7 +260,7 @@ def _repaired(
         )
     reasons = search(evidence.units, look, failures, evidence.names, known=evidence.released, where=f" on {runtime}")
     if reasons is None:
-        raise DeployError(
+        raise UnverifiedDeployment(
             f"the model deployed on {runtime!r} cannot be verified: {failures[0].told(evidence.names)}, "
             "whichever layers stay in float; use another runtime, or pass checks with other thresholds"
         )

@@ -54,5 +54,6 @@ def main() -> None:
             click.echo(f"error: {printable(str(error), lines=True)}", err=True)
             sys.exit(2)
         hint = "" if debug else "; run with --debug for the traceback"
-        click.echo(f"internal error: {type(error).__name__}: {printable(str(error), lines=True)}{hint}", err=True)
+        said = printable(" ".join((str(error), *getattr(error, "__notes__", ()))), lines=True)
+        click.echo(f"internal error: {type(error).__name__}: {said}{hint}", err=True)
         sys.exit(1)

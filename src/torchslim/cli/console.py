@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torchslim.core.step import Event, Step, Trains, step_name
+from torchslim.core.step import FORECAST, SECONDS_LEFT, TRAINING_LEFT, Event
 from torchslim.core.terminal import printable
+from torchslim.report.numbers import duration
 
+LEFT = {SECONDS_LEFT: "left", TRAINING_LEFT: "of training left"}
 EXAMPLE = "\b\nExample:\n  "
 
 
@@ -24,38 +26,11 @@ def with_report(found: object, report: Path) -> str:
     return printable(f"{found}\n\nreport: {report}", lines=True)
 
 
-class TimeLeft:
-    """Estimates the remaining time of a recipe's trainings from the pace of the epochs so far."""
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        trainings = [(step_name(step), step.trainings()) for step in steps if isinstance(step, Trains)]
-        self.names = [name for name, counts in trainings for _ in counts]
-        self.epochs = [count for _, counts in trainings for count in counts]
-        self.place, self.running = -1, ("", "")
-        self.begun: tuple[float, float] | None = None  # time of the first event, and epochs done by then
-
-    def after(self, event: Event) -> float | None:
-        """Return the seconds left after an event; None where no training has run yet to estimate from."""
-        if not event.total or "epoch" not in event.values:
-            return None
-        if (event.step, event.phase) != self.running:
-            if event.step not in self.names[self.place + 1 :]:
-                return None
-            self.running, self.place = (event.step, event.phase), self.names.index(event.step, self.place + 1)
-        if "last_epoch" in event.values:  # the training has stopped early
-            self.epochs[self.place] = int(event.values["last_epoch"])
-        finished = sum(self.epochs[: self.place]) + self.epochs[self.place] * event.current / event.total
-        now = time.monotonic()
-        self.begun = self.begun or (now, finished)
-        started, before = self.begun
-        return (sum(self.epochs) - finished) * (now - started) / (finished - before) if finished > before else None
-
-
 @contextmanager
-def progress_shown(steps: Sequence[Step] = ()) -> Iterator[Callable[[Event], None]]:
+def progress_shown() -> Iterator[Callable[[Event], None]]:
     """Show progress on stderr, apart from the result on stdout: bars on a terminal, else a line per tenth of a phase.
 
-    With the steps of a run, the remaining time of their trainings is shown.
+    A forecast is shown as a table, and the remaining time where events have it.
     """
     from rich import progress as rich
     from rich.console import Console
@@ -63,7 +38,7 @@ def progress_shown(steps: Sequence[Step] = ()) -> Iterator[Callable[[Event], Non
 
     console = Console(stderr=True)
     started, last = time.monotonic(), [""]
-    time_left, bars = TimeLeft(steps), dict[str, Any]()
+    bars = dict[str, Any]()
     columns = (
         "{task.description}",
         rich.BarColumn(),
@@ -74,10 +49,14 @@ def progress_shown(steps: Sequence[Step] = ()) -> Iterator[Callable[[Event], Non
     with rich.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def show(event: Event) -> None:
+            if event.step == FORECAST:
+                console.print(printable(forecast_table(event), lines=True), highlight=False, markup=False)
+                return
             name = escape(printable(f"{event.step}: {event.phase}"))  # rich reads [...] as markup
-            values = [f"{key} {value:.4g}" for key, value in event.values.items()]
-            seconds = time_left.after(event)
-            remaining = [] if seconds is None else [f"about {_duration(seconds)} of training left"]
+            values = [f"{key} {value:.4g}" for key, value in event.values.items() if key not in LEFT]
+            remaining = [
+                f"about {duration(event.values[key])} {text}" for key, text in LEFT.items() if key in event.values
+            ]
             note = escape(printable("  ".join([*values, *remaining])))
             if console.is_terminal:
                 if name not in bars:
@@ -97,5 +76,16 @@ def progress_shown(steps: Sequence[Step] = ()) -> Iterator[Callable[[Event], Non
         yield show
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+def forecast_table(event: Event) -> str:
+    """The forecast of a run as lines: the time of every part that is known, and the memory."""
+    minutes = {name: value for name, value in event.values.items() if not name.endswith("_mib")}
+    memory = [
+        f"{value:,.0f} MiB{' on the device' if name == 'cuda_mib' else ''}"
+        for name, value in event.values.items()
+        if name.endswith("_mib") and value
+    ]
+    width = max(map(len, ("forecast", *minutes)))
+    lines = [f"  {name:<{width}}  {duration(60 * value):>7}" for name, value in minutes.items()]
+    if "total" not in minutes:
+        lines.append("  a loader without a length: the rest cannot be foreseen")
+    return "\n".join(["forecast", *lines, *([f"  memory at the peak: {', '.join(memory)}"] if memory else [])])

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the result; default runs/NAME.")
 @click.option("--overwrite", is_flag=True, help="Replace another recipe's run in the folder.")
 @click.option("--key", type=click.Path(path_type=Path), help="Sign the artifact with this private key (PEM, Ed25519).")
+@click.option("--no-rehearse", is_flag=True, help="Begin at once, without trying every step at least effort.")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json instead of the table.")
-def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_json: bool) -> None:
+def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, no_rehearse: bool, as_json: bool) -> None:
     """Run a recipe; an interrupted run resumes.
+
+    A rehearsal comes first: every step at least effort, so that nothing fails late, and a forecast of the time.
 
     On several devices: torchrun --nproc-per-node 2 -m torchslim run recipe.toml
     """
@@ -32,13 +35,20 @@ def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, as_js
 
     current_folder_last()
     out = out or Path("runs") / default_name(recipe)
-    result = carried_out(load_recipe(recipe), out, overwrite=overwrite, key=key)
+    parsed = load_recipe(recipe)
+    result = carried_out(parsed, out, overwrite=overwrite, key=key, rehearse=parsed.rehearse and not no_rehearse)
     if result is not None:
         click.echo(json.dumps(result.run, indent=1) if as_json else with_report(result, out / "report.html"))
 
 
 def carried_out(
-    recipe: Recipe, out: Path, *, overwrite: bool = False, key: Path | None = None, stages: Path | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    key: Path | None = None,
+    stages: Path | None = None,
+    rehearse: bool = True,
 ) -> Result | None:
     """Run a recipe and save its result in `out`; returns None in all processes except the first, which writes."""
     from torchslim.core import distributed
@@ -46,7 +56,7 @@ def carried_out(
     from torchslim.facade import compress
 
     model, task, teacher = recipe.load()
-    with progress_shown(recipe.steps) as progress:
+    with progress_shown() as progress:
         result = compress(
             model,
             task,
@@ -63,6 +73,7 @@ def carried_out(
             stages=stages,
             names={"model": recipe.model, "task": recipe.task},
             sensitivity=recipe.sensitivity,
+            rehearse=rehearse,
             progress=progress if distributed.is_first() else ignore_progress,
         )
         if not distributed.is_first():
@@ -76,8 +87,11 @@ def carried_out(
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the search; default runs/NAME-search.")
 @click.option("--storage", help="Storage that workers share: an Optuna URL or a file; default: a file in the folder.")
 @click.option("--study", help="Name of the study in the storage; default: the folder's name.")
+@click.option("--no-rehearse", is_flag=True, help="Begin at once, without trying every step at least effort.")
 @click.option("--json", "as_json", is_flag=True, help="Print search.json instead of the table.")
-def search(recipe: Path, out: Path | None, storage: str | None, study: str | None, as_json: bool) -> None:
+def search(
+    recipe: Path, out: Path | None, storage: str | None, study: str | None, no_rehearse: bool, as_json: bool
+) -> None:
     """Search a recipe with ranges for the best results under its budget; an interrupted search resumes.
 
     Start it several times, on any number of machines, with one --storage: all processes share one search.
@@ -102,6 +116,7 @@ def search(recipe: Path, out: Path | None, storage: str | None, study: str | Non
             teacher=teacher,
             storage=storage,
             study=study,
+            rehearse=not no_rehearse,
             progress=progress if distributed.is_first() else ignore_progress,
         )
     if distributed.is_first():
@@ -141,9 +156,13 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
 
 @click.command(epilog=f"{EXAMPLE}torchslim check recipe.toml")
 @click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--rehearse", is_flag=True, help="Also take every step at least effort, and forecast the time.")
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON.")
-def check(recipe: Path, as_json: bool) -> None:
-    """Check a recipe without running it: its keys, the order of its steps, and the imports of the names in it."""
+def check(recipe: Path, rehearse: bool, as_json: bool) -> None:
+    """Check a recipe without running it: its keys, the order of its steps, and the imports of the names in it.
+
+    With --rehearse also the rehearsal that a run begins with; of a recipe with ranges, with their first values.
+    """
     from torchslim.core.fingerprint import canonical
     from torchslim.pipeline.document import load_document
     from torchslim.pipeline.recipe import check_names, parse_document
@@ -155,6 +174,8 @@ def check(recipe: Path, as_json: bool) -> None:
     space = make_space(document, str(recipe)) if has_ranges(document) else None
     parsed = space.recipe(space.first) if space else parse_document(document, str(recipe))
     check_names(document)
+    if rehearse:
+        _rehearsed(parsed)
     if as_json:
         click.echo(json.dumps([canonical(step) for step in parsed.steps], indent=1))
     else:
@@ -162,3 +183,25 @@ def check(recipe: Path, as_json: bool) -> None:
         for parameter in space.parameters if space else ():
             ends = f"{parameter.low} to {parameter.high}"
             click.echo(f"  {parameter.name}: {', '.join(map(str, parameter.ends)) if parameter.choices else ends}")
+
+
+def _rehearsed(recipe: Recipe) -> None:
+    """Rehearse a recipe, and show the forecast."""
+    from torchslim.core import distributed
+    from torchslim.core.step import ignore_progress
+    from torchslim.pipeline.options import RunOptions
+    from torchslim.pipeline.runner import rehearse_steps
+
+    model, task, teacher = recipe.load()
+    with progress_shown() as progress:
+        options = RunOptions(
+            target=recipe.target,
+            teacher=teacher,
+            engine=recipe.engine,
+            dynamic_shapes=recipe.dynamic_shapes,
+            part=recipe.part,
+            seed=recipe.seed,
+            sensitivity=recipe.known_sensitivity(),
+            progress=progress if distributed.is_first() else ignore_progress,
+        )
+        rehearse_steps(model, task, recipe.steps, options)

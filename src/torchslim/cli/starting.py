@@ -74,7 +74,8 @@ def demo(recipe: Path | None, out: Path | None) -> None:
     first = replace(parsed, steps=(Quantize("int8"),))
     for about, steps, folder in (("int8 alone", first, out / "int8"), ("the whole recipe", parsed, out)):
         click.echo(f"{about}: {' -> '.join(step_name(step) for step in steps.steps)}", err=True)
-        result = carried_out(steps, folder, stages=out / "stages")
+        # int8 alone is as short as its rehearsal
+        result = carried_out(steps, folder, stages=out / "stages", rehearse=steps is parsed and parsed.rehearse)
         if result is not None:
             click.echo(f"\n{about}\n{with_report(result, folder / 'report.html')}\n")
     if recipe is None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from torchslim.core.checks import TEXT, shown
 from torchslim.core.terminal import printable
@@ -19,6 +22,9 @@ from torchslim.errors import RecipeError, TorchslimError
 PART = r"[^\W\d]\w*"
 NAMED = re.compile(rf"({PART}(?:\.{PART})*):({PART}(?:\.{PART})*)")
 OURS = str(Path(__file__).parents[1])
+TORCH = str(Path(torch.__file__).parent)
+STANDARD = sysconfig.get_path("stdlib")
+INSTALLED = "site-packages"
 
 
 def resolve(spec: Any, what: str, error: type[TorchslimError] = RecipeError) -> Any:
@@ -65,6 +71,25 @@ def foreign(what: str, error: type[TorchslimError]) -> Iterator[None]:
         text = " ".join(str(cause).split())[:300]
         message = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
         raise error(f"{what}: {printable(message)}{_line(cause)}") from cause
+
+
+def own_line(cause: BaseException) -> str:
+    """File and line of the user's code in which an exception arose, as "FILE, line N"; empty where there is none.
+
+    Code of torchslim, PyTorch and Python is not the user's. Of the rest, code outside of installed packages comes
+    first, and the innermost line.
+    """
+    frames = [
+        frame
+        for frame in traceback.extract_tb(cause.__traceback__)
+        if not frame.filename.startswith((OURS, TORCH, "<")) and (INSTALLED in frame.filename or not _is_python(frame))
+    ]
+    chosen = [frame for frame in frames if INSTALLED not in frame.filename] or frames
+    return f"{chosen[-1].filename}, line {chosen[-1].lineno}" if chosen else ""
+
+
+def _is_python(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith(STANDARD)
 
 
 def _line(cause: BaseException) -> str:

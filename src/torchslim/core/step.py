@@ -20,6 +20,8 @@ Inputs = tuple[Any, ...] | dict[str, Any]
 """Example inputs: a tuple of positional arguments or a dict of keyword arguments."""
 
 LOGGER = logging.getLogger("torchslim")
+REHEARSAL, FORECAST = "rehearsal", "forecast"  # `Event.step` of a run before its first step
+SECONDS_LEFT, TRAINING_LEFT = "seconds_left", "training_seconds_left"  # in `Event.values`: of a run, of its trainings
 
 
 class Form(Enum):
@@ -255,6 +257,19 @@ class Trains(Protocol):
 
     def trainings(self) -> Sequence[int]:
         """Number of epochs of each training, in the order in which they run."""
+        ...
+
+
+@runtime_checkable
+class Rehearses(Protocol):
+    """A step that has a cheaper form for the rehearsal of a run, which judges that things run and not their quality."""
+
+    def rehearsed(self, folder: Path) -> Step:
+        """Return the same work at least effort: one epoch, one round, bounds on quality that always hold.
+
+        Args:
+            folder: for files that the step would otherwise leave elsewhere; deleted after the rehearsal.
+        """
         ...
 
 

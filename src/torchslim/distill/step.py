@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -128,6 +128,11 @@ class Distill(Training):
             )
         if EMA in teachers and (len(teachers) > 1 or self.cache is not None):
             raise DistillError("teacher='ema' changes at every step; use it without other teachers and without cache")
+
+    def rehearsed(self, folder: Path) -> Self:
+        """Return the same training for one epoch; outputs of teachers are cached in `folder` if they are at all."""
+        # zero-argument super() fails in a dataclass that is rebuilt for slots in a subclass
+        return replace(Training.rehearsed(self, folder), cache=None if self.cache is None else folder / "teacher")
 
     def _several(self, name: str) -> tuple[Any, ...]:
         values: tuple[Any, ...] = getattr(self, name)

@@ -30,6 +30,7 @@ class RunOptions:
     stages: str | Path | None = None
     names: Mapping[str, str] | None = None
     sensitivity: Sensitivity | None = None
+    rehearse: bool = True
     progress: Callable[[Event], None] = log_progress
 
     def recipe(self, steps: Sequence[Step]) -> dict[str, Any]:

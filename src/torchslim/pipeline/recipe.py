@@ -43,7 +43,7 @@ from torchslim.training.finetune import Finetune
 
 STEPS: Mapping[str, type] = {"prune": Prune, "finetune": Finetune, "distill": Distill, "quantize": Quantize}
 KINDS: Mapping[str, type] = {**STEPS, **LOSSES}  # classes that `do` may name
-NAMED = ("model", "task", "teacher", "seed", "sensitivity", "dynamic_shapes", "part")
+NAMED = ("model", "task", "teacher", "seed", "sensitivity", "dynamic_shapes", "part", "rehearse")
 KEYS = (*NAMED, "runtime", "threads", "engine", "step")
 MADE: Mapping[str, type] = {"model": nn.Module, "task": Task, "teacher": nn.Module}
 RANGE = ("search", "log", "step")  # the keys of a range
@@ -64,6 +64,7 @@ class Recipe:
     sensitivity: str | None = None  # path of a saved `ts.sensitivity` analysis
     dynamic_shapes: Any = "auto"  # "auto", "batch", "fixed", or lists of dimensions by input
     part: str | tuple[str, ...] | None = None  # names or globs of submodules
+    rehearse: bool = True  # begin with every step at least effort
 
     def __post_init__(self) -> None:
         if not isinstance(self.dynamic_shapes, str) and not lists_dimensions(self.dynamic_shapes):

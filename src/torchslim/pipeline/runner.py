@@ -18,37 +18,38 @@ from torchslim._version import __version__
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts, pieces
 from torchslim.artifact.deployment import merged
 from torchslim.artifact.integer_coverage import executed, lowered
-from torchslim.artifact.latency import Timings, compare
+from torchslim.artifact.latency import ROUND_SECONDS, Timings, compare
 from torchslim.artifact.model_size import nonzeros, parameters, sample_macs
 from torchslim.artifact.shipped import kept_right
 from torchslim.core import distributed
-from torchslim.core.batches import call, predictor, take_first
+from torchslim.core.batches import call, predictor
 from torchslim.core.files import digest, remove, write_json
-from torchslim.core.fingerprint import fingerprint
 from torchslim.core.hardware import describe_machine
 from torchslim.core.infinities import spoiled
 from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.metrics import Metric
-from torchslim.core.parts import WHOLE, part_at, part_views, select_parts, with_rest_of
+from torchslim.core.parts import part_at, part_views, with_rest_of
 from torchslim.core.seals import key_id
-from torchslim.core.step import Context, Engine, Event, Form, Inputs, MakesModel, Outcome, Step, check_order, step_name
+from torchslim.core.step import Context, Event, Form, Outcome, Step, step_name
 from torchslim.core.task import Task
 from torchslim.core.trees import tensors, to_device
-from torchslim.errors import RecipeError, TaskError, TorchslimError
+from torchslim.errors import RecipeError, TorchslimError
 from torchslim.graph.capturable import parts_named
 from torchslim.graph.io_structure import describe
+from torchslim.pipeline.beginning import begun, check_before, ready
+from torchslim.pipeline.forecast import Progress
 from torchslim.pipeline.options import RunOptions
+from torchslim.pipeline.rehearsal import Rehearsed, rehearse, rehearsed_once, run_key
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.run_record import compare_rows, not_measured, number, size
 from torchslim.pipeline.stages import Stage, alone, restored, stage_key, state_folder
 from torchslim.pipeline.target_bench import Bench
-from torchslim.pipeline.work_folder import working_in
+from torchslim.pipeline.work_folder import SHARED_SECONDS, working_in
 from torchslim.quantize.modules import is_quantized
 from torchslim.report import RUN_FORMAT
-from torchslim.runtimes import find_runtime
 from torchslim.runtimes.eager import on_eager
-from torchslim.training.calibration import CalibrationData, part_examples, spanning_examples
-from torchslim.training.loaders import first_batch, seeded_splits
+from torchslim.training.calibration import CalibrationData
+from torchslim.training.loaders import seeded_splits
 
 ROUNDS = 60
 SECONDS = 40.0
@@ -62,11 +63,7 @@ def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunO
         TorchslimError: a subclass; the message says what is wrong, which value was passed, and how to fix it.
     """
     steps = list(steps)
-    check_order(steps)
-    target = options.target
-    find_runtime(target.runtime)
-    if not any(True for _ in model.parameters()):
-        raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
+    check_before(model, steps, options)
     temporary = None if options.workdir else tempfile.TemporaryDirectory(prefix="torchslim-")
     folder = Path(options.workdir or temporary.name)  # type: ignore[union-attr]
     recipe = options.recipe(steps)
@@ -74,33 +71,29 @@ def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunO
     if distributed.count() > 1 and options.workdir is None:
         raise RecipeError("several processes train one model: give a workdir that all of them can access")
     shared = Path(options.stages) if options.stages else None
-    with preserved_globals(options.seed), seeded_splits(task, options.seed):
-        copied, masks = copy_model(model)
-        first = take_first(task.val, "val")
-        ctx = _context(copied, masks, task, task.inputs(first), options)
-        bench = Bench(
-            task=task,
-            example_inputs=ctx.example_inputs,
-            target=target,
-            steps=steps,
-            examples=ctx.examples,
-            dynamic_shapes=ctx.dynamic_shapes,
-            parts=ctx.parts,
-        )
-        ctx = check_ctx = replace(ctx, workbench=bench)
-        for step in steps:
-            step.check(check_ctx)
-            check_ctx = replace(check_ctx, model=begun(step, check_ctx.model, options.seed))
-        with working_in(folder, recipe, options.overwrite, waiting=options.progress if shared else None):
-            runner = _Runner(ctx, bench, folder, origin(ctx, copied, first), steps, shared)
-            stages = [runner.baseline(copied, masks)]
-            for index, step in enumerate(steps, 1):
-                stages.append(runner.take(index, step, stages[-1]))
-            run: dict[str, Any] = {}
-            if distributed.is_first():
-                run = json.loads(json.dumps(runner.report(stages, recipe), allow_nan=False))
-                write_json(folder / "run.json", run)
-            run = distributed.told(run)
+    waiting = options.progress if shared else None
+    with (
+        ready(model, task, steps, options) as (ctx, bench, key),
+        working_in(folder, recipe, options.overwrite, waiting),
+    ):
+        rehearsed = Rehearsed()
+        if options.rehearse:
+            whole_key = run_key(key, options.target, steps, options.seed)
+            rehearsed = rehearsed_once(ctx, steps, _maker(bench, key), folder, whole_key)
+        progress = Progress(ctx.progress, steps, rehearsed.forecast)
+        ctx = replace(ctx, progress=progress)
+        runner = _Runner(ctx, bench, folder, key, steps, shared)
+        runner.known = rehearsed.baseline
+        assert ctx.model is not None
+        stages = [runner.baseline(ctx.model, ctx.masks)]
+        for index, step in enumerate(steps, 1):
+            stages.append(runner.take(index, step, stages[-1]))
+        run: dict[str, Any] = {}
+        if distributed.is_first():
+            report = runner.report(stages, recipe)
+            run = json.loads(json.dumps(report | progress.report(), allow_nan=False))
+            write_json(folder / "run.json", run)
+        run = distributed.told(run)
     last = stages[-1]
     return Result(
         model=last.model,
@@ -113,28 +106,44 @@ def run_steps(model: nn.Module, task: Task, steps: Sequence[Step], options: RunO
     )
 
 
-def _context(
-    copied: nn.Module, masks: Mapping[str, Tensor], task: Task, inputs: Inputs, options: RunOptions
-) -> Context:
-    """Make the context that all steps share."""
-    teacher = copied if options.teacher is None else options.teacher
-    automatic = options.dynamic_shapes == "auto" and options.example_inputs is None
-    paths = select_parts(copied, options.part)
-    return Context(
-        task=task,
-        model=copied,
-        teacher=copy_model(teacher)[0].eval(),
-        example_inputs=inputs if options.example_inputs is None else options.example_inputs,
-        masks=masks,
-        target=options.target,
-        engine=options.engine or Engine(),
-        seed=options.seed,
-        progress=options.progress,
-        examples=spanning_examples(task) if automatic else (),
-        dynamic_shapes=options.dynamic_shapes,
-        parts={} if paths == (WHOLE,) else part_examples(copied, task, paths, options.seed),
-        priors={} if options.sensitivity is None else options.sensitivity.priors(),
-    )
+def rehearse_steps(
+    model: nn.Module,
+    task: Task,
+    steps: Sequence[Step],
+    options: RunOptions,
+    folder: Path | None = None,
+) -> Rehearsed:
+    """Rehearse a run without running it: `run_steps` rehearses by itself.
+
+    Args:
+        model, task, steps, options: as for `run_steps`; of the options, the folders are not used.
+        folder: a folder that keeps the record, which several processes may share; a rehearsal that passed there
+            before is not repeated.
+
+    Raises:
+        TorchslimError: as `run_steps` would; names the step and the line of the user's code.
+    """
+    steps = list(steps)
+    check_before(model, steps, options)
+    distributed.connect()
+    with ready(model, task, steps, options) as (ctx, bench, key):
+        if folder is not None:
+            whole_key = run_key(key, options.target, steps, options.seed)
+            return rehearsed_once(ctx, steps, _maker(bench, key), folder, whole_key, older_s=SHARED_SECONDS)
+        with tempfile.TemporaryDirectory(prefix="torchslim-") as temporary:
+            return rehearse(ctx, steps, _maker(bench, key), Path(distributed.told(temporary)) / "rehearsal")
+
+
+def _maker(bench: Bench, key: str) -> Callable[[Context, Sequence[Step], Path], _Runner]:
+    """Return a function that begins a run for a rehearsal, on the bench of the run, but with few timed calls."""
+
+    def make(ctx: Context, steps: Sequence[Step], folder: Path) -> _Runner:
+        few = replace(bench, task=ctx.task, steps=steps)
+        runner = _Runner(replace(ctx, workbench=few), few, folder, digest(key, "rehearsal"), steps, None)
+        runner.rounds = 1
+        return runner
+
+    return make
 
 
 def _by_the_first(make: Callable[[], Stage], read: Callable[[], Stage | None]) -> Stage:
@@ -144,24 +153,6 @@ def _by_the_first(make: Callable[[], Stage], read: Callable[[], Stage | None]) -
     stage = stage or read()
     assert stage is not None, "the first process has kept the stage"
     return stage
-
-
-def begun(step: Step, model: nn.Module | None, seed: int) -> nn.Module | None:
-    """Return the model that a step's result is made from: the given model, or the step's own network."""
-    return step.initial_model(model, seed) if isinstance(step, MakesModel) and model is not None else model
-
-
-def origin(ctx: Context, model: nn.Module, batch: Any) -> str:
-    """Digest of a run's inputs: both models' weights, the first batches, engine, priors, and torchslim's version."""
-    train = first_batch(ctx.task) if ctx.task.train is not None else None
-    teacher = fingerprint(ctx.teacher.state_dict())
-    start = fingerprint(model.state_dict())
-    priors = [dict(ctx.priors)] if ctx.priors else []
-    sizes = [] if ctx.dynamic_shapes == "auto" else [repr(ctx.dynamic_shapes)]
-    sizes += [repr(ctx.paths)] if ctx.parts else []
-    return digest(
-        __version__, start, teacher, asdict(ctx.engine), fingerprint(batch), fingerprint(train), *priors, *sizes
-    )
 
 
 class _Runner:
@@ -176,6 +167,8 @@ class _Runner:
         self.machine = describe_machine(ctx.target.threads)
         self.examples = ctx.example_inputs, {path: own[0] for path, own in ctx.parts.items()}
         self.classes: dict[str, type] = {}  # classes of the model's outputs: files store only their names
+        self.rounds = ROUNDS
+        self.known: AnyDeployed | None = None  # the model before any step, as a rehearsal has deployed it
 
     def _place(self, name: str) -> Path:
         """Return a stage's folder: by its name in this run's folder, or by its key in a folder that runs share."""
@@ -273,7 +266,8 @@ class _Runner:
     ) -> Stage:
         """Deploy, measure and store a stage; redo with layers in float if the stored artifact gives other outputs."""
         self.ctx.progress(Event(step=name, phase="deploy"))
-        stage = self._kept(name, folder, outcome, module, seconds, index, self.bench.deploy(outcome.model))
+        known = None if index else self.known
+        stage = self._kept(name, folder, outcome, module, seconds, index, known or self.bench.deploy(outcome.model))
         if kept_right(stage.model, stage.deployed, folder):
             return stage
         deployed = self.bench.deploy(stage.model, saved=True)
@@ -356,7 +350,7 @@ class _Runner:
                 for path, piece in pieces(candidate).items()
                 if path
             }
-            rounds |= compare(candidates | parts, rounds=ROUNDS, seconds=SECONDS).rounds
+            rounds |= compare(candidates | parts, rounds=self.rounds, seconds=SECONDS).rounds
         timings = Timings(rounds)
         rows = [dict(stage.row) for stage in stages]
         rows.append(
@@ -389,6 +383,15 @@ class _Runner:
             "machines": {"this": self.machine},
             "rows": rows,
         }
+
+    def timing_seconds(self, run: Mapping[str, Any]) -> float:
+        """Seconds that the rounds of `report` take at the latencies of a run that was timed with fewer rounds."""
+        medians: dict[str, float] = {}
+        for row in run["rows"][:-1]:  # the last one is the artifact: the last stage again
+            for name, latency in row["latency_ms"].items():
+                kind = name.partition(",")[0]  # without the part
+                medians[kind] = medians.get(kind, 0.0) + max(latency["value"] / 1e3, ROUND_SECONDS)
+        return sum(min(ROUNDS * seconds, SECONDS) for seconds in medians.values())
 
     def _on(self, stage: Stage, runtime: str) -> AnyDeployed:
         """Return a stage deployed on `runtime`, "eager" if it is not the run's own."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -199,6 +199,20 @@ class Prune:
         sparsify_epochs = penalty.train.trainings() if penalty is not None and penalty.train is not None else []
         rounds = self.rounds if self.schedule == "iterative" else 1
         return [*sparsify_epochs, *([] if self.train is None else self.train.trainings() * rounds)]
+
+    def rehearsed(self, folder: Path) -> Self:
+        """Return the same pruning in one round, with trainings of one epoch.
+
+        Widths for a latency are chosen by MACs, unless a table has the times: timing hundreds of programs is no
+        rehearsal.
+        """
+        trainings = {
+            name: training.rehearsed(folder)
+            for name in ("train", "sparsify_train")
+            if (training := getattr(self, name)) is not None
+        }
+        of: Of | None = "macs" if self.of == "latency" and self.latency_table is None else self.of
+        return replace(self, rounds=1, of=of, **trainings)
 
     def check(self, ctx: Context) -> None:
         """Raise if no layer matches, the criterion does not exist, or it or the training lacks its data."""

@@ -89,6 +89,10 @@ class Evidence:
         return failures
 
 
+class Unverified(QuantizeError):
+    """The quantized model fails its checks, which depend on its weights: another training may mend that."""
+
+
 def verified(prepared: Prepared, checks: Checks) -> QuantizedModule:
     """Convert a prepared model, with as many layers in float as the checks require.
 
@@ -111,7 +115,7 @@ def verified(prepared: Prepared, checks: Checks) -> QuantizedModule:
     failures = look(frozenset())
     reasons = search(evidence.units, look, failures, evidence.names) if failures else {}
     if reasons is None:
-        raise QuantizeError(
+        raise Unverified(
             f"the quantized model cannot be verified: {failures[0].told(evidence.names)}, "
             "whichever layers stay in float; look at the calibration data, leave layers in float yourself, "
             "or pass checks with other thresholds"

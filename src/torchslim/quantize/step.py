@@ -7,7 +7,8 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
@@ -33,6 +34,8 @@ from torchslim.training.calibration import PartCalibration
 from torchslim.training.finetune import Training
 from torchslim.training.loop import Hook, Loop
 
+ANY_DROP = 1e9  # of the metric, in a rehearsal: the first choice of layers holds
+ANY_OUTPUTS = Checks(channel_db=-300.0, apart_db=300.0, apart_share=0.999)  # in a rehearsal, too
 LOUD_DB = 15.0  # signal over noise of the quantized output, below which the step warns
 
 
@@ -125,6 +128,21 @@ class Quantize:
     def trainings(self) -> list[int]:
         """Epochs of the training on the grid; empty with "ptq"."""
         return [self.training().epochs] if self.mode == "qat" else []
+
+    def rehearsed(self, folder: Path) -> Self:
+        """Return the same quantization with one epoch of training, and one choice of layers, which holds.
+
+        The outputs of an untrained model say little: they are compared, but nearly all differences pass. GPTQ replaces
+        AdaRound: it needs the same statistics, and a fraction of the time.
+        """
+        checks = self.checks
+        return replace(
+            self,
+            checks=replace(ANY_OUTPUTS, samples=checks.samples) if isinstance(checks, Checks) else checks,
+            metric_drop=None if self.metric_drop is None else ANY_DROP,
+            rounding="gptq" if self.rounding == "adaround" else self.rounding,
+            train=self.training().rehearsed(folder) if self.mode == "qat" else None,
+        )
 
     def calibrates(self) -> bool:
         """Whether a layer or an option for accuracy needs calibration data."""

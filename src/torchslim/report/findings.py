@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torchslim.report.numbers import (
+    duration,
     faster,
     is_measured,
     metric_text,
@@ -78,6 +79,21 @@ def provenance(run: Run) -> str:
     if split == run["selected_on"]:
         return f"{line}: there is no test split, so the figure is optimistic"
     return line
+
+
+def time_words(run: Run) -> str:
+    """The time that the run took and the forecast, in words; empty where nothing was forecast."""
+    forecast = run.get("forecast")
+    timed = [
+        (part["name"], part["took"], part["seconds"])
+        for part in (() if forecast is None else forecast["parts"])
+        if part["seconds"] is not None and "took" in part
+    ]
+    if not timed:
+        return ""
+    details = [f"{name} {duration(took)} ({duration(seconds)})" for name, took, seconds in timed]
+    total, foreseen = sum(took for _, took, _ in timed), sum(seconds for _, _, seconds in timed)
+    return f"time (forecast): {duration(total)} ({duration(foreseen)}): {', '.join(details)}"
 
 
 def batch_words(run: Run) -> str:

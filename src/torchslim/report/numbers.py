@@ -41,6 +41,15 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{decimals_for(value, digits)}f}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words: "0.3 s", "45 s", "12 min", "1.5 h"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def counted(value: float) -> str:
     """A count with three significant digits and an SI suffix.
 

@@ -26,6 +26,7 @@ from torchslim.report.findings import (
     provenance,
     reported_split,
     summary,
+    time_words,
     warnings,
 )
 from torchslim.report.html import fill, machine_facts
@@ -99,6 +100,7 @@ def _render(run: Run) -> str:
         path=[step.label for step in rows if step.row["kind"] == "step"] or ["baseline"],
         summary=summary(run),
         provenance=provenance(run),
+        time=time_words(run),
         batch=batch_words(run),
         tiles=[_metric_tile(run), _size_tile(run), _latency_tile(run), _nonzero_tile(run)],
         warnings=warnings(run),

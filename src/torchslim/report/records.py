@@ -194,6 +194,25 @@ class BudgetOf(TypedDict):
 
 
 @strict
+class PartOf(TypedDict):
+    """Expected seconds of a part of a run, all and those of its trainings, None where unknown; and those it took."""
+
+    name: Text
+    seconds: Number | None
+    training: Number | None
+    took: NotRequired[Number]
+
+
+@strict
+class ForecastOf(TypedDict):
+    """Expected time of each part of a run, and the peak of memory in its rehearsal."""
+
+    parts: list[PartOf]
+    memory_mib: Number
+    cuda_mib: NotRequired[Number]
+
+
+@strict
 class Run(TypedDict):
     """Content of `run.json`."""
 
@@ -209,6 +228,7 @@ class Run(TypedDict):
     machines: dict[Text, Machine]
     rows: Annotated[list[Row], MinLen(1)]
     budget: NotRequired[BudgetOf]
+    forecast: NotRequired[ForecastOf]
 
 
 @strict

@@ -15,6 +15,7 @@ from torchslim.report.findings import (
     metric_entry,
     provenance,
     reported_split,
+    time_words,
     times,
     warnings,
 )
@@ -75,6 +76,7 @@ def _table(run: Run) -> str:
     missing = gaps(run, _shown(run))
     lines += ["", *[f"not measured ({ABSENT}): {plain(gap)}" for gap in missing]]
     lines += [f"warning ({plain(', '.join(steps))}): {plain(text)}" for text, steps in warnings(run)]
+    lines += [plain(time_words(run))] if time_words(run) else []
     return "\n".join([*lines, provenance(run)])
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +18,9 @@ from torchslim.errors import TrainError
 from torchslim.training.loaders import first_batch
 from torchslim.training.loop import FitReport, Hook, LabelLoss, Objective, check_epochs, check_patience, fit
 from torchslim.training.optimizer import OptimizerSettings
+
+REHEARSED_LR = 1e-6
+"""Learning rate of a rehearsal: a few updates leave the weights as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +87,10 @@ class Training:
     def trainings(self) -> list[int]:
         """Return the number of epochs of each training: here, of the only one."""
         return [self.epochs]
+
+    def rehearsed(self, folder: Path) -> Self:
+        """Return the same training for one epoch, at a learning rate that changes nothing and cannot diverge."""
+        return replace(self, epochs=1, accumulate=1, lr=min(self.lr, REHEARSED_LR))  # a few batches are a few updates
 
     def check_training(self, ctx: Context) -> None:
         """Raise early for errors that training would meet: no data, no optimizer, patterns that match nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -89,10 +89,8 @@ def first_batch(task: Task) -> Batch:
 
 def length(batches: Iterable[Batch], world_size: int) -> int | None:
     """Number of batches that each process gets in an epoch; None for a loader without a length."""
-    try:
-        return max(len(batches) // world_size, 1)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # an iterable dataset
-        return None
+    count = batch_count(batches)
+    return None if count is None else max(count // world_size, 1)
 
 
 def shared(batches: Iterator[Batch], fabric: Any) -> Iterator[Batch]:
@@ -237,24 +235,28 @@ def part_of(batches: Any, share: float) -> Any:
 
     The part of a DataLoader is a DataLoader over the same data set.
     """
-    try:
-        count = len(batches)
-    except (TypeError, NotImplementedError):
+    count = batch_count(batches)
+    if count is None or share >= 1 or count <= 1:
         return batches
-    if share >= 1 or count <= 1:
-        return batches
+    # the items at which the running share, rounded down, grows by one
+    places = {i for i in range(count) if int((i + 1) * share) > int(i * share)} or {0}
+    return _batches_at(batches, places)
+
+
+def _batches_at(batches: Any, places: Set[int]) -> Any:
+    """Return the batches at these places of each pass; of a DataLoader, a DataLoader over the same data set."""
     if type(batches) is DataLoader and batches.batch_sampler is not None:
         options = {name: getattr(batches, name) for name in LOADER_OPTIONS if name != "batch_sampler"}
-        sampler = _Part(batches.batch_sampler, share, count)
+        sampler = _Part(batches.batch_sampler, places)
         return DataLoader(batches.dataset, collate_fn=batches.collate_fn, batch_sampler=sampler, **options)
-    return _Part(batches, share, count)
+    return _Part(batches, places)
 
 
 class _Part:
-    """The items at which the running share, rounded down, grows by one."""
+    """The items at some places of each pass."""
 
-    def __init__(self, batches: Any, share: float, count: int) -> None:
-        self.dataset, self.kept = batches, {i for i in range(count) if int((i + 1) * share) > int(i * share)} or {0}
+    def __init__(self, batches: Any, places: Set[int]) -> None:
+        self.dataset, self.kept = batches, places
         self.sampler = getattr(batches, "sampler", None)
 
     def __len__(self) -> int:
@@ -262,3 +264,40 @@ class _Part:
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for place, batch in enumerate(self.dataset) if place in self.kept)
+
+
+def few_of(batches: Any, count: int) -> Any:
+    """Return `count` batches of each pass: the first ones and the last one, which is often smaller.
+
+    Only the first ones where the last one cannot be drawn without those before it.
+    """
+    total = batch_count(batches)
+    if total is not None and total <= count:
+        return batches
+    sampled = type(batches) is DataLoader and not isinstance(batches.dataset, IterableDataset)
+    if total is not None and (isinstance(batches, Sequence) or (sampled and batches.batch_sampler is not None)):
+        return _batches_at(batches, {*range(count - 1), total - 1})
+    return _Leading(batches, count, total)
+
+
+def batch_count(batches: Any) -> int | None:
+    """Number of batches of a pass; None for a loader without a length."""
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):  # an iterable dataset
+        return None
+
+
+class _Leading:
+    """The first items of each pass."""
+
+    def __init__(self, batches: Any, count: int, total: int | None) -> None:
+        self.dataset, self.count, self.total = batches, count, total  # `seeded` finds generators by this name
+
+    def __len__(self) -> int:
+        if self.total is None:
+            raise TypeError("the batches have no length")
+        return min(self.count, self.total)
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.dataset), self.count)

@@ -48,6 +48,7 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
         example_inputs=options.example_inputs,
         dynamic_shapes=options.dynamic_shapes,
         part=options.part,
+        rehearse=options.rehearse,
         progress=options.progress,
     )
     best = outcome.best
@@ -58,6 +59,7 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
         recipe = space.recipe(best.values)
         rerun_options = replace(
             options,
+            rehearse=False,
             target=Target(runtime=recipe.target.runtime, threads=target.threads),
             workdir=folder / "runs" / f"{best.trial:03d}",
             stages=folder / "stages",

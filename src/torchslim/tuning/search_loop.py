@@ -18,16 +18,18 @@ from torchslim.core.arguments import checks_arguments
 from torchslim.core.batches import take_first
 from torchslim.core.files import digest, write_bytes, write_json
 from torchslim.core.fingerprint import fingerprint
+from torchslim.core.isolation import warn
 from torchslim.core.layer_patterns import as_list
 from torchslim.core.parts import select_parts
 from torchslim.core.step import Event, Inputs, Target, ignore_progress, log_progress
 from torchslim.core.task import Task
 from torchslim.core.toml_writer import dumps
 from torchslim.core.usable import usable
-from torchslim.errors import RecipeError, TorchslimError
+from torchslim.errors import PruneError, RecipeError, TorchslimError
 from torchslim.pipeline.options import RunOptions
+from torchslim.pipeline.recipe import Recipe
 from torchslim.pipeline.result import Result
-from torchslim.pipeline.runner import run_steps
+from torchslim.pipeline.runner import rehearse_steps, run_steps
 from torchslim.report import render_search
 from torchslim.training.calibration import part_examples, spanning_examples
 from torchslim.tuning.pareto import WHOLE, hopeless, near, next_finalist
@@ -60,6 +62,7 @@ def search(
     dynamic_shapes: Any = "auto",
     part: str | Sequence[str] | None = None,
     beat: float = 5.0,
+    rehearse: bool = True,
     progress: Callable[[Event], None] = log_progress,
 ) -> SearchResult:
     """Find the best recipes under a budget: a Pareto front of artifacts, each with its recipe.
@@ -81,6 +84,7 @@ def search(
         sampler: "gp" (Gaussian processes) needs few trials; "tpe" (densities) suits many trials or objectives, and
             replaces "gp" there; "random" does not learn.
         beat: seconds between signs of life of a worker.
+        rehearse: begin with all steps of one recipe at least effort, as for `compress`; trials are not rehearsed.
         progress: called with an `Event` at every phase.
 
     Raises:
@@ -102,7 +106,40 @@ def search(
     paths = select_parts(model, part)
     parts = {} if part is None else part_examples(model, task, paths, space.document.get("seed", 0))
     lab = replace(_make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress), parts=parts)
+    if rehearse and space.document.get("rehearse", True):
+        _rehearse(space, lab)
     return _Search(space, lab, folder, ledgers).run()
+
+
+def _rehearse(space: Space, lab: Lab) -> None:
+    """Rehearse a recipe that skips no step, once in a folder."""
+    try:
+        recipe = space.recipe(space.whole(0.5))
+    except RecipeError:  # the middles of the ranges do not fit together
+        recipe = space.recipe(space.first)
+    try:
+        rehearse_steps(lab.model, lab.task, recipe.steps, _run_options(recipe, lab), lab.folder.parent)
+    except PruneError as error:  # of this amount; others may be possible, and the trials find out
+        warn(str(error))
+
+
+def _run_options(recipe: Recipe, lab: Lab, workdir: Path | None = None, stages: Path | None = None) -> RunOptions:
+    """Options of a run of one recipe in full, in the folders of the search."""
+    return RunOptions(
+        target=recipe.target,
+        example_inputs=lab.example_inputs,
+        dynamic_shapes=lab.dynamic_shapes,
+        part=tuple(lab.parts) or None,
+        teacher=lab.teacher,
+        engine=recipe.engine,
+        sensitivity=recipe.known_sensitivity(),
+        seed=lab.seed,
+        names={"model": recipe.model, "task": recipe.task},
+        progress=lab.progress,
+        rehearse=False,
+        workdir=workdir,
+        stages=stages,
+    )
 
 
 def _key(
@@ -345,20 +382,8 @@ class _Search:
         recipe, lab = self.space.recipe(values), self.lab
         folder = self.folder / "front" / f"{number:03d}"
         try:
-            options = RunOptions(
-                target=recipe.target,
-                example_inputs=lab.example_inputs,
-                dynamic_shapes=lab.dynamic_shapes,
-                part=tuple(lab.parts) or None,
-                teacher=lab.teacher,
-                engine=recipe.engine,
-                sensitivity=recipe.known_sensitivity(),
-                seed=lab.seed,
-                workdir=self.folder / "runs" / f"{number:03d}",
-                stages=self.folder / "stages",
-                names={"model": recipe.model, "task": recipe.task},
-                progress=lab.progress,
-            )
+            place = self.folder / "runs" / f"{number:03d}"
+            options = _run_options(recipe, lab, workdir=place, stages=self.folder / "stages")
             result = run_steps(lab.model, lab.task, recipe.steps, options)
         except TorchslimError as error:
             return {"state": "failed", "trial": number, "reason": str(error), "within": False}

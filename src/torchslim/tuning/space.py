@@ -28,6 +28,7 @@ FIXED = (
     "seed",
     "sensitivity",
     "dynamic_shapes",
+    "rehearse",
     "engine",
     "step",
 )  # the same in every trial

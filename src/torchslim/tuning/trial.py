@@ -23,8 +23,8 @@ from torchslim.core.step import Context, Event, Form, Inputs, Outcome, Step, Tar
 from torchslim.core.task import Task
 from torchslim.distill import Distill
 from torchslim.errors import TorchslimError
+from torchslim.pipeline.beginning import begun, origin
 from torchslim.pipeline.recipe import Recipe
-from torchslim.pipeline.runner import begun, origin
 from torchslim.pipeline.stages import alone, keep, kept, stage_key, taken_again
 from torchslim.pipeline.target_bench import Bench
 from torchslim.prune import Prune

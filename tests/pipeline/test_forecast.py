@@ -1,0 +1,146 @@
+"""The forecast is exact where costs are constant, and the time left follows the pace of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import torchslim as ts
+from tests.support.run_records import make_run
+from torchslim.cli.console import forecast_table
+from torchslim.pipeline.forecast import Counts, Forecast, Part, Progress, Timed, TimeLeft, expected
+from torchslim.report import load_run, table
+from torchslim.report.findings import time_words
+
+SECONDS = st.floats(1e-3, 100.0)
+NUMBERS = st.integers(1, 50)
+
+
+@given(SECONDS, SECONDS, SECONDS, NUMBERS, NUMBERS, NUMBERS, st.integers(1, 20))
+def test_constant_costs_give_the_exact_time(
+    fixed: float, update: float, batch: float, train: int, val: int, test: int, epochs: int
+) -> None:
+    """A rehearsal of three updates, an evaluation of the epoch, and two that measure the stage, of two batches each."""
+    warmup = 7 * update
+    timed = Timed(seconds=fixed + 3 * update + 3 * 2 * batch, evaluations=[(2 * batch, 2)] * 3)
+    for number in range(3):
+        timed.see(ts.Event(step="s", phase="train", values={"epoch": 1}), warmup + number * update)
+    part = expected("s", timed, Counts(train=train, val=val, test=test), [epochs], [1])
+    training = epochs * (train * update + val * batch)
+    assert part.training == pytest.approx(training)
+    assert part.seconds == pytest.approx(fixed + training + (val + test) * batch, rel=1e-6, abs=1e-6)
+
+
+@given(SECONDS, SECONDS)
+def test_evaluations_that_were_repeated_on_more_batches_are_not_counted(batch: float, retries: float) -> None:
+    timed = Timed(seconds=retries + 2 * batch, evaluations=[(2 * batch, 2)], retries=retries)
+    part = expected("s", timed, Counts(train=0, val=10, test=0), [], [])
+    assert part.seconds == pytest.approx(10 * batch, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("unknown", ["train", "val", "test"])
+def test_a_loader_without_a_length_makes_the_time_unknown(unknown: str) -> None:
+    counts = Counts(**{"train": 1, "val": 1, "test": 1, unknown: None})
+    assert expected("s", Timed(), counts, [1], [1]).seconds is None
+    assert "cannot be foreseen" in forecast_table(Forecast(parts=(Part(name="s", seconds=None),), memory_mib=1).event())
+
+
+STEPS = [ts.Prune(sparsity=0.5), ts.Finetune(epochs=2), ts.Prune(sparsity=0.6), ts.Quantize("int8")]
+FORECAST = Forecast(
+    parts=(
+        Part(name="baseline", seconds=10),
+        Part(name="prune", seconds=20),
+        Part(name="finetune", seconds=100, training=80),
+        Part(name="prune", seconds=20),
+        Part(name="quantize", seconds=30),
+        Part(name="artifact", seconds=20),
+    ),
+    memory_mib=100,
+)
+
+
+def events() -> Iterator[tuple[float, ts.Event]]:
+    """The events of a run as foreseen, and the seconds that are over."""
+    yield 0, ts.Event(step="baseline", phase="deploy")
+    yield 10, ts.Event(step="prune", phase="start")
+    yield 30, ts.Event(step="finetune", phase="start")
+    for current in range(1, 11):
+        yield (
+            30 + 8 * current,
+            ts.Event(step="finetune", phase="train", current=current, total=10, values={"epoch": 1 + current // 6}),
+        )
+    yield 130, ts.Event(step="prune", phase="start")
+    yield 150, ts.Event(step="quantize", phase="start")
+    yield 180, ts.Event(step="artifact", phase="evaluate")
+
+
+@pytest.mark.parametrize("slower", [1.0, 2.0])
+def test_the_time_left_is_that_of_the_forecast_and_then_follows_the_pace(
+    slower: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("torchslim.pipeline.forecast.time.monotonic", lambda: now[0])
+    left, total = TimeLeft(STEPS, FORECAST), FORECAST.seconds or 0.0
+    errors = []
+    for moment, event in events():
+        now[0] = slower * moment
+        seconds = left.after(event)
+        assert seconds is not None
+        errors.append(abs(seconds - slower * (total - moment)) / total)
+    assert errors[0] == pytest.approx(slower - 1)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.02
+
+
+def test_steps_that_an_earlier_run_has_finished_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("torchslim.pipeline.forecast.time.monotonic", lambda: now[0])
+    left = TimeLeft(STEPS, FORECAST)
+    for step in ("prune", "finetune"):
+        left.after(ts.Event(step=step, phase="resumed"))
+    assert left.after(ts.Event(step="prune", phase="start")) == pytest.approx(20 + 30 + 20)
+
+
+def test_events_of_a_run_say_the_seconds_left_and_others_are_unchanged() -> None:
+    seen: list[ts.Event] = []
+    show = Progress(seen.append, STEPS, FORECAST)
+    stranger = ts.Event(step="folder", phase="another process waits")
+    for event in (ts.Event(step="baseline", phase="deploy"), stranger):
+        show(event)
+    assert seen[0].values["seconds_left"] == pytest.approx(200, abs=1)
+    assert seen[1] is stranger
+
+
+def test_a_forecast_is_read_as_it_was_stored_and_shown_with_every_part() -> None:
+    assert Forecast.of(FORECAST.to_dict()) == FORECAST
+    shown = forecast_table(FORECAST.event())
+    for text in ("baseline", "1 prune", "2 finetune", "3 prune", "4 quantize", "artifact", "total", "100 MiB"):
+        assert text in shown
+
+
+def test_the_report_compares_the_forecast_with_the_time_that_each_part_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("torchslim.pipeline.forecast.time.monotonic", lambda: now[0])
+    progress = Progress(lambda event: None, STEPS, FORECAST)
+    for moment, event in events():
+        now[0] = moment
+        progress(replace(event, phase="resumed") if event.step == "quantize" else event)
+    now[0] = 200
+    parts = progress.report()["forecast"]["parts"]
+    assert [part.get("took") for part in parts] == [10, 20, 100, 20, None, 20]
+    assert Progress(print, STEPS, None).report() == {}
+    (tmp_path / "run.json").write_text(json.dumps({**make_run(), **progress.report()}))
+    run = load_run(tmp_path / "run.json")
+    for text in ("3 min (3 min): ", "baseline 10 s (10 s)", "finetune 2 min (2 min)"):
+        assert text in time_words(run)
+    assert "quantize" not in time_words(run), "it was finished before"
+    assert time_words(run) in table(run)
+    assert time_words(make_run()) == ""
