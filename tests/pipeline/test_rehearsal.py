@@ -291,6 +291,7 @@ def test_a_rehearsal_warns_of_nothing() -> None:
 
 EFFORTS: dict[str, tuple[Any, int]] = {
     "finetune": (TRAIN, 1),
+    "accumulate": (ts.Finetune(epochs=4, accumulate=8), 1),
     "distill": (ts.Distill(epochs=5), 1),
     "iterative": (ts.Prune(sparsity=0.5, schedule="iterative", rounds=3, train=TRAIN), 1),
     "gradual": (ts.Prune(sparsity=0.5, schedule="gradual", train=TRAIN), 1),
@@ -421,6 +422,26 @@ def test_a_search_fails_before_its_first_trial(tmp_path: Path) -> None:
     with pytest.raises(TorchslimError, match=r"step 1 \('finetune'\)"):
         ts.search(tiny.model(), replace(tiny.task(), loss=bad_loss), recipe, workdir=tmp_path, progress=heard)
     assert set(heard.steps) == {"rehearsal"}
+
+
+class Chatty(nn.Module):
+    """A model that cannot be captured as a whole, with a part that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny.model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum().item() > 1e9:
+            print("large")
+        return self.body(x)
+
+
+def test_parts_of_a_model_are_rehearsed_and_deployed_once(tmp_path: Path) -> None:
+    steps = [ts.Prune(sparsity=0.5), ts.Quantize("int8")]
+    result = ts.compress(Chatty(), tiny.task(), steps, part="body", runtime="eager", workdir=tmp_path)
+    assert len(result.run["forecast"]["parts"]) == 4
+    assert [path.name for path in tmp_path.iterdir() if "rehearsal" in path.name] == [RECORD_FILE]
 
 
 def work(rank: int, folder: Path) -> None:

@@ -189,6 +189,8 @@ class TimeLeft:
         else:
             self.weights = self.training = [float(sum(epochs)) for epochs in self.epochs]
         self.place, self.phase, self.begun_trainings, self.inside = 0, "", -1, 0.0
+        self.pace = 1.0  # seconds of the run by second of the forecast
+        self.part_begun: tuple[float, float] | None = None  # time of the part's first event, and the pace by then
         self.resumed = 0.0  # weight of parts that an earlier run has finished, and of epochs that were left out
         self.begun: tuple[float, float] | None = None  # time of the first event, and the weight that was done by then
 
@@ -196,14 +198,17 @@ class TimeLeft:
         """Return the seconds left after an event; None where nothing has run yet to estimate from."""
         if not self._follow(event):
             return None
-        done = sum(self.weights[: self.place]) + self._inside(event)
         now, total = time.monotonic(), sum(self.weights)
+        done = sum(self.weights[: self.place]) + self._inside(event)
+        if self.known:
+            done += self._without_events(now)
         self.begun = self.begun or (now, done)
         started, before = self.begun
         elapsed, advanced = now - started, done - before - self.resumed
         if self.known:
             trust = TRUST * total
-            return (total - done) * (elapsed + trust) / (max(advanced, 0.0) + trust) if trust else 0.0
+            self.pace = (elapsed + trust) / (max(advanced, 0.0) + trust) if trust else 1.0
+            return (total - done) * self.pace
         return (total - done) * elapsed / advanced if advanced > 0 else None
 
     def _follow(self, event: Event) -> bool:
@@ -216,7 +221,14 @@ class TimeLeft:
             if event.phase == "resumed":
                 self.resumed += self.weights[place]
             self.place, self.phase, self.begun_trainings, self.inside = place, "", -1, 0.0
+            self.part_begun = None
         return self.known or (bool(event.total) and "epoch" in event.values)
+
+    def _without_events(self, now: float) -> float:
+        """Weight that is done of the work without events of its own, such as deployment, at the pace so far."""
+        began, pace = self.part_begun = self.part_begun or (now, self.pace)
+        fixed = self.weights[self.place] - self.training[self.place]
+        return min(max((now - began) / pace - self.inside, 0.0), fixed, self.weights[self.place] - self.inside)
 
     def _inside(self, event: Event) -> float:
         """Weight of what is done of the current part."""
