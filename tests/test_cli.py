@@ -13,6 +13,7 @@ import pytest
 
 import torchslim as ts
 from tests.support import rehearsals, toy
+from tests.support.varying import VARYING
 from torchslim.core.reason import Reason
 from torchslim.pipeline.forecast import TimeLeft
 from torchslim.pipeline.recipe import STEPS
@@ -100,6 +101,17 @@ def test_bench_compares_saved_artifacts(call: Any, artifact: Path, tmp_path: Pat
     assert rows[1]["latency_ms"]["rounds"] == 5
     assert str(copy) in call("bench", artifact, copy, "--rounds", 5, "--batch", 3).out
     assert call("bench", tmp_path).code == 2
+
+
+def test_bench_times_the_median_and_the_largest_size(call: Any, artifact: Path, tmp_path: Path) -> None:
+    case = VARYING["audio"]
+    ts.save(ts.deploy(case.model(), case.examples(), runtime="eager", threads=1), tmp_path / "varying")
+    (row,) = json.loads(call("bench", tmp_path / "varying", "--rounds", 3, "--json").out)
+    assert row["largest"]["latency_ms"]["rounds"] == row["latency_ms"]["rounds"] == 3
+    shown = call("bench", tmp_path / "varying", "--rounds", 3).out
+    assert "median size" in shown
+    assert "largest size" in shown
+    assert "size" not in call("bench", artifact, "--rounds", 3).out
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ class _Given:
     @classmethod
     def of(cls, evidence: Evidence, model: QuantizedModule, deployed: Deployed) -> _Given:
         """The evidence's runs if they fit a deployed model, else slices that fit, else its example."""
-        if all(_fits(deployed, run) for run in evidence.runs):
+        if all(map(deployed.spec.fits, evidence.runs)):
             return cls(
                 evidence=evidence,
                 runs=evidence.runs,
@@ -222,7 +222,7 @@ def _sliced(evidence: Evidence, deployed: Deployed) -> _Given | None:
         return [part(list(several[run]), axes, start, count) for run, start in starts]
 
     chosen = cut(runs, input_axes)
-    if not all(_fits(deployed, run) for run in chosen):
+    if not all(map(deployed.spec.fits, chosen)):
         return None
     return _Given(
         evidence=evidence,
@@ -231,13 +231,6 @@ def _sliced(evidence: Evidence, deployed: Deployed) -> _Given | None:
         trained=cut(evidence.trained, output_axes),
         graph=cut(evidence.graph, output_axes),
     )
-
-
-def _fits(deployed: Deployed, run: Run) -> bool:
-    """Whether a deployed model takes these flat inputs."""
-    spec = deployed.spec
-    dtypes_fit = all(str(leaf.dtype) == f"torch.{dtype}" for leaf, dtype in zip(run, spec.dtypes, strict=True))
-    return dtypes_fit and spec.input_sizes.misfit([leaf.shape for leaf in run]) is None
 
 
 def _repaired(

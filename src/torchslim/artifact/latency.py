@@ -90,6 +90,7 @@ def compare(
     batch: int | None = None,
     rounds: int = 50,
     seconds: float = 60.0,
+    inputs: Sequence[Tensor] | None = None,
 ) -> Timings:
     """Interleaved latency of deployed models on their example inputs, resized to `batch` samples.
 
@@ -97,27 +98,68 @@ def compare(
         deployed: models by name; each runs on its own example, so compare models of the same task.
         batch: samples a call; None takes one where the batch is free, and the example's size where it is fixed.
         rounds, seconds: as for `interleave`.
+        inputs: flat inputs for all models, in place of their own examples.
     """
-    return interleave({name: _caller(model, batch) for name, model in deployed.items()}, rounds=rounds, seconds=seconds)
+    callers = {name: _caller(model, batch, inputs) for name, model in deployed.items()}
+    return interleave(callers, rounds=rounds, seconds=seconds)
 
 
-def _caller(deployed: AnyDeployed, batch: int | None) -> Callable[[], Any]:
+def compare_largest(
+    deployed: Mapping[str, AnyDeployed], *, batch: int | None = None, rounds: int = 50, seconds: float = 60.0
+) -> Timings | None:
+    """As `compare`, on the largest example of every model; None if sizes vary in none of them."""
+    if all(_largest(model) is None for model in deployed.values()):
+        return None
+    callers = {name: _caller(model, batch, _largest(model)) for name, model in deployed.items()}
+    return interleave(callers, rounds=rounds, seconds=seconds)
+
+
+def shared_examples(models: Sequence[AnyDeployed]) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """The median-size and the largest example that all models take; None for an example that they do not share.
+
+    The second is None also where the two have the same sizes. A stage of a run may have fixed sizes where the others
+    have free ones: then all are timed at its sizes.
+    """
+    whole = [model for model in models if isinstance(model, Deployed)]
+    if len(whole) < len(models):
+        return None, None  # a model with deployed parts is called on its own example
+    examples: list[list[Tensor] | None] = []
+    for candidates in ([model.example for model in whole], [model.largest for model in whole]):
+        fitting = (leaves for leaves in candidates if leaves and all(model.spec.fits(leaves) for model in whole))
+        examples.append(next(fitting, None))
+    median, largest = examples
+    if (
+        median is not None
+        and largest is not None
+        and [leaf.shape for leaf in median] == [leaf.shape for leaf in largest]
+    ):
+        largest = None
+    return median, largest
+
+
+def _largest(model: AnyDeployed) -> list[Tensor] | None:
+    """The largest example of a model whose sizes vary."""
+    return model.largest if isinstance(model, Deployed) else None
+
+
+def _caller(deployed: AnyDeployed, batch: int | None, inputs: Sequence[Tensor] | None = None) -> Callable[[], Any]:
     if isinstance(deployed, DeployedParts):  # a whole model is called as its task calls it
         return deployed.caller()
-    leaves = resized(deployed, batch)
+    leaves = resized(deployed, batch, inputs)
     return lambda: deployed.run(leaves)
 
 
-def resized(deployed: Deployed, batch: int | None = None) -> list[Tensor]:
-    """The example inputs with `batch` samples (1 by default) along every free batch dimension."""
+def resized(deployed: Deployed, batch: int | None = None, inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The example inputs, or `inputs`, with `batch` samples (1 by default) along every free batch dimension."""
+    example = deployed.example if inputs is None else inputs
     if batch is not None and batch < 1:
         raise TorchslimError(f"batch must be at least 1, got {batch}; leave it out for one sample a call")
     axis = deployed.spec.batch_axis
     if axis is None:
-        return list(deployed.example)
+        return list(example)
     count = batch or 1
     leaves = []
-    for leaf, sizes in zip(deployed.example, deployed.spec.sizes, strict=True):
+    for leaf, sizes in zip(example, deployed.spec.sizes, strict=True):
         if len(sizes) > axis and sizes[axis] is None:
             leaf = leaf.index_select(axis, torch.arange(count) % leaf.shape[axis]).contiguous()
         leaves.append(leaf)

@@ -171,7 +171,7 @@ def load_opened(
             stacklevel=3,
         )
     threads = threads or manifest["threads"]
-    example = opened.example()
+    example, largest = opened.examples()
     payload: bytes | None = None
     with quiet():
         try:
@@ -187,7 +187,13 @@ def load_opened(
                 f"{folder} cannot be loaded on runtime {chosen.name!r}: {type(error).__name__}: {str(error)[:300]}; "
                 "save the model again"
             ) from error
-    program = Program(spec=spec, example=example, pack=lambda: opened.read(PROGRAM), quantized=manifest["quantized"])
+    program = Program(
+        spec=spec,
+        example=example,
+        largest=largest,
+        pack=lambda: opened.read(PROGRAM),
+        quantized=manifest["quantized"],
+    )
     return Deployed(session, program, chosen, threads=threads, payload=payload)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torchslim.errors import ArtifactError
 
 WEIGHTS, MASKS = "weights.safetensors", "masks.safetensors"
 SURGERY = "surgery.json"
+LARGEST = "largest_"  # begins the names of the largest example in example.npz
 MANIFEST_BYTES = LIMITS.size_bytes
 FILE_BYTES = 2**42
 
@@ -83,13 +85,18 @@ class Opened:
             record = SURGERY_SCHEMA.parse(self.read(SURGERY), str(self.folder / SURGERY))
         return restore(module, self.read(WEIGHTS), self.manifest, record)
 
-    def example(self) -> list[Tensor]:
-        """The example inputs, with the types and sizes of the spec."""
-        what, spec = f"{self.folder}/example.npz", self.manifest["spec"]
+    def examples(self) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The example inputs, and the largest ones where sizes vary, with the types and sizes of the spec."""
+        what = f"{self.folder}/example.npz"
         arrays = read_arrays(self.read("example.npz"), what)
-        tensors = []
+        varies = any(name.startswith(LARGEST) for name in arrays)
+        return self._example(arrays, what, ""), self._example(arrays, what, LARGEST) if varies else None
+
+    def _example(self, arrays: Mapping[str, Any], what: str, prefix: str) -> list[Tensor]:
+        """The inputs whose names in `arrays` begin with `prefix`."""
+        spec, tensors = self.manifest["spec"], []
         for index, (dtype, sizes) in enumerate(zip(spec["dtypes"], spec["sizes"], strict=True)):
-            array = arrays.get(f"in{index:03d}")
+            array = arrays.get(f"{prefix}in{index:03d}")
             if (
                 array is None
                 or len(array.shape) != len(sizes)

@@ -33,7 +33,7 @@ warm = ts.deploy(__import__("torch").nn.Linear(1, 1), (__import__("torch").ones(
 warm.run(list(warm.example))  # the runtime's own code and arenas are there before
 before = peak()
 deployed = ts.load(folder, threads=threads, trusted=True)
-leaves = resized(deployed)
+leaves = resized(deployed, inputs=deployed.largest)
 for _ in range(runs):
     deployed.run(leaves)
 print(json.dumps(peak() - before))
@@ -43,7 +43,7 @@ print(json.dumps(peak() - before))
 def peak_memory(deployed: Deployed) -> int:
     """Bytes by which loading a deployed model and running it, a sample a call, raises the peak of a fresh process.
 
-    The runtime itself is loaded before, with a model of one weight.
+    Where sizes vary, it runs on the largest example. The runtime itself is loaded before, with a model of one weight.
 
     Raises:
         DeployError: the process failed; names its last message.

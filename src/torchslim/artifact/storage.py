@@ -4,7 +4,7 @@ artifact.json         format version, runtime, how the model is called, SHA-256 
 model.onnx, .xml ...  the runtime's file or files, and the exported program, model.pt2
 weights.safetensors   the module's state, for `load_module`; masks.safetensors: packed bits
 surgery.json          which channels were removed from the module that the factory makes
-example.npz           example inputs and the outputs they gave
+example.npz           example inputs and the outputs they gave; of the median and of the largest size where sizes vary
 bench.py              times the model where torchslim is not installed
 parts/PART/           of a model with deployed parts: the artifact of each part
 """
@@ -25,7 +25,7 @@ from torchslim.artifact.deployment import alike, new_notes, verified
 from torchslim.artifact.latency import Timings
 from torchslim.artifact.loading import PROGRAM, load_opened, opened_for_loading
 from torchslim.artifact.manifest import FORMAT, PARTS, VERSION, checked_manifest, manifest_digest, part_folders
-from torchslim.artifact.opened import MASKS, SURGERY, WEIGHTS
+from torchslim.artifact.opened import LARGEST, MASKS, SURGERY, WEIGHTS
 from torchslim.artifact.signing import Key, sign
 from torchslim.artifact.state import pack_masks, pack_state, pack_surgery
 from torchslim.artifact.writing import MANIFEST, replace_files
@@ -186,37 +186,34 @@ def _contents(
     return files, manifest
 
 
-def render_timings(timings: Timings, first: str) -> list[dict[str, Any]]:
-    """Rows for `torchslim bench`: latency and speed-up over the first artifact."""
+def render_timings(timings: Timings, first: str, largest: Timings | None = None) -> list[dict[str, Any]]:
+    """Rows for `torchslim bench`: latency and speed-up over the first artifact, also at the largest size if timed."""
     rows = []
     for name in timings.rounds:
-        latency, ratio = timings.latency(name), timings.speedup(name, first)
-        rows.append(
-            {
-                "artifact": name,
-                "latency_ms": {
-                    "median": latency.value,
-                    "p10": latency.p10,
-                    "p90": latency.p90,
-                    "rounds": latency.rounds,
-                },
-                "speedup": {
-                    "median": ratio.value,
-                    "p10": ratio.p10,
-                    "p90": ratio.p90,
-                    "verdict": ratio.verdict,
-                },
-            }
-        )
+        row = {"artifact": name, **_timed(timings, name, first)}
+        if largest is not None:
+            row["largest"] = _timed(largest, name, first)
+        rows.append(row)
     return rows
+
+
+def _timed(timings: Timings, name: str, first: str) -> dict[str, Any]:
+    latency, ratio = timings.latency(name), timings.speedup(name, first)
+    return {
+        "latency_ms": {"median": latency.value, "p10": latency.p10, "p90": latency.p90, "rounds": latency.rounds},
+        "speedup": {"median": ratio.value, "p10": ratio.p10, "p90": ratio.p90, "verdict": ratio.verdict},
+    }
 
 
 def _deployed_files(deployed: Deployed) -> dict[str, bytes]:
     files = {PROGRAM: deployed.program.pack()}
     files |= {f"model{suffix}": data for suffix, data in deployed.files.items()}
-    arrays = {f"in{index:03d}": as_array(leaf) for index, leaf in enumerate(deployed.example)}
-    outputs = deployed.run(deployed.example)
-    arrays |= {f"out{index:03d}": as_array(leaf) for index, leaf in enumerate(outputs)}
+    arrays: dict[str, Any] = {}
+    for prefix, example in (("", deployed.example), (LARGEST, deployed.largest)):
+        if example is not None:
+            arrays |= {f"{prefix}in{index:03d}": as_array(leaf) for index, leaf in enumerate(example)}
+            outputs = deployed.run(list(example))
+            arrays |= {f"{prefix}out{index:03d}": as_array(leaf) for index, leaf in enumerate(outputs)}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return files | {"example.npz": buffer.getvalue(), "bench.py": bench_script([files[PROGRAM]])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,24 +51,35 @@ def bench(
     public_key: Path | None,
     as_json: bool,
 ) -> None:
-    """Time saved artifacts side by side, interleaved; ratios are over the first."""
-    from torchslim.artifact.latency import compare
+    """Time saved artifacts side by side, interleaved; ratios are over the first.
+
+    Where sizes vary, the median-size example and the largest one are timed.
+    """
+    from torchslim.artifact.latency import compare, compare_largest
     from torchslim.artifact.loading import load
     from torchslim.artifact.storage import render_timings
 
     loaded = {str(path): load(path, threads=threads, trusted=trusted, public_key=public_key) for path in artifacts}
-    rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]))
+    largest = compare_largest(loaded, batch=batch, rounds=rounds)
+    rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]), largest)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    width = max(len(row["artifact"]) for row in rows)
-    click.echo(f"{'artifact':<{width}}  {'latency ms [p10-p90]':>26}  {'speed-up [p10-p90]':>24}")
-    for row in rows:
-        row["artifact"] = printable(row["artifact"])
-        latency_ms, ratio = row["latency_ms"], row["speedup"]
-        latency = f"{latency_ms['median']:.3f} [{latency_ms['p10']:.3f}-{latency_ms['p90']:.3f}]"
-        speedup = f"{ratio['median']:.2f}x [{ratio['p10']:.2f}-{ratio['p90']:.2f}]"
-        click.echo(f"{row['artifact']:<{width}}  {latency:>26}  {speedup:>24}  {ratio['verdict']}")
+    width = max(len(printable(row["artifact"])) for row in rows)
+    for size in ("median", "largest") if largest is not None else ("",):
+        if size:
+            click.echo(f"inputs of the {size} size:")
+        click.echo(f"{'artifact':<{width}}  {'latency ms [p10-p90]':>26}  {'speed-up [p10-p90]':>24}")
+        for row in rows:
+            _print_timed(printable(row["artifact"]).ljust(width), row["largest"] if size == "largest" else row)
+
+
+def _print_timed(name: str, row: dict[str, Any]) -> None:
+    """Print a line of the table of `torchslim bench`."""
+    latency_ms, ratio = row["latency_ms"], row["speedup"]
+    latency = f"{latency_ms['median']:.3f} [{latency_ms['p10']:.3f}-{latency_ms['p90']:.3f}]"
+    speedup = f"{ratio['median']:.2f}x [{ratio['p10']:.2f}-{ratio['p90']:.2f}]"
+    click.echo(f"{name}  {latency:>26}  {speedup:>24}  {ratio['verdict']}")
 
 
 @click.command(epilog=f"{EXAMPLE}torchslim report runs/fashion_mnist")

@@ -18,7 +18,7 @@ from torchslim._version import __version__
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts, pieces
 from torchslim.artifact.deployment import merged
 from torchslim.artifact.integer_coverage import executed, lowered
-from torchslim.artifact.latency import ROUND_SECONDS, Timings, compare
+from torchslim.artifact.latency import ROUND_SECONDS, Timings, compare, shared_examples
 from torchslim.artifact.model_size import nonzeros, parameters, sample_macs
 from torchslim.artifact.shipped import kept_right
 from torchslim.core import distributed
@@ -41,7 +41,7 @@ from torchslim.pipeline.forecast import Progress
 from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.rehearsal import Rehearsed, rehearse, rehearsed_once, run_key
 from torchslim.pipeline.result import Result
-from torchslim.pipeline.run_record import compare_rows, not_measured, number, size
+from torchslim.pipeline.run_record import compare_rows, not_measured, number, shapes_of, size
 from torchslim.pipeline.stages import Stage, alone, restored, stage_key, state_folder
 from torchslim.pipeline.target_bench import Bench
 from torchslim.pipeline.work_folder import SHARED_SECONDS, working_in
@@ -340,18 +340,8 @@ class _Runner:
         artifact_metric = self._evaluate(last.deployed)
         runtime = self.ctx.target.runtime
         self.ctx.progress(Event(step="artifact", phase="measure latency"))
-        # one runtime after the other: the threads of one keep spinning for a while and would slow down the other
-        rounds: dict[str, Sequence[float]] = {}
-        for kind in dict.fromkeys((runtime, "eager")):
-            candidates = {f"{i}/{kind}": self._on(stage, kind) for i, stage in enumerate(stages)}
-            parts = {
-                f"{name}/{path}": piece
-                for name, candidate in candidates.items()
-                for path, piece in pieces(candidate).items()
-                if path
-            }
-            rounds |= compare(candidates | parts, rounds=self.rounds, seconds=SECONDS).rounds
-        timings = Timings(rounds)
+        median, largest = shared_examples([stage.deployed for stage in stages])
+        timings = self._timed(stages, median)
         rows = [dict(stage.row) for stage in stages]
         rows.append(
             {
@@ -366,7 +356,12 @@ class _Runner:
                 "seconds": not_measured("no work was done"),
             }
         )
-        compare_rows(rows, timings, runtime, tuple(self.ctx.parts))
+        largest_timings = None if largest is None else self._timed(stages, largest)
+        compare_rows(rows, timings, runtime, tuple(self.ctx.parts), largest_timings)
+        sizes = {}
+        if median is not None and largest is not None and not isinstance(last.deployed, DeployedParts):
+            named = (("median", median), ("largest", largest))
+            sizes = {"sizes": {name: shapes_of(last.deployed, leaves) for name, leaves in named}}
         return {
             "format": RUN_FORMAT,
             "torchslim": __version__,
@@ -380,6 +375,7 @@ class _Runner:
             "selected_on": "val",
             "reported_on": "test" if self.ctx.task.test is not None else "val (selected on val)",
             "batch": 1 if last.deployed.takes_single_samples else "as captured",
+            **sizes,
             "machines": {"this": self.machine},
             "rows": rows,
         }
@@ -388,10 +384,26 @@ class _Runner:
         """Seconds that the rounds of `report` take at the latencies of a run that was timed with fewer rounds."""
         medians: dict[str, float] = {}
         for row in run["rows"][:-1]:  # the last one is the artifact: the last stage again
-            for name, latency in row["latency_ms"].items():
+            largest = {f"{name} largest": entry for name, entry in row.get("latency_largest_ms", {}).items()}
+            for name, latency in (row["latency_ms"] | largest).items():
                 kind = name.partition(",")[0]  # without the part
                 medians[kind] = medians.get(kind, 0.0) + max(latency["value"] / 1e3, ROUND_SECONDS)
         return sum(min(ROUNDS * seconds, SECONDS) for seconds in medians.values())
+
+    def _timed(self, stages: Sequence[Stage], inputs: Sequence[Tensor] | None) -> Timings:
+        """Latency of all stages on the run's runtime and on eager, on the same inputs, and of the parts of models."""
+        # one runtime after the other: the threads of one keep spinning for a while and would slow down the other
+        rounds: dict[str, Sequence[float]] = {}
+        for kind in dict.fromkeys((self.ctx.target.runtime, "eager")):
+            candidates = {f"{i}/{kind}": self._on(stage, kind) for i, stage in enumerate(stages)}
+            parts = {
+                f"{name}/{path}": piece
+                for name, candidate in candidates.items()
+                for path, piece in pieces(candidate).items()
+                if path
+            }
+            rounds |= compare(candidates | parts, rounds=self.rounds, seconds=SECONDS, inputs=inputs).rounds
+        return Timings(rounds)
 
     def _on(self, stage: Stage, runtime: str) -> AnyDeployed:
         """Return a stage deployed on `runtime`, "eager" if it is not the run's own."""

@@ -97,11 +97,14 @@ def time_words(run: Run) -> str:
 
 
 def batch_words(run: Run) -> str:
-    """Number of samples in a timed call, in words."""
+    """Number of samples in a timed call, and its sizes where they vary, in words."""
     batch = run["batch"]
+    words = f"{batch} samples a call" if isinstance(batch, int) else f"batch {batch}"
     if batch == 1:
-        return "one sample a call"
-    return f"{batch} samples a call" if isinstance(batch, int) else f"batch {batch}"
+        words = "one sample a call"
+    if "sizes" in run:
+        words += f", at the median size {run['sizes']['median']} and at the largest {run['sizes']['largest']}"
+    return words
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
@@ -118,9 +121,9 @@ def metric_entry(run: Run, row: Row) -> Entry:
     return row["metric"][reported_split(run)]
 
 
-def latency_entry(run: Run, row: Row) -> Entry:
-    """Latency of the row on the target runtime."""
-    return row["latency_ms"][run["target"]["runtime"]]
+def latency_entry(run: Run, row: Row, *, largest: bool = False) -> Entry:
+    """Latency of the row on the target runtime; that of the largest inputs where sizes vary."""
+    return row["latency_largest_ms" if largest else "latency_ms"][run["target"]["runtime"]]
 
 
 def warnings(run: Run) -> list[tuple[str, list[str]]]:

@@ -112,8 +112,11 @@ def _run_fault(run: dict[str, Any]) -> str | None:
         for place, entry in _figures(row):
             if ("low" in entry) != ("high" in entry):
                 return f"rows[{index}].{place} needs both low and high, or neither"
-        for parent, key in (("metric", run["reported_on"].partition(" ")[0]), ("latency_ms", run["target"]["runtime"])):
-            if key not in row[parent]:
+        tables = [("metric", run["reported_on"].partition(" ")[0]), ("latency_ms", run["target"]["runtime"])]
+        if "sizes" in run:
+            tables += [("latency_largest_ms", run["target"]["runtime"]), ("speedup_largest", "over_baseline")]
+        for parent, key in tables:
+            if key not in row.get(parent, {}):
                 return f"rows[{index}].{parent} has no {key}"
         for number, cut in enumerate(row.get("evidence", {}).get("latency", [])):
             if cut["best"] > len(cut["rounds"]):
@@ -125,8 +128,8 @@ def _figures(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """All entries of a row with their places, single ones and those in tables."""
     for name in ("parameters", "nonzero", "macs", "size_bytes", "seconds"):
         yield name, row[name]
-    for parent in ("metric", "latency_ms", "speedup", "shrink"):
-        for name, value in row[parent].items():
+    for parent in ("metric", "latency_ms", "speedup", "latency_largest_ms", "speedup_largest", "shrink"):
+        for name, value in row.get(parent, {}).items():
             yield f"{parent}.{name}", value
 
 

@@ -198,6 +198,7 @@ def _step_columns(run: Run) -> list[StepColumn]:
         _latency_column(f"Latency on {runtime}", runtime),
         StepColumn(Column(name="Speed-up", unit=f"{TIMES}, over baseline"), _speedup_cell),
         *eager,
+        *(_largest_columns(runtime) if "sizes" in run else []),
         _count_column("nonzero", "Non-zero"),
         _count_column("parameters", "Parameters"),
         _count_column("macs", "MACs", "per sample" if run["batch"] == 1 else "per call"),
@@ -223,13 +224,26 @@ def _size_column(run: Run) -> StepColumn:
     )
 
 
-def _latency_column(name: str, runtime: str) -> StepColumn:
+def _latency_column(
+    name: str, runtime: str, figure: Literal["latency_ms", "latency_largest_ms"] = "latency_ms"
+) -> StepColumn:
     return StepColumn(
         Column(name=name, unit=f"ms, p10{TO}p90"),
         lambda row: latency_cell(
-            f"latency_ms.{runtime}", row["latency_ms"].get(runtime, NotMeasured(not_measured="no figure"))
+            f"{figure}.{runtime}", row[figure].get(runtime, NotMeasured(not_measured="no figure"))
         ),
     )
+
+
+def _largest_columns(runtime: str) -> list[StepColumn]:
+    """Columns of the largest inputs, where sizes vary."""
+    return [
+        _latency_column("Latency, largest size", runtime, "latency_largest_ms"),
+        StepColumn(
+            Column(name="Speed-up, largest size", unit=f"{TIMES}, over baseline"),
+            lambda row: _speedup_cell(row, "speedup_largest"),
+        ),
+    ]
 
 
 def _count_column(key: Literal["nonzero", "parameters", "macs"], name: str, unit: str = "") -> StepColumn:
@@ -252,9 +266,9 @@ def _step_entries(columns: Sequence[StepColumn], rows: Sequence[StepRow]) -> lis
     ]
 
 
-def _speedup_cell(row: Row) -> Cell:
+def _speedup_cell(row: Row, figure: Literal["speedup", "speedup_largest"] = "speedup") -> Cell:
     """The speed-up over the baseline; "no difference" if it is within the spread, whatever the median is."""
-    field, entry = "speedup.over_baseline", row["speedup"]["over_baseline"]
+    field, entry = f"{figure}.over_baseline", row[figure]["over_baseline"]
     if not is_measured(entry):
         return absent_cell(field, entry)
     text = ratio_text(entry["value"])

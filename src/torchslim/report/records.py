@@ -143,10 +143,16 @@ class Shrink(TypedDict):
 
 @strict
 class Row(StageRow):
-    """A stage, or the artifact, compared with the other rows, as in `run.json`."""
+    """A stage, or the artifact, compared with the other rows, as in `run.json`.
+
+    Where sizes vary, `latency_ms` and `speedup` are of the median-size inputs, and the figures of the largest inputs
+    stand beside them.
+    """
 
     latency_ms: dict[Text, Entry]
     speedup: Speedup
+    latency_largest_ms: NotRequired[dict[Text, Entry]]
+    speedup_largest: NotRequired[Speedup]
     shrink: Shrink
 
 
@@ -213,6 +219,14 @@ class ForecastOf(TypedDict):
 
 
 @strict
+class SizesOf(TypedDict):
+    """Shapes of the timed inputs, where sizes vary."""
+
+    median: Text
+    largest: Text
+
+
+@strict
 class Run(TypedDict):
     """Content of `run.json`."""
 
@@ -225,6 +239,7 @@ class Run(TypedDict):
     selected_on: Text
     reported_on: Text
     batch: Text | Number
+    sizes: NotRequired[SizesOf]
     machines: dict[Text, Machine]
     rows: Annotated[list[Row], MinLen(1)]
     budget: NotRequired[BudgetOf]

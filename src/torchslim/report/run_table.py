@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torchslim.report.findings import (
     batch_words,
@@ -59,13 +59,15 @@ def _table(run: Run) -> str:
         (f"latency on {_clip(runtime, 16)}", "median [p10-p90]"),
         ("speed-up", "over baseline"),
     ] + ([("eager", "median")] if compared else [])
+    if "sizes" in run:
+        headers += [("latency at the", "largest size"), ("speed-up at the", "largest size")]
     cells = [
-        [_clip(name, NAME_WIDTH), *_cells(run, row), *([_eager(row)] if compared else [])]
+        [_clip(name, NAME_WIDTH), *_cells(run, row), *([_eager(row)] if compared else []), *_largest(run, row)]
         for name, row in zip(names, rows, strict=True)
     ]
     lines = [
         f"{plain(metric['name'])} on {reported_split(run)} ({better} is better); latency of "
-        f"{batch_words(run)}, {_rounds(run)}",
+        f"{plain(batch_words(run))}, {_rounds(run)}",
         "",
         *aligned(headers, cells),
         "",
@@ -125,8 +127,15 @@ def _latency(entry: Entry) -> str:
     return f"{median} [{low}-{high}] ms"
 
 
-def _speedup(row: Row) -> str:
-    entry = row["speedup"]["over_baseline"]
+def _largest(run: Run, row: Row) -> list[str]:
+    """Cells of the largest inputs; none where sizes do not vary."""
+    if "sizes" not in run:
+        return []
+    return [_latency(latency_entry(run, row, largest=True)), _speedup(row, "speedup_largest")]
+
+
+def _speedup(row: Row, figure: Literal["speedup", "speedup_largest"] = "speedup") -> str:
+    entry = row[figure]["over_baseline"]
     if not is_measured(entry):
         return ABSENT
     if row["kind"] == "baseline":
@@ -209,6 +218,11 @@ def _shown(run: Run) -> list[tuple[str, str, Entry]]:
             (label, "latency", latency_entry(run, row)),
             (label, "speed-up", row["speedup"]["over_baseline"]),
         ]
+        if "sizes" in run:
+            entries += [
+                (label, "latency at the largest size", latency_entry(run, row, largest=True)),
+                (label, "speed-up at the largest size", row["speedup_largest"]["over_baseline"]),
+            ]
         if runtime != "eager" and "eager" in row["latency_ms"]:
             entries.append((label, "eager latency", row["latency_ms"]["eager"]))
     return entries

@@ -40,7 +40,8 @@ class Program:
 
     Attributes:
         spec: how it is called.
-        example: flat input tensors of the captured sizes.
+        example: flat input tensors of the captured sizes; where sizes vary, that of the median size.
+        largest: the largest example; None where sizes do not vary.
         pack: gives the program as the bytes of a `.pt2`.
         exported: the program in memory; None for a loaded artifact.
         quantized: does it hold quantized values?
@@ -53,13 +54,19 @@ class Program:
     quantized: bool
     classes: Mapping[str, type] = field(default_factory=dict)
     exported: ExportedProgram | None = None
+    largest: Sequence[Tensor] | None = None
 
     @classmethod
     def of(cls, captured: Captured, spec: Spec) -> Program:
         """The program of a capture."""
+        examples = sorted(
+            [flatten(captured.inputs, captured.example), *map(list, captured.variants)],
+            key=lambda leaves: sum(leaf.numel() for leaf in leaves),
+        )
         return cls(
             spec=spec,
-            example=flatten(captured.inputs, captured.example),
+            example=examples[(len(examples) - 1) // 2],
+            largest=examples[-1] if len(examples) > 1 else None,
             pack=lambda: pack_program(captured.program),
             quantized=any("quantized_decomposed" in str(node.target) for node in captured.program.graph.nodes),
             classes=captured.classes,
@@ -127,8 +134,13 @@ class Deployed:
 
     @property
     def example(self) -> list[Tensor]:
-        """Flat input tensors of the captured sizes."""
+        """Flat input tensors of the captured sizes; where sizes vary, of the median size."""
         return list(self.program.example)
+
+    @property
+    def largest(self) -> list[Tensor] | None:
+        """The largest example; None where sizes do not vary."""
+        return None if self.program.largest is None else list(self.program.largest)
 
     @property
     def quantized(self) -> bool:

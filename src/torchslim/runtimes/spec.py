@@ -156,6 +156,11 @@ class Spec:
             for leaf, sizes, dtype in zip(leaves, self.sizes, self.dtypes, strict=True)
         )
 
+    def fits(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether flat tensors have the dtypes and sizes of a call."""
+        dtypes_fit = all(str(leaf.dtype) == f"torch.{dtype}" for leaf, dtype in zip(leaves, self.dtypes, strict=True))
+        return dtypes_fit and self.input_sizes.misfit([leaf.shape for leaf in leaves]) is None
+
     def narrowed(self, outputs: list[Tensor]) -> list[Tensor]:
         """The outputs of a runtime without bfloat16, converted to the model's types."""
         return [output.bfloat16() if n in self.bfloat16 else output for n, output in enumerate(outputs)]
