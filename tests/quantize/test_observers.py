@@ -470,7 +470,7 @@ def prepared(activation: Any, weight: Any, x: Tensor) -> tuple[nn.Module, torch.
     options = {"quant_min": -127, "quant_max": 127, "qscheme": torch.per_channel_symmetric, "ch_axis": 0}
     static = QuantizationSpec(torch.uint8, activation, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine)
     per_channel = QuantizationSpec(torch.int8, weight, **options)
-    specs = Specs(static=static, dynamic=static, weight=lambda scheme, axis: per_channel)
+    specs = Specs(static=static, dynamic=static, rows=static, weight=lambda scheme, axis: per_channel)
     quantizer = SlimQuantizer(lambda layer, stored: find_scheme("int8"), PROFILES["onnxruntime"], specs)
     with quiet():
         return model, prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)

@@ -14,6 +14,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantiza
 from torchslim.graph.export import Captured, capture
 from torchslim.graph.io_structure import flatten
 from torchslim.graph.rewrite import strip_unused
+from torchslim.graph.row_ranges import rows_in_place_of_tensors
 from torchslim.quantize.schemes import weight_range
 from torchslim.quantize.weight_only import emit, quantize_groups
 
@@ -74,6 +75,7 @@ def int8_graph(model: nn.Module, inputs: tuple[Tensor, ...], *, dynamic: bool) -
     with torch.no_grad():
         prepared(*_flat(captured))
         converted = convert_pt2e(prepared)
+    rows_in_place_of_tensors(converted)
     strip_unused(converted)
     return converted
 

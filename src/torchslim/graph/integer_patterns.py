@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from torchslim.graph.row_ranges import find_rounded_rows
+
 Constant = Callable[[Node], Tensor | None]  # the stored tensor that a node stands for, None where it is computed
 
 aten = torch.ops.aten
@@ -78,6 +80,11 @@ def find_int8(node: Any, constant: Constant) -> Int8Weight | None:
 
 
 def find_dynamic(node: Any) -> Node | None:
+    """Return the source of a value that is rounded with ranges of each call, by row or as a whole, if it is one."""
+    return find_rounded_rows(node) or find_one_range(node)
+
+
+def find_one_range(node: Any) -> Node | None:
     """Return the source of a dynamically quantized and dequantized `node`, if any (uint8, one scale for all values)."""
     if not _calls(node, "quantized_decomposed::dequantize_per_tensor", "tensor"):
         return None
@@ -150,7 +157,7 @@ def find_recurrent(node: Node, constant: Constant) -> Recurrent | None:
     return Recurrent(
         kind=kind,
         x=x,
-        source=find_dynamic(x),
+        source=find_one_range(x),
         states=tuple(states) if kind == "LSTM" else (states,),
         cells=tuple(cells),
         layers=layers,
@@ -161,7 +168,7 @@ def find_recurrent(node: Node, constant: Constant) -> Recurrent | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A linear layer on an int8 or int4 weight; `source` is as in `Recurrent`."""
+    """A linear layer on an int8 or int4 weight; `source` is its input before the rows are rounded, else None."""
 
     x: Node
     source: Node | None
@@ -176,7 +183,7 @@ def find_linear(node: Node, constant: Constant) -> Linear | None:
     arguments: Any = node.args
     x, stored, bias = (*arguments, None)[:3]
     weight: Int8Weight | Int4Weight | None = find_int8(stored, constant) or find_int4(stored, constant)
-    source = find_dynamic(x)
+    source = find_rounded_rows(x)
     if weight is None or (isinstance(weight, Int8Weight) and (weight.axis or weight.values.dim() != 2)):
         return None
     if source is None and isinstance(x.target, torch._ops.OpOverload) and "dequantize_per_tensor" in x.target.name():
@@ -185,7 +192,7 @@ def find_linear(node: Node, constant: Constant) -> Linear | None:
 
 
 def is_dynamic(graph: torch.fx.Graph) -> bool:
-    """Whether the graph chooses scales at run time."""
+    """Whether the graph chooses scales of whole tensors at run time."""
     return any(_calls(node, "quantized_decomposed::choose_qparams", "tensor") for node in graph.nodes)
 
 

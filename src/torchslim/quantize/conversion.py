@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from torchslim.core.isolation import copy_model, preserved_globals, quiet
 from torchslim.graph.rewrite import strip_unused
+from torchslim.graph.row_ranges import rows_in_place_of_tensors
 from torchslim.quantize.modules import Prepared, QuantizedModule
 
 
@@ -46,6 +47,7 @@ def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedMod
         program = convert_pt2e(program)
         show_batch_norms(program)
         gather_first(program)
+        rows_in_place_of_tensors(program)
         program.graph.eliminate_dead_code()
         program.recompile()
         strip_unused(program)

@@ -12,6 +12,7 @@ from torchao.quantization.pt2e import FakeQuantize, PerChannelMinMaxObserver, Pl
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
+from torchslim.graph.row_ranges import rounded_by_row
 from torchslim.quantize.aten_ops import along
 from torchslim.quantize.observers import observer
 from torchslim.quantize.quantizer import Specs
@@ -33,9 +34,10 @@ def specs(runtime: str, activations: str, *, training: bool = False, learned_ste
     """
     static: Any = observer(activations, eps=SMALLEST_SCALE)
     dynamic: Any = PlaceholderObserver.with_args(eps=SMALLEST_SCALE)
+    rows = dynamic
     if training:
         static = FakeQuantize.with_args(observer=observer("moving-average", eps=SMALLEST_SCALE))
-        dynamic = RangeOfEachCall
+        dynamic, rows = RangeOfEachCall, RangeOfEachRow
 
     def weight(scheme: Scheme, axis: int) -> QuantizationSpec:
         low, high = weight_range(runtime, scheme)
@@ -68,7 +70,12 @@ def specs(runtime: str, activations: str, *, training: bool = False, learned_ste
             is_dynamic=is_dynamic,
         )
 
-    return Specs(static=activation(static, False), dynamic=activation(dynamic, True), weight=weight)
+    return Specs(
+        static=activation(static, False),
+        dynamic=activation(dynamic, True),
+        rows=activation(rows, True),
+        weight=weight,
+    )
 
 
 class WeightRange(PerChannelMinMaxObserver):
@@ -114,6 +121,16 @@ class RangeOfEachCall(FakeQuantizeBase):
         scale = ((high - low) / (self.quant_max - self.quant_min)).clamp(min=self.eps)
         zero_point = (self.quant_min - torch.round(low / scale)).clamp(self.quant_min, self.quant_max).to(torch.int32)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, self.quant_min, self.quant_max)
+
+
+class RangeOfEachRow(RangeOfEachCall):
+    """Rounds the input of a linear layer as dynamic kernels do, with the range of each row of features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` on the grids of its rows; the gradient passes through."""
+        if self.fake_quant_enabled[0] != 1 or not x.numel():
+            return x
+        return x + (rounded_by_row(x.detach()) - x.detach())
 
 
 class LearnedStep(FakeQuantizeBase):

@@ -19,6 +19,7 @@ from torchslim.core.infinities import difference, energy
 from torchslim.graph.calling import tensors_of
 from torchslim.graph.export import layer_of
 from torchslim.graph.io_structure import build
+from torchslim.graph.row_ranges import rounded_by_row
 from torchslim.quantize.aten_ops import EMBEDDINGS, PRODUCTS, RECURRENT, along, is_constant, tensor_of, weighted
 from torchslim.quantize.modules import Prepared
 
@@ -88,7 +89,8 @@ def rounding(program: GraphModule, observed: Node) -> Rounding:
         return grouped
     low, high = module.quant_min, module.quant_max
     if getattr(module, "is_dynamic", False):
-        return RangeOfEachCall(torch.uint8, *UNSIGNED, torch.per_tensor_affine)
+        linear = any(user.target is torch.ops.aten.linear.default for user in observed.users)
+        return rounded_by_row if linear else RangeOfEachCall(torch.uint8, *UNSIGNED, torch.per_tensor_affine)
     scale, zero_point = module.calculate_qparams()
     if scale.numel() > 1 or module.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine):
         axis = module.ch_axis

@@ -59,17 +59,20 @@ COMPUTES_ON_INTEGERS = "torchslim_integers"  # True for a node that computes on 
 SHARED_GRID = "torchslim_shared_grid"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the quantize operations take
 WEIGHTS_ONLY = SCHEMES["int8-weights"]
+ONE_RANGE = "its kernels round all steps and samples of a call with one range: results depend on the batch and padding"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Specs:
     """How values are observed: made by `fake_quantize.specs`, from observers or modules that also round in training.
 
+    `dynamic` has one range for the input of a recurrent layer, `rows` one for each row of a linear layer's input;
     `weight` takes the scheme and the axis of the outputs.
     """
 
     static: QuantizationSpec
     dynamic: QuantizationSpec
+    rows: QuantizationSpec
     weight: Callable[[Scheme, int], QuantizationSpec]
 
 
@@ -183,7 +186,7 @@ class SlimQuantizer(Quantizer):
         inputs: dict[Node, Any] = {weight: self.specs.weight(scheme, layer.axis)}
         output = None
         if scheme.activations == "dynamic":
-            inputs[source] = self.specs.dynamic
+            inputs[source] = self.specs.rows
         elif scheme.activations == "static":
             inputs[source] = self.specs.static
             # a linear layer can return float at no cost: for float readers, eight bits would only lose accuracy
@@ -211,7 +214,7 @@ class SlimQuantizer(Quantizer):
         inputs: dict[Node, Any] = {parameter: self.specs.weight(scheme, 0) for parameter in parameters}
         source = argument(node, 0)
         if scheme.activations == "dynamic" and source is not None:
-            inputs[source] = self.specs.dynamic
+            inputs[source], reason = self.specs.dynamic, ONE_RANGE
         self._mark(node, inputs, None)
         self._quantized(node, scheme, reason)
 

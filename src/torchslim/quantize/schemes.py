@@ -44,7 +44,8 @@ SCHEMES: Mapping[str, Scheme] = {
     "int8-dynamic": Scheme(
         weight_bits=8,
         activations="dynamic",
-        about="linear, LSTM and GRU: weights int8 per channel, activations uint8 with the range of each call",
+        about="weights int8 per channel, activations 8 bits with ranges of a call: by sample or token for linear, "
+        "of the whole batch for LSTM and GRU",
     ),
     "int8-weights": Scheme(
         weight_bits=8,

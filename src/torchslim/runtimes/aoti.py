@@ -33,6 +33,7 @@ from torchslim.runtimes.inductor import (
     rows_gathered,
 )
 from torchslim.runtimes.kernel_listing import decomposed
+from torchslim.runtimes.scaled_rows import rows_scaled
 from torchslim.runtimes.spec import Kernel, Session, Spec
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ SOURCES = (".cpp", "kernel_metadata.json")
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
     need_compiler("aoti")
     need_fixed_steps(captured.program, "aoti")
-    program = rows_gathered(inputs_kept(captured.program))
+    program = rows_gathered(rows_scaled(inputs_kept(captured.program)))
     settings: dict[str, Any] = {
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.enable_frame_pointer": False,

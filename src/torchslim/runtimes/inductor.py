@@ -23,6 +23,7 @@ from torchslim.graph.recurrent_shapes import need_fixed_steps
 from torchslim.runtimes.base import Runtime
 from torchslim.runtimes.eager import session_of
 from torchslim.runtimes.kernel_listing import decomposed
+from torchslim.runtimes.scaled_rows import rows_scaled
 from torchslim.runtimes.spec import Kernel, Session, Spec
 
 if TYPE_CHECKING:
@@ -170,8 +171,7 @@ def has_integer_kernel(node: Node) -> bool:
     if node.target not in (*CONVOLUTIONS, aten.linear.default):
         return False
     source, weight = map(decomposed, node.args[:2])
-    dynamic = node.target is aten.linear.default and source == "dequantize_per_tensor.tensor"
-    return weight == DEQUANTIZE and (dynamic or source == "dequantize_per_tensor.default")
+    return weight == DEQUANTIZE and source == "dequantize_per_tensor.default"
 
 
 class _Compiled:
@@ -179,7 +179,7 @@ class _Compiled:
 
     def __init__(self, captured: Captured, threads: int | None) -> None:
         need_fixed_steps(captured.program, "inductor")
-        module = module_of(rows_gathered(inputs_kept(captured.program)))
+        module = module_of(rows_gathered(rows_scaled(inputs_kept(captured.program))))
         fold_weights(module)
         self.program = captured.program
         self.run: Callable[[list[Tensor]], Sequence[Tensor]] = session_of(torch.compile(module), threads)

@@ -22,12 +22,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchslim.graph.integer_patterns import Int4Weight, Linear, Recurrent, find_linear, find_recurrent, int4_weights
 from torchslim.graph.layers import stored_tensors
 from torchslim.graph.rewrite import graft
+from torchslim.graph.row_ranges import LEVELS, ZERO_POINT, row_magnitudes
 
 MICROSOFT = "com.microsoft::"
 PACKED = "Int4Weight"  # our own marker: the passes over the ONNX model replace it
 GATES = (0, 3, 1, 2)  # ONNX has i, o, f, c; torch i, f, g, o
 BLOCKS = (256, 128, 64, 32, 16)  # number of 8-bit weights that share a scale in MatMulNBits: larger is faster
 GROUPS = (16, 32, 64, 128, 256)  # numbers of 4-bit weights that may share a scale in MatMulNBits
+GRID = (torch.tensor(1 / LEVELS), torch.tensor(ZERO_POINT, dtype=torch.uint8))
 ACCURACY = 4  # MatMulNBits may round a block of activations to 8 bits: twice as fast as float, 46 dB and more
 
 
@@ -115,12 +117,16 @@ class Editor:
         self.graph.erase_node(node)
 
     def quantize(self, source: Node, owner: Node) -> Sequence[Node]:
-        """Bytes, scale and zero point of a value, computed once for all layers that read it."""
+        """Bytes of a value's rows, and their magnitudes, computed once for all layers that read it."""
         if source not in self.activations:
             operations = (node for node in self.graph.nodes if node.op != "placeholder")
             before = next(operations) if source.op == "placeholder" else source.next
-            self.activations[source] = self.trace(before, _quantized, [source], owner)
+            self.activations[source] = self.trace(before, _quantized, [source, *self.grid()], owner)
         return self.activations[source]
+
+    def grid(self) -> list[Node]:
+        """Scale and zero point of rows over their largest magnitudes."""
+        return [self.store(GRID[0], "row_scale"), self.store(GRID[1], "row_zero_point")]
 
     def finished(self) -> ExportedProgram:
         """The rewritten program, without weights that are no longer read; the original if nothing changed."""
@@ -164,7 +170,8 @@ def _linear(editor: Editor, node: Node, linear: Linear) -> None:
     rows, columns = weight.values.shape
     if linear.source is not None:
         stored = [editor.store(weight.values, "weight", Tensor.t), editor.store(weight.scale, "scale", Tensor.float)]
-        editor.replace(node, _integer_product, [*editor.quantize(linear.source, node), *stored, linear.bias])
+        inputs = [*editor.quantize(linear.source, node), *editor.grid(), *stored, linear.bias]
+        editor.replace(node, _integer_product, inputs)
         return
     block = next((size for size in BLOCKS if columns % size == 0), None)
     if block is None:
@@ -176,25 +183,33 @@ def _linear(editor: Editor, node: Node, linear: Linear) -> None:
     _nbits(editor, node, linear, stored, {"K": columns, "N": rows, "bits": 8, "block_size": block})
 
 
-def _quantized(x: Tensor) -> Sequence[Tensor]:
-    return torch.onnx.ops.symbolic_multi_out(
-        "DynamicQuantizeLinear",
-        (x,),
-        dtypes=(torch.uint8, torch.float32, torch.uint8),
-        shapes=(x.shape, (), ()),
+def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor) -> Sequence[Tensor]:
+    """Bytes of the rows over their largest magnitudes, and these magnitudes."""
+    magnitudes = row_magnitudes(x)
+    q = torch.onnx.ops.symbolic(
+        "QuantizeLinear", (x / magnitudes, scale, zero_point), dtype=torch.uint8, shape=x.shape, version=18
     )
+    return q, magnitudes
 
 
 def _integer_product(
-    q: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    q: Tensor,
+    magnitudes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
-    return torch.onnx.ops.symbolic(
+    product = torch.onnx.ops.symbolic(
         f"{MICROSOFT}MatMulIntegerToFloat",
-        (q, weight, scale, weight_scale, zero_point, None, bias),
+        (q, weight, scale, weight_scale, zero_point, None, None),
         dtype=torch.float32,
         shape=(*q.shape[:-1], weight.shape[1]),
         version=1,
     )
+    scaled = product * magnitudes
+    return scaled if bias is None else scaled + bias
 
 
 def _nbits(editor: Editor, node: Node, linear: Linear, stored: Sequence[Node], sizes: dict[str, int]) -> None:

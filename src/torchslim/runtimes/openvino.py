@@ -25,9 +25,9 @@ from torchslim.core.isolation import quiet
 from torchslim.errors import DeployError, RuntimeUnavailable
 from torchslim.graph.decompose import ATTENTION, open_products
 from torchslim.graph.export import Captured
+from torchslim.graph.integer_patterns import find_dynamic
 from torchslim.graph.io_structure import flatten
 from torchslim.runtimes.base import Runtime, as_array
-from torchslim.runtimes.kernel_listing import decomposed
 from torchslim.runtimes.onnxruntime import to_onnx
 from torchslim.runtimes.openvino_check import check_ir
 from torchslim.runtimes.openvino_passes import guard_extremes
@@ -112,7 +112,7 @@ def _group(program: Any) -> int:
     widths = [
         node.meta["val"].shape[-1]
         for node in program.graph.nodes
-        if decomposed(node) == "dequantize_per_tensor.tensor" and node.meta["val"].dim()
+        if find_dynamic(node) is not None and node.meta["val"].dim()
     ]
     if not widths:
         return 0
@@ -121,15 +121,13 @@ def _group(program: Any) -> int:
 
 def _without_dynamic(program: Any) -> Any:
     """The program without the dynamic quantization of activations: OpenVINO does it inside its kernels."""
-    if not any(decomposed(node) == "choose_qparams.tensor" for node in program.graph.nodes):
+    if not any(find_dynamic(node) for node in program.graph.nodes):
         return program
     program = program.run_decompositions({})  # a copy; nothing is decomposed
     graph = program.graph_module.graph
     for node in list(graph.nodes):
-        if decomposed(node) == "dequantize_per_tensor.tensor":
-            rounded = node.args[0]
-            if decomposed(rounded) == "quantize_per_tensor.tensor" and rounded.args[1] is node.args[1]:
-                node.replace_all_uses_with(rounded.args[0])
+        if (source := find_dynamic(node)) is not None:
+            node.replace_all_uses_with(source)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program

@@ -1,8 +1,9 @@
 """Puts PyTorch's own integer kernels for dynamic linear layers, LSTMs and GRUs into a program before it runs.
 
-These kernels (`quantized::linear_dynamic`, `aten::quantized_lstm`, `aten::quantized_gru`) belong to the deprecated
-`torch.ao.quantization`, but nothing in eager PyTorch is as fast for recurrent networks. Only this file uses them.
-Where they are missing, the graph runs unchanged: correct, but slower. A test fails once PyTorch drops them.
+These kernels (`quantized::linear_with_input_q_dq_qweight_dq_output_fp32`, `aten::quantized_lstm`,
+`aten::quantized_gru`) belong to the deprecated `torch.ao.quantization`, but nothing in eager PyTorch is as fast for
+recurrent networks. Only this file uses them. Where they are missing, the graph runs unchanged: correct, but slower. A
+test fails once PyTorch drops them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torchslim.graph.integer_patterns import (
     int4_weights,
 )
 from torchslim.graph.rewrite import strip_unused
+from torchslim.graph.row_ranges import LEVELS, ZERO_POINT, row_magnitudes
 
 ENGINES = ("x86", "fbgemm")  # other engines take other weights, and are not tested
 
@@ -32,7 +34,11 @@ ENGINES = ("x86", "fbgemm")  # other engines take other weights, and are not tes
 def missing() -> list[str]:
     """Names of the kernels that this PyTorch or processor lacks; empty if it has all."""
     required = {
-        "quantized": ("linear_prepack", "linear_dynamic", "make_quantized_cell_params_dynamic"),
+        "quantized": (
+            "linear_prepack",
+            "linear_with_input_q_dq_qweight_dq_output_fp32",
+            "make_quantized_cell_params_dynamic",
+        ),
         "aten": ("quantized_lstm", "quantized_gru"),
     }
     absent = [
@@ -93,16 +99,24 @@ def lower(module: GraphModule) -> GraphModule:
 
 
 class DynamicLinear(nn.Module):
-    """`quantized::linear_dynamic` on packed weights."""
+    """A linear layer on packed weights that rounds every row of its input with a range of its own.
+
+    `quantized::linear_dynamic` would round the whole input with one range. This kernel takes a constant scale, and the
+    rows over their largest magnitudes.
+    """
 
     def __init__(self, layer: Linear, bias: Tensor | None) -> None:
         super().__init__()
         assert isinstance(layer.weight, Int8Weight)
-        self.packed = _packed(layer.weight, bias)
-        self.reduce_range = _must_reduce(layer.weight)
+        self.packed = _packed(layer.weight, None)
+        self.bias = None if bias is None else bias.detach().float()
+        self.grid = (1 / 63, 64) if _must_reduce(layer.weight) else (1 / LEVELS, ZERO_POINT)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)  # type: ignore[no-any-return]
+        magnitudes = row_magnitudes(x)
+        kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        product: Tensor = kernel(x / magnitudes, *self.grid, self.packed)
+        return product * magnitudes if self.bias is None else torch.addcmul(self.bias, product, magnitudes)
 
 
 class DynamicRecurrent(nn.Module):
