@@ -90,6 +90,7 @@ class SpecJson(TypedDict):
     structure: NotRequired[Name]
     bfloat16: NotRequired[list[Annotated[int, Field(ge=0, le=10_000)]]]
     guards: NotRequired[Annotated[list[Annotated[Text, AfterValidator(_guard)]], Field(max_length=MOST)]]
+    guard_places: NotRequired[Annotated[dict[Text, Text], Field(max_length=MOST)]]
 
 
 class ManifestJson(TypedDict):

@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torchslim.errors import ExportError
 from torchslim.graph.calling import Flat, positional
 from torchslim.graph.io_structure import Structure, leaf_names
+from torchslim.graph.size_places import place_of_size
 
 WORDS = ("auto", "batch", "fixed")
 CERTAIN = 1e-3  # samples that differ by less are the same; above it, a later axis may fit better
@@ -137,21 +138,9 @@ def pinned_sizes(spec: Sequence[Any], program: ExportedProgram, names: Sequence[
             if shape[dim] is not None:
                 notes.append(
                     f"the model's code fixes dimension {dim} of input {name!r} at {shape[dim]}"
-                    f"{_place(program, index, dim)}"
+                    f"{place_of_size(program, index, dim)}"
                 )
     return notes
-
-
-def _place(program: ExportedProgram, index: int, dim: int) -> str:
-    """Return where the model's code fixes a size of an input, as text; empty if PyTorch has not recorded it."""
-    source = f"L['leaves'][{index}].size()[{dim}]"
-    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
-    shapes = next((mode.shape_env for value in values if (mode := getattr(value, "fake_mode", None))), None)
-    for symbol, sources in getattr(shapes, "var_to_sources", {}).items():
-        place = getattr(shapes, "replacements_slocs", {}).get(symbol)
-        if place is not None and any(str(getattr(known, "name", "")) == source for known in sources):
-            return f" {place}"
-    return ""
 
 
 def _user_spec(flat: Flat, spec: Any, bound: Mapping[str, Any]) -> list[Any]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,20 @@ from torch.fx.traceback import preserve_node_meta
 from torchslim.core.isolation import quiet, unfused_attention, untouched
 from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
-from torchslim.errors import ExportError, TorchslimError
+from torchslim.errors import ExportError
+from torchslim.graph.allowed_sizes import refusal
 from torchslim.graph.calling import Flat, bind, examples_of
+from torchslim.graph.capture_sizes import FreeSizes, free_sizes_of, other_sizes
 from torchslim.graph.dynamic_sizes import (
-    _user_spec,
-    find_batch_axis,
     fixed_sizes,
-    free_as_listed,
-    free_where_examples_differ,
-    lists_dimensions,
     normalized,
     pinned_sizes,
-    sampled_as,
 )
-from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
+from torchslim.graph.io_structure import Structure, build, describe, leaf_names
 from torchslim.graph.packed_sequences import drop_unused_cells, packed_as_padded
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
 from torchslim.graph.size_guards import InputSizes, guards_of
+from torchslim.graph.size_places import places_of_guards, places_recorded
 
 TORCH = Path(torch.__file__).parent
 OURS = Path(__file__).parents[1]
@@ -69,6 +66,7 @@ class Captured:
     notes: tuple[str, ...] = ()
     variants: tuple[tuple[Tensor, ...], ...] = ()
     guards: tuple[str, ...] = ()
+    guard_places: Mapping[str, str] = field(default_factory=dict)
 
     def inputs_of_program(self) -> list[Any]:
         """Return the example values of the program's inputs; free sizes are symbols."""
@@ -147,7 +145,7 @@ def capture_bound(
     given = [leaf.detach().clone() for leaf in leaves]
     flat = Flat(model, inputs, classes, outside)
     with untouched(model), unfused_attention():
-        sizes = _sizes(flat, given, normalized(dynamic_shapes), bound, others)
+        sizes = free_sizes_of(flat, given, normalized(dynamic_shapes), bound, others)
         try:
             result = flat.natural(sizes.leaves)
         except Exception as error:
@@ -156,8 +154,8 @@ def capture_bound(
             ) from error
         outputs = describe(result, [], classes)
         program, sizes = _program(flat, sizes, given)
-    # the first example, not the largest one, is timed
     example = sizes.sampled(given) if sizes.variants else sizes.leaves
+    guards = guards_of(program, sizes.axis)
     captured = Captured(
         program=own(program),
         names=tuple(bound),
@@ -168,69 +166,35 @@ def capture_bound(
         given=build(inputs, [leaf.cpu() for leaf in given], classes),
         batch_axis=sizes.axis,
         notes=sizes.notes,
-        guards=guards_of(program, sizes.axis),
+        guards=guards,
+        guard_places=places_of_guards(program, guards),
     )
-    further = other_sizes(example, map(sizes.sampled, sizes.variants))
-    return replace(captured, variants=tuple(leaves for leaves in further if captured.takes(leaves)))
+    return _with_examples(captured, example, [sizes.sampled(variant) for variant in sizes.variants], sizes.leaves)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """Which sizes of a capture are free.
-
-    Attributes:
-        leaves: the flat inputs to capture with.
-        axis: the batch dimension; None if it is fixed.
-        batch: the free sizes of the batch alone, by input.
-        spec: all free sizes, by input.
-        variants: flat inputs of further examples.
-        notes: remarks for the user.
-    """
-
-    leaves: list[Tensor]
-    axis: int | None = None
-    batch: list[Any] | None = None
-    spec: list[Any] | None = None
-    variants: Sequence[list[Tensor]] = ()
-    notes: tuple[str, ...] = ()
-
-    def sampled(self, leaves: list[Tensor]) -> list[Tensor]:
-        """An example with as many samples as the program is captured with."""
-        batched = [bool(free) for free in self.batch or [None] * len(leaves)]
-        return sampled_as(self.leaves, leaves, self.axis, batched)
+def _with_examples(
+    captured: Captured, first: list[Tensor], others: Sequence[list[Tensor]], largest: list[Tensor]
+) -> Captured:
+    """The capture with the examples that its program takes; notes name relations of sizes that keep one out."""
+    takes, names = captured.input_sizes, leaf_names(captured.inputs)
+    notes, taken = list(captured.notes), list[list[Tensor]]()
+    for leaves in (first, *others):
+        shapes = [leaf.shape for leaf in leaves]
+        misfit = takes.misfit(shapes)
+        if misfit is None:
+            taken.append(leaves)
+        elif isinstance(misfit, str):  # a size that is fixed has its note
+            notes.append(f"an example is refused: {refusal(takes, shapes, names, captured.guard_places)}")
+    example = taken[0] if taken else largest
+    return replace(
+        captured,
+        example=build(captured.inputs, [leaf.cpu() for leaf in example], captured.classes),
+        variants=other_sizes(example, taken),
+        notes=tuple(dict.fromkeys(notes)),
+    )
 
 
-def other_sizes(first: Sequence[Tensor], others: Iterable[Sequence[Tensor]]) -> tuple[tuple[Tensor, ...], ...]:
-    """Return the examples whose sizes differ from those of the first, one for each combination of sizes."""
-    by_shapes = {tuple(leaf.shape for leaf in leaves): tuple(leaf.cpu() for leaf in leaves) for leaves in others}
-    by_shapes.pop(tuple(leaf.shape for leaf in first), None)
-    return tuple(by_shapes.values())
-
-
-def _sizes(
-    flat: Flat, given: list[Tensor], dynamic_shapes: Any, bound: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
-) -> _Sizes:
-    """Find the free sizes, and the example to capture with: the largest one, if sizes differ."""
-    if dynamic_shapes is None:
-        return _Sizes(leaves=given)
-    listed = lists_dimensions(dynamic_shapes)
-    if not listed and dynamic_shapes not in ("auto", "batch"):
-        return _Sizes(leaves=given, spec=_user_spec(flat, dynamic_shapes, bound))
-    further = others if dynamic_shapes == "auto" else ()
-    variants = [_variant(flat.inputs, given, number, other) for number, other in enumerate(further, 2)]
-    largest = max((given, *variants), key=lambda leaves: sum(leaf.numel() for leaf in leaves))
-    axis, leaves, batch = find_batch_axis(flat, largest)
-    spec = batch
-    if variants:
-        spec = free_where_examples_differ([given, *variants], batch)
-    elif listed:
-        spec = free_as_listed(flat.inputs, leaves, dynamic_shapes, batch)
-    note = "no batch dimension was found: the sizes are fixed at those of the example inputs"
-    notes = () if any(spec or ()) else (note,)
-    return _Sizes(leaves=leaves, axis=axis, batch=batch, spec=spec, variants=variants, notes=notes)
-
-
-def _program(flat: Flat, sizes: _Sizes, given: list[Tensor]) -> tuple[ExportedProgram, _Sizes]:
+def _program(flat: Flat, sizes: FreeSizes, given: list[Tensor]) -> tuple[ExportedProgram, FreeSizes]:
     """Export with all free sizes, else with the batch alone free, else with fixed sizes.
 
     Raises:
@@ -253,25 +217,6 @@ def _program(flat: Flat, sizes: _Sizes, given: list[Tensor]) -> tuple[ExportedPr
         pinned = pinned_sizes(sizes.spec, program, leaf_names(flat.inputs))
         sizes = replace(sizes, notes=(*sizes.notes, *pinned))
     return program, sizes
-
-
-def _variant(inputs: Structure, first: Sequence[Tensor], number: int, other: Mapping[str, Any]) -> list[Tensor]:
-    """The flat tensors of a further example.
-
-    Raises:
-        ExportError: it has another structure, dtype or number of dimensions than the first.
-    """
-    try:
-        leaves = flatten(inputs, dict(other), f"example {number}")
-    except TorchslimError as error:
-        raise ExportError(f"the examples differ in more than sizes: {error}") from error
-    for name, one, two in zip(leaf_names(inputs), first, leaves, strict=True):
-        if (one.dtype, one.dim()) != (two.dtype, two.dim()):
-            raise ExportError(
-                f"the examples differ in more than sizes: input {name!r} is {one.dtype} with {one.dim()} dimensions in "
-                f"the first, {two.dtype} with {two.dim()} in example {number}; give examples of one kind"
-            )
-    return [leaf.detach().to(one.device, copy=True) for one, leaf in zip(first, leaves, strict=True)]
 
 
 def module_of(program: ExportedProgram) -> GraphModule:
@@ -325,6 +270,7 @@ def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tup
                 quiet(),
                 packed_as_padded() as packing,
                 recurrent_kept_whole(),
+                places_recorded(),
                 contextlib.nullcontext() if strict else _layers_remembered(flat),
             ):
                 program = torch.export.export(flat, tuple(leaves), dynamic_shapes=shapes, strict=strict)

@@ -33,8 +33,9 @@ from torchslim.core.isolation import quiet
 from torchslim.core.step import Inputs
 from torchslim.errors import TorchslimError
 from torchslim.graph.calling import bind, examples_of
+from torchslim.graph.capture_sizes import other_sizes
 from torchslim.graph.dynamic_sizes import lists_dimensions, normalized, sampled_as
-from torchslim.graph.export import WRAPPED, Captured, capture, other_sizes, own
+from torchslim.graph.export import WRAPPED, Captured, capture, own
 from torchslim.graph.io_structure import build, flatten
 from torchslim.graph.recurrent_shapes import recurrent_kept_whole
 

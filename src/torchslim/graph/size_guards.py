@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -111,7 +111,14 @@ def parse(relation: str) -> ast.expr:
 
 def broken(relations: Sequence[str], shapes: Sequence[Sequence[int]]) -> str | None:
     """The first relation that the shapes of the flat inputs do not fulfil."""
-    sizes = {f"s{index}_{dim}": size for index, shape in enumerate(shapes) for dim, size in enumerate(shape)}
+    return _first_broken(relations, _sizes(shapes))
+
+
+def _sizes(shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    return {f"s{index}_{dim}": size for index, shape in enumerate(shapes) for dim, size in enumerate(shape)}
+
+
+def _first_broken(relations: Sequence[str], sizes: Mapping[str, int]) -> str | None:
     for relation in relations:
         try:
             holds = bool(_value(_tree(relation), sizes))
@@ -120,6 +127,15 @@ def broken(relations: Sequence[str], shapes: Sequence[Sequence[int]]) -> str | N
         if not holds:
             return relation
     return None
+
+
+def holding(
+    relations: Sequence[str], shapes: Sequence[Sequence[int]], place: tuple[int, int], values: Iterable[int]
+) -> list[int]:
+    """The values of one size, by input and dimension, with which the shapes fulfil all relations."""
+    sizes = _sizes(shapes)
+    name = f"s{place[0]}_{place[1]}"
+    return [value for value in values if _first_broken(relations, {**sizes, name: value}) is None]
 
 
 def readable(relation: str, names: Sequence[str]) -> str:

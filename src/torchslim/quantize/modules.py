@@ -10,10 +10,11 @@ from torch import Tensor
 from torchslim.core.step import LayerRecord
 from torchslim.core.trees import device_of
 from torchslim.errors import DeployError, QuantizeError
+from torchslim.graph.allowed_sizes import refusal
 from torchslim.graph.calling import bind, bind_call
 from torchslim.graph.io_structure import build, flatten, leaf_names
 from torchslim.graph.rewrite import place_constants
-from torchslim.graph.size_guards import InputSizes, readable, readable_sizes
+from torchslim.graph.size_guards import InputSizes
 from torchslim.quantize.accuracy_options import Helpers
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.samples import Samples
@@ -55,19 +56,9 @@ class Called(nn.Module):
         """Raise QuantizeError for sizes that the captured graph does not take."""
         if not all(isinstance(size, int) for leaf in leaves for size in leaf.shape):
             return  # symbols of a capture
-        misfit = self.input_sizes.misfit([leaf.shape for leaf in leaves])
-        if misfit is None:
-            return
-        names = leaf_names(self.inputs)
-        if isinstance(misfit, int):
-            wrong = (
-                f"input {names[misfit]!r} must have the shape {readable_sizes(self.input_sizes.sizes[misfit])}, got "
-                f"{tuple(leaves[misfit].shape)}"
-            )
-        else:
-            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-            wrong = f"the sizes {shapes} do not fit: the graph needs {readable(misfit, names)}"
-        raise QuantizeError(f"{wrong}; prepare the model with a list of example inputs that span the sizes")
+        reason = refusal(self.input_sizes, [leaf.shape for leaf in leaves], leaf_names(self.inputs))
+        if reason is not None:
+            raise QuantizeError(f"{reason}; prepare the model with a list of example inputs that span the sizes")
 
     def takes(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a call has the structure and the ranks of the captured one; its sizes may not fit."""

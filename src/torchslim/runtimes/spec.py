@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from torchslim.core.hardware import instruction_set
 from torchslim.errors import DeployError, ExportError
+from torchslim.graph.allowed_sizes import refusal
 from torchslim.graph.calling import positional, signature_of
 from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.layers import layers_of, structure_of
-from torchslim.graph.size_guards import InputSizes, readable, readable_sizes
+from torchslim.graph.size_guards import InputSizes, shape_fits
 
 KINDS = {
     "positional": inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -40,10 +41,9 @@ class Spec:
     `kinds` maps the arguments of the model's forward to "positional", "keyword", "varargs" or "varkwargs"; `optional`
     lists those that were captured with their default; `sizes` and `dtypes` are those of the flat input tensors, with
     None for a free size; `guards` are the relations of free sizes that the program needs, as of
-    `torchslim.graph.size_guards`; `bfloat16` holds the indices of output tensors of that type; `layers` lists the
-    operations that multiply, as dicts of `torchslim.graph.layers.Layer`; `structure` is the digest of the program
-    without its
-    numbers.
+    `torchslim.graph.size_guards`, and `guard_places` the lines of the model's code that need them; `bfloat16` holds the
+    indices of output tensors of that type; `layers` lists the operations that multiply, as dicts of
+    `torchslim.graph.layers.Layer`; `structure` is the digest of the program without its numbers.
     """
 
     kinds: dict[str, str]
@@ -59,6 +59,7 @@ class Spec:
     structure: str = ""
     bfloat16: list[int] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
+    guard_places: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, captured: Captured, model: nn.Module) -> Spec:
@@ -93,6 +94,7 @@ class Spec:
             layers=[layer.to_dict() for layer in layers_of(captured.program, captured.batch_axis)],
             structure=structure_of(captured.program),
             guards=list(captured.guards),
+            guard_places=dict(captured.guard_places),
             bfloat16=[n for n, output in enumerate(captured.outputs_of_program()) if output.dtype == torch.bfloat16],
         )
 
@@ -117,18 +119,16 @@ class Spec:
             if str(leaf.dtype) != f"torch.{dtype}":
                 got = str(leaf.dtype).removeprefix("torch.")
                 raise DeployError(f"input {name!r} must be {dtype}, got {got}; convert it with .to(torch.{dtype})")
-        misfit = self.input_sizes.misfit([leaf.shape for leaf in leaves])
-        if isinstance(misfit, int):
+        shapes = [leaf.shape for leaf in leaves]
+        if any(not shape_fits(*pair) for pair in zip(self.sizes, shapes, strict=True)):
             raise DeployError(
-                f"input {names[misfit]!r} must have the shape {readable_sizes(self.sizes[misfit])}, got "
-                f"{tuple(leaves[misfit].shape)}; deploy again with other example inputs, or with dynamic_shapes"
+                f"{refusal(self.input_sizes, shapes, names)}; deploy again with other example inputs, or with "
+                "dynamic_shapes: lists of the sizes that a call may have compile a program for each of them"
             )
         self._check_batch(names, leaves)
-        if misfit is not None:
-            got = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True))
+        if (reason := refusal(self.input_sizes, shapes, names, self.guard_places)) is not None:
             raise DeployError(
-                f"the sizes do not fit: the captured program needs {readable(misfit, names)}, got {got}; pad the "
-                "inputs to sizes that fit, or deploy with example inputs of such sizes"
+                f"{reason}; pad the inputs to sizes that fit, or deploy with example inputs of such sizes"
             )
         return leaves
 
