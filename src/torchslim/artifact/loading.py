@@ -29,6 +29,7 @@ from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import build
 from torchslim.runtimes import RUNTIMES, Deployed, Runtime, Spec, find_runtime
 from torchslim.runtimes.base import Program
+from torchslim.runtimes.bucketed import Bucketed
 from torchslim.runtimes.pt2 import load_program
 
 PROGRAM = "model.pt2"
@@ -95,7 +96,7 @@ def load(
         RuntimeUnavailable: the artifact's runtime is not installed.
     """
     opened = opened_for_loading(folder, public_key, runtime)
-    paths = list(opened.manifest.get("parts", ()))
+    paths = [] if "buckets" in opened.manifest else list(opened.manifest.get("parts", ()))
     if not paths:
         if part is not None:
             opened.part(part)  # raises: there are no parts
@@ -152,6 +153,10 @@ def load_opened(
 ) -> Deployed:
     """`load` for an opened artifact; `compiled_again` compiles its program instead of reading the runtime's files."""
     folder, manifest = opened.folder, opened.manifest
+    if "buckets" in manifest:
+        options: dict[str, Any] = {"threads": threads, "trusted": trusted, "compiled_again": compiled_again}
+        programs = [load_opened(opened.part(path), runtime=runtime, **options) for path in manifest["parts"]]
+        return Bucketed.from_dict(programs, manifest["buckets"], find_runtime(programs[0].runtime))
     if "spec" not in manifest:
         raise ArtifactError(f"{folder} holds weights only; rebuild the model with ts.load_module(folder, factory)")
     spec = Spec(**manifest["spec"])

@@ -17,6 +17,7 @@ from torchslim.core.files import digest
 from torchslim.core.json_types import STRICT, Axis, Hash, Name, Size, Text
 from torchslim.core.schema import MIB, Limits, Schema, parse_json, shorten
 from torchslim.errors import ArtifactError
+from torchslim.graph.buckets import MOST as MOST_BUCKETS
 from torchslim.graph.io_structure import sound, tensors_of
 from torchslim.graph.size_guards import MOST, parse
 from torchslim.prune.structured.record_schema import SurgeryJson
@@ -93,6 +94,26 @@ class SpecJson(TypedDict):
     guard_places: NotRequired[Annotated[dict[Text, Text], Field(max_length=MOST)]]
 
 
+PlaceJson = Annotated[list[Annotated[int, Field(ge=0, le=10_000)]], Field(min_length=2, max_length=2)]
+
+
+class PaddingJson(TypedDict):
+    """See `torchslim.graph.buckets.Padding`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    fills: list[Literal[0, 1]]
+    outputs: list[PlaceJson]
+
+
+class BucketsJson(TypedDict):
+    """Several programs of one model, by the sizes of their inputs; see `torchslim.graph.buckets.Buckets`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    places: Annotated[list[PlaceJson], Field(min_length=1, max_length=1_000)]
+    sizes: Annotated[list[list[Annotated[int, Field(ge=1, le=2**40)]]], Field(min_length=1, max_length=MOST_BUCKETS)]
+    padding: PaddingJson | None
+
+
 class ManifestJson(TypedDict):
     """An artifact's manifest."""
 
@@ -114,6 +135,7 @@ class ManifestJson(TypedDict):
     mask_shapes: NotRequired[dict[Name, Shape]]
     # of a model whose parts are deployed: the folder of each, by its path in the model
     parts: NotRequired[dict[Name, Name]]
+    buckets: NotRequired[BucketsJson]
 
 
 def _wrong_manifest(manifest: ManifestJson) -> str | None:
@@ -128,10 +150,22 @@ def _wrong_manifest(manifest: ManifestJson) -> str | None:
         return "its weights are not described"
     if ("mask_shapes" in manifest) != ("masks.safetensors" in manifest["files"]):
         return "its masks are not described"
+    if "buckets" in manifest and (fault := _wrong_buckets(manifest)) is not None:
+        return fault
     for path, name in manifest.get("parts", {}).items():
         if f"{PARTS}/{name}/artifact.json" not in manifest["files"]:
             return f"it lists the part {shorten(path)}, but not its files"
     return _wrong_spec(manifest["spec"]) if "spec" in manifest else None
+
+
+def _wrong_buckets(manifest: ManifestJson) -> str | None:
+    buckets, places = manifest["buckets"], len(manifest["buckets"]["places"])
+    if list(manifest.get("parts", ())) != [str(number) for number in range(len(buckets["sizes"]))]:
+        return "its buckets are not its parts"
+    padding = buckets["padding"]
+    if any(len(sizes) != places for sizes in buckets["sizes"]) or (padding and len(padding["fills"]) != places):
+        return "its buckets do not fit its inputs"
+    return None
 
 
 def _is_inside(name: str) -> bool:

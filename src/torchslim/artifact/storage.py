@@ -39,6 +39,7 @@ from torchslim.errors import ArtifactError
 from torchslim.quantize.modules import is_quantized
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.base import as_array
+from torchslim.runtimes.bucketed import Bucketed
 from torchslim.runtimes.pt2 import operators_of
 
 BENCH = Path(__file__).parent / "bench_script.py"
@@ -157,13 +158,17 @@ def _contents(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """All files of an artifact, `files` included, and its manifest."""
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "machine": describe_machine()}
-    if isinstance(deployed, DeployedParts):
-        manifest["parts"] = part_folders(deployed.parts)
-        for path, part in deployed.parts.items():
+    parts = deployed.parts if isinstance(deployed, DeployedParts) else {}
+    if isinstance(deployed, Bucketed):
+        manifest["buckets"] = deployed.to_dict()
+        parts = {str(number): program for number, program in enumerate(deployed.programs)}
+    if parts:
+        manifest["parts"] = part_folders(parts)
+        for path, part in parts.items():
             inner, inner_manifest = _contents(part, {}, key=key)
             inner[MANIFEST] = json_bytes(inner_manifest)
             files |= {f"{PARTS}/{manifest['parts'][path]}/{name}": data for name, data in inner.items()}
-    elif deployed is not None:
+    elif isinstance(deployed, Deployed):
         files |= _deployed_files(deployed)
         manifest |= {
             "runtime": deployed.runtime,

@@ -53,6 +53,9 @@ def allowed_text(broken: str, relations: Sequence[str], shapes: Sequence[Sequenc
     for index, dim in dict.fromkeys((int(index), int(dim)) for index, dim in NAME.findall(broken)):
         name = f"s{index}_{dim}"
         of_size = [relation for relation in relations if name in _names(relation)]
+        alone = [relation for relation in of_size if _names(relation) == {name}]
+        if not holding(alone, shapes, (index, dim), [shapes[index][dim]]):
+            of_size = alone  # the size is wrong whatever the others are
         largest = max(
             [shapes[index][dim], *(int(number) for text in of_size for number in re.findall(r"\b\d+\b", text))]
         )
@@ -75,7 +78,7 @@ def _described(values: Sequence[int], limit: int) -> str:
         return ""
     steps = {after - before for before, after in pairwise(values)}
     first, last = values[0], values[-1]
-    if len(values) <= LISTED and last <= limit // 2:
+    if len(values) <= LISTED and last <= limit // 2 and (len(values) < 3 or steps != {1}):
         return " or ".join(filter(None, [", ".join(map(str, values[:-1])), str(last)]))
     if steps == {1}:
         if first == 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from torchslim.errors import ExportError
+from torchslim.graph.buckets import listed_buckets
 from torchslim.graph.calling import Flat, positional
 from torchslim.graph.io_structure import Structure, leaf_names
 from torchslim.graph.size_places import place_of_size
@@ -25,7 +26,7 @@ def fixed_sizes(value: Tensor) -> list[int | None]:
 
 
 def normalized(dynamic_shapes: Any) -> Any:
-    """Return the argument with None for "fixed", after a check of its words.
+    """Return the argument with None for "fixed", and the dimensions of buckets, after a check of its words.
 
     Raises:
         ExportError: an unknown word, or a list of dimensions that are no whole numbers.
@@ -35,6 +36,8 @@ def normalized(dynamic_shapes: Any) -> Any:
             f"dynamic_shapes must be 'auto', 'batch', 'fixed', None, lists of dimensions by input, or a torch.export "
             f"spec, got {dynamic_shapes!r}"
         )
+    if (buckets := listed_buckets(dynamic_shapes)) is not None:
+        return {name: list(dims) for name, dims in buckets.items()}
     return None if isinstance(dynamic_shapes, str) and dynamic_shapes == "fixed" else dynamic_shapes
 
 

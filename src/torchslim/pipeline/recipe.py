@@ -67,13 +67,14 @@ class Recipe:
     rehearse: bool = True  # begin with every step at least effort
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dynamic_shapes, str) and not lists_dimensions(self.dynamic_shapes):
-            raise RecipeError(
-                "dynamic_shapes must be 'auto', 'batch', 'fixed', or lists of dimensions such as "
-                f"{{ input_ids = [0, 1] }}, got {shown(self.dynamic_shapes)}"
-            )
         try:
-            normalized(self.dynamic_shapes)
+            read = normalized(self.dynamic_shapes)
+            if read is not None and not isinstance(read, str) and not lists_dimensions(read):
+                raise RecipeError(
+                    "dynamic_shapes must be 'auto', 'batch', 'fixed', lists of dimensions such as "
+                    "{ input_ids = [0, 1] }, or lists of sizes such as { images = { 2 = [320, 480] } }, got "
+                    f"{shown(self.dynamic_shapes)}"
+                )
         except ExportError as error:
             raise RecipeError(str(error)) from error
 

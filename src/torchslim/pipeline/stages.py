@@ -188,6 +188,8 @@ def restored(
         return None
     opened = stage_files.opened
     try:
+        if "buckets" in opened.manifest:
+            raise StorageError(f"{folder} holds a program for each of several sizes")
         places = {path: opened.part(path) for path in opened.manifest.get("parts", ())} or {WHOLE: opened}
         if any(place.manifest.get("runtime") != runtime for place in places.values()):
             raise StorageError(f"{folder} was made for another runtime than {runtime!r}")

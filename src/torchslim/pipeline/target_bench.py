@@ -22,7 +22,6 @@ from torchslim.core.tensor_objects import of_structure
 from torchslim.errors import RecipeError
 from torchslim.graph.export import capture
 from torchslim.graph.layers import structure_of
-from torchslim.graph.lifting import captured_of
 from torchslim.quantize import Quantize, QuantizedModule, convert, prepare
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.training.calibration import CalibrationData
@@ -78,8 +77,8 @@ class Bench:
 
     def compile(self, model: nn.Module) -> Deployed:
         """Compile the model for the target, unchecked."""
-        captured = captured_of(model, list(self.examples) or self.example_inputs, self.dynamic_shapes)
-        return find_runtime(self.target.runtime).compile(captured, threads=self.target.threads, source=model)
+        examples = list(self.examples) or self.example_inputs
+        return find_runtime(self.target.runtime).compile(model, examples, self.dynamic_shapes, self.target.threads)
 
     def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:
         """Return each model's time over the reference's, both finished as the recipe ends; see `Workbench.latency`."""

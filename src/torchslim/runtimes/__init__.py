@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torchslim.errors import RecipeError
 from torchslim.runtimes.base import Deployed, Runtime
+from torchslim.runtimes.bucketed import Bucketed
 from torchslim.runtimes.spec import Kernel, Spec
 
 RUNTIMES: Mapping[str, str] = {
@@ -28,6 +29,8 @@ def find_runtime(name: str) -> Runtime:
 
 def kernels(deployed: Deployed) -> list[Kernel]:
     """Kernels that a deployed model really executes, as its runtime lists them."""
+    if isinstance(deployed, Bucketed):
+        return kernels(deployed.median)
     list_kernels = find_runtime(deployed.runtime).kernels
     assert list_kernels is not None, "every runtime lists its kernels"
     return list_kernels(deployed)

@@ -17,6 +17,8 @@ from torchslim.core.folder_lock import writing
 from torchslim.core.isolation import quiet
 from torchslim.core.step import Inputs, LayerRecord
 from torchslim.errors import DeployError, TorchslimError
+from torchslim.graph.buckets import listed_buckets
+from torchslim.graph.calling import examples_of
 from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import build, flatten, tensors_of
 from torchslim.graph.lifting import captured_of
@@ -247,6 +249,10 @@ class Runtime:
         if isinstance(model, Captured):
             assert source is not None, "a captured program needs its model for the names of its inputs"
             captured, original = model, source
+        elif (sizes := listed_buckets(dynamic_shapes)) is not None:
+            from torchslim.runtimes.bucketed import compile_buckets
+
+            return compile_buckets(self, model, example_inputs, sizes, threads)
         else:
             captured, original = captured_of(model, example_inputs, dynamic_shapes), model
 
@@ -256,4 +262,9 @@ class Runtime:
                 return described, *self.make(variant, described, threads)
 
         captured, spec, session, payload = compiled(make, captured, original, trial=self.converts)
-        return Deployed(session, Program.of(captured, spec), self, threads=threads, payload=payload)
+        deployed = Deployed(session, Program.of(captured, spec), self, threads=threads, payload=payload)
+        if isinstance(model, Captured) or dynamic_shapes != "auto" or len(examples_of(example_inputs)) == 1:
+            return deployed
+        from torchslim.runtimes.bucketed import padded_where_fixed
+
+        return padded_where_fixed(self, deployed, original, example_inputs)

@@ -13,6 +13,7 @@ from torchslim.errors import ExportError
 from torchslim.graph.export import WRAPPED, Captured, module_of
 from torchslim.graph.layers import multiplies
 from torchslim.runtimes.base import Deployed, Runtime
+from torchslim.runtimes.bucketed import Bucketed
 from torchslim.runtimes.kernel_listing import eager_kernels
 from torchslim.runtimes.pt2 import load_program, pack_program
 from torchslim.runtimes.spec import Kernel, Session, Spec
@@ -44,6 +45,8 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
 
 def on_eager(deployed: Deployed, threads: int | None) -> Deployed:
     """The program of a model that is deployed elsewhere, in PyTorch; it has no file."""
+    if isinstance(deployed, Bucketed):
+        return deployed.mapped(lambda program: on_eager(program, threads), RUNTIME)
     with quiet():
         session = session_of(lower(module_of(deployed.program.loaded())), threads)
     return Deployed(session, deployed.program, RUNTIME, threads=threads, payload=None)
