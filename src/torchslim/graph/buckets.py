@@ -145,7 +145,7 @@ def _unchanged(
         for size in {below + 1, (below + length) // 2, length - 1}:
             if not below < size < length:
                 continue
-            short = resized_to(leaves, buckets.places, [size] * len(buckets.places))
+            short = _shortened(leaves, buckets.places, size)
             try:
                 expected, answers = flat(*short), flat(*padded(short, buckets.places, length, fills))
             except Exception:  # noqa: BLE001 - the model does not run at this size, so that nothing is proved
@@ -155,6 +155,16 @@ def _unchanged(
                 return None
             cuts.add(cut)
     return cuts.pop() if len(cuts) == 1 else None
+
+
+def _shortened(leaves: Sequence[Tensor], places: Sequence[Place], size: int) -> list[Tensor]:
+    """Flat inputs of a smaller size; whole numbers elsewhere, such as lengths of sequences, are at most that size."""
+    short = resized_to(leaves, places, [size] * len(places))
+    sized = {index for index, _ in places}
+    return [
+        leaf if index in sized or leaf.is_floating_point() or leaf.dtype == torch.bool else leaf.clamp(max=size)
+        for index, leaf in enumerate(short)
+    ]
 
 
 def _cut(expected: Sequence[Tensor], answers: Sequence[Tensor], size: int, length: int) -> tuple[Place, ...] | None:

@@ -39,6 +39,13 @@ class _Packing:
     lengths: Tensor
     given_lengths: Tensor
     steps: int
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # packed data, and the same before it was flattened
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Flatten (steps, batch, ...) -> (steps * batch, ...), as packed data have it."""
+        data = x.flatten(0, 1)
+        self.kept.append((data, x))
+        return data
 
     @cached_property
     def batch_sizes(self) -> Tensor:
@@ -66,7 +73,13 @@ class _Packing:
         return (self.lengths - 1).view(1, -1, 1)
 
     def padded(self, data: Tensor) -> Tensor:
-        """Unflatten packed data: (steps * batch, ...) -> (steps, batch, ...)."""
+        """Unflatten packed data: (steps * batch, ...) -> (steps, batch, ...).
+
+        Data that the model has not changed are those before `packed`: converters fix one of the sizes of a reshape.
+        """
+        for flat, x in self.kept:
+            if flat is data:
+                return x
         return cast(Tensor, data.unflatten(0, (self.steps, self.lengths.shape[0])))
 
     def reverse(self, x: Tensor) -> Tensor:
@@ -95,7 +108,7 @@ class PaddedPacking:
         on_device = lengths if lengths.device == x.device else lengths.to(x.device)
         packing = _Packing(on_device, lengths, x.shape[0])
         self.packings.append(packing)
-        return x.flatten(0, 1), packing.batch_sizes
+        return packing.packed(x), packing.batch_sizes
 
     def pad(
         self, data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
@@ -149,7 +162,7 @@ class PaddedPacking:
                 x = nn.functional.dropout(x, layer.dropout, layer.training)
         last: Any = tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
         last = last if isinstance(layer, nn.LSTM) else last[0]
-        return PackedSequence(x.flatten(0, 1), batch_sizes, order, unsorted), layer.permute_hidden(last, unsorted)
+        return PackedSequence(packing.packed(x), batch_sizes, order, unsorted), layer.permute_hidden(last, unsorted)
 
 
 @contextmanager
