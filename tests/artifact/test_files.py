@@ -21,7 +21,7 @@ import torchslim as ts
 from tests.mutations import Kind
 from tests.mutations.artifacts import KINDS_OF_ARTIFACTS
 from tests.support.artifacts import listed, rewritten
-from torchslim.artifact import storage
+from torchslim.artifact import loading
 from torchslim.artifact.opened import open_artifact
 from torchslim.artifact.writing import STAGING
 from torchslim.core import folder_lock
@@ -152,13 +152,13 @@ def test_a_model_that_another_process_replaces_is_loaded_as_it_was_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ts.save(constant(1), tmp_path / "a")
-    load, other = storage.load_opened, constant(2)
+    load, other = loading.load_opened, constant(2)
 
     def replaced_before(opened: Any, **settings: Any) -> Any:
         ts.save(other, tmp_path / "a")
         return load(opened, **settings)
 
-    monkeypatch.setattr(storage, "load_opened", replaced_before)
+    monkeypatch.setattr(loading, "load_opened", replaced_before)
     assert float(ts.load(tmp_path / "a")(torch.ones(1, 2))[0, 0]) == 1
 
 

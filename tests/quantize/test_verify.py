@@ -397,16 +397,16 @@ def test_an_artifact_that_answers_otherwise_is_made_again_with_layers_in_float(t
     torch.manual_seed(0)
     model, batches = small((6,), 3), images()
     task = run_task(batches, [torch.zeros(8).long()] * 3)
-    real = shipped.load
+    real = shipped.load_opened
 
-    def load(folder, **options):
-        deployed = real(folder, **options)
+    def load(opened, **options):
+        deployed = real(opened, **options)
         if any(each["layer"] == "7" and each["weight_bits"] == 8 for each in deployed.spec.layers):
             session = deployed.session
             deployed.session = lambda leaves: [0 * value for value in session(leaves)]
         return deployed
 
-    with mock.patch.object(shipped, "load", load):
+    with mock.patch.object(shipped, "load_opened", load):
         result = ts.compress(model, task, [ts.Quantize("int8")], runtime="eager", workdir=tmp_path / "run")
     layers = {each["layer"]: each["action"] for each in result.run["rows"][1]["layers"]}
     assert layers == {"0": "quantized", "5": "quantized", "7": "refused"}

@@ -159,6 +159,7 @@ class Translator(nn.Module):
         self.words = nn.Embedding(tokens, width)
         self.encoder = nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
         self.decoder = Decoder(tokens, width)
+        self.turn = nn.Linear(width, width)
         self.head = nn.Linear(width, tokens)
         self.head.weight = self.decoder.words.weight
 
@@ -168,7 +169,7 @@ class Translator(nn.Module):
         steps = []
         for token in target.split(1, 1):
             x, cache = self.decoder(token, memory, cache=cache)
-            steps.append(self.head(x))
+            steps.append(self.head(self.turn(x)))
         return torch.cat(steps, 1)
 
     def generate(self, source: Tensor, steps: int = 5) -> Tensor:
@@ -178,7 +179,7 @@ class Translator(nn.Module):
         tokens = [token]
         for _ in range(steps):
             x, cache = self.decoder(token, memory, cache=cache)
-            token = self.head(x).argmax(-1)
+            token = self.head(self.turn(x)).argmax(-1)
             tokens.append(token)
             if bool((token == 1).all()):
                 break
@@ -226,7 +227,13 @@ def generation_task() -> ts.Task:
         return 100 * hits / total
 
     val = [sentences(3, 5, 1), sentences(4, 7, 2), sentences(4, 6, 3)]
-    return ts.Task(train=val, val=val, metric=ts.Metric(overlap, unit="%"), inputs=lambda batch: batch)
+    return ts.Task(
+        train=val,
+        val=val,
+        metric=ts.Metric(fn=overlap, unit="%"),
+        inputs=lambda batch: batch,
+        loss=lambda outputs, batch: nn.functional.cross_entropy(outputs.flatten(0, 1), batch[1].flatten()),
+    )
 
 
 class Counted:

@@ -33,6 +33,7 @@ from torchslim.core.arguments import checks_arguments
 from torchslim.core.files import json_bytes
 from torchslim.core.hardware import describe_machine
 from torchslim.core.isolation import warn
+from torchslim.core.parts import unmounted
 from torchslim.core.step import Inputs
 from torchslim.core.usable import usable
 from torchslim.errors import ArtifactError
@@ -61,7 +62,7 @@ def save(
 
     Args:
         model: what to save. Of a model with deployed parts, the parts are saved, each as an artifact of its own in the
-            folder `parts`, and the weights of the whole model unless parts of it are quantized.
+            folder `parts`, and the weights of the whole model.
         folder: a new or an empty one, or one that holds an artifact, which is replaced.
         example_inputs: inputs of the module, for saving its program.
         masks: masks of pruned weights, by parameter name.
@@ -76,7 +77,7 @@ def save(
         confirm(folder, model, write_artifact(folder, deployed=model, masks=masks, key=key))
         return Path(folder)
     if isinstance(model, DeployedParts):
-        module = None if is_quantized(model.model) else model.model
+        module = unmounted(model.model)
         confirm(folder, model, write_artifact(folder, deployed=model, module=module, masks=masks, key=key))
         return Path(folder)
     model = usable(model, ArtifactError)

@@ -207,11 +207,11 @@ def outside(model: nn.Module, paths: Sequence[str]) -> list[str]:
     return [name for name in names if all(inside(path, name) is None for path in paths)]
 
 
-def with_rest_of(module: nn.Module, model: nn.Module, paths: Sequence[str]) -> nn.Module:
-    """A copy of `module` whose weights outside of the parts are those of `model`, which has other parts mounted."""
-    copied, _ = copy_model(module)
-    rest = {
-        name: value for name, value in model.state_dict().items() if all(inside(path, name) is None for path in paths)
-    }
-    copied.load_state_dict({**copied.state_dict(), **rest})
+def unmounted(model: nn.Module) -> nn.Module:
+    """A copy of the model in float, with its parts as they were before others were mounted in their places."""
+    copied, _ = copy_model(model)
+    for module in list(copied.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, Mounted):
+                module._modules[name] = child.part
     return copied

@@ -162,7 +162,13 @@ def view_with_tensors(module: nn.Module, signature: inspect.Signature, inputs: M
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: copy.deepcopy(value) for name, value in empty.items()}
         named = packed(named_arguments(signature, args, kwargs), given)
-        return unpacked(type(module).forward(self, **named), given)
+        outputs = unpacked(type(module).forward(self, **named), given)
+        if made := next((value for name, value in given.items() if name not in empty), None):
+            raise TaskError(
+                f"{type(module).__name__} returns an object that it makes itself, a {type(made).__name__}; a captured "
+                "part returns tensors and the objects that it was given: choose a submodule inside of it"
+            )
+        return outputs
 
     view = copy.copy(module)
     view.__class__ = type(type(module).__name__, (type(module),), {"forward": forward, "__module__": __name__})

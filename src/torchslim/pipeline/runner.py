@@ -28,7 +28,7 @@ from torchslim.core.hardware import describe_machine
 from torchslim.core.infinities import spoiled
 from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.metrics import Metric
-from torchslim.core.parts import part_at, part_views, with_rest_of
+from torchslim.core.parts import part_at, part_views, unmounted
 from torchslim.core.seals import key_id
 from torchslim.core.step import Context, Event, Form, Outcome, Step, step_name
 from torchslim.core.task import Task
@@ -288,7 +288,7 @@ class _Runner:
         if not is_quantized(model):
             module = model
         elif self.ctx.parts:  # the training of a quantization changes the model around the parts, too
-            module = with_rest_of(module, model, self.ctx.paths)
+            module = unmounted(model)
         records = merged(outcome.layers, deployed)
         self.ctx.progress(Event(step=name, phase="evaluate"))
         values = self._evaluate(predictor(model))

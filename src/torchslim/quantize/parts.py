@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from torchslim.core.isolation import copy_model
 from torchslim.core.part_calls import recorded_calls
@@ -14,6 +15,7 @@ from torchslim.core.step import Inputs
 from torchslim.core.tensor_objects import by_structure, of_structure
 from torchslim.errors import QuantizeError
 from torchslim.graph.calling import examples_of
+from torchslim.graph.export import WRAPPED
 
 Layers = Mapping[str, str]
 T = TypeVar("T", bound=nn.Module)
@@ -70,6 +72,57 @@ def layers_inside(model: nn.Module, path: str, layers: Layers) -> dict[str, str]
             named.pop(name, None)
             named[name] = layers[pattern]
     return named
+
+
+def share_weights(whole: nn.Module, prepared: Mapping[str, nn.Module]) -> None:
+    """Make prepared graphs train the weights of the parts that they are mounted on, in place of copies.
+
+    So calls that fall back to a part use the trained weights, and weights that a part shares with the rest of the model
+    stay shared. Weights that the graph holds in another form keep their own copies.
+    """
+    for path, graph in prepared.items():
+        part = _float_part(whole, path)
+        if part is None:
+            continue
+        for name, parameter in part.named_parameters(remove_duplicate=False):
+            owner, own = _in_graph(graph, name)
+            if owner is None or own is None or own.shape != parameter.shape or own.dtype != parameter.dtype:
+                continue
+            with torch.no_grad():
+                parameter.copy_(own)  # equalization may have scaled it
+            parameter.requires_grad_(own.requires_grad)
+            owner._parameters[name.rpartition(".")[2]] = parameter
+
+
+def take_back(whole: nn.Module, prepared: Mapping[str, nn.Module]) -> None:
+    """Copy the trained weights and statistics of graphs to the parts that they are mounted on."""
+    for path, graph in prepared.items():
+        part = _float_part(whole, path)
+        if part is None:
+            continue
+        values = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+        for name, value in values.items():
+            _, own = _in_graph(graph, name)
+            if own is not None and own.shape == value.shape:
+                with torch.no_grad():
+                    value.copy_(own)
+
+
+def _float_part(whole: nn.Module, path: str) -> nn.Module | None:
+    """The module behind a mounted graph; None for a graph of the whole model."""
+    module = whole.get_submodule(path) if path else None
+    return module.part if isinstance(module, Mounted) else None
+
+
+def _in_graph(graph: nn.Module, name: str) -> tuple[nn.Module | None, Tensor | None]:
+    """The module of a graph that holds a tensor of the model that it was captured from, and the tensor."""
+    path, _, last = f"program.{WRAPPED}{name}".rpartition(".")
+    try:
+        owner = graph.get_submodule(path)
+    except AttributeError:
+        return None, None  # the graph does not read it
+    value = owner._parameters.get(last, owner._buffers.get(last))
+    return owner, value
 
 
 def mounted_of(model: nn.Module, kind: type[T]) -> dict[str, T]:

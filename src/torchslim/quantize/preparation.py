@@ -32,7 +32,7 @@ from torchslim.quantize.checks import Checks
 from torchslim.quantize.conversion import integers
 from torchslim.quantize.equalize import equalize, smooth
 from torchslim.quantize.modules import Called, Prepared, QuantizedModule
-from torchslim.quantize.parts import by_part, mounted_of
+from torchslim.quantize.parts import by_part, mounted_of, share_weights, take_back
 from torchslim.quantize.samples import batch_axes
 from torchslim.quantize.schemes import FLOAT, SCHEMES, Scheme, find_scheme
 
@@ -137,7 +137,10 @@ def prepare(
                 dynamic_shapes=dynamic_shapes,
             )
 
-        return by_part(model, part, samples or example_inputs, layers, make)
+        whole = by_part(model, part, samples or example_inputs, layers, make)
+        if qat:
+            share_weights(whole, mounted_of(whole, Prepared))
+        return whole
     _check(model, runtime, helpers, samples)
     choose = chooser(model, scheme, layers or {})
     with parts_named(model, example_inputs):
@@ -272,7 +275,10 @@ def convert(prepared: nn.Module, *, checks: Checks | None = Checks()) -> nn.Modu
         prepared = inner  # DistributedDataParallel and Fabric wrap it
     if isinstance(prepared, nn.Module) and (parts := mounted_of(prepared, Prepared)):
         converted = {path: convert(part, checks=checks) for path, part in parts.items()}
-        return mounted(copy_model(prepared)[0], converted)
+        copied, _ = copy_model(prepared)
+        if any(part.qat for part in parts.values()):
+            take_back(copied, mounted_of(copied, Prepared))
+        return mounted(copied, converted)
     if not isinstance(prepared, Prepared):
         raise QuantizeError(
             f"convert takes what ts.quantize.prepare returned, got {type(prepared).__name__}; prepare the model first"

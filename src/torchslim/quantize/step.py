@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchslim.core.batches import take_first
 from torchslim.core.checks import check_fields
@@ -27,12 +27,14 @@ from torchslim.quantize.checks import Checks
 from torchslim.quantize.functional import converted, decibels
 from torchslim.quantize.mixed_precision import KEPT, WIDENINGS, Trials, fallback, fewest
 from torchslim.quantize.modules import Prepared, QuantizedModule
-from torchslim.quantize.parts import check_layers, layers_inside
+from torchslim.quantize.parts import check_layers, layers_inside, share_weights, take_back
 from torchslim.quantize.preparation import Layers, chooser, prepare
 from torchslim.quantize.schemes import FLOAT, OBSERVERS, find_scheme
 from torchslim.training.calibration import PartCalibration
 from torchslim.training.finetune import Training
 from torchslim.training.loop import Hook, Loop
+
+T = TypeVar("T")
 
 ANY_DROP = 1e9  # of the metric, in a rehearsal: the first choice of layers holds
 ANY_OUTPUTS = Checks(channel_db=-300.0, apart_db=300.0, apart_share=0.999)  # in a rehearsal, too
@@ -174,13 +176,12 @@ class Quantize:
         history: Sequence[Mapping[str, float]] = ()
         training_records: Sequence[LayerRecord] = ()
         if self.mode == "qat":
-            masks = {inside_graph(ctx.paths, name): mask for name, mask in ctx.masks.items()}
-            parameters = dict(whole.named_parameters())
+            share_weights(whole, prepared)
+            masks = _by_first_name(whole, {inside_graph(ctx.paths, name): mask for name, mask in ctx.masks.items()})
             freeze = Freeze(list(prepared.values()), self.norms_until, self.ranges_until)
-            training = _inside_training(self.training(), model, ctx.paths, parameters)
-            report = training.fit(
-                whole, ctx, hooks=[freeze], masks={name: mask for name, mask in masks.items() if name in parameters}
-            )
+            training = _inside_training(self.training(), model, ctx.paths, whole)
+            report = training.fit(whole, ctx, hooks=[freeze], masks=masks)
+            take_back(whole, prepared)
             history, training_records = report.history, report.layers
         checks = self.checks
         assert not isinstance(checks, Mapping)
@@ -368,15 +369,20 @@ def inside_graph(paths: Sequence[str], name: str) -> str:
     return name
 
 
-def _inside_training(
-    training: Training, model: nn.Module, paths: Sequence[str], parameters: Container[str]
-) -> Training:
+def _inside_training(training: Training, model: nn.Module, paths: Sequence[str], whole: nn.Module) -> Training:
     """The training with `lr_scale` by the names of the prepared model, whose program has no classes of layers."""
     if not training.lr_scale:
         return training
     factors = {inside_graph(paths, name): factor for name, factor in training.settings().factors(model).items()}
-    inside = {glob.escape(name): factor for name, factor in factors.items() if name in parameters}
-    return replace(training, lr_scale=inside)
+    named = {glob.escape(name): factor for name, factor in _by_first_name(whole, factors).items()}
+    return replace(training, lr_scale=named)
+
+
+def _by_first_name(model: nn.Module, values: Mapping[str, T]) -> dict[str, T]:
+    """The values of parameters that the model has, by the first name of each parameter."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {first[id(parameters[name])]: value for name, value in values.items() if name in parameters}
 
 
 def _surprising(record: LayerRecord) -> bool:
