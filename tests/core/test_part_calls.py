@@ -83,7 +83,9 @@ def test_the_model_is_as_before_after_a_recording() -> None:
 def test_a_cache_is_recorded_at_every_step() -> None:
     model = seeded(Translator)
     calls = recorded_calls(model, ["decoder"], [{"method": "generate", "args": sentences(2, 5)[:1]}])["decoder"]
-    lengths = [len(tensors_in(call["cache"])) and next(iter(tensors_in(call["cache"]).values())).shape[1] for call in calls]
+    lengths = [
+        len(tensors_in(call["cache"])) and next(iter(tensors_in(call["cache"]).values())).shape[1] for call in calls
+    ]
     assert lengths == list(range(len(calls)))
     assert len(calls) > 2
     own = [id(tensor) for call in calls for tensor in tensors(unpacked(call))]

@@ -173,7 +173,9 @@ def test_a_view_computes_what_the_module_does_and_shares_its_weights() -> None:
 
 
 def test_calls_are_grouped_by_structure_not_by_size() -> None:
-    calls = [{"cache": cache_of(n), "x": torch.ones(n, 2)} for n in (1, 2, 3)] + [{"cache": Cache(), "x": torch.ones(1, 2)}]
+    calls = [{"cache": cache_of(n), "x": torch.ones(n, 2)} for n in (1, 2, 3)] + [
+        {"cache": Cache(), "x": torch.ones(1, 2)}
+    ]
     groups = by_structure(calls)
     assert [len(group) for group in groups] == [3, 1]
     chosen = of_structure(calls, calls[0])

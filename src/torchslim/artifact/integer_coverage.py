@@ -74,7 +74,7 @@ def lowered(deployed: AnyDeployed, records: Iterable[LayerRecord] = ()) -> Lower
             the records of the deployed model take precedence.
     """
     if isinstance(deployed, DeployedParts):
-        return _lowered_parts(deployed, list(records))
+        return lowered_parts(deployed.parts, list(records))
     working = kernels(deployed)
     returned = [
         record
@@ -93,17 +93,19 @@ def lowered(deployed: AnyDeployed, records: Iterable[LayerRecord] = ()) -> Lower
     return Lowered(runtime=deployed.runtime, layers=layers, integer_share=share, warnings=warnings)
 
 
-def _lowered_parts(deployed: DeployedParts, records: Sequence[LayerRecord]) -> Lowered:
+def lowered_parts(parts: Mapping[str, Deployed], records: Sequence[LayerRecord] = ()) -> Lowered:
+    """`lowered` for deployed parts by their path, with the names of the whole model."""
     layers: list[LayerKernel] = []
     warnings: list[str] = []
-    for path, piece in deployed.parts.items():
+    for path, piece in parts.items():
         own = [replace(record, layer=name) for record in records if (name := inside(path, record.layer)) is not None]
         found = lowered(piece, own)
         layers += [replace(layer, layer=under(path, layer.layer)) for layer in found.layers]
-        warnings += [f"{path}: {warning}" for warning in found.warnings]
+        warnings += [f"{path}: {warning}" if path else warning for warning in found.warnings]
     total = sum(layer.macs for layer in layers)
     share = sum(layer.macs for layer in layers if layer.integer) / total if total else 0.0
-    return Lowered(runtime=deployed.runtime, layers=layers, integer_share=share, warnings=warnings)
+    runtime = next(iter(parts.values())).runtime
+    return Lowered(runtime=runtime, layers=layers, integer_share=share, warnings=warnings)
 
 
 def executed(records: Iterable[Mapping[str, Any]], found: Lowered) -> list[dict[str, Any]]:

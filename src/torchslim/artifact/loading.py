@@ -20,7 +20,7 @@ from torchslim.core.files import bundle
 from torchslim.core.folder_lock import reading
 from torchslim.core.hardware import instruction_set
 from torchslim.core.isolation import quiet
-from torchslim.core.parts import select_parts
+from torchslim.core.parts import WHOLE, select_parts
 from torchslim.core.schema import shorten
 from torchslim.core.terminal import printable
 from torchslim.core.usable import usable
@@ -118,6 +118,15 @@ def load(
     select_parts(module, paths)  # raises for a model without these parts
     parts = {path: load_opened(opened.part(path), runtime=runtime, threads=threads, trusted=trusted) for path in paths}
     return DeployedParts(module, parts)
+
+
+def load_pieces(
+    folder: str | Path, *, threads: int | None = None, trusted: bool = False, public_key: Key | None = None
+) -> dict[str, Deployed]:
+    """The deployed programs of an artifact by the path of their part, "" for a whole model; see `load`."""
+    opened = opened_for_loading(folder, public_key, None)
+    places = {path: opened.part(path) for path in opened.manifest.get("parts", ())} or {WHOLE: opened}
+    return {path: load_opened(place, threads=threads, trusted=trusted) for path, place in places.items()}
 
 
 def opened_for_loading(folder: str | Path, public_key: Key | None, runtime: str | None) -> Opened:

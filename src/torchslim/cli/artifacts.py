@@ -23,10 +23,10 @@ from torchslim.core.terminal import printable
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def kernels(artifact: Path, trusted: bool, public_key: Path | None, as_json: bool) -> None:
     """List the layers of an ARTIFACT (a saved folder) that run on integers, their kernels, and why others do not."""
-    from torchslim.artifact.integer_coverage import lowered
-    from torchslim.artifact.loading import load
+    from torchslim.artifact.integer_coverage import lowered_parts
+    from torchslim.artifact.loading import load_pieces
 
-    executed = lowered(load(artifact, trusted=trusted, public_key=public_key))
+    executed = lowered_parts(load_pieces(artifact, trusted=trusted, public_key=public_key))
     click.echo(json.dumps(executed.to_dict(), indent=1) if as_json else printable(executed.table(), lines=True))
 
 
@@ -53,15 +53,20 @@ def bench(
 ) -> None:
     """Time saved artifacts side by side, interleaved; ratios are over the first.
 
-    Where sizes vary, the median-size example and the largest one are timed.
+    Where sizes vary, the median-size example and the largest one are timed. Of an artifact with parts of a model, every
+    part is timed: the code around them is not in the artifact.
     """
     from torchslim.artifact.latency import compare, compare_largest
-    from torchslim.artifact.loading import load
+    from torchslim.artifact.loading import load_pieces
     from torchslim.artifact.storage import render_timings
 
-    loaded = {str(path): load(path, threads=threads, trusted=trusted, public_key=public_key) for path in artifacts}
+    loaded = {
+        f"{path}, part {part}" if part else str(path): piece
+        for path in artifacts
+        for part, piece in load_pieces(path, threads=threads, trusted=trusted, public_key=public_key).items()
+    }
     largest = compare_largest(loaded, batch=batch, rounds=rounds)
-    rows = render_timings(compare(loaded, batch=batch, rounds=rounds), str(artifacts[0]), largest)
+    rows = render_timings(compare(loaded, batch=batch, rounds=rounds), next(iter(loaded)), largest)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return

@@ -126,6 +126,18 @@ def latency_entry(run: Run, row: Row, *, largest: bool = False) -> Entry:
     return row["latency_largest_ms" if largest else "latency_ms"][run["target"]["runtime"]]
 
 
+def part_latencies(run: Run) -> list[str]:
+    """A line for every deployed part of a model: its latency alone on the target runtime, before and after the run."""
+    begin = f"{run['target']['runtime']}, part "
+    first, last = run["rows"][0]["latency_ms"], run["rows"][-1]["latency_ms"]
+    lines = []
+    for name in (key for key in first if key.startswith(begin) and key in last):
+        values = [value_of(first[name]), value_of(last[name])]
+        before, after = ("not measured" if value is None else f"{significant(value)} ms" for value in values)
+        lines.append(f"one call of {name.removeprefix(begin)} alone: {before} before, {after} after")
+    return lines
+
+
 def warnings(run: Run) -> list[tuple[str, list[str]]]:
     """Distinct warnings, with the steps that gave them."""
     steps_by_warning: dict[str, list[str]] = {}

@@ -23,6 +23,7 @@ from torchslim.report.findings import (
     layers,
     metric_change,
     metric_entry,
+    part_latencies,
     provenance,
     reported_split,
     summary,
@@ -108,6 +109,7 @@ def _render(run: Run) -> str:
         columns=[column.heading for column in columns],
         rows=rows,
         gaps=gaps(run, _step_entries(columns, rows)),
+        part_latencies=part_latencies(run),
         gains=[(gain, cell_of("seconds", gain.seconds, significant)) for gain in gains(run)],
         ceilings=[(ceiling, _ceiling_cells(ceiling)) for ceiling in ceilings(run)],
         # layers

@@ -13,6 +13,7 @@ from torchslim.report.findings import (
     labels,
     latency_entry,
     metric_entry,
+    part_latencies,
     provenance,
     reported_split,
     time_words,
@@ -73,6 +74,7 @@ def _table(run: Run) -> str:
         "",
         "gain of each step alone [p10-p90]:",
         *_gain_lines(run),
+        *_part_lines(run),
         *_ceiling_lines(run),
     ]
     missing = gaps(run, _shown(run))
@@ -175,6 +177,15 @@ def _gain_lines(run: Run) -> list[str]:
     return [
         "  " + "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines
     ]
+
+
+def _part_lines(run: Run) -> list[str]:
+    lines = part_latencies(run)
+    return (
+        ["", f"latency of parts on {_clip(run['target']['runtime'], 16)}:", *(f"  {plain(line)}" for line in lines)]
+        if lines
+        else []
+    )
 
 
 def _ceiling_lines(run: Run) -> list[str]:
