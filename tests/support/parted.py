@@ -249,3 +249,8 @@ class Counted:
                 return session(leaves)
 
             part.session = run
+
+
+def branching() -> nn.Module:
+    """The model of a recipe."""
+    return seeded(Branching)

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from torchslim.core.layer_patterns import as_list, by_pattern, select_weights
-from torchslim.core.parts import outside
+from torchslim.core.parts import inside, outside
 from torchslim.core.step import Context, LayerRecord, Outcome
 from torchslim.errors import PruneError
 from torchslim.prune.criteria.gathering import check_data, gather_for
@@ -112,9 +112,19 @@ class PruneWeights:
         return step._along_training(model, ctx) if self.schedule.kind == "gradual" else step._in_rounds(model, ctx)
 
     def _for_parts(self, model: nn.Module, ctx: Context) -> PruneWeights:
-        """The step without the weights outside of the context's parts."""
+        """The step without the weights outside of the context's parts.
+
+        Raises:
+            PruneError: `include` names no layer of a part.
+        """
         if not ctx.parts:
             return self
+        names = select_weights(model, self.include, self.exclude)
+        if self.include is not None and all(inside(path, name) is None for path in ctx.paths for name in names):
+            raise PruneError(
+                f"include={self.include!r} names no layer of the parts {', '.join(map(repr, ctx.paths))}; name layers "
+                "in them"
+            )
         return replace(self, exclude=(*as_list(self.exclude), *outside(model, ctx.paths)))
 
     def masks(

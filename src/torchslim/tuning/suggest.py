@@ -23,6 +23,7 @@ from torchslim.core.toml_writer import dumps
 from torchslim.core.trees import device_of, to_device
 from torchslim.core.usable import usable
 from torchslim.errors import RecipeError, TaskError, TorchslimError
+from torchslim.graph.capturable import parts_named
 from torchslim.graph.export import capture
 from torchslim.graph.layers import Layer, layers_of, multiplies
 from torchslim.prune.structured.inspection import inspect
@@ -126,7 +127,8 @@ def suggest(
         raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
     first_batch = take_first(task.val, "val")
     inputs: Any = task.inputs(first_batch) if example_inputs is None else example_inputs
-    mix = _mix(model, inputs, runtimes)
+    with parts_named(model, inputs):
+        mix = _mix(model, inputs, runtimes)
     schooling = _schooling(model, task, inputs)
     steps, lines, omissions = _steps(mix, schooling, budget, runtimes)
     document: Document = {
