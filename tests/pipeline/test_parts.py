@@ -16,6 +16,7 @@ from tests.support.parted import Branching, Counted, Translator, generation_task
 from torchslim.core.parts import unmounted
 from torchslim.errors import ArtifactError, SelectError, TaskError
 from torchslim.report import render, table
+from torchslim.report.numbers import counted
 
 PARTS = ["backbone", "neck"]
 STEPS = [
@@ -206,22 +207,38 @@ def test_a_recipe_names_a_part(call: Any, tmp_path: Path) -> None:
 def test_a_search_looks_at_a_part(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     recipe = {
+        "model": "tests.support.parted:branching",
+        "task": "tests.support.parted:task",
         "runtime": "eager",
         "threads": 1,
-        "budget": {"objectives": ["metric", "params"], "trials": 2, "finalists": 1},
+        "budget": {"minimize": ["params"], "metric_drop": 90.0, "trials": 2, "finalists": 1},
         "step": [{"do": "prune", "pattern": "channel", "sparsity": {"search": [0.2, 0.5]}, "round_to": 1, "min_channels": 1}],
     }  # fmt: skip
-    found = ts.search(recipe, seeded(Branching), task(), workdir=tmp_path / "search", part="backbone")
-    best: Any = found.best.module
+    found = ts.search(seeded(Branching), task(), recipe, workdir=tmp_path / "search", part="backbone")
+    assert found.best is not None
+    assert found.best.result is not None
+    best: Any = found.best.result.module
     assert best.neck[0].weight.shape == (12, 8)
     assert len(best.backbone[0].weight) + len(best.backbone[3].weight) < 24
+
+
+def test_a_suggestion_is_made_for_parts_alone() -> None:
+    one = ts.suggest(seeded(Branching), task(), part="backbone", runtime="onnxruntime")
+    assert one.document["part"] == "backbone"
+    assert 'part = "backbone"' in one.toml
+    both = ts.suggest(seeded(Branching), task(), part=["backbone", "neck"], runtime="onnxruntime")
+    assert both.document["part"] == ["backbone", "neck"]
+    model = seeded(Branching)
+    count = sum(weight.numel() for path in PARTS for weight in model.get_submodule(path).parameters())
+    assert f"{counted(count)} parameters" in both.reasons[0]
+    assert f"{counted(count)} parameters" not in one.reasons[0]
 
 
 @pytest.mark.slow
 def test_a_budget_is_kept_by_compressing_a_part(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     result: Any = ts.compress(
-        seeded(Branching), task(), budget=ts.Budget(objectives=("metric", "params"), trials=2, finalists=1),
+        seeded(lambda: Branching(48)), task(), budget=ts.Budget(minimize=("params",), metric_drop=90.0, trials=2, finalists=1),
         part="backbone", runtime="eager", threads=1, workdir=tmp_path / "work",
     )  # fmt: skip
     assert result.module.neck[0].weight.shape == (12, 8)

@@ -60,7 +60,13 @@ def test_a_quantized_model_deploys_its_parts(model: nn.Module, static: nn.Module
     deployed = ts.deploy(static, INPUTS[0], runtime="eager")
     assert sorted(deployed.parts) == ["backbone", "neck"]  # type: ignore[union-attr]
     assert deployed.quantized
-    assert {record.layer for record in deployed.records} <= {"backbone.0", "backbone.3", "backbone.7", "neck.0", "neck.2"}
+    assert {record.layer for record in deployed.records} <= {
+        "backbone.0",
+        "backbone.3",
+        "backbone.7",
+        "neck.0",
+        "neck.2",
+    }
     counted = Counted(deployed)
     x = images(5, seed=9)[0]
     assert noise_db(static(x), deployed(x)) > 30

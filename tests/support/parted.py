@@ -19,25 +19,25 @@ CLASSES = 4
 class Body(nn.Sequential):
     """Convolutions with a batch norm; features of 8 channels, averaged."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__(
-            nn.Conv2d(1, 8, 3, padding=1, bias=False),
-            nn.BatchNorm2d(8),
+            nn.Conv2d(1, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
             nn.ReLU(),
-            nn.Conv2d(8, 16, 3, padding=1),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(16, 8),
+            nn.Linear(2 * width, 8),
         )
 
 
 class Branching(nn.Module):
     """A branch on the data chooses between two heads; the second one is tied to the first one's weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.backbone = Body()
+        self.backbone = Body(width)
         self.neck = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
         self.low, self.high = nn.Linear(8, CLASSES), nn.Linear(8, CLASSES)
         self.high.weight = self.low.weight

@@ -130,8 +130,11 @@ def search(
 @click.option("--metric-drop", type=float, help="Largest allowed loss in the metric, in its own unit.")
 @click.option("--size-mb", type=float, help="Upper bound of the size of the artifact's model file.")
 @click.option("--runtime", help="Runtime to deploy on; by default the search chooses among those installed.")
+@click.option("--part", multiple=True, help="A submodule, or a glob of some, that the recipe changes; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the recipe there instead of printing it.")
-def suggest(model: str, task: str, runtime: str | None, out: Path | None, **bounds: float | None) -> None:
+def suggest(
+    model: str, task: str, runtime: str | None, part: tuple[str, ...], out: Path | None, **bounds: float | None
+) -> None:
     """Derive a recipe to search from a MODEL and a TASK, each module:callable, and this machine; nothing is trained.
 
     torchslim search runs the recipe unchanged.
@@ -145,7 +148,7 @@ def suggest(model: str, task: str, runtime: str | None, out: Path | None, **boun
     budget = Budget(**{name: value for name, value in bounds.items() if value is not None})  # type: ignore[arg-type]
     names = {"model": model, "task": task}
     network, loaded_task, _ = made(names)
-    suggestion = derive(network, loaded_task, budget, runtime=runtime, names=names)
+    suggestion = derive(network, loaded_task, budget, runtime=runtime, names=names, part=part or None)
     if out is None:
         click.echo(suggestion.toml, nl=False)
         return

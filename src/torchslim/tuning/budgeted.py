@@ -32,6 +32,7 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
         runtime=target.runtime,
         names={**NAMES, **dict(options.names or {})},
         example_inputs=options.example_inputs,
+        part=options.part,
     )
     document = {**suggestion.document, "seed": options.seed}
     if target.threads is not None:

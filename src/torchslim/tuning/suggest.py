@@ -17,8 +17,10 @@ from torchslim.core.batches import call, take_first
 from torchslim.core.budget import Budget
 from torchslim.core.hardware import saturates
 from torchslim.core.isolation import untouched
+from torchslim.core.parts import part_views, select_parts
 from torchslim.core.step import Inputs
 from torchslim.core.task import Task
+from torchslim.core.tensor_objects import of_structure
 from torchslim.core.toml_writer import dumps
 from torchslim.core.trees import device_of, to_device
 from torchslim.core.usable import usable
@@ -32,6 +34,7 @@ from torchslim.quantize.backend_profiles import PROFILES
 from torchslim.quantize.schemes import INTEGER_RUNTIMES, SCHEMES
 from torchslim.runtimes import find_runtime
 from torchslim.training.batch_norm import tracked
+from torchslim.training.calibration import part_examples
 from torchslim.training.loaders import first_batch
 from torchslim.tuning.suggestion_text import (
     SHOWN,
@@ -40,6 +43,7 @@ from torchslim.tuning.suggestion_text import (
     Schooling,
     about_machine,
     about_model,
+    combined,
     down,
     therefore,
     words,
@@ -101,6 +105,7 @@ def suggest(
     runtime: str | None = None,
     names: Mapping[str, str] | None = None,
     example_inputs: Inputs | None = None,
+    part: str | Sequence[str] | None = None,
 ) -> Suggestion:
     """Derive a recipe with ranges: which steps can help a model on this machine, and how far each may go.
 
@@ -114,6 +119,7 @@ def suggest(
         runtime: where the result will run; default: the installed runtimes are part of the search.
         names: the "model" and the "task" of the recipe file: "package.module:callable".
         example_inputs: default: the inputs of the first validation batch.
+        part: names or globs of submodules, for a recipe that changes them alone, as for `compress`.
 
     Raises:
         TorchslimError: the model cannot be captured, the task has no batches, or no step could help.
@@ -127,13 +133,13 @@ def suggest(
         raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
     first_batch = take_first(task.val, "val")
     inputs: Any = task.inputs(first_batch) if example_inputs is None else example_inputs
-    with parts_named(model, inputs):
-        mix = _mix(model, inputs, runtimes)
+    mix = _mix_of_parts(model, task, part, inputs, runtimes)
     schooling = _schooling(model, task, inputs)
     steps, lines, omissions = _steps(mix, schooling, budget, runtimes)
     document: Document = {
         **{key: {**NAMES, **dict(names or {})}[key] for key in NAMES},
         "runtime": runtimes[0] if len(runtimes) == 1 else {"search": list(runtimes)},
+        **({} if part is None else {"part": part if isinstance(part, str) else list(part)}),
         "budget": written(budget),
         "step": steps,
     }
@@ -172,6 +178,20 @@ def installed(*, speed: bool = True) -> tuple[str, ...]:
     if not runtimes:
         runtimes = ("aoti",) if any(map(shutil.which, ("g++", "clang++"))) else ("eager",)
     return runtimes if speed else runtimes[:1]
+
+
+def _mix_of_parts(
+    model: nn.Module, task: Task, part: str | Sequence[str] | None, inputs: Inputs, runtimes: Sequence[str]
+) -> Mix:
+    """Composition of the model, or of its parts as the task's metric calls them."""
+    if part is None:
+        with parts_named(model, inputs):
+            return _mix(model, inputs, runtimes)
+    examples = part_examples(model, task, select_parts(model, part))
+    views = part_views(model, examples)
+    return combined(
+        [_mix(view, of_structure(examples[path][:1], examples[path][0])[0], runtimes) for path, view in views.items()]
+    )
 
 
 def _mix(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -52,6 +53,39 @@ class Mix:
             "recurrent": self.shares["recurrent"],
         }
         return max(families, key=lambda name: families[name])
+
+
+def combined(mixes: Sequence[Mix]) -> Mix:
+    """The composition of several parts of a model together."""
+    if len(mixes) == 1:
+        return mixes[0]
+    macs, parameters = sum(mix.macs for mix in mixes), sum(mix.parameters for mix in mixes)
+    first = mixes[0]
+
+    def share(value: Callable[[Mix], float]) -> float:
+        return sum(value(mix) * mix.macs for mix in mixes) / macs
+
+    return Mix(
+        shares={kind: share(lambda mix, kind=kind: mix.shares[kind]) for kind in first.shares},  # type: ignore[misc]
+        counts=sum((Counter(mix.counts) for mix in mixes), Counter()),
+        operations=frozenset().union(*(mix.operations for mix in mixes)),
+        macs=macs,
+        parameters=parameters,
+        size_mb=sum(mix.size_mb for mix in mixes),
+        runs={
+            runtime: {
+                scheme: share(lambda mix, at=(runtime, scheme): mix.runs[at[0]][at[1]])  # type: ignore[misc]
+                for scheme in schemes
+            }
+            for runtime, schemes in first.runs.items()
+        },
+        removable={
+            "macs": share(lambda mix: mix.removable["macs"]),
+            "params": sum(mix.removable["params"] * mix.parameters for mix in mixes) / parameters,
+        },
+        stays="" if any(not mix.stays for mix in mixes) else first.stays,
+        recalibrates=any(mix.recalibrates for mix in mixes),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
