@@ -73,7 +73,7 @@ CALLS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Bench": (ts.Bench, {"task": TASK, "example_inputs": INPUTS, "target": ts.Target(), "steps": ()}),
     **{kind.__name__: (kind, {}) for kind in ts.distill.LOSSES.values()},
 }
-NAMELESS = {"TorchslimError", "Form", "Step", "Deployed", "Result", "SearchResult", "Suggestion", "Sensitivity",
+NAMELESS = {"TorchslimError", "Form", "Step", "Deployed", "DeployedParts", "Result", "SearchResult", "Suggestion", "Sensitivity",
             "distill", "prune", "quantize", "quantize.Prepared", "quantize.QuantizedModule", "prune.ChannelGroup",
             "prune.HeldZeros", "prune.Inspection", "prune.Sparsity", "prune.Statistic",
             "prune.Statistics"}  # not made by users, or without arguments to check  # fmt: skip

@@ -16,6 +16,7 @@ if _search_path.started_as_module():  # before anything else is imported
 from torchslim import distill, prune, quantize
 from torchslim.analysis.result import Sensitivity
 from torchslim.analysis.sensitivity import sensitivity
+from torchslim.artifact.assembled import DeployedParts
 from torchslim.artifact.deployment import deploy
 from torchslim.artifact.loading import load, load_module
 from torchslim.artifact.storage import save
@@ -44,6 +45,7 @@ __all__ = [
     "Budget",
     "Context",
     "Deployed",
+    "DeployedParts",
     "Distill",
     "Engine",
     "Event",
