@@ -7,6 +7,7 @@ of their attributes, and those that come back are put into the same object, as t
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -19,6 +20,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torchslim.errors import TaskError
 
 MARK = "tensors of "  # begins the key under which an object's tensors stand
+STATE = " in state "  # before the digest of an object's plain values in that key
+RESULT = "result of the call"  # key of what a part returned, beside objects that it changed and did not return
 DEPTH = 12
 PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type)
 
@@ -53,10 +56,31 @@ def tensors_in(value: Any) -> dict[str, Tensor]:
 
 
 def state_of(value: Any) -> str:
-    """Everything in an object but the contents and sizes of its tensors, as text."""
+    """Everything in an object but devices, and the contents and sizes of its tensors, as text."""
     return repr(
-        [(path, f"{leaf.dim()} {leaf.dtype}" if isinstance(leaf, Tensor) else leaf) for path, leaf in walk(value)]
+        [
+            (path, f"{leaf.dim()} {leaf.dtype}" if isinstance(leaf, Tensor) else leaf)
+            for path, leaf in walk(value)
+            if not isinstance(leaf, torch.device)
+        ]
     )
+
+
+def plain_values(value: Any) -> dict[str, Any]:
+    """The values of an object that are no tensors, by path; without devices, which differ from run to run."""
+    return {path: leaf for path, leaf in walk(value) if not isinstance(leaf, (Tensor, torch.device))}
+
+
+def _key(name: str, value: Any) -> str:
+    """The key under which an object's tensors stand: objects in another state have another key."""
+    plain = plain_values(value)
+    state = f"{STATE}{hashlib.sha256(repr(plain).encode()).hexdigest()[:8]}" if plain else ""
+    return f"{MARK}{name}{state}"
+
+
+def _name(key: str) -> str:
+    """The name of an object in its key."""
+    return key.removeprefix(MARK).partition(STATE)[0]
 
 
 def put(value: Any, tensors: Mapping[str, Any], path: str = "", depth: int = 0) -> Any:
@@ -108,7 +132,7 @@ def unpacked(tree: Any, objects: dict[str, Any] | None = None, path: str = "") -
         if objects is not None:
             name = next((known for known, value in objects.items() if value is tree), path)
             objects[name] = tree
-        return {f"{MARK}{name}": tensors_in(tree)}
+        return {_key(name, tree): tensors_in(tree)}
     if type(tree) is dict:
         return {key: unpacked(item, objects, f"{path}.{key}".lstrip(".")) for key, item in tree.items()}
     if type(tree) in (tuple, list):
@@ -122,8 +146,12 @@ def packed(tree: Any, objects: Mapping[str, Any]) -> Any:
     """The inverse of `unpacked`: each dict of tensors becomes its object, in which the tensors are set."""
     if type(tree) is dict:
         if len(tree) == 1 and (key := str(next(iter(tree)))).startswith(MARK):
-            value = objects[key.removeprefix(MARK)]
-            return put(value, tree[key])
+            return put(objects[_name(key)], tree[key])
+        if RESULT in tree:
+            for key in tree:
+                if key != RESULT:
+                    put(objects[_name(key)], tree[key])
+            return packed(tree[RESULT], objects)
         return {key: packed(item, objects) for key, item in tree.items()}
     if type(tree) in (tuple, list):
         return type(tree)(packed(item, objects) for item in tree)
@@ -162,18 +190,58 @@ def view_with_tensors(module: nn.Module, signature: inspect.Signature, inputs: M
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: copy.deepcopy(value) for name, value in empty.items()}
         named = packed(named_arguments(signature, args, kwargs), given)
+        before = {name: (tensors_in(value), plain_values(value)) for name, value in given.items()}
+        versions = {name: [leaf._version for leaf in tensors_in(value).values()] for name, value in given.items()}
         outputs = unpacked(type(module).forward(self, **named), given)
-        if made := next((value for name, value in given.items() if name not in empty), None):
-            raise TaskError(
-                f"{type(module).__name__} returns an object that it makes itself, a {type(made).__name__}; a captured "
-                "part returns tensors and the objects that it was given: choose a submodule inside of it"
+        _check_objects(type(module).__name__, given, before)
+        returned = _mentioned(outputs)
+        changed = {
+            _key(name, given[name]): tensors_in(given[name])
+            for name, (leaves, _) in before.items()
+            if name not in returned
+            and any(
+                leaf is not leaves[path] or leaf._version != version
+                for (path, leaf), version in zip(tensors_in(given[name]).items(), versions[name], strict=True)
             )
-        return outputs
+        }
+        return {RESULT: outputs, **changed} if changed else outputs
 
     view = copy.copy(module)
     view.__class__ = type(type(module).__name__, (type(module),), {"forward": forward, "__module__": __name__})
     vars(view)["forward_signature"] = signature
     return view
+
+
+def _check_objects(part: str, objects: Mapping[str, Any], before: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise TaskError for what a program cannot do to the objects of a call."""
+    for name, value in objects.items():
+        kind = type(value).__name__
+        if name not in before:
+            raise TaskError(
+                f"{part} returns an object that it makes itself, a {kind}; a captured part returns tensors and the "
+                "objects that it was given: choose a submodule inside of it"
+            )
+        leaves, plain = before[name]
+        if moved := sorted(set(leaves) ^ set(tensors_in(value))):
+            raise TaskError(
+                f"{part} adds or removes the tensor {moved[0]!r} of a {kind}; a captured part can replace the tensors "
+                "of an object, not their number: choose a submodule inside of it"
+            )
+        if values := [path for path, leaf in plain_values(value).items() if path not in plain or plain[path] != leaf]:
+            raise TaskError(
+                f"{part} changes {values[0]!r} of a {kind}, which is no tensor; a captured part can change tensors "
+                "alone: choose a submodule inside of it"
+            )
+
+
+def _mentioned(tree: Any) -> set[str]:
+    """The names of the objects in an unpacked tree."""
+    if isinstance(tree, Mapping):
+        own = {_name(key) for key in tree if isinstance(key, str) and key.startswith(MARK)}
+        return own.union(*(_mentioned(item) for item in tree.values()))
+    if isinstance(tree, (tuple, list)):
+        return set().union(*(_mentioned(item) for item in tree))
+    return set()
 
 
 def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
