@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
-from tests.support.parted import Branching, Counted, Speech, Translator, images, seeded, sentences
+from tests.support.parted import (
+    Branching,
+    Cache,
+    Counted,
+    Decoder,
+    Remembering,
+    Speech,
+    Translator,
+    images,
+    seeded,
+    sentences,
+)
 from torchslim.artifact.assembled import DeployedParts
 from torchslim.artifact.opened import open_artifact
 from torchslim.core.files import sha256
@@ -98,6 +109,28 @@ def test_a_generation_with_a_cache_computes_all_steps_but_the_first_on_the_runti
         assert close(deployed(source, target), model(source, target))
 
 
+@pytest.fixture(scope="module")
+def remembering() -> tuple[nn.Module, Any]:
+    model = seeded(Remembering)
+    return model, ts.deploy(model, [(torch.ones(2, 4, 8),), (torch.ones(3, 6, 8),)], part="step", runtime="eager")
+
+
+@SLOW
+@given(count=st.integers(1, 4), length=st.integers(1, 12), seed=st.integers(0, 100))
+def test_an_object_that_is_written_in_place_and_not_returned_is_written(
+    remembering: tuple[nn.Module, Any], count: int, length: int, seed: int
+) -> None:
+    model, deployed = remembering
+    x = torch.randn(count, length, 8, generator=torch.Generator().manual_seed(seed))
+    counted = Counted(deployed)
+    with torch.no_grad():
+        for sign, calls in ((1, length), (-1, 0)):  # another value in the object is another structure
+            counted.calls["step"] = 0
+            signed = x * x[:1, :1, :1].sign() * sign
+            assert close(deployed(signed), model(signed))
+            assert counted.calls["step"] == calls
+
+
 def test_the_model_that_was_deployed_is_as_before(branching: tuple[nn.Module, DeployedParts]) -> None:
     model, _ = branching
     assert type(model.backbone) is type(Branching().backbone)
@@ -145,20 +178,46 @@ def test_wrong_parts_are_named(part: Any, error: type[Exception], words: tuple[s
     assert all(word in str(caught.value) for word in words)
 
 
-def test_a_part_that_returns_an_object_of_its_own_is_named() -> None:
-    from tests.support.parted import Cache, Decoder
+class Fresh(Decoder):
+    """Returns a cache of its own."""
 
-    class Fresh(Decoder):
-        def forward(self, token: Tensor, memory: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-            own = Cache()
-            own.keys, own.values = list(cache.keys), list(cache.values)
-            return super().forward(token, memory, own)
+    def forward(self, token: Tensor, memory: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        own = Cache()
+        own.keys, own.values = list(cache.keys), list(cache.values)
+        return super().forward(token, memory, own)
 
-    model = seeded(Translator)
-    model.decoder.__class__ = Fresh
+
+class Counting(Decoder):
+    """Counts the steps in a number of the cache."""
+
+    def forward(self, token: Tensor, memory: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        cache.steps = getattr(cache, "steps", 0) + 1  # type: ignore[attr-defined]
+        return super().forward(token, memory, cache)
+
+
+class Appending(Decoder):
+    """Keeps the tokens, too, one tensor a step."""
+
+    def forward(self, token: Tensor, memory: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        cache.tokens = [*getattr(cache, "tokens", []), token]  # type: ignore[attr-defined]
+        return super().forward(token, memory, cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Fresh, ("Fresh", "Cache", "makes itself")),
+        (Counting, ("Counting", ".steps")),
+        (Appending, ("Appending", "Cache", "adds or removes")),
+    ],
+)
+def test_what_a_program_cannot_do_to_an_object_is_named(kind: type[Decoder], words: tuple[str, ...]) -> None:
+    model: Any = seeded(Translator)
+    model.decoder.__class__ = kind
     inputs: Any = {"method": "generate", "args": sentences(2, 5)[:1]}
-    with pytest.raises(ExportError, match=r"Fresh.*Cache.*given"):
+    with pytest.raises(ExportError) as caught:
         ts.deploy(model, inputs, part="decoder", runtime="eager")
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 # --- saved ---

@@ -17,6 +17,8 @@ from torchslim.core.isolation import quiet, unfused_attention, untouched
 from torchslim.core.parts import part_view
 from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
+from torchslim.graph.calling import by_keyword
+from torchslim.graph.io_structure import build
 
 
 def stored_weights(model: nn.Module) -> list[Tensor]:
@@ -68,22 +70,23 @@ def sample_macs(model: nn.Module, deployed: AnyDeployed) -> Macs:
     """
     examples = deployed.part_examples if isinstance(deployed, DeployedParts) else {}
     counted = [
-        macs(_Positional(part_view(model, path, examples.get(path, ()))), (piece.spec.call_arguments(resized(piece)),))
+        macs(_Named(part_view(model, path, examples.get(path, ()))), (build(piece.spec.inputs, resized(piece)),))
         for path, piece in pieces(deployed).items()
     ]
     uncounted = sorted({name for part in counted for name in part.uncounted})
     return Macs(sum(part.total for part in counted), tuple(uncounted))
 
 
-class _Positional(nn.Module):
-    """Calls a model with (args, kwargs) given as one argument."""
+class _Named(nn.Module):
+    """Calls a model with arguments by name, given as one argument; optional ones by keyword, as it was captured."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, arguments: tuple[list[Any], dict[str, Any]]) -> Any:
-        return self.model(*arguments[0], **arguments[1])
+    def forward(self, named: dict[str, Any]) -> Any:
+        args, kwargs = by_keyword(self.model, named)
+        return self.model(*args, **kwargs)
 
 
 class _Operations(TorchDispatchMode):

@@ -222,15 +222,15 @@ def _check_objects(part: str, objects: Mapping[str, Any], before: Mapping[str, t
                 "objects that it was given: choose a submodule inside of it"
             )
         leaves, plain = before[name]
-        if moved := sorted(set(leaves) ^ set(tensors_in(value))):
-            raise TaskError(
-                f"{part} adds or removes the tensor {moved[0]!r} of a {kind}; a captured part can replace the tensors "
-                "of an object, not their number: choose a submodule inside of it"
-            )
         if values := [path for path, leaf in plain_values(value).items() if path not in plain or plain[path] != leaf]:
             raise TaskError(
                 f"{part} changes {values[0]!r} of a {kind}, which is no tensor; a captured part can change tensors "
                 "alone: choose a submodule inside of it"
+            )
+        if moved := sorted(set(leaves) ^ set(tensors_in(value))):
+            raise TaskError(
+                f"{part} adds or removes the tensor {moved[0]!r} of a {kind}; a captured part can replace the tensors "
+                "of an object, not their number: choose a submodule inside of it"
             )
 
 
