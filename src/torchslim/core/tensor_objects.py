@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from torchslim.core.trees import tensors
 from torchslim.errors import TaskError
 
 MARK = "tensors of "  # begins the key under which an object's tensors stand
@@ -225,7 +226,7 @@ def _check_objects(part: str, objects: Mapping[str, Any], before: Mapping[str, t
         if values := [path for path, leaf in plain_values(value).items() if path not in plain or plain[path] != leaf]:
             raise TaskError(
                 f"{part} changes {values[0]!r} of a {kind}, which is no tensor; a captured part can change tensors "
-                "alone: choose a submodule inside of it"
+                "alone: choose a submodule inside of it, or give examples with more steps if this is a first step"
             )
         if moved := sorted(set(leaves) ^ set(tensors_in(value))):
             raise TaskError(
@@ -263,11 +264,14 @@ def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs:
 
 
 def by_structure(calls: Sequence[Any]) -> list[list[Any]]:
-    """The calls of each structure, the most frequent one first."""
+    """The calls of each structure, the most frequent one first; of two as frequent, the one with more tensors.
+
+    That is the structure of later steps where as many first steps were recorded.
+    """
     groups: dict[str, list[Any]] = {}
     for inputs in calls:
         groups.setdefault(structure_of(inputs), []).append(inputs)
-    return sorted(groups.values(), key=len, reverse=True)
+    return sorted(groups.values(), key=lambda group: (len(group), len(tensors(unpacked(group[0])))), reverse=True)
 
 
 def of_structure(calls: Sequence[Any], example: Any) -> list[Any]:
