@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from torchslim.core.batches import take_first
 from torchslim.core.checks import check_fields
