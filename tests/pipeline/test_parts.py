@@ -98,6 +98,7 @@ def test_a_saved_run_loads_as_the_whole_and_part_by_part(result: ts.Result, tmp_
     assert all(torch.equal(value, result.module.state_dict()[name]) for name, value in rebuilt.state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_part_on_onnxruntime_loads_without_a_name(tmp_path: Path) -> None:
     result = ts.compress(
         seeded(Branching), task(), [ts.Quantize("int8")], part="backbone", threads=1, workdir=tmp_path / "work"

@@ -52,7 +52,7 @@ def outside_of(model: nn.Module, *paths: str) -> dict[str, Tensor]:
     }
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     sparsity=st.sampled_from([0.25, 0.5, 0.7]),
     of=st.sampled_from(["channels", "params", "macs"]),
