@@ -164,19 +164,16 @@ STEPS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["cut-2", "train"])
-def test_a_stopped_pruning_of_parts_goes_on_as_if_undisturbed(at: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [("cut-2", 0), ("prune-1", 3), ("prune-2", 2)])
+def test_a_stopped_pruning_of_parts_goes_on_as_if_undisturbed(at: tuple[str, int], tmp_path: Path) -> None:
     def run(folder: str, progress: Any = lambda event: None) -> ts.Result:
         return ts.compress(
             seeded(Branching), task(), STEPS, runtime="eager", threads=1, part=["backbone", "neck"], seed=3,
             workdir=tmp_path / folder, progress=progress,
         )  # fmt: skip
 
-    seen = []
-
     def stop(event: ts.Event) -> None:
-        seen.append(event.phase)
-        if event.phase == at or (at == "train" and sum(phase.startswith("train") for phase in seen) == 3):
+        if (event.phase, event.current) == at:
             raise Stopped
 
     with pytest.raises(Stopped):
