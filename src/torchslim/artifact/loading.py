@@ -125,7 +125,8 @@ def load_pieces(
 ) -> dict[str, Deployed]:
     """The deployed programs of an artifact by the path of their part, "" for a whole model; see `load`."""
     opened = opened_for_loading(folder, public_key, None)
-    places = {path: opened.part(path) for path in opened.manifest.get("parts", ())} or {WHOLE: opened}
+    paths = [] if "buckets" in opened.manifest else list(opened.manifest.get("parts", ()))
+    places = {path: opened.part(path) for path in paths} or {WHOLE: opened}
     return {path: load_opened(place, threads=threads, trusted=trusted) for path, place in places.items()}
 
 
