@@ -27,7 +27,7 @@ LATENCY = ts.Prune(pattern="channel", sparsity=0.4, of="latency", criterion="l2"
 
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["torchslim.pipeline.runner"], "compare", tiny.compare)
+    monkeypatch.setattr(sys.modules["torchslim.pipeline.stage_timing"], "compare", tiny.compare)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ TRAIN = ts.Finetune(epochs=4, lr=1e-2)
 @pytest.fixture(autouse=True)
 def _rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     rehearsals.restore(monkeypatch)
-    monkeypatch.setattr(RUNNER, "compare", tiny.compare)
+    monkeypatch.setattr(sys.modules["torchslim.pipeline.stage_timing"], "compare", tiny.compare)
 
 
 def options(**given: Any) -> RunOptions:
@@ -447,7 +447,7 @@ def test_parts_of_a_model_are_rehearsed_and_deployed_once(tmp_path: Path) -> Non
 def work(rank: int, folder: Path) -> None:
     patch = pytest.MonkeyPatch()
     rehearsals.restore(patch)
-    patch.setattr(RUNNER, "compare", tiny.compare)
+    patch.setattr(sys.modules["torchslim.pipeline.stage_timing"], "compare", tiny.compare)
     heard = Heard()
     steps = [ts.Prune(sparsity=0.5), ts.Finetune(epochs=1)]
     result = ts.compress(tiny.model(), tiny.task(), steps, runtime="eager", workdir=folder, progress=heard)

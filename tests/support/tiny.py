@@ -44,7 +44,7 @@ def run(folder: Path, **options: Any) -> ts.Result:
 
 
 def compare(candidates: Any, **options: Any) -> Timings:
-    """In place of `torchslim.pipeline.runner.compare`: nothing here depends on time."""
+    """In place of `torchslim.pipeline.stage_timing.compare`: nothing here depends on time."""
     return Timings({name: [1.0, 1.0] for name in candidates})
 
 

@@ -38,6 +38,7 @@ from torchslim.core.task import Task
 from torchslim.core.terminal import printable
 from torchslim.errors import StorageError, TaskError, TorchslimError
 from torchslim.pipeline.forecast import ARTIFACT, BASELINE, Counts, Forecast, Part, Timed, expected, memory
+from torchslim.pipeline.stage_timing import timing_seconds
 from torchslim.pipeline.stages import Stage, stage_key
 from torchslim.quantize import Quantize
 from torchslim.quantize.rollback import Unverified
@@ -59,7 +60,6 @@ class Attempt(Protocol):
     def baseline(self, model: nn.Module, masks: Any) -> Stage: ...
     def take(self, index: int, step: Step, before: Stage) -> Stage: ...
     def report(self, stages: list[Stage], recipe: dict[str, Any]) -> dict[str, Any]: ...
-    def timing_seconds(self, run: dict[str, Any]) -> float: ...
 
 
 Make = Callable[[Context, Sequence[Step], Path], Attempt]
@@ -203,7 +203,7 @@ class _Rehearsal:
                 self._saved_and_loaded(stages[-1])
         measured = expected(ARTIFACT, self.timed, counts, (), ())
         if measured.seconds is not None and distributed.is_first():
-            measured = replace(measured, seconds=measured.seconds + self.attempt.timing_seconds(run))
+            measured = replace(measured, seconds=measured.seconds + timing_seconds(run))
         return Forecast(parts=(*parts, measured), **memory()), stages[0].deployed
 
     def _taken(self, index: int, step: Step, before: Stage) -> Stage:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from torchslim._version import __version__
-from torchslim.artifact.assembled import AnyDeployed, DeployedParts, pieces
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.artifact.deployment import merged
 from torchslim.artifact.integer_coverage import executed, lowered
-from torchslim.artifact.latency import ROUND_SECONDS, Timings, compare, shared_examples
+from torchslim.artifact.latency import shared_examples
 from torchslim.artifact.model_size import nonzeros, parameters, sample_macs
 from torchslim.artifact.shipped import kept_right
 from torchslim.core import distributed
@@ -42,17 +42,15 @@ from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.rehearsal import Rehearsed, rehearse, rehearsed_once, run_key
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.run_record import compare_rows, not_measured, number, shapes_of, size
+from torchslim.pipeline.stage_timing import ROUNDS, timed
 from torchslim.pipeline.stages import Stage, alone, restored, stage_key, state_folder
 from torchslim.pipeline.target_bench import Bench
 from torchslim.pipeline.work_folder import SHARED_SECONDS, working_in
 from torchslim.quantize.modules import is_quantized
 from torchslim.report import RUN_FORMAT
-from torchslim.runtimes.eager import on_eager
 from torchslim.training.calibration import CalibrationData
 from torchslim.training.loaders import seeded_splits
 
-ROUNDS = 60
-SECONDS = 40.0
 MACS_OF_PARTS = "MACs, one call of each part"
 
 
@@ -341,7 +339,7 @@ class _Runner:
         runtime = self.ctx.target.runtime
         self.ctx.progress(Event(step="artifact", phase="measure latency"))
         median, largest = shared_examples([stage.deployed for stage in stages])
-        timings = self._timed(stages, median)
+        timings = timed(stages, median, self.ctx.target, self.rounds)
         rows = [dict(stage.row) for stage in stages]
         rows.append(
             {
@@ -356,7 +354,7 @@ class _Runner:
                 "seconds": not_measured("no work was done"),
             }
         )
-        largest_timings = None if largest is None else self._timed(stages, largest)
+        largest_timings = None if largest is None else timed(stages, largest, self.ctx.target, self.rounds)
         compare_rows(rows, timings, runtime, tuple(self.ctx.parts), largest_timings)
         sizes = {}
         if median is not None and largest is not None and not isinstance(last.deployed, DeployedParts):
@@ -379,35 +377,3 @@ class _Runner:
             "machines": {"this": self.machine},
             "rows": rows,
         }
-
-    def timing_seconds(self, run: Mapping[str, Any]) -> float:
-        """Seconds that the rounds of `report` take at the latencies of a run that was timed with fewer rounds."""
-        medians: dict[str, float] = {}
-        for row in run["rows"][:-1]:  # the last one is the artifact: the last stage again
-            largest = {f"{name} largest": entry for name, entry in row.get("latency_largest_ms", {}).items()}
-            for name, latency in (row["latency_ms"] | largest).items():
-                kind = name.partition(",")[0]  # without the part
-                medians[kind] = medians.get(kind, 0.0) + max(latency["value"] / 1e3, ROUND_SECONDS)
-        return sum(min(ROUNDS * seconds, SECONDS) for seconds in medians.values())
-
-    def _timed(self, stages: Sequence[Stage], inputs: Sequence[Tensor] | None) -> Timings:
-        """Latency of all stages on the run's runtime and on eager, on the same inputs, and of the parts of models."""
-        # one runtime after the other: the threads of one keep spinning for a while and would slow down the other
-        rounds: dict[str, Sequence[float]] = {}
-        for kind in dict.fromkeys((self.ctx.target.runtime, "eager")):
-            candidates = {f"{i}/{kind}": self._on(stage, kind) for i, stage in enumerate(stages)}
-            parts = {
-                f"{name}/{path}": piece
-                for name, candidate in candidates.items()
-                for path, piece in pieces(candidate).items()
-                if path
-            }
-            rounds |= compare(candidates | parts, rounds=self.rounds, seconds=SECONDS, inputs=inputs).rounds
-        return Timings(rounds)
-
-    def _on(self, stage: Stage, runtime: str) -> AnyDeployed:
-        """Return a stage deployed on `runtime`, "eager" if it is not the run's own."""
-        deployed, threads = stage.deployed, self.ctx.target.threads
-        if deployed.runtime == runtime:
-            return deployed
-        return deployed.on_eager(threads) if isinstance(deployed, DeployedParts) else on_eager(deployed, threads)
