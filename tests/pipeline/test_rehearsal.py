@@ -27,7 +27,6 @@ from torchslim.pipeline.runner import rehearse_steps
 from torchslim.quantize.rollback import Unverified
 from torchslim.training.finetune import REHEARSED_LR
 
-RUNNER = sys.modules["torchslim.pipeline.runner"]
 TRAIN = ts.Finetune(epochs=4, lr=1e-2)
 
 

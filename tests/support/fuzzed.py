@@ -20,6 +20,9 @@ from tests.mutations import Kind
 from torchslim.errors import ArtifactError
 
 
+CUT = 4.0  # seconds after which a batch is cut off: a busy machine takes some to start its process
+
+
 def refuse(_: int) -> None:
     raise ArtifactError("no")
 
@@ -38,7 +41,7 @@ def busy(_: int) -> None:
 
 
 def short(_: int) -> None:
-    time.sleep(0.02)
+    time.sleep(0.08)
 
 
 def watched(attempt: Callable[[Any], object], *, count: int = 3, seconds: float = 30.0) -> fuzz.Row:
@@ -47,7 +50,7 @@ def watched(attempt: Callable[[Any], object], *, count: int = 3, seconds: float 
 
 
 def stopped() -> fuzz.Row:
-    timer = threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM))
+    timer = threading.Timer(CUT, os.kill, (os.getpid(), signal.SIGTERM))
     with fuzz.told_to_stop():
         timer.start()
         row = watched(short, count=1_000)
@@ -56,7 +59,7 @@ def stopped() -> fuzz.Row:
 
 
 def main() -> None:
-    fuzz.SECONDS, fuzz.SILENCE = 0.2, 1  # type: ignore[assignment]
+    fuzz.SECONDS, fuzz.SILENCE = 0.2, 3  # type: ignore[assignment]
     rows = {
         "accepted": watched(abs),
         "refused": watched(refuse),
@@ -66,7 +69,7 @@ def main() -> None:
         "hidden growth": watched(out_of_memory),
         "death": watched(lambda _: os._exit(7)),
         "silence": watched(lambda _: time.sleep(60)),
-        "the end": watched(short, count=1_000, seconds=0.7),
+        "the end": watched(short, count=1_000, seconds=CUT),
         "a signal": stopped(),
     }
     page = fuzz.page([rows["accepted"], rows["raw"]], {"processor": "a CPU", "versions": {"torch": "2"}})
