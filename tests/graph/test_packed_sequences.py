@@ -130,6 +130,22 @@ def test_a_captured_model_serves_other_lengths_and_batch_sizes(kind: type[nn.RNN
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_onnx_runtime_takes_packed_sequences_of_other_lengths() -> None:
+    """The exporter must not unroll the layer, which fixes the number of steps. Costs 4 s."""
+    case = Case(nn.LSTM, 1, True, True, False, False, {}, [3, 5, 1], 0)
+    model = case.model()
+    longer = (torch.randn(2, 9, FEATURES), torch.tensor([9, 4]))
+    deployed = ts.deploy(model, [case.inputs(), longer], runtime="onnxruntime")
+    assert deployed.spec.notes == []
+    for lengths in ([12, 3, 7], [2]):
+        inputs = (torch.randn(len(lengths), max(lengths), FEATURES), torch.tensor(lengths))
+        with torch.no_grad():
+            expected = model(*inputs)
+        for one, other in zip(expected, deployed(*inputs), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
 class Classifier(nn.Module):
     """Classifies by the last hidden state; the last cell state is not used."""
 

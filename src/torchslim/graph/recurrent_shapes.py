@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 
 from torchslim.core.isolation import Shared
@@ -24,16 +25,24 @@ LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.in
 @Shared
 @contextmanager
 def recurrent_kept_whole() -> Iterator[None]:
-    """Inside, captures compute the shapes of recurrent layers by formula, so that the number of steps stays free."""
+    """Inside, captures compute the shapes of recurrent layers by formula, so that the number of steps stays free.
+
+    Decompositions replace the kernels of the layers that they keep; then fake tensors read torch's table instead.
+    """
     kernels: list[tuple[Any, Any, Callable[..., Any]]] = []
+    unrolled = {layer: decomposition_table[layer] for layer in LAYERS if layer in decomposition_table}
     for layer in LAYERS:
+        shapes = _lstm if layer is aten.lstm.input else _single
         for key, kernel in list(layer.py_kernels.items()):
             kernels.append((layer, key, kernel))
-            layer.py_kernels[key] = _lstm if layer is aten.lstm.input else _single
+            layer.py_kernels[key] = shapes
+        if layer in unrolled:
+            decomposition_table[layer] = shapes
         layer._dispatch_cache.clear()
     try:
         yield
     finally:
+        decomposition_table.update(unrolled)
         for layer, key, kernel in kernels:
             layer.py_kernels[key] = kernel
             layer._dispatch_cache.clear()
