@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import torchslim as ts
 from tests.support import toy
 from torchslim.quantize.mixed_precision import Trials
-from torchslim.training.calibration import CalibrationData, calibration_of
+from torchslim.training.calibration import CalibrationData, calibration_of, spanning_examples
 
 
 class Drawing(Dataset[tuple[Tensor, Tensor]]):
@@ -57,6 +57,20 @@ def test_equal_seeds_give_equal_samples_and_the_first_are_the_first(seed: int, o
     assert torch.equal(values(fresh.inputs), whole)
     assert torch.equal(values(fresh.first(samples)), few)
     assert other == seed or not torch.equal(values(CalibrationData(task, other).inputs), whole)
+
+
+@given(seed=st.integers(0, 1000))
+def test_examples_have_the_sizes_of_the_calibration_data_of_the_same_seed(seed: int) -> None:
+    """In one order both batches have five steps, in another one has five and the other three."""
+    rows = [torch.zeros(length, 2) for length in (5, 5, 3, 3)]
+
+    def padded(chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True), torch.zeros(len(chosen))
+
+    train = DataLoader(rows, batch_size=2, shuffle=True, collate_fn=padded)
+    task = ts.Task(train=train, val=[padded(rows[:2])], metric="mae")
+    sizes = {tuple(inputs[0].shape) for inputs in spanning_examples(task, seed)}
+    assert {tuple(inputs[0].shape) for inputs in CalibrationData(task, seed).inputs} <= sizes
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def _context(
         engine=options.engine or Engine(),
         seed=options.seed,
         progress=options.progress,
-        examples=spanning_examples(task) if automatic else (),
+        examples=spanning_examples(task, options.seed) if automatic else (),
         dynamic_shapes=options.dynamic_shapes,
         parts={} if paths == (WHOLE,) else part_examples(copied, task, paths, options.seed),
         priors={} if options.sensitivity is None else options.sensitivity.priors(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 
 from torch import nn
 
@@ -42,7 +42,7 @@ class CalibrationData:
         They are stored in a list, because a loader in use by a training cannot start another pass if it has persistent
         workers.
         """
-        return list(self._drawn())
+        return list(self.drawn())
 
     @cached_property
     def inputs(self) -> list[Inputs]:
@@ -52,7 +52,7 @@ class CalibrationData:
     def first(self, samples: int) -> list[Inputs]:
         """Return the first of `inputs` that hold at least `samples` samples; further batches are not drawn."""
         inputs, count = [], 0
-        with closing(self._drawn()) as batches:
+        with closing(self.drawn()) as batches:
             for batch in self.batches if "batches" in self.__dict__ else batches:
                 inputs.append(self.task.inputs(batch))
                 count += batch_size(inputs[-1])
@@ -60,22 +60,27 @@ class CalibrationData:
                     break
         return inputs
 
-    def _drawn(self) -> Generator[Batch, None, None]:
+    def drawn(self) -> Generator[Batch, None, None]:
+        """Draw the batches one by one; the generators of loaders are restored when it is closed."""
         with preserved_globals(self.seed), seeded(getattr(self.task, self.task.calibration_split), 0, self.seed):
             yield from self.task.first_batches(self.samples)
 
 
-def spanning_batches(task: Task) -> list[Batch]:
-    """Up to `EXAMPLES` batches of val and of the calibration data, whose sizes span those of all looked at."""
-    with preserved_globals(0), seeded_splits(task, 0):
-        splits = (task.val, getattr(task, task.calibration_split))
-        looked_at = chain.from_iterable(islice(split, LOOKED_AT) for split in splits if split is not None)
-        return spanning(looked_at, EXAMPLES, task.inputs)
+def spanning_batches(task: Task, seed: int = 0) -> list[Batch]:
+    """Up to `EXAMPLES` batches of val and of the calibration data, whose sizes span those of all looked at.
+
+    The calibration data are drawn as `CalibrationData` draws them with this seed: a loader that shuffles gives batches
+    of other sizes in another order.
+    """
+    with preserved_globals(seed), seeded_splits(task, seed):
+        val = list(islice(task.val, LOOKED_AT))
+    with closing(CalibrationData(task, seed).drawn()) as drawn:
+        return spanning([*val, *islice(drawn, LOOKED_AT)], EXAMPLES, task.inputs)
 
 
-def spanning_examples(task: Task) -> tuple[Inputs, ...]:
+def spanning_examples(task: Task, seed: int = 0) -> tuple[Inputs, ...]:
     """The model inputs of `spanning_batches`."""
-    return tuple(task.inputs(batch) for batch in spanning_batches(task))
+    return tuple(task.inputs(batch) for batch in spanning_batches(task, seed))
 
 
 def part_examples(model: nn.Module, task: Task, paths: Sequence[str], seed: int = 0) -> dict[str, tuple[Inputs, ...]]:
@@ -85,7 +90,7 @@ def part_examples(model: nn.Module, task: Task, paths: Sequence[str], seed: int 
         TaskError: a part is never called.
     """
     with preserved_globals(seed):
-        calls = recorded(model, task, paths, spanning_batches(task))
+        calls = recorded(model, task, paths, spanning_batches(task, seed))
     return {path: tuple(examples_of_part(own)) for path, own in calls.items()}
 
 

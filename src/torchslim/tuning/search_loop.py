@@ -164,7 +164,7 @@ def _make_lab(
         budget=space.budget,
         folder=folder / "cache",
         example_inputs=inputs,
-        examples=spanning_examples(task) if dynamic_shapes == "auto" else (),
+        examples=spanning_examples(task, space.document.get("seed", 0)) if dynamic_shapes == "auto" else (),
         seed=space.document.get("seed", 0),
         dynamic_shapes=dynamic_shapes,
         short=space.budget.short,
