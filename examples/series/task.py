@@ -50,7 +50,7 @@ def batch(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 def model() -> nn.Module:
     """The LSTM, trained by the first call."""
-    return gallery.trained("series", Recurrent, task(), ts.Finetune(epochs=40, lr=3e-3))
+    return gallery.trained("series", Recurrent, task(), ts.Finetune(epochs=60, lr=3e-3))
 
 
 def task() -> ts.Task:
