@@ -205,6 +205,21 @@ def test_without_training_data_little_is_cut_and_nothing_is_trained() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rows", "named"), [(2000, True), (4, False)])
+def test_large_tables_of_embeddings_are_stored_in_8_bits(rows: int, named: bool) -> None:
+    """Static int8 leaves tables in float. Costs 2 s each."""
+    model = nn.Sequential(nn.Embedding(rows, 32), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 4))
+    tokens = torch.randint(4, (16, 8), generator=torch.Generator().manual_seed(0))
+    data = ts.Task(val=[(tokens, tokens[:, 0])], metric="accuracy")
+    fast = ts.suggest(model, data, FAST)
+    (quantize,) = fast.document["step"]
+    assert quantize.get("layers") == ({"type:Embedding": "int8-weights"} if named else None)
+    assert ("tables of embeddings" in fast.reasons[2]) == named
+    (weights,) = ts.suggest(model, data, SMALL).document["step"]
+    assert "layers" not in weights, "schemes of weights store tables in 8 bits or fewer anyway"
+
+
+@pytest.mark.slow
 def test_linear_layers_have_a_choice_of_static_and_dynamic() -> None:
     for name in ("perceptron", "encoder"):
         found, steps = derived(name)

@@ -56,6 +56,7 @@ LINEAR = ("addmm", "mm", "matmul", "bmm", "baddbmm")  # linear layers if one fac
 MOST = 0.5  # fraction of the MACs that a runtime must compute on integers for a scheme to be worth a trial
 WORTH_PRUNING = 0.15  # fraction of the model that removable channels must hold
 MANY_DEPTHWISE = 0.03  # fraction of the MACs; depthwise layers take a several times larger fraction of the time
+LARGE_TABLES = 0.1  # fraction of the parameters in tables of embeddings, which static schemes leave in float
 UPDATES = 1000  # weight updates that a training should make, within the limits of `EPOCHS`
 EPOCHS = (3, 10)  # fewest and most epochs of a training
 
@@ -204,6 +205,8 @@ def _mix(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
     if not macs:
         raise RecipeError("the model has no layer that multiplies by weights: there is nothing to compress")
     weights = {id(parameter): parameter for parameter in model.parameters()}.values()
+    tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = sum(weight.numel() for weight in weights)
     removable, stays = _removable(model, inputs)
     return Mix(
         shares={
@@ -213,7 +216,7 @@ def _mix(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
         counts=Counter(kinds),
         operations=frozenset(layer.operation for layer in layers),
         macs=macs,
-        parameters=sum(weight.numel() for weight in weights),
+        parameters=parameters,
         size_mb=sum(weight.numel() * weight.element_size() for weight in weights) / 1e6,
         runs={
             name: {
@@ -224,6 +227,7 @@ def _mix(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
         },
         removable=removable,
         stays=stays,
+        tables=sum(table.numel() for table in tables.values()) / parameters,
         recalibrates=bool(tracked(model)),
     )
 
@@ -377,6 +381,9 @@ def _quantization(mix: Mix, schooling: Schooling, budget: Budget, runtimes: Sequ
     else:
         table["accuracy"] = {"search": ["plain", "best"]}
         line += ", plainly or with GPTQ and corrected biases"
+    if "int8" in schemes and mix.tables >= LARGE_TABLES:
+        table["layers"] = {"type:Embedding": "int8-weights"}
+        line += f", and the tables of embeddings ({mix.tables:.0%} of the parameters) to int8"
     if "latency" in figures and not any(SCHEMES[scheme].activations != "float" for scheme in schemes):
         line += " (fewer bytes at the speed of float: nothing here computes it on integers)"
     elif "latency" in figures and (saturates() or mix.shares["depthwise"] > MANY_DEPTHWISE):

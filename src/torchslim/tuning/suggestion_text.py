@@ -31,6 +31,7 @@ class Mix:
         runs: by runtime and scheme, the share for which the runtime has integer kernels.
         removable: the fractions of the MACs and of the parameters that removable channels hold.
         stays: why no channel can be removed; empty if some can.
+        tables: the fraction of the parameters that tables of embeddings hold.
     """
 
     shares: Mapping[str, float]
@@ -42,6 +43,7 @@ class Mix:
     runs: Mapping[str, Mapping[str, float]]
     removable: Mapping[str, float]
     stays: str
+    tables: float
     recalibrates: bool  # it has batch norms, whose statistics are computed again after pruning
 
     @property
