@@ -1,0 +1,127 @@
+"""The gallery, job by job: python -m benchmarks.jobs [--only JOB] [--max-minutes M]
+
+Each job of examples/ runs its recipe as it is. Its float model is compared with the artifact: the metric on test,
+bytes, and the latency of one sample on the same runtime with one thread, in interleaved rounds. Rows are appended to
+benchmarks/jobs.jsonl, so that an interrupted benchmark continues; benchmarks/jobs.md is written from them. Baselines
+are trained before the clock starts. `python -m examples.gallery` downloads the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import tempfile
+import time
+import tokenize
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchslim as ts
+from benchmarks.jobs_page import page
+from benchmarks.rows import Row, append, load, version
+from examples.gallery import JOBS, PackageMissing
+from torchslim.core.hardware import describe_machine
+from torchslim.errors import RecipeError
+from torchslim.pipeline.recipe import load_recipe
+from torchslim.report.numbers import value_of
+
+ROWS = Path(__file__).with_suffix(".jsonl")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOT_THE_USERS = ("tiny.py", "baseline.py")  # for tests; training, which a user has done before
+
+
+def code_lines(folder: Path) -> int:
+    """Lines of a job's Python code, without blank lines, comments and docstrings."""
+    return sum(_code_lines(path) for path in folder.glob("*.py") if path.name not in NOT_THE_USERS)
+
+
+def _code_lines(path: Path) -> int:
+    text = path.read_text()
+    described: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            described.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    no_code = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    with path.open("rb") as file:
+        tokens = [token for token in tokenize.tokenize(file.readline) if token.type not in no_code]
+    lines = {line for token in tokens[1:] for line in range(token.start[0], token.end[0] + 1)}
+    return len(lines - described)
+
+
+def measured(run: Mapping[str, Any]) -> Row:
+    """Figures of a run, from the content of its run.json."""
+    first, last = run["rows"][0], run["rows"][-1]
+    runtime, row = run["target"]["runtime"], {}
+    for name, figures in (("float", first), ("artifact", last)):
+        row[name] = {
+            "val": value_of(figures["metric"]["val"]),
+            "test": value_of(figures["metric"]["test"]),
+            "bytes": value_of(figures["size_bytes"]),
+            "latency_ms": value_of(figures["latency_ms"][runtime]),
+        }
+    speedup = last["speedup"]["over_baseline"]
+    return row | {
+        "metric": {key: run["metric"].get(key) for key in ("name", "unit", "higher_is_better")},
+        "runtime": runtime,
+        "speedup": {key: speedup.get(key) for key in ("value", "low", "high", "verdict")},
+        "steps": [str(step["name"]) for step in run["rows"][1:-1]],
+    }
+
+
+def measure(job: str) -> Row:
+    """The row of a job; one that fails has the reason in it."""
+    recipe = load_recipe(EXAMPLES / job / "recipe.toml")
+    row: Row = {"job": job, "lines": code_lines(EXAMPLES / job), "reason": ""}
+    try:
+        model, task, _ = recipe.load()
+    except (PackageMissing, RecipeError) as error:
+        return row | {"reason": str(error)}
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = ts.compress(
+                model, task, recipe.steps, runtime=recipe.target.runtime, threads=1, seed=recipe.seed, workdir=folder
+            )
+            row |= measured(result.run)
+    except ts.TorchslimError as error:
+        return row | {"reason": f"{type(error).__name__}: {error}"}
+    row["minutes"] = (time.perf_counter() - start) / 60
+    row["suggested"] = list(ts.suggest(model, task, runtime=recipe.target.runtime).reasons)
+    return row
+
+
+def missing(rows: Iterable[Row], jobs: Iterable[str], now: str, *, fresh: bool) -> list[str]:
+    """Jobs without a row that counts; with `fresh`, also those whose row is of another source."""
+    have = {row["job"]: row for row in rows if not row["reason"]}
+    return [job for job in jobs if job not in have or (fresh and have[job]["version"] != now)]
+
+
+def main() -> None:
+    """Measure what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[*JOBS], help="one job, whether it was measured before or not")
+    parser.add_argument("--fresh", action="store_true", help="run what was measured on other source again")
+    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="then nothing more is started")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="the JSONL to go on with")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    stop = time.monotonic() + 60 * arguments.max_minutes
+    now = version("ours")  # of the source that is loaded, whatever is edited meanwhile
+    todo = [arguments.only] if arguments.only else missing(load(arguments.rows), JOBS, now, fresh=arguments.fresh)
+    for number, job in enumerate(todo, 1):
+        if time.monotonic() > stop:
+            break
+        row = measure(job) | {"version": now}
+        append(row, arguments.rows)
+        print(f"{number}/{len(todo)} {job}: {row['reason'] or row['artifact']}", flush=True)
+    target = arguments.rows.with_suffix(".md")
+    target.write_text(page(load(arguments.rows), describe_machine(1)))
+    print(target)
+
+
+if __name__ == "__main__":
+    main()
