@@ -1,9 +1,10 @@
 """The gallery, job by job: python -m benchmarks.jobs [--only JOB] [--max-minutes M]
 
 Each job of examples/ runs its recipe as it is. Its float model is compared with the artifact: the metric on test,
-bytes, and the latency of one sample on the same runtime with one thread, in interleaved rounds. Rows are appended to
-benchmarks/jobs.jsonl, so that an interrupted benchmark continues; benchmarks/jobs.md is written from them. Baselines
-are trained before the clock starts. `python -m examples.gallery` downloads the data.
+bytes, and the time of one sample on the same runtime with one thread, in interleaved rounds. The time is that of the
+processor, so that other programs on the machine do not count. Rows are appended to benchmarks/jobs.jsonl, so that an
+interrupted benchmark continues; benchmarks/jobs.md is written from them. Baselines are trained before the clock starts.
+`python -m examples.gallery` downloads the data.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import torchslim as ts
 from benchmarks.jobs_page import page
 from benchmarks.rows import Row, append, load, version
 from examples.gallery import JOBS, PackageMissing
+from torchslim.artifact.latency import Timings, resized
 from torchslim.core.hardware import describe_machine
 from torchslim.errors import RecipeError
 from torchslim.pipeline.recipe import load_recipe
@@ -30,6 +33,7 @@ from torchslim.report.numbers import value_of
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ROUNDS, ROUND_SECONDS = 60, 0.02
 NOT_THE_USERS = ("tiny.py", "baseline.py")  # for tests; training, which a user has done before
 
 
@@ -55,21 +59,44 @@ def _code_lines(path: Path) -> int:
 def measured(run: Mapping[str, Any]) -> Row:
     """Figures of a run, from the content of its run.json."""
     first, last = run["rows"][0], run["rows"][-1]
-    runtime, row = run["target"]["runtime"], {}
+    row: Row = {}
     for name, figures in (("float", first), ("artifact", last)):
         row[name] = {
             "val": value_of(figures["metric"]["val"]),
             "test": value_of(figures["metric"]["test"]),
             "bytes": value_of(figures["size_bytes"]),
-            "latency_ms": value_of(figures["latency_ms"][runtime]),
         }
-    speedup = last["speedup"]["over_baseline"]
     return row | {
         "metric": {key: run["metric"].get(key) for key in ("name", "unit", "higher_is_better")},
-        "runtime": runtime,
-        "speedup": {key: speedup.get(key) for key in ("value", "low", "high", "verdict")},
+        "runtime": run["target"]["runtime"],
         "steps": [str(step["name"]) for step in run["rows"][1:-1]],
     }
+
+
+def timed(candidates: Mapping[str, ts.Deployed], rounds: int = ROUNDS) -> Row:
+    """Milliseconds of the processor for one sample, and how many times faster the artifact is, from paired rounds."""
+    leaves = {name: resized(deployed) for name, deployed in candidates.items()}
+    repeats, taken = {}, {name: [] for name in candidates}
+    for name, deployed in candidates.items():
+        deployed.run(leaves[name])
+        repeats[name] = max(1, round(ROUND_SECONDS / min(_processor_time(deployed, leaves[name], 1) for _ in range(5))))
+    for _ in range(rounds):
+        for name, deployed in candidates.items():
+            taken[name].append(1e3 * _processor_time(deployed, leaves[name], repeats[name]))
+    timings = Timings(taken)
+    speedup = timings.speedup("artifact", "float")
+    return {
+        "latency_ms": {name: timings.latency(name).value for name in candidates},
+        "speedup": {"value": speedup.value, "low": speedup.p10, "high": speedup.p90, "verdict": speedup.verdict},
+    }
+
+
+def _processor_time(deployed: ts.Deployed, leaves: list[Tensor], repeats: int) -> float:
+    """Seconds of the processor for one call, over all threads of this process."""
+    start = time.process_time()
+    for _ in range(repeats):
+        deployed.run(leaves)
+    return max(time.process_time() - start, 1e-9) / repeats
 
 
 def measure(job: str) -> Row:
@@ -84,12 +111,22 @@ def measure(job: str) -> Row:
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = ts.compress(
-                model, task, recipe.steps, runtime=recipe.target.runtime, threads=1, seed=recipe.seed, workdir=folder
+                model,
+                task,
+                recipe.steps,
+                runtime=recipe.target.runtime,
+                threads=1,
+                part=recipe.part,
+                dynamic_shapes=recipe.dynamic_shapes,
+                seed=recipe.seed,
+                workdir=folder,
             )
             row |= measured(result.run)
+            row["minutes"] = (time.perf_counter() - start) / 60
+            before = ts.load(Path(folder) / "00-baseline", runtime=recipe.target.runtime, threads=1)
+            row |= timed({"float": before, "artifact": result.deployed})
     except ts.TorchslimError as error:
         return row | {"reason": f"{type(error).__name__}: {error}"}
-    row["minutes"] = (time.perf_counter() - start) / 60
     row["suggested"] = list(ts.suggest(model, task, runtime=recipe.target.runtime).reasons)
     return row
 

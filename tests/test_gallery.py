@@ -21,7 +21,12 @@ from torchslim.tuning import make_space
 
 FOLDER = Path(gallery.__file__).parent
 NEEDS = {"sentences": "transformers", "imagenet_mobilenet": "torchvision"}
-ANY_SIZE = {"sentences": 1, "topics": 1, "series": 1}  # jobs with free sizes, and the free dimension of the first input
+ANY_SIZE = {
+    "sentences": 1,
+    "topics": 1,
+    "series": 1,
+    "seq2seq": 1,
+}  # jobs with free sizes, and the free dimension of the first input
 
 
 def tiny(job: str) -> tuple[nn.Module, ts.Task]:
@@ -48,7 +53,8 @@ def test_a_job_runs_to_its_end(job: str, tmp_path: Path) -> None:
     """Costs 3 to 10 s each."""
     model, task = tiny(job)
     recipe = load_recipe(FOLDER / job / "recipe.toml")
-    result = ts.compress(model, task, recipe.steps, runtime=recipe.target.runtime, threads=1, workdir=tmp_path)
+    options = {"runtime": recipe.target.runtime, "part": recipe.part, "dynamic_shapes": recipe.dynamic_shapes}
+    result = ts.compress(model, task, recipe.steps, threads=1, workdir=tmp_path, **options)
     first, last = result.run["rows"][0], result.run["rows"][-1]
     assert last["size_bytes"]["value"] < first["size_bytes"]["value"]
     sizes = list(result.deployed.spec.sizes[0])

@@ -15,7 +15,7 @@ from examples import gallery
 CLASSES = 3  # background, disc, box
 
 
-def images(count: int, seed: int, side: int = 64) -> TensorDataset:
+def images(count: int, seed: int, side: int = 48) -> TensorDataset:
     """Noisy images (3, side, side) with a disc and a box of random colors, and the class (side, side) of each pixel."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -46,7 +46,7 @@ class UNet(nn.Module):
     Source: Ronneberger, Fischer & Brox 2015, arXiv:1505.04597.
     """
 
-    def __init__(self, width: int = 24) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.down1, self.down2, self.bottom = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
         self.up2, self.up1 = block(6 * width, 2 * width), block(3 * width, width)
@@ -73,12 +73,12 @@ def mean_iou(predict: Callable[..., Tensor], batches: Iterable[tuple[Tensor, Ten
 
 def model() -> nn.Module:
     """The U-Net, trained by the first call."""
-    return gallery.trained("segmentation", UNet, task(), ts.Finetune(epochs=6, lr=3e-3))
+    return gallery.trained("segmentation", UNet, task(), ts.Finetune(epochs=6, lr=4e-3))
 
 
 def task() -> ts.Task:
-    """Train on 768 images, select on 128, report on 256."""
-    return loaders(images(768, 1), images(128, 2), images(256, 3))
+    """Train on 512 images, select on 96, report on 192."""
+    return loaders(images(512, 1), images(96, 2), images(192, 3))
 
 
 def loaders(train: TensorDataset, val: TensorDataset, test: TensorDataset) -> ts.Task:

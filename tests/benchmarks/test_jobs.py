@@ -18,11 +18,12 @@ MACHINE = {"processor": "a processor", "instruction_set": "AVX2", "versions": {"
 
 
 def row(job: str = "images", **more: Any) -> dict[str, Any]:
-    figures = {"val": 90.0, "test": 90.0, "bytes": 4_000, "latency_ms": 2.0}
+    figures = {"val": 90.0, "test": 90.0, "bytes": 4_000}
     found = {
         "job": job, "version": "v1", "reason": "", "lines": 50, "minutes": 1.5, "runtime": "onnxruntime",
         "metric": {"name": "accuracy", "unit": "%", "higher_is_better": True}, "float": figures,
-        "artifact": figures | {"test": 89.5, "bytes": 1_000, "latency_ms": 1.0},
+        "artifact": figures | {"test": 89.5, "bytes": 1_000},
+        "latency_ms": {"float": 2.0, "artifact": 1.0},
         "speedup": {"value": 2.0, "low": 1.8, "high": 2.2, "verdict": "faster"},
         "steps": ["quantize"], "suggested": ["Model: small.", "Machine: fast.", "Therefore: quantize to int8."],
     }  # fmt: skip
@@ -47,7 +48,7 @@ def test_a_job_that_failed_or_was_measured_on_other_source_is_missing() -> None:
     ({}, []),
     ({"artifact": row()["artifact"] | {"test": 88.9}}, ["loses 1.10"]),
     ({"artifact": row()["artifact"] | {"bytes": 2_000}}, ["only 2.00 times fewer bytes"]),
-    ({"speedup": row()["speedup"] | {"verdict": "no difference"}}, ["latency: no difference"]),
+    ({"speedup": row()["speedup"] | {"verdict": "no difference"}}, ["time: no difference"]),
 ])  # fmt: skip
 def test_bars(more: dict[str, Any], missed: list[str]) -> None:
     assert misses(row(**more)) == missed
@@ -84,6 +85,7 @@ def test_a_job_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = jobs.measure("tabular") | {"version": "v1"}
     assert found["reason"] == ""
     assert found["artifact"]["bytes"] < found["float"]["bytes"]
+    assert found["latency_ms"]["artifact"] > 0
     assert found["steps"] == ["prune", "distill", "quantize"]
     assert found["lines"] > 30
     assert "| tabular | accuracy |" in page([found], MACHINE)
