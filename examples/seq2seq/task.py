@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from calendar import month_name
 from collections.abc import Callable, Iterable
 from datetime import date, timedelta
 from typing import Any
@@ -14,11 +15,11 @@ from torch.utils.data import DataLoader
 import torchslim as ts
 from examples import gallery
 
-ONES = "oh one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-ONES += "seventeen eighteen nineteen".split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-MONTHS = "january february march april may june july august september october november december".split()
-WORDS = ["", "of", "hundred", *ONES, *TENS[2:], *MONTHS]  # number 0 is padding
+UNITS = "oh one two three four five six seven eight nine ten eleven twelve"
+TEENS = "thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+ONES, MONTHS = f"{UNITS} {TEENS}".split(), [name.lower() for name in month_name[1:]]
+WORDS = ["", "of", "hundred", *ONES, *TENS.split(), *MONTHS]  # number 0 is padding
 START, DIGITS = 10, 8  # the token before the first digit; digits of a date
 Row = tuple[Tensor, Tensor]
 
@@ -27,7 +28,7 @@ def spoken(number: int) -> list[str]:
     """A number below 100 in words; nothing for zero."""
     if number < len(ONES):
         return [ONES[number]] if number else []
-    return [TENS[number // 10], *spoken(number % 10)]
+    return [TENS.split()[number // 10 - 2], *spoken(number % 10)]
 
 
 def dates(count: int, seed: int) -> list[Row]:
