@@ -205,6 +205,19 @@ def test_without_training_data_little_is_cut_and_nothing_is_trained() -> None:
 
 
 @pytest.mark.slow
+def test_the_smallest_sparsity_removes_channels() -> None:
+    """Eight channels of sixteen are half of the model, above the usual range. Costs 2 s."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+    )
+    prune = ts.suggest(model, images(), FAST).document["step"][0]
+    assert prune["do"] == "prune"
+    assert prune["sparsity"] == 0.5
+    x = images().inputs(next(iter(images().val)))
+    ts.prune.channels(model, x, sparsity=prune["sparsity"], of=prune["of"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "named"), [(2000, True), (4, False)])
 def test_large_tables_of_embeddings_are_stored_in_8_bits(rows: int, named: bool) -> None:
     """Static int8 leaves tables in float. Costs 2 s each."""

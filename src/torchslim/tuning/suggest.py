@@ -46,6 +46,7 @@ from torchslim.tuning.suggestion_text import (
     combined,
     down,
     therefore,
+    up,
     words,
     written,
 )
@@ -207,7 +208,7 @@ def _mix(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
     weights = {id(parameter): parameter for parameter in model.parameters()}.values()
     tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = sum(weight.numel() for weight in weights)
-    removable, stays = _removable(model, inputs)
+    removable, smallest, stays = _removable(model, inputs)
     return Mix(
         shares={
             name: sum(layer.macs for layer, kind in zip(layers, kinds, strict=True) if kind == name) / macs
@@ -226,6 +227,7 @@ def _mix(model: nn.Module, inputs: Inputs, runtimes: Sequence[str]) -> Mix:
             for name in runtimes
         },
         removable=removable,
+        smallest=smallest,
         stays=stays,
         tables=sum(table.numel() for table in tables.values()) / parameters,
         recalibrates=bool(tracked(model)),
@@ -256,12 +258,15 @@ def _on_integers(layer: Layer, runtime: str, scheme: str) -> bool:
     return operation in profile.dynamic
 
 
-def _removable(model: nn.Module, inputs: Inputs) -> tuple[dict[str, float], str]:
-    """Fractions of MACs and parameters that removable channels hold, and why no channel is removable, or ""."""
+def _removable(model: nn.Module, inputs: Inputs) -> tuple[dict[str, float], dict[str, float], str]:
+    """Fractions of MACs and parameters: of all removable channels, and of the fewest that a step removes.
+
+    The text says why no channel is removable; it is empty if some are.
+    """
     try:
         structure = inspect(model, inputs)
     except TorchslimError as error:
-        return {"macs": 0.0, "params": 0.0}, str(error)
+        return {"macs": 0.0, "params": 0.0}, {}, str(error)
     parts = {group: part for group in structure.groups if group.prunable and (part := _part(group.width))}
     macs = sum(part * group.macs for group, part in parts.items())
     parameters = sum(part * group.parameters for group, part in parts.items())
@@ -270,11 +275,16 @@ def _removable(model: nn.Module, inputs: Inputs) -> tuple[dict[str, float], str]
         "params": min(1.0, parameters / max(structure.parameters, 1)),
     }
     if parts:
-        return shares, ""
+        fewest = {group: min(part, Amount().round_to / group.width) for group, part in parts.items()}
+        smallest = {
+            "macs": min(part * group.macs for group, part in fewest.items()) / max(structure.macs, 1),
+            "params": min(part * group.parameters for group, part in fewest.items()) / max(structure.parameters, 1),
+        }
+        return shares, smallest, ""
     if any(group.prunable for group in structure.groups):
-        return shares, f"none is wider than the {Amount().min_channels} that must stay"
+        return shares, {}, f"none is wider than the {Amount().min_channels} that must stay"
     reasons = Counter(group.reason for group in structure.groups if group.reason and not group.extent)
-    return shares, reasons.most_common(1)[0][0] if reasons else "it has none between layers"
+    return shares, {}, reasons.most_common(1)[0][0] if reasons else "it has none between layers"
 
 
 def _part(width: int) -> float:
@@ -338,12 +348,14 @@ def _pruning(mix: Mix, schooling: Schooling, budget: Budget) -> Proposal:
                 omission="pruning (nothing would mend the cut: no training, and no batch norm to recalibrate)"
             )
         # a search starts with the first choice: skip, since without training pruning seldom pays
-        table |= {"sparsity": {"search": [0.05, min(0.25, high)]}, "skip": {"search": [True, False]}}
+        low, high = max(0.05, up(mix.smallest[of])), min(0.25, high)
+        table |= {"sparsity": {"search": [low, high]} if low < high else low, "skip": {"search": [True, False]}}
         line = f"a few {_channel_word(mix)} may go, as only batch norms can be calibrated again"
         return Proposal(table=table, line=line)
     high = min(0.8, high)
-    low = 0.2 if high >= 0.4 else 0.05
-    table |= {"sparsity": {"search": [low, high]}, "skip": {"search": [False, True]}}
+    low = max(0.2 if high >= 0.4 else 0.05, up(mix.smallest[of]))  # less would remove no channel
+    high = max(low, high)
+    table |= {"sparsity": {"search": [low, high]} if low < high else low, "skip": {"search": [False, True]}}
     if mix.main == "convolution":
         table |= {"criterion": "lamp", "normalization": "max"}
     line = f"remove {_channel_word(mix)} with {low:.0%} to {high:.0%} of the {words(of)}"

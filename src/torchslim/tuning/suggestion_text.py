@@ -30,6 +30,7 @@ class Mix:
     Attributes:
         runs: by runtime and scheme, the share for which the runtime has integer kernels.
         removable: the fractions of the MACs and of the parameters that removable channels hold.
+        smallest: the fractions that the fewest channels hold which a step can remove; empty if none can be removed.
         stays: why no channel can be removed; empty if some can.
         tables: the fraction of the parameters that tables of embeddings hold.
     """
@@ -42,6 +43,7 @@ class Mix:
     size_mb: float
     runs: Mapping[str, Mapping[str, float]]
     removable: Mapping[str, float]
+    smallest: Mapping[str, float]
     stays: str
     tables: float
     recalibrates: bool  # it has batch norms, whose statistics are computed again after pruning
@@ -139,6 +141,11 @@ def written(budget: Budget) -> Document:
 
 def words(of: str) -> str:
     return "MACs" if of == "macs" else "parameters"
+
+
+def up(share: float) -> float:
+    """`share`, rounded up to a multiple of 1/20."""
+    return math.ceil(round(share * 20, 6)) / 20
 
 
 def down(share: float) -> float:
