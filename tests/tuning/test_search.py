@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import torchslim as ts
 from tests.support.searches import QUICK
@@ -255,3 +257,30 @@ def test_processes_of_one_training_are_one_worker(tmp_path: Path) -> None:
     assert [row["state"] for row in data["trials"]] == ["candidate"] * 2
     assert len(data["front"]) == 1
     assert done.stdout.count("report.html") == 1
+
+
+class Averaging(nn.Module):
+    """Series (batch, steps, 4) of any length -> logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.layer(x)).mean(1))
+
+
+def test_finalists_take_the_sizes_that_trials_take(tmp_path: Path) -> None:
+    """Finalists had the sizes of the first batch alone. Costs 5 s."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, length, 4), torch.arange(8) % 3) for length in (6, 9, 7)]
+    data = ts.Task(train=batches[::-1], val=batches, metric="accuracy")
+    recipe = tomllib.loads(
+        'model = "a:b"\ntask = "a:c"\n[budget]\nmetric_drop = 90.0\ntrials = 1\nfinalists = 1\n'
+        '[[step]]\ndo = "quantize"\nscheme = { search = ["int8", "int8-weights"] }'
+    )
+    best = ts.search(Averaging().eval(), data, recipe, workdir=tmp_path / "out").best
+    assert best is not None
+    deployed = ts.load(best.folder)
+    assert deployed.spec.sizes == [[None, None, 4]]
+    assert deployed(torch.randn(2, 13, 4)).shape == (2, 3)

@@ -42,7 +42,8 @@ def recurrent_kept_whole() -> Iterator[None]:
     try:
         yield
     finally:
-        decomposition_table.update(unrolled)
+        for layer, function in unrolled.items():
+            decomposition_table[layer] = function
         for layer, key, kernel in kernels:
             layer.py_kernels[key] = kernel
             layer._dispatch_cache.clear()

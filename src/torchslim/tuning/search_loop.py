@@ -92,7 +92,9 @@ def search(
     ledgers = _open(space, key, folder, storage=storage, study=study, sampler=sampler, beat=beat)
     paths = select_parts(model, part)
     parts = {} if part is None else part_examples(model, task, paths, space.document.get("seed", 0))
-    lab = replace(_make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress), parts=parts)
+    lab = _make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress)
+    spanned = dynamic_shapes == "auto" and example_inputs is None  # as in `run_steps`, which trains the finalists
+    lab = replace(lab, parts=parts, examples=spanning_examples(task, lab.seed) if spanned else ())
     if rehearse and space.document.get("rehearse", True):
         _rehearse(space, lab)
     return Worker(space, lab, folder, ledgers).run()
@@ -164,7 +166,6 @@ def _make_lab(
         budget=space.budget,
         folder=folder / "cache",
         example_inputs=inputs,
-        examples=spanning_examples(task, space.document.get("seed", 0)) if dynamic_shapes == "auto" else (),
         seed=space.document.get("seed", 0),
         dynamic_shapes=dynamic_shapes,
         short=space.budget.short,

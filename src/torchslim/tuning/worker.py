@@ -251,7 +251,7 @@ def run_options(recipe: Recipe, lab: Lab, workdir: Path | None = None, stages: P
     """Options of a run of one recipe in full, in the folders of the search."""
     return RunOptions(
         target=recipe.target,
-        example_inputs=lab.example_inputs,
+        example_inputs=None if lab.examples else lab.example_inputs,  # the run then takes the same examples
         dynamic_shapes=lab.dynamic_shapes,
         part=tuple(lab.parts) or None,
         teacher=lab.teacher,
