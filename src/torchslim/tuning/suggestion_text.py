@@ -87,7 +87,13 @@ def combined(mixes: Sequence[Mix]) -> Mix:
             "macs": share(lambda mix: mix.removable["macs"]),
             "params": sum(mix.removable["params"] * mix.parameters for mix in mixes) / parameters,
         },
+        smallest={
+            "macs": min((mix.smallest["macs"] * mix.macs for mix in mixes if mix.smallest), default=0.0) / macs,
+            "params": min((mix.smallest["params"] * mix.parameters for mix in mixes if mix.smallest), default=0.0)
+            / parameters,
+        },
         stays="" if any(not mix.stays for mix in mixes) else first.stays,
+        tables=sum(mix.tables * mix.parameters for mix in mixes) / parameters,
         recalibrates=any(mix.recalibrates for mix in mixes),
     )
 
