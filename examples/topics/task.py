@@ -70,9 +70,9 @@ def task() -> ts.Task:
     return split(articles(), train=TRAIN, val=VAL)
 
 
-def split(rows: list[tuple[Tensor, int]], *, train: int, val: int) -> ts.Task:
+def split(rows: list[tuple[Tensor, int]], *, train: int, val: int, batch_size: int = 25) -> ts.Task:
     """The task of rows in order: those for training, for validation, and the rest for the test."""
-    options: dict[str, Any] = {"batch_size": 25, "collate_fn": batch}
+    options: dict[str, Any] = {"batch_size": batch_size, "collate_fn": batch}
     return ts.Task(
         train=DataLoader(rows[:train], shuffle=True, **options),
         val=DataLoader(rows[train : train + val], **options),

@@ -23,4 +23,4 @@ def task() -> ts.Task:
     for number in range(100):
         topic, length = number % len(TOPICS), int(torch.randint(20, 61, (), generator=generator))
         rows.append((torch.randint(1, 40, (length,), generator=generator) + 40 * topic, topic))
-    return split(rows, train=50, val=25)
+    return split(rows, train=50, val=25, batch_size=5)
