@@ -19,7 +19,6 @@ from benchmarks import fuzz
 from tests.mutations import Kind
 from torchslim.errors import ArtifactError
 
-
 CUT = 4.0  # seconds after which a batch is cut off: a busy machine takes some to start its process
 
 

@@ -110,3 +110,11 @@ def test_every_candidate_of_a_bisection_sees_the_same_samples() -> None:
         assert ranges[-1]
     assert all(torch.equal(a, b) for other in ranges[1:] for a, b in zip(ranges[0], other, strict=True))
     assert torch.equal(values(calibration_of(ctx).inputs), values(calibration_of(ctx).inputs))
+
+
+def test_a_size_that_few_batches_have_is_among_the_examples() -> None:
+    texts = [torch.zeros(4, 32, dtype=torch.long) for _ in range(40)]
+    texts[29] = texts[29][:, :7]  # the others are cut at 32 tokens
+    batches = [(text, torch.zeros(4)) for text in texts]
+    task = ts.Task(train=batches[:8], val=batches, metric="accuracy")
+    assert {inputs[0].shape[1] for inputs in spanning_examples(task)} == {7, 32}

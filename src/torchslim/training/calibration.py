@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
-from itertools import islice
 
 from torch import nn
 
@@ -18,7 +18,8 @@ from torchslim.core.task import Task
 from torchslim.core.tensor_objects import of_structure
 from torchslim.training.loaders import seeded, seeded_splits
 
-LOOKED_AT = 16  # batches of each split
+LOOKED_AT = 16  # batches of each split at least
+SECONDS = 5.0  # for further ones: drawing all batches of images can take minutes
 
 
 class CalibrationData:
@@ -69,13 +70,22 @@ class CalibrationData:
 def spanning_batches(task: Task, seed: int = 0) -> list[Batch]:
     """Up to `EXAMPLES` batches of val and of the calibration data, whose sizes span those of all looked at.
 
-    The calibration data are drawn as `CalibrationData` draws them with this seed: a loader that shuffles gives batches
-    of other sizes in another order.
+    At least `LOOKED_AT` batches of both are looked at, and as many more as `SECONDS` allow: where texts are cut at a
+    length, most batches have that length, and only a few show that it varies. The calibration data are drawn as
+    `CalibrationData` draws them with this seed: a loader that shuffles gives batches of other sizes in another order.
     """
     with preserved_globals(seed), seeded_splits(task, seed):
-        val = list(islice(task.val, LOOKED_AT))
+        val = spanning(_looked_at(task.val), EXAMPLES, task.inputs)
     with closing(CalibrationData(task, seed).drawn()) as drawn:
-        return spanning([*val, *islice(drawn, LOOKED_AT)], EXAMPLES, task.inputs)
+        return spanning([*val, *spanning(_looked_at(drawn), EXAMPLES, task.inputs)], EXAMPLES, task.inputs)
+
+
+def _looked_at(batches: Iterable[Batch]) -> Iterator[Batch]:
+    until = time.monotonic() + SECONDS
+    for number, batch in enumerate(batches):
+        if number >= LOOKED_AT and time.monotonic() > until:
+            return
+        yield batch
 
 
 def spanning_examples(task: Task, seed: int = 0) -> tuple[Inputs, ...]:
