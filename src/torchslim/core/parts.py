@@ -50,6 +50,9 @@ class Mounted(nn.Module):
         forward.__signature__ = inspect.Signature([own, *positional])  # type: ignore[attr-defined]
         self.__class__ = type("Mounted", (Mounted,), {"forward": forward, "__module__": __name__})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mounted, (self.part, self.inner), vars(self)  # the class of an instance has no name to be found by
+
     @property
     def part(self) -> nn.Module:
         """The module that was there before."""

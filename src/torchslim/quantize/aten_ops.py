@@ -16,6 +16,7 @@ from torchslim.graph.export import WRAPPED
 
 aten = torch.ops.aten
 ANNOTATION = "quantization_annotation"  # torchao's key in `Node.meta` for the specs of inputs and output
+TAKES_GRIDS = "torchslim_takes_grids"  # our key in `Node.meta`, in place of the specs once a graph is prepared
 
 
 def batch_norm(*args: Any) -> Tensor:

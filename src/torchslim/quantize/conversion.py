@@ -23,7 +23,6 @@ def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedMod
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        from torchslim.quantize.aten_ops import ANNOTATION
         from torchslim.quantize.batch_norm_folding import fold_batch_norms, hide_batch_norms, settle, show_batch_norms
         from torchslim.quantize.lowering import fit_biases, gather_first, store_groups
         from torchslim.quantize.sharing import keep_own_grids
@@ -34,8 +33,6 @@ def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedMod
     with quiet(), preserved_globals(), torch.no_grad():
         if released:
             release(program, units_of(program), released)
-        for node in program.graph.nodes:
-            node.meta.pop(ANNOTATION, None)  # it refers to nodes of the graph that this one was copied from
         if prepared.qat:
             settle(program)
             fold_batch_norms(program)

@@ -36,7 +36,7 @@ def specs(runtime: str, activations: str, *, training: bool = False, learned_ste
     dynamic: Any = PlaceholderObserver.with_args(eps=SMALLEST_SCALE)
     rows = dynamic
     if training:
-        static = FakeQuantize.with_args(observer=observer("moving-average", eps=SMALLEST_SCALE))
+        static = FakeQuantizedActivation.with_args(observer=observer("moving-average", eps=SMALLEST_SCALE))
         dynamic, rows = RangeOfEachCall, RangeOfEachRow
 
     def weight(scheme: Scheme, axis: int) -> QuantizationSpec:
@@ -86,14 +86,31 @@ class WeightRange(PerChannelMinMaxObserver):
         return x_orig if self.min_val.numel() else super().forward(x_orig)
 
 
-class FakeQuantizedWeight(FakeQuantize):
+class FakeQuantizedActivation(FakeQuantize):
+    """Rounds to the grid of the observed range, which a trainer may have averaged, or loaded, since it was observed.
+
+    torchao rounds to the grid of the last batch in place of it: averages of models, which are taken of floating-point
+    buffers alone, would then pair an averaged scale with the first zero point.
+    """
+
+    def forward(self, X: Tensor) -> Tensor:
+        """`X` on its grid; gradients pass through where nothing is clipped."""
+        observer = self.activation_post_process
+        if self.observer_enabled[0] != 1 and observer.min_val.numel() and (observer.min_val <= observer.max_val).all():
+            for stored, current in zip((self.scale, self.zero_point), self.calculate_qparams(), strict=True):
+                stored.resize_(current.shape).copy_(current)
+        return super().forward(X)  # type: ignore[no-any-return]
+
+
+class FakeQuantizedWeight(FakeQuantizedActivation):
     """Rounds a weight to the grid of its current range, not of the largest that it ever had."""
 
     def forward(self, X: Tensor) -> Tensor:
         """The weight on its grid; gradients pass through where nothing is clipped."""
-        if self.observer_enabled[0] == 1:
-            self.activation_post_process.reset_min_max_vals()
-        return super().forward(X)  # type: ignore[no-any-return]
+        if self.observer_enabled[0] == 1:  # in place: averages of models hold these tensors
+            self.activation_post_process.min_val.fill_(torch.inf)
+            self.activation_post_process.max_val.fill_(-torch.inf)
+        return super().forward(X)
 
 
 class RangeOfEachCall(FakeQuantizeBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torchslim.core.trees import device_of
 from torchslim.errors import DeployError, QuantizeError
 from torchslim.graph.allowed_sizes import refusal
 from torchslim.graph.calling import bind, bind_call
+from torchslim.graph.flat_graphs import flat_module
 from torchslim.graph.io_structure import build, flatten, leaf_names
 from torchslim.graph.rewrite import place_constants
 from torchslim.graph.size_guards import InputSizes
@@ -31,8 +33,15 @@ from torch.fx import GraphModule
 from torchslim.graph.io_structure import Structure
 
 
+OBSERVED = ("_observed_graph_module_attrs",)  # the entry of a graph's `meta` that its conversion reads
+
+
 class Called(nn.Module):
-    """A graph of flat tensors, called like the model that it was made from, with sizes that `input_sizes` takes."""
+    """A graph of flat tensors, called like the model that it was made from, with sizes that `input_sizes` takes.
+
+    It can be pickled, for trainers that save whole models; load only files that you trust. Artifacts of torchslim hold
+    no pickles. What is unpickled has no `origin`: its deployment captures the graph again.
+    """
 
     def __init__(
         self,
@@ -51,6 +60,20 @@ class Called(nn.Module):
         self.forward_signature = signature
         self.input_sizes, self.origin = input_sizes, origin
         self.training = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        # annotations may be of classes that no pickle finds, and no call needs them
+        parameters = [item.replace(annotation=item.empty) for item in self.forward_signature.parameters.values()]
+        state["forward_signature"] = inspect.Signature(parameters)
+        state["_modules"] = {name: flat_module(module, OBSERVED) for name, module in self._modules.items()}
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Called:
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))  # the graph itself, not what a pickle keeps of it
+        return copied
 
     def check_sizes(self, leaves: Sequence[Tensor]) -> None:
         """Raise QuantizeError for sizes that the captured graph does not take."""
@@ -151,8 +174,17 @@ class Prepared(Called):
         return build(self.outputs, self.program(*leaves, *switches), self.classes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Prepared:
-        """Move the model as any module, with the tensors that its graph makes: the capture fixed their device."""
+        """Move the model as any module, with the tensors that its graph makes: the capture fixed their device.
+
+        Ranges stay in float32, in which their scales and zero points are computed: trainers store models in float16.
+        """
+        observers = [module for module in self.program.modules() if hasattr(module, "calculate_qparams")]
+        ranges = [(module, name, value) for module in observers for name, value in module._buffers.items()]
         super()._apply(fn, recurse)
+        for module, name, before in ranges:
+            after = module._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                module._buffers[name] = before.to(after.device)
         place_constants(self.program, device_of(self.program))
         return self
 

@@ -26,6 +26,7 @@ from torchslim.graph.io_structure import flatten
 from torchslim.graph.lifting import Origin
 from torchslim.graph.portable_ops import open_bags
 from torchslim.quantize.accuracy_options import Helpers
+from torchslim.quantize.aten_ops import ANNOTATION, TAKES_GRIDS
 from torchslim.quantize.backend_profiles import PROFILES
 from torchslim.quantize.batch_norm_folding import fold_batch_norms, hide_batch_norms, show_batch_norms, switch
 from torchslim.quantize.checks import Checks
@@ -209,11 +210,20 @@ def _observed(
         program = prepare_pt2e(program, quantizer)
         assert isinstance(program, GraphModule)
         show_batch_norms(program)
+        _forget_specs(program)
         if qat:
             switch(program)
             _name_once(program)
         program.recompile()
     return program
+
+
+def _forget_specs(program: GraphModule) -> None:
+    """Keep one mark in place of the quantizer's specs: they refer to nodes, and a pickle cannot hold those."""
+    for node in program.graph.nodes:
+        annotation = node.meta.pop(ANNOTATION, None)
+        if annotation is not None and annotation.input_qspec_map:
+            node.meta[TAKES_GRIDS] = True
 
 
 def _name_once(program: GraphModule) -> None:

@@ -37,7 +37,7 @@ Look = Callable[[Released], Sequence[Fault]]
 class Evidence:
     """The data that a quantized model was checked on, and the parts needed to leave more of its layers in float.
 
-    Copies of the model share the evidence; pickles leave it out.
+    Copies of the model share the evidence.
 
     Attributes:
         prepared: the model that was converted.
@@ -63,9 +63,6 @@ class Evidence:
 
     def __deepcopy__(self, memo: Any) -> Evidence:
         return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
 
     @property
     def program(self) -> GraphModule:

@@ -9,13 +9,13 @@ from torch.fx import GraphModule, Node
 
 from torchslim.graph.export import layer_of
 from torchslim.quantize.aten_ops import (
-    ANNOTATION,
     BATCH_NORMS,
     CLAMPS,
     DROPOUTS,
     EMBEDDINGS,
     PRODUCTS,
     RECURRENT,
+    TAKES_GRIDS,
     argument,
     is_constant,
     op_name,
@@ -102,8 +102,7 @@ def _is_layer(node: Node) -> bool:
 
 
 def _takes_grids(node: Node) -> bool:
-    annotation = node.meta.get(ANNOTATION)
-    return _is_layer(node) or (annotation is not None and bool(annotation.input_qspec_map))
+    return _is_layer(node) or TAKES_GRIDS in node.meta
 
 
 def _made_by(node: Node) -> Node:
