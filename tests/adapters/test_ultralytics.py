@@ -1,4 +1,7 @@
-"""A pruned detector goes through the trainer of Ultralytics: its average, its checkpoints, its fusion and its export."""
+"""Detectors go through the trainer of Ultralytics: its average, its checkpoints, its fusion and its export.
+
+A pruned one whole; one that is prepared for int8 with its layers as parts.
+"""
 
 from __future__ import annotations
 
@@ -129,6 +132,39 @@ def test_a_pruned_detector_is_trained_saved_fused_and_exported(name: str, shapes
     rebuilt = ts.prune.apply_surgery(detector(name), record)  # type: ignore[arg-type]
     rebuilt.load_state_dict(again.model.float().state_dict())
     torch.testing.assert_close(boxes(rebuilt, images), expected)
+
+
+def test_layers_on_the_int8_grid_are_trained_saved_converted_and_deployed(shapes: Path, tmp_path: Path) -> None:
+    """Costs 40 s."""
+    from ultralytics import YOLO
+
+    model = detector("yolov8n")
+    layers = ["model.0", "model.2", "model.12", "model.22.cv2.*", "model.22.cv3.*"]
+    examples = [(torch.rand(2, 3, SIZE, SIZE),), (torch.rand(1, 3, 128, 160),)]
+    prepared = ts.quantize.prepare(model, examples, part=layers, qat=True)
+    with torch.no_grad():
+        prepared.train().predict(torch.rand(4, 3, SIZE, SIZE))  # type: ignore[operator]
+    before = {key: value.clone() for key, value in prepared.state_dict().items()}
+    torch.save({"model": prepared}, tmp_path / "prepared.pt")
+    owner = YOLO(str(tmp_path / "prepared.pt"))
+    owner.train(trainer=trainer(), epochs=2, **options(shapes, tmp_path))
+    again = YOLO(str(owner.trainer.best)).model
+    after = again.state_dict()
+    assert list(after) == list(before)
+    assert any(not torch.allclose(after[key].float(), before[key].float()) for key in before if "weight" in key)
+    parts = [module for module in again.modules() if isinstance(module, ts.quantize.Prepared)]
+    assert len(parts) == 9
+    assert not any(part.training for part in parts)
+    images = torch.rand(2, 3, SIZE, SIZE)
+    expected = boxes(again, images)
+    quantized = ts.quantize.convert(again, checks=None)
+    assert ts.quantize.sqnr(expected, boxes(quantized, images)) > 40
+    deployed: Any = ts.deploy(quantized, (images,), runtime="eager")
+    assert len(deployed.parts) == 9
+    assert ts.quantize.sqnr(expected, deployed(images)[0]) > 40
+    resumed = YOLO(str(tmp_path / "run" / "weights" / "last.pt"))
+    resumed.train(trainer=trainer(), epochs=1, **options(shapes, tmp_path))
+    assert list(resumed.model.state_dict()) == list(before)
 
 
 def test_training_resumes_from_the_librarys_own_checkpoint(shapes: Path, tmp_path: Path) -> None:

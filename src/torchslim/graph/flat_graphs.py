@@ -23,6 +23,7 @@ from torchslim.errors import ModelError
 
 VALUE = "val"  # the key in `Node.meta` of what a node returned in its capture
 REGISTERED_BY = {"quantized_decomposed": "torchao.quantization.pt2e"}
+STATE = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")  # without hooks
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -73,7 +74,7 @@ class FlatGraph(nn.Module):
         self.nodes = [_flat_node(node) for node in module.graph.nodes]
         ordinary = vars(GraphModule(nn.Module(), Graph())).keys() | {"train", "eval"}  # torchao replaces these two
         attributes = {name: value for name, value in vars(module).items() if name not in ordinary}
-        attributes |= {name: vars(module)[name] for name in vars(nn.Module()) if name in vars(module)}
+        attributes |= {name: vars(module)[name] for name in STATE}
         attributes["_modules"] = {name: flat_module(child, kept_meta) for name, child in module._modules.items()}
         attributes["meta"] = {key: module.meta[key] for key in kept_meta if key in module.meta}
         self.attributes = attributes

@@ -17,6 +17,7 @@ MOST = 64  # samples that are stored
 FEWEST = 2  # batches
 INPUTS = 2**23  # bytes up to which small batches are joined into one call; its activations take many times that
 OUTPUTS = 2**26  # bytes of outputs that are stored
+PICKLED = 2**22  # bytes of samples in a pickle; a trainer writes one after every epoch, and a model may have many parts
 
 Run = list[Tensor]
 """Flat input tensors of one call."""
@@ -57,6 +58,16 @@ class Samples:
         copied = Samples(self.axes, self.answer)
         copied.batches, copied.closed = list(self.batches), self.closed
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        size = sum(leaf.nbytes for batch in self.batches for leaf in batch)
+        if size > PICKLED:
+            first = self.batches[:FEWEST]
+            most = max(samples_in(batch, self.axes) for batch in first)
+            count = max(1, most * PICKLED // sum(leaf.nbytes for batch in first for leaf in batch))
+            state["batches"] = [_first(batch, self.axes, count) for batch in first]
+        return state
 
     @property
     def _joins(self) -> bool:
