@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from torchslim.core.step import LayerRecord
 from torchslim.core.trees import device_of
@@ -14,7 +16,7 @@ from torchslim.errors import DeployError, QuantizeError
 from torchslim.graph.allowed_sizes import refusal
 from torchslim.graph.calling import bind, bind_call
 from torchslim.graph.flat_graphs import flat_module
-from torchslim.graph.io_structure import build, flatten, leaf_names
+from torchslim.graph.io_structure import Structure, build, flatten, leaf_names
 from torchslim.graph.rewrite import place_constants
 from torchslim.graph.size_guards import InputSizes
 from torchslim.quantize.accuracy_options import Helpers
@@ -24,13 +26,6 @@ from torchslim.quantize.samples import Samples
 if TYPE_CHECKING:
     from torchslim.graph.lifting import Origin
     from torchslim.quantize.rollback import Evidence
-import inspect
-from collections.abc import Mapping
-
-from torch import nn
-from torch.fx import GraphModule
-
-from torchslim.graph.io_structure import Structure
 
 
 OBSERVED = ("_observed_graph_module_attrs",)  # the entry of a graph's `meta` that its conversion reads
