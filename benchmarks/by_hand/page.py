@@ -1,0 +1,154 @@
+"""The page of the comparison with pipelines by hand, from its rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.rows import Row
+from torchslim.artifact.latency import Timings
+from torchslim.report.numbers import sized
+
+OURS, FLOAT, TIMED = "torchslim", "float", "latency"
+SHARE = 3  # of the lines of the shortest other side, one in so many
+EVEN = 1.05  # times another side's latency that still count as equal: paired medians of a busy machine are no finer
+
+
+def latest(rows: Iterable[Row]) -> dict[tuple[str, int, str], Row]:
+    """The newest row of every job, seed and side."""
+    return {(row["job"], row["seed"], row["side"]): row for row in rows}
+
+
+def of_side(rows: Mapping[tuple[str, int, str], Row], job: str, side: str) -> list[Row]:
+    """Rows of a side that count, by seed."""
+    found = [row for (name, _, who), row in sorted(rows.items()) if (name, who) == (job, side)]
+    return [row for row in found if not row["reason"]]
+
+
+def timings(rows: Mapping[tuple[str, int, str], Row], job: str) -> Timings:
+    """The rounds of all seeds together, of the sides that all seeds have."""
+    every = [row["rounds"] for row in of_side(rows, job, TIMED)]
+    sides = [side for side in every[0] if all(side in rounds for rounds in every)] if every else []
+    return Timings({side: [value for rounds in every for value in rounds[side]] for side in sides})
+
+
+def mean(rows: Sequence[Row], key: str) -> float:
+    """The mean over the seeds."""
+    return statistics.fmean(row[key] for row in rows)
+
+
+def verdicts(rows: Mapping[tuple[str, int, str], Row], job: str) -> dict[str, list[str]]:
+    """What torchslim's side misses against every other side, in words; an empty list is the bar met."""
+    ours, timed = of_side(rows, job, OURS), timings(rows, job)
+    found: dict[str, list[str]] = {}
+    others = dict.fromkeys(side for name, _, side in rows if name == job and side not in (OURS, TIMED))
+    for side in others:
+        theirs = of_side(rows, job, side)
+        if not ours or not theirs or OURS not in timed.rounds or side not in timed.rounds:
+            continue
+        found[side] = misses = []
+        if (behind := mean(theirs, "test") - mean(ours, "test")) > 0:
+            misses.append(f"{behind:.2f} points less")
+        if (ratio := timed.speedup(side, OURS).value) > EVEN:
+            misses.append(f"{ratio:.2f} times the latency")
+        if SHARE * ours[-1]["lines"] > theirs[-1]["lines"]:
+            misses.append(f"{ours[-1]['lines']} lines against {theirs[-1]['lines']}")
+    return found
+
+
+def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
+    """The Markdown page."""
+    found = latest(rows)
+    jobs = list(dict.fromkeys(job for job, _, _ in found))
+    ours = ", ".join(sorted({row["version"] for row in found.values()}))
+    releases = dict(item for row in found.values() for item in row.get("versions", {}).items())
+    loads = [row["load"] for row in found.values() if "load" in row]
+    lines = [
+        "# torchslim and what a user does by hand",
+        "",
+        f"Written by `python -m benchmarks.by_hand`; {machine['processor']} ({machine['instruction_set']}); torchslim "
+        f"{ours}; {', '.join(f'{name} {release}' for name, release in releases.items())}.",
+        "",
+        "Three jobs of the [gallery](../examples): images, sentences and series. Every side starts from the same",
+        "trained model and the same data, selects on val, and makes an ONNX file; one program measures all files on ONNX",
+        "Runtime with one thread. *By hand* is a pipeline of several libraries, and *fasterai* the library that covers",
+        "most of a pipeline, both written as their guides show it, in [by_hand/](by_hand). Images are trained on 4,000",
+        "samples in 4 epochs by every side; sentences are not trained by any; series by torchslim alone, since the others",
+        "remove nothing from an LSTM and so have nothing to repair.",
+        "",
+        "- *metric*: accuracy on test, the mean over the seeds, with the lowest and the highest in brackets;",
+        "- *latency*: milliseconds of one sample, eight samples in turn, all files of a job in interleaved rounds;",
+        "- *ratio*: torchslim's latency over that side's in the same round, the median with the 10th and 90th percentile;",
+        "- *lines*: code without blank lines, comments and docstrings. Model and data count for nobody; torchslim's are",
+        "  the recipe and the functions that make the task, loaders included, which the other sides are given;",
+        "- *minutes*: of making the file on this machine, which other work shared"
+        + (f" (load {min(loads):.0f} to {max(loads):.0f})" if loads else "")
+        + "; torchslim's contain its checks and its own measurements.",
+    ]
+    for job in jobs:
+        lines += ["", f"## {job.capitalize()}", "", *_table(found, job)]
+    lines += ["", "## Bar", "", *_bar(found, jobs), "", "## What broke on the way", "", *_broke(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Mapping[tuple[str, int, str], Row], job: str) -> list[str]:
+    timed = timings(rows, job)
+    lines = [
+        "| side | metric | bytes | latency, ms | ratio | minutes | lines | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    sides = dict.fromkeys([FLOAT, *(side for name, _, side in rows if name == job and side != TIMED)])
+    for side in sides:
+        mine = of_side(rows, job, TIMED if side == FLOAT else side)
+        if not mine:
+            reason = next(row["reason"] for (name, _, who), row in rows.items() if (name, who) == (job, side))
+            lines.append(f"| {side} | {_cell(reason)} | | | | | | |")
+            continue
+        tests = [row["test"] for row in mine]
+        spread = f" [{min(tests):.2f}-{max(tests):.2f}]" if max(tests) > min(tests) else ""
+        cells = [side, f"{mean(mine, 'test'):.2f} %{spread}", sized(round(mean(mine, "bytes")))]
+        cells += [f"{timed.latency(side).value:.3f}" if side in timed.rounds else "-", _ratio(timed, side)]
+        if side == FLOAT:
+            cells += ["", "", ""]
+        else:
+            cells += [f"{mean(mine, 'minutes'):.1f}", str(mine[-1]["lines"]), str(len(mine))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _ratio(timed: Timings, side: str) -> str:
+    if side == OURS or not {side, OURS} <= timed.rounds.keys():
+        return ""
+    ratio = timed.speedup(side, OURS)
+    return f"{ratio.value:.2f} [{ratio.p10:.2f}-{ratio.p90:.2f}]"
+
+
+def _bar(rows: Mapping[tuple[str, int, str], Row], jobs: Sequence[str]) -> list[str]:
+    lines = [
+        "Torchslim's metric must be better or equal, its latency less or equal (a median ratio of at most "
+        f"{EVEN:g}), with a third of the lines.",
+        "",
+        "| job | against | verdict |",
+        "| --- | --- | --- |",
+    ]
+    for job in jobs:
+        lines += [
+            f"| {job} | {side} | {'**missed**: ' + '; '.join(misses) if misses else 'met'} |"
+            for side, misses in verdicts(rows, job).items()
+        ]
+    return lines
+
+
+def _broke(rows: Mapping[tuple[str, int, str], Row]) -> list[str]:
+    lines = ["| job | side | tried, as a guide shows it | result |", "| --- | --- | --- | --- |"]
+    for (job, _, side), row in rows.items():
+        attempts = list(row.get("tried", []))
+        if row["reason"]:
+            attempts.append({"what": f"the pipeline, seed {row['seed']}", "error": row["reason"]})
+        lines += [f"| {job} | {side} | {_cell(entry['what'])} | {_cell(entry['error'])} |" for entry in attempts]
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,133 @@
+"""The comparison with pipelines by hand: how lines are counted, what the page judges, and a script of every library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import torchslim as ts
+from benchmarks.by_hand import lines, page, serve
+from benchmarks.by_hand.jobs import JOBS
+
+MACHINE = {"processor": "a processor", "instruction_set": "AVX2"}
+STATEMENTS = ("x = 1", "y = [\n    1,\n    2,\n]", "def f():\n    return 3", "class A:\n    b = 4")
+NOTHING = ("", "# a comment", "   # another")
+
+
+def row(side: str, seed: int = 0, test: float = 90.0, **more: Any) -> dict[str, Any]:
+    found = {"job": "images", "seed": seed, "side": side, "version": "v1", "versions": {"peer": "1.0"}, "reason": ""}
+    return found | {"val": test, "test": test, "bytes": 2048, "minutes": 1.5, "lines": 20, "tried": []} | more
+
+
+def timed(ours: float, theirs: float, seed: int = 0) -> dict[str, Any]:
+    rounds = {"float": [4.0] * 5, "torchslim": [ours] * 5, "by hand": [theirs] * 5}
+    return row("latency", seed, rounds=rounds, load=1.0)
+
+
+@given(st.lists(st.sampled_from(STATEMENTS), min_size=1), st.lists(st.sampled_from(NOTHING)), st.booleans())
+def test_comments_blank_lines_and_docstrings_never_count(code: list[str], idle: list[str], described: bool) -> None:
+    expected = sum(len(statement.splitlines()) for statement in code)
+    text = "\n".join([*idle, *code, *idle])
+    text = '"""What it does,\n\nin three lines."""\n' + text if described else text
+    assert lines.python_lines(text) == expected
+
+
+def test_functions_are_counted_alone_or_left_out() -> None:
+    text = 'import a\n\ndef f():\n    """Doc."""\n    return 1  # why\n\ndef g(\n    b,\n):\n    return b\n'
+    assert lines.python_lines(text) == 7
+    assert lines.python_lines(text, only={"f"}) == 2
+    assert lines.python_lines(text, without={"f"}) == 5
+
+
+def test_tables_and_keys_of_a_recipe_count() -> None:
+    assert lines.toml_lines('# why\nmodel = "m:f"  # which\n\n[[step]]\ndo = "prune"\n') == 3
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_functions_that_count_as_ours_exist(name: str) -> None:
+    path, functions = JOBS[name].task
+    for function in functions:
+        assert lines.lines_of(path, only={function}) > 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "missed"),
+    [
+        ({}, []),
+        ({"test": 89.5}, ["0.50 points less"]),
+        ({"lines": 21}, ["21 lines against 60"]),
+    ],
+)
+def test_the_bar_names_what_is_missed(ours: dict[str, Any], missed: list[str]) -> None:
+    rows = [row("torchslim", **ours), row("by hand", lines=60), timed(1.0, 1.0)]
+    assert page.verdicts(page.latest(rows), "images") == {"by hand": missed}
+
+
+def test_a_longer_latency_misses_the_bar_and_seeds_are_averaged() -> None:
+    rows = [row("torchslim", seed, 91.0 - seed) for seed in range(2)] + [row("by hand", 0, 90.5, lines=60)]
+    rows += [timed(2.0, 1.0), timed(2.0, 1.0, seed=1)]
+    assert page.verdicts(page.latest(rows), "images") == {"by hand": ["2.00 times the latency"]}
+
+
+def test_the_page_shows_failures_with_their_reason() -> None:
+    failed = row("fasterai", reason="TypeError: <a | b>")
+    tried = row("by hand", tried=[{"what": "a call", "error": "ValueError: no"}])
+    text = page.page([row("torchslim"), failed, tried, timed(1.0, 2.0)], MACHINE)
+    assert "TypeError: &lt;a \\| b>" in text
+    assert "| images | by hand | a call | ValueError: no |" in text
+    assert "| 2.000 | 0.50 [0.50-0.50] | 1.5 | 20 | 1 |" in text
+
+
+def test_samples_keep_their_own_length() -> None:
+    ids, mask = torch.ones(8, 5, dtype=torch.long), torch.ones(8, 5, dtype=torch.long)
+    mask[:4, 3:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(8, dtype=torch.long)}
+    task = ts.Task(val=[batch], metric="accuracy")
+    assert [tuple(sample[0].shape) for sample in serve.samples(task)] == [(1, 3)] * 4 + [(1, 5)] * 4
+
+
+def test_a_file_is_served_with_the_accuracy_of_its_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 3).eval(), torch.randn(6, 4)
+    labels = model(x).argmax(1)
+    path = ts.save(ts.deploy(model, (x,), runtime="onnxruntime"), tmp_path) / "model.onnx"
+    task = ts.Task(val=[(x, labels)], metric="accuracy")
+    assert serve.accuracy(serve.Served(path), task, task.val) == 100.0
+    assert serve.accuracy(serve.Served(path, lambda inputs: [-inputs[0]]), task, task.val) < 100.0
+
+
+@pytest.mark.slow
+def test_the_images_by_hand_run_in_small(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    pytest.importorskip("torchdistill")
+    from benchmarks.by_hand import images
+    from examples.fashion_mnist import tiny
+
+    model, task = tiny.model(), tiny.task()
+    path = images.run(model, task.train, task.val, task.val, 1, tmp_path)
+    assert serve.accuracy(serve.Served(path), task, task.val) >= 0.0
+    assert path.stat().st_size < (tmp_path / "float.onnx").stat().st_size
+
+
+@pytest.mark.slow
+def test_the_series_by_hand_and_with_fasterai_run_in_small(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    from benchmarks.by_hand import series
+    from examples.series import tiny
+
+    model, task = tiny.model(), tiny.task()
+    outputs = {"by hand": serve.Served(series.run(model, task.train, task.val, task.val, 0, tmp_path))}
+    if pytest.importorskip("fasterai"):
+        from benchmarks.by_hand import series_fasterai
+
+        path = series_fasterai.run(model, task.train, task.val, task.val, 0, tmp_path)
+        outputs["fasterai"] = serve.Served(path, series_fasterai.serve)
+    inputs, _ = serve.listed(task, next(iter(task.val)))
+    expected = model(*inputs)
+    for served in outputs.values():
+        assert (served(inputs) - expected).abs().max() < 0.2 * expected.abs().max()
