@@ -34,9 +34,8 @@ from torchslim.core.hardware import describe_machine
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "by_hand.jsonl", HERE.parent / "by_hand.md"
 PACKAGES = ("torch-pruning", "torchdistill", "fasterai", "onnxruntime", "torch")
-NOT_THE_USERS = ("attempts",)  # functions of the scripts that a user would not write
 TIMED = "latency"  # the side of rows that hold the rounds of all others
-ROUNDS = 60
+ROUNDS = 200
 Key = tuple[str, int, str]
 
 
@@ -61,7 +60,12 @@ def lines(job: Job, side: str) -> int:
     if side == OURS:
         path, functions = job.task
         return lines_of(job.recipe) + lines_of(path, only=functions)
-    return lines_of(HERE / f"{job.scripts[side]}.py", without=NOT_THE_USERS)
+    return lines_of(HERE / f"{job.scripts[side]}.py")
+
+
+def counted(rows: Iterable[Row]) -> list[Row]:
+    """The rows with the lines of the code as it stands."""
+    return [row | ({} if row["side"] == TIMED else {"lines": lines(JOBS[row["job"]], row["side"])}) for row in rows]
 
 
 def served(job: Job, side: str, path: Path) -> Served:
@@ -73,7 +77,7 @@ def served(job: Job, side: str, path: Path) -> Served:
 def measure(job: Job, side: str, seed: int, folder: Path) -> Row:
     """The row of a side: what its file is worth on test, and what it took to make it."""
     model, task = job.load()
-    row: Row = {"lines": lines(job, side), "tried": []}
+    row: Row = {"tried": []}
     torch.manual_seed(seed)
     start = time.perf_counter()
     try:
@@ -97,12 +101,12 @@ def tried(job: Job, side: str, folder: Path) -> list[dict[str, str]]:
     """Errors of the calls that the side's guides suggest first."""
     model, task = job.load()
     found = []
-    attempts = getattr(script(job, side), "attempts", lambda *_: {})
+    attempts = importlib.import_module("benchmarks.by_hand.tried").ATTEMPTS.get(job.scripts[side], lambda *_: {})
     for what, attempt in attempts(model, task.train, task.val, folder).items():
-        error = "none"
         try:
             with quiet():
-                attempt()
+                outcome = attempt()
+            error = outcome if isinstance(outcome, str) else "no error"
         except Exception as raised:  # noqa: BLE001 - whatever a library raises is what is asked for
             error = said(raised)
         found.append({"what": what, "error": error})
@@ -161,7 +165,8 @@ def main() -> None:
     """Measure what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=JOBS, help="one job")
-    parser.add_argument("--side", help="one side")
+    parser.add_argument("--side", help="one side, or latency")
+    parser.add_argument("--fresh", action="store_true", help="measure also what has a row")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="then nothing more is started")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the JSONL to go on with")
@@ -171,9 +176,10 @@ def main() -> None:
     stop = time.monotonic() + 60 * arguments.max_minutes
     now = version("ours")  # of the source that is loaded, whatever is edited meanwhile
     keys = planned([arguments.only] if arguments.only else JOBS, range(arguments.seeds))
-    for name, seed, side in missing(load(arguments.rows), keys):
-        if time.monotonic() > stop or (arguments.side and side != arguments.side):
-            continue
+    keys = [key for key in keys if arguments.side in (None, key[2])]
+    for name, seed, side in keys if arguments.fresh else missing(load(arguments.rows), keys):
+        if time.monotonic() > stop:
+            break
         row: Row = {"job": name, "seed": seed, "side": side, "version": now, "versions": versions(), "reason": ""}
         folder = place(arguments.work, name, seed, side)
         if side == TIMED:
@@ -184,7 +190,7 @@ def main() -> None:
         append(row, arguments.rows)
         print(name, seed, side, row["reason"] or f"{row['test']:.2f} % on test", file=sys.stderr, flush=True)
     if arguments.rows == ROWS:
-        PAGE.write_text(page(load(ROWS), describe_machine(1)))
+        PAGE.write_text(page(counted(load(ROWS)), describe_machine(1)))
         print(PAGE)
 
 

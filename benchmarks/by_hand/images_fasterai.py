@@ -5,7 +5,7 @@ Sources: fasterai's tutorials on pruning, distillation and the export to ONNX, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from fasterai.distill.all import KnowledgeDistillationCallback, SoftTarget
 from fasterai.export.all import export_onnx
 from fasterai.misc.all import BN_Folder
 from fasterai.prune.all import PruneCallback
-from fasterai.quantize.all import QuantizeCallback
 from torch import Tensor, nn
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -42,18 +41,6 @@ def loader(batches: Batches) -> DataLoader:
     made = DataLoader(Reread(batches), bs=None)
     made.n = len(batches)
     return made
-
-
-def attempts(model: nn.Module, train: Batches, val: Batches, folder: Path) -> dict[str, Callable[[], object]]:
-    """Calls of the guides that a user tries first."""
-    dls = DataLoaders(loader(train), loader(val), device="cpu")
-    learn = Learner(dls, deepcopy(model), loss_func=CrossEntropyLossFlat(), path=folder)
-    pruning = PruneCallback(0.3, one_cycle, "global", large_final)
-    qat = QuantizeCallback(backend="pt2e")
-    return {
-        "PruneCallback without example_inputs": lambda: learn.fit(1, cbs=[pruning]),
-        "QuantizeCallback(backend='pt2e'), the only training for int8 that it exports": lambda: learn.fit(1, cbs=[qat]),
-    }
 
 
 def run(model: nn.Module, train: Batches, val: Batches, calibration: Batches, epochs: int, folder: Path) -> Path:

@@ -14,19 +14,15 @@ SILENT = {
 }  # fmt: skip
 
 
-def python_lines(text: str, *, only: Collection[str] = (), without: Collection[str] = ()) -> int:
+def python_lines(text: str, *, only: Collection[str] = ()) -> int:
     """Lines of Python code.
 
     Args:
         text: the source.
         only: top-level functions and classes to count; empty: everything.
-        without: top-level functions and classes to leave out.
     """
     tree = ast.parse(text)
-    if only:
-        counted = [node for node in tree.body if getattr(node, "name", None) in only]
-    else:
-        counted = [node for node in tree.body if getattr(node, "name", None) not in without]
+    counted = [node for node in tree.body if not only or getattr(node, "name", None) in only]
     spans = {line for node in counted for line in _span(node)}
     documented = {line for node in ast.walk(tree) if (doc := _docstring(node)) for line in _span(doc)}
     tokens = tokenize.tokenize(io.BytesIO(text.encode()).readline)
@@ -49,7 +45,7 @@ def toml_lines(text: str) -> int:
     return sum(bool(line) and not line.startswith("#") for line in lines)
 
 
-def lines_of(path: Path, *, only: Collection[str] = (), without: Collection[str] = ()) -> int:
+def lines_of(path: Path, *, only: Collection[str] = ()) -> int:
     """Lines of a file, by its suffix."""
     text = path.read_text()
-    return toml_lines(text) if path.suffix == ".toml" else python_lines(text, only=only, without=without)
+    return toml_lines(text) if path.suffix == ".toml" else python_lines(text, only=only)

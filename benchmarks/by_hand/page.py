@@ -13,6 +13,22 @@ from torchslim.report.numbers import sized
 OURS, FLOAT, TIMED = "torchslim", "float", "latency"
 SHARE = 3  # of the lines of the shortest other side, one in so many
 EVEN = 1.05  # times another side's latency that still count as equal: paired medians of a busy machine are no finer
+ABOUT = """\
+Three jobs of the [gallery](../examples): images, sentences and series. Every side starts from the same trained model
+and the same data, selects on val, and makes an ONNX file; one program measures all files on ONNX Runtime with one
+thread. *By hand* is a pipeline of several libraries, and *fasterai* the library that covers most of a pipeline, both
+written as their guides show it, in [by_hand/](by_hand). Images are trained on 4,000 samples in 4 epochs by every side;
+sentences are trained by none; series by torchslim alone, since the others remove nothing from an LSTM and so have
+nothing to repair.
+
+- *metric*: accuracy on test, the mean over the seeds, with the lowest and the highest in brackets;
+- *latency*: milliseconds of one sample on the processor, without the time that other work took: eight samples a round,
+  all files of a job in every round, in random order; the median;
+- *ratio*: torchslim's latency over that side's in the same round, the median with the 10th and 90th percentile;
+- *lines*: code without blank lines, comments and docstrings. Model and data count for nobody; torchslim's are the
+  recipe and the functions that make the task, loaders included, which the other sides are given;
+- *minutes*: of making the file on this machine, which other work shared{load}; torchslim's contain
+  its checks and its own measurements."""
 
 
 def latest(rows: Iterable[Row]) -> dict[tuple[str, int, str], Row]:
@@ -70,21 +86,7 @@ def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
         f"Written by `python -m benchmarks.by_hand`; {machine['processor']} ({machine['instruction_set']}); torchslim "
         f"{ours}; {', '.join(f'{name} {release}' for name, release in releases.items())}.",
         "",
-        "Three jobs of the [gallery](../examples): images, sentences and series. Every side starts from the same",
-        "trained model and the same data, selects on val, and makes an ONNX file; one program measures all files on ONNX",
-        "Runtime with one thread. *By hand* is a pipeline of several libraries, and *fasterai* the library that covers",
-        "most of a pipeline, both written as their guides show it, in [by_hand/](by_hand). Images are trained on 4,000",
-        "samples in 4 epochs by every side; sentences are not trained by any; series by torchslim alone, since the others",
-        "remove nothing from an LSTM and so have nothing to repair.",
-        "",
-        "- *metric*: accuracy on test, the mean over the seeds, with the lowest and the highest in brackets;",
-        "- *latency*: milliseconds of one sample, eight samples in turn, all files of a job in interleaved rounds;",
-        "- *ratio*: torchslim's latency over that side's in the same round, the median with the 10th and 90th percentile;",
-        "- *lines*: code without blank lines, comments and docstrings. Model and data count for nobody; torchslim's are",
-        "  the recipe and the functions that make the task, loaders included, which the other sides are given;",
-        "- *minutes*: of making the file on this machine, which other work shared"
-        + (f" (load {min(loads):.0f} to {max(loads):.0f})" if loads else "")
-        + "; torchslim's contain its checks and its own measurements.",
+        ABOUT.format(load=f" (load {min(loads):.0f} to {max(loads):.0f})" if loads else ""),
     ]
     for job in jobs:
         lines += ["", f"## {job.capitalize()}", "", *_table(found, job)]
@@ -127,7 +129,8 @@ def _ratio(timed: Timings, side: str) -> str:
 def _bar(rows: Mapping[tuple[str, int, str], Row], jobs: Sequence[str]) -> list[str]:
     lines = [
         "Torchslim's metric must be better or equal, its latency less or equal (a median ratio of at most "
-        f"{EVEN:g}), with a third of the lines.",
+        f"{EVEN:g}),",
+        "with a third of the lines.",
         "",
         "| job | against | verdict |",
         "| --- | --- | --- |",

@@ -5,40 +5,16 @@ Source: ONNX Runtime's page on quantization, which recommends dynamic quantizati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-import torch_pruning as tp
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
-
-
-def attempts(model: nn.Module, train: Batches, val: Batches, folder: Path) -> dict[str, Callable[[], object]]:
-    """Calls of the guides that a user tries first."""
-    series, lengths, _ = next(iter(val))
-
-    def prune() -> None:
-        smaller = deepcopy(model)
-        importance = tp.importance.GroupMagnitudeImportance(p=2)
-        tp.pruner.BasePruner(
-            smaller, (series, lengths), importance=importance, pruning_ratio=0.3, ignored_layers=[smaller.head]
-        ).step()
-        if smaller.lstm.hidden_size == model.lstm.hidden_size:
-            raise RuntimeError("no error, and nothing was removed from the LSTM")
-        smaller(series, lengths)
-
-    free = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("steps")}, {0: torch.export.Dim("batch")})
-    return {
-        "Torch-Pruning of the LSTM": prune,
-        "torch.onnx.export(dynamo=True), the default": lambda: torch.onnx.export(
-            deepcopy(model), (series, lengths), folder / "tried.onnx", dynamic_shapes=free
-        ),
-    }
 
 
 def run(model: nn.Module, train: Batches, val: Batches, calibration: Batches, epochs: int, folder: Path) -> Path:

@@ -5,14 +5,12 @@ Source: fasterai's tutorial on the export to ONNX. Its pruner and export take on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-from fasterai.core.criteria import large_final
 from fasterai.export.all import export_onnx
-from fasterai.prune.all import Pruner
 from torch import Tensor, nn
 
 STEPS = 29  # of every series: the export fixes the length of its example
@@ -36,25 +34,6 @@ def serve(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     series, lengths = inputs
     column = lengths.view(-1, 1, 1).expand(-1, STEPS, 1).float()
     return [torch.cat([torch.nn.functional.pad(series, (0, 0, 0, STEPS - series.shape[1])), column], 2)]
-
-
-def attempts(model: nn.Module, train: Batches, val: Batches, folder: Path) -> dict[str, Callable[[], object]]:
-    """Calls of the guides that a user tries first."""
-    series, lengths, _ = next(iter(val))
-    padded = serve([series, lengths])[0]
-
-    def pruned() -> None:
-        pruner = Pruner(Padded(deepcopy(model)), 0.3, "local", large_final, example_inputs=padded)
-        pruner.prune_model()
-        if pruner.model.model.lstm.hidden_size == model.lstm.hidden_size:
-            raise RuntimeError("no error, and nothing was removed from the LSTM")
-
-    return {
-        "Pruner of the model with its two inputs": lambda: Pruner(
-            deepcopy(model), 0.3, "local", large_final, example_inputs=(series, lengths)
-        ),
-        "Pruner of the model as a function of one tensor": pruned,
-    }
 
 
 def run(model: nn.Module, train: Batches, val: Batches, calibration: Batches, epochs: int, folder: Path) -> Path:

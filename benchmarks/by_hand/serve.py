@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ import torch
 from torch import Tensor
 
 import torchslim as ts
-from torchslim.artifact.latency import interleave
 
 Serve = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 SAMPLES = 8  # that the latency is measured on, one a call
+WARMUP, FEWEST, SECONDS = 3, 20, 30.0  # rounds before the first, at least, and when to stop
 
 
 class Served:
@@ -81,16 +83,22 @@ def _lengths(inputs: Sequence[Tensor]) -> list[int]:
 
 
 def latency(sides: Mapping[str, Served], given: Sequence[Sequence[Tensor]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of one sample by side, a value a round: the mean over the samples, sides in turn."""
+    """Milliseconds of one sample by side, a value a round: the mean over the samples; sides take turns in any order.
 
-    def caller(served: Served) -> Callable[[], None]:
-        feeds = [served.feed(inputs) for inputs in given]
-
-        def call() -> None:
-            for feed in feeds:
-                served.session.run(None, feed)
-
-        return call
-
-    timings = interleave({name: caller(served) for name, served in sides.items()}, rounds=rounds, seconds=30.0)
-    return {name: [value / len(given) for value in values] for name, values in timings.rounds.items()}
+    The time is that of this thread on its processor: a session with one thread computes in the thread that calls it,
+    and time in which the machine runs other work does not count.
+    """
+    feeds = {name: [side.feed(inputs) for inputs in given] for name, side in sides.items()}
+    order = random.Random(0)
+    measured: dict[str, list[float]] = {name: [] for name in sides}
+    begin = time.thread_time()
+    for number in range(WARMUP + rounds):
+        if number >= WARMUP + FEWEST and time.thread_time() - begin > SECONDS:
+            break
+        for name in order.sample(list(sides), len(sides)):
+            start = time.thread_time()
+            for feed in feeds[name]:
+                sides[name].session.run(None, feed)
+            if number >= WARMUP:
+                measured[name].append((time.thread_time() - start) * 1e3 / len(given))
+    return measured
