@@ -55,7 +55,8 @@ def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
         "the same runtime with one thread. The time is that of the processor for one sample, the speed-up the median",
         "of paired rounds with the 10th and 90th percentile. Everything is selected on val and reported on test.",
         "*Minutes* are those of the whole recipe with its measurements, on a machine that others used, too; *lines* is",
-        "the code of the model, the data and the task.",
+        "the code of the model, the data and the task. [by_hand.md](by_hand.md) compares three of the jobs with what a",
+        "user does by hand, with other libraries.",
         "",
         "| job | metric on test | float | artifact | bytes of float | artifact | smaller | ms of float "
         "| artifact | faster | minutes | lines |",
