@@ -128,8 +128,7 @@ def _ratio(timed: Timings, side: str) -> str:
 
 def _bar(rows: Mapping[tuple[str, int, str], Row], jobs: Sequence[str]) -> list[str]:
     lines = [
-        "Torchslim's metric must be better or equal, its latency less or equal (a median ratio of at most "
-        f"{EVEN:g}),",
+        f"Torchslim's metric must be better or equal, its latency less or equal (a median ratio of at most {EVEN:g}),",
         "with a third of the lines.",
         "",
         "| job | against | verdict |",
