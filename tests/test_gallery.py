@@ -16,11 +16,12 @@ from torch import nn
 
 import torchslim as ts
 from examples import gallery
+from torchslim.artifact.assembled import pieces
 from torchslim.pipeline.recipe import load_recipe
 from torchslim.tuning import make_space
 
 FOLDER = Path(gallery.__file__).parent
-NEEDS = {"sentences": "transformers", "imagenet_mobilenet": "torchvision"}
+NEEDS = {"sentences": "transformers", "imagenet_mobilenet": "torchvision", "detection": "pycocotools"}
 ANY_SIZE = {
     "sentences": 1,
     "topics": 1,
@@ -57,11 +58,12 @@ def test_a_job_runs_to_its_end(job: str, tmp_path: Path) -> None:
     result = ts.compress(model, task, recipe.steps, threads=1, workdir=tmp_path, **options)
     first, last = result.run["rows"][0], result.run["rows"][-1]
     assert last["size_bytes"]["value"] < first["size_bytes"]["value"]
-    sizes = list(result.deployed.spec.sizes[0])
-    assert sizes[0] is None, "the batch is free"
-    if job in ANY_SIZE:
-        assert sizes[ANY_SIZE[job]] is None
-        assert not result.deployed.spec.notes
+    for deployed in pieces(result.deployed).values():
+        sizes = list(deployed.spec.sizes[0])
+        assert sizes[0] is None, "the batch is free"
+        if job in ANY_SIZE:
+            assert sizes[ANY_SIZE[job]] is None
+            assert not deployed.spec.notes
 
 
 @pytest.mark.slow
@@ -69,7 +71,9 @@ def test_a_job_runs_to_its_end(job: str, tmp_path: Path) -> None:
 def test_what_suggest_gives_for_a_job_runs_to_its_end(job: str, tmp_path: Path) -> None:
     """A search of one trial and one finalist. Costs 5 to 15 s each."""
     model, task = tiny(job)
-    suggestion = ts.suggest(model, task, ts.Budget(metric_drop=50.0, trials=1, finalists=1), runtime="onnxruntime")
+    part = load_recipe(FOLDER / job / "recipe.toml").part
+    budget = ts.Budget(metric_drop=50.0, trials=1, finalists=1)
+    suggestion = ts.suggest(model, task, budget, runtime="onnxruntime", part=part)
     found = ts.search(model, task, make_space(suggestion.document), workdir=tmp_path)
     assert found.data["front"]
 
