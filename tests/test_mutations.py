@@ -75,6 +75,8 @@ def test_an_absurd_value_is_refused_by_the_name_of_its_key(leaf: tuple[int, tupl
     number, path = leaf
     if "layers" in path or "taps" in path:
         return
+    if path[-1] == "n" and value in (math.inf, -math.inf):
+        return  # orders of a norm, which may be infinite
 
     def put(container: Any, key: Any) -> None:
         container[key] = value

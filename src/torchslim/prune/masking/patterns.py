@@ -87,6 +87,9 @@ class NM:
         return keep.reshape(moved_shape).movedim(-1, input_dim)
 
 
+LARGEST_ORDER = 100
+"""Finite orders of a norm up to this one; the powers of larger ones leave the range of floats."""
+
 Order = Annotated[float, Range(-math.inf, math.inf, least=1e-30)]
 """The order p of a norm; not too close to 0, because 1 / p is an exponent."""
 
@@ -101,6 +104,11 @@ class Slice:
 
     def __post_init__(self) -> None:
         check_fields(self, PruneError)
+        if LARGEST_ORDER < abs(self.n) < math.inf:
+            raise PruneError(
+                f"n must be at most {LARGEST_ORDER} in size, or infinite, got {self.n}: powers of larger orders are "
+                "all 0 or infinite; use inf for the largest value"
+            )
 
     def refusal(self, shape: torch.Size, input_dim: int) -> str:
         """The reason if the weight lacks the dimension, or has no other; else empty."""
