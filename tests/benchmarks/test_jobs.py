@@ -88,4 +88,4 @@ def test_a_job_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["latency_ms"]["artifact"] > 0
     assert found["steps"] == ["prune", "distill", "quantize"]
     assert found["lines"] > 30
-    assert "| tabular | accuracy |" in page([found], MACHINE)
+    assert "| tabular | ROC AUC |" in page([found], MACHINE)
