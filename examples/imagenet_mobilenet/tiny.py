@@ -9,11 +9,11 @@ from torchvision.models import MobileNetV2
 import torchslim as ts
 from examples.imagenet_mobilenet.task import agreeing, crops
 
-BLOCKS = [[1, 8, 1, 1], [6, 16, 2, 2]]  # expansion, channels, repetitions, stride
+BLOCKS = [[1, 8, 1, 1], [2, 8, 16, 2]]  # expansion, channels, repetitions, stride
 
 
 def model() -> nn.Module:
-    """An untrained MobileNetV2 of three blocks."""
+    """An untrained MobileNetV2 with narrow blocks, as many as the recipe names."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return MobileNetV2(num_classes=4, width_mult=0.5, inverted_residual_setting=BLOCKS).eval()
