@@ -122,26 +122,16 @@ def prepare(
     model = usable(model, QuantizeError)
     helpers, samples = helpers or Helpers(), list(batches)
     if part is not None:
-
-        def make(inner: nn.Module, calls: list[Inputs], names: Layers) -> nn.Module:
-            return prepare(
-                inner,
-                calls[:EXAMPLES],
-                runtime=runtime,
-                scheme=scheme,
-                layers=names,
-                observer=observer,
-                qat=qat,
-                learned_step=learned_step,
-                helpers=helpers,
-                batches=calls if samples else (),
-                dynamic_shapes=dynamic_shapes,
-            )
-
-        whole = by_part(model, part, samples or example_inputs, layers, make)
-        if qat:
-            share_weights(whole, mounted_of(whole, Prepared))
-        return whole
+        options = {
+            "runtime": runtime,
+            "scheme": scheme,
+            "observer": observer,
+            "qat": qat,
+            "learned_step": learned_step,
+            "helpers": helpers,
+            "dynamic_shapes": dynamic_shapes,
+        }
+        return _with_prepared_parts(model, part, samples, example_inputs, layers, options)
     _check(model, runtime, helpers, samples)
     choose = chooser(model, scheme, layers or {})
     with parts_named(model, example_inputs):
@@ -174,6 +164,26 @@ def prepare(
     )
     _look_at_weights(prepared)
     return prepared
+
+
+def _with_prepared_parts(
+    model: nn.Module,
+    part: str | Sequence[str],
+    batches: list[Inputs],
+    example_inputs: Inputs | list[Inputs],
+    layers: Layers | None,
+    options: Mapping[str, Any],
+) -> nn.Module:
+    """A copy of the model with prepared parts; the calls of a part on the batches are its own batches."""
+
+    def make(inner: nn.Module, calls: list[Inputs], names: Layers) -> nn.Module:
+        own: nn.Module = prepare(inner, calls[:EXAMPLES], layers=names, batches=calls if batches else (), **options)
+        return own
+
+    whole = by_part(model, part, batches or example_inputs, layers, make)
+    if options["qat"]:
+        share_weights(whole, mounted_of(whole, Prepared))
+    return whole
 
 
 def _captured(
