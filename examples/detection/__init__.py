@@ -1,1 +1,1 @@
-"""Where are the squares, discs and triangles? A torchvision detector on generated images, measured by mean average precision."""
+"""Where are the squares, discs and triangles? A torchvision detector on generated images, measured by mAP."""

@@ -89,6 +89,16 @@ def test_several_parts_keep_their_own_sparsity() -> None:
     assert [cut["about"]["part"] for cut in ts.surgery(pruned)["rounds"]] == ["backbone", "neck"]  # type: ignore[index]
 
 
+def test_a_part_that_cannot_shrink_stays_and_does_not_stop_the_others() -> None:
+    """A single layer has no channel inside of it."""
+    outcome = CHANNELS(seeded(Branching), context(seeded(Branching), task(), "neck.0", "backbone"))
+    assert sizes(outcome.model, "backbone") < sizes(seeded(Branching), "backbone")
+    assert sizes(outcome.model, "neck.0") == sizes(seeded(Branching), "neck.0")
+    assert [warning for warning in outcome.warnings if "'neck.0'" in warning]
+    with pytest.raises(PruneError):
+        CHANNELS(seeded(Branching), context(seeded(Branching), task(), "neck.0"))
+
+
 def test_weights_shared_with_the_rest_stay_whole_and_tied() -> None:
     model = seeded(TiedToTheRest)
     pruned = CHANNELS(seeded(TiedToTheRest), context(model, vectors(), "part")).model

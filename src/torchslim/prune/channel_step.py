@@ -21,6 +21,7 @@ from torchslim.prune.masking.masks import apply_masks
 from torchslim.prune.schedule import Schedule
 from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.penalties import Sparsify, make_penalty
+from torchslim.prune.structured.removal import Stuck
 from torchslim.prune.structured.selection import Amount
 from torchslim.training.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.training.calibration import calibration_of
@@ -117,8 +118,7 @@ class _Rounds:
             if number > state.cuts:
                 self.ctx.progress(Event(step=self.ctx.name, phase=f"cut-{number}"))
                 before = state.model
-                for part in self._parts(before):
-                    part.cut(targets[number - 1], last=last)
+                self._cut(self._parts(before), targets[number - 1], last=last)
                 if state.model is not before:
                     state.warnings += _recalibrate(state.model, self.ctx)
                 state.cuts = number
@@ -134,6 +134,18 @@ class _Rounds:
             history=state.history,
             evidence=state.evidence,
         )
+
+    def _cut(self, parts: Sequence[CutPart], target: float, *, last: bool) -> None:
+        """Cut every part; one of several that cannot shrink stays, with a warning, as long as another part shrinks."""
+        stuck = 0
+        for part in parts:
+            try:
+                part.cut(target, last=last)
+            except Stuck as error:
+                stuck += 1
+                if stuck == len(parts):
+                    raise
+                self.state.warnings.append(f"part {part.path!r} is not pruned: {error}")
 
     def _parts(self, model: nn.Module) -> list[CutPart]:
         """The parts of a model that have layers to prune."""
