@@ -1,1 +1,1 @@
-"""Where are the squares, discs and triangles? A torchvision detector on generated images, measured by mAP."""
+"""Find squares, discs and triangles with a torchvision detector on generated images; measured by mAP."""
