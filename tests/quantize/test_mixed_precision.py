@@ -242,7 +242,7 @@ def test_what_is_inside_of_a_layer_that_is_left_out_can_stay() -> None:
     assert trials.most == 4
     assert set(trials.layers) == {"0", "0.query", "0.key", "0.value", "1"}
     for left in (("0",), ("0", "0.key"), ("0", "0.query", "0.key", "1"), ("0.query", "1")):
-        prepared = trials.way.prepared(model, trials.ctx, trials.exceptions(left))
+        prepared = trials.way.prepared(model, trials.ctx, trials.exceptions(left), trials.data)[""]
         quantized = {each.layer for each in prepared.records if each.action == "quantized"}
         assert quantized == {"0.query", "0.key", "0.value", "1"} - set(left)
         products = any("matmul" in str(node.target) and "activation_post" in str(node.args)

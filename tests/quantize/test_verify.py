@@ -24,7 +24,7 @@ from torchslim.quantize.conversion import integers
 from torchslim.quantize.rollback import search
 from torchslim.quantize.samples import float_outputs, outputs
 from torchslim.quantize.units import units_of
-from torchslim.runtimes import Deployed, find_runtime
+from torchslim.runtimes import Deployed, Spec, find_runtime
 
 QUICK = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -281,7 +281,7 @@ def test_other_sizes_than_those_calibrated_on_are_checked_on_the_example():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     quantized = ts.quantize.static(model, images(2, 4, 12), runtime="eager")
     other = (torch.randn(2, 3, 12, 12),)
-    with mock.patch.object(deployment, "_fits", return_value=False):
+    with mock.patch.object(Spec, "fits", return_value=False):
         deployed = ts.deploy(quantized, other, runtime="eager")
     assert deployed.made_from is None
 

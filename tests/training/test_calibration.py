@@ -105,7 +105,8 @@ def test_every_candidate_of_a_bisection_sees_the_same_samples() -> None:
         ts.Context(task=shuffled()[1], teacher=toy.model(), example_inputs=ctx.example_inputs, seed=7),
     ):
         torch.manual_seed(len(ranges))
-        prepared = Trials(toy.model(), again, step).way.prepared(toy.model(), again, {"head": "float"})
+        trials = Trials(toy.model(), again, step)
+        prepared = trials.way.prepared(toy.model(), again, {"head": "float"}, trials.data)[""]
         ranges.append([value for name, value in prepared.program.state_dict().items() if "min_val" in name])
         assert ranges[-1]
     assert all(torch.equal(a, b) for other in ranges[1:] for a, b in zip(ranges[0], other, strict=True))
