@@ -22,7 +22,7 @@ from torchslim.core.part_calls import (
     recorded_examples,
     recording,
 )
-from torchslim.core.parts import signature_of_call
+from torchslim.core.parts import signature_of
 from torchslim.core.tensor_objects import holds_objects, tensors_in, unpacked
 from torchslim.core.trees import tensors
 from torchslim.errors import TaskError
@@ -133,7 +133,7 @@ def test_a_part_that_is_never_called_is_an_error_that_names_it() -> None:
 
 def test_of_very_many_calls_a_seeded_sample_is_kept() -> None:
     def sample() -> list[float]:
-        calls = Calls(signature_of_call(nn.ReLU()))
+        calls = Calls(signature_of(nn.ReLU()))
         for number in range(500):
             calls.add((torch.tensor([float(number)]),), {})
         assert calls.count == 500
@@ -180,7 +180,7 @@ def test_tokens_shared_by_a_cache_and_its_copy_are_not() -> None:
     cache.add(0, torch.ones(1, 1, 2), torch.ones(1, 1, 2))
     part = nn.Module()
     part.forward = lambda cache: cache  # type: ignore[method-assign]
-    calls = Calls(signature_of_call(part))
+    calls = Calls(signature_of(part))
     calls.add((cache,), {})
     cache.keys[0].zero_()
     assert bool(calls.inputs[0]["cache"].keys[0].eq(1).all())

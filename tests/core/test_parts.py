@@ -24,7 +24,7 @@ from torchslim.core.parts import (
     parts_of,
     patterns_inside,
     select_parts,
-    signature_of_call,
+    signature_of,
     under,
 )
 from torchslim.errors import SelectError
@@ -140,7 +140,7 @@ def test_a_mounted_part_has_the_attributes_and_the_signature_of_the_part() -> No
     assert whole["part"].size == 7
     assert whole["part"].helper() == "help"
     assert list(inspect.signature(whole["part"].forward).parameters) == ["x", "scale"]
-    assert list(signature_of_call(whole["part"]).parameters) == ["x", "scale"]
+    assert list(signature_of(whole["part"]).parameters) == ["x", "scale"]
     with pytest.raises(AttributeError, match="nothing"):
         _ = whole["part"].nothing
 

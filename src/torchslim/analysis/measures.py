@@ -12,10 +12,11 @@ from torch.nn import functional
 
 from torchslim.core.batches import Batch, predictor
 from torchslim.core.isolation import preserved_globals
+from torchslim.core.parts import signature_of
 from torchslim.core.task import Task
 from torchslim.core.trees import tensors
 from torchslim.errors import TaskError
-from torchslim.graph.calling import bind_call, signature_of
+from torchslim.graph.calling import bind_call
 from torchslim.quantize.layerwise import LIMIT, noise_of
 from torchslim.training.loaders import seeded_splits
 

@@ -96,7 +96,7 @@ def load(
         RuntimeUnavailable: the artifact's runtime is not installed.
     """
     opened = opened_for_loading(folder, public_key, runtime)
-    paths = [] if "buckets" in opened.manifest else list(opened.manifest.get("parts", ()))
+    paths = _part_paths(opened)
     if not paths:
         if part is not None:
             opened.part(part)  # raises: there are no parts
@@ -125,9 +125,14 @@ def load_pieces(
 ) -> dict[str, Deployed]:
     """The deployed programs of an artifact by the path of their part, "" for a whole model; see `load`."""
     opened = opened_for_loading(folder, public_key, None)
-    paths = [] if "buckets" in opened.manifest else list(opened.manifest.get("parts", ()))
+    paths = _part_paths(opened)
     places = {path: opened.part(path) for path in paths} or {WHOLE: opened}
     return {path: load_opened(place, threads=threads, trusted=trusted) for path, place in places.items()}
+
+
+def _part_paths(opened: Opened) -> list[str]:
+    """Paths of the parts of a model in an artifact; none for a whole model, nor for the programs of its sizes."""
+    return [] if "buckets" in opened.manifest else list(opened.manifest.get("parts", ()))
 
 
 def opened_for_loading(folder: str | Path, public_key: Key | None, runtime: str | None) -> Opened:

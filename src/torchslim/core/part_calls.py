@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from torchslim.core.batches import EXAMPLES, Batch, batch_size, call, predictor, spanning
-from torchslim.core.parts import signature_of_call
+from torchslim.core.parts import signature_of
 from torchslim.core.step import Inputs
 from torchslim.core.task import Task
 from torchslim.core.tensor_objects import by_structure, holds_objects, named_arguments, unpacked
@@ -74,7 +74,7 @@ def recording(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Call
     handles = []
     for path in paths:
         module = model.get_submodule(path) if path else model
-        calls[path] = record = Calls(signature_of_call(module))
+        calls[path] = record = Calls(signature_of(module))
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], record: Calls = record) -> None:
             record.add(args, kwargs)

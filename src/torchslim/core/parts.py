@@ -39,7 +39,7 @@ class Mounted(nn.Module):
         self.training = part.training
         # code around a part may look at the arguments that its forward takes
         forward = types.FunctionType(_forward.__code__, _forward.__globals__, "forward", _forward.__defaults__)
-        parameters = list(signature_of_call(part).parameters.values())
+        parameters = list(signature_of(part).parameters.values())
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         positional = [
             parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -72,7 +72,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     inner, objects = self.inner, dict[str, Any]()
     given: tuple[Any, Any] = (args, kwargs)
     if holds_objects(given):
-        named = unpacked(named_arguments(signature_of_call(self.part), args, kwargs), objects)
+        named = unpacked(named_arguments(signature_of(self.part), args, kwargs), objects)
         given = ((), named)
     if not inner.takes(*given[0], **given[1]):  # calls of another structure than the captured one
         return self.part(*args, **kwargs)
@@ -83,7 +83,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return to_device(outputs, tensors_given[0].device) if tensors_given else outputs
 
 
-def signature_of_call(module: nn.Module) -> inspect.Signature:
+def signature_of(module: nn.Module) -> inspect.Signature:
     """The arguments of a module's forward; a graph stores those of the model that it was made from."""
     stored = getattr(module, "forward_signature", None)
     return stored if isinstance(stored, inspect.Signature) else inspect.signature(module.forward)
@@ -139,7 +139,7 @@ def part_view(model: nn.Module, path: str, example: Inputs) -> nn.Module:
         return part_at(model, path)
     if not path or not isinstance(example, Mapping) or not holds_objects(example):
         return module
-    return view_with_tensors(module, signature_of_call(module), example)
+    return view_with_tensors(module, signature_of(module), example)
 
 
 def part_views(model: nn.Module, parts: Mapping[str, Sequence[Inputs]]) -> dict[str, nn.Module]:

@@ -105,19 +105,18 @@ def put(value: Any, tensors: Mapping[str, Any], path: str = "", depth: int = 0) 
 
 def emptied(value: Any) -> Any:
     """A deep copy of an object with None in place of its tensors."""
-    memo: dict[int, Any] = {id(tensor): None for tensor in tensors_in(value).values()}
-    blank = object()
-    for key in memo:
-        memo[key] = blank  # deepcopy ignores None in its memo
-    copied = copy.deepcopy(value, memo)
-    return put(copied, dict.fromkeys(tensors_in(value)))
+    leaves = tensors_in(value)
+    memo: dict[int, Any] = dict.fromkeys(map(id, leaves.values()), object())  # deepcopy ignores None in its memo
+    return put(copy.deepcopy(value, memo), dict.fromkeys(leaves))
 
 
 def holds_objects(tree: Any) -> bool:
     """Whether arguments of a call include an object that holds tensors."""
-    objects: dict[str, Any] = {}
-    unpacked(tree, objects)
-    return bool(objects)
+    if holds_tensors(tree):
+        return True
+    if type(tree) is dict or (is_dataclass(tree) and isinstance(tree, Mapping)):
+        return any(map(holds_objects, tree.values()))
+    return type(tree) in (tuple, list) and any(map(holds_objects, tree))
 
 
 def unpacked(tree: Any, objects: dict[str, Any] | None = None, path: str = "") -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchslim.core.parts import signature_of
 from torchslim.core.step import Inputs
 from torchslim.errors import ExportError
 from torchslim.graph.io_structure import Structure, build, describe
@@ -98,12 +99,6 @@ def _plain(value: Any) -> bool:
     except ExportError:
         return False
     return not leaves
-
-
-def signature_of(model: nn.Module) -> inspect.Signature:
-    """Return the signature of the model's forward; a converted graph stores that of its original model."""
-    stored = getattr(model, "forward_signature", None)
-    return stored if isinstance(stored, inspect.Signature) else inspect.signature(model.forward)
 
 
 def positional(model: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -24,12 +24,11 @@ from torchslim.core.fingerprint import canonical
 from torchslim.core.folder_lock import holding
 from torchslim.core.hardware import instruction_set
 from torchslim.core.isolation import copy_model, warn
-from torchslim.core.parts import WHOLE, mounted, part_at
+from torchslim.core.parts import WHOLE, mounted, part_at, signature_of
 from torchslim.core.schema import Schema
 from torchslim.core.seals import is_sealed, key_id, own_secret, seal
 from torchslim.core.step import DependsOnMore, Event, Form, Inputs, Step
 from torchslim.errors import StorageError, TorchslimError
-from torchslim.graph.calling import signature_of
 from torchslim.graph.export import module_of
 from torchslim.quantize import QuantizedModule
 from torchslim.report.records import StageRow, strict

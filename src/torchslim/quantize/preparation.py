@@ -14,11 +14,11 @@ from torchslim.core.arguments import checks_arguments
 from torchslim.core.batches import EXAMPLES
 from torchslim.core.isolation import copy_model, preserved_globals, quiet, warn
 from torchslim.core.layer_patterns import check_patterns, class_names, matches
-from torchslim.core.parts import mounted
+from torchslim.core.parts import mounted, signature_of
 from torchslim.core.step import Inputs, LayerRecord
 from torchslim.core.usable import usable
 from torchslim.errors import QuantizeError
-from torchslim.graph.calling import bind, examples_of, signature_of
+from torchslim.graph.calling import bind, examples_of
 from torchslim.graph.capturable import parts_named
 from torchslim.graph.decompose import open_products
 from torchslim.graph.export import WRAPPED, Captured, capture, module_of

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.core.hardware import instruction_set
+from torchslim.core.parts import signature_of
 from torchslim.errors import DeployError, ExportError
 from torchslim.graph.allowed_sizes import refusal
-from torchslim.graph.calling import positional, signature_of
+from torchslim.graph.calling import positional
 from torchslim.graph.export import Captured
 from torchslim.graph.io_structure import Structure, build, describe, flatten, leaf_names
 from torchslim.graph.layers import layers_of, structure_of
