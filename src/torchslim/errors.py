@@ -37,6 +37,10 @@ class QuantizeError(TorchslimError):
     """Quantization was asked for something impossible."""
 
 
+class AllocationError(TorchslimError):
+    """An allocation problem is not well formed, or no choice of options keeps its limits."""
+
+
 class SensitivityError(TorchslimError):
     """Sensitivity was asked for something impossible, or a file is not a sensitivity analysis."""
 
