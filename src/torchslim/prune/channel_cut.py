@@ -29,6 +29,7 @@ from torchslim.prune.structured.removal import (
     Shrunk,
     Stuck,
     TooLittle,
+    chooser,
     finish_part,
     gave_way,
     missed_target,
@@ -37,6 +38,7 @@ from torchslim.prune.structured.removal import (
     vacuous,
 )
 from torchslim.prune.structured.selection import Amount, Of, Scores
+from torchslim.prune.structured.widths import widths_inside
 
 
 def parts_to_cut(model: nn.Module, options: ChannelOptions, paths: Sequence[str]) -> list[tuple[str, ChannelOptions]]:
@@ -45,7 +47,7 @@ def parts_to_cut(model: nn.Module, options: ChannelOptions, paths: Sequence[str]
     Weights that a part shares with the rest of the model stay.
 
     Raises:
-        PruneError: `include` names no layer of a part.
+        PruneError: `include` or the widths name no layer of a part.
     """
     chosen = []
     for path in paths:
@@ -56,16 +58,16 @@ def parts_to_cut(model: nn.Module, options: ChannelOptions, paths: Sequence[str]
             [name for names in patterns_inside(model, path, as_list(patterns)).values() for name in names]
             for patterns in (options.include, options.exclude)
         )
-        if options.include is not None and not included:
+        widths = None if options.amount.widths is None else widths_inside(model, path, options.amount.widths)
+        if (options.include is not None and not included) or widths == {}:
             continue
         excluded += _shared_with_the_rest(model, path)
         include = None if options.include is None else included
-        chosen.append((path, replace(options, include=include, exclude=excluded or None)))
+        amount = replace(options.amount, widths=widths)
+        chosen.append((path, replace(options, amount=amount, include=include, exclude=excluded or None)))
     if not chosen:
-        raise PruneError(
-            f"include={options.include!r} names no layer of the parts {', '.join(map(repr, paths))}; name layers in "
-            "them"
-        )
+        given = f"include={options.include!r}" if options.amount.widths is None else f"widths={options.amount.widths}"
+        raise PruneError(f"{given} names no layer of the parts {', '.join(map(repr, paths))}; name layers in them")
     return chosen
 
 
@@ -83,18 +85,16 @@ class CutPart:
     """One part of the model of a pruning state; a cut replaces the state's model.
 
     Args:
-        amount: how much to remove in all rounds.
         latency_table: file of latencies from another machine.
         ctx: the context of the whole model.
         state: its model is cut.
         path: of the part; empty for the whole model.
-        options: patterns over the names inside of the part.
+        options: how much to remove in all rounds, and patterns over the names inside of the part.
         received: the model that the step received.
     """
 
     def __init__(
         self,
-        amount: Amount,
         latency_table: str | None,
         ctx: Context,
         state: PruningState,
@@ -102,7 +102,7 @@ class CutPart:
         options: ChannelOptions,
         received: nn.Module,
     ) -> None:
-        self.amount, self.latency_table = amount, latency_table
+        self.amount, self.latency_table = options.amount, latency_table
         self.whole_ctx, self.state, self.path = ctx, state, path
         self.options, self.received = options, received
 
@@ -125,8 +125,10 @@ class CutPart:
         return self.options.plan(part_at(model, self.path), inputs, examples)
 
     def cut(self, target: float, *, last: bool) -> None:
-        """Remove channels up to a target sparsity, a fraction of the part as it was received."""
-        if self.amount.of == "latency":
+        """Remove channels up to a target sparsity of the part as it was received, or a share of the way to widths."""
+        if self.amount.widths is not None:
+            self._cut_to_widths(target, last=last)
+        elif self.amount.of == "latency":
             self._cut_to_latency(target)
         else:
             self._cut_to_size(target, last=last)
@@ -158,6 +160,20 @@ class CutPart:
             self.state.warnings.append(f"a later round stopped: {error}")
         if last:
             self.state.warnings += missed_target(own.kept / own.total, amount, own.tolerance)
+
+    def _cut_to_widths(self, target: float, *, last: bool) -> None:
+        """Remove what is still missing to a share of the way from the received widths to the named ones."""
+        own = self.own
+        passed = 1 - own.kept if own.total else 0.0
+        plan = self.plan(self.state.model)
+        try:
+            choose = chooser(plan, self.amount, (target - passed) / (1 - passed))
+            self._accept(plan, shrink(plan, self.amount, self._scores(plan), choose), self.amount)
+        except TooLittle:
+            if last and not own.total:
+                raise
+            return
+        own.total, own.kept = 1.0, 1 - target
 
     def _missing_sparsity(self, target: float, plan: Plan) -> float:
         """The fraction to remove from the part as it is, for a target that is a fraction of the received one."""

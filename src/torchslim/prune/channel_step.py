@@ -23,6 +23,7 @@ from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.penalties import Sparsify, make_penalty
 from torchslim.prune.structured.removal import Stuck
 from torchslim.prune.structured.selection import Amount
+from torchslim.prune.structured.widths import weight_pattern
 from torchslim.training.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.training.calibration import calibration_of
 from torchslim.training.finetune import Training
@@ -72,11 +73,19 @@ class PruneChannels:
         """How much to remove, and in what steps."""
         return self.options.amount
 
+    def targets(self) -> list[float]:
+        """The sparsity after each round; for widths the share of the way to them."""
+        if self.amount.widths is None:
+            return self.schedule.targets(self.amount.sparsity)
+        rounds = len(self.schedule.targets(0.0))
+        return [(number + 1) / rounds for number in range(rounds)]
+
     def check(self, ctx: Context) -> None:
         """Raise if no layer matches, or if the criterion, a training or the measurement lacks its data."""
         check_data(find_criterion(self.options.criterion), ctx)
         model = ctx.model if ctx.model is not None else ctx.teacher
         check_patterns(model, self.options.include, self.options.exclude)
+        check_patterns(model, [weight_pattern(name) for name in self.amount.widths or ()], None)
         if self.amount.of == "latency":
             self._check_measurement(ctx)
         for training in (self.schedule.train, self.penalty.train if self.penalty else None):
@@ -109,7 +118,7 @@ class _Rounds:
     def run(self) -> Outcome:
         """Train with the penalty, then cut and train in every round."""
         step, state = self.step, self.state
-        targets = step.schedule.targets(step.amount.sparsity)
+        targets = step.targets()
         trained: Sequence[LayerRecord] = ()
         if not state.cuts:
             self._train_sparsely()
@@ -150,7 +159,7 @@ class _Rounds:
     def _parts(self, model: nn.Module) -> list[CutPart]:
         """The parts of a model that have layers to prune."""
         return [
-            CutPart(self.step.amount, self.step.latency_table, self.ctx, self.state, path, options, self.received)
+            CutPart(self.step.latency_table, self.ctx, self.state, path, options, self.received)
             for path, options in parts_to_cut(model, self.step.options, self.ctx.paths)
         ]
 

@@ -27,20 +27,21 @@ from torchslim.prune.step import Prune
 from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.plan import Plan, UnseenCode
 from torchslim.prune.structured.removal import finish, gave_way, missed_target, shrink, tolerance, vacuous
-from torchslim.prune.structured.selection import Amount, Of, Scope
+from torchslim.prune.structured.selection import Of, Scope, amount_of
 
 
 @checks_arguments(PruneError)
 def channels(
     model: nn.Module,
     example_inputs: Inputs,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
     *,
+    widths: Mapping[str, int] | None = None,
     of: Of = "params",
     criterion: str | Scorer | Criterion = "lamp",
     scope: Scope = "global",
-    round_to: int = 8,
-    min_channels: int = 8,
+    round_to: int | None = None,
+    min_channels: int | None = None,
     heads: Heads = "auto",
     include: Patterns = None,
     exclude: Patterns = None,
@@ -62,14 +63,18 @@ def channels(
     Args:
         model: any module that runs on `example_inputs`; it is not modified.
         example_inputs: a tuple of positional or a dict of keyword arguments.
-        sparsity: the fraction to remove, in [0, 1), of the whole model, including channels that must stay.
+        sparsity: the fraction to remove, in [0, 1), of the whole model, including channels that must stay; default 0.5.
+        widths: instead, the number of channels that groups keep, by the name of a layer (for its outputs) or of a
+            member as `inspect` lists it: {"conv1": 48, "layer4.*": 256, "fc.weight[1]": 100}. For each member the last
+            pattern counts. Groups without a name stay as they are; the criterion decides which channels go.
         of: what the sparsity is a fraction of: parameters ("params"), multiply-accumulates on these inputs ("macs"),
             the "channels" that may go, or "latency": the result takes at most 1 - sparsity of the time, and widths are
             chosen and measured again until it is near that.
         criterion: a name in `CRITERIA`, "package.module:name", or a callable of a weight and its statistics.
         scope: rank over the whole model, or remove the same fraction everywhere.
-        round_to: widths become multiples of this number; narrower groups ignore it.
-        min_channels: no group becomes narrower than this; groups that are narrower already ignore it.
+        round_to: widths become multiples of this number; narrower groups ignore it. Default 8; 1 if `widths` are given.
+        min_channels: no group becomes narrower than this; groups that are narrower already ignore it. Default as for
+            `round_to`.
         heads: attention loses "whole" heads, the same number of "dim"ensions from every head, or what the model
             allows ("auto").
         include: patterns of layers; only groups with a member among them lose channels.
@@ -86,11 +91,15 @@ def channels(
             those weights may not fit afterwards. Either way a warning names the weights and the methods.
 
     Raises:
-        PruneError: nothing can go, or an argument is out of its range.
+        PruneError: nothing can go, an argument is out of its range, or a group cannot have its width.
         SelectError: a pattern that matches no layer.
     """
+    if sparsity is not None and widths is not None:
+        raise PruneError(f"give sparsity or widths, not both: {sparsity}, {dict(widths)}")
+    least = {"round_to": round_to, "min_channels": min_channels}
+    given = {name: value for name, value in least.items() if value is not None}
     options = ChannelOptions(
-        amount=Amount(sparsity=sparsity, of=of, scope=scope, round_to=round_to, min_channels=min_channels),
+        amount=amount_of(sparsity=sparsity, widths=widths, of=of, scope=scope, **given),
         criterion=criterion,
         heads=heads,
         include=include,

@@ -26,14 +26,14 @@ from torchslim.prune.schedule import Schedule, ScheduleKind
 from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.penalties import Sparsify
 from torchslim.prune.structured.plan import UnseenCode
-from torchslim.prune.structured.selection import Amount, Of
+from torchslim.prune.structured.selection import Of, amount_of
 from torchslim.prune.weight_step import PruneWeights
 from torchslim.training.finetune import Training
 
 WEIGHTS = ("sparsity", "threshold", "criterion", "n", "dim", "scope", "include", "exclude")
 """Fields that are passed to `PruneWeights` unchanged."""
 
-AMOUNT = ("of", "scope", "round_to", "min_channels")
+AMOUNT = ("of", "scope", "round_to", "min_channels", "widths")
 """Fields that are passed to `Amount` unchanged."""
 
 OPTIONS = ("criterion", "heads", "include", "exclude", "reduction", "normalization", "unseen")
@@ -48,6 +48,7 @@ CHANNELS_ONLY = (
     "sparsify_train",
     "latency_table",
     "unseen",
+    "widths",
     "of",
     "round_to",
     "min_channels",
@@ -63,6 +64,9 @@ class Prune:
         sparsity: fraction of the chosen weights to remove; or a fraction per layer, {"conv1": 0.3, "layer4.*": 0.8},
             where later patterns override earlier ones and layers without a pattern are not pruned. For channels one
             number: a fraction of the model that the step receives.
+        widths: channels only: instead of a sparsity, the number of channels that groups keep, by the name of a layer or
+            of a member as `ts.prune.inspect` lists it: {"layer1.0.conv1": 48, "layer4.*": 256}. Groups without a name
+            stay as they are. `round_to` and `min_channels` are checked if they are given.
         threshold: instead of a sparsity, remove the weights that score below this threshold.
         criterion: a name of `CRITERIA`, a `Criterion`, a function (weight, statistics) -> scores, or
             "package.module:name"; by default "l1" for weights and "lamp" for channels. A criterion that needs data gets
@@ -119,6 +123,7 @@ class Prune:
     sparsify_train: Training | None = None
     latency_table: str | None = None
     unseen: UnseenCode | None = None
+    widths: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, PruneError)
@@ -135,11 +140,16 @@ class Prune:
 
     def channels(self) -> PruneChannels:
         """The step that removes channels."""
-        if not isinstance(self.sparsity, (int, float)):
-            raise PruneError("nothing to do: give sparsity=... (the fraction removed)")
+        if self.sparsity is None and self.widths is None:
+            raise PruneError(
+                "nothing to do: give sparsity=... (the fraction removed), or widths=... (the channels kept)"
+            )
+        if self.sparsity is not None and self.widths is not None:
+            raise PruneError(f"give sparsity or widths, not both: {self.sparsity}, {dict(self.widths)}")
+        sparsity = None if isinstance(self.sparsity, Mapping) else self.sparsity  # refused by `_check_mode`
         return PruneChannels(
             options=ChannelOptions(
-                amount=Amount(sparsity=self.sparsity, **self._given(*AMOUNT)), **self._given(*OPTIONS)
+                amount=amount_of(sparsity=sparsity, **self._given(*AMOUNT)), **self._given(*OPTIONS)
             ),
             schedule=self._schedule(),
             penalty=self._penalty(),

@@ -7,7 +7,7 @@ at fault stay, and it tries again. `finish` records the removal with the module;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torchslim.prune.structured.proof import ROLLBACKS, Proof, give_up, prove
 from torchslim.prune.structured.record import attach
 from torchslim.prune.structured.selection import NEAR, Amount, Scores, Selection, is_bound, select, step_size
 from torchslim.prune.structured.surgery import Surgery, perform
+from torchslim.prune.structured.widths import steps
 
 SHOWN = 6
 """How many reasons a refusal lists."""
@@ -64,18 +65,20 @@ class Stuck(PruneError):
     """No channel can go, whatever the sparsity."""
 
 
-def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selection.choose) -> Shrunk:
+def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose | None = None) -> Shrunk:
     """Remove the least important channels and verify the result; channels that cannot be verified stay.
 
     Args:
         plan: of the model, which is not modified. The plan remembers removals that failed.
         amount: how much to remove, and in what steps.
         scores: of the classes of a group.
-        choose: returns how many steps of each unit stay.
+        choose: returns how many steps of each unit stay; None: the amount decides.
 
     Raises:
-        PruneError: no channel can go.
+        PruneError: no channel can go, or a named group cannot have its width.
+        SelectError: a name among the amount's widths matches no layer.
     """
+    choose = choose or chooser(plan, amount)
     rollbacks: list[str] = []
     for _ in range(ROLLBACKS):
         coupling = plan.coupling()
@@ -107,6 +110,17 @@ def shrink(plan: Plan, amount: Amount, scores: Scores, choose: Choose = Selectio
     raise Stuck(f"no channel of {type(plan.model).__name__} can go: {refusal(plan, rollbacks)}")
 
 
+def chooser(plan: Plan, amount: Amount, share: float = 1.0) -> Choose:
+    """The function that chooses the steps of an amount; with widths, `share` of the way to them."""
+    if amount.widths is None:
+        return Selection.choose
+
+    def named(selection: Selection) -> list[int]:
+        return steps(plan.model, selection.coupling, amount, share)
+
+    return named
+
+
 def _nothing_removed(plan: Plan, amount: Amount, rollbacks: Sequence[str]) -> PruneError:
     """The exception for a selection that removes no channel, at once or after rollbacks."""
     if rollbacks:
@@ -114,6 +128,8 @@ def _nothing_removed(plan: Plan, amount: Amount, rollbacks: Sequence[str]) -> Pr
             f"no channel of {type(plan.model).__name__} can go that passes the check: "
             f"{'; '.join(dict.fromkeys(rollbacks))}"
         )
+    if amount.widths is not None:
+        return TooLittle(f"widths={dict(amount.widths)} removes no channel: the model has these widths already")
     return TooLittle(
         f"a sparsity of {amount.sparsity} of {amount.of} removes no channel; the smallest step is "
         f"{amount.round_to} channels: ask for more, or give a smaller round_to"
@@ -190,7 +206,7 @@ def _about(plan: Plan, removal: Shrunk, amount: Amount, criterion: str) -> dict[
         "largest_error": removal.error,
         "output_change": removal.change,
         "criterion": criterion,
-        **asdict(amount),
+        **asdict(amount if amount.widths is None else replace(amount, sparsity=1 - removal.left)),
         "left": removal.left,
         "uneven": uneven(removal, amount),
         "parameters": [coupling.parameters(mask, plan.names) for mask in masks],
@@ -255,8 +271,8 @@ def vacuous(removal: Shrunk) -> list[str]:
 
 
 def missed_target(left: float, amount: Amount, tolerated: float) -> list[str]:
-    """A warning if the fraction left is further from its target than tolerated."""
-    if abs(left - 1 + amount.sparsity) <= tolerated + 1e-9:
+    """A warning if the fraction left is further from its target than tolerated; widths are never missed."""
+    if amount.widths is not None or abs(left - 1 + amount.sparsity) <= tolerated + 1e-9:
         return []
     return [
         f"a sparsity of {amount.sparsity:.2f} of {amount.of} cannot be reached with round_to={amount.round_to} and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd, lcm
 from typing import Any, Literal, get_args
@@ -27,16 +27,18 @@ NEAR = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
-    """How much to remove, and in what steps."""
+    """How much to remove, and in what steps; or the widths of groups by name, then `sparsity` does not count."""
 
     sparsity: float = 0.5
     of: Of = "params"
     scope: Scope = "global"
     round_to: int = 8
     min_channels: int = 8
+    widths: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, PruneError)
+        self._check_widths()
         check_sparsity(self.sparsity)
         for name, value, choices in (("of", self.of, get_args(Of)), ("scope", self.scope, get_args(Scope))):
             if value not in choices:
@@ -48,6 +50,24 @@ class Amount:
         for name, count in (("round_to", self.round_to), ("min_channels", self.min_channels)):
             if not isinstance(count, int) or count < 1:
                 raise PruneError(f"{name} must be a whole number of at least 1, got {count!r}")
+
+    def _check_widths(self) -> None:
+        if self.widths is None:
+            return
+        if not self.widths:
+            raise PruneError("widths names no layer: {}; give at least one, such as {'conv1': 48}")
+        for name, width in self.widths.items():
+            if width < 1:
+                raise PruneError(f"widths[{name!r}] must be at least 1, got {width}; a whole layer cannot go")
+        if self.of != "params" or self.scope != "global":
+            raise PruneError("of and scope belong to sparsity; leave them out with widths")
+
+
+def amount_of(*, sparsity: float | None, widths: Mapping[str, int] | None = None, **fields: Any) -> Amount:
+    """The amount for a sparsity, or for widths: these need be no multiples unless `fields` say so."""
+    if widths is None:
+        return Amount(**fields) if sparsity is None else Amount(sparsity=sparsity, **fields)
+    return Amount(**{"round_to": 1, "min_channels": 1, **fields}, widths=widths)
 
 
 def losses(unit: Unit, coupling: Coupling) -> dict[int, int]:
