@@ -43,6 +43,7 @@ CALLS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "surgery": (ts.surgery, {"model": MODEL}),
     "prune.weights": (ts.prune.weights, {"model": MODEL, "sparsity": 0.5}),
     "prune.channels": (ts.prune.channels, {"model": MODEL, "example_inputs": INPUTS}),
+    "prune.blocks": (ts.prune.blocks, {"model": MODEL, "example_inputs": INPUTS, "sparsity": 0.3}),
     "prune.apply_surgery": (ts.prune.apply_surgery, {"model": MODEL, "record": {}}),
     "prune.inspect": (ts.prune.inspect, {"model": MODEL, "example_inputs": INPUTS}),
     "prune.sparsity": (ts.prune.sparsity, {"model": MODEL}),

@@ -2,7 +2,8 @@
 
 from torchslim.prune.criteria.registry import CRITERIA, Criterion
 from torchslim.prune.criteria.statistics import Statistic, Statistics
-from torchslim.prune.functional import channels, weights
+from torchslim.prune.depth.scores import BLOCK_CRITERIA
+from torchslim.prune.functional import blocks, channels, weights
 from torchslim.prune.masking.masks import HeldZeros, Sparsity, hold_zeros, sparsity
 from torchslim.prune.masking.patterns import PATTERNS
 from torchslim.prune.step import Prune
@@ -10,6 +11,7 @@ from torchslim.prune.structured.inspection import ChannelGroup, Inspection, insp
 from torchslim.prune.structured.record import apply_surgery, surgery
 
 __all__ = [
+    "BLOCK_CRITERIA",
     "CRITERIA",
     "PATTERNS",
     "ChannelGroup",
@@ -21,6 +23,7 @@ __all__ = [
     "Statistic",
     "Statistics",
     "apply_surgery",
+    "blocks",
     "channels",
     "hold_zeros",
     "inspect",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torchslim.core.arguments import checks_arguments
-from torchslim.core.batches import Batch, Outputs
+from torchslim.core.batches import Batch, Outputs, batch_inputs, call
 from torchslim.core.isolation import copy_model
 from torchslim.core.layer_patterns import Patterns
 from torchslim.core.step import Inputs, Workbench
@@ -20,6 +20,16 @@ from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
 from torchslim.prune.criteria.scoring import Normalization, Reduction
 from torchslim.prune.criteria.statistics import Gathered, gather
 from torchslim.prune.dependency.resolve import Heads
+from torchslim.prune.dependency.trace import call as run
+from torchslim.prune.depth.plan import BlockMeasure, analyze_depth
+from torchslim.prune.depth.removal import (
+    block_request,
+    check_block_request,
+    finish_blocks,
+    remove_blocks,
+    remove_named,
+)
+from torchslim.prune.depth.scores import BlockScores, Damage, Data, find_block_criterion
 from torchslim.prune.latency.solve import shrink_to_latency
 from torchslim.prune.masking.masks import NO_DATA, apply_masks, notes
 from torchslim.prune.masking.patterns import Order
@@ -117,7 +127,72 @@ def channels(
     return pruned
 
 
-def _check_workbench(of: Of, workbench: Workbench | None) -> None:
+@checks_arguments(PruneError)
+def blocks(
+    model: nn.Module,
+    example_inputs: Inputs,
+    sparsity: float | None = None,
+    *,
+    blocks: Patterns = None,
+    of: BlockMeasure = "params",
+    criterion: str | Damage | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    batches: Iterable[Batch] | None = None,
+    seed: int = 0,
+    workbench: Workbench | None = None,
+    examples: Sequence[Any] = (),
+) -> nn.Module:
+    """A copy of `model` without its least important residual blocks: depth pruning.
+
+    One run of the model on `example_inputs` finds the branches that are added to the value that they start from, and
+    the modules around several of them, such as the layers of a transformer. A removed block is replaced by a module
+    without weights, and its weights and operations are gone. The result is compared with the original whose branches
+    are zero, in float64 and on inputs of two sizes; a block whose removal cannot be verified stays. `ts.surgery(model)`
+    returns the record of the removal. The copy can be trained, exported, and pruned again.
+
+    Args:
+        model: any module that runs on `example_inputs`; it is not modified.
+        example_inputs: a tuple of positional or a dict of keyword arguments.
+        sparsity: the least fraction to remove, in (0, 1). Blocks go one by one, and the others are scored again.
+        blocks: instead of a sparsity, names or globs of blocks, as `ts.prune.inspect(...).blocks` lists them.
+        of: what the sparsity is a fraction of: parameters ("params"), multiply-accumulates on these inputs ("macs"),
+            the number of "blocks", or "latency".
+        criterion: a name in `ts.prune.BLOCK_CRITERIA`, "package.module:name", or a function (outputs before, outputs
+            after) -> damage; the default is "error". Blocks of the lowest score per saved cost go first.
+        include: globs over names of blocks; others stay.
+        exclude: globs over layers that stay, with the blocks around them.
+        batches: calibration data, read as a `Task` reads it; the default is `example_inputs`.
+        seed: of the criterion "random".
+        workbench: measures for of="latency": `ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime=...))`.
+        examples: as for `ts.prune.channels`. Give calls of a method, such as one step of a generation, to keep blocks
+            that only these calls need.
+
+    Raises:
+        PruneError: the model has no block that can go, or too few; an argument is out of its range.
+        SelectError: a pattern that matches no layer.
+    """
+    check_block_request(sparsity, blocks)
+    _check_workbench(of, workbench)
+    criterion = None if criterion is None else find_block_criterion(criterion)
+    plan = analyze_depth(usable(model, PruneError), example_inputs, include=include, exclude=exclude, examples=examples)
+    if blocks is not None:
+        removal = remove_named(plan, blocks)
+    else:
+        assert sparsity is not None
+        data = (
+            Data(batches=[plan.inputs], forward=run)
+            if batches is None
+            else Data(batches=list(batches), forward=lambda model, batch: call(model, batch_inputs(batch)))
+        )
+        removal = remove_blocks(plan, sparsity, of, BlockScores(plan, criterion, data, seed=seed), workbench=workbench)
+    if plan.trial.imprecise:
+        warnings.warn(plan.trial.imprecise, stacklevel=3)
+    request = block_request(sparsity, blocks, of, criterion)
+    return finish_blocks(plan.model, "", plan, removal, request)
+
+
+def _check_workbench(of: Of | BlockMeasure, workbench: Workbench | None) -> None:
     """Raise PruneError unless a workbench is given for latencies, and for nothing else."""
     if (of == "latency") != (workbench is not None):
         raise PruneError(

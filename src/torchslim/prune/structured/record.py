@@ -1,4 +1,4 @@
-"""Records of removed channels, kept with the module: rounds of surgery, and the base that they start from.
+"""Records of removed channels and blocks, kept with the module: rounds of surgery, and the base that they start from.
 
 A record rebuilds the shrunk module from a fresh instance of its base, so nothing of a class is ever saved.
 """
@@ -51,12 +51,12 @@ def difference(own: Shapes, wanted: Shapes) -> str:
 
 @checks_arguments(PruneError)
 def surgery(model: nn.Module) -> dict[str, Any] | None:
-    """The record of the channels that pruning removed from `model`, as plain JSON values; None if there is none.
+    """The record of what pruning removed from `model`, as plain JSON values; None if there is none.
 
     `base` identifies the model before pruning: its class, and a digest of the shapes of its weights. `rounds` holds,
     for each pruning in turn, `cuts` (which indices of which dimension of a weight stay), `patches` (attributes that
-    carry sizes), and `about`: the target and the result, and why other channels stayed. The prunings of single parts
-    are rounds too.
+    carry sizes), `drops` (modules of removed blocks, and what is returned in their place), and `about`: the target and
+    the result, and why other channels or blocks stayed. The prunings of single parts are rounds too.
     """
     own = vars(model).get(ATTRIBUTE)
     # a part's record is newer than that of the model around it: a new round takes over the records of all parts
@@ -88,9 +88,13 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def undone(after: Shapes, rounds: Sequence[Mapping[str, Any]], tied: Mapping[str, str]) -> dict[str, list[int]]:
-    """The shapes before `rounds`: those after them, with every cut undone."""
+    """The shapes before `rounds`: those after them, with every drop and cut undone."""
     before = {name: list(shape) for name, shape in after.items()}
+    tied = dict(tied)
     for round_ in reversed(rounds):
+        for drop in round_.get("drops", ()):
+            before |= {name: list(shape) for name, shape in drop["tensors"].items()}
+            tied |= drop["ties"]
         for cut in round_["cuts"]:
             for name, shape in before.items():
                 if tied.get(name, name) == cut["weight"]:
@@ -142,13 +146,13 @@ def replay(base: nn.Module, record: Mapping[str, Any]) -> nn.Module:
 
 @checks_arguments(PruneError)
 def apply_surgery(model: nn.Module, record: Mapping[str, Any] | str | Path) -> nn.Module:
-    """A copy of `model` without the channels that `record` names: the architecture of the model that was pruned.
+    """A copy of `model` without what `record` names: the architecture of the model that was pruned.
 
     Load a checkpoint of the pruned model into the copy, whichever library wrote it. If `model` has the weights that
     were pruned, the copy has their slices.
 
     Args:
-        model: the model as it was before channels were pruned, such as a fresh instance; it is not modified.
+        model: the model as it was before pruning, such as a fresh instance; it is not modified.
         record: a result of `ts.surgery`, or a JSON file of it.
 
     Raises:

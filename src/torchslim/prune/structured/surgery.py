@@ -1,5 +1,7 @@
 """Surgery: a copy of the user's module without slices of its weights, and with its attributes that carry sizes adapted.
 
+Whole modules can be dropped as well: `bypass.py` has the modules that stand in their places.
+
 No class is known by name. An attribute counts as a size if its value is one that changed around the module; where that
 is not certain, values are tried one at a time against the predicted shape of every intermediate value.
 """
@@ -19,6 +21,7 @@ from torchslim.core.parts import under
 from torchslim.errors import PruneError
 from torchslim.prune.dependency.coupling import Coupling, Mask
 from torchslim.prune.dependency.trace import named_weights
+from torchslim.prune.structured.bypass import Drop, drop_in_place
 from torchslim.prune.structured.literals import FORWARD, literals, write
 
 
@@ -45,10 +48,14 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Surgery:
-    """The cuts and patches of one round; replayed on a fresh instance of the base, they give the same module."""
+    """The changes of one round; replayed on a fresh instance of the base, they give the same module.
+
+    Cuts and patches come first, then whole modules are dropped.
+    """
 
     cuts: tuple[Cut, ...]
     patches: tuple[Patch, ...]
+    drops: tuple[Drop, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain lists and numbers."""
@@ -66,6 +73,7 @@ class Surgery:
                 }
                 for patch in self.patches
             ],
+            "drops": [drop.to_dict() for drop in self.drops],
         }
 
     def under(self, path: str) -> Surgery:
@@ -73,6 +81,7 @@ class Surgery:
         return Surgery(
             tuple(replace(cut, weight=under(path, cut.weight)) for cut in self.cuts),
             tuple(replace(patch, module=under(path, patch.module)) for patch in self.patches),
+            tuple(drop.under(path) for drop in self.drops),
         )
 
     @classmethod
@@ -84,6 +93,7 @@ class Surgery:
                 Patch(patch["module"], patch["name"], tuple(patch["place"]), patch["old"], patch["new"])
                 for patch in data["patches"]
             ),
+            tuple(map(Drop.from_dict, data.get("drops", ()))),
         )
 
 
@@ -125,6 +135,8 @@ def perform(model: nn.Module, surgery: Surgery) -> nn.Module:
     shrunk = duplicate(model, placed)
     for patch in surgery.patches:
         apply_patch(shrunk, patch)
+    for drop in surgery.drops:
+        drop_in_place(shrunk, drop)
     return shrunk
 
 

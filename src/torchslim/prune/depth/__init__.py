@@ -1,0 +1,1 @@
+"""Depth pruning: find residual blocks, remove them, and verify the result."""
