@@ -82,7 +82,7 @@ def test_packing_inverts_unpacking(first: Any, second: Any) -> None:
     named: dict[str, Any] = {}
     flat = unpacked(tree, named)
     assert not holds_objects(flat)
-    again = packed(flat, named)
+    again = packed(flat, lambda name, own: put(named[name], own))
     assert again["caches"][0] is first
     assert again["caches"][1] == (second, first)
     assert same(first, before["caches"][0])
@@ -166,7 +166,7 @@ def test_a_view_computes_what_the_module_does_and_shares_its_weights() -> None:
     outputs, grown = view(**flat)
     expected, cache = decoder(**inputs)
     assert torch.equal(outputs, expected)
-    (back,) = [packed(grown, named)]
+    (back,) = [packed(grown, lambda name, own: put(named[name], own))]
     assert back is next(iter(named.values()))
     assert same(back, cache)
     assert back.length == 4

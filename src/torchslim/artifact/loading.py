@@ -21,6 +21,7 @@ from torchslim.core.folder_lock import reading
 from torchslim.core.hardware import instruction_set
 from torchslim.core.isolation import quiet
 from torchslim.core.parts import WHOLE, select_parts
+from torchslim.core.program_names import first_programs
 from torchslim.core.schema import shorten
 from torchslim.core.terminal import printable
 from torchslim.core.usable import usable
@@ -106,16 +107,16 @@ def load(
     if factory is not None and part is not None:
         raise ArtifactError("give factory for the whole model, or part for a part alone, not both")
     if factory is None:
-        if part is None and len(paths) > 1:
+        if part is None and len(first_programs(paths)) > 1:
             raise ArtifactError(
-                f"{folder} holds the parts {', '.join(map(repr, paths))}; name one, part={paths[0]!r}, or give the "
+                f"{folder} holds the parts {', '.join(map(repr, first_programs(paths)))}; name one, part={paths[0]!r}, or give the "
                 "factory of the whole model"
             )
         return load_opened(opened.part(part or paths[0]), runtime=runtime, threads=threads, trusted=trusted)
     module = usable(factory(), ArtifactError, "the factory's model")
     if WEIGHTS in opened.manifest["files"]:
         module = opened.into(module)
-    select_parts(module, paths)  # raises for a model without these parts
+    select_parts(module, first_programs(paths))  # raises for a model without these parts
     parts = {path: load_opened(opened.part(path), runtime=runtime, threads=threads, trusted=trusted) for path in paths}
     return DeployedParts(module, parts)
 

@@ -15,6 +15,7 @@ from torchslim.artifact.latency import resized
 from torchslim.core.batches import call
 from torchslim.core.isolation import quiet, unfused_attention, untouched
 from torchslim.core.parts import part_view
+from torchslim.core.program_names import split_name
 from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
 from torchslim.graph.calling import by_keyword
@@ -70,8 +71,12 @@ def sample_macs(model: nn.Module, deployed: AnyDeployed) -> Macs:
     """
     examples = deployed.part_examples if isinstance(deployed, DeployedParts) else {}
     counted = [
-        macs(_Named(part_view(model, path, examples.get(path, ()))), (build(piece.spec.inputs, resized(piece)),))
+        macs(
+            _Named(part_view(model, path, next(iter(examples.get(path, ())), ()))),
+            (build(piece.spec.inputs, resized(piece)),),
+        )
         for path, piece in pieces(deployed).items()
+        if split_name(path)[1] == 1
     ]
     uncounted = sorted({name for part in counted for name in part.uncounted})
     return Macs(sum(part.total for part in counted), tuple(uncounted))

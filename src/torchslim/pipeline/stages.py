@@ -167,7 +167,7 @@ def restored(
     classes: dict[str, type],
     runtime: str,
     example: Inputs | None = None,
-    part_examples: Mapping[str, Inputs] | None = None,
+    part_examples: Mapping[str, Sequence[Inputs]] | None = None,
 ) -> Stage | None:
     """Load the stage that an earlier run finished under this key, if it is complete.
 
