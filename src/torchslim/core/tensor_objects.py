@@ -272,8 +272,8 @@ def _check_objects(part: str, objects: Mapping[str, Any], before: Mapping[str, t
         if moved := sorted(set(leaves) ^ set(tensors_in(value))):
             raise TaskError(
                 f"{part} adds or removes the tensor {moved[0]!r} of a {kind} at most calls; a captured part can "
-                "replace the tensors of an object, not their number: choose a submodule inside of it, or give examples with "
-                "more steps if this is a first step"
+                "replace the tensors of an object, not their number: choose a submodule inside of it, or give examples "
+                "with more steps if this is a first step"
             )
 
 

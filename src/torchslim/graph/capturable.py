@@ -33,8 +33,8 @@ def examples_of_programs(model: nn.Module, calls: Mapping[str, Sequence[Inputs]]
 
     The first program of a part is that of the most frequent structure; its examples are `examples_of_part`, and its
     capture may fail later. Of the others, up to `MOST_PROGRAMS` in all have a numbered program, if at least
-    `LEAST_CALLS` of the part's calls have them and they can be captured: the rest of the calls runs in Python. Of a part
-    that is quantized, the programs are those of its graphs.
+    `LEAST_CALLS` of the part's calls have them and they can be captured: the rest of the calls runs in Python. Of a
+    quantized part, the programs are those of its graphs.
 
     Args:
         model: the whole model.
@@ -79,8 +79,8 @@ def _of_graphs(module: Mounted, path: str, calls: Sequence[Inputs]) -> dict[str,
 
 def _takes(graph: Program, inputs: Inputs) -> bool:
     """Whether a recorded call has the structure of a graph."""
-    named = isinstance(inputs, Mapping)
-    return graph.fitted(() if named else inputs, unpacked(inputs) if named else {}) is not None
+    args, kwargs = ((), unpacked(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+    return graph.fitted(args, kwargs) is not None
 
 
 @contextmanager

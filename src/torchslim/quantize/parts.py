@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchslim.core.isolation import copy_model
 from torchslim.core.part_calls import recorded_calls
 from torchslim.core.parts import Mounted, mounted, part_view, patterns_inside, select_parts
-from torchslim.core.program_names import numbered, split_name
+from torchslim.core.program_names import first_programs, numbered, split_name
 from torchslim.core.step import Inputs
 from torchslim.core.tensor_objects import of_structure
 from torchslim.errors import QuantizeError
@@ -97,8 +97,9 @@ def share_weights(whole: nn.Module, prepared: Mapping[str, nn.Module]) -> None:
 
 
 def take_back(whole: nn.Module, prepared: Mapping[str, nn.Module]) -> None:
-    """Copy the trained weights and statistics of graphs to the parts that they are mounted on."""
-    for path, graph in prepared.items():
+    """Copy the trained weights and statistics of the parts' first graphs to the parts that they are mounted on."""
+    for path in first_programs(prepared):
+        graph = prepared[path]
         part = _float_part(whole, path)
         if part is None:
             continue
