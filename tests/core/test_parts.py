@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tests.support.parted import Branching, Cache, Decoder, TiedToTheRest, Translator, images, seeded
 from torchslim.core.parts import (
     WHOLE,
-    Fitted,
     Mounted,
     inside,
     mounted,
@@ -39,13 +38,12 @@ class Doubles:
     def __init__(self, part: nn.Module, rank: int) -> None:
         self.part, self.rank, self.calls = part, rank, 0
 
-    def fitted(self, args: Any, kwargs: Any, *, sizes: bool = False) -> Fitted | None:
-        leaves = [*args, *kwargs.values()]
-        return Fitted(leaves) if all(leaf.dim() == self.rank for leaf in leaves) else None
+    def takes(self, *args: Any, **kwargs: Any) -> bool:
+        return all(arg.dim() == self.rank for arg in (*args, *kwargs.values()))
 
-    def __call__(self, fitted: Fitted) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
-        return 2 * self.part(*fitted.leaves)
+        return 2 * self.part(*args, **kwargs)
 
 
 # --- names ---

@@ -17,7 +17,6 @@ from torchslim.core.files import present
 from torchslim.core.isolation import copy_model, preserved_globals, warn
 from torchslim.core.layer_patterns import check_patterns
 from torchslim.core.parts import WHOLE, mounted, under
-from torchslim.core.program_names import first_programs
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Context, Event
 from torchslim.errors import SelectError, StorageError
@@ -150,8 +149,7 @@ class Trials:
         """
         from torchslim.quantize.layerwise import damages, singles
 
-        programs = self.way.prepared(self.model, self.ctx, {}, self.data)
-        parts = {path: programs[path] for path in first_programs(programs)}  # further ones have the same layers
+        parts = self.way.prepared(self.model, self.ctx, {}, self.data)
         spared = {  # have their fallback already
             under(path, record.layer)
             for path, prepared in parts.items()

@@ -89,6 +89,33 @@ def eager_kernels(module: GraphModule) -> list[Kernel]:
 def onnx_kernels(deployed: Deployed) -> list[Kernel]:
     """Nodes of the optimized graph that ONNX Runtime makes when it loads the model, on the CPU."""
     import onnx
+
+    graph = _optimized(deployed)
+    narrow, origins = _narrow(graph), _Origins(onnx.load_from_string(deployed.payload).graph, graph)
+    kernels = []
+    for node in graph.node:
+        name, fused = origins.of(node)
+        kernels.append(Kernel(node=name, type=node.op_type, integer=_onnx_integer(node, narrow), fused=fused))
+    return kernels
+
+
+def onnx_origins(deployed: Deployed) -> list[tuple[Any, str, tuple[str, ...]]]:
+    """Each node of the optimized graph, the name of the node that it was made from, and those that made its inputs."""
+    import onnx
+
+    graph = _optimized(deployed)
+    origins = _Origins(onnx.load_from_string(deployed.payload).graph, graph)
+    names = [origins.of(node)[0] for node in graph.node]
+    makers = {value: name for node, name in zip(graph.node, names, strict=True) for value in node.output}
+    return [
+        (node, name, tuple(dict.fromkeys(makers[value] for value in node.input if value in makers)))
+        for node, name in zip(graph.node, names, strict=True)
+    ]
+
+
+def _optimized(deployed: Deployed) -> Any:
+    """The graph that ONNX Runtime makes of a model on the CPU."""
+    import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -100,13 +127,7 @@ def onnx_kernels(deployed: Deployed) -> list[Kernel]:
         onnxruntime.InferenceSession(
             deployed.payload, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
         )
-        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    narrow, origins = _narrow(graph), _Origins(onnx.load_from_string(deployed.payload).graph, graph)
-    kernels = []
-    for node in graph.node:
-        name, fused = origins.of(node)
-        kernels.append(Kernel(node=name, type=node.op_type, integer=_onnx_integer(node, narrow), fused=fused))
-    return kernels
+        return onnx.load(options.optimized_model_filepath, load_external_data=False).graph
 
 
 class _Origins:

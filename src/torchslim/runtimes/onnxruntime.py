@@ -127,8 +127,10 @@ def _layer_name(node: Any, owners: dict[str, str]) -> str:
         return str(node.name or node.op_type)
     path = scope_path(scopes[:-1])
     if "rule_name" in str(list(texts)) and len(node.input) > 1:
-        # a fusion of several nodes, as of a batch norm and its convolution: the weight's name gives the layer
-        path = scope_path([owners.get(node.input[1], "")]) or path
+        # a fusion of several nodes, as of a batch norm and its convolution: the weight's name gives the layer; but the
+        # graph of a quantized model holds the weights of all layers itself, under names that spell their paths
+        spelled = path.replace(".", "_") in node.input[1].rpartition(".")[2]
+        path = path if spelled else scope_path([owners.get(node.input[1], "")]) or path
     return f"{path or scopes[-1]}/{node.op_type}"
 
 

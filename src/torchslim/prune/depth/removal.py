@@ -22,7 +22,6 @@ from torchslim.prune.depth.plan import BlockMeasure, DepthPlan
 from torchslim.prune.depth.scores import BlockScores, Damage
 from torchslim.prune.structured.plan import shapes_of
 from torchslim.prune.structured.record import attach
-from torchslim.prune.structured.removal import Stuck
 from torchslim.prune.structured.surgery import Surgery, perform
 
 SHOWN = 6
@@ -42,7 +41,7 @@ class DepthRemoval:
     scores: dict[str, float]  # of the removed blocks, when they went
 
 
-class NoBlocks(Stuck):
+class NoBlocks(PruneError):
     """No block can go, or not as many as asked for."""
 
 
@@ -68,7 +67,7 @@ def block_request(
 
 
 def remove_named(plan: DepthPlan, patterns: Patterns) -> DepthRemoval:
-    """Remove the blocks that names or globs select, with the whole modules first.
+    """Remove the blocks that names or globs select.
 
     Raises:
         PruneError: a pattern matches no block, or a block cannot go; the message says why.

@@ -69,7 +69,7 @@ def rows_of(selection: Selection) -> list[Row]:
         return []
     count = int(np.clip(PROGRAMS // len(numbers_by_key), *WIDTHS))
     rows = [
-        Row(key=key, units=tuple(numbers), widths=_widths(coupling.units[numbers[0]], selection, count))
+        Row(key=key, units=tuple(numbers), widths=even_widths(coupling.units[numbers[0]], selection, count))
         for key, numbers in numbers_by_key.items()
     ]
     several = len(coupling.units) > 1
@@ -100,7 +100,7 @@ def _key(selection: Selection, number: int) -> str:
     return digest(unit.width, step_size(unit, coupling, selection.amount), sorted(changes))[:16]
 
 
-def _widths(unit: Unit, selection: Selection, count: int) -> tuple[int, ...]:
+def even_widths(unit: Unit, selection: Selection, count: int) -> tuple[int, ...]:
     """About `count` evenly spaced widths, multiples of as large a power of two as possible, which suits kernels."""
     amount = selection.amount
     step = step_size(unit, selection.coupling, amount)

@@ -1,0 +1,1 @@
+"""The measured cost of every choice: time on the target, bytes, MACs, parameters and memory."""

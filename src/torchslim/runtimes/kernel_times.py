@@ -1,0 +1,76 @@
+"""Times the kernels that a runtime executes for a program, with the runtime's own profiler."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from torchslim.runtimes.base import Deployed, as_array
+from torchslim.runtimes.kernel_listing import UNWANTED, onnx_origins
+
+RUNS = 30
+"""Profiled calls of a program, after as many calls without effect."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """Milliseconds of one kernel in one call of its program: the median over the profiled calls.
+
+    `node` names the node of the program that does its main work, `before` the nodes of the kernels that it reads.
+    """
+
+    node: str
+    type: str
+    ms: float
+    before: tuple[str, ...] = ()
+
+
+def kernel_times(deployed: Deployed, leaves: Sequence[Tensor]) -> list[KernelTime] | None:
+    """Times of all kernels of a program in the order of execution; None if its runtime has no profiler.
+
+    Args:
+        deployed: the program.
+        leaves: its flat inputs.
+    """
+    profile = _PROFILERS.get(deployed.runtime)
+    return None if profile is None or deployed.payload is None else profile(deployed, list(leaves))
+
+
+def _onnxruntime(deployed: Deployed, leaves: list[Tensor]) -> list[KernelTime]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        if deployed.threads is not None:
+            options.intra_op_num_threads, options.inter_op_num_threads = deployed.threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(
+            deployed.payload, options, providers=["CPUExecutionProvider"], disabled_optimizers=UNWANTED
+        )
+        feeds = {put.name: as_array(leaf) for put, leaf in zip(session.get_inputs(), leaves, strict=True)}
+        for _ in range(2 * RUNS):
+            session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    durations: dict[str, list[float]] = {}
+    for event in events:
+        name = event.get("name", "").removesuffix("_kernel_time")
+        if event.get("cat") == "Node" and name != event["name"]:
+            durations.setdefault(name, []).append(float(event["dur"]))
+    kernels = []
+    for node, origin, before in onnx_origins(deployed):
+        if runs := durations.get(node.name):
+            ms = statistics.median(runs[len(runs) // 2 :]) / 1e3
+            kernels.append(KernelTime(node=origin, type=node.op_type, ms=ms, before=before))
+    return kernels
+
+
+_PROFILERS: Mapping[str, Callable[[Deployed, list[Tensor]], list[KernelTime]]] = {"onnxruntime": _onnxruntime}
