@@ -29,7 +29,8 @@ from tests.support.parted import (
 from torchslim.artifact.assembled import DeployedParts
 from torchslim.artifact.opened import open_artifact
 from torchslim.core.files import sha256
-from torchslim.errors import ArtifactError, ExportError, SelectError, TaskError
+from torchslim.errors import ArtifactError, DeployError, ExportError, SelectError, TaskError
+from torchslim.graph.capturable import MOST_PROGRAMS
 
 SLOW = settings(max_examples=8)
 
@@ -95,7 +96,7 @@ def test_a_decoder_of_ctc_collapses_what_the_runtime_computes(
 
 @SLOW
 @given(count=st.integers(1, 4), length=st.integers(2, 9), steps=st.integers(1, 10))
-def test_a_generation_with_a_cache_computes_all_steps_but_the_first_on_the_runtime(
+def test_a_generation_with_a_cache_computes_all_steps_on_the_runtime(
     translator: tuple[nn.Module, Any], count: int, length: int, steps: int
 ) -> None:
     model, deployed = translator
@@ -105,8 +106,77 @@ def test_a_generation_with_a_cache_computes_all_steps_but_the_first_on_the_runti
     with torch.no_grad():
         assert torch.equal(generated, model.generate(source, steps))
         done = generated.shape[1] - 1
-        assert counted.calls == {"encoder": 1, "decoder": done - 1}, "the first step's cache is empty"
+        expected = {"encoder": 1, "decoder": done - 1, "decoder#2": 1}
+        assert counted.calls == expected, "the first step's cache is empty: it has a program of its own"
         assert close(deployed(source, target), model(source, target))
+
+
+def test_a_saved_generation_computes_all_steps_on_the_runtime(
+    translator: tuple[nn.Module, Any], tmp_path: Path
+) -> None:
+    model, deployed = translator
+    loaded: Any = ts.load(ts.save(deployed, tmp_path / "saved"), Translator)
+    assert list(loaded.parts) == ["encoder", "decoder", "decoder#2"]
+    counted, python = Counted(loaded), [0]
+
+    def in_python(*_: Any) -> None:
+        python[0] += 1
+
+    decoder = loaded._predict.model.decoder.part
+    decoder.register_forward_hook(in_python)
+    for count, length, steps in ((2, 5, 4), (4, 3, 6), (1, 9, 1)):
+        source, _ = sentences(count, length, seed=steps)
+        counted.calls.update(dict.fromkeys(loaded.parts, 0))
+        generated = loaded.generate(source, steps)
+        assert torch.equal(generated, model.generate(source, steps))
+        done = generated.shape[1] - 1
+        assert counted.calls == {"encoder": 1, "decoder": done - 1, "decoder#2": 1}
+    assert python == [1], "once in Python, to see how the first step changes an empty cache"
+
+
+def test_structures_beyond_the_limit_run_in_python_and_are_noted() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, scale: int = 1, *, shift: Tensor | None = None) -> Tensor:
+            return self.layer(x) * scale + (0 if shift is None else shift)
+
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Scaled()
+
+        def forward(self, x: Tensor, scales: list[int]) -> Tensor:
+            outputs = [self.part(x, scale=scale) for scale in scales]
+            return torch.stack([*outputs, self.part(x, shift=outputs[0])])
+
+    model = seeded(Uses)
+    scales = [1, 1, 1, 2, 2, 3, 4, 5]
+    deployed: Any = ts.deploy(model, (torch.randn(3, 4), scales), part="part", runtime="eager")
+    assert list(deployed.parts) == ["part", *(f"part#{number}" for number in range(2, MOST_PROGRAMS + 1))]
+    assert deployed.notes == ["part: calls with arguments of 2 other structures run in PyTorch, in float"]
+    counted = Counted(deployed)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        assert close(deployed(x, [*scales, 6]), model(x, [*scales, 6]))
+    assert counted.calls["part"] == 3
+    assert sum(counted.calls.values()) == 7
+
+
+def test_a_further_program_leaves_sizes_that_it_does_not_take_to_python(translator: tuple[nn.Module, Any]) -> None:
+    model, _ = translator
+    example: Any = {"method": "generate", "args": sentences(2, 5)[:1]}
+    deployed: Any = ts.deploy(model, example, part="decoder", runtime="eager")
+    counted = Counted(deployed)
+    source, _ = sentences(2, 7)
+    assert deployed.parts["decoder#2"].spec.sizes[1][1] == 5, "one example frees the batch alone"
+    with pytest.raises(DeployError, match="memory"):
+        deployed.generate(source, 3)
+    assert counted.calls["decoder#2"] == 0
+    assert torch.equal(deployed.generate(sentences(4, 5)[0], 1), model.generate(sentences(4, 5)[0], 1))
+    assert counted.calls["decoder#2"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from torchslim.core.part_calls import (
     first_samples,
     recorded,
     recorded_calls,
-    recorded_examples,
     recording,
 )
 from torchslim.core.parts import signature_of
@@ -95,7 +94,7 @@ def test_a_cache_is_recorded_at_every_step() -> None:
 def test_the_examples_of_a_decoder_begin_with_its_frequent_call() -> None:
     model = seeded(Translator)
     inputs = [{"method": "generate", "args": sentences(count, length)[:1]} for count, length in ((2, 5), (3, 7))]
-    own = recorded_examples(model, ["decoder"], inputs)["decoder"]
+    own = examples_of_part(recorded_calls(model, ["decoder"], inputs)["decoder"])
     assert [bool(tensors_in(example["cache"])) for example in own] == [True] * (len(own) - 1) + [False]
     assert len(own) <= part_calls.EXAMPLES + 1
     lengths = {tuple(tensors_in(example["cache"])[".keys[0]"].shape[:2]) for example in own[:-1]}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tests.support.parted import Branching, Cache, Decoder, TiedToTheRest, Translator, images, seeded
 from torchslim.core.parts import (
     WHOLE,
+    Fitted,
     Mounted,
     inside,
     mounted,
@@ -38,12 +39,13 @@ class Doubles:
     def __init__(self, part: nn.Module, rank: int) -> None:
         self.part, self.rank, self.calls = part, rank, 0
 
-    def takes(self, *args: Any, **kwargs: Any) -> bool:
-        return all(arg.dim() == self.rank for arg in (*args, *kwargs.values()))
+    def fitted(self, args: Any, kwargs: Any, *, sizes: bool = False) -> Fitted | None:
+        leaves = [*args, *kwargs.values()]
+        return Fitted(leaves) if all(leaf.dim() == self.rank for leaf in leaves) else None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, fitted: Fitted) -> Any:
         self.calls += 1
-        return 2 * self.part(*args, **kwargs)
+        return 2 * self.part(*fitted.leaves)
 
 
 # --- names ---

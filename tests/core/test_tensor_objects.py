@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support.parted import Cache, Decoder
+from torchslim.core.object_states import become
 from torchslim.core.tensor_objects import (
     by_structure,
     emptied,
@@ -82,7 +83,7 @@ def test_packing_inverts_unpacking(first: Any, second: Any) -> None:
     named: dict[str, Any] = {}
     flat = unpacked(tree, named)
     assert not holds_objects(flat)
-    again = packed(flat, named)
+    again = packed(flat, lambda name, own: put(named[name], own))
     assert again["caches"][0] is first
     assert again["caches"][1] == (second, first)
     assert same(first, before["caches"][0])
@@ -137,6 +138,27 @@ def test_an_emptied_copy_has_no_tensors_and_leaves_the_object_alone(value: Any) 
     assert same(refilled, value)
 
 
+@given(objects(), objects())
+def test_an_object_is_brought_into_the_state_of_another(value: Any, other: Any) -> None:
+    end, before = emptied(other), copy.deepcopy(other)
+    result = become(value, end, tensors_in(other))
+    assert result is value
+    assert same(value, before)
+    assert state_of(value) == state_of(before)
+    assert not tensors_in(end), "the state is used again for other calls"
+    of_end = {id(item) for _, item in walk_containers(end)}
+    assert not any(id(item) in of_end for _, item in walk_containers(value)), "two objects do not share a list"
+
+
+@given(objects())
+def test_an_object_in_its_own_state_keeps_its_containers(value: Any) -> None:
+    containers = [item for _, item in walk_containers(value)]
+    become(value, emptied(value), tensors_in(value))
+    after = [item for _, item in walk_containers(value)]
+    assert len(after) == len(containers)
+    assert all(one is item for one, item in zip(containers, after, strict=True))
+
+
 def put_all(blank: Any, value: Any) -> Any:
     return put(blank, tensors_in(value))
 
@@ -166,7 +188,7 @@ def test_a_view_computes_what_the_module_does_and_shares_its_weights() -> None:
     outputs, grown = view(**flat)
     expected, cache = decoder(**inputs)
     assert torch.equal(outputs, expected)
-    (back,) = [packed(grown, named)]
+    (back,) = [packed(grown, lambda name, own: put(named[name], own))]
     assert back is next(iter(named.values()))
     assert same(back, cache)
     assert back.length == 4

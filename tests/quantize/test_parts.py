@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import torchslim as ts
 from tests.support.parted import Branching, Counted, Translator, images, seeded, sentences
+from torchslim.artifact.model_size import parameters
 from torchslim.core.parts import Mounted, unmounted
 from torchslim.errors import QuantizeError, SelectError, TaskError
 from torchslim.quantize import QuantizedModule
@@ -124,6 +126,65 @@ def test_a_part_that_is_not_called_is_named() -> None:
         ts.quantize.static(seeded(Never), INPUTS, part="neck")
 
 
+# --- several structures of calls ---
+
+GENERATIONS: Any = [{"method": "generate", "args": sentences(batch, length)[:1]} for batch, length in ((2, 5), (3, 7))]
+
+
+def calls_of(whole: Any) -> dict[str, int]:
+    """Counts the calls of the decoder's graphs, and of the module behind them."""
+    counts = dict.fromkeys(["1", "2", "python"], 0)
+
+    def count(name: str) -> Any:
+        def note(*_: Any) -> None:
+            counts[name] += 1
+
+        return note
+
+    for number, graph in whole.decoder.programs.items():
+        graph.register_forward_hook(count(str(number)))
+    whole.decoder.part.register_forward_hook(count("python"))
+    return counts
+
+
+def test_observers_see_the_calls_of_all_structures() -> None:
+    model = seeded(Translator)
+    prepared: Any = ts.quantize.prepare(model, GENERATIONS, part="decoder", runtime="eager")
+    counts = calls_of(prepared)
+    steps = 0
+    for call in GENERATIONS:
+        steps += prepared.generate(*call["args"]).shape[1] - 1
+    assert counts == {"1": steps - 2, "2": 2, "python": 1}, "in Python once, to see how a first step fills the cache"
+    for graph in prepared.decoder.programs.values():
+        assert graph.samples.batches
+
+
+def test_all_steps_of_a_generation_run_in_integers(tmp_path: Path) -> None:
+    model = seeded(Translator)
+    whole: Any = ts.quantize.dynamic(model, GENERATIONS, part="decoder", runtime="eager")
+    assert integers_of(whole)["decoder"]
+    assert parameters(whole.decoder) == parameters(whole.decoder.inner), "the weights of a part count once"
+    source = sentences(4, 6)[0]
+    counts = calls_of(whole)
+    with torch.no_grad():
+        generated = whole.generate(source)
+    assert counts == {"1": generated.shape[1] - 2, "2": 1, "python": 1}
+    deployed: Any = ts.deploy(whole, GENERATIONS, runtime="eager")
+    assert list(deployed.parts) == ["decoder", "decoder#2"]
+    assert all(part.quantized for part in deployed.parts.values())
+    loaded: Any = ts.load(ts.save(deployed, tmp_path / "saved"), Translator)
+    assert torch.equal(loaded.generate(source), deployed.generate(source))
+    assert noise_db(model(source, source[:, :4]), deployed(source, source[:, :4])) > 15
+
+
+def test_a_quantized_part_must_be_called_as_it_was() -> None:
+    model = seeded(Translator)
+    whole = ts.quantize.dynamic(model, GENERATIONS, part="decoder", runtime="eager")
+    first_steps: Any = [{"method": "generate", "args": (sentences(2, 5)[0], 1)}]
+    with pytest.raises(TaskError, match="quantized for calls of another structure"):
+        ts.deploy(whole, first_steps, runtime="eager")
+
+
 # --- trained ---
 
 
@@ -160,16 +221,19 @@ def test_training_keeps_weights_tied_and_calls_without_a_graph_up_to_date() -> N
     inputs: Any = [{"method": "generate", "args": sentences(batch, length)[:1]} for batch, length in ((2, 5), (3, 7))]
     prepared: Any = ts.quantize.prepare(model, inputs, part="decoder", qat=True, runtime="eager")
     assert prepared.head.weight is prepared.decoder.part.words.weight
+    counts = calls_of(prepared)
     before = prepared.decoder.part.own[0].q.weight.clone()
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
     source, target = sentences(4, 6)
     nn.functional.cross_entropy(prepared.train()(source, target).flatten(0, 1), target.flatten()).backward()
     optimizer.step()
-    graph = dict(prepared.decoder.inner.named_parameters())
+    assert counts == {"1": target.shape[1] - 1, "2": 1, "python": 1}, "all calls are trained on the grid"
     part = prepared.decoder.part
     assert not torch.equal(part.own[0].q.weight, before)
-    for name, parameter in part.named_parameters():
-        assert graph[f"program.model.{name}"] is parameter
+    for graph in prepared.decoder.programs.values():
+        held = dict(graph.named_parameters())
+        for name, parameter in part.named_parameters():
+            assert held[f"program.model.{name}"] is parameter
     converted: Any = ts.quantize.convert(prepared, checks=None)
     assert converted.head.weight is converted.decoder.part.words.weight
     with torch.no_grad():

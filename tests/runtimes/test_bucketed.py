@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,49 @@ def test_a_run_ships_a_program_for_each_size(tmp_path: Path) -> None:
     loaded = ts.load(tmp_path / "out")
     for images, _ in batches:
         torch.testing.assert_close(loaded(images), result.deployed(images), rtol=0, atol=0)
+    events: list[ts.Event] = []
+    again = ts.compress(
+        net, task, steps, runtime="onnxruntime", threads=1, workdir=tmp_path, dynamic_shapes={"input": {2: [8, 12]}},
+        progress=events.append,
+    )  # fmt: skip
+    assert [event.step for event in events if event.phase == "resumed"] == ["prune", "quantize"]
+    assert isinstance(again.deployed, Bucketed)
+    for images, _ in batches:
+        assert torch.equal(again.deployed(images), result.deployed(images))
+        assert torch.equal(again.model(images), result.model(images))
+
+
+class Named(nn.Module):
+    """A part whose code fixes the number of steps, beside code that stays in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.head = model(), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        last, _ = self.part(x, mask)
+        return self.head(last) if bool(last.mean() > 0) else self.head(-last)
+
+
+def test_a_part_has_a_program_for_each_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Named().eval()
+    sizes = {"x": {1: LENGTHS}, "mask": {1: LENGTHS}}
+    deployed: Any = ts.deploy(net, inputs(2, 6), part="part", dynamic_shapes=sizes, threads=1)
+    assert isinstance(deployed.parts["part"], Bucketed)
+    ts.save(deployed, tmp_path / "saved")
+    whole: Any = ts.load(tmp_path / "saved", Named)
+    part: Any = ts.load(tmp_path / "saved", part="part")
+    copied: Any = ts.load(shutil.copytree(tmp_path / "saved" / "parts" / "part", tmp_path / "copied"))
+    for length in (2, 3, 5, 6):
+        given = inputs(3, length)
+        with torch.no_grad():
+            torch.testing.assert_close(deployed(**given), net(**given), rtol=1e-4, atol=1e-5)
+        assert torch.equal(whole(**given), deployed(**given))
+        for one in (part, copied):
+            assert torch.equal(one(**given)[0], deployed.parts["part"](**given)[0])
+    with pytest.raises(DeployError):
+        deployed(**inputs(3, 7))
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,9 @@ class DeployedParts:
 
     Attributes:
         model: the whole model, with the parts mounted that were deployed.
-        parts: the deployed parts, by path.
+        parts: the deployed programs of the parts, by name: a part may have several, for several structures of calls.
         example: inputs of a call of the whole model; None where no example is known.
-        part_examples: inputs of a call of each part as the whole model makes it; empty where they are not known.
+        part_examples: inputs of calls of each program as the whole model makes them; empty where they are not known.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class DeployedParts:
         model: nn.Module,
         parts: Mapping[str, Deployed],
         example: Inputs | None = None,
-        part_examples: Mapping[str, Inputs] | None = None,
+        part_examples: Mapping[str, Sequence[Inputs]] | None = None,
     ) -> None:
         self.model, self.parts, self.example = model, dict(parts), example
         self.part_examples = dict(part_examples or {})

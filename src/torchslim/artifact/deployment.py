@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.isolation import warn
-from torchslim.core.part_calls import recorded_examples
-from torchslim.core.parts import WHOLE, part_view, parts_of, select_parts
+from torchslim.core.part_calls import recorded_calls
+from torchslim.core.parts import WHOLE, part_views, parts_of, select_parts
+from torchslim.core.program_names import first_programs, split_name
 from torchslim.core.step import Inputs, LayerRecord
-from torchslim.core.tensor_objects import of_structure
+from torchslim.core.tensor_objects import of_structure, structure_of
 from torchslim.core.usable import usable
-from torchslim.errors import DeployError
+from torchslim.errors import DeployError, ExportError
 from torchslim.graph.calling import examples_of
-from torchslim.graph.capturable import parts_named
+from torchslim.graph.capturable import examples_of_programs, parts_named
 from torchslim.quantize import Checks, QuantizedModule
 from torchslim.quantize.checks import Fault, apart, faults
 from torchslim.quantize.conversion import integers
@@ -28,6 +29,7 @@ from torchslim.quantize.rollback import BROKEN, Evidence, Released, concluded, g
 from torchslim.quantize.samples import Run, float_outputs, outputs, part, samples_in
 from torchslim.runtimes import Deployed, find_runtime
 
+NOTE = 500  # characters
 NEAR = 1e-3  # of the largest value: allowed difference between two runs of one program on one machine
 Compile = Callable[[nn.Module], Deployed]
 Outputs = Sequence[Sequence[Tensor]]
@@ -73,23 +75,58 @@ def deploy(
     if paths == (WHOLE,):
         modules, examples = {WHOLE: model}, {WHOLE: example_inputs}
     else:
-        calls = recorded_examples(model, paths, examples_of(example_inputs))
-        modules = {path: part_view(model, path, own[0]) for path, own in calls.items()}
-        examples = {path: of_structure(own, own[0]) for path, own in calls.items()}
-    deployed = {}
-    for path, inner in modules.items():
+        calls = examples_of_programs(model, recorded_calls(model, paths, examples_of(example_inputs)))
+        modules = part_views(model, calls)
+        examples = {name: of_structure(own, own[0]) for name, own in calls.items()}
 
-        def compile_(module: nn.Module, inputs: Inputs | list[Inputs] = examples[path]) -> Deployed:
-            return find_runtime(runtime).compile(module, inputs, dynamic_shapes, threads)
+    def deployed_one(name: str, inner: nn.Module) -> Deployed:
+        def compile_(module: nn.Module) -> Deployed:
+            return find_runtime(runtime).compile(module, examples[name], dynamic_shapes, threads)
 
-        with parts_named(model, example_inputs) if path == WHOLE else nullcontext():
-            deployed[path] = verified(inner, compile_, checks=Checks.of(checks))
-        for note in new_notes(inner, deployed[path]):
+        with parts_named(model, example_inputs) if name == WHOLE else nullcontext():
+            made = verified(inner, compile_, checks=Checks.of(checks))
+        for note in new_notes(inner, made):
             warn(note)
+        return made
+
+    deployed = deploy_programs(modules, calls, deployed_one)
     if WHOLE in deployed:
         return deployed[WHOLE]
-    first = examples_of(example_inputs)[0]
-    return DeployedParts(model, deployed, first, {path: own[0] for path, own in calls.items()})
+    return DeployedParts(model, deployed, examples_of(example_inputs)[0], calls)
+
+
+def deploy_programs(
+    programs: Mapping[str, nn.Module],
+    examples: Mapping[str, Sequence[Inputs]],
+    deploy_one: Callable[[str, nn.Module], Deployed],
+) -> dict[str, Deployed]:
+    """The programs of parts, deployed by `deploy_one`, with a note where calls of other structures run in Python.
+
+    A part's first program must be deployed. A further one that the runtime does not take is left to Python.
+
+    Args:
+        programs: the modules or graphs by name; "" for a whole model.
+        examples: the calls of the parts, of all structures, and of their further programs.
+        deploy_one: called with a name and its module.
+    """
+    deployed: dict[str, Deployed] = {}
+    failures: dict[str, str] = {}
+    for name, program in programs.items():
+        path, number = split_name(name)
+        try:
+            deployed[name] = deploy_one(name, program)
+        except (DeployError, ExportError) as error:
+            if number == 1:
+                raise
+            failures[path] = str(error)
+    for path in first_programs(deployed):
+        count = len({structure_of(inputs) for inputs in examples.get(path, ())})
+        others = count - sum(split_name(name)[0] == path for name in deployed)
+        if others > 0:
+            why = f" ({failures[path]})" if path in failures else ""
+            what = "another structure" if others == 1 else f"{others} other structures"
+            deployed[path].spec.notes.append(f"calls with arguments of {what} run in PyTorch, in float{why}"[:NOTE])
+    return deployed
 
 
 def verified(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.core.parts import inside, under
+from torchslim.core.program_names import split_name
 from torchslim.core.reason import Reason
 from torchslim.core.step import LayerRecord
 from torchslim.graph.layers import Layer
@@ -100,7 +101,8 @@ def lowered_parts(parts: Mapping[str, Deployed], records: Sequence[LayerRecord] 
     for path, piece in parts.items():
         own = [replace(record, layer=name) for record in records if (name := inside(path, record.layer)) is not None]
         found = lowered(piece, own)
-        layers += [replace(layer, layer=under(path, layer.layer)) for layer in found.layers]
+        if split_name(path)[1] == 1:  # further programs of a part have the same layers
+            layers += [replace(layer, layer=under(path, layer.layer)) for layer in found.layers]
         warnings += [f"{path}: {warning}" if path else warning for warning in found.warnings]
     total = sum(layer.macs for layer in layers)
     share = sum(layer.macs for layer in layers if layer.integer) / total if total else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +21,7 @@ from torchslim.core.folder_lock import reading
 from torchslim.core.hardware import instruction_set
 from torchslim.core.isolation import quiet
 from torchslim.core.parts import WHOLE, select_parts
+from torchslim.core.program_names import first_programs
 from torchslim.core.schema import shorten
 from torchslim.core.terminal import printable
 from torchslim.core.usable import usable
@@ -96,7 +97,8 @@ def load(
         RuntimeUnavailable: the artifact's runtime is not installed.
     """
     opened = opened_for_loading(folder, public_key, runtime)
-    paths = _part_paths(opened)
+    places = opened.programs()
+    paths = [path for path in places if path != WHOLE]
     if not paths:
         if part is not None:
             opened.part(part)  # raises: there are no parts
@@ -106,17 +108,19 @@ def load(
     if factory is not None and part is not None:
         raise ArtifactError("give factory for the whole model, or part for a part alone, not both")
     if factory is None:
-        if part is None and len(paths) > 1:
+        if part is None and len(first_programs(paths)) > 1:
             raise ArtifactError(
-                f"{folder} holds the parts {', '.join(map(repr, paths))}; name one, part={paths[0]!r}, or give the "
-                "factory of the whole model"
+                f"{folder} holds the parts {', '.join(map(repr, first_programs(paths)))}; name one, part={paths[0]!r}, "
+                "or give the factory of the whole model"
             )
         return load_opened(opened.part(part or paths[0]), runtime=runtime, threads=threads, trusted=trusted)
     module = usable(factory(), ArtifactError, "the factory's model")
     if WEIGHTS in opened.manifest["files"]:
         module = opened.into(module)
-    select_parts(module, paths)  # raises for a model without these parts
-    parts = {path: load_opened(opened.part(path), runtime=runtime, threads=threads, trusted=trusted) for path in paths}
+    select_parts(module, first_programs(paths))  # raises for a model without these parts
+    parts = {
+        path: load_opened(place, runtime=runtime, threads=threads, trusted=trusted) for path, place in places.items()
+    }
     return DeployedParts(module, parts)
 
 
@@ -124,34 +128,27 @@ def load_pieces(
     folder: str | Path, *, threads: int | None = None, trusted: bool = False, public_key: Key | None = None
 ) -> dict[str, Deployed]:
     """The deployed programs of an artifact by the path of their part, "" for a whole model; see `load`."""
-    opened = opened_for_loading(folder, public_key, None)
-    paths = _part_paths(opened)
-    places = {path: opened.part(path) for path in paths} or {WHOLE: opened}
+    places = opened_for_loading(folder, public_key, None).programs()
     return {path: load_opened(place, threads=threads, trusted=trusted) for path, place in places.items()}
-
-
-def _part_paths(opened: Opened) -> list[str]:
-    """Paths of the parts of a model in an artifact; none for a whole model, nor for the programs of its sizes."""
-    return [] if "buckets" in opened.manifest else list(opened.manifest.get("parts", ()))
 
 
 def opened_for_loading(folder: str | Path, public_key: Key | None, runtime: str | None) -> Opened:
     """A checked artifact, with the files for loading in memory: another process may replace them meanwhile."""
     with reading(Path(folder)):
         opened = open_artifact(folder, public_key=public_key)
-        opened.read_ahead(*_needed(opened.manifest, runtime))
-        for path, name in opened.manifest.get("parts", {}).items():
-            place = f"{PARTS}/{name}"
-            opened.read_ahead(f"{place}/{MANIFEST}")
-            manifest = opened.part(path).manifest
-            opened.read_ahead(*(f"{place}/{file}" for file in (MANIFEST, *_needed(manifest, runtime))))
+        opened.read_ahead(*_needed(opened, runtime))
         if "parts" in opened.manifest:
             opened.read_ahead(WEIGHTS, SURGERY)
     return opened
 
 
-def _needed(manifest: Mapping[str, Any], runtime: str | None) -> list[str]:
-    """Names of the files from which a program is loaded."""
+def _needed(opened: Opened, runtime: str | None) -> list[str]:
+    """Names of the files from which programs are loaded, those of parts included."""
+    manifest, names = opened.manifest, list[str]()
+    for path, folder in manifest.get("parts", {}).items():
+        names += [f"{PARTS}/{folder}/{name}" for name in (MANIFEST, *_needed(opened.part(path), runtime))]
+    if names:
+        return names
     own = manifest.get("runtime")
     stored = own is not None and own in RUNTIMES and runtime in (None, own)
     files = [f"model{suffix}" for suffix in find_runtime(str(own)).suffixes] if stored else []

@@ -169,10 +169,10 @@ def _wrong_buckets(manifest: ManifestJson) -> str | None:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a file's name stays in the folder: a plain name, or `parts/PART/FILE`."""
+    """Whether a file's name stays in the folder: a plain name, `parts/PART/FILE`, or `parts/PART/parts/SIZE/FILE`."""
     words = name.split("/")
     plain = all(FILE.fullmatch(word) and not RESERVED.fullmatch(word) for word in words)
-    return plain and (len(words) == 1 or (len(words) == 3 and words[0] == PARTS))
+    return plain and len(words) in (1, 3, 5) and all(word == PARTS for word in words[:-1:2])
 
 
 def part_folders(paths: Iterable[str]) -> dict[str, str]:

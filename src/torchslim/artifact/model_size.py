@@ -14,7 +14,8 @@ from torchslim.artifact.assembled import AnyDeployed, DeployedParts, pieces
 from torchslim.artifact.latency import resized
 from torchslim.core.batches import call
 from torchslim.core.isolation import quiet, unfused_attention, untouched
-from torchslim.core.parts import part_view
+from torchslim.core.parts import Mounted, part_view
+from torchslim.core.program_names import split_name
 from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
 from torchslim.graph.calling import by_keyword
@@ -22,9 +23,22 @@ from torchslim.graph.io_structure import build
 
 
 def stored_weights(model: nn.Module) -> list[Tensor]:
-    """Learned tensors of a model, tied ones once; of a quantized graph the integers, without the scales."""
-    frozen = [value for name, value in model.named_buffers() if "_frozen_param" in name]
-    return list({id(value): value for value in (*model.parameters(), *frozen)}.values())
+    """Learned tensors of a model, tied ones once; of a quantized graph the integers, without the scales.
+
+    The further programs of a part have the weights of its first one.
+    """
+    further = {
+        id(module)
+        for part in model.modules()
+        if isinstance(part, Mounted)
+        for number, program in part.programs.items()
+        if number > 1 and isinstance(program, nn.Module)
+        for module in program.modules()
+    }
+    modules = [module for module in model.modules() if id(module) not in further]
+    weights = [value for module in modules for value in module.parameters(recurse=False)]
+    frozen = [value for module in modules for name, value in module._buffers.items() if "_frozen_param" in name]
+    return list({id(value): value for value in (*weights, *frozen) if value is not None}.values())
 
 
 def parameters(model: nn.Module) -> int:
@@ -68,10 +82,12 @@ def sample_macs(model: nn.Module, deployed: AnyDeployed) -> Macs:
 
     Of a model with deployed parts, the sum over one call of each part.
     """
-    examples = deployed.part_examples if isinstance(deployed, DeployedParts) else {}
+    parts = deployed.part_examples if isinstance(deployed, DeployedParts) else {}
+    first: dict[str, Inputs] = {path: examples[0] for path, examples in parts.items()}
     counted = [
-        macs(_Named(part_view(model, path, examples.get(path, ()))), (build(piece.spec.inputs, resized(piece)),))
+        macs(_Named(part_view(model, path, first.get(path, ()))), (build(piece.spec.inputs, resized(piece)),))
         for path, piece in pieces(deployed).items()
+        if split_name(path)[1] == 1
     ]
     uncounted = sorted({name for part in counted for name in part.uncounted})
     return Macs(sum(part.total for part in counted), tuple(uncounted))

@@ -76,6 +76,15 @@ class Opened:
         ahead = {name[len(place) + 1 :]: data for name, data in self.ahead.items() if name.startswith(f"{place}/")}
         return Opened(self.folder / place, dict(manifest), ahead, self.signed)
 
+    def programs(self) -> dict[str, Opened]:
+        """The artifacts of the programs by the name of their part; of a whole model this one, under ""."""
+        names = () if "buckets" in self.manifest else self.manifest.get("parts", ())
+        return {name: self.part(name) for name in names} or {"": self}
+
+    def sizes(self) -> list[Opened]:
+        """The artifacts of the programs for listed sizes; this one alone where it holds one program."""
+        return [self.part(name) for name in self.manifest["parts"]] if "buckets" in self.manifest else [self]
+
     def into(self, module: nn.Module) -> nn.Module:
         """The saved module, restored in a module of its kind; see `load_module`."""
         if WEIGHTS not in self.manifest["files"]:

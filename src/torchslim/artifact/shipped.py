@@ -25,8 +25,8 @@ def kept_right(model: nn.Module, deployed: AnyDeployed, folder: Path) -> bool:
         part = part_at(model, path)
         if not isinstance(part, QuantizedModule) or part.evidence is None or not piece.suffixes:
             continue
-        opened = opened_for_loading(folder, None, None)
-        loaded = load_opened(opened.part(path) if path else opened, trusted=True)  # machine code was made by this run
+        place = opened_for_loading(folder, None, None).programs()[path]
+        loaded = load_opened(place, trusted=True)  # machine code was made by this run
         if off(part, loaded):
             return False
     return True

@@ -113,10 +113,11 @@ def confirm(folder: str | Path, deployed: AnyDeployed, digest: str) -> None:
     opened = opened_for_loading(folder, None, None)
     if opened.manifest["digest"] != digest:
         return
+    places = opened.programs()
     for path, part in own.items():
         if not part.quantized or not part.suffixes:
             continue
-        loaded = load_opened(opened.part(path) if path else opened, trusted=True)  # machine code was just written here
+        loaded = load_opened(places[path], trusted=True)  # machine code was just written here
         if not alike(part, loaded):
             raise ArtifactError(
                 f"the model saved to {folder} gives other outputs than before on {part.runtime!r}; save it "

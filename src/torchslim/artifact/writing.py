@@ -24,7 +24,7 @@ from torchslim.errors import ArtifactError, StorageError
 MANIFEST = "artifact.json"
 STAGING = ".saving"
 OURS = re.compile(
-    r"artifact\.json|model(\.aoti)?\.(pt2|onnx|xml|bin|pte)|(weights|masks)\.safetensors|surgery\.json|example\.npz|"
+    r"artifact\.json|model(\.aoti)?\.(pt2|onnx|xml|bin|pte)|graph\.pt2|(weights|masks)\.safetensors|surgery\.json|example\.npz|"
     rf"bench\.py|run\.json|report\.html|{re.escape(TEMPORARY)}.*"
 )
 """Names of the files that an interrupted save may leave in its staging folder."""

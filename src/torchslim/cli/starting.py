@@ -89,13 +89,14 @@ def list_(as_json: bool) -> None:
     from torchslim.core.metrics import METRICS
     from torchslim.distill import LOSSES
     from torchslim.pipeline.recipe import STEPS
-    from torchslim.prune import CRITERIA, PATTERNS
+    from torchslim.prune import BLOCK_CRITERIA, CRITERIA, PATTERNS
     from torchslim.quantize import SCHEMES
     from torchslim.runtimes import RUNTIMES
 
     tables = {
         "steps": {name: _about(kind) for name, kind in STEPS.items()},
         "criteria": {name: criterion.about for name, criterion in CRITERIA.items()},
+        "criteria of blocks": dict(BLOCK_CRITERIA),
         "patterns": dict(PATTERNS),
         "losses": {name: _about(kind) for name, kind in LOSSES.items()},
         "schemes": {name: scheme.about for name, scheme in SCHEMES.items()},

@@ -5,22 +5,21 @@ So the example inputs of a part and its calibration data are those that the whol
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from torchslim.core.batches import EXAMPLES, Batch, batch_size, call, predictor, spanning
+from torchslim.core.object_states import detached_copy
 from torchslim.core.parts import signature_of
 from torchslim.core.step import Inputs
 from torchslim.core.task import Task
 from torchslim.core.tensor_objects import by_structure, holds_objects, named_arguments, unpacked
-from torchslim.core.trees import changed, tensors
+from torchslim.core.trees import tensors
 from torchslim.errors import TaskError
 
 MOST_CALLS = 2_000  # recorded calls of a part that are kept; a seeded sample of all where there are more
@@ -42,7 +41,7 @@ class Calls:
             place = self.random.randrange(self.count)
             if place >= len(self.inputs):
                 return
-        inputs = self._named(_copied(args), _copied(kwargs))
+        inputs = self._named(detached_copy(args), detached_copy(kwargs))
         self.bytes += sum(tensor.nbytes for tensor in tensors(unpacked(inputs)))
         if place < len(self.inputs):
             self.inputs[place] = inputs
@@ -52,19 +51,6 @@ class Calls:
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Positional arguments alone, or all arguments by name: either form that example inputs may have."""
         return named_arguments(self.signature, args, kwargs) if kwargs or holds_objects(args) else args
-
-
-def _copied(tree: Any) -> Any:
-    """A deep copy of arguments, with detached tensors."""
-    memo: dict[int, Any] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        memo[id(tensor)] = tensor.detach().clone()
-        return tensor
-
-    with torch.inference_mode(False):  # a clone made in inference mode could not be captured
-        changed(tree, note)
-        return copy.deepcopy(tree, memo)
 
 
 @contextmanager
@@ -135,11 +121,6 @@ def recorded_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Inpu
             "called itself, not only through its methods or weights"
         )
     return {path: record.inputs for path, record in calls.items()}
-
-
-def recorded_examples(model: nn.Module, paths: Sequence[str], inputs: Sequence[Inputs]) -> dict[str, list[Inputs]]:
-    """For each part, the examples among its calls on the inputs; see `examples_of_part`."""
-    return {path: examples_of_part(calls) for path, calls in recorded_calls(model, paths, inputs).items()}
 
 
 def examples_of_part(calls: Sequence[Inputs]) -> list[Inputs]:

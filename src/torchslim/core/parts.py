@@ -1,6 +1,7 @@
 """Parts: submodules that are pruned, quantized and deployed, while the model around them stays in Python.
 
-A part is named by its path; the empty path is the model itself.
+A part is named by its path; the empty path is the model itself. A part may have several programs, one for each frequent
+structure of its calls: the first one has the name of the part, the others are numbered, "decoder#2".
 """
 
 from __future__ import annotations
@@ -8,34 +9,67 @@ from __future__ import annotations
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchslim.core.isolation import copy_model
 from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
+from torchslim.core.object_states import become, end_states
+from torchslim.core.program_names import split_name
 from torchslim.core.step import Inputs
-from torchslim.core.tensor_objects import holds_objects, named_arguments, packed, unpacked, view_with_tensors
-from torchslim.core.trees import tensors, to_device
+from torchslim.core.tensor_objects import (
+    changes_state,
+    holds_objects,
+    named_arguments,
+    packed,
+    put,
+    unpacked,
+    view_with_tensors,
+)
+from torchslim.core.trees import to_device
 from torchslim.errors import SelectError
 
 WHOLE = ""  # path of the model itself
 
 
-class Mounted(nn.Module):
-    """Stands in the place of a part: calls `inner`, and has the other attributes and methods of the part.
+class Fitted(NamedTuple):
+    """The flat tensors of a call, in the structure that a program was captured with; its only argument then."""
 
-    `inner` is a quantized graph or a deployed model. A call of another structure than `inner` was captured with, such
-    as the first step of a generation, whose cache is empty, runs the part's own module. Tensors in objects, such as
-    caches, are taken out for the call and put back. Outputs are returned on the device of the inputs.
+    leaves: list[Tensor]
+
+
+class Program(Protocol):
+    """A captured program: a quantized graph or a deployed model."""
+
+    def fitted(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, sizes: bool = False) -> Fitted | None:
+        """The tensors of a call of the captured structure and ranks (and `sizes`); None for other calls."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Mounted(nn.Module):
+    """Stands in the place of a part: calls its programs, and has the other attributes and methods of the part.
+
+    A call runs the program of its structure. A call of another structure runs the part's own module, and so does one
+    that has the structure of a numbered program, but sizes that it does not take. Tensors in objects, such as caches,
+    are taken out for the call and put back. Outputs are returned on the device of the inputs.
+
+    Args:
+        part: the module that was there before.
+        programs: quantized graphs or deployed models, by number, from 1.
     """
 
-    def __init__(self, part: nn.Module, inner: Callable[..., Any]) -> None:
+    def __init__(self, part: nn.Module, programs: Mapping[int, Program]) -> None:
         super().__init__()
         part = part.part if isinstance(part, Mounted) else part
         vars(self)["_part"] = (part,)  # in a tuple: its weights are not the whole model's any more
-        self.inner = inner
+        vars(self)["_numbers"] = tuple(sorted(programs))
+        vars(self)["_ends"] = {}
+        for number, program in programs.items():
+            setattr(self, mounted_as(number), program)
         self.training = part.training
         # code around a part may look at the arguments that its forward takes
         forward = types.FunctionType(_forward.__code__, _forward.__globals__, "forward", _forward.__defaults__)
@@ -51,13 +85,18 @@ class Mounted(nn.Module):
         self.__class__ = type("Mounted", (Mounted,), {"forward": forward, "__module__": __name__})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Mounted, (self.part, self.inner), vars(self)  # the class of an instance has no name to be found by
+        return Mounted, (self.part, self.programs), vars(self)  # the class of an instance has no name to be found by
 
     @property
     def part(self) -> nn.Module:
         """The module that was there before."""
         part: nn.Module = vars(self)["_part"][0]
         return part
+
+    @property
+    def programs(self) -> dict[int, Any]:
+        """What is called in place of the part, by number."""
+        return {number: getattr(self, mounted_as(number)) for number in vars(self)["_numbers"]}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -68,19 +107,36 @@ class Mounted(nn.Module):
             return getattr(self.part, name)
 
 
+def mounted_as(number: int) -> str:
+    """The attribute of a `Mounted` that holds the program with a number."""
+    return "inner" if number == 1 else f"inner_{number}"
+
+
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    inner, objects = self.inner, dict[str, Any]()
+    objects: dict[str, Any] = {}
     given: tuple[Any, Any] = (args, kwargs)
     if holds_objects(given):
-        named = unpacked(named_arguments(signature_of(self.part), args, kwargs), objects)
-        given = ((), named)
-    if not inner.takes(*given[0], **given[1]):  # calls of another structure than the captured one
-        return self.part(*args, **kwargs)
-    outputs = packed(inner(*given[0], **given[1]), objects)
-    if isinstance(inner, nn.Module):
-        return outputs
-    tensors_given = tensors(given)
-    return to_device(outputs, tensors_given[0].device) if tensors_given else outputs
+        given = ((), unpacked(named_arguments(signature_of(self.part), args, kwargs), objects))
+    for number, program in self.programs.items():
+        fitted = program.fitted(*given, sizes=number > 1)
+        if fitted is None:
+            continue
+        outputs = program(fitted)
+        device = fitted.leaves[0].device if fitted.leaves else None
+        ends: dict[str, Any] = {}
+        if objects and changes_state(outputs, objects):
+            known = vars(self)["_ends"]
+            if (number, device) not in known:
+                known[number, device] = end_states(self.part, signature_of(self.part), args, kwargs)
+            ends = known[number, device]
+
+        def fill(name: str, own: Mapping[str, Any], ends: Mapping[str, Any] = ends) -> Any:
+            return become(objects[name], ends[name], own) if name in ends else put(objects[name], own)
+
+        if device is not None and not isinstance(program, nn.Module):
+            outputs = to_device(outputs, device)
+        return packed(outputs, fill)
+    return self.part(*args, **kwargs)
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
@@ -121,44 +177,59 @@ def select_parts(model: nn.Module, part: Patterns) -> tuple[str, ...]:
                 f"part {chosen[path]!r} names {path}, a {type(modules[path]).__name__}, which is never called; name "
                 f"its modules: part='{path}.*'"
             )
+        if split_name(path)[1] != 1:
+            raise SelectError(f"part {path!r} has the name of a further program of a part; rename the module")
         if inside := next((other for other in ordered if other.startswith(f"{path}.")), None):
             raise SelectError(f"the parts {path!r} and {inside!r} overlap; name one of them")
     return tuple(ordered)
 
 
-def part_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path; for one that is mounted, the module that it calls."""
+def part_at(model: nn.Module, name: str) -> nn.Module:
+    """The module at a path; for one that is mounted, the graph with the name that it calls, if it has one."""
+    path, number = split_name(name)
     module = model.get_submodule(path) if path else model
-    return module.inner if isinstance(module, Mounted) and isinstance(module.inner, nn.Module) else module
+    graph = module.programs.get(number) if isinstance(module, Mounted) else None
+    return graph if isinstance(graph, nn.Module) else module
 
 
-def part_view(model: nn.Module, path: str, example: Inputs) -> nn.Module:
+def part_view(model: nn.Module, name: str, example: Inputs) -> nn.Module:
     """The module at a path as it is captured: with dicts of tensors in place of objects in the example."""
+    path, number = split_name(name)
     module = model.get_submodule(path) if path else model
     if isinstance(module, Mounted):
-        return part_at(model, path)
+        return part_at(model, name)
     if not path or not isinstance(example, Mapping) or not holds_objects(example):
         return module
-    return view_with_tensors(module, signature_of(module), example)
+    return view_with_tensors(module, signature_of(module), example, stays=number == 1)
 
 
 def part_views(model: nn.Module, parts: Mapping[str, Sequence[Inputs]]) -> dict[str, nn.Module]:
-    """`part_view` of each part by its first example; the model itself where there are no parts."""
-    return {path: part_view(model, path, examples[0]) for path, examples in parts.items()} or {WHOLE: model}
+    """`part_view` of each program by its first example; the model itself where there are no parts.
+
+    Programs that a mounted part does not have are left out.
+    """
+    views = {name: part_view(model, name, examples[0]) for name, examples in parts.items()}
+    return {name: view for name, view in views.items() if not isinstance(view, Mounted)} or {WHOLE: model}
 
 
-def mounted(model: nn.Module, parts: Mapping[str, Callable[..., Any]]) -> nn.Module:
+def mounted(model: nn.Module, programs: Mapping[str, Any]) -> nn.Module:
     """The model with other parts in place; `model` is changed, unless the part is the model itself.
 
-    A plain module replaces a part of the same class, as after pruning; everything else is put into a `Mounted`.
+    A plain module replaces a part of the same class, as after pruning; everything else is put into a `Mounted`, the
+    numbered programs of a part beside its first one.
     """
-    for path, part in parts.items():
-        if path == WHOLE:
-            assert isinstance(part, nn.Module)
-            return part
-        before = model.get_submodule(path)
-        plain = isinstance(part, nn.Module) and type(part) is type(before)
-        after = part if plain else Mounted(before, part)
+    if WHOLE in programs:
+        whole = programs[WHOLE]
+        assert isinstance(whole, nn.Module)
+        return whole
+    by_path: dict[str, dict[int, Any]] = {}
+    for name, program in programs.items():
+        path, number = split_name(name)
+        by_path.setdefault(path, {})[number] = program
+    for path, of_path in by_path.items():
+        before, first = model.get_submodule(path), of_path.get(1)
+        plain = isinstance(first, nn.Module) and type(first) is type(before)
+        after = first if plain else Mounted(before, of_path)
         assert isinstance(after, nn.Module)
         for module in list(model.modules()):  # a module may have several places
             if isinstance(module, Mounted):
@@ -175,12 +246,14 @@ def parts_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def under(path: str, name: str) -> str:
-    """The name in the whole model of something inside of a part."""
+    """The name in the whole model of something inside of a part, or of a program of it."""
+    path, _ = split_name(path)
     return f"{path}.{name}".strip(".")
 
 
 def inside(path: str, name: str) -> str | None:
     """The name inside of a part of something in the whole model; None where it is elsewhere."""
+    path, _ = split_name(path)
     if path == WHOLE:
         return name
     return name[len(path) + 1 :] if name.startswith(f"{path}.") else None
@@ -196,6 +269,7 @@ def patterns_inside(model: nn.Module, path: str, patterns: Iterable[str]) -> dic
         return {pattern: [pattern] for pattern in patterns}
     types_ = class_names(model)
     part = part_at(model, path)
+    path, _ = split_name(path)
     names = [name for name, _ in (*part.named_modules(), *part.named_parameters(remove_duplicate=False)) if name]
     found: dict[str, list[str]] = {}
     for pattern in patterns:

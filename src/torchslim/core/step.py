@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from torchslim.core.checks import Seed, Threads, check_fields
+from torchslim.core.program_names import first_programs
 from torchslim.core.task import Task
 from torchslim.core.tensor_objects import of_structure
 from torchslim.errors import RecipeError
@@ -214,7 +215,7 @@ class Context:
     @property
     def paths(self) -> tuple[str, ...]:
         """Paths of the parts that steps change; `("",)` for the whole model."""
-        return tuple(self.parts) or ("",)
+        return first_programs(self.parts) or ("",)
 
     def within(self, path: str) -> Context:
         """The context as a part sees it: its example inputs, and a workbench that deploys and times the part alone."""

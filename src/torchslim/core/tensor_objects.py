@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ MARK = "tensors of "  # begins the key under which an object's tensors stand
 STATE = " in state "  # before the digest of an object's plain values in that key
 RESULT = "result of the call"  # key of what a part returned, beside objects that it changed and did not return
 DEPTH = 12
-PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type)
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that depend on sizes, while a module is captured
+PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type, *SYMBOLS)
 
 
 def holds_tensors(value: Any) -> bool:
@@ -142,22 +143,43 @@ def unpacked(tree: Any, objects: dict[str, Any] | None = None, path: str = "") -
     return tree
 
 
-def packed(tree: Any, objects: Mapping[str, Any]) -> Any:
-    """The inverse of `unpacked`: each dict of tensors becomes its object, in which the tensors are set."""
+def packed(tree: Any, fill: Callable[[str, Mapping[str, Any]], Any]) -> Any:
+    """The inverse of `unpacked`: what `fill` returns for the name and the tensors of an object replaces their dict."""
     if type(tree) is dict:
         if len(tree) == 1 and (key := str(next(iter(tree)))).startswith(MARK):
-            return put(objects[_name(key)], tree[key])
+            return fill(_name(key), tree[key])
         if RESULT in tree:
             for key in tree:
                 if key != RESULT:
-                    put(objects[_name(key)], tree[key])
-            return packed(tree[RESULT], objects)
-        return {key: packed(item, objects) for key, item in tree.items()}
+                    fill(_name(key), tree[key])
+            return packed(tree[RESULT], fill)
+        return {key: packed(item, fill) for key, item in tree.items()}
     if type(tree) in (tuple, list):
-        return type(tree)(packed(item, objects) for item in tree)
+        return type(tree)(packed(item, fill) for item in tree)
     if is_dataclass(tree) and isinstance(tree, Mapping):
-        return type(tree)(**{key: packed(item, objects) for key, item in tree.items()})
+        return type(tree)(**{key: packed(item, fill) for key, item in tree.items()})
     return tree
+
+
+def changes_state(tree: Any, objects: Mapping[str, Any]) -> bool:
+    """Whether an unpacked tree tells of objects with other tensors by path, or other plain values, than they have."""
+    return any(
+        key != _key(_name(key), objects[_name(key)]) or set(own) != set(tensors_in(objects[_name(key)]))
+        for key, own in _dicts(tree)
+    )
+
+
+def _dicts(tree: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The dicts of tensors in an unpacked tree, with their keys."""
+    if isinstance(tree, Mapping):
+        for key, item in tree.items():
+            if isinstance(key, str) and key.startswith(MARK):
+                yield key, item
+            else:
+                yield from _dicts(item)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _dicts(item)
 
 
 def structure_of(tree: Any) -> str:
@@ -173,7 +195,9 @@ def structure_of(tree: Any) -> str:
     return repr(torch.utils._pytree.tree_map(key, tree))
 
 
-def view_with_tensors(module: nn.Module, signature: inspect.Signature, inputs: Mapping[str, Any]) -> nn.Module:
+def view_with_tensors(
+    module: nn.Module, signature: inspect.Signature, inputs: Mapping[str, Any], *, stays: bool = True
+) -> nn.Module:
     """A view of a module that takes and returns dicts of tensors in place of the objects in `inputs`.
 
     The view shares all weights and submodules, under the same names.
@@ -182,6 +206,8 @@ def view_with_tensors(module: nn.Module, signature: inspect.Signature, inputs: M
         module: the module.
         signature: of its forward.
         inputs: arguments of a call by name, with objects.
+        stays: refuse a call that changes an object beyond the values of its tensors: as the most frequent call
+            of a part it would mean that most calls have objects in a state that no program was captured for.
     """
     objects: dict[str, Any] = {}
     unpacked(dict(inputs), objects)
@@ -189,20 +215,27 @@ def view_with_tensors(module: nn.Module, signature: inspect.Signature, inputs: M
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: copy.deepcopy(value) for name, value in empty.items()}
-        named = packed(named_arguments(signature, args, kwargs), given)
+        named = packed(named_arguments(signature, args, kwargs), lambda name, own: put(given[name], own))
         before = {name: (tensors_in(value), plain_values(value)) for name, value in given.items()}
-        versions = {name: [leaf._version for leaf in tensors_in(value).values()] for name, value in given.items()}
+        versions = {name: {path: leaf._version for path, leaf in own.items()} for name, (own, _) in before.items()}
         outputs = unpacked(type(module).forward(self, **named), given)
-        _check_objects(type(module).__name__, given, before)
-        returned = _mentioned(outputs)
+        _check_objects(type(module).__name__, given, before, stays)
+        returned = {_name(key) for key, _ in _dicts(outputs)}
+
+        def untouched(name: str) -> bool:
+            leaves, plain = before[name]
+            own = tensors_in(given[name])
+            same = all(
+                own[path] is leaf and leaf._version == versions[name][path]
+                for path, leaf in leaves.items()
+                if path in own
+            )
+            return same and set(own) == set(leaves) and plain_values(given[name]) == plain
+
         changed = {
             _key(name, given[name]): tensors_in(given[name])
-            for name, (leaves, _) in before.items()
-            if name not in returned
-            and any(
-                leaf is not leaves[path] or leaf._version != version
-                for (path, leaf), version in zip(tensors_in(given[name]).items(), versions[name], strict=True)
-            )
+            for name in before
+            if name not in returned and not untouched(name)
         }
         return {RESULT: outputs, **changed} if changed else outputs
 
@@ -212,7 +245,7 @@ def view_with_tensors(module: nn.Module, signature: inspect.Signature, inputs: M
     return view
 
 
-def _check_objects(part: str, objects: Mapping[str, Any], before: Mapping[str, tuple[Any, Any]]) -> None:
+def _check_objects(part: str, objects: Mapping[str, Any], before: Mapping[str, tuple[Any, Any]], stays: bool) -> None:
     """Raise TaskError for what a program cannot do to the objects of a call."""
     for name, value in objects.items():
         kind = type(value).__name__
@@ -222,26 +255,26 @@ def _check_objects(part: str, objects: Mapping[str, Any], before: Mapping[str, t
                 "objects that it was given: choose a submodule inside of it"
             )
         leaves, plain = before[name]
-        if values := [path for path, leaf in plain_values(value).items() if path not in plain or plain[path] != leaf]:
+        values = [path for path, leaf in plain_values(value).items() if path not in plain or plain[path] != leaf]
+        if sized := next((path for path in values if isinstance(plain_values(value)[path], SYMBOLS)), None):
             raise TaskError(
-                f"{part} changes {values[0]!r} of a {kind}, which is no tensor; a captured part can change tensors "
-                "alone: choose a submodule inside of it, or give examples with more steps if this is a first step"
+                f"{part} sets {sized!r} of a {kind} to a number that depends on sizes, which a program cannot return: "
+                "choose a submodule inside of it"
+            )
+        if not stays:
+            continue
+        if values:
+            raise TaskError(
+                f"{part} changes {values[0]!r} of a {kind}, which is no tensor, at most calls; a captured part can "
+                "change tensors alone: choose a submodule inside of it, or give examples with more steps if this is a "
+                "first step"
             )
         if moved := sorted(set(leaves) ^ set(tensors_in(value))):
             raise TaskError(
-                f"{part} adds or removes the tensor {moved[0]!r} of a {kind}; a captured part can replace the tensors "
-                "of an object, not their number: choose a submodule inside of it"
+                f"{part} adds or removes the tensor {moved[0]!r} of a {kind} at most calls; a captured part can "
+                "replace the tensors of an object, not their number: choose a submodule inside of it, or give examples "
+                "with more steps if this is a first step"
             )
-
-
-def _mentioned(tree: Any) -> set[str]:
-    """The names of the objects in an unpacked tree."""
-    if isinstance(tree, Mapping):
-        own = {_name(key) for key in tree if isinstance(key, str) and key.startswith(MARK)}
-        return own.union(*(_mentioned(item) for item in tree.values()))
-    if isinstance(tree, (tuple, list)):
-        return set().union(*(_mentioned(item) for item in tree))
-    return set()
 
 
 def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

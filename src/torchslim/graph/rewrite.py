@@ -32,6 +32,14 @@ def graft(graph: Graph, traced: Graph, inputs: Sequence[Node], before: Node, own
     return result
 
 
+def inputs_first(graph: Graph) -> None:
+    """Move the inputs before all operations: exporters of programs expect them there."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    first = next(node for node in graph.nodes if node.op != "placeholder")  # the output, if nothing else
+    for node in inputs:
+        first.prepend(node)
+
+
 def strip_unused(model: GraphModule) -> None:
     """Delete parameters, buffers and submodules that the graph no longer uses, such as float copies of its weights."""
     model.delete_all_unused_submodules()

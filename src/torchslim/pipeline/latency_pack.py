@@ -23,6 +23,7 @@ from torchslim.pipeline.work_folder import own
 from torchslim.prune import Prune
 from torchslim.prune.channel_step import PruneChannels
 from torchslim.prune.latency.table import FORMAT, Variant, programs, variants
+from torchslim.prune.masking.patterns import BLOCK, CHANNEL
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.base import as_array
 from torchslim.runtimes.kernel_listing import UNWANTED
@@ -129,9 +130,9 @@ def _write_script(folder: Path, whole: Deployed, programs: Sequence[str]) -> lis
 def _step(steps: Sequence[Step]) -> PruneChannels:
     """The first step that prunes to a latency; raises RecipeError without one, or if an earlier one changes shapes."""
     for number, step in enumerate(steps, 1):
-        if isinstance(step, Prune) and step.of == "latency":
+        if isinstance(step, Prune) and step.of == "latency" and step.pattern == CHANNEL:
             return step.channels()
-        if getattr(step, "student", None) is not None or (isinstance(step, Prune) and step.pattern == "channel"):
+        if getattr(step, "student", None) is not None or (isinstance(step, Prune) and step.pattern in (CHANNEL, BLOCK)):
             raise RecipeError(
                 f"step {number} ({step_name(step)!r}) changes the model's shape before one prunes to a latency: what "
                 "that will receive is not known yet; put it first"

@@ -219,10 +219,10 @@ class _Rehearsal:
         """Save the artifact, load it or its parts in this process, and run them."""
         folder = self.folder / "saved"
         write_artifact(folder, deployed=last.deployed, module=last.module, masks=last.masks)
-        opened = opened_for_loading(folder, None, None)
+        places = opened_for_loading(folder, None, None).programs()
         for path, piece in pieces(last.deployed).items():
             if piece.suffixes:  # machine code in it was just written here
-                loaded = load_opened(opened.part(path) if path else opened, trusted=True)
+                loaded = load_opened(places[path], trusted=True)
                 loaded.run(list(loaded.example))
 
     @contextmanager

@@ -70,6 +70,7 @@ def compare_rows(
             f"{kind}, part {path}": timings.latency(f"{stage}/{kind}/{path}").to_dict()
             for kind in kinds
             for path in parts
+            if f"{stage}/{kind}/{path}" in timings.rounds  # the runtime may not take a further program of a part
         }
         sizes = [rows[place]["size_bytes"].get("value") for place in (0, max(index - 1, 0), index)]
         row["shrink"] = {

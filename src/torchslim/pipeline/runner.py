@@ -163,7 +163,7 @@ class _Runner:
         self.key = origin
         self.metric: Metric = ctx.task.as_metric()
         self.machine = describe_machine(ctx.target.threads)
-        self.examples = ctx.example_inputs, {path: own[0] for path, own in ctx.parts.items()}
+        self.examples = ctx.example_inputs, ctx.parts
         self.classes: dict[str, type] = {}  # classes of the model's outputs: files store only their names
         self.rounds = ROUNDS
         self.known: AnyDeployed | None = None  # the model before any step, as a rehearsal has deployed it

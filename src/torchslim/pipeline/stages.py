@@ -14,8 +14,9 @@ from annotated_types import MaxLen
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from torchslim.artifact.assembled import AnyDeployed, DeployedParts
-from torchslim.artifact.loading import load_opened
+from torchslim.artifact.assembled import AnyDeployed, DeployedParts, pieces
+from torchslim.artifact.loading import PROGRAM, load_opened
+from torchslim.artifact.manifest import PARTS, part_folders
 from torchslim.artifact.opened import Opened, open_artifact
 from torchslim.artifact.storage import write_artifact
 from torchslim.core import distributed
@@ -29,11 +30,13 @@ from torchslim.core.schema import Schema
 from torchslim.core.seals import is_sealed, key_id, own_secret, seal
 from torchslim.core.step import DependsOnMore, Event, Form, Inputs, Step
 from torchslim.errors import StorageError, TorchslimError
-from torchslim.graph.export import module_of
+from torchslim.graph.export import capture, module_of
+from torchslim.graph.io_structure import build
 from torchslim.quantize import QuantizedModule
 from torchslim.report.records import StageRow, strict
 from torchslim.runtimes import Deployed, find_runtime
-from torchslim.runtimes.pt2 import load_program
+from torchslim.runtimes.bucketed import Bucketed
+from torchslim.runtimes.pt2 import load_program, pack_program
 
 COMMIT = "stage.json"  # written last: a stage folder that contains it is complete
 AGAIN = "the step is run again"
@@ -79,7 +82,8 @@ class Stage:
     def keep(self, key: str) -> None:
         """Write the stage to its folder, replacing the files of an earlier run."""
         module = None if isinstance(self.model, QuantizedModule) else self.module
-        keep(self.folder, key, module=module, masks=self.masks, deployed=self.deployed, row=self.row)
+        graphs = packed_graphs(self.model, self.deployed)
+        keep(self.folder, key, module=module, masks=self.masks, deployed=self.deployed, row=self.row, graphs=graphs)
 
 
 def stage_key(before: str, step: Step, steps: Sequence[Step], seed: int) -> str:
@@ -96,10 +100,11 @@ def keep(
     masks: Mapping[str, Tensor],
     deployed: AnyDeployed | None = None,
     row: Mapping[str, Any] | None = None,
+    graphs: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a model to a stage's folder, replacing its contents."""
     remove(folder)
-    artifact = write_artifact(folder, deployed=deployed, module=module, masks=masks)
+    artifact = write_artifact(folder, deployed=deployed, module=module, masks=masks, extra=graphs)
     record: dict[str, Any] = {
         "format": "torchslim-stage",
         "version": 1,
@@ -167,7 +172,7 @@ def restored(
     classes: dict[str, type],
     runtime: str,
     example: Inputs | None = None,
-    part_examples: Mapping[str, Inputs] | None = None,
+    part_examples: Mapping[str, Sequence[Inputs]] | None = None,
 ) -> Stage | None:
     """Load the stage that an earlier run finished under this key, if it is complete.
 
@@ -187,27 +192,28 @@ def restored(
         return None
     opened = stage_files.opened
     try:
-        if "buckets" in opened.manifest:
-            raise StorageError(f"{folder} holds a program for each of several sizes")
-        places = {path: opened.part(path) for path in opened.manifest.get("parts", ())} or {WHOLE: opened}
-        if any(place.manifest.get("runtime") != runtime for place in places.values()):
+        places = opened.programs()
+        if any(one.manifest.get("runtime") != runtime for place in places.values() for one in place.sizes()):
             raise StorageError(f"{folder} was made for another runtime than {runtime!r}")
         # machine code from elsewhere is never loaded: the program beside it is compiled again
         native, own = find_runtime(runtime).native, stage_files.own
-        pieces = {
+        loaded = {
             path: load_opened(place, trusted=own, compiled_again=native and not (own and _for_this_processor(place)))
             for path, place in places.items()
         }
-        for piece in pieces.values():
+        for piece in loaded.values():
             piece.program = replace(piece.program, classes=classes)
         if form is Form.QUANTIZED:
-            graphs = {path: _graph(places[path], piece, part_at(model, path)) for path, piece in pieces.items()}
+            graphs = {
+                name: _graph(opened.read(_graph_file(loaded, name)), piece, part_at(model, name))
+                for name, piece in loaded.items()
+            }
             if WHOLE not in graphs:
                 module = opened.into(copy_model(module)[0])
             current: nn.Module = mounted(module if WHOLE in graphs else copy_model(module)[0], graphs)
         else:
             current = module = opened.into(copy_model(module)[0])
-        deployed = pieces[WHOLE] if WHOLE in pieces else DeployedParts(current, pieces, example, part_examples)
+        deployed = loaded[WHOLE] if WHOLE in loaded else DeployedParts(current, loaded, example, part_examples)
         masks = opened.masks()
     except (TorchslimError, KeyError, ValueError, TypeError, RuntimeError) as error:
         # the files are intact but do not fit: a custom step changed the architecture, for example
@@ -224,9 +230,27 @@ def restored(
     )
 
 
-def _graph(place: Opened, deployed: Deployed, model: nn.Module) -> QuantizedModule:
-    """The quantized graph of a stored program, called like `model`."""
-    program, spec = module_of(load_program(io.BytesIO(place.read("model.pt2")))), deployed.spec
+def packed_graphs(model: nn.Module, deployed: AnyDeployed) -> dict[str, bytes]:
+    """Quantized graphs that leave the listed sizes free, by file; a program for each size does not tell them."""
+    graphs: dict[str, bytes] = {}
+    own = pieces(deployed)
+    for name, piece in own.items():
+        graph = part_at(model, name)
+        if isinstance(piece, Bucketed) and isinstance(graph, QuantizedModule):
+            examples: list[Inputs] = [build(program.spec.inputs, program.example) for program in piece.programs]
+            graphs[_graph_file(own, name)] = pack_program(capture(graph, examples).program)
+    return graphs
+
+
+def _graph_file(deployed: Mapping[str, Deployed], name: str) -> str:
+    """The file in a stage's artifact from which the graph of a program is read."""
+    file = "graph.pt2" if isinstance(deployed[name], Bucketed) else PROGRAM
+    return f"{PARTS}/{part_folders(deployed)[name]}/{file}" if name else file
+
+
+def _graph(data: bytes, deployed: Deployed, model: nn.Module) -> QuantizedModule:
+    """The quantized graph in a stored program, called like `model`."""
+    program, spec = module_of(load_program(io.BytesIO(data))), deployed.spec
     return QuantizedModule(
         program,
         signature_of(model),
@@ -251,8 +275,7 @@ def alone(folder: Path, waiting: Callable[[Event], None] | None) -> Iterator[Non
 
 
 def _for_this_processor(opened: Opened) -> bool:
-    spec = opened.manifest.get("spec")
-    return isinstance(spec, Mapping) and spec.get("instruction_set") == instruction_set()
+    return all(one.manifest["spec"]["instruction_set"] == instruction_set() for one in opened.sizes())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts
-from torchslim.artifact.deployment import verified
+from torchslim.artifact.deployment import deploy_programs, verified
 from torchslim.artifact.latency_cache import LatencyTable
 from torchslim.artifact.shipped import as_saved
 from torchslim.core.checks import check_fields
@@ -68,8 +68,8 @@ class Bench:
         if not self.parts:
             return self.deploy_whole(model, saved)
         views = part_views(model, self.parts)
-        parts = {path: self.within(path).deploy_whole(view, saved) for path, view in views.items()}
-        return DeployedParts(model, parts, self.example_inputs, {path: own[0] for path, own in self.parts.items()})
+        parts = deploy_programs(views, self.parts, lambda name, view: self.within(name).deploy_whole(view, saved))
+        return DeployedParts(model, parts, self.example_inputs, self.parts)
 
     def deploy_whole(self, model: nn.Module, saved: bool = False) -> Deployed:
         """`deploy` for a bench without parts."""

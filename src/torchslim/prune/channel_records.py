@@ -1,4 +1,4 @@
-"""Layer records of channel pruning: what each module lost, and which groups stayed."""
+"""Layer records of channel and depth pruning: what each module lost, and which groups or blocks stayed."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ def shapes_of_parameters(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def pruned_records(before: Mapping[str, torch.Size], model: nn.Module) -> list[LayerRecord]:
-    """A record for each module whose parameters have become smaller than `before`."""
+    """A record for each module whose parameters have become smaller than `before`, or are gone."""
     after = shapes_of_parameters(model)
     modules: dict[str, list[str]] = {}
     for name in before:
-        if before[name] != after[name]:
+        if before[name] != after.get(name):
             modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
     records = []
     for path, names in modules.items():
         matrices = [name for name in names if len(before[name]) > 1] or names[:1]
-        changes = ", ".join(_change(name, before[name], after[name]) for name in matrices)
-        old, new = (sum(shapes[name].numel() for name in names) for shapes in (before, after))
+        if all(name not in after for name in names):
+            records.append(LayerRecord(layer=path, action="pruned", reason="removed with its block", sparsity=1.0))
+            continue
+        changes = ", ".join(_change(name, before[name], after.get(name)) for name in matrices)
+        old, new = (sum(shapes[name].numel() for name in names if name in shapes) for shapes in (before, after))
         records.append(LayerRecord(layer=path, action="pruned", reason=changes, sparsity=1 - new / old))
     return records
 
 
-def _change(name: str, before: torch.Size, after: torch.Size) -> str:
+def _change(name: str, before: torch.Size, after: torch.Size | None) -> str:
     attribute = name.rpartition(".")[2]
     prefix = "" if attribute == "weight" else f"{attribute} "
-    return f"{prefix}{' x '.join(map(str, before))} -> {' x '.join(map(str, after))}"
+    return f"{prefix}{' x '.join(map(str, before))} -> {'none' if after is None else ' x '.join(map(str, after))}"
 
 
 def refused_records(refusals: Iterable[tuple[str, str]]) -> list[LayerRecord]:

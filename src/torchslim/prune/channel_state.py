@@ -1,4 +1,4 @@
-"""The state of channel pruning between its rounds, and its checkpoint after every cut."""
+"""The state of channel or depth pruning between its rounds, and its checkpoint after every cut."""
 
 from __future__ import annotations
 
@@ -111,9 +111,10 @@ def _checkpoint(ctx: Context) -> Path | None:
 
 
 def cut_masks(masks: Mapping[str, Tensor], surgery: Surgery, model: nn.Module) -> dict[str, Tensor]:
-    """Masks of weights that are zero already, without the slices that the surgery removes from the whole `model`."""
+    """Masks of weights that are zero already, without what the surgery removes from the whole `model`."""
     first_path = {path: first for first, paths in parameter_paths(model).items() for path in paths}
-    remaining = dict(masks)
+    lost = {name for drop in surgery.drops for name in drop.tensors}
+    remaining = {name: mask for name, mask in masks.items() if name not in lost}
     for cut in surgery.cuts:
         for name, mask in remaining.items():
             if first_path.get(name) == cut.weight:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
@@ -103,13 +104,69 @@ class PruneChannels:
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         apply_masks(model, ctx.masks)
-        return _Rounds(self, model, ctx).run()
+        return Rounds(self, model, ctx).run()
+
+    def parts(self, ctx: Context, state: PruningState, received: nn.Module) -> list[CutPart]:
+        """The parts of the state's model that have layers to prune."""
+        return [
+            CutPart(self.latency_table, ctx, state, path, options, received)
+            for path, options in parts_to_cut(state.model, self.options, ctx.paths)
+        ]
+
+    def hooks(self, ctx: Context, state: PruningState, received: nn.Module) -> list[Hook]:
+        """Hooks that add the penalty to a training before a cut."""
+        penalty = self.penalty
+        if penalty is None:
+            return []
+        return [
+            make_penalty(penalty.kind, part.plan(state.model).coupling(), penalty.strength, part.path)
+            for part in self.parts(ctx, state, received)
+        ]
 
 
-class _Rounds:
+class Part(Protocol):
+    """A part of a model, or the whole model, that shrinks in every round."""
+
+    @property
+    def path(self) -> str:
+        """Path of the part; empty for the whole model."""
+        ...
+
+    def cut(self, target: float, *, last: bool) -> None:
+        """Shrink the part by a fraction of its size when the step received it."""
+        ...
+
+
+class Shrinks(Protocol):
+    """A step that shrinks a model in rounds."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """How the removal is spread."""
+        ...
+
+    @property
+    def penalty(self) -> SparsePenalty | None:
+        """The penalty in every training before a cut."""
+        ...
+
+    def targets(self) -> list[float]:
+        """The sparsity after each round."""
+        ...
+
+    def parts(self, ctx: Context, state: PruningState, received: nn.Module) -> Sequence[Part]:
+        """The parts of the state's model that shrink."""
+        ...
+
+    def hooks(self, ctx: Context, state: PruningState, received: nn.Module) -> list[Hook]:
+        """Hooks of a training before a cut."""
+        ...
+
+
+class Rounds:
     """One run of the step. Every target is a fraction of the model, or of the part, that the step received."""
 
-    def __init__(self, step: PruneChannels, model: nn.Module, ctx: Context) -> None:
+    def __init__(self, step: Shrinks, model: nn.Module, ctx: Context) -> None:
         self.step, self.ctx = step, ctx
         self.received, self.received_shapes = model, shapes_of_parameters(model)
         fresh = PruningState(model, dict(ctx.masks), {path: PartState() for path in ctx.paths})
@@ -127,7 +184,7 @@ class _Rounds:
             if number > state.cuts:
                 self.ctx.progress(Event(step=self.ctx.name, phase=f"cut-{number}"))
                 before = state.model
-                self._cut(self._parts(before), targets[number - 1], last=last)
+                self._cut(step.parts(self.ctx, state, self.received), targets[number - 1], last=last)
                 if state.model is not before:
                     state.warnings += _recalibrate(state.model, self.ctx)
                 state.cuts = number
@@ -144,7 +201,7 @@ class _Rounds:
             evidence=state.evidence,
         )
 
-    def _cut(self, parts: Sequence[CutPart], target: float, *, last: bool) -> None:
+    def _cut(self, parts: Sequence[Part], target: float, *, last: bool) -> None:
         """Cut every part; one of several that cannot shrink stays, with a warning, as long as another part shrinks."""
         stuck = 0
         for part in parts:
@@ -155,13 +212,6 @@ class _Rounds:
                 if stuck == len(parts):
                     raise
                 self.state.warnings.append(f"part {part.path!r} is not pruned: {error}")
-
-    def _parts(self, model: nn.Module) -> list[CutPart]:
-        """The parts of a model that have layers to prune."""
-        return [
-            CutPart(self.step.latency_table, self.ctx, self.state, path, options, self.received)
-            for path, options in parts_to_cut(model, self.step.options, self.ctx.paths)
-        ]
 
     def _train_sparsely(self) -> None:
         penalty = self.step.penalty
@@ -185,13 +235,7 @@ class _Rounds:
         self.state.history += [{"round": float(number), **row} for row in report.history]
 
     def _penalty_hooks(self) -> list[Hook]:
-        penalty = self.step.penalty
-        if penalty is None:
-            return []
-        return [
-            make_penalty(penalty.kind, part.plan(self.state.model).coupling(), penalty.strength, part.path)
-            for part in self._parts(self.state.model)
-        ]
+        return self.step.hooks(self.ctx, self.state, self.received)
 
 
 def _recalibrate(model: nn.Module, ctx: Context) -> list[str]:

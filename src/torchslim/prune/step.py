@@ -14,14 +14,16 @@ from torchslim.core.checks import check_fields
 from torchslim.core.fingerprint import canonical
 from torchslim.core.step import Context, Form, LayerRecord, Outcome, Step
 from torchslim.errors import PruneError
+from torchslim.prune.block_step import PruneBlocks
 from torchslim.prune.channel_step import PruneChannels, SparsePenalty
 from torchslim.prune.criteria.gathering import gather_for
 from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion
 from torchslim.prune.criteria.scoring import Normalization, Reduction
 from torchslim.prune.criteria.statistics import Gathered
 from torchslim.prune.dependency.resolve import Heads
+from torchslim.prune.depth.plan import BlockMeasure
 from torchslim.prune.masking.masks import NO_DATA, Masks
-from torchslim.prune.masking.patterns import CHANNEL, Order
+from torchslim.prune.masking.patterns import BLOCK, CHANNEL, Order
 from torchslim.prune.schedule import Schedule, ScheduleKind
 from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.penalties import Sparsify
@@ -39,6 +41,9 @@ AMOUNT = ("of", "scope", "round_to", "min_channels", "widths")
 OPTIONS = ("criterion", "heads", "include", "exclude", "reduction", "normalization", "unseen")
 """Fields that are passed to `ChannelOptions` unchanged."""
 
+BLOCKS = ("sparsity", "blocks", "of", "criterion", "include", "exclude")
+"""Fields that are passed to `PruneBlocks` unchanged."""
+
 CHANNELS_ONLY = (
     "heads",
     "reduction",
@@ -53,12 +58,12 @@ CHANNELS_ONLY = (
     "round_to",
     "min_channels",
 )
-"""Fields that are None unless the pattern is "channel"."""
+"""Fields that are None unless the pattern is "channel"; "block" takes `of` as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Set the least important weights to zero, or with the pattern "channel" remove whole channels.
+    """Set the least important weights to zero, or with the patterns "channel" and "block" remove channels or blocks.
 
     Args:
         sparsity: fraction of the chosen weights to remove; or a fraction per layer, {"conv1": 0.3, "layer4.*": 0.8},
@@ -71,9 +76,11 @@ class Prune:
         criterion: a name of `CRITERIA`, a `Criterion`, a function (weight, statistics) -> scores, or
             "package.module:name"; by default "l1" for weights and "lamp" for channels. A criterion that needs data gets
             the task's `calibration`, by default the first 512 samples of train. Criteria that rank only channels need
-            the pattern "slice" or "channel".
+            the pattern "slice" or "channel". For blocks a name in `BLOCK_CRITERIA`, or a function (outputs before,
+            outputs after) -> damage; by default "kl" where the labels are classes, else "error".
         pattern: "unstructured"; "slice", whole slices along `dim` by their L_`n` norm; "N:M", such as "2:4"; or
-            "channel", which physically removes channels, neurons and heads with all slices coupled to them.
+            "channel", which physically removes channels, neurons and heads with all slices coupled to them; or "block",
+            which physically removes whole residual blocks, such as the layers of a transformer.
         scope: rank the weights of all chosen layers together ("global") or of every layer separately ("layer").
             Sparsities given per layer always rank per layer.
         include: globs over layer or parameter paths, or "type:Linear".
@@ -82,8 +89,9 @@ class Prune:
             the fraction `until` of the training; weights only). The last two need `train`; for the first it is
             optional.
         train: Finetune(...) or Distill(...).
-        of: channels only, as for `ts.prune.channels`; "latency" is measured on the run's target, with the model in the
-            scheme that the recipe ends with.
+        blocks: blocks only: instead of a sparsity, names or globs of blocks as `ts.prune.inspect` lists them.
+        of: as for `ts.prune.channels` or `ts.prune.blocks`; "latency" is measured on the run's target, with the model
+            in the scheme that the recipe ends with.
         round_to: channels only, as for `ts.prune.channels`.
         min_channels: channels only, as for `ts.prune.channels`.
         heads: channels only, as for `ts.prune.channels`.
@@ -112,7 +120,7 @@ class Prune:
     rounds: int = 3
     until: float = 0.75
     train: Training | None = None
-    of: Of | None = None
+    of: Of | BlockMeasure | None = None
     round_to: int | None = None
     min_channels: int | None = None
     heads: Heads | None = None
@@ -124,14 +132,17 @@ class Prune:
     latency_table: str | None = None
     unseen: UnseenCode | None = None
     widths: Mapping[str, int] | None = None
+    blocks: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, PruneError)
         self._check_mode()
         self.method()
 
-    def method(self) -> PruneWeights | PruneChannels:
+    def method(self) -> PruneWeights | PruneChannels | PruneBlocks:
         """The step for the pattern, with its defaults filled in."""
+        if self.pattern == BLOCK:
+            return PruneBlocks(schedule=self._schedule(), **self._given(*BLOCKS))
         return self.channels() if self.pattern == CHANNEL else self.weights()
 
     def weights(self) -> PruneWeights:
@@ -158,17 +169,24 @@ class Prune:
 
     def _check_mode(self) -> None:
         """Raise for fields that do not apply to the pattern."""
+        if self.blocks is not None and self.pattern != BLOCK:
+            raise PruneError(f"blocks is for pattern 'block', got pattern {self.pattern!r}; leave blocks out")
         if self.pattern != CHANNEL:
             for name in CHANNELS_ONLY:
-                if getattr(self, name) is not None:
+                if getattr(self, name) is not None and (name, self.pattern) != ("of", BLOCK):
                     raise PruneError(f"{name} is for pattern 'channel', got pattern {self.pattern!r}; leave {name} out")
+        if self.pattern not in (CHANNEL, BLOCK):
             return
         if self.threshold is not None or isinstance(self.sparsity, Mapping):
             argument = f"sparsity={self.sparsity}" if self.threshold is None else f"threshold={self.threshold}"
+            why = ", as layers share their channels" if self.pattern == CHANNEL else ""
             raise PruneError(
-                f"pattern 'channel' takes one sparsity, as layers share their channels; got {argument}; choose layers "
-                "with include and exclude"
+                f"pattern {self.pattern!r} takes one sparsity{why}; got {argument}; choose layers with include and "
+                "exclude"
             )
+        if self.pattern == BLOCK and (self.scope is not None or isinstance(self.criterion, Criterion)):
+            argument = f"scope={self.scope!r}" if self.scope is not None else "a Criterion of weights"
+            raise PruneError(f"pattern 'block' ranks blocks by what the outputs lose, got {argument}; leave it out")
         for name, default in (("n", 2.0), ("dim", 0)):
             if getattr(self, name) != default:
                 raise PruneError(f"{name} is for pattern 'slice', got {getattr(self, name)!r}; leave {name} out")
@@ -221,7 +239,7 @@ class Prune:
             for name in ("train", "sparsify_train")
             if (training := getattr(self, name)) is not None
         }
-        of: Of | None = "macs" if self.of == "latency" and self.latency_table is None else self.of
+        of: Of | BlockMeasure | None = "macs" if self.of == "latency" and self.latency_table is None else self.of
         return replace(self, rounds=1, of=of, **trainings)
 
     def check(self, ctx: Context) -> None:

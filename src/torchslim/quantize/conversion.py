@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule
 
 from torchslim.core.isolation import copy_model, preserved_globals, quiet
-from torchslim.graph.rewrite import strip_unused
+from torchslim.graph.rewrite import inputs_first, strip_unused
 from torchslim.graph.row_ranges import rows_in_place_of_tensors
 from torchslim.quantize.modules import Prepared, QuantizedModule
 
@@ -45,6 +45,7 @@ def integers(prepared: Prepared, released: Collection[str] = ()) -> QuantizedMod
         show_batch_norms(program)
         gather_first(program)
         rows_in_place_of_tensors(program)
+        inputs_first(program.graph)
         program.graph.eliminate_dead_code()
         program.recompile()
         strip_unused(program)

@@ -17,6 +17,7 @@ from torchslim.core.files import present
 from torchslim.core.isolation import copy_model, preserved_globals, warn
 from torchslim.core.layer_patterns import check_patterns
 from torchslim.core.parts import WHOLE, mounted, under
+from torchslim.core.program_names import first_programs
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Context, Event
 from torchslim.errors import SelectError, StorageError
@@ -149,7 +150,8 @@ class Trials:
         """
         from torchslim.quantize.layerwise import damages, singles
 
-        parts = self.way.prepared(self.model, self.ctx, {}, self.data)
+        programs = self.way.prepared(self.model, self.ctx, {}, self.data)
+        parts = {path: programs[path] for path in first_programs(programs)}  # further ones have the same layers
         spared = {  # have their fallback already
             under(path, record.layer)
             for path, prepared in parts.items()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from torchslim.core.parts import Fitted
 from torchslim.core.step import LayerRecord
 from torchslim.core.trees import device_of
 from torchslim.errors import DeployError, QuantizeError
@@ -78,14 +79,27 @@ class Called(nn.Module):
         if reason is not None:
             raise QuantizeError(f"{reason}; prepare the model with a list of example inputs that span the sizes")
 
-    def takes(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether a call has the structure and the ranks of the captured one; its sizes may not fit."""
+    def fitted(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, sizes: bool = False) -> Fitted | None:
+        """The flat tensors of a call of the captured structure and ranks (and `sizes`); None for other calls."""
         try:
             leaves = flatten(self.inputs, bind_call(self.forward_signature, args, kwargs))
         except (TypeError, DeployError):
-            return False
-        sizes = self.input_sizes.sizes
-        return len(sizes) != len(leaves) or all(leaf.dim() == len(own) for leaf, own in zip(leaves, sizes, strict=True))
+            return None
+        own = self.input_sizes.sizes
+        if len(own) == len(leaves) and any(leaf.dim() != len(each) for leaf, each in zip(leaves, own, strict=True)):
+            return None
+        if sizes and self.input_sizes.misfit([leaf.shape for leaf in leaves]) is not None:
+            return None
+        return Fitted(leaves)
+
+    def leaves_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The flat tensors of a call, of checked sizes."""
+        if len(args) == 1 and isinstance(args[0], Fitted):
+            leaves = args[0].leaves
+        else:
+            leaves = flatten(self.inputs, bind_call(self.forward_signature, args, kwargs), "inputs")
+        self.check_sizes(leaves)
+        return leaves
 
 
 class QuantizedModule(Called):
@@ -114,9 +128,7 @@ class QuantizedModule(Called):
         self.records, self.notes, self.evidence = list(records), [], evidence
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        named = bind_call(self.forward_signature, args, kwargs)
-        leaves = flatten(self.inputs, named, "inputs")
-        self.check_sizes(leaves)
+        leaves = self.leaves_of(args, kwargs)
         return build(self.outputs, self.program(*leaves), self.classes)
 
     def train(self, mode: bool = True) -> QuantizedModule:
@@ -158,9 +170,7 @@ class Prepared(Called):
         self.norms_frozen = self.ranges_frozen = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        named = bind_call(self.forward_signature, args, kwargs)
-        leaves = flatten(self.inputs, named, "inputs")
-        self.check_sizes(leaves)
+        leaves = self.leaves_of(args, kwargs)
         self.samples.add(leaves)
         switches: tuple[bool, ...] = ()
         if self.qat:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torchslim.core.isolation import copy_model
 from torchslim.core.part_calls import recorded_calls
 from torchslim.core.parts import Mounted, mounted, part_view, patterns_inside, select_parts
+from torchslim.core.program_names import first_programs, numbered, split_name
 from torchslim.core.step import Inputs
-from torchslim.core.tensor_objects import by_structure, of_structure
+from torchslim.core.tensor_objects import of_structure
 from torchslim.errors import QuantizeError
 from torchslim.graph.calling import examples_of
+from torchslim.graph.capturable import examples_of_programs
 from torchslim.graph.export import WRAPPED
 
 Layers = Mapping[str, str]
@@ -28,14 +30,14 @@ def by_part(
     layers: Layers | None,
     make: Callable[[nn.Module, list[Inputs], Layers], nn.Module],
 ) -> nn.Module:
-    """A copy of the model in which each part is replaced by what `make` returns for it.
+    """A copy of the model in which each part is replaced by what `make` returns for its programs.
 
     Args:
         model: never modified.
         part: names or globs of submodules.
         inputs: of the whole model; all calls of the parts on them are recorded.
         layers: schemes by pattern over the names of the whole model.
-        make: called with a part, the inputs of its calls, and the schemes by the names inside of it.
+        make: called with a part, the inputs of its calls of one structure, and the schemes by the names inside of it.
 
     Raises:
         SelectError: a pattern of `part` names no submodule.
@@ -46,10 +48,10 @@ def by_part(
     check_layers(model, paths, layers or {})
     calls = recorded_calls(model, paths, examples_of(inputs))
     made = {}
-    for path in paths:
-        example = by_structure(calls[path])[0][0]
-        own = of_structure(calls[path], example)
-        made[path] = make(part_view(model, path, example), own, layers_inside(model, path, layers or {}))
+    for name, examples in examples_of_programs(model, calls).items():
+        path, _ = split_name(name)
+        own = of_structure(calls[path], examples[0])
+        made[name] = make(part_view(model, name, examples[0]), own, layers_inside(model, path, layers or {}))
     return mounted(copy_model(model)[0], made)
 
 
@@ -95,8 +97,9 @@ def share_weights(whole: nn.Module, prepared: Mapping[str, nn.Module]) -> None:
 
 
 def take_back(whole: nn.Module, prepared: Mapping[str, nn.Module]) -> None:
-    """Copy the trained weights and statistics of graphs to the parts that they are mounted on."""
-    for path, graph in prepared.items():
+    """Copy the trained weights and statistics of the parts' first graphs to the parts that they are mounted on."""
+    for path in first_programs(prepared):
+        graph = prepared[path]
         part = _float_part(whole, path)
         if part is None:
             continue
@@ -110,6 +113,7 @@ def take_back(whole: nn.Module, prepared: Mapping[str, nn.Module]) -> None:
 
 def _float_part(whole: nn.Module, path: str) -> nn.Module | None:
     """The module behind a mounted graph; None for a graph of the whole model."""
+    path, _ = split_name(path)
     module = whole.get_submodule(path) if path else None
     return module.part if isinstance(module, Mounted) else None
 
@@ -126,9 +130,11 @@ def _in_graph(graph: nn.Module, name: str) -> tuple[nn.Module | None, Tensor | N
 
 
 def mounted_of(model: nn.Module, kind: type[T]) -> dict[str, T]:
-    """The mounted parts of a kind, by path."""
+    """The mounted graphs of a kind, by name."""
     return {
-        path: module.inner
+        numbered(path, number): graph
         for path, module in model.named_modules()
-        if isinstance(module, Mounted) and isinstance(module.inner, kind)
+        if isinstance(module, Mounted)
+        for number, graph in module.programs.items()
+        if isinstance(graph, kind)
     }

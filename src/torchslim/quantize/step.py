@@ -192,6 +192,7 @@ class Quantize:
         for path, part in quantized.items():
             own = _measured(prepared[path], part, ctx.within(path).example_inputs)
             named = [replace(record, layer=under(path, record.layer)) for record in own]
+            named = _further(records, named, path)
             messages += [f"not quantized: {record.layer}: {record.reason}" for record in named if _surprising(record)]
             messages += self._noise(part, path)
             figure = None if part.evidence is None else _worst(part.evidence, own)
@@ -327,6 +328,17 @@ class Freeze(Hook):
     def settled(self, loop: Loop) -> bool:
         """Whether the grids are final: only such an epoch may be kept as the best."""
         return loop.progress >= min(self.ranges_until, 1.0)
+
+
+def _further(records: Sequence[LayerRecord], own: Sequence[LayerRecord], program: str) -> list[LayerRecord]:
+    """The records of a program without those that the part's programs before it gave its layers, too."""
+    known = {(record.layer, record.action) for record in records}
+    of = f" ({program})"
+    return [
+        replace(record, reason=f"{record.reason}{of}") if any(record.layer == layer for layer, _ in known) else record
+        for record in own
+        if (record.layer, record.action) not in known
+    ]
 
 
 def _measured(prepared: Prepared, quantized: QuantizedModule, inputs: Inputs) -> list[LayerRecord]:

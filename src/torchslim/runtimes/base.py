@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torchslim.core.files import unbundle, write_bytes
 from torchslim.core.folder_lock import writing
 from torchslim.core.isolation import quiet
+from torchslim.core.parts import Fitted
 from torchslim.core.step import Inputs, LayerRecord
 from torchslim.errors import DeployError, TorchslimError
 from torchslim.graph.buckets import listed_buckets
@@ -125,9 +126,9 @@ class Deployed:
                 "deploy the model again, with example inputs like these"
             ) from error
 
-    def takes(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether a call has the structure, the types and the ranks that the program was captured with."""
-        return self.spec.takes(args, kwargs)
+    def fitted(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, sizes: bool = False) -> Fitted | None:
+        """The flat tensors of a call of the captured structure, types and ranks (and `sizes`); None for other calls."""
+        return self.spec.fitted(args, kwargs, sizes=sizes)
 
     @property
     def spec(self) -> Spec:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchslim.core.hardware import instruction_set
-from torchslim.core.parts import signature_of
+from torchslim.core.parts import Fitted, signature_of
 from torchslim.errors import DeployError, ExportError
 from torchslim.graph.allowed_sizes import refusal
 from torchslim.graph.calling import positional
@@ -114,7 +114,10 @@ class Spec:
         Raises:
             DeployError: an input does not fit; the message says which, and how to fix it.
         """
-        leaves = flatten(self.inputs, self._bind(args, kwargs), "inputs")
+        if len(args) == 1 and isinstance(args[0], Fitted):
+            leaves = args[0].leaves
+        else:
+            leaves = flatten(self.inputs, self._bind(args, kwargs), "inputs")
         names = leaf_names(self.inputs)
         for name, leaf, dtype in zip(names, leaves, self.dtypes, strict=True):
             if str(leaf.dtype) != f"torch.{dtype}":
@@ -146,16 +149,17 @@ class Spec:
             got = ", ".join(f"{size} in {name!r}" for size, name in batch_sizes.items())
             raise DeployError(f"the inputs must have one batch size, got {got}; give every input the same samples")
 
-    def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call has the structure, the types and the ranks of the captured one; its sizes may not fit."""
+    def fitted(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, sizes: bool = False) -> Fitted | None:
+        """The flat tensors of a call of the captured structure, types and ranks (and `sizes`); None for other calls."""
         try:
             leaves = flatten(self.inputs, self._bind(args, kwargs))
         except DeployError:
-            return False
-        return all(
-            str(leaf.dtype) == f"torch.{dtype}" and leaf.dim() == len(sizes)
-            for leaf, sizes, dtype in zip(leaves, self.sizes, self.dtypes, strict=True)
+            return None
+        alike = all(
+            str(leaf.dtype) == f"torch.{dtype}" and leaf.dim() == len(own)
+            for leaf, own, dtype in zip(leaves, self.sizes, self.dtypes, strict=True)
         )
+        return Fitted(leaves) if alike and (not sizes or self.fits(leaves)) else None
 
     def fits(self, leaves: Sequence[Tensor]) -> bool:
         """Whether flat tensors have the dtypes and sizes of a call."""

@@ -11,11 +11,13 @@ from torch import nn
 
 from torchslim.core.batches import EXAMPLES, Batch, batch_size, spanning
 from torchslim.core.isolation import preserved_globals
-from torchslim.core.part_calls import examples_of_part, first_samples, recorded
+from torchslim.core.part_calls import first_samples, recorded
 from torchslim.core.parts import WHOLE
+from torchslim.core.program_names import split_name
 from torchslim.core.step import Context, Inputs
 from torchslim.core.task import Task
 from torchslim.core.tensor_objects import of_structure
+from torchslim.graph.capturable import examples_of_programs
 from torchslim.training.loaders import seeded, seeded_splits
 
 LOOKED_AT = 16  # batches of each split at least
@@ -94,14 +96,16 @@ def spanning_examples(task: Task, seed: int = 0) -> tuple[Inputs, ...]:
 
 
 def part_examples(model: nn.Module, task: Task, paths: Sequence[str], seed: int = 0) -> dict[str, tuple[Inputs, ...]]:
-    """For each part, examples among its calls while the model runs on `spanning_batches`; see `examples_of_part`.
+    """For each program of the parts, examples among the calls while the model runs on `spanning_batches`.
+
+    See `examples_of_programs`.
 
     Raises:
         TaskError: a part is never called.
     """
     with preserved_globals(seed):
         calls = recorded(model, task, paths, spanning_batches(task, seed))
-    return {path: tuple(examples_of_part(own)) for path, own in calls.items()}
+    return {name: tuple(own) for name, own in examples_of_programs(model, calls).items()}
 
 
 class PartCalibration:
@@ -118,10 +122,13 @@ class PartCalibration:
 
     @cached_property
     def calls(self) -> dict[str, list[Inputs]]:
-        """The recorded calls of the structure of the part's examples, by part."""
+        """The recorded calls of the structure of each program's examples, or else these examples; by program."""
         with preserved_globals(self.ctx.seed):
             calls = recorded(self.model, self.ctx.task, self.paths, calibration_of(self.ctx).batches)
-        return {path: of_structure(own, self.ctx.parts[path][0]) for path, own in calls.items()}
+        return {
+            name: of_structure(calls[split_name(name)[0]], examples[0]) or of_structure(examples, examples[0])
+            for name, examples in self.ctx.parts.items()
+        }
 
     def inputs(self, path: str) -> list[Inputs]:
         """The inputs of all calls of a part; of the model itself, those of the calibration batches."""

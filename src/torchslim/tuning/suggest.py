@@ -17,6 +17,7 @@ from torchslim.core.batches import call, take_first
 from torchslim.core.budget import Budget
 from torchslim.core.isolation import untouched
 from torchslim.core.parts import part_views, select_parts
+from torchslim.core.program_names import first_programs
 from torchslim.core.step import Inputs
 from torchslim.core.task import Task
 from torchslim.core.tensor_objects import of_structure
@@ -168,7 +169,7 @@ def _mix_of_parts(
         with parts_named(model, inputs):
             return _mix(model, inputs, runtimes)
     examples = part_examples(model, task, select_parts(model, part))
-    views = part_views(model, examples)
+    views = part_views(model, {path: examples[path] for path in first_programs(examples)})
     return combined(
         [_mix(view, of_structure(examples[path][:1], examples[path][0])[0], runtimes) for path, view in views.items()]
     )

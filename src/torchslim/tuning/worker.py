@@ -11,6 +11,7 @@ from typing import Any
 from torchslim.analysis.result import Sensitivity
 from torchslim.core import distributed
 from torchslim.core.files import write_bytes, write_json
+from torchslim.core.program_names import first_programs
 from torchslim.core.step import Event, Target
 from torchslim.core.toml_writer import dumps
 from torchslim.errors import RecipeError, TorchslimError
@@ -253,7 +254,7 @@ def run_options(recipe: Recipe, lab: Lab, workdir: Path | None = None, stages: P
         target=recipe.target,
         example_inputs=None if lab.examples else lab.example_inputs,  # the run then takes the same examples
         dynamic_shapes=lab.dynamic_shapes,
-        part=tuple(lab.parts) or None,
+        part=first_programs(lab.parts) or None,
         teacher=lab.teacher,
         engine=recipe.engine,
         sensitivity=recipe.known_sensitivity(),

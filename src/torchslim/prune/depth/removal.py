@@ -22,6 +22,7 @@ from torchslim.prune.depth.plan import BlockMeasure, DepthPlan
 from torchslim.prune.depth.scores import BlockScores, Damage
 from torchslim.prune.structured.plan import shapes_of
 from torchslim.prune.structured.record import attach
+from torchslim.prune.structured.removal import Stuck
 from torchslim.prune.structured.surgery import Surgery, perform
 
 SHOWN = 6
@@ -41,7 +42,7 @@ class DepthRemoval:
     scores: dict[str, float]  # of the removed blocks, when they went
 
 
-class NoBlocks(PruneError):
+class NoBlocks(Stuck):
     """No block can go, or not as many as asked for."""
 
 
@@ -67,7 +68,7 @@ def block_request(
 
 
 def remove_named(plan: DepthPlan, patterns: Patterns) -> DepthRemoval:
-    """Remove the blocks that names or globs select.
+    """Remove the blocks that names or globs select, with the whole modules first.
 
     Raises:
         PruneError: a pattern matches no block, or a block cannot go; the message says why.

@@ -130,13 +130,14 @@ class Slice:
         return keep.reshape(view).expand(shape).clone()
 
 
-CHANNEL = "channel"
+CHANNEL, BLOCK = "channel", "block"
 
 PATTERNS = {
     "unstructured": "single weights",
     "slice": "whole slices along `dim`, by their L_`n` norm",
     "N:M": "N of every M weights along the input dimension are kept: 2:4, 4:8",
     CHANNEL: "whole channels, neurons and heads, physically removed",
+    BLOCK: "whole residual blocks, physically removed",
 }
 
 
@@ -148,8 +149,8 @@ def find_pattern(pattern: str, *, n: float = 2.0, dim: int = 0) -> Pattern:
         return Slice(n, dim)
     if numbers := re.fullmatch(r"(\d+):(\d+)", pattern):
         return NM(int(numbers[1]), int(numbers[2]))
-    if pattern == CHANNEL:
+    if pattern in (CHANNEL, BLOCK):
         raise PruneError(
-            "pattern 'channel' removes no single weights; use ts.prune.channels(model, example_inputs, ...)"
+            f"pattern {pattern!r} removes no single weights; use ts.prune.{pattern}s(model, example_inputs, ...)"
         )
     raise PruneError(f"pattern {pattern!r} is not known; one of {', '.join(PATTERNS)}")
