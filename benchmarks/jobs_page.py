@@ -71,7 +71,7 @@ def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
         "",
         "| job | verdict | what `torchslim suggest` says |",
         "| --- | --- | --- |",
-        *(f"| {row['job']} | {'; '.join(misses(row)) or 'met'} | {row['suggested'][-1]} |" for row in jobs),
+        *(f"| {row['job']} | {'; '.join(misses(row)) or 'met'} | {' '.join(row['suggested'][2:])} |" for row in jobs),
     ]
     if failed := [row for row in found.values() if row["reason"]]:
         lines += ["", "Not measured:", "", *(f"- {row['job']}: {row['reason']}" for row in failed)]

@@ -73,7 +73,7 @@ def test_what_suggest_gives_for_a_job_runs_to_its_end(job: str, tmp_path: Path) 
     model, task = tiny(job)
     part = load_recipe(FOLDER / job / "recipe.toml").part
     budget = ts.Budget(metric_drop=50.0, trials=1, finalists=1)
-    suggestion = ts.suggest(model, task, budget, runtime="onnxruntime", part=part)
+    suggestion = ts.suggest(model, task, budget, runtime="onnxruntime", part=part, measure=False)
     found = ts.search(model, task, make_space(suggestion.document), workdir=tmp_path)
     assert found.data["front"]
 

@@ -73,7 +73,7 @@ def mean_iou(predict: Callable[..., Tensor], batches: Iterable[tuple[Tensor, Ten
 
 def model() -> nn.Module:
     """The U-Net, trained by the first call."""
-    return gallery.trained("segmentation", UNet, task(), ts.Finetune(epochs=6, lr=4e-3))
+    return gallery.trained("segmentation", UNet, task(), ts.Finetune(epochs=30, lr=4e-3))
 
 
 def task() -> ts.Task:

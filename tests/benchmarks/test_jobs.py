@@ -25,7 +25,7 @@ def row(job: str = "images", **more: Any) -> dict[str, Any]:
         "artifact": figures | {"test": 89.5, "bytes": 1_000},
         "latency_ms": {"float": 2.0, "artifact": 1.0},
         "speedup": {"value": 2.0, "low": 1.8, "high": 2.2, "verdict": "faster"},
-        "steps": ["quantize"], "suggested": ["Model: small.", "Machine: fast.", "Therefore: quantize to int8."],
+        "steps": ["quantize"], "suggested": ["Model: small.", "Machine: fast.", "Therefore: quantize to int8.", "Tried: int8."],
     }  # fmt: skip
     return found | more
 
@@ -65,7 +65,7 @@ def test_the_page_shows_the_newest_row_that_counts_and_names_what_failed() -> No
     assert "| 77 |" in text
     assert "- b: no data" in text
     assert "broken" not in text
-    assert "| a | met | Therefore: quantize to int8. |" in text
+    assert "| a | met | Therefore: quantize to int8. Tried: int8. |" in text
 
 
 def test_a_job_without_its_data_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def interleave(
         raise TorchslimError(f"rounds must be at least 1, got {rounds}; 50 give a spread that can be trusted")
     repeats: dict[str, int] = {}
     for name, function in candidates.items():
-        until = time.perf_counter() + WARMUP_SECONDS
+        until = clock() + WARMUP_SECONDS
         function()
         fastest = float("inf")
         while True:
@@ -98,17 +98,18 @@ def compare(
     rounds: int = 50,
     seconds: float = 60.0,
     inputs: Sequence[Tensor] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
     """Interleaved latency of deployed models on their example inputs, resized to `batch` samples.
 
     Args:
         deployed: models by name; each runs on its own example, so compare models of the same task.
         batch: samples a call; None takes one where the batch is free, and the example's size where it is fixed.
-        rounds, seconds: as for `interleave`.
+        rounds, seconds, clock: as for `interleave`.
         inputs: flat inputs for all models, in place of their own examples.
     """
     callers = {name: _caller(model, batch, inputs) for name, model in deployed.items()}
-    return interleave(callers, rounds=rounds, seconds=seconds)
+    return interleave(callers, rounds=rounds, seconds=seconds, clock=clock)
 
 
 def compare_largest(

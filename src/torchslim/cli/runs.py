@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -131,9 +131,16 @@ def search(
 @click.option("--size-mb", type=float, help="Upper bound of the size of the artifact's model file.")
 @click.option("--runtime", help="Runtime to deploy on; by default the search chooses among those installed.")
 @click.option("--part", multiple=True, help="A submodule, or a glob of some, that the recipe changes; repeatable.")
+@click.option("--measure/--no-measure", default=True, help="Try plain 8-bit rounding on every runtime, and time it.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the recipe there instead of printing it.")
 def suggest(
-    model: str, task: str, runtime: str | None, part: tuple[str, ...], out: Path | None, **bounds: float | None
+    model: str,
+    task: str,
+    runtime: str | None,
+    part: tuple[str, ...],
+    measure: bool,
+    out: Path | None,
+    **bounds: float | None,
 ) -> None:
     """Derive a recipe to search from a MODEL and a TASK, each module:callable, and this machine; nothing is trained.
 
@@ -148,7 +155,8 @@ def suggest(
     budget = Budget(**{name: value for name, value in bounds.items() if value is not None})  # type: ignore[arg-type]
     names = {"model": model, "task": task}
     network, loaded_task, _ = made(names)
-    suggestion = derive(network, loaded_task, budget, runtime=runtime, names=names, part=part or None)
+    options: dict[str, Any] = {"runtime": runtime, "names": names, "part": part or None, "measure": measure}
+    suggestion = derive(network, loaded_task, budget, **options)
     if out is None:
         click.echo(suggestion.toml, nl=False)
         return

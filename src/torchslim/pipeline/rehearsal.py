@@ -300,14 +300,15 @@ def _epochs(step: Step) -> Sequence[int]:
 # the task of a rehearsal ----------------------------------------------------------------------------------------------
 
 
-def small(task: Task, note: Callable[[float, int | None], None]) -> Task:
+def small(task: Task, note: Callable[[float, int | None], None], *, evaluated: int = EVALUATED) -> Task:
     """The task with a few batches of each split: of val and test of different sizes, where the loader has them.
 
     Args:
         task: the user's task.
         note: called with the seconds and the batches of each evaluation; without batches where it is repeated.
+        evaluated: batches on which the metric is tried first.
     """
-    val, test = Few(task.val), None if task.test is None else Few(task.test)
+    val, test = Few(task.val, evaluated), None if task.test is None else Few(task.test, evaluated)
     splits = [split for split in (val, test) if split is not None]
     metric = task.as_metric()
     return replace(

@@ -36,6 +36,7 @@ from torchslim.runtimes import find_runtime
 from torchslim.training.batch_norm import tracked
 from torchslim.training.calibration import part_examples
 from torchslim.training.loaders import first_batch
+from torchslim.tuning.pilot import Pilot, pilot
 from torchslim.tuning.proposals import Proposal, prune_step, quantize_step, training_step
 from torchslim.tuning.suggestion_text import (
     SHOWN,
@@ -46,6 +47,7 @@ from torchslim.tuning.suggestion_text import (
     about_model,
     combined,
     therefore,
+    tried,
     written,
 )
 
@@ -62,11 +64,14 @@ class Suggestion:
 
     Attributes:
         document: the recipe as `tomllib` parses it; `ts.search` and `torchslim search` take it.
-        reasons: three lines: the model's layers, the integer kernels of the runtimes, and the searched steps.
+        reasons: lines about the model's layers, the integer kernels of the runtimes, and the searched steps; then one
+            for each pilot.
+        pilots: what plain rounding gained and lost on each runtime; empty where it was not measured.
     """
 
     document: Document
-    reasons: tuple[str, str, str]
+    reasons: tuple[str, ...]
+    pilots: tuple[Pilot, ...] = ()
 
     @property
     def toml(self) -> str:
@@ -87,11 +92,13 @@ def suggest(
     names: Mapping[str, str] | None = None,
     example_inputs: Inputs | None = None,
     part: str | Sequence[str] | None = None,
+    measure: bool = True,
 ) -> Suggestion:
     """Derive a recipe with ranges: which steps can help a model on this machine, and how far each may go.
 
-    The model is captured and its channels are analyzed; nothing is trained or timed. `docs/design/010-suggest.md` has
-    the rules.
+    The model is captured and its channels are analyzed; nothing is trained. If the latency counts, a pilot on every
+    runtime measures what plain 8-bit rounding gains in time and loses in the metric, and the reasons say where no gain
+    is to be expected. `docs/design/010-suggest.md` has the rules.
 
     Args:
         model: a trained module; it is never modified.
@@ -101,6 +108,7 @@ def suggest(
         names: the "model" and the "task" of the recipe file: "package.module:callable".
         example_inputs: default: the inputs of the first validation batch.
         part: names or globs of submodules, for a recipe that changes them alone, as for `compress`.
+        measure: False leaves out the pilots, which take seconds to minutes.
 
     Raises:
         TorchslimError: the model cannot be captured, the task has no batches, or no step could help.
@@ -117,6 +125,9 @@ def suggest(
     mix = _mix_of_parts(model, task, part, inputs, runtimes)
     schooling = _schooling(model, task, inputs)
     steps, lines, omissions = _steps(mix, schooling, budget, runtimes)
+    pilots = _pilots(model, task, steps, budget, runtimes, part, example_inputs) if measure else ()
+    if pilots and not any(run.faster or run.failure for run in pilots) and len(steps) > 1:
+        steps[-1]["skip"] = {"search": [False, True]}  # pruning alone may be faster
     document: Document = {
         **{key: {**NAMES, **dict(names or {})}[key] for key in NAMES},
         "runtime": runtimes[0] if len(runtimes) == 1 else {"search": list(runtimes)},
@@ -125,7 +136,30 @@ def suggest(
         "step": steps,
     }
     reasons = (about_model(mix, schooling), about_machine(mix, runtimes), therefore(lines, omissions))
-    return Suggestion(document=document, reasons=reasons)
+    lines_of_pilots = (tried(run, task.as_metric(), budget, mix, steps[-1]) for run in pilots)
+    return Suggestion(document=document, reasons=(*reasons, *lines_of_pilots), pilots=pilots)
+
+
+def _pilots(
+    model: nn.Module,
+    task: Task,
+    steps: Sequence[Document],
+    budget: Budget,
+    runtimes: Sequence[str],
+    part: str | Sequence[str] | None,
+    example_inputs: Inputs | None,
+) -> tuple[Pilot, ...]:
+    """A pilot of the first scheme of the recipe on every runtime; none where no scheme computes on integers."""
+    last = steps[-1]
+    if last["do"] != "quantize" or "latency" not in budget.figures:
+        return ()
+    scheme = last["scheme"] if isinstance(last["scheme"], str) else last["scheme"]["search"][0]
+    if SCHEMES[scheme].activations == "float":
+        return ()  # the recipe's line says that it saves no time
+    layers = last.get("layers", {})
+    return tuple(
+        pilot(model, task, scheme, layers, name, part=part, example_inputs=example_inputs) for name in runtimes
+    )
 
 
 def _steps(

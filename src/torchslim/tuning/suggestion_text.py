@@ -10,9 +10,16 @@ from typing import Any
 
 from torchslim.core.budget import Budget
 from torchslim.core.hardware import instruction_set, saturates
+from torchslim.core.metrics import Metric
 from torchslim.report.numbers import counted
+from torchslim.tuning.pilot import SAMPLES, Pilot
 
 Document = dict[str, Any]
+
+LOSS = (
+    1.0  # points of a percentage, or per cent of another metric, that a rounding may lose unless the budget says else
+)
+ELSEWHERE = 0.3  # share of the time from which time outside of the samples' work, or of the parts, is named
 
 SHOWN: Mapping[str, str] = {
     "convolution": "convolutions",
@@ -133,6 +140,56 @@ def about_machine(mix: Mix, runtimes: Sequence[str]) -> str:
 def therefore(told: Sequence[str], left: Sequence[str]) -> str:
     line = f"Therefore: {', then '.join(told)}"
     return f"{line}; left out: {'; '.join(left)}." if left else f"{line}."
+
+
+def tried(run: Pilot, metric: Metric, budget: Budget, mix: Mix, quantization: Document) -> str:
+    """The line of a pilot: its figures, and what cannot be expected of the recipe because of them."""
+    head = f"Tried: {run.scheme} on {run.runtime}, plainly rounded"
+    if run.speedup is None or run.before is None or run.after is None or run.lost is None:
+        return f"{head}: {run.failure}"
+    fast, unit = run.speedup, f" {metric.unit}".rstrip()
+    clauses = [
+        f"{fast.value:.2f}x [{fast.p10:.2f}-{fast.p90:.2f}] the speed of float, {fast.verdict}",
+        f"{metric.name} {run.before:.2f} -> {run.after:.2f}{unit} on about {SAMPLES} samples of val",
+    ]
+    if not run.faster:
+        clauses.append("do not expect speed from 8 bits here")
+    if run.outside is not None and run.outside >= ELSEWHERE:
+        clauses.append(f"{run.outside:.0%} of the time is spent outside of the parts, where nothing gets faster")
+    if run.overhead is not None and run.overhead >= ELSEWHERE:
+        clauses.append(
+            f"{run.overhead:.0%} of the time of one sample is overhead of the call and of its many operations, which "
+            "8 bits do not shorten: larger batches and fewer layers do"
+        )
+    allowed = allowed_loss(budget, metric, run.before)
+    if run.lost > allowed:
+        clauses.append(
+            f"rounding alone loses more than {allowed:.2g}{unit}{_why_lossy(mix)}: {_mended(quantization, allowed)}"
+        )
+    return f"{head}: {'; '.join(clauses)}."
+
+
+def allowed_loss(budget: Budget, metric: Metric, before: float) -> float:
+    """The largest loss that needs no mention, in the metric's unit: the budget's, or else `LOSS`."""
+    if budget.metric_drop is not None:
+        return budget.metric_drop
+    return LOSS if metric.unit == "%" else LOSS / 100 * abs(before)
+
+
+def _why_lossy(mix: Mix) -> str:
+    count = mix.counts.get("depthwise", 0)
+    return f" (channels of the {count} depthwise convolutions have very different ranges)" if count else ""
+
+
+def _mended(quantization: Document, allowed: float) -> str:
+    """What may hold the metric better than plain rounding."""
+    if quantization.get("mode") == "qat":
+        first = "the recipe trains on the grid, which may regain it"
+    elif "accuracy" in quantization:
+        first = "the recipe tries GPTQ and corrected biases, too"
+    else:
+        first = "try accuracy = 'best'"
+    return f"{first}; if not, layers = 'auto' with metric_drop = {allowed:.2g} leaves the most sensitive ones in float"
 
 
 def written(budget: Budget) -> Document:
