@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 import torchslim as ts
 from tests.support.run_records import make_run
 from torchslim.cli.console import forecast_table
+from torchslim.core.step import CHOICE_SECONDS
 from torchslim.pipeline.forecast import Counts, Forecast, Part, Progress, Timed, TimeLeft, expected
+from torchslim.quantize.mixed_precision import fewest, most_choices
 from torchslim.report import load_run, table
 from torchslim.report.findings import time_words
 
@@ -35,6 +37,33 @@ def test_constant_costs_give_the_exact_time(
     training = epochs * (train * update + val * batch)
     assert part.training == pytest.approx(training)
     assert part.seconds == pytest.approx(fixed + training + (val + test) * batch, rel=1e-6, abs=1e-6)
+
+
+@given(SECONDS, SECONDS, SECONDS, NUMBERS, NUMBERS, st.integers(1, 30))
+def test_choices_of_layers_are_forecast_by_their_largest_number(
+    fixed: float, choice: float, batch: float, val: int, test: int, most: int
+) -> None:
+    """A rehearsal of one choice: the metric before it, that of the choice, and two that measure the stage."""
+    timed = Timed(seconds=fixed + choice + 4 * 2 * batch, evaluations=[(2 * batch, 2)] * 4)
+    seconds = choice + 2 * batch
+    timed.see(ts.Event(step="s", phase="choose layers", current=1, total=most, values={CHOICE_SECONDS: seconds}), 1.0)
+    part = expected("s", timed, Counts(train=0, val=val, test=test), [], [])
+    whole = fixed + most * choice + (1 + most) * val * batch + (val + test) * batch
+    assert part.seconds == pytest.approx(whole, rel=1e-6, abs=1e-6)
+
+
+@given(st.integers(0, 60), st.data())
+def test_a_choice_of_layers_takes_no_more_measurements_than_are_forecast(count: int, data: st.DataObject) -> None:
+    ranked = [str(number) for number in range(count)]
+    harmful = data.draw(st.sets(st.sampled_from(ranked))) if ranked else set()
+    measured: list[int] = []
+
+    def drop(left_out: Sequence[str]) -> float:
+        measured.append(len(left_out))
+        return float(len(harmful - set(left_out)))
+
+    assert fewest(ranked, drop, 0.0).held
+    assert len(measured) <= most_choices(count)
 
 
 @given(SECONDS, SECONDS)

@@ -22,8 +22,11 @@ from torchslim.core.step import Rehearses
 from torchslim.errors import DeployError, RecipeError, TaskError, TorchslimError
 from torchslim.pipeline.forecast import BASELINE
 from torchslim.pipeline.options import RunOptions
-from torchslim.pipeline.rehearsal import RECORD_FILE, UPDATES, at_least_effort, small
+from torchslim.pipeline.rehearsal import RECORD_FILE, at_least_effort
 from torchslim.pipeline.runner import rehearse_steps
+from torchslim.pipeline.small_task import UPDATES, small
+from torchslim.pipeline.target_bench import Bench
+from torchslim.prune.latency.solve import ROUNDS
 from torchslim.quantize.rollback import Unverified
 from torchslim.training.finetune import REHEARSED_LR
 
@@ -339,6 +342,19 @@ def test_widths_for_a_latency_are_chosen_without_timing() -> None:
     assert step.rehearsed(Path("unused")).of == "macs"
     given = replace(step, latency_table="latency.json")
     assert given.rehearsed(Path("unused")).of == "latency"
+
+
+def test_the_forecast_counts_programs_that_only_the_run_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "seconds_by_program", lambda bench, model: 1e4)
+    step = ts.Prune(pattern="channel", sparsity=0.2, of="latency", round_to=1, min_channels=1)
+    ctx = ts.Context(
+        task=tiny.task(), teacher=tiny.model(), example_inputs=tiny.task().inputs(next(iter(tiny.task().val)))
+    )
+    (count,) = step.timed_programs(tiny.model(), ctx).values()
+    assert count > ROUNDS
+    forecast = rehearse([step]).forecast
+    assert forecast.parts[1].seconds == pytest.approx(1e4 * count, rel=0.05)
+    assert not replace(step, of="macs").timed_programs(tiny.model(), ctx)
 
 
 def test_adaround_is_replaced_by_what_needs_the_same_statistics() -> None:

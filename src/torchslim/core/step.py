@@ -261,6 +261,19 @@ class Trains(Protocol):
         ...
 
 
+CHOICE_SECONDS = "choice_seconds"
+"""Key of an event's values: seconds of a choice that was tried; `total` of the event is how many a run may try."""
+
+
+@runtime_checkable
+class Times(Protocol):
+    """A step that times programs on the target, which its form for a rehearsal leaves out."""
+
+    def timed_programs(self, model: nn.Module, ctx: Context) -> Mapping[str, int]:
+        """Number of programs that the step makes and times for a model, at most, by the path of the part."""
+        ...
+
+
 @runtime_checkable
 class Rehearses(Protocol):
     """A step that has a cheaper form for the rehearsal of a run, which judges that things run and not their quality."""

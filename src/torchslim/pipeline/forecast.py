@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torchslim.core.step import FORECAST, SECONDS_LEFT, TRAINING_LEFT, Event, Step, Trains, step_name
+from torchslim.core.step import CHOICE_SECONDS, FORECAST, SECONDS_LEFT, TRAINING_LEFT, Event, Step, Trains, step_name
 from torchslim.training.loaders import batch_count
 
 BASELINE, ARTIFACT = "baseline", "artifact"
@@ -76,6 +76,8 @@ class Timed:
         updates: moments of the training updates, by training, from the start of the part.
         evaluations: seconds and batches of each evaluation of the metric.
         retries: seconds of evaluations that were repeated on more batches.
+        choices: seconds of each choice of layers that was tried, without the evaluation of the metric.
+        most_choices: how many choices a run may try.
         deploying: seconds from the event of the deployment to the next one.
     """
 
@@ -83,6 +85,8 @@ class Timed:
     updates: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     evaluations: list[tuple[float, int]] = field(default_factory=list)
     retries: float = 0.0
+    choices: list[float] = field(default_factory=list)
+    most_choices: int = 0
     deploying: float = 0.0
     begun: float | None = None  # moment of the event of a deployment that is running
 
@@ -92,6 +96,10 @@ class Timed:
             self.deploying, self.begun = moment - self.begun, None
         if event.phase == "deploy":
             self.begun = moment
+        if CHOICE_SECONDS in event.values:
+            evaluated = self.evaluations[-1][0] if self.evaluations else 0.0
+            self.choices.append(max(event.values[CHOICE_SECONDS] - evaluated, 0.0))
+            self.most_choices = event.total
         if "epoch" in event.values and "last_epoch" not in event.values:
             self.updates.setdefault((event.step, event.phase), []).append(moment)
 
@@ -148,9 +156,13 @@ def expected(name: str, timed: Timed, counts: Counts, epochs: Sequence[int], reh
     if counts.measured is None or counts.val is None or (epochs and counts.train is None):
         return Part(name=name, seconds=None, training=None)
     at_stage = 2 if counts.test else 1  # evaluations that measure the stage; the others belong to the step's own work
-    within = max(len(timed.evaluations) - at_stage, 0) * counts.val * timed.seconds_per_batch
+    choosing = len(timed.choices) + 1 if timed.choices else 0  # with the metric before any choice
+    within = max(len(timed.evaluations) - at_stage - choosing, 0) * counts.val * timed.seconds_per_batch
     if rehearsed:
         within *= sum(epochs) / sum(rehearsed)
+    more = max(timed.most_choices - len(timed.choices), 0)
+    fixed += more * min(timed.choices, default=0.0)
+    fixed += (choosing + more) * counts.val * timed.seconds_per_batch
     training = sum(epochs) * (counts.train or 0) * timed.seconds_per_update + within
     seconds = fixed * ratio + training + counts.measured * timed.seconds_per_batch
     return Part(name=name, seconds=seconds, training=training)

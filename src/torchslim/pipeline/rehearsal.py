@@ -7,18 +7,17 @@ nothing behind but its record, which says that it passed, and holds the forecast
 from __future__ import annotations
 
 import json
-import math
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from annotated_types import MaxLen
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import TypedDict
 
 from torchslim.artifact.assembled import AnyDeployed, pieces
@@ -26,31 +25,27 @@ from torchslim.artifact.deployment import UnverifiedDeployment
 from torchslim.artifact.loading import load_opened, opened_for_loading
 from torchslim.artifact.storage import write_artifact
 from torchslim.core import distributed
-from torchslim.core.batches import Batch, Predict
 from torchslim.core.files import TEMPORARY, digest, present, remove, write_json
 from torchslim.core.imports import own_line
 from torchslim.core.isolation import preserved_globals
-from torchslim.core.metrics import Metric
+from torchslim.core.parts import part_views
 from torchslim.core.schema import Schema
 from torchslim.core.seals import is_sealed, key_id, seal
-from torchslim.core.step import REHEARSAL, Context, Event, Rehearses, Step, Target, Trains, step_name
-from torchslim.core.task import Task
+from torchslim.core.step import REHEARSAL, Context, Event, Rehearses, Step, Target, Times, Trains, step_name
 from torchslim.core.terminal import printable
 from torchslim.errors import StorageError, TaskError, TorchslimError
 from torchslim.pipeline.forecast import ARTIFACT, BASELINE, Counts, Forecast, Part, Timed, expected, memory
+from torchslim.pipeline.small_task import small
 from torchslim.pipeline.stage_timing import timing_seconds
 from torchslim.pipeline.stages import Stage, stage_key
+from torchslim.pipeline.target_bench import Bench
 from torchslim.quantize import Quantize
 from torchslim.quantize.rollback import Unverified
 from torchslim.report.records import ForecastOf, strict
 from torchslim.training.finetune import Training
-from torchslim.training.loaders import batch_count, few_of
 
 RECORD_FILE = "rehearsal.json"
 FOLDER = f"{TEMPORARY}rehearsal"
-UPDATES = 3  # for each process: the first one warms up, the second one is timed, the last batch is often smaller
-EVALUATED = 2  # batches on which the metric is tried first
-MOST = 64  # batches on which the metric is tried, before all of the split
 SKIP = "rehearse=False (--no-rehearse) leaves the rehearsal out"
 
 
@@ -195,7 +190,10 @@ class _Rehearsal:
             name = step_name(step)
             with self._part(index, name):
                 stages.append(self._taken(index, least, stages[-1]))
-            parts.append(expected(name, self.timed, counts, _epochs(step), _epochs(least)))
+            part = expected(name, self.timed, counts, _epochs(step), _epochs(least))
+            if part.seconds is not None:
+                part = replace(part, seconds=part.seconds + self._timing_programs(step, stages[-2]))
+            parts.append(part)
         run: dict[str, Any] = {}
         with self._part(len(self.steps) + 1, ARTIFACT):
             if distributed.is_first():
@@ -205,6 +203,19 @@ class _Rehearsal:
         if measured.seconds is not None and distributed.is_first():
             measured = replace(measured, seconds=measured.seconds + timing_seconds(run))
         return Forecast(parts=(*parts, measured), **memory()), stages[0].deployed
+
+    def _timing_programs(self, step: Step, before: Stage) -> float:
+        """Seconds in which the step times programs on the target: their number times the time for one of them."""
+        bench = self.ctx.workbench
+        if not isinstance(step, Times) or not isinstance(bench, Bench):
+            return 0.0
+        with explained("the timing of programs"):
+            programs = step.timed_programs(before.model, replace(self.ctx, masks=before.masks))
+            views = part_views(before.model, self.ctx.parts) if programs else {}
+            return sum(
+                count * (bench.within(path) if path else bench).seconds_by_program(views[path])
+                for path, count in programs.items()
+            )
 
     def _taken(self, index: int, step: Step, before: Stage) -> Stage:
         """Take a step; without checks where only these fail: they depend on weights that the run would train."""
@@ -295,97 +306,3 @@ def at_least_effort(step: Any, folder: Path) -> Any:
 
 def _epochs(step: Step) -> Sequence[int]:
     return step.trainings() if isinstance(step, Trains) else ()
-
-
-# the task of a rehearsal ----------------------------------------------------------------------------------------------
-
-
-def small(task: Task, note: Callable[[float, int | None], None], *, evaluated: int = EVALUATED) -> Task:
-    """The task with a few batches of each split: of val and test of different sizes, where the loader has them.
-
-    Args:
-        task: the user's task.
-        note: called with the seconds and the batches of each evaluation; without batches where it is repeated.
-        evaluated: batches on which the metric is tried first.
-    """
-    val, test = Few(task.val, evaluated), None if task.test is None else Few(task.test, evaluated)
-    splits = [split for split in (val, test) if split is not None]
-    metric = task.as_metric()
-    return replace(
-        task,
-        train=None if task.train is None else few_of(task.train, UPDATES * distributed.count()),
-        val=val,
-        test=test,
-        calibration=None if task.calibration is None else few_of(task.calibration, EVALUATED),
-        metric=replace(metric, fn=_Patient(metric, splits, note)),
-    )
-
-
-@dataclass
-class Few:
-    """A few batches of a split, as `few_of` draws them; `grow` doubles their number, in the end to all."""
-
-    dataset: Iterable[Batch]  # `seeded` finds generators by this name
-    count: int = EVALUATED
-    drawn: int = 0
-    whole: bool = field(default=False)
-
-    def __len__(self) -> int:
-        return len(self._chosen())
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self._chosen():
-            self.drawn += 1
-            yield batch
-
-    def _chosen(self) -> Any:
-        return self.dataset if self.whole else few_of(self.dataset, self.count)
-
-    def grow(self) -> bool:
-        """Double the number of batches; False where there are no more."""
-        total = batch_count(self.dataset)
-        if self.whole or (total is not None and total <= self.count):
-            return False
-        self.count *= 2
-        self.whole = self.count > MOST
-        return True
-
-
-class _Patient:
-    """A metric that is tried again on more batches where it fails, as one that needs all classes does on a few."""
-
-    def __init__(self, metric: Metric, splits: Sequence[Few], note: Callable[[float, int | None], None]) -> None:
-        self.metric, self.splits, self.note = metric, splits, note
-
-    def __call__(self, predict: Predict, batches: Iterable[Batch]) -> Any:
-        while True:
-            start, before = time.perf_counter(), self._drawn()
-            try:
-                value = self.metric.fn(predict, batches)
-                few = _not_finite(value)
-            except TorchslimError:
-                raise  # says what is wrong, with any number of batches
-            except Exception:
-                if not self._grow():
-                    raise
-                few = True
-            else:
-                few = few and self._grow()
-            seconds = time.perf_counter() - start
-            self.note(seconds, None if few else self._drawn() - before)
-            if not few:
-                return value
-
-    def _drawn(self) -> int:
-        return sum(split.drawn for split in self.splits)
-
-    def _grow(self) -> bool:
-        return sum(split.grow() for split in self.splits) > 0  # all of them grow
-
-
-def _not_finite(value: Any) -> bool:
-    """Whether a metric's value is a number that is NaN or infinite; other values are judged by `Task.evaluate`."""
-    try:
-        return not math.isfinite(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
-    except (TypeError, ValueError):
-        return False

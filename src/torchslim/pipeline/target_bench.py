@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,8 @@ from torch import nn
 
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.artifact.deployment import deploy_programs, verified
-from torchslim.artifact.latency_cache import LatencyTable
+from torchslim.artifact.latency import ROUND_SECONDS, compare
+from torchslim.artifact.latency_cache import SECONDS, LatencyTable
 from torchslim.artifact.shipped import as_saved
 from torchslim.core.checks import check_fields
 from torchslim.core.files import digest
@@ -97,6 +99,14 @@ class Bench:
             if not again:
                 table.add(first, measured)
         return {name: timings[name].ratio.value for name in models if name in timings}
+
+    def seconds_by_program(self, model: nn.Module) -> float:
+        """About how long it takes to make and time one program of a latency table: of the model, as the recipe ends."""
+        start = time.perf_counter()
+        deployed = self.deploy(self.ended(model))
+        made = time.perf_counter() - start
+        call = compare({"program": deployed}, rounds=1).latency("program").value / 1e3
+        return made + min(ROUNDS * max(call, ROUND_SECONDS), SECONDS)
 
     def about(self, reference: nn.Module) -> dict[str, Any]:
         """Return the key of times over `reference`; see `Workbench.about`."""

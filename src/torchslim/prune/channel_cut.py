@@ -21,8 +21,8 @@ from torchslim.prune.channel_state import PartState, PruningState, cut_masks
 from torchslim.prune.criteria.gathering import gather_for
 from torchslim.prune.criteria.registry import find_criterion
 from torchslim.prune.dependency.coupling import Coupling
-from torchslim.prune.latency.solve import Told, reach
-from torchslim.prune.latency.table import Table, load_rows
+from torchslim.prune.latency.solve import ROUNDS, Told, reach
+from torchslim.prune.latency.table import Table, load_rows, programs
 from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.plan import Plan
 from torchslim.prune.structured.removal import (
@@ -123,6 +123,11 @@ class CutPart:
             examples = [group[0] for group in by_structure(self.whole_ctx.parts[self.path])[1:]]
         inputs = self.whole_ctx.parts[self.path][0] if self.path else self.ctx.example_inputs
         return self.options.plan(part_at(model, self.path), inputs, examples)
+
+    def timed_programs(self) -> int:
+        """Number of programs that a table of latencies times for the part, and those of the rounds that check it."""
+        _, rows = programs(self.plan(self.state.model), self.amount)
+        return sum(len(row.widths) for row in rows) + ROUNDS
 
     def cut(self, target: float, *, last: bool) -> None:
         """Remove channels up to a target sparsity of the part as it was received, or a share of the way to widths."""

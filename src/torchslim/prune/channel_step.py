@@ -102,6 +102,13 @@ class PruneChannels:
         if self.latency_table is not None:
             load_rows(self.latency_table, {"runtime": ctx.target.runtime, "threads": ctx.target.threads})
 
+    def timed_programs(self, model: nn.Module, ctx: Context) -> dict[str, int]:
+        """Number of programs that are timed for a table of latencies and to check the widths, by part; may be empty."""
+        if self.amount.of != "latency" or self.latency_table is not None:
+            return {}
+        state = PruningState(model, dict(ctx.masks), {path: PartState() for path in ctx.paths})
+        return {part.path: part.timed_programs() for part in self.parts(ctx, state, model)}
+
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
         apply_masks(model, ctx.masks)
         return Rounds(self, model, ctx).run()

@@ -228,6 +228,10 @@ class Prune:
         rounds = self.rounds if self.schedule == "iterative" else 1
         return [*sparsify_epochs, *([] if self.train is None else self.train.trainings() * rounds)]
 
+    def timed_programs(self, model: nn.Module, ctx: Context) -> Mapping[str, int]:
+        """Number of narrowed programs that are timed with of="latency", by the path of the part; empty otherwise."""
+        return self.channels().timed_programs(model, ctx) if self.pattern == CHANNEL else {}
+
     def rehearsed(self, folder: Path) -> Self:
         """Return the same pruning in one round, with trainings of one epoch.
 

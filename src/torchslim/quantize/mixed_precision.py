@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +21,7 @@ from torchslim.core.layer_patterns import check_patterns
 from torchslim.core.parts import WHOLE, mounted, under
 from torchslim.core.program_names import first_programs
 from torchslim.core.seals import read_sealed, write_sealed
-from torchslim.core.step import Context, Event
+from torchslim.core.step import CHOICE_SECONDS, Context, Event
 from torchslim.errors import SelectError, StorageError
 from torchslim.quantize.modules import Prepared
 from torchslim.quantize.preparation import convert
@@ -106,6 +108,11 @@ def fewest(
     return Choice(layers=chosen, drop=drops[chosen], held=True)
 
 
+def most_choices(most: int) -> int:
+    """How many choices `fewest` measures at most, where the longest list of layers holds the metric."""
+    return 2 + math.ceil(math.log2(most)) + min(GIVE_BACK, most) if most > 0 else 1
+
+
 class Way(Protocol):
     """Quantization of a model with some layers left out, as the search needs it; `Quantize` is one."""
 
@@ -129,6 +136,7 @@ class Trials:
     ctx: Context
     way: Way
     rows: dict[str, float] = field(default_factory=dict)
+    tried: int = 0
 
     def __post_init__(self) -> None:
         self.path = None if self.ctx.state is None else self.ctx.state / "mixed.rows"
@@ -193,7 +201,19 @@ class Trials:
             whole = self.model if WHOLE in parts else copy_model(self.model)[0]
             return self.metric(self._ships(mounted(whole, quantized)))
 
-        return self.lost(self._known(json.dumps(sorted(layers)), value))
+        start = time.perf_counter()
+        lost = self.lost(self._known(json.dumps(sorted(layers)), value))
+        self.tried += 1
+        self.ctx.progress(
+            Event(
+                step=self.ctx.name,
+                phase="choose layers",
+                current=self.tried,
+                total=most_choices(self.most),
+                values={CHOICE_SECONDS: time.perf_counter() - start},
+            )
+        )
+        return lost
 
     def lost_by(self, quantized: nn.Module) -> float:
         """The metric's drop of a finished model."""

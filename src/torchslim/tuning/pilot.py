@@ -24,7 +24,7 @@ from torchslim.core.task import Task
 from torchslim.errors import TorchslimError
 from torchslim.pipeline.beginning import ready
 from torchslim.pipeline.options import RunOptions
-from torchslim.pipeline.rehearsal import small
+from torchslim.pipeline.small_task import small
 from torchslim.quantize import Quantize
 from torchslim.runtimes import Deployed
 from torchslim.training.loaders import batch_count, part_of
