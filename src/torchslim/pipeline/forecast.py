@@ -99,7 +99,7 @@ class Timed:
         if CHOICE_SECONDS in event.values:
             evaluated = self.evaluations[-1][0] if self.evaluations else 0.0
             self.choices.append(max(event.values[CHOICE_SECONDS] - evaluated, 0.0))
-            self.most_choices = event.total
+            self.most_choices = event.total or 0
         if "epoch" in event.values and "last_epoch" not in event.values:
             self.updates.setdefault((event.step, event.phase), []).append(moment)
 
