@@ -68,7 +68,7 @@ def interleave(
         raise TorchslimError(f"rounds must be at least 1, got {rounds}; 50 give a spread that can be trusted")
     repeats: dict[str, int] = {}
     for name, function in candidates.items():
-        until = clock() + WARMUP_SECONDS
+        until = time.perf_counter() + WARMUP_SECONDS
         function()
         fastest = float("inf")
         while True:
