@@ -40,9 +40,9 @@ class Stack(nn.Module):
         return answer
 
 
-def stack(kind: type[nn.Module], seed: int = 0) -> nn.Module:
+def stack(kind: type[nn.Module], seed: int = 0, count: int = 3) -> nn.Module:
     torch.manual_seed(seed)
-    return Stack(kind).eval()
+    return Stack(kind, count).eval()
 
 
 TOKENS = (torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(3)),)

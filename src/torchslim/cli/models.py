@@ -34,11 +34,12 @@ from torchslim.core.terminal import printable
 @click.option("--sensitivity", "moved", is_flag=True, hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, moved: bool, as_json: bool) -> None:
-    """List the coupled channel groups of a MODEL (module:callable), and why some must stay.
+    """List the coupled channel groups and the residual blocks of a MODEL (module:callable), and why some must stay.
 
     For each group: how many channels it has, the parameters and the multiply-accumulates (of a run on the inputs given)
     that would go with all of them, everything else kept, and the weights that lose a slice with each channel. A weight
-    between two groups counts for both.
+    between two groups counts for both. For each block: its name, and the parameters and multiply-accumulates that go
+    with it.
     """
     from torchslim.pipeline.model_spec import load_model
     from torchslim.prune import inspect as look

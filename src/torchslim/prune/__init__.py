@@ -7,7 +7,7 @@ from torchslim.prune.functional import blocks, channels, weights
 from torchslim.prune.masking.masks import HeldZeros, Sparsity, hold_zeros, sparsity
 from torchslim.prune.masking.patterns import PATTERNS
 from torchslim.prune.step import Prune
-from torchslim.prune.structured.inspection import ChannelGroup, Inspection, inspect
+from torchslim.prune.structured.inspection import ChannelGroup, Inspection, ResidualBlock, inspect
 from torchslim.prune.structured.record import apply_surgery, surgery
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "HeldZeros",
     "Inspection",
     "Prune",
+    "ResidualBlock",
     "Sparsity",
     "Statistic",
     "Statistics",

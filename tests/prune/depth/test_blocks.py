@@ -220,6 +220,23 @@ def test_a_block_that_code_around_it_needs_stays() -> None:
         ts.prune.blocks(Choosy().eval(), TOKENS, blocks="block")
 
 
+def test_inspect_lists_blocks_as_a_removal_then_takes_them() -> None:
+    model = stack(PreNorm, count=1)
+    found = ts.prune.inspect(model, TOKENS, exclude="*.attention")
+    assert [block.name for block in found.blocks if block.prunable] == ["layers.0.mlp"]
+    assert {block.name: block.reason for block in found.blocks if not block.prunable} == {
+        "layers.0": "excluded",
+        "layers.0.attention": "excluded",
+    }
+    (block,) = (block for block in found.blocks if block.prunable)
+    smaller = ts.prune.blocks(model, TOKENS, blocks=block.name)
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, smaller)]
+    assert block.parameters == sizes[0] - sizes[1]
+    assert block.modules == ("layers.0.mlp", "layers.0.norm2")
+    assert "residual blocks: 1 may go, 2 stay" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["blocks"][0]["prunable"] is False
+
+
 # --- amounts ---
 
 

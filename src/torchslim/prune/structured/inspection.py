@@ -1,4 +1,4 @@
-"""List the coupled channel groups of a model, what each would save, and why some must stay."""
+"""List the coupled channel groups and the residual blocks of a model, their savings, and why some must stay."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torchslim.errors import PruneError
 from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.dependency.groups import Group
 from torchslim.prune.dependency.resolve import Heads
+from torchslim.prune.depth.plan import DepthPlan, analyze_depth
 from torchslim.prune.structured.plan import UnseenCode, analyze
 from torchslim.prune.structured.proof import settle
 
@@ -55,8 +56,32 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResidualBlock:
+    """A branch that is added to the value that it starts from, or a module around several of them.
+
+    Args:
+        name: path of the module that the block belongs to; `ts.prune.blocks(..., blocks=[name])` removes it.
+        modules: paths of the modules that go with it.
+        parameters: number of parameters that go with it.
+        macs: multiply-accumulates of one run on the example inputs that go with it.
+        reason: why the block must stay; empty if it may go.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    parameters: int
+    macs: int
+    reason: str = ""
+
+    @property
+    def prunable(self) -> bool:
+        """Whether the block may go."""
+        return not self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """All groups of a model, in the order of its weights."""
+    """All groups and blocks of a model, in the order of its weights."""
 
     groups: tuple[ChannelGroup, ...]
     parameters: int  # of the whole model
@@ -64,13 +89,17 @@ class Inspection:
     unruled: dict[str, int]  # operations without a rule, and how often they ran; channels that reach them stay
     training: str = ""  # why the training mode was not analyzed, where that was needed
     unreached: tuple[str, ...] = ()  # weights and methods that no example reached
+    blocks: tuple[ResidualBlock, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as plain lists, numbers and text."""
         groups = [
             {**asdict(group), "members": list(group.members), "prunable": group.prunable} for group in self.groups
         ]
-        return {**asdict(self), "groups": groups}
+        blocks = [
+            {**asdict(block), "modules": list(block.modules), "prunable": block.prunable} for block in self.blocks
+        ]
+        return {**asdict(self), "groups": groups, "blocks": blocks}
 
     def table(self, *, all: bool = False) -> str:
         """The inspection as text; with `all` also kernel extents, position tables and every member of every group."""
@@ -92,6 +121,7 @@ class Inspection:
                     lines.append(f"{'':46}in step with {', '.join(others)}")
                 if row.reason:
                     lines.append(f"{'':46}{row.reason}")
+        lines += self._table_of_blocks()
         hidden = sum(group.extent and not group.prunable for group in self.groups)
         if hidden and not all:
             lines += ["", f"not shown: {hidden} kernel extents and position tables"]
@@ -102,6 +132,19 @@ class Inspection:
         if self.training:
             lines += ["", self.training]
         return "\n".join(lines)
+
+    def _table_of_blocks(self) -> list[str]:
+        """Lines that list the residual blocks; none if the model has none."""
+        if not self.blocks:
+            return []
+        free = sum(block.prunable for block in self.blocks)
+        lines = ["", f"residual blocks: {free} may go, {len(self.blocks) - free} stay"]
+        lines.append(f"  {'':>8}  {'parameters':>13}  {'MACs':>17}  block")
+        for block in self.blocks:
+            lines.append(f"  {'':>8}  {block.parameters:>13,}  {block.macs:>17,}  {block.name}")
+            if block.reason:
+                lines.append(f"{'':46}{block.reason}")
+        return lines
 
     def __str__(self) -> str:
         return self.table()
@@ -118,10 +161,11 @@ def inspect(
     examples: Sequence[Any] = (),
     unseen: UnseenCode = "keep",
 ) -> Inspection:
-    """List the coupled channel groups of `model`, which of them `channels` may remove, and why others must stay.
+    """List the coupled channel groups of `model` and its residual blocks, and why some of them must stay.
 
-    One run of the model finds the groups; then copies lose a few channels of every group. A group that may go has
-    passed the verification of such a removal; a group that could not be verified stays, with the reason.
+    One run of the model finds the groups that `channels` may remove; then copies lose a few channels of every group. A
+    group that may go has passed the verification of such a removal; a group that could not be verified stays, with the
+    reason. Likewise each block that `blocks` may remove has been removed from a copy, and verified.
 
     >>> import torch
     >>> found = inspect(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.ones(1, 4),))
@@ -156,7 +200,21 @@ def inspect(
         unruled=dict(plan.trace.unruled),
         training=plan.trace.training,
         unreached=(*plan.trace.unseen.weights, *plan.trace.unseen.methods),
+        blocks=tuple(_residual_blocks(analyze_depth(model, example_inputs, exclude=exclude, examples=examples))),
     )
+
+
+def _residual_blocks(plan: DepthPlan) -> Iterator[ResidualBlock]:
+    """All blocks of a plan, each verified alone."""
+    for name in plan.blocks:
+        reason = plan.verify([], name)
+        yield ResidualBlock(
+            name=name,
+            modules=tuple(sorted(plan.modules([name]))) if plan.blocks[name].ways else (),
+            parameters=plan.size([name], "params") if plan.blocks[name].ways else 0,
+            macs=plan.size([name], "macs") if plan.blocks[name].ways else 0,
+            reason=reason,
+        )
 
 
 def _channel_groups(coupling: Coupling, parameters: frozenset[str]) -> Iterator[ChannelGroup]:
