@@ -36,9 +36,9 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How channels are ranked; the peer's normalization and reduction are its own defaults."""
+    """How channels or blocks are ranked; only ours of channels have a normalization and a reduction."""
 
-    side: Literal["ours", "peer"] = "ours"
+    side: Literal["ours", "peer", "blocks"] = "ours"
     criterion: str = DEFAULTS["criterion"]
     normalization: str = DEFAULTS["normalization"]
     reduction: str = DEFAULTS["reduction"]
@@ -84,7 +84,7 @@ def _measured(run: Run, rows: Path) -> Row:
     before, started = macs(model, INPUTS).total, time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cut = (peer if run.way.side == "peer" else ours)(model, run, batches)
+        cut = {"ours": ours, "peer": peer, "blocks": blocks}[run.way.side](model, run, batches)
     row: Row = {
         "macs": macs(cut, INPUTS).total,
         "parameters": parameters(cut),
@@ -130,6 +130,20 @@ def ours(model: nn.Module, run: Run, batches: list[tuple[Tensor, Tensor]]) -> nn
         model, INPUTS, run.sparsity, of="macs", criterion=run.way.criterion, round_to=ROUND_TO, batches=batches,
         seed=run.seed, **options,
     )  # fmt: skip
+
+
+def blocks(model: nn.Module, run: Run, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    """Whole blocks up to the target, or all that can go, and channels for the rest."""
+    plan = ts.prune.inspect(model, INPUTS)
+    prunable = [block for block in plan.blocks if block.prunable]
+    reachable = sum(block.macs for block in prunable) / plan.macs
+    removed = min(run.sparsity, reachable - 1e-6)
+    shorter = ts.prune.blocks(
+        model, INPUTS, removed, of="macs", criterion=run.way.criterion, batches=batches, seed=run.seed
+    )
+    done = 1 - macs(shorter, INPUTS).total / plan.macs
+    rest = 1 - (1 - run.sparsity) / (1 - done)
+    return shorter if rest < 0.01 else ours(shorter, replace(run, way=Way(), sparsity=rest), batches)
 
 
 def peer(model: nn.Module, run: Run, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.one_cut import BATCH, ROUND_TO, SAMPLES, Way
-from benchmarks.prune_plan import DEFAULT, EPOCHS, PEERS, SEEDS, SPARSITIES, Found
+from benchmarks.prune_plan import BLOCKS, DEFAULT, EPOCHS, PEERS, SEEDS, SPARSITIES, Found
 from benchmarks.rows import Row
 from torchslim.prune import CRITERIA
 
@@ -62,8 +62,9 @@ def _baseline(row: Row) -> str:
 
 
 def _name(way: Way) -> str:
-    options = () if way.side == "peer" else (way.normalization, way.reduction)
-    return f"{'Torch-Pruning ' * (way.side == 'peer')}`{way.criterion}`{''.join(f', {option}' for option in options)}"
+    options = (way.normalization, way.reduction) if way.side == "ours" else ()
+    prefix = {"ours": "", "peer": "Torch-Pruning ", "blocks": "blocks, "}[way.side]
+    return f"{prefix}`{way.criterion}`{''.join(f', {option}' for option in options)}"
 
 
 def _criteria(found: Found, sparsity: float) -> list[str]:
@@ -130,7 +131,7 @@ def _seeds(found: Found, sparsity: float) -> list[str]:
         f"| way | MACs left | parameters | validation % | test % | test, paired with {against} |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for way in dict.fromkeys([*found.contestants(), *found.ours(), *PEERS]):
+    for way in dict.fromkeys([*found.contestants(), *found.ours(), *BLOCKS, *PEERS]):
         if not (test := values(found, way, sparsity)):
             continue
         left = [100 * value for value in values(found, way, sparsity, "macs_left")]

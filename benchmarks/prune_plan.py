@@ -18,6 +18,7 @@ TUNED = 2  # are tried with every normalization; the best of those with every re
 CONTROL = "random"  # what a criterion must beat; it is never chosen
 DEFAULT = Way()
 PEERS = (Way(side="peer", criterion="l2"), Way(side="peer", criterion="taylor"))
+BLOCKS = (Way(side="blocks", criterion="kl"), Way(side="blocks", criterion="influence"))
 NORMALIZATIONS = ("none", "mean", "max", "gaussian")
 REDUCTIONS = ("mean", "sum", "max", "first")
 
@@ -89,7 +90,7 @@ def stages(epochs: int) -> Iterator[Callable[[Found], list[Run]]]:
         replace(way, normalization=each) for way in found.leaders()[:TUNED] for each in NORMALIZATIONS
     )
     yield lambda found: runs(replace(best, reduction=each) for best in found.contestants()[:1] for each in REDUCTIONS)
-    yield lambda found: runs([*found.contestants(), *PEERS], SEEDS)
+    yield lambda found: runs([*found.contestants(), *PEERS, *BLOCKS], SEEDS)
 
 
 def missing(runs: Iterable[Run], found: Found) -> list[Run]:

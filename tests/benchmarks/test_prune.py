@@ -57,7 +57,7 @@ def test_the_stages_follow_validation_and_never_the_control():
         2 * (len(CRITERIA) + 2),  # all, and the peer's
         2 * 3 * 2,  # three more normalizations of the best two
         2 * 3,  # three more reductions of the best of those
-        2 * 4 * 5,  # four more seeds of the best three and the peer's two
+        2 * 4 * 5 + 2 * 2 * 5,  # four more seeds of the best three and the peer's two, all five of blocks
     ]
     best = Way(criterion="lamp", normalization="max", reduction="sum")
     assert found.leaders() == [Way(criterion=name) for name in ("lamp", "taylor", "fpgm")]

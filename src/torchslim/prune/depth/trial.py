@@ -181,8 +181,8 @@ def merged(ways: Sequence[Way]) -> dict[str, Any]:
 def _difference(expected: Sequence[Tensor], results: Sequence[Tensor], tolerance: float) -> str:
     if len(expected) != len(results):
         return (
-            f"an output would be lost: the call returns {len(expected)} tensors, and {len(results)} without it; if these "
-            "are a cache, give example inputs with use_cache=False"
+            f"an output would be lost: the call returns {len(expected)} tensors, and {len(results)} without it; if "
+            "these are a cache, give example inputs with use_cache=False"
         )
     for place, (before, after) in enumerate(zip(expected, results, strict=True)):
         if before.shape != after.shape:
