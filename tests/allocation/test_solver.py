@@ -170,6 +170,19 @@ def test_a_pair_of_neighbours_is_chosen_together() -> None:
     assert found.costs["latency"] == 16.0
 
 
+@settings(max_examples=20, deadline=None)
+@given(problems(), st.data())
+def test_only_allowed_options_are_chosen(problem: Problem, data: st.DataObject) -> None:
+    allowed = [
+        data.draw(st.lists(st.sampled_from(range(len(decision.options))), min_size=1, unique=True))
+        for decision in problem.decisions
+    ]
+    found = solve(problem, allowed=allowed, gap=0)
+    assert all(place in own for place, own in zip(found.places, allowed, strict=True))
+    best = min(problem.total(problem.damage, choice) for choice in itertools.product(*allowed))
+    assert found.damage == pytest.approx(best, abs=CLOSE)
+
+
 def test_names_the_limit_that_binds_and_the_least() -> None:
     with pytest.raises(Infeasible, match=r"latency of at most 1.5, at least 2") as caught:
         solve(replace(chain(), limits={"latency": 1.5, "params": 12.0}))
@@ -205,6 +218,8 @@ def test_a_decision_of_one_option_and_no_limit_need_no_solver() -> None:
     ("call", "words"),
     [
         (lambda: solve(chain(), gap=-1), "gap"),
+        (lambda: solve(chain(), allowed=[[0], [], [0]]), "allows"),
+        (lambda: solve(chain(), allowed=[[0], [3], [0]]), "allows"),
         (lambda: solve(chain(), seconds=0), "seconds"),
         (lambda: least(chain(), "macs"), "no cost"),
         (lambda: front(chain(), "latency", 0), "one point"),

@@ -9,9 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchslim.allocation.problem import Floats, Problem, Term
+from torchslim.errors import AllocationError
 
 Tables = dict[tuple[int, ...], Floats]
 """One table for each set of decisions, which are in rising order."""
+
+Allowed = Sequence[Sequence[int]] | None
+"""For each decision the places of the options that may be chosen; None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +48,24 @@ class Reduced:
         return tuple(whole)
 
 
-def reduced(problem: Problem) -> Reduced:
+def reduced(problem: Problem, allowed: Allowed = None) -> Reduced:
     """The problem without dominated options, without decisions of one option, and with its tables merged.
 
     An option is dominated if another one of the same decision has no more damage and no more of any limited cost,
     whatever the other decisions are. Costs without a limit are left out.
+
+    Raises:
+        AllocationError: a decision has no allowed option.
     """
     names = [name for name, limit in problem.limits.items() if limit < np.inf]
     sums = [merged(problem.damage), *(merged(problem.costs[name]) for name in names)]
     sizes = [len(decision.options) for decision in problem.decisions]
     keep: list[NDArray[np.intp]] = [np.arange(size) for size in sizes]
+    if allowed is not None:
+        keep = [np.array(sorted(set(places)), dtype=np.intp) for places in allowed]
+        for chosen, own, size in zip(problem.decisions, keep, sizes, strict=True):
+            if not len(own) or own[0] < 0 or own[-1] >= size:
+                raise AllocationError(f"decision {chosen.name!r} allows {own.tolist()} of its {size} options")
     queue = list(range(len(sizes)))
     while queue:  # fewer options of one decision can make options of its neighbours dominated
         decision = queue.pop(0)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchslim.allocation.problem import Floats, Problem, Term
-from torchslim.allocation.reduction import Reduced, reduced
+from torchslim.allocation.reduction import Allowed, Reduced, reduced
 from torchslim.errors import AllocationError
 
 TOLERANCE = 1e-6
@@ -59,11 +59,12 @@ class Infeasible(AllocationError):
         self.binding, self.least = binding, dict(least)
 
 
-def solve(problem: Problem, *, gap: float = 1e-4, seconds: float = 60.0) -> Solution:
+def solve(problem: Problem, *, allowed: Allowed = None, gap: float = 1e-4, seconds: float = 60.0) -> Solution:
     """The choice with the least damage within all limits.
 
     Args:
         problem: to solve; limits hold up to one part in a million.
+        allowed: for each decision the places of the options that may be chosen; by default all.
         gap: relative gap at which the search for a better choice ends.
         seconds: after which the best choice so far is returned, with its proven gap. Only a choice that was found in
             less than that is the same in every run.
@@ -74,10 +75,10 @@ def solve(problem: Problem, *, gap: float = 1e-4, seconds: float = 60.0) -> Solu
     """
     if not 0 <= gap < np.inf or not seconds > 0:
         raise AllocationError(f"gap must be at least 0 and seconds above 0, got {gap} and {seconds}")
-    small = reduced(problem)
+    small = reduced(problem, allowed)
     found = _run(small, small.damage, small.limits, gap, seconds)
     if found is None:
-        raise _infeasible(problem)
+        raise _infeasible(problem, allowed)
     places = small.original(found.places)
     damage = problem.total(problem.damage, places)
     bound = min(found.bound, damage)
@@ -91,7 +92,7 @@ def solve(problem: Problem, *, gap: float = 1e-4, seconds: float = 60.0) -> Solu
     )
 
 
-def least(problem: Problem, cost: str, *, seconds: float = 60.0) -> Solution:
+def least(problem: Problem, cost: str, *, allowed: Allowed = None, seconds: float = 60.0) -> Solution:
     """The choice with the lowest `cost` within the limits of all other costs; among equal ones, of little damage.
 
     The result's `bound` and `gap` are of the cost, in its own unit.
@@ -102,8 +103,8 @@ def least(problem: Problem, cost: str, *, seconds: float = 60.0) -> Solution:
     if cost not in problem.costs:
         raise AllocationError(f"no cost {cost!r}; this problem has {', '.join(problem.costs) or 'none'}")
     others = {name: limit for name, limit in problem.limits.items() if name != cost}
-    lowest = solve(replace(problem, damage=problem.costs[cost], limits=others), seconds=seconds)
-    mild = solve(replace(problem, limits={**others, cost: lowest.damage}), seconds=seconds)
+    lowest = solve(replace(problem, damage=problem.costs[cost], limits=others), allowed=allowed, seconds=seconds)
+    mild = solve(replace(problem, limits={**others, cost: lowest.damage}), allowed=allowed, seconds=seconds)
     return replace(mild, bound=lowest.bound, gap=lowest.gap)
 
 
@@ -143,10 +144,11 @@ def front(
     return list(solutions.values())
 
 
-def _infeasible(problem: Problem) -> Infeasible:
+def _infeasible(problem: Problem, allowed: Allowed) -> Infeasible:
     """The error that names the limits that bind, and the least of each cost."""
     alone = {
-        cost: solve(replace(problem, damage=problem.costs[cost], limits={}), gap=0).damage for cost in problem.limits
+        cost: solve(replace(problem, damage=problem.costs[cost], limits={}), allowed=allowed, gap=0).damage
+        for cost in problem.limits
     }
     binding = tuple(cost for cost, value in alone.items() if value > problem.limits[cost])
     if binding:
@@ -156,9 +158,10 @@ def _infeasible(problem: Problem) -> Infeasible:
     for cost in problem.limits:
         others = {name: limit for name, limit in problem.limits.items() if name != cost}
         try:
-            together[cost] = solve(replace(problem, damage=problem.costs[cost], limits=others), gap=0).damage
+            lowest = solve(replace(problem, damage=problem.costs[cost], limits=others), allowed=allowed, gap=0)
         except Infeasible as error:  # three or more limits of which fewer exclude each other
             return error
+        together[cost] = lowest.damage
     texts = [f"{cost} of at most {problem.limits[cost]:.4g}, at least {value:.4g}" for cost, value in together.items()]
     return Infeasible(
         f"no choice keeps all limits together: {'; '.join(texts)} while the others hold; raise one of them",
