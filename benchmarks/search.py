@@ -24,11 +24,12 @@ from examples.fashion_mnist.model import DEPTHS, Block, ResNet
 from torchslim.artifact.latency_cache import LatencyTable
 from torchslim.core.files import write_bytes
 from torchslim.core.step import Step, Trains
-from torchslim.pipeline.recipe import load_document
+from torchslim.pipeline.recipe import load_document, parse_document
 from torchslim.tuning import make_space
 
 HERE = Path(__file__).parent
 RECIPE = Path("examples/fashion_mnist/search.toml")
+SOLVED = Path("examples/fashion_mnist/solve.toml")
 IMAGES, VALIDATION, TEST = 6_000, 2_000, 4_000  # of the sets; the baseline was trained on all of the first
 EXAMPLES = 8  # images that are exported and compared
 THREADS = 1  # of training and of the runtime: two processes with two threads each on two cores wait for each other
@@ -36,6 +37,7 @@ TRIALS = 20
 SEEDS = (0, 1, 2)
 SPARSITIES = (0.5, 0.2, 0.8, 0.35, 0.65, 0.275, 0.425, 0.575, 0.725)  # ever finer
 WIDTHS = (0.5, 0.75, 0.35)
+SHARES = {"solve": 1.0, "solve-fifth": 0.2}  # of the samples that the sampled search trains
 
 
 class Counted:
@@ -165,6 +167,17 @@ def run_search(work: Path, seed: int) -> dict[str, Any]:
     return {"folders": folders, "samples": Counted.total(count), "artifacts": attempts + len(folders)}
 
 
+def run_solved(work: Path, seed: int, samples: float) -> dict[str, Any]:
+    """The solved search, with so many trained samples; its tables train nothing."""
+    document = {**load_document(SOLVED), "seed": seed}
+    document["threads"] = THREADS
+    document["budget"] = {**document["budget"], "epochs": samples / IMAGES, "metric_drop": LEVEL}
+    count = work.with_suffix(".count")
+    found = ts.search(resnet(), task(count), document, workdir=work, example_inputs=example(), rehearse=False)
+    folders = sorted((work / "front").iterdir())
+    return {"folders": folders, "samples": Counted.total(count), "artifacts": len(found.data["trials"])}
+
+
 def run_each(
     work: Path, name: str, candidates: Iterator[tuple[str, list[Step]]], samples: int, artifacts: int, seed: int
 ) -> Any:
@@ -208,6 +221,27 @@ def drawn(seed: int) -> Iterator[tuple[str, list[Step]]]:
         yield "random", list(space.recipe(values).steps)
 
 
+def drawn_units(seed: int) -> Iterator[tuple[str, list[Step]]]:
+    """Recipes at random from the solver's space: a width for each group, a scheme for each layer, the block or not."""
+    import random
+
+    generator = random.Random(seed)
+    structure = ts.prune.inspect(resnet(), example())
+    groups = {group.name: group.width for group in structure.groups if group.prunable}
+    layers = [name for name, module in resnet().named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    blocks = [block.name for block in structure.blocks if not block.reason]
+    distill, quantize = load_document(SOLVED)["step"][1:]
+    for _ in range(60):
+        widths = {name: generator.randrange(8, width + 1, 8) for name, width in groups.items()}
+        schemes = {name: "float" for name in layers if generator.random() < generator.choice((0.0, 0.0, 0.3))}
+        steps: list[dict[str, Any]] = [{"do": "prune", "pattern": "channel", "criterion": "lamp", "widths": widths}]
+        if gone := [name for name in blocks if generator.random() < 0.5]:
+            steps.insert(0, {"do": "prune", "pattern": "block", "blocks": gone})
+        document = {**load_document(SOLVED), "step": [*steps, distill, {**quantize, "layers": schemes}]}
+        document.pop("budget")
+        yield "random units", list(parse_document(document, "drawn").steps)
+
+
 def main() -> None:
     """All methods and seeds, then the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -231,9 +265,12 @@ def main() -> None:
                 work = arguments.work / f"seed-{seed}"
                 if method == "search":
                     done = run_search(work, seed)
+                elif method in SHARES:
+                    done = run_solved(work / method, seed, samples * SHARES[method])
                 else:
-                    candidates = singles() if method == "singles" else drawn(seed)
-                    done = run_each(work, method, candidates, samples, artifacts, seed)
+                    candidates = {"singles": singles, "random": drawn, "random-units": drawn_units}[method]
+                    given = () if method == "singles" else (seed,)
+                    done = run_each(work, method, candidates(*given), samples, artifacts, seed)
                 names = done.get("techniques") or [method] * len(done["folders"])
                 points = [
                     measured(arguments.work, folder, technique, table, reference)

@@ -12,7 +12,14 @@ from torchslim.tuning.pareto import front_of, volume
 SLACK = 0.25  # points: about one standard error of a difference on 4,000 images
 LEVEL = 2.0  # points of accuracy: what is farther from the baseline counts nothing
 Row = Mapping[str, Any]
-METHODS = {"search": "torchslim search", "singles": "grid of single techniques", "random": "random search"}
+METHODS = {
+    "search": "torchslim search",
+    "solve": "torchslim search, solved",
+    "solve-fifth": "torchslim search, solved, a fifth of the samples",
+    "singles": "grid of single techniques",
+    "random": "random search",
+    "random-units": "random search on the solver's space",
+}
 
 
 def area(points: Sequence[Mapping[str, float]], split: str) -> float:

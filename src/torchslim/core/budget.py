@@ -55,6 +55,11 @@ class Budget:
             other of these is better.
         short: fraction of its training that a trial gets before finalists are chosen.
         hours: time after which no further trial begins; None: no limit.
+        method: "sample" draws the values of all ranges. "solve" measures tables of costs and damages once, chooses the
+            width of each group, the scheme of each layer and the blocks to drop by a solver, trains a few of the
+            solutions, and solves again with what these show; other ranges stay at their first choice or their middle.
+        epochs: with "solve", most epochs of all trainings together; by default as many as `trials` short trainings and
+            `finalists` full ones of the recipe take.
     """
 
     metric_drop: float | None = None
@@ -68,6 +73,8 @@ class Budget:
     finalists: Annotated[int, Range(-MOST, MOST)] = 5
     short: float = 0.25
     hours: float | None = None
+    method: Literal["solve", "sample"] = "sample"
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError, "budget: ")
@@ -86,6 +93,10 @@ class Budget:
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise RecipeError(f"budget: {name} must be a whole number of at least 1, got {count!r}")
+        if self.epochs is not None and not 0 <= self.epochs < math.inf:
+            raise RecipeError(f"budget: epochs must be a finite number of at least 0, got {self.epochs!r}")
+        if self.epochs is not None and self.method != "solve":
+            raise RecipeError("budget: epochs belongs to method = 'solve'; set it, or limit the trials")
         if not 0 < self.short <= 1:
             raise RecipeError(f"budget: short must be in (0, 1], the share of a training, got {self.short!r}")
         if self.hours is not None and not 0 < self.hours < math.inf:

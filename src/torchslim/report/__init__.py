@@ -6,7 +6,7 @@ from typing import Any
 from torchslim.report.load import RUN_FORMAT, kind_of, load_run, load_search, load_sensitivity
 from torchslim.report.page import render
 from torchslim.report.run_table import table
-from torchslim.report.search_page import render_search, search_table
+from torchslim.report.search_page import explanation_text, render_search, search_table
 from torchslim.report.sensitivity_page import render_sensitivity, sensitivity_table
 
 REPORTS: Mapping[str, tuple[Callable[..., dict[str, Any]], Callable[..., str], Callable[..., str]]] = {
@@ -19,6 +19,7 @@ REPORTS: Mapping[str, tuple[Callable[..., dict[str, Any]], Callable[..., str], C
 __all__ = [
     "REPORTS",
     "RUN_FORMAT",
+    "explanation_text",
     "kind_of",
     "load_run",
     "load_search",

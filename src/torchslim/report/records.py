@@ -300,6 +300,15 @@ class Original(TypedDict):
 
 
 @strict
+class Explained(TypedDict):
+    """What a solver expected of a member of the front, what its choices bought, and what it refused, in words."""
+
+    predicted: dict[Text, Number]
+    bought: list[Text]
+    refused: list[Text]
+
+
+@strict
 class FrontMember(Original):
     """A candidate that was trained fully and measured as an artifact; paths begin in the folder of the search."""
 
@@ -308,6 +317,7 @@ class FrontMember(Original):
     recipe: Text
     folder: NotRequired[Text]
     within: bool
+    explained: NotRequired[Explained]
 
 
 @strict
@@ -344,6 +354,7 @@ class SearchFile(TypedDict):
     baseline: Original
     trials: list[Trial]
     failed: NotRequired[list[FailedFinal]]
+    spent: NotRequired[dict[Text, Number]]  # seconds, and epochs of training, by what they were spent on
     front: list[FrontMember]
     verdict: VerdictOf
     machines: dict[Text, Machine]

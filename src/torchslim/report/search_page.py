@@ -64,6 +64,8 @@ def render_search(data: Search) -> str:
                 for point in data["front"]
             ),
         ],
+        explained=[_explained(data, point) for point in data["front"] if "explained" in point],
+        spent=[(what, significant(amount)) for what, amount in data.get("spent", {}).items()],
         bounds=[f"{_name(data, name)} at most {_text(data, name, bound)}" for name, bound in _bounds(data).items()],
         parameters=[parameter["name"] for parameter in data["space"]],
         figures=[(name, _capital(FIGURES[name]), _heading_unit(data, name)) for name in _trial_figures(data)],
@@ -105,6 +107,37 @@ def search_table(data: Search) -> str:
     )
     failed = [f"failed in full: trial {trial['trial']}: {plain(trial['reason'])}" for trial in data.get("failed", [])]
     return "\n".join([*lines, *missing, *failed, _counts(data)])
+
+
+def _explained(data: Search, point: Member) -> dict[str, Any]:
+    """A member's explanation: predicted beside measured figures, and what was bought and refused."""
+    found = point["explained"]
+    pairs = []
+    for name, value in found["predicted"].items():
+        entry = point["figures"].get(name, NotMeasured(not_measured=""))
+        if is_measured(entry):
+            pairs.append((_capital(_name(data, name)), _text(data, name, value), _text(data, name, entry["value"])))
+    return {"name": _named(point), "pairs": pairs, "bought": found["bought"], "refused": found["refused"]}
+
+
+def explanation_text(data: Search) -> str:
+    """Text with the explanation of every member of the front.
+
+    Args:
+        data: content of `search.json`.
+    """
+    members = [_explained(data, point) for point in data["front"] if "explained" in point]
+    if not members:
+        return "the values were drawn by a sampler, which gives no reasons; a solved search does (method = 'solve')"
+    lines: list[str] = []
+    for member in members:
+        pairs = "; ".join(f"{name}: predicted {before}, measured {after}" for name, before, after in member["pairs"])
+        lines += ["", plain(f"{member['name']}: {pairs}" if pairs else member["name"])]
+        for title, key in (("bought most for its damage", "bought"), ("refused", "refused")):
+            lines += [f"  {title}:"] * bool(member[key])
+            lines += [f"    {plain(line)}" for line in member[key]]
+    lines += ["", *(f"spent on {plain(what)}: {significant(amount)}" for what, amount in data.get("spent", {}).items())]
+    return "\n".join(lines).strip("\n")
 
 
 def _title(data: Search) -> str:

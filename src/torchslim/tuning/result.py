@@ -19,7 +19,7 @@ from torchslim.core.step import Target
 from torchslim.errors import ArtifactError
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.run_record import not_measured, number
-from torchslim.report import load_run, search_table
+from torchslim.report import explanation_text, load_run, search_table
 from torchslim.tuning.pareto import Verdict, front_of, judge
 from torchslim.tuning.space import Space
 
@@ -72,6 +72,10 @@ class SearchResult:
 
     def __str__(self) -> str:
         return search_table(self.data)
+
+    def explain(self) -> str:
+        """Text with what each member's choices bought for their damage, what was refused, and predicted figures."""
+        return explanation_text(self.data)
 
     @classmethod
     def of(cls, data: dict[str, Any], folder: Path, results: Mapping[int, Result]) -> SearchResult:
@@ -138,12 +142,16 @@ class Findings:
         baseline: figures of the original on the target, and its "metric" on val.
         trials: results of the trials.
         finals: results of the finalists.
+        explained: explanations by trial, of a solved search.
+        spent: seconds and epochs by what a solved search spent them on.
     """
 
     target: Target
     baseline: Mapping[str, float]
     trials: Results
     finals: Results
+    explained: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     def measured(self) -> dict[int, Mapping[str, Any]]:
         """Results of the finalists that were measured, by trial."""
@@ -197,7 +205,12 @@ def data_of(space: Space, metric: Metric, findings: Findings, folder: Path) -> d
         "baseline": _baseline(findings, metric, run_folders),
         "trials": [_trial(number, parameters, trial) for number, parameters, trial in findings.trials],
         "failed": findings.failed(),
-        "front": [_member(trial, values[trial], measured[trial]) for trial in front],
+        **({"spent": dict(findings.spent)} if findings.spent else {}),
+        "front": [
+            _member(trial, values[trial], measured[trial])
+            | ({"explained": findings.explained[trial]} if trial in findings.explained else {})
+            for trial in front
+        ],
         "verdict": asdict(verdict) | {"binding": list(verdict.binding)},
         "machines": {"this": describe_machine(target.threads)},
     }

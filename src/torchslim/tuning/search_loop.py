@@ -89,15 +89,30 @@ def search(
     inputs: Any = task.inputs(first_batch) if example_inputs is None else example_inputs
     dynamic_shapes = space.document.get("dynamic_shapes", dynamic_shapes)
     folder = Path(workdir)
-    ledgers = _open(space, key, folder, storage=storage, study=study, sampler=sampler, beat=beat)
     paths = select_parts(model, part)
     parts = {} if part is None else part_examples(model, task, paths, space.document.get("seed", 0))
     lab = _make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress)
     spanned = dynamic_shapes == "auto" and example_inputs is None  # as in `run_steps`, which trains the finalists
     lab = replace(lab, parts=parts, examples=spanning_examples(task, lab.seed) if spanned else ())
+    if space.budget.method == "solve":
+        from torchslim.tuning.solve_worker import begun_solving  # slow to import: it loads the quantizer
+
+        _mark(folder)
+        solving = begun_solving(space, lab)
+        space = solving.space
+    ledgers = _open(space, key, folder, storage=storage, study=study, sampler=sampler, beat=beat)
     if rehearse and space.document.get("rehearse", True):
         _rehearse(space, lab)
+    if space.budget.method == "solve":
+        return solving.worker(lab, folder, ledgers, key).run()
     return Worker(space, lab, folder, ledgers).run()
+
+
+def _mark(folder: Path) -> None:
+    """Mark the folder as one of a search in the first process, before anything is written to it."""
+    if distributed.is_first():
+        mark_folder(folder)
+    distributed.wait()
 
 
 def _rehearse(space: Space, lab: Lab) -> None:
@@ -139,8 +154,7 @@ def _open(
     beat: float,
 ) -> tuple[Ledger, Ledger] | None:
     """Claim the folder and open the ledgers; None in all but the first process of a distributed training."""
-    if distributed.is_first():
-        mark_folder(folder)
+    _mark(folder)
     name = study or folder.resolve().name
     ledgers = make_ledgers(space, name, key, storage or folder / "study.journal", sampler, beat)
     if distributed.is_first():

@@ -122,6 +122,20 @@ class Ledger:
                 for values in starts:
                     self.study.enqueue_trial(self._stored(values), skip_if_exists=True)
 
+    def queue(self, values: Mapping[str, Any]) -> None:
+        """Enqueue the values of one more trial."""
+        with self._consulting():
+            self.study.enqueue_trial(self._stored(values))
+
+    def queued(self) -> bool:
+        """Whether a trial waits to be run."""
+        import optuna
+
+        with self._consulting():
+            self.take_back()
+            states = (optuna.trial.TrialState.WAITING,)
+            return bool(self.study.get_trials(deepcopy=False, states=states))
+
     def ask(self) -> Any:
         """Return the next trial; None if there are enough.
 
@@ -210,6 +224,20 @@ class Ledger:
                 for row in self._rows()
                 if row.result is not None and row.values is not None and SAME not in row.result
             ]
+
+    def known_values(self) -> dict[int, dict[str, Any]]:
+        """Values of every trial that is running or has a result, by number."""
+        with self._consulting():
+            return {
+                row.number: self._decoded(row.values)
+                for row in self._rows()
+                if row.values is not None and (row.running or row.result is not None)
+            }
+
+    def count(self) -> int:
+        """Number of trials that are running or have a result."""
+        with self._consulting():
+            return self._count()
 
     def repeats(self) -> int:
         """Number of the latest trials, in a row, that repeated an earlier recipe."""

@@ -145,6 +145,15 @@ class Lab:
             model = self._taken(recipe, ctx, effort)
             return self._figures(model, recipe.target, effort)
 
+    def made(self, recipe: Recipe, effort: Effort) -> nn.Module:
+        """The model that a recipe makes at an effort, not deployed.
+
+        Raises:
+            TorchslimError: a step of the recipe cannot run.
+        """
+        with preserved_globals(self.seed):
+            return self._taken(recipe, self._context(recipe), effort)
+
     def baseline(self, target: Target, effort: Effort | None = None) -> dict[str, float]:
         """Figures of the original model on a runtime."""
         if target not in self._baselines:

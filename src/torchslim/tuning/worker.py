@@ -67,12 +67,16 @@ class Worker:
 
     def _run_trials(self) -> None:
         """Run trials until there are enough, and those of all other workers are finished."""
+        self._enqueue_first()
+        while (job := self._next_trial()) is not None:
+            self._try(*job)
+
+    def _enqueue_first(self) -> None:
+        """Enqueue the first trials: those that a sensitivity analysis suggests, and the fixed ones."""
         if self.ledgers:
             sensitivity = self.space.document.get("sensitivity")
             informed = [informed_start(self.space, Sensitivity.load(sensitivity))] if sensitivity else []
             self.ledgers[0].enqueue([*informed, *self.space.starts])
-        while (job := self._next_trial()) is not None:
-            self._try(*job)
 
     def _next_trial(self) -> tuple[Any, dict[str, Any]] | None:
         """Next trial and its values, the values in all processes of this worker; None if there are no more."""
@@ -235,13 +239,28 @@ class Worker:
         threads = self.space.recipe(self.space.first).target.threads
         return [Target(runtime=name, threads=threads) for name in self.space.runtimes]
 
+    def _explained(self) -> dict[int, dict[str, Any]]:
+        """Explanations by trial; a sampler has none."""
+        return {}
+
+    def _spent_on(self) -> dict[str, float]:
+        """Seconds and epochs by what they were spent on; not counted for a sampler."""
+        return {}
+
     def _result(self) -> SearchResult:
         """Write `search.json` and `report.html` in the first process, and return the result in every process."""
         data: Any = None
         if self.ledgers:
             trials, finals = (ledger.results() for ledger in self.ledgers)
             target = self._targets()[0]
-            findings = Findings(target=target, baseline=self.lab.baseline(target), trials=trials, finals=finals)
+            findings = Findings(
+                target=target,
+                baseline=self.lab.baseline(target),
+                trials=trials,
+                finals=finals,
+                explained=self._explained(),
+                spent=self._spent_on(),
+            )
             data = data_of(self.space, self.metric, findings, self.folder)
             write_json(self.folder / "search.json", data)
             write_bytes(self.folder / "report.html", render_search(data).encode())
