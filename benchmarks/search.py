@@ -37,6 +37,7 @@ TRIALS = 20
 SEEDS = (0, 1, 2)
 SPARSITIES = (0.5, 0.2, 0.8, 0.35, 0.65, 0.275, 0.425, 0.575, 0.725)  # ever finer
 WIDTHS = (0.5, 0.75, 0.35)
+MEMBERS = 8  # recipes that the solved search trains
 SHARES = {"solve": 1.0, "solve-fifth": 0.2}  # of the samples that the sampled search trains
 
 
@@ -171,6 +172,8 @@ def run_solved(work: Path, seed: int, samples: float) -> dict[str, Any]:
     """The solved search, with so many trained samples; its tables train nothing."""
     document = {**load_document(SOLVED), "seed": seed}
     document["threads"] = THREADS
+    prune, distill, quantize = document["step"]
+    document["step"] = [prune, {**distill, "epochs": max(1, round(samples / IMAGES / MEMBERS))}, quantize]
     document["budget"] = {**document["budget"], "epochs": samples / IMAGES, "metric_drop": LEVEL}
     count = work.with_suffix(".count")
     found = ts.search(resnet(), task(count), document, workdir=work, example_inputs=example(), rehearse=False)
