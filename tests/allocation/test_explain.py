@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from tests.allocation.test_solver import chain, problems
+from tests.support.allocations import chain, problems
 from torchslim.allocation.explain import explain
 from torchslim.allocation.problem import Problem
 from torchslim.allocation.solver import least

@@ -25,22 +25,8 @@ def separable(shares: Any, curves: Any) -> Cost:
     return Cost(np.eye(len(curves), dtype=bool), shares / max(shares.sum(), 1.0), curves)
 
 
-def optimum(cost: Cost, lost: Any, ceiling: float, bins: int = 4000) -> float:
-    """The knapsack by dynamic programming over times rounded down: a lower bound of what must be lost."""
-    best = np.full(bins + 1, np.inf)
-    best[0] = 0.0
-    room = int((ceiling - (1 - cost.shares.sum())) * bins)
-    for unit, each in enumerate(lost):
-        later = np.full(bins + 1, np.inf)
-        for width, gone in each.items():
-            took = int(cost.shares[unit] * cost.factor(unit, width) * bins)
-            later[took:] = np.minimum(later[took:], best[: bins + 1 - took] + gone)
-        best = later
-    return float(best[: max(room, 0) + 1].min())
-
-
-@given(st.lists(st.tuples(st.floats(0.02, 1.0), UNIT, LOSSES), min_size=1, max_size=6), st.floats(0.1, 1.0))
-def test_widths_keep_the_ceiling_and_lose_little_more_than_the_best(units, ceiling):
+@given(st.lists(st.tuples(st.floats(0.02, 1.0), UNIT, LOSSES), min_size=1, max_size=4), st.floats(0.1, 1.0))
+def test_widths_keep_the_ceiling_and_lose_the_least(units, ceiling):
     shares, curves, lost = zip(*units, strict=True)
     cost = separable(shares, curves)
     fastest = cost.of(np.array([min(each.values()) for each in curves]))
@@ -51,40 +37,61 @@ def test_widths_keep_the_ceiling_and_lose_little_more_than_the_best(units, ceili
         return
     assert took <= ceiling + 1e-9
     gone = sum(each[width] for each, width in zip(lost, widths, strict=True))
-    # a greedy knapsack is worse than the best by no more than one item
-    assert gone <= optimum(cost, lost, ceiling) + max(max(each.values()) for each in lost) + 1e-9
+    assert gone <= cheapest(cost, lost, ceiling) * (1 + 1e-3) + 1e-6
 
 
-def test_mostly_the_best_is_found():
-    generator = np.random.default_rng(0)
+def cheapest(cost: Cost, lost: Any, ceiling: float) -> float:
+    """The least loss within a ceiling, by trying all widths."""
+    return min(
+        sum(each[width] for each, width in zip(lost, widths, strict=True))
+        for widths in product(*lost)
+        if cost.time(widths) <= ceiling + 1e-12
+    )
+
+
+@given(st.integers(0, 1000), st.floats(0.4, 0.9))
+def test_operations_between_two_units_are_chosen_exactly(seed, ceiling):
+    generator = np.random.default_rng(seed)
+    curves = [{32: 1.0, 24: 0.8, 16: 0.5, 8: generator.uniform(0.2, 0.45)} for _ in range(4)]
+    lost = [
+        dict(zip((32, 24, 16, 8), np.cumsum([0, *generator.uniform(0.1, 1, 3)]).tolist(), strict=True)) for _ in curves
+    ]
+    touches = np.array([[True, True, False, False], [False, True, True, False], [False, False, True, True]])
+    cost = Cost(touches, generator.dirichlet(np.ones(3)), curves)
+    widths = choose(cost, lost, ceiling)
+    assert cost.time(widths) <= ceiling + 1e-9
+    gone = sum(each[width] for each, width in zip(lost, widths, strict=True))
+    assert gone <= cheapest(cost, lost, ceiling) * (1 + 1e-3) + 1e-6
+
+
+def test_an_operation_that_many_units_touch_is_linearized():
     regrets = []
-    for _ in range(40):
-        count = 6
-        curves = [{32: 1.0, 24: 0.8, 16: 0.5, 8: generator.uniform(0.2, 0.45)} for _ in range(count)]
+    for seed in range(12):
+        generator = np.random.default_rng(seed)
+        curves = [{32: 1.0, 24: 0.8, 16: 0.5, 8: generator.uniform(0.2, 0.45)} for _ in range(5)]
         lost = [
             dict(zip((32, 24, 16, 8), np.cumsum([0, *generator.uniform(0.1, 1, 3)]).tolist(), strict=True))
-            for _ in range(count)
+            for _ in curves
         ]
-        cost = separable(generator.uniform(0.05, 0.3, count), curves)
-        ceiling = 0.6
-        gone = sum(each[width] for each, width in zip(lost, choose(cost, lost, ceiling), strict=True))
-        regrets.append(gone / optimum(cost, lost, ceiling, 20_000) - 1)
-    assert float(np.mean(regrets)) < 0.03
-    assert max(regrets) < 0.3
+        cost = Cost(np.array([[True] * 5, [True, False] * 2 + [True]]), np.array([0.4, 0.5]), curves)
+        widths = choose(cost, lost, 0.6)
+        assert cost.time(widths) <= 0.6 + 1e-9
+        gone = sum(each[width] for each, width in zip(lost, widths, strict=True))
+        regrets.append(gone / cheapest(cost, lost, 0.6) - 1)
+    assert float(np.mean(regrets)) < 0.1
 
 
 @given(st.lists(st.tuples(st.floats(0.02, 1.0), UNIT, LOSSES), min_size=2, max_size=4))
-def test_more_time_costs_no_more_than_an_item(units):
+def test_more_time_costs_no_more(units):
     shares, curves, lost = zip(*units, strict=True)
     cost = separable(shares, curves)
-    tolerated = max(max(each.values()) for each in lost) + 1e-9
     previous = np.inf
     for ceiling in (0.4, 0.6, 0.8, 1.0):
         widths = choose(cost, lost, ceiling)
         if cost.time(widths) > ceiling + 1e-9:
             continue
         gone = sum(each[width] for each, width in zip(lost, widths, strict=True))
-        assert gone <= previous + tolerated
+        assert gone <= previous * (1 + 1e-3) + 1e-6
         previous = gone
     assert sum(each[width] for each, width in zip(lost, choose(cost, lost, 1.0), strict=True)) == 0
 
