@@ -21,7 +21,10 @@ from torchslim.allocation.reduction import Allowed, Reduced, reduced
 from torchslim.errors import AllocationError
 
 TOLERANCE = 1e-6
-"""Relative amount by which a cost may exceed its limit: the accuracy of the solver's arithmetic."""
+"""Relative accuracy of the solver's arithmetic at limits."""
+
+EXACT = 1e-9
+"""Relative amount by which a cost may exceed its limit, unless only choices within `TOLERANCE` of it exist."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,7 @@ def solve(problem: Problem, *, allowed: Allowed = None, gap: float = 1e-4, secon
     """The choice with the least damage within all limits.
 
     Args:
-        problem: to solve; limits hold up to one part in a million.
+        problem: to solve; where all choices are within one part in a million of a limit, one above it may be returned.
         allowed: for each decision the places of the options that may be chosen; by default all.
         gap: relative gap at which the search for a better choice ends.
         seconds: after which the best choice so far is returned, with its proven gap. Only a choice that was found in
@@ -80,6 +83,11 @@ def solve(problem: Problem, *, allowed: Allowed = None, gap: float = 1e-4, secon
     if found is None:
         raise _infeasible(problem, allowed)
     places = small.original(found.places)
+    over = [name for name, limit in small.limits.items() if _over(problem, name, places, limit)]
+    if over:  # by less than the solver sees
+        tighter = {name: limit - 2 * TOLERANCE * abs(limit) * (name in over) for name, limit in small.limits.items()}
+        again = _run(small, small.damage, tighter, gap, seconds)
+        places = places if again is None else small.original(again.places)
     damage = problem.total(problem.damage, places)
     bound = min(found.bound, damage)
     return Solution(
@@ -142,6 +150,10 @@ def front(
             break  # smaller limits are infeasible too
         solutions.setdefault(solution.places, solution)
     return list(solutions.values())
+
+
+def _over(problem: Problem, name: str, places: Sequence[int], limit: float) -> bool:
+    return problem.total(problem.costs[name], places) > limit + EXACT * abs(limit)
 
 
 def _infeasible(problem: Problem, allowed: Allowed) -> Infeasible:

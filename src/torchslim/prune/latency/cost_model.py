@@ -13,11 +13,15 @@ combine.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from torchslim.allocation.problem import LATENCY, Decision, Problem, Term
+from torchslim.allocation.solver import Infeasible, least, solve
 
 Floats = NDArray[np.float64]
 Curve = Mapping[int, float]
@@ -29,7 +33,10 @@ NOISE = 0.01
 FAITH = 0.1
 """Weight of the shares of MACs in the fit, relative to the measured savings."""
 
-SWAPS = 100
+TOGETHER = 3
+"""An operation that more units touch is linearized: a table over all of their widths would be too large."""
+
+LINEARIZATIONS = 6
 
 
 @dataclass(frozen=True)
@@ -163,89 +170,60 @@ def between(points: Sequence[tuple[float, float]], value: float) -> float:
 def choose(cost: Cost, lost: Sequence[Curve], ceiling: float) -> list[int]:
     """A width for each unit, with a predicted time of at most `ceiling` and as little loss as possible.
 
-    First narrows units to any smaller width, always the one that saves the most time for its loss; then widens units
-    where there is room, and exchanges widths while that reduces the loss. If no widths keep the ceiling, the fastest.
+    The times of operations that few units touch enter as tables over these units, and the choice is exact. An operation
+    that many units touch, such as one behind a concatenation, is linearized at the widths of the last solution; then
+    the best of a few solutions is returned. If no widths keep the ceiling, the fastest.
 
     Args:
         cost: the cost model of the units.
-        lost: per unit, the loss by width, for the widths to choose from; the search starts at the widest.
+        lost: per unit, the loss by width, for the widths to choose from.
         ceiling: relative to the whole model's time.
     """
-    return _Search(cost, lost, ceiling).run()
+    widths = [sorted(curve, reverse=True) for curve in lost]
+    factors = [np.array([cost.factor(unit, width) for width in own]) for unit, own in enumerate(widths)]
+    losses = [np.array([curve[width] for width in own]) for curve, own in zip(lost, widths, strict=True)]
+    wide = cost.touches.sum(1) > TOGETHER
+    at = np.ones(len(lost))
+    limit, tried = ceiling, {}
+    for _ in range(LINEARIZATIONS if wide.any() else 1):
+        places = _solved(_problem(cost, factors, losses, wide, at), limit)
+        at = np.array([own[place] for own, place in zip(factors, places, strict=True)])
+        time = cost.of(at)
+        loss = sum(float(own[place]) for own, place in zip(losses, places, strict=True))
+        excess = max(time - ceiling * (1 + 1e-9), 0.0)
+        if places in tried and not excess:
+            break
+        tried[places] = (excess, loss)
+        limit -= excess  # what the linearization missed
+    best = min(tried, key=lambda chosen: tried[chosen])
+    return [own[place] for own, place in zip(widths, best, strict=True)]
 
 
-class _Search:
-    """The current widths, as places in each unit's list of widths, which starts with the widest."""
+def _solved(problem: Problem, limit: float) -> tuple[int, ...]:
+    """Places of the widths with the least loss within a limit of the time, or of the fastest ones."""
+    try:
+        return solve(replace(problem, limits={LATENCY: limit})).places
+    except Infeasible:
+        return least(problem, LATENCY).places
 
-    def __init__(self, cost: Cost, lost: Sequence[Curve], ceiling: float) -> None:
-        self.cost, self.ceiling = cost, ceiling * (1 + 1e-12)
-        self.widths = [sorted(curve, reverse=True) for curve in lost]
-        self.lost = [
-            np.array([curve[width] for width in widths]) for curve, widths in zip(lost, self.widths, strict=True)
-        ]
-        self.factors = [
-            np.array([cost.factor(unit, width) for width in widths]) for unit, widths in enumerate(self.widths)
-        ]
-        self.at = [0] * len(lost)
 
-    def run(self) -> list[int]:
-        self._narrow()
-        for _ in range(SWAPS):
-            self._widen()
-            if not self._exchange():
-                break
-        return [widths[place] for widths, place in zip(self.widths, self.at, strict=True)]
-
-    def _now(self) -> Floats:
-        return np.array([factors[place] for factors, place in zip(self.factors, self.at, strict=True)])
-
-    def _moves(self, slopes: Floats) -> list[tuple[int, int, float, float]]:
-        """Every other width of a unit: unit, place, time saved (negative: spent), extra loss (negative: regained)."""
-        moves = []
-        for unit, current in enumerate(self.at):
-            saved = slopes[unit] * (self.factors[unit][current] - self.factors[unit])
-            extra_loss = self.lost[unit] - self.lost[unit][current]
-            moves += [(unit, place, saved[place], extra_loss[place]) for place in range(len(saved)) if place != current]
-        return moves
-
-    def _narrow(self) -> None:
-        while True:
-            factors = self._now()
-            excess = self.cost.of(factors) - self.ceiling
-            if excess <= 0:
-                return
-            moves = [move for move in self._moves(self.cost.slopes(factors)) if move[2] > 0]
-            if not moves:
-                return
-            # time saved beyond the ceiling is worth nothing
-            unit, place, _, _ = min(moves, key=lambda move: max(move[3], 0.0) / min(move[2], excess))
-            self.at[unit] = place
-
-    def _widen(self) -> None:
-        while True:
-            factors = self._now()
-            room = self.ceiling - self.cost.of(factors)
-            moves = [move for move in self._moves(self.cost.slopes(factors)) if move[3] < 0 and -move[2] <= room]
-            if not moves:
-                return
-            unit, place, _, _ = min(moves, key=lambda move: move[3])
-            self.at[unit] = place
-
-    def _exchange(self) -> bool:
-        """Apply the best exchange: one unit widened, another narrowed; False if none reduces the loss."""
-        before, best = list(self.at), (-1e-12, None)
-        factors = self._now()
-        if self.cost.of(factors) > self.ceiling:
-            return False
-        for unit, place, _, first_loss in self._moves(self.cost.slopes(factors)):
-            if first_loss >= 0:
-                continue
-            trial = factors.copy()
-            trial[unit] = self.factors[unit][place]
-            over = self.cost.of(trial) - self.ceiling
-            for other_unit, other_place, saved, second_loss in self._moves(self.cost.slopes(trial)):
-                if other_unit != unit and saved >= over and first_loss + second_loss < best[0]:
-                    best = (first_loss + second_loss, [(unit, place), (other_unit, other_place)])  # type: ignore[assignment]
-        for unit, place in best[1] or ():
-            self.at[unit] = place
-        return self.at != before
+def _problem(
+    cost: Cost, factors: Sequence[Floats], losses: Sequence[Floats], wide: NDArray[np.bool_], at: Floats
+) -> Problem:
+    """The choice of widths as an allocation problem, with the operations of `wide` linearized at the factors `at`."""
+    terms = [Term(decisions=(), values=np.array(1 - cost.shares.sum()))]
+    for touched, share in zip(cost.touches[~wide], cost.shares[~wide], strict=True):
+        units = tuple(np.flatnonzero(touched).tolist())
+        table = functools.reduce(np.multiply.outer, [factors[unit] for unit in units], np.array(share))
+        terms.append(Term(decisions=units, values=table))
+    if wide.any():
+        part = Cost(cost.touches[wide], cost.shares[wide], cost.curves)
+        slopes = part.slopes(at)
+        constant = part.shares @ np.where(part.touches, at, 1.0).prod(1) - slopes @ at
+        terms.append(Term(decisions=(), values=np.array(constant)))
+        terms += [Term(decisions=(unit,), values=slopes[unit] * own) for unit, own in enumerate(factors)]
+    return Problem(
+        decisions=tuple(Decision(name=f"width {unit}", options=tuple(own)) for unit, own in enumerate(losses)),
+        damage=tuple(Term(decisions=(unit,), values=own) for unit, own in enumerate(losses)),
+        costs={LATENCY: tuple(terms)},
+    )
