@@ -42,6 +42,7 @@ class Way:
     criterion: str = DEFAULTS["criterion"]
     normalization: str = DEFAULTS["normalization"]
     reduction: str = DEFAULTS["reduction"]
+    reconstruct: bool = False  # whether the remaining weights are solved for on the calibration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +129,7 @@ def ours(model: nn.Module, run: Run, batches: list[tuple[Tensor, Tensor]]) -> nn
     options: Any = {"normalization": run.way.normalization, "reduction": run.way.reduction}
     return ts.prune.channels(
         model, INPUTS, run.sparsity, of="macs", criterion=run.way.criterion, round_to=ROUND_TO, batches=batches,
-        seed=run.seed, **options,
+        seed=run.seed, reconstruct=run.way.reconstruct, **options,
     )  # fmt: skip
 
 

@@ -34,7 +34,8 @@ def page(rows: Iterable[Row], machine: dict[str, Any], epochs: int = EPOCHS) -> 
         f"{epochs} epoch{'s' * (epochs > 1)} of SGD, learning rate 0.01, cosine, batches of {BATCH} in the same order.",
         "Torch-Pruning has its defaults and cuts in small steps until the target is reached, as in the reproduction of",
         "its paper. MACs are counted by torchslim on both sides. *Cut* is right after the cut, *recalibrated* with the",
-        "batch norms' statistics taken again, from which the finetuning starts on both sides.",
+        "batch norms' statistics taken again, from which the finetuning starts on both sides. *Reconstructed*: the",
+        "remaining weights are solved for on the same images right after the cut (`reconstruct=True`).",
         "**Everything is selected on validation** (5,000 images held out of train); test never selects.",
         "",
         "Unpruned: " + _baseline(found.baseline),
@@ -62,7 +63,8 @@ def _baseline(row: Row) -> str:
 
 
 def _name(way: Way) -> str:
-    options = (way.normalization, way.reduction) if way.side == "ours" else ()
+    solved = ("reconstructed",) if way.reconstruct else ()
+    options = (way.normalization, way.reduction, *solved) if way.side == "ours" else ()
     prefix = {"ours": "", "peer": "Torch-Pruning ", "blocks": "blocks, "}[way.side]
     return f"{prefix}`{way.criterion}`{''.join(f', {option}' for option in options)}"
 
@@ -98,7 +100,9 @@ def _options(found: Found) -> list[str]:
         "| --- " * (4 + 2 * len(targets)) + "|",
     ]
     for leader in found.leaders():
-        for way in found.ranked(way for way in found.ours() if way.criterion == leader.criterion):
+        for way in found.ranked(
+            way for way in found.ours() if way.criterion == leader.criterion and not way.reconstruct
+        ):
             rows = [found.rows[way, sparsity, 0] for sparsity in SPARSITIES]
             cells = [f"{row[name]:.2f}" for name in ("val_recalibrated", "val") for row in rows]
             cells.append(f"{mean(row['val'] for row in rows):.2f}")
@@ -128,15 +132,17 @@ def _seeds(found: Found, sparsity: float) -> list[str]:
     other = better_peer(found, sparsity)
     against = _name(other) if other else "-"
     lines = [
-        f"| way | MACs left | parameters | validation % | test % | test, paired with {against} |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| way | MACs left | parameters | cut, val % | recalibrated, val % | finetuned, val % | test % | "
+        f"test, paired with {against} |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for way in dict.fromkeys([*found.contestants(), *found.ours(), *BLOCKS, *PEERS]):
         if not (test := values(found, way, sparsity)):
             continue
         left = [100 * value for value in values(found, way, sparsity, "macs_left")]
         size = mean(values(found, way, sparsity, "parameters")) / 1e3
-        spread = (f"{mean(each):.2f} +- {stdev(each):.2f}" for each in (values(found, way, sparsity, "val"), test))
+        measured = (values(found, way, sparsity, what) for what in ("val_cut", "val_recalibrated", "val", "test"))
+        spread = (f"{mean(each):.2f} +- {stdev(each):.2f}" for each in measured)
         against = "-"
         if other is not None and way != other:
             difference, half = paired(test, values(found, other, sparsity))

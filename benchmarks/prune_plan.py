@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from statistics import mean
 
 from benchmarks.one_cut import Run, Way
@@ -33,7 +33,7 @@ class Found:
             if row["side"] == "unpruned":
                 self.baseline = row
             elif row["epochs"] == epochs:
-                names = ("side", "criterion", "normalization", "reduction")
+                names = [each.name for each in fields(Way)]
                 self.rows[Way(**{name: row[name] for name in names}), row["sparsity"], row["seed"]] = row
 
     def get(self, way: Way, sparsity: float, seed: int = 0) -> Row | None:
@@ -61,8 +61,8 @@ class Found:
         return self.ranked(Way(criterion=name) for name in CRITERIA)[:BEST]
 
     def best_of(self, criterion: str) -> list[Way]:
-        """The best options of a criterion, if it was run."""
-        return self.ranked(way for way in self.ours() if way.criterion == criterion)[:1]
+        """The best options of a criterion, if it was run; reconstruction is compared apart."""
+        return self.ranked(way for way in self.ours() if way.criterion == criterion and not way.reconstruct)[:1]
 
     def contestants(self) -> list[Way]:
         """The best criteria, each with its best options."""
@@ -91,6 +91,7 @@ def stages(epochs: int) -> Iterator[Callable[[Found], list[Run]]]:
     )
     yield lambda found: runs(replace(best, reduction=each) for best in found.contestants()[:1] for each in REDUCTIONS)
     yield lambda found: runs([*found.contestants(), *PEERS, *BLOCKS], SEEDS)
+    yield lambda found: runs([replace(best, reconstruct=True) for best in found.contestants()[:1]], SEEDS)
 
 
 def missing(runs: Iterable[Run], found: Found) -> list[Run]:
