@@ -34,6 +34,7 @@ from torchslim.prune.depth.scores import BlockScores, Damage, Data, find_block_c
 from torchslim.prune.latency.solve import Told
 from torchslim.prune.masking.masks import apply_masks
 from torchslim.prune.schedule import Schedule
+from torchslim.prune.structured.surgery import Cut
 from torchslim.training.calibration import calibration_of
 from torchslim.training.loop import Hook
 
@@ -52,6 +53,7 @@ class PruneBlocks:
     include: Patterns = None
     exclude: Patterns = None
     schedule: Schedule = field(default_factory=Schedule)
+    reconstruct: bool = False
 
     penalty: None = None
 
@@ -113,6 +115,7 @@ class BlockPart:
     state: PruningState
     path: str
     received: nn.Module
+    cuts: tuple[Cut, ...] = ()  # no slices go, only whole weights
 
     @property
     def own(self) -> PartState:

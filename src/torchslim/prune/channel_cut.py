@@ -38,6 +38,7 @@ from torchslim.prune.structured.removal import (
     vacuous,
 )
 from torchslim.prune.structured.selection import Amount, Of, Scores
+from torchslim.prune.structured.surgery import Cut
 from torchslim.prune.structured.widths import widths_inside
 
 
@@ -105,6 +106,7 @@ class CutPart:
         self.amount, self.latency_table = options.amount, latency_table
         self.whole_ctx, self.state, self.path = ctx, state, path
         self.options, self.received = options, received
+        self.cuts: tuple[Cut, ...] = ()  # of this round, by the names of the whole model
 
     @cached_property
     def ctx(self) -> Context:
@@ -242,7 +244,9 @@ class CutPart:
         """Make the model of a verified removal the current one, with its masks, refusals and warnings."""
         state, own = self.state, self.own
         before = state.model if self.path else plan.model
-        state.masks = cut_masks(state.masks, removal.surgery.under(self.path), before)
+        surgery = removal.surgery.under(self.path)
+        self.cuts = surgery.cuts
+        state.masks = cut_masks(state.masks, surgery, before)
         state.model = finish_part(before, self.path, plan, removal, amount, find_criterion(self.options.criterion).name)
         own.refused = refusals(removal.coupling)
         state.warnings += [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torchslim.core.step import Context
 from torchslim.core.trees import device_of
 from torchslim.errors import PruneError, StorageError
 from torchslim.prune.latency.table import Rows
+from torchslim.prune.reconstruction.reconstruct import Solved
 from torchslim.prune.structured.record import replay, surgery
 from torchslim.prune.structured.surgery import Surgery
 
@@ -48,6 +49,15 @@ class PruningState:
     warnings: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     evidence: dict[str, Any] = field(default_factory=dict)
+    reconstructed: dict[str, dict[str, Any]] = field(default_factory=dict)  # by weight: fields of the last `Solved`
+
+    def note_solved(self, solved: Iterable[Solved]) -> None:
+        """Keep the results of a round's reconstruction; later rounds replace those of earlier ones."""
+        self.reconstructed |= {result.weight: asdict(result) for result in solved}
+
+    def solved(self) -> list[Solved]:
+        """The results of reconstructions so far."""
+        return [Solved(**fields) for fields in self.reconstructed.values()]
 
     @property
     def refused(self) -> list[tuple[str, str]]:

@@ -19,11 +19,13 @@ from torchslim.prune.criteria.gathering import check_data
 from torchslim.prune.criteria.registry import find_criterion, named_by_path
 from torchslim.prune.latency.table import load_rows
 from torchslim.prune.masking.masks import apply_masks
+from torchslim.prune.reconstruction.in_step import reconstruct_in_step, with_solved
 from torchslim.prune.schedule import Schedule
 from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.penalties import Sparsify, make_penalty
 from torchslim.prune.structured.removal import Stuck
 from torchslim.prune.structured.selection import Amount
+from torchslim.prune.structured.surgery import Cut
 from torchslim.prune.structured.widths import weight_pattern
 from torchslim.training.batch_norm import recalibrate_batch_norm, tracked
 from torchslim.training.calibration import calibration_of
@@ -57,6 +59,7 @@ class PruneChannels:
     schedule: Schedule
     penalty: SparsePenalty | None = None
     latency_table: str | None = None
+    reconstruct: bool = False
 
     def __post_init__(self) -> None:
         if not named_by_path(self.options.criterion):
@@ -139,6 +142,11 @@ class Part(Protocol):
         """Path of the part; empty for the whole model."""
         ...
 
+    @property
+    def cuts(self) -> Sequence[Cut]:
+        """The slices that the last cut removed, by the names of the whole model."""
+        ...
+
     def cut(self, target: float, *, last: bool) -> None:
         """Shrink the part by a fraction of its size when the step received it."""
         ...
@@ -155,6 +163,11 @@ class Shrinks(Protocol):
     @property
     def penalty(self) -> SparsePenalty | None:
         """The penalty in every training before a cut."""
+        ...
+
+    @property
+    def reconstruct(self) -> bool:
+        """Whether the remaining weights are solved for after every cut."""
         ...
 
     def targets(self) -> list[float]:
@@ -191,14 +204,26 @@ class Rounds:
             if number > state.cuts:
                 self.ctx.progress(Event(step=self.ctx.name, phase=f"cut-{number}"))
                 before = state.model
-                self._cut(step.parts(self.ctx, state, self.received), targets[number - 1], last=last)
+                parts = step.parts(self.ctx, state, self.received)
+                self._cut(parts, targets[number - 1], last=last)
                 if state.model is not before:
-                    state.warnings += _recalibrate(state.model, self.ctx)
+                    if step.reconstruct:  # layers are fitted to the batch norms' present statistics
+                        cuts = [cut for part in parts for cut in part.cuts]
+                        state.note_solved(
+                            reconstruct_in_step(before, state.model, self.ctx, cuts=cuts, masks=state.masks)
+                        )
+                    else:
+                        state.warnings += _recalibrate(state.model, self.ctx)
                 state.cuts = number
                 state.save(self.ctx)
             if step.schedule.train is not None:
                 trained = self._train(step.schedule.train, number, last=last).layers
-        records = [*pruned_records(self.received_shapes, state.model), *refused_records(state.refused), *trained]
+        pruned = pruned_records(self.received_shapes, state.model)
+        records = [
+            *with_solved(pruned, state.solved(), by_module=True),
+            *refused_records(state.refused),
+            *trained,
+        ]
         return Outcome(
             model=state.model,
             masks=state.masks,

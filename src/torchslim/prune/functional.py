@@ -10,8 +10,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from torchslim.core.arguments import checks_arguments
-from torchslim.core.batches import Batch, Outputs, batch_inputs, call
-from torchslim.core.isolation import copy_model
+from torchslim.core.batches import Batch, Outputs, batch_inputs, call, checked
+from torchslim.core.isolation import copy_model, duplicate
 from torchslim.core.layer_patterns import Patterns
 from torchslim.core.step import Inputs, Workbench
 from torchslim.core.usable import usable
@@ -33,11 +33,14 @@ from torchslim.prune.depth.scores import BlockScores, Damage, Data, find_block_c
 from torchslim.prune.latency.solve import shrink_to_latency
 from torchslim.prune.masking.masks import NO_DATA, apply_masks, notes
 from torchslim.prune.masking.patterns import Order
+from torchslim.prune.reconstruction.reconstruct import Calibration
+from torchslim.prune.reconstruction.reconstruct import reconstruct as solve_remaining
 from torchslim.prune.step import Prune
 from torchslim.prune.structured.options import ChannelOptions
 from torchslim.prune.structured.plan import Plan, UnseenCode
 from torchslim.prune.structured.removal import finish, gave_way, missed_target, shrink, tolerance, vacuous
 from torchslim.prune.structured.selection import Of, Scope, amount_of
+from torchslim.prune.structured.surgery import Cut
 
 
 @checks_arguments(PruneError)
@@ -63,6 +66,7 @@ def channels(
     workbench: Workbench | None = None,
     examples: Sequence[Any] = (),
     unseen: UnseenCode = "keep",
+    reconstruct: bool | Iterable[Batch] = False,
 ) -> nn.Module:
     """A smaller copy of `model`, with its least important channels, neurons and heads physically removed.
 
@@ -99,6 +103,8 @@ def channels(
             arguments, or {"method": "embed", "args": (...), "kwargs": {...}}. All are traced and verified together.
         unseen: channels that weights which no call reaches may share: "keep" leaves them in; "prune" lets them go, and
             those weights may not fit afterwards. Either way a warning names the weights and the methods.
+        reconstruct: batches on which the remaining weights are solved for, as for `Prune`; True: on `batches`. They are
+            held in memory. Batch norms need no recalibration afterwards: layers are fitted to their statistics.
 
     Raises:
         PruneError: nothing can go, an argument is out of its range, or a group cannot have its width.
@@ -119,9 +125,12 @@ def channels(
         unseen=unseen,
     )
     _check_workbench(of, workbench)
+    data, batches = _calibration(reconstruct, batches)
     plan = options.plan(usable(model, PruneError), example_inputs, examples)
     statistics = _Statistics(batches=batches, loss=loss, seed=seed)
-    pruned, messages = _remove_channels(plan, options, statistics, workbench)
+    pruned, messages, cuts = _remove_channels(plan, options, statistics, workbench)
+    if data is not None:
+        solve_remaining(plan.model, pruned, data, cuts=cuts, seed=seed)
     for message in messages:
         warnings.warn(message, stacklevel=3)  # past the check of the arguments
     return pruned
@@ -142,6 +151,7 @@ def blocks(
     seed: int = 0,
     workbench: Workbench | None = None,
     examples: Sequence[Any] = (),
+    reconstruct: bool | Iterable[Batch] = False,
 ) -> nn.Module:
     """A copy of `model` without its least important residual blocks: depth pruning.
 
@@ -167,6 +177,7 @@ def blocks(
         workbench: measures for of="latency": `ts.Bench(example_inputs=example_inputs, target=ts.Target(runtime=...))`.
         examples: as for `ts.prune.channels`. Give calls of a method, such as one step of a generation, to keep blocks
             that only these calls need.
+        reconstruct: as for `ts.prune.channels`.
 
     Raises:
         PruneError: the model has no block that can go, or too few; an argument is out of its range.
@@ -174,6 +185,7 @@ def blocks(
     """
     check_block_request(sparsity, blocks)
     _check_workbench(of, workbench)
+    calibration, batches = _calibration(reconstruct, batches)
     criterion = None if criterion is None else find_block_criterion(criterion)
     plan = analyze_depth(usable(model, PruneError), example_inputs, include=include, exclude=exclude, examples=examples)
     if blocks is not None:
@@ -183,13 +195,34 @@ def blocks(
         data = (
             Data(batches=[plan.inputs], forward=run)
             if batches is None
-            else Data(batches=list(batches), forward=lambda model, batch: call(model, batch_inputs(batch)))
+            else Data(batches=list(batches), forward=_forward)
         )
         removal = remove_blocks(plan, sparsity, of, BlockScores(plan, criterion, data, seed=seed), workbench=workbench)
     if plan.trial.imprecise:
         warnings.warn(plan.trial.imprecise, stacklevel=3)
     request = block_request(sparsity, blocks, of, criterion)
-    return finish_blocks(plan.model, "", plan, removal, request)
+    pruned = finish_blocks(plan.model, "", plan, removal, request)
+    if calibration is not None:
+        solve_remaining(plan.model, pruned, calibration, seed=seed)
+    return pruned
+
+
+def _calibration(
+    reconstruct: bool | Iterable[Batch], batches: Iterable[Batch] | None
+) -> tuple[Calibration | None, Iterable[Batch] | None]:
+    """The data of a reconstruction, None without one, and the batches of the criterion."""
+    if reconstruct is False:
+        return None, batches
+    if reconstruct is True:
+        if batches is None:
+            raise PruneError("reconstruct=True needs data; give batches=..., or reconstruct=batches")
+        batches = list(batches)
+    given = batches if reconstruct is True else reconstruct
+    return Calibration(batches=list(checked(given, "reconstruct")), forward=_forward), batches
+
+
+def _forward(model: nn.Module, batch: Batch) -> Outputs:
+    return call(model, batch_inputs(batch))
 
 
 def _check_workbench(of: Of | BlockMeasure, workbench: Workbench | None) -> None:
@@ -216,8 +249,8 @@ class _Statistics:
 
 def _remove_channels(
     plan: Plan, options: ChannelOptions, statistics: _Statistics, workbench: Workbench | None
-) -> tuple[nn.Module, list[str]]:
-    """Remove the channels from the plan's model; returns the pruned model and the warnings."""
+) -> tuple[nn.Module, list[str], tuple[Cut, ...]]:
+    """Remove the channels from the plan's model; returns the pruned model, the warnings and the cuts."""
     criterion, amount = find_criterion(options.criterion), options.amount
     ranking = options.ranking(statistics.gather(plan.model, criterion), statistics.seed)
     scores = ranking.scores(plan.model, plan)
@@ -228,7 +261,8 @@ def _remove_channels(
     else:
         removal, misses = shrink_to_latency(plan, amount, scores, workbench)
     finish(plan, removal, amount, criterion.name)
-    return removal.model, [*plan.notes(), *vacuous(removal), *gave_way(removal, amount), *misses]
+    messages = [*plan.notes(), *vacuous(removal), *gave_way(removal, amount), *misses]
+    return removal.model, messages, removal.surgery.cuts
 
 
 @checks_arguments(PruneError)
@@ -247,6 +281,7 @@ def weights(
     batches: Iterable[Batch] | None = None,
     loss: Callable[[Outputs, Batch], Tensor] | None = None,
     seed: int = 0,
+    reconstruct: bool | Iterable[Batch] = False,
 ) -> nn.Module:
     """A copy of `model` with its least important weights set to zero; the other arguments are those of `Prune`.
 
@@ -254,6 +289,7 @@ def weights(
         batches: for criteria that need data: (inputs, labels) tuples or dicts, as a `Task` reads them by default; some
             hundred samples suffice.
         loss: loss(outputs, batch), a mean over the batch; None: cross entropy, or squared error for real labels.
+        reconstruct: batches on which the remaining weights are solved for, as for `Prune`; True: on `batches`.
 
     Weights that `torch.nn.utils.prune` has masked stay masked. Masked weights alone make a dense model neither faster
     nor smaller; `hold_zeros` keeps them at zero while you train on.
@@ -279,10 +315,14 @@ def weights(
         include=include if include is None or isinstance(include, str) else tuple(include),
         exclude=exclude if exclude is None or isinstance(exclude, str) else tuple(exclude),
     )
+    data, batches = _calibration(reconstruct, batches)
     pruned, previous = copy_model(model)
     gathered = _Statistics(batches=batches, loss=loss, seed=seed).gather(pruned, find_criterion(criterion))
     masks, records = step.masks(pruned, previous, sparsity, seed, gathered)
+    original = pruned if data is None else duplicate(pruned)
     apply_masks(pruned, masks)
+    if data is not None:
+        solve_remaining(original, pruned, data, masks=masks, seed=seed)
     for note in notes(records):
         warnings.warn(note, stacklevel=2)
     return pruned

@@ -32,7 +32,7 @@ from torchslim.prune.structured.selection import Of, amount_of
 from torchslim.prune.weight_step import PruneWeights
 from torchslim.training.finetune import Training
 
-WEIGHTS = ("sparsity", "threshold", "criterion", "n", "dim", "scope", "include", "exclude")
+WEIGHTS = ("sparsity", "threshold", "criterion", "n", "dim", "scope", "include", "exclude", "reconstruct")
 """Fields that are passed to `PruneWeights` unchanged."""
 
 AMOUNT = ("of", "scope", "round_to", "min_channels", "widths")
@@ -41,7 +41,7 @@ AMOUNT = ("of", "scope", "round_to", "min_channels", "widths")
 OPTIONS = ("criterion", "heads", "include", "exclude", "reduction", "normalization", "unseen")
 """Fields that are passed to `ChannelOptions` unchanged."""
 
-BLOCKS = ("sparsity", "blocks", "of", "criterion", "include", "exclude")
+BLOCKS = ("sparsity", "blocks", "of", "criterion", "include", "exclude", "reconstruct")
 """Fields that are passed to `PruneBlocks` unchanged."""
 
 CHANNELS_ONLY = (
@@ -85,6 +85,9 @@ class Prune:
             Sparsities given per layer always rank per layer.
         include: globs over layer or parameter paths, or "type:Linear".
         exclude: likewise, for layers that keep all their weights.
+        reconstruct: solve for the weights that remain, layer by layer, after every removal: the least squares that
+            bring each layer's output on the task's `calibration` nearest to what it was. Updates that do not lower the
+            error on held-out samples are not made. Not with the schedule "gradual".
         schedule: "one-shot"; "iterative" (`rounds` of pruning and training); "gradual" (a cubic rise over
             the fraction `until` of the training; weights only). The last two need `train`; for the first it is
             optional.
@@ -116,6 +119,7 @@ class Prune:
     scope: Literal["global", "layer"] | None = None
     include: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] | None = None
+    reconstruct: bool = False
     schedule: ScheduleKind = "one-shot"
     rounds: int = 3
     until: float = 0.75
@@ -165,6 +169,7 @@ class Prune:
             schedule=self._schedule(),
             penalty=self._penalty(),
             latency_table=self.latency_table,
+            reconstruct=self.reconstruct,
         )
 
     def _check_mode(self) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from torchslim.core.isolation import duplicate
 from torchslim.core.layer_patterns import as_list, by_pattern, select_weights
 from torchslim.core.parts import inside, outside
 from torchslim.core.step import Context, LayerRecord, Outcome
@@ -20,6 +21,7 @@ from torchslim.prune.criteria.statistics import Gathered
 from torchslim.prune.masking.masks import NO_DATA, MaskOptions, Masks, apply_masks, notes, plan, pruned_record
 from torchslim.prune.masking.patterns import Order, Pattern, Slice, find_pattern
 from torchslim.prune.masking.selection import check_sparsity
+from torchslim.prune.reconstruction.in_step import reconstruct_in_step, with_solved
 from torchslim.prune.schedule import Schedule, cubic
 from torchslim.training.calibration import calibration_of
 from torchslim.training.loop import Hook, Loop
@@ -44,10 +46,16 @@ class PruneWeights:
     include: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] | None = None
     schedule: Schedule = field(default_factory=Schedule)
+    reconstruct: bool = False
 
     def __post_init__(self) -> None:
         if not named_by_path(self.criterion):
             self._checked_criterion()
+        if self.reconstruct and self.schedule.kind == "gradual":
+            raise PruneError(
+                "reconstruct is not for schedule 'gradual', whose masks change while the weights train; use 'one-shot' "
+                "or 'iterative'"
+            )
         self._check_amount()
         self._check_fixed_sparsity()
 
@@ -158,7 +166,10 @@ class PruneWeights:
         trained: Sequence[LayerRecord] = ()
         for index, target in enumerate(targets):
             masks, pruned = self.masks(model, masks, target, ctx.seed, gather_for(criterion, model, ctx))
+            before = duplicate(model) if self.reconstruct else model
             apply_masks(model, masks)
+            if self.reconstruct:
+                pruned = with_solved(pruned, reconstruct_in_step(before, model, ctx, masks=masks), by_module=False)
             if train is not None:
                 report = train.fit(model, ctx, masks=masks, phase=f"prune-{index + 1}", part=index)
                 history += [{"round": index + 1.0, **row} for row in report.history]

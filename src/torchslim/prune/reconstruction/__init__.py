@@ -1,0 +1,1 @@
+"""Least-squares updates of the weights that remain after pruning."""
