@@ -58,6 +58,7 @@ def test_the_stages_follow_validation_and_never_the_control():
         2 * 3 * 2,  # three more normalizations of the best two
         2 * 3,  # three more reductions of the best of those
         2 * 4 * 5 + 2 * 2 * 5,  # four more seeds of the best three and the peer's two, all five of blocks
+        2 * 5,  # the best, reconstructed
     ]
     best = Way(criterion="lamp", normalization="max", reduction="sum")
     assert found.leaders() == [Way(criterion=name) for name in ("lamp", "taylor", "fpgm")]
@@ -96,7 +97,11 @@ def test_the_page_of_a_finished_comparison():
     assert "18.40 M MACs, 869 k parameters, 94.00 % on validation and 93.50 % on test" in text
     assert "| `lamp` | 50.0 % | 400 k | 20.00 | 60.00 | 91.00 | 90.00 |" in text
     assert "| `lamp` | max | sum | 60.00 | 60.00 | 91.75 | 91.25 | 91.50 |" in text
-    assert "| `lamp`, max, sum | 50.0-50.0 % | 400 k | 91.95 +- 0.16 | 90.95 +- 0.16 | +2.75 [+2.75, +2.75] |" in text
+    assert (
+        "| `lamp`, max, sum | 50.0-50.0 % | 400 k | 20.00 +- 0.00 | 60.00 +- 0.00 | 91.95 +- 0.16 | 90.95 +- 0.16 | +2.75 [+2.75, +2.75] |"
+        in text
+    )
+    assert "| `lamp`, max, sum, reconstructed | 50.0-50.0 % |" in text
     assert "Best on validation of those that ran with every seed: `lamp`, max, sum, 91.70 %" in text
     assert "With seed 0: 91.50 %, and the library's default, `lamp`, mean, mean, 90.75 %." in text
     assert "**met** (+2.75 at 2x fewer MACs, +2.75 at 4x fewer MACs)" in text
