@@ -18,7 +18,6 @@ import torchslim as ts
 from tests.prune.test_channel_step import context, wide
 from tests.support import toy
 from torchslim.core.batches import batch_inputs, call
-from torchslim.core.part_calls import recorded_examples
 from torchslim.errors import PruneError
 from torchslim.pipeline.recipe import parse_recipe
 from torchslim.prune.reconstruction.reconstruct import Calibration, Solved, reconstruct
@@ -235,7 +234,7 @@ def test_single_weights_in_a_step_and_the_recipe() -> None:
 @pytest.mark.slow
 def test_only_the_part_changes() -> None:
     whole = seeded(lambda: nn.Sequential(wide(), nn.Linear(toy.CLASSES, 8), nn.Linear(8, toy.CLASSES)))
-    ctx = context(teacher=whole, parts=recorded_examples(whole, ["0"], [(toy.images(4, 2)[0],)]))
+    ctx = context(teacher=whole, parts={"0": [(toy.images(4, 2)[0],)]})
     outcome = step()(copy.deepcopy(whole), ctx)
     assert all(torch.equal(value, outcome.model[1].state_dict()[name]) for name, value in whole[1].state_dict().items())
     assert any("reconstructed" in record.reason and record.layer.startswith("0.") for record in outcome.layers)
