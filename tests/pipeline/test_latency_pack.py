@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 import torchslim as ts
+from tests.support import parted
 from torchslim import cli
-from torchslim.errors import PruneError, RecipeError
+from torchslim.errors import PruneError, RecipeError, SelectError
 from torchslim.pipeline.latency_pack import pack
 from torchslim.pipeline.recipe import parse_recipe
+from torchslim.training.calibration import part_examples
 
 pytestmark = pytest.mark.slow
 
@@ -131,3 +133,18 @@ def test_the_command_packs_what_a_recipe_needs(tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(PruneError, match=r"nowhere\.json does not exist; give the latency.json"):
         step.check(context())
+
+
+def test_a_part_is_packed_as_a_run_would_time_it(tmp_path: Path) -> None:
+    data = parted.task()
+    net = parted.branching()
+    pack(net, data, [step()], tmp_path / "board", target=TARGET, part="backbone")
+    content = json.loads((tmp_path / "board" / "pack.json").read_text())
+    calls = part_examples(net, data, ["backbone"])
+    bench = ts.Bench(example_inputs=parted.images(2)[:1], target=TARGET, steps=[step()], parts=calls)
+    assert content["about"] == bench.within("backbone").about(net.backbone)
+    assert content["spec"]["sizes"][0][1:] == [1, 8, 8], "the input of the part"
+    with pytest.raises(RecipeError, match="one part, got 'backbone', 'neck'"):
+        pack(net, data, [step()], tmp_path / "other", target=TARGET, part=["backbone", "neck"])
+    with pytest.raises(SelectError, match="'backbon'.*backbone"):
+        pack(net, data, [step()], tmp_path / "third", target=TARGET, part="backbon")

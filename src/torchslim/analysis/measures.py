@@ -153,8 +153,13 @@ class MetricGauge:
         return self._evaluate(predict)
 
     def _evaluate(self, predict: Any) -> float:
-        with preserved_globals(self.seed), seeded_splits(self.task, self.seed):
-            return self.task.evaluate(predict, "val")
+        return evaluated(self.task, predict, self.seed)
+
+
+def evaluated(task: Task, predict: Any, seed: int) -> float:
+    """The task's metric on val, on the same batches each time."""
+    with preserved_globals(seed), seeded_splits(task, seed):
+        return task.evaluate(predict, "val")
 
 
 def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

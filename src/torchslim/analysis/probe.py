@@ -17,6 +17,7 @@ from torchslim.analysis.result import Known, Point
 from torchslim.core.batches import EXAMPLES, Batch
 from torchslim.core.isolation import copy_model, untouched
 from torchslim.core.layer_patterns import Patterns, as_list, class_names, matches
+from torchslim.core.parts import signature_of
 from torchslim.core.reason import Reason
 from torchslim.core.step import Event, Inputs, log_progress
 from torchslim.core.task import Task
@@ -45,7 +46,7 @@ RETREATS = 60
 
 @dataclass(kw_only=True)
 class Sensing:
-    """Measures points; the arguments are those of `sensitivity`."""
+    """Measures points; the arguments are those of `sensitivity`, and `fixed`: names of weights that stay whole."""
 
     model: nn.Module
     task: Task
@@ -54,6 +55,7 @@ class Sensing:
     runtime: str = "onnxruntime"
     include: Patterns = None
     exclude: Patterns = None
+    fixed: tuple[str, ...] = ()
     samples: int = 512
     criterion: str | Criterion | Scorer = "lamp"
     seed: int = 0
@@ -75,13 +77,18 @@ class Sensing:
             return MetricGauge(self.task, self.model, self.seed)
         return OutputGauge(self.measure, self.task, self.batches)
 
+    def more_of_key(self) -> list[Any]:
+        """What the points depend on besides the arguments."""
+        return []
+
     # channel groups ---------------------------------------------------------------------------------------------------
 
     def channels(self, changes: Sequence[str], known: Known) -> Iterator[Point]:
         """Yield a point for each unit of groups and each ratio; `changes` are ratios as `percent` writes them."""
         few = small(self.model, self.example_inputs)
         try:
-            plan = analyze(self.model, few, include=self.include, exclude=self.exclude)
+            kept = [*as_list(self.exclude), *self.fixed] or None
+            plan = analyze(self.model, few, include=self.include, exclude=kept)
         except PruneError as error:
             self.notes.append(f"no channel group was measured: {error}")
             return
@@ -117,13 +124,14 @@ class Sensing:
                 groups=groups,
             )
 
+    def gathered(self, model: nn.Module) -> Gathered:
+        """Statistics that the criterion needs, on the calibration data."""
+        statistics = needs(find_criterion(self.criterion))
+        return gather(model, statistics, self.batches, forward=self.task.forward, loss=self.task.compute_loss)
+
     def _selection(self, plan: Plan, coupling: Coupling) -> Selection:
         criterion = find_criterion(self.criterion)
-        gathered = Gathered()
-        if needs(criterion):
-            gathered = gather(
-                plan.model, needs(criterion), self.batches, forward=self.task.forward, loss=self.task.compute_loss
-            )
+        gathered = self.gathered(plan.model) if needs(criterion) else Gathered()
         ranking = Ranking(criterion=criterion, gathered=gathered, seed=self.seed)
         amount = Amount(of="channels", round_to=1, min_channels=1)
         return select(coupling, amount, plan.names, ranking.scores(plan.model, plan), narrowest=plan.narrowest)
@@ -239,7 +247,7 @@ def small(model: nn.Module, inputs: Inputs) -> Inputs:
     }
     with untouched(model):
         axis, few, _ = find_batch_axis(Flat(model, structure, classes), [leaf.detach().clone() for leaf in leaves])
-    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    kinds = {parameter.kind for parameter in signature_of(model).parameters.values()}
     plain = not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     if axis is None or not (plain and inspect.Parameter.POSITIONAL_ONLY not in kinds):
         return inputs

@@ -7,9 +7,9 @@ it: its weights, its inputs and, for convolutions, its outputs. A pass over the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,9 @@ from torchslim.core.batches import take_first
 from torchslim.core.files import digest, present
 from torchslim.core.fingerprint import canonical, fingerprint
 from torchslim.core.hardware import cache_folder, describe_machine, instruction_set
-from torchslim.core.isolation import warn
+from torchslim.core.isolation import copy_model, warn
 from torchslim.core.layer_patterns import Patterns, check_patterns
+from torchslim.core.parts import WHOLE, under
 from torchslim.core.seals import key_id, read_sealed, write_sealed
 from torchslim.core.step import Event, Inputs, log_progress
 from torchslim.core.task import Task
@@ -57,6 +58,7 @@ def sensitivity(
     seed: int = 0,
     name: str = "",
     progress: Callable[[Event], None] = log_progress,
+    part: str | Sequence[str] | None = None,
 ) -> Sensitivity:
     """Measure the damage of pruning each channel group alone and of quantizing each layer alone, in one data pass each.
 
@@ -75,16 +77,35 @@ def sensitivity(
         seed: of everything random.
         name: of the model in the result; default: its class.
         progress: called with an `Event` at every phase.
+        part: names or globs of submodules, which alone are changed: "sqnr" is that of the part's own outputs on the
+            calls that the whole model makes of it, "metric" that of the whole model.
 
     Raises:
         SensitivityError: an argument is out of range, or nothing could be measured.
         TorchslimError: the task or the model cannot be used.
     """
-    from torchslim.analysis.probe import Sensing  # slow to import: it loads the exporter and the quantizer
+    # slow to import: they load the exporter and the quantizer
+    from torchslim.analysis.part_sensing import part_sensings
+    from torchslim.analysis.probe import Sensing
 
     model, ratios, schemes = usable(model, SensitivityError), tuple(ratios), tuple(schemes)
     _check(model, ratios, schemes, measure, runtime, include, exclude, samples)
     with _steady(seed):
+        if part is not None:
+            sensings = part_sensings(
+                copy_model(model)[0].eval(),
+                task,
+                part,
+                measure=measure,
+                runtime=runtime,
+                include=include,
+                exclude=exclude,
+                samples=samples,
+                criterion=criterion,
+                seed=seed,
+                progress=progress,
+            )
+            return _measure(sensings, ratios, schemes, workdir, name or type(model).__name__)
         sensing = Sensing(
             model=model,
             task=task,
@@ -98,24 +119,36 @@ def sensitivity(
             seed=seed,
             progress=progress,
         )
-        return _measure(sensing, ratios, schemes, workdir, name or type(model).__name__)
+        return _measure({WHOLE: sensing}, ratios, schemes, workdir, name or type(model).__name__)
 
 
 def _measure(
-    sensing: Sensing, ratios: Sequence[float], schemes: Sequence[str], workdir: str | Path | None, name: str
+    sensings: Mapping[str, Sensing],
+    ratios: Sequence[float],
+    schemes: Sequence[str],
+    workdir: str | Path | None,
+    name: str,
 ) -> Sensitivity:
-    """Measure the points that are not on disk, and return all of them."""
-    key = _key(sensing)
-    folder = Path(workdir) if workdir else cache_folder() / KIND
-    shelf = Shelf(folder / f"{key_id(key)[:16]}.points", key)
+    """Measure the points that are not on disk; return the points of all parts, by their names in the whole model."""
     points: list[Point] = []
-    if ratios:
-        points += shelf.points("channels", [percent(ratio) for ratio in ratios], sensing.channels)
-    if schemes:
-        points += shelf.points("layer", schemes, sensing.layers)
-    shelf.head(sensing)
+    notes: list[str] = []
+    for path, sensing in sensings.items():
+        key = _key(sensing)
+        folder = Path(workdir) if workdir else cache_folder() / KIND
+        shelf = Shelf(folder / f"{key_id(key)[:16]}.points", key)
+        own: list[Point] = []
+        if ratios:
+            own += shelf.points("channels", [percent(ratio) for ratio in ratios], sensing.channels)
+        if schemes:
+            own += shelf.points("layer", schemes, sensing.layers)
+        shelf.head(sensing)
+        points += [
+            replace(point, name=under(path, point.name), groups=tuple(under(path, group) for group in point.groups))
+            for point in own
+        ]
+        notes += [f"{path}: {note}" if path else note for note in shelf.notes]
     if not any(point.value is not None for point in points):
-        reasons = [*shelf.notes, *(point.refused for point in points)]
+        reasons = [*notes, *(point.refused for point in points)]
         raise SensitivityError(f"nothing could be measured: {'; '.join(dict.fromkeys(reasons)) or 'no layers'}")
     return Sensitivity(
         model=name,
@@ -123,7 +156,7 @@ def _measure(
         runtime=sensing.runtime,
         points=tuple(points),
         machines={"this": describe_machine()},
-        notes=tuple(shelf.notes),
+        notes=tuple(notes),
         **shelf.scale,
     )
 
@@ -167,6 +200,7 @@ def _key(sensing: Sensing) -> str:
         fingerprint(sensing.example_inputs),
         [sensing.measure, sensing.runtime, *map(canonical, selection), sensing.seed],
         canonical(sensing.task.metric) if of_metric else None,
+        *sensing.more_of_key(),
     )
 
 

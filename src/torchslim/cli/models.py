@@ -94,6 +94,7 @@ def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> 
             seed=document.get("seed", 0),
             name=document["model"],
             progress=progress,
+            part=document.get("part"),
         )
     path = result.save(out / "sensitivity.json")
     write_bytes(out / "sensitivity.html", render_sensitivity(result.to_dict()).encode())
@@ -119,5 +120,5 @@ def latency(recipe: Path, folder: Path) -> None:
     parsed = load_recipe(recipe)
     model, task, _ = parsed.load()
     with progress_shown() as progress:
-        pack(model, task, parsed.steps, folder, target=parsed.target, progress=progress)
+        pack(model, task, parsed.steps, folder, target=parsed.target, progress=progress, part=parsed.part)
     click.echo(f"{folder}: copy it, run `python bench.py` there, and give its latency.json as latency_table")

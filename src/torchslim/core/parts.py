@@ -284,6 +284,12 @@ def outside(model: nn.Module, paths: Sequence[str]) -> list[str]:
     return [name for name in names if all(inside(path, name) is None for path in paths)]
 
 
+def shared_with_the_rest(model: nn.Module, path: str) -> list[str]:
+    """Names inside of a part of the parameters that the model also uses elsewhere."""
+    elsewhere = {id(model.get_parameter(name)) for name in outside(model, [path])}
+    return [name for name, parameter in part_at(model, path).named_parameters() if id(parameter) in elsewhere]
+
+
 def unmounted(model: nn.Module) -> nn.Module:
     """A copy of the model in float, with its parts as they were before others were mounted in their places."""
     copied, _ = copy_model(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,22 @@ from torchslim.core.batches import take_first
 from torchslim.core.files import clean_temporaries, remove, sha256, write_bytes, write_json
 from torchslim.core.folder_lock import LOCK, holding
 from torchslim.core.isolation import copy_model, preserved_globals
+from torchslim.core.parts import select_parts
 from torchslim.core.step import Event, Inputs, Step, Target, log_progress, step_name
 from torchslim.core.task import Task
+from torchslim.core.tensor_objects import by_structure
 from torchslim.errors import RecipeError
 from torchslim.pipeline.target_bench import Bench
 from torchslim.pipeline.work_folder import own
 from torchslim.prune import Prune
+from torchslim.prune.channel_cut import parts_to_cut
 from torchslim.prune.channel_step import PruneChannels
 from torchslim.prune.latency.table import FORMAT, Variant, programs, variants
 from torchslim.prune.masking.patterns import BLOCK, CHANNEL
 from torchslim.runtimes import Deployed, find_runtime
 from torchslim.runtimes.base import as_array
 from torchslim.runtimes.kernel_listing import UNWANTED
+from torchslim.training.calibration import part_examples
 
 PACK = "pack.json"
 PACK_FORMAT = "torchslim-latency-pack"
@@ -42,6 +47,7 @@ def pack(
     example_inputs: Inputs | None = None,
     dynamic_shapes: Any = "auto",
     progress: Callable[[Event], None] = log_progress,
+    part: str | Sequence[str] | None = None,
 ) -> Path:
     """Write all programs of a latency table, and the script that times them; return the folder.
 
@@ -57,10 +63,12 @@ def pack(
         example_inputs: inputs of the timed calls; by default those of the first validation batch.
         dynamic_shapes: as for `ts.compress`.
         progress: called with an `Event` for every program.
+        part: name of the submodule that the recipe compresses; its programs are timed alone.
 
     Raises:
         RecipeError: no step prunes to a latency, an earlier step changes the model's shape, the runtime saves no file,
-            or the folder holds something else.
+            the folder holds something else, or there are several parts.
+        SelectError: `part` names no submodule.
     """
     folder, target = Path(folder), target or Target()
     pruning = _step(steps)
@@ -72,7 +80,15 @@ def pack(
         copied, _ = copy_model(model)
         inputs: Any = task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs
         bench = Bench(example_inputs=inputs, target=target, task=task, steps=steps, dynamic_shapes=dynamic_shapes)
-        plan = pruning.options.plan(copied, inputs, task.examples)
+        examples, options = task.examples, pruning.options
+        if part is not None:
+            path = _one_part(copied, part)
+            calls = part_examples(copied, task, [path])
+            bench = replace(bench, parts=calls).within(path)
+            ((_, options),) = parts_to_cut(copied, options, [path])
+            inputs, examples = calls[path][0], [group[0] for group in by_structure(calls[path])[1:]]
+            copied = copied.get_submodule(path)
+        plan = options.plan(copied, inputs, examples)
         narrowed = variants(plan, *programs(plan, pruning.amount))
         whole = bench.deploy_whole(bench.ended(plan.model))
         whole_name = f"whole{whole.suffixes[0]}"
@@ -91,6 +107,14 @@ def pack(
         }
         write_json(folder / PACK, content)
     return folder
+
+
+def _one_part(model: nn.Module, part: str | Sequence[str]) -> str:
+    """The path of the only part; raises RecipeError for several: a table of latencies is that of one program."""
+    paths = select_parts(model, part)
+    if len(paths) > 1:
+        raise RecipeError(f"a latency pack is for one part, got {', '.join(map(repr, paths))}; name one of them")
+    return paths[0]
 
 
 def _check_runtime(name: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from torchslim.core.layer_patterns import as_list
-from torchslim.core.parts import WHOLE, inside, part_at, patterns_inside, under
+from torchslim.core.parts import WHOLE, inside, part_at, patterns_inside, shared_with_the_rest, under
 from torchslim.core.reason import Reason
 from torchslim.core.step import Context, Event
 from torchslim.core.tensor_objects import by_structure
@@ -62,7 +62,7 @@ def parts_to_cut(model: nn.Module, options: ChannelOptions, paths: Sequence[str]
         widths = None if options.amount.widths is None else widths_inside(model, path, options.amount.widths)
         if (options.include is not None and not included) or widths == {}:
             continue
-        excluded += _shared_with_the_rest(model, path)
+        excluded += shared_with_the_rest(model, path)
         include = None if options.include is None else included
         amount = replace(options.amount, widths=widths)
         chosen.append((path, replace(options, amount=amount, include=include, exclude=excluded or None)))
@@ -70,16 +70,6 @@ def parts_to_cut(model: nn.Module, options: ChannelOptions, paths: Sequence[str]
         given = f"include={options.include!r}" if options.amount.widths is None else f"widths={options.amount.widths}"
         raise PruneError(f"{given} names no layer of the parts {', '.join(map(repr, paths))}; name layers in them")
     return chosen
-
-
-def _shared_with_the_rest(model: nn.Module, path: str) -> list[str]:
-    """Names inside of a part of the parameters that the model also uses elsewhere."""
-    elsewhere = {
-        id(parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if inside(path, name) is None
-    }
-    return [name for name, parameter in part_at(model, path).named_parameters() if id(parameter) in elsewhere]
 
 
 class CutPart:
