@@ -183,3 +183,8 @@ def test_tokens_shared_by_a_cache_and_its_copy_are_not() -> None:
     calls.add((cache,), {})
     cache.keys[0].zero_()
     assert bool(calls.inputs[0]["cache"].keys[0].eq(1).all())
+
+
+def test_a_method_that_does_not_exist_is_named() -> None:
+    with pytest.raises(TaskError, match="'generat'.*Translator.*generate"):
+        recorded_calls(seeded(Translator), ["decoder"], [{"method": "generat", "args": sentences(2, 5)[:1]}])

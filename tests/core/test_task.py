@@ -277,3 +277,33 @@ def test_tensors_are_found_and_moved_wherever_they_are() -> None:
     assert all(each.is_meta for each in tensors(moved))
     assert moved["b"][0].name == "x"
     assert not tree["b"][0].value.is_meta
+
+
+class Ragged(torch.utils.data.Dataset[Any]):
+    """Series of different lengths, which the default collate function cannot stack."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= len(self):
+            raise IndexError(index)
+        return torch.ones(3 + index, 2), index % 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_that_do_not_fit_into_a_batch_are_named(workers: int) -> None:
+    loader: Any = torch.utils.data.DataLoader(Ragged(), batch_size=2, num_workers=workers)
+    task = ts.Task(train=loader, val=loader, metric="accuracy")
+    with pytest.raises(TaskError, match=r"samples of val do not fit.*collate_fn"):
+        ts.compress(torch.nn.Linear(2, 2), task, [ts.Quantize("int8-dynamic")], runtime="eager")
+
+
+def test_an_error_of_a_data_set_stays_as_it_is() -> None:
+    class Broken(Ragged):
+        def __getitem__(self, index: int) -> Any:
+            raise RuntimeError("the file is missing")
+
+    loader: Any = torch.utils.data.DataLoader(Broken(), batch_size=2)
+    with pytest.raises(RuntimeError, match="the file is missing"):
+        take_first(loader, "val")

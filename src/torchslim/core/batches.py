@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
@@ -73,11 +74,34 @@ def checked(batches: Iterable[Batch] | None, name: str) -> Iterator[Batch]:
     if batches is None:
         raise TaskError(f"the task has no {name} batches; give Task({name}=...)")
     empty = True
-    for batch in batches:
+    iterator = iter(batches)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        except (RuntimeError, TypeError) as error:
+            if not _from_collating(error):
+                raise
+            raise TaskError(
+                f"the samples of {name} do not fit into one batch ({_last_line(error)}); give its DataLoader a "
+                "collate_fn that pads them to one size, or batch_size=1"
+            ) from error
         empty = False
         yield batch
     if empty:
         raise TaskError(f"{name} gave no batch; it is empty, or was used up by an earlier pass")
+
+
+def _from_collating(error: Exception) -> bool:
+    """Whether an error arose where a DataLoader joins samples, in this process or in a worker, which sends its text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("collate" in frame.name for frame in frames) or ", in collate" in str(error)
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of an error's text; that of a worker's error follows its traceback."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"[:300]
 
 
 class _Checked:

@@ -5,9 +5,10 @@ So the example inputs of a part and its calibration data are those that the whol
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,7 +113,7 @@ def recorded_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Inpu
     with recording(model, paths) as calls:
         for given in inputs:
             if isinstance(given, Mapping) and "method" in given:  # as in `Task.examples`
-                getattr(predict, given["method"])(*given.get("args", ()), **given.get("kwargs", {}))
+                _method(model, predict, given["method"])(*given.get("args", ()), **given.get("kwargs", {}))
             else:
                 call(predict, given)
     if silent := next((path for path, record in calls.items() if not record.count), None):
@@ -121,6 +122,22 @@ def recorded_calls(model: nn.Module, paths: Sequence[str], inputs: Sequence[Inpu
             "called itself, not only through its methods or weights"
         )
     return {path: record.inputs for path, record in calls.items()}
+
+
+def _method(model: nn.Module, predict: Any, name: Any) -> Callable[..., Any]:
+    """A method of the model by name.
+
+    Raises:
+        TaskError: the model has no such method; names near ones.
+    """
+    if not (isinstance(name, str) and callable(getattr(model, name, None))):
+        near = difflib.get_close_matches(str(name), [known for known in dir(model) if not known.startswith("_")])
+        raise TaskError(
+            f"an example names the method {name!r}, which {type(model).__name__} does not have"
+            + (f"; near names: {', '.join(near)}" if near else "; name a method that runs the model")
+        )
+    method: Callable[..., Any] = getattr(predict, name)
+    return method
 
 
 def examples_of_part(calls: Sequence[Inputs]) -> list[Inputs]:

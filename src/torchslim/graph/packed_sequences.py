@@ -148,6 +148,8 @@ class PaddedPacking:
         directions = _directions(layer)
         ends: list[State] = []
         for depth in range(layer.num_layers):
+            # integer kernels round a whole input with one range: zeros do not widen it, as they are on every grid
+            x = torch.where(packing.valid.unsqueeze(-1), x, x.new_zeros(()))
             outputs = []
             for direction in range(directions):
                 index = depth * directions + direction

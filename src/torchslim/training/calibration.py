@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import nn
 
-from torchslim.core.batches import EXAMPLES, Batch, batch_size, spanning
+from torchslim.core.batches import EXAMPLES, Batch, batch_size, checked, spanning
 from torchslim.core.isolation import preserved_globals
 from torchslim.core.part_calls import first_samples, recorded
 from torchslim.core.parts import WHOLE
@@ -77,7 +77,7 @@ def spanning_batches(task: Task, seed: int = 0) -> list[Batch]:
     `CalibrationData` draws them with this seed: a loader that shuffles gives batches of other sizes in another order.
     """
     with preserved_globals(seed), seeded_splits(task, seed):
-        val = spanning(_looked_at(task.val), EXAMPLES, task.inputs)
+        val = spanning(_looked_at(checked(task.val, "val")), EXAMPLES, task.inputs)
     with closing(CalibrationData(task, seed).drawn()) as drawn:
         return spanning([*val, *spanning(_looked_at(drawn), EXAMPLES, task.inputs)], EXAMPLES, task.inputs)
 
