@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 
 import torchslim as ts
-from benchmarks.by_hand.jobs import FLOAT, JOBS, OURS, Job, compress
+from benchmarks.by_hand.jobs import FLOAT, JOBS, OURS, Job
 from benchmarks.by_hand.lines import lines_of
 from benchmarks.by_hand.page import page
 from benchmarks.by_hand.serve import Served, accuracy, latency, samples
@@ -41,7 +41,7 @@ Key = tuple[str, int, str]
 
 def planned(names: Iterable[str], seeds: Iterable[int]) -> list[Key]:
     """Every job, seed and side, the first seed of all jobs before the second of any."""
-    return [(name, seed, side) for seed in seeds for name in names for side in (*JOBS[name].sides, TIMED)]
+    return [(name, seed, side) for seed in seeds for name in names for side in (*JOBS[name].scripts, TIMED)]
 
 
 def missing(rows: Iterable[Row], keys: Iterable[Key]) -> list[Key]:
@@ -51,15 +51,12 @@ def missing(rows: Iterable[Row], keys: Iterable[Key]) -> list[Key]:
 
 
 def script(job: Job, side: str) -> ModuleType:
-    """The module of another side."""
+    """The module of a side."""
     return importlib.import_module(f"benchmarks.by_hand.{job.scripts[side]}")
 
 
 def lines(job: Job, side: str) -> int:
     """Lines that a user of this side writes besides the model and the data."""
-    if side == OURS:
-        path, functions = job.task
-        return lines_of(job.recipe) + lines_of(path, only=functions)
     return lines_of(HERE / f"{job.scripts[side]}.py")
 
 
@@ -70,7 +67,7 @@ def counted(rows: Iterable[Row]) -> list[Row]:
 
 def served(job: Job, side: str, path: Path) -> Served:
     """The file of a side, with what it needs before it is called."""
-    serve = getattr(script(job, side), "serve", None) if side in job.scripts else None
+    serve = getattr(script(job, side), "serve", None)
     return Served(path, serve) if serve else Served(path)
 
 
@@ -82,16 +79,15 @@ def measure(job: Job, side: str, seed: int, folder: Path) -> Row:
     start = time.perf_counter()
     try:
         with quiet():
-            if side == OURS:
-                path = compress(job, model, task, seed, folder)
-            else:
-                calibration = task.calibration or task.train
-                path = Path(script(job, side).run(model, task.train, task.val, calibration, job.epochs, folder))
+            calibration = task.calibration or task.train
+            last = seed if side == OURS else job.epochs
+            path = script(job, side).run(model, task.train, task.val, calibration, last, folder)
     except Exception as error:  # noqa: BLE001 - whatever a library raises is its row
         return row | {"reason": said(error)}
     row["minutes"] = (time.perf_counter() - start) / 60
     if side != OURS and seed == 0:
         row["tried"] = tried(job, side, folder)
+    path = Path(path)
     file = served(job, side, path)
     row |= {"val": accuracy(file, task, task.val), "test": accuracy(file, task, task.test or task.val)}
     return row | {"bytes": path.stat().st_size, "path": str(path.relative_to(folder))}

@@ -1,11 +1,10 @@
-"""Lines of code that a user writes: without blank lines, comments and docstrings."""
+"""Lines of code that a user writes: without blank lines, comments, docstrings, and what only annotations need."""
 
 from __future__ import annotations
 
 import ast
 import io
 import tokenize
-from collections.abc import Collection
 from pathlib import Path
 
 SILENT = {
@@ -14,20 +13,55 @@ SILENT = {
 }  # fmt: skip
 
 
-def python_lines(text: str, *, only: Collection[str] = ()) -> int:
+def lines_of(path: Path) -> int:
+    """Lines of a Python file."""
+    return python_lines(path.read_text())
+
+
+def python_lines(text: str) -> int:
     """Lines of Python code.
 
-    Args:
-        text: the source.
-        only: top-level functions and classes to count; empty: everything.
+    Imports and names at the top of a file count if its code uses them. Those that only annotations use do not: a script
+    may leave out annotations.
     """
     tree = ast.parse(text)
-    counted = [node for node in tree.body if not only or getattr(node, "name", None) in only]
-    spans = {line for node in counted for line in _span(node)}
-    documented = {line for node in ast.walk(tree) if (doc := _docstring(node)) for line in _span(doc)}
+    idle = {line for node in ast.walk(tree) if (doc := _docstring(node)) for line in _span(doc)}
+    used = _used(tree)
+    for node in tree.body:
+        names = _bound(node)
+        if names is not None and not names & used:
+            idle |= set(_span(node))
     tokens = tokenize.tokenize(io.BytesIO(text.encode()).readline)
     code = {line for token in tokens if token.type not in SILENT for line in range(token.start[0], token.end[0] + 1)}
-    return len(code & spans - documented)
+    return len(code - idle)
+
+
+def _bound(node: ast.stmt) -> set[str] | None:
+    """Names that an import binds, or the plain name of an alias of types; None for other code."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
+        return set() if future else {(name.asname or name.name).partition(".")[0] for name in node.names}
+    alias = isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript)
+    return {target.id for target in node.targets if isinstance(target, ast.Name)} if alias else None
+
+
+def _used(tree: ast.Module) -> set[str]:
+    """Names that are read outside of annotations and aliases of types."""
+    names, waiting = set[str](), list[ast.AST](tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        if node in tree.body and isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
+            continue
+        waiting += [
+            child
+            for field, value in ast.iter_fields(node)
+            if field not in ("annotation", "returns")
+            for child in (value if isinstance(value, list) else [value])
+            if isinstance(child, ast.AST)
+        ]
+    return names
 
 
 def _span(node: ast.stmt) -> range:
@@ -37,15 +71,3 @@ def _span(node: ast.stmt) -> range:
 def _docstring(node: ast.AST) -> ast.stmt | None:
     holds = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
     return node.body[0] if holds and ast.get_docstring(node, clean=False) is not None else None
-
-
-def toml_lines(text: str) -> int:
-    """Lines of a TOML file with a key or a table in them."""
-    lines = (line.strip() for line in text.splitlines())
-    return sum(bool(line) and not line.startswith("#") for line in lines)
-
-
-def lines_of(path: Path, *, only: Collection[str] = ()) -> int:
-    """Lines of a file, by its suffix."""
-    text = path.read_text()
-    return toml_lines(text) if path.suffix == ".toml" else python_lines(text, only=only)

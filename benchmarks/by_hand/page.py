@@ -25,8 +25,8 @@ nothing to repair.
 - *latency*: milliseconds of one sample on the processor, without the time that other work took: eight samples a round,
   all files of a job in every round, in random order; the median;
 - *ratio*: torchslim's latency over that side's in the same round, the median with the 10th and 90th percentile;
-- *lines*: code without blank lines, comments and docstrings. Model and data count for nobody; torchslim's are the
-  recipe and the functions that make the task, loaders included, which the other sides are given;
+- *lines*: code of the side's script, imports included, without blank lines, comments, docstrings, and imports and
+  aliases that only annotations need. Every script is given the same model, loaders and baseline;
 - *minutes*: of making the file on this machine, which other work shared{load}; torchslim's contain
   its checks and its own measurements."""
 

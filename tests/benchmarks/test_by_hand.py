@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,24 @@ def test_comments_blank_lines_and_docstrings_never_count(code: list[str], idle: 
     assert lines.python_lines(text) == expected
 
 
-def test_functions_are_counted_alone() -> None:
-    text = 'import a\n\ndef f():\n    """Doc."""\n    return 1  # why\n\ndef g(\n    b,\n):\n    return b\n'
-    assert lines.python_lines(text) == 7
-    assert lines.python_lines(text, only={"f"}) == 2
-
-
-def test_tables_and_keys_of_a_recipe_count() -> None:
-    assert lines.toml_lines('# why\nmodel = "m:f"  # which\n\n[[step]]\ndo = "prune"\n') == 3
+def test_annotations_cost_no_lines() -> None:
+    code = "import a\n\n\ndef f(x):\n    return a.b(x)\n"
+    typed = "from __future__ import annotations\n\nimport a\nfrom c import (\n    D,\n    E,\n)\n\nT = D[E]\n"
+    typed += "\n\ndef f(x: T) -> E:\n    return a.b(x)\n"
+    assert lines.python_lines(typed) == lines.python_lines(code) == 3
+    assert lines.python_lines(typed + "\n\nprint(E)\n") == 3 + 4 + 1  # a name that the code reads has to be imported
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_functions_that_count_as_ours_exist(name: str) -> None:
-    path, functions = JOBS[name].task
-    for function in functions:
-        assert lines.lines_of(path, only={function}) > 1
+def test_all_sides_are_given_the_same(name: str) -> None:
+    """Every script has one function with the same arguments; the last but one is the seed or the epochs."""
+    folder = Path(lines.__file__).parent
+    for script in JOBS[name].scripts.values():
+        tree = ast.parse((folder / f"{script}.py").read_text())
+        (run,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run"]
+        given_ = [argument.arg for argument in run.args.args]
+        assert given_[:4] + given_[5:] == ["model", "train", "val", "calibration", "folder"]
+        assert given_[4] in ("epochs", "seed")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +102,17 @@ def test_a_file_is_served_with_the_accuracy_of_its_model(tmp_path: Path) -> None
     task = ts.Task(val=[(x, labels)], metric="accuracy")
     assert serve.accuracy(serve.Served(path), task, task.val) == 100.0
     assert serve.accuracy(serve.Served(path, lambda inputs: [-inputs[0]]), task, task.val) < 100.0
+
+
+@pytest.mark.slow
+def test_the_series_with_torchslim_run_in_small(tmp_path: Path) -> None:
+    """Costs 15 s."""
+    from benchmarks.by_hand import series_torchslim
+    from examples.series import tiny
+
+    model, task = tiny.model(), tiny.task()
+    path = series_torchslim.run(model, task.train, task.val, task.train, 0, tmp_path)
+    assert serve.accuracy(serve.Served(path), task, task.val) > 100 / 9
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import torchslim as ts
 from torchslim.errors import ExportError
 from torchslim.graph.export import capture
+from torchslim.graph.packed_patterns import find_packed
 from torchslim.graph.packed_sequences import packed_as_padded
+from torchslim.graph.portable_ops import portable
 
 FEATURES, HIDDEN = 5, 4
 
@@ -191,3 +195,102 @@ def test_nothing_stays_changed_where_a_model_fails() -> None:
     with pytest.raises(ZeroDivisionError), packed_as_padded():
         raise ZeroDivisionError
     assert (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward, torch._VF._pack_padded_sequence) == before
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own
+@settings(max_examples=15)
+@given(cases(), st.randoms(use_true_random=False))
+def test_onnx_runtime_computes_what_torch_computes_for_any_lengths(case: Case, random: Random) -> None:
+    """A layer is one operation a depth, of as many directions as it has; a projection has none. Costs 15 s."""
+    lengths = [*case.lengths, 3, 2]  # with a batch of one the capture has other shapes
+    case = replace(case, lengths=sorted(lengths, reverse=True) if case.is_sorted else lengths)
+    model, (x, _) = case.model(), case.inputs()
+    captured = capture(model, case.inputs())
+    runs = list(find_packed(portable(captured.program).graph))
+    assert [len(run) for run in runs] == [1 + case.bidirectional] * (
+        0 if case.options.get("proj_size") else case.layers
+    )
+    deployed = ts.deploy(model, case.inputs(), runtime="onnxruntime")
+    for _ in range(3):
+        other = [random.randint(1, max(lengths)) for _ in lengths]
+        other[random.randrange(len(other))] = max(lengths)  # the batch is padded to the longest
+        given_ = (x, torch.tensor(sorted(other, reverse=True) if case.is_sorted else other))
+        with torch.no_grad():
+            expected = model(*given_)
+        for one, found in zip(expected, deployed(*given_), strict=True):
+            torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_onnx_runtime_gets_one_operation_a_layer(kind: type[nn.RNNBase], bidirectional: bool) -> None:
+    """Outputs, hidden and cell states of other lengths are torch's. Costs 2 s each."""
+    case = Case(kind, 2, bidirectional, True, False, False, {}, [3, 5, 1], 0)
+    model = case.model()
+    longer = (torch.randn(2, 9, FEATURES), torch.tensor([9, 4]))
+    deployed = ts.deploy(model, [case.inputs(), longer], runtime="onnxruntime")
+    assert isinstance(deployed.payload, bytes)
+    operations = [node.op_type for node in onnx.load_from_string(deployed.payload).graph.node]
+    assert [name for name in operations if name in ("LSTM", "GRU", "RNN")] == [kind.__name__] * 2
+    assert "GatherElements" not in operations  # nothing is reversed by hand
+    for lengths in ([12, 3, 7], [2], [1, 6]):
+        inputs = (torch.randn(len(lengths), max(lengths), FEATURES), torch.tensor(lengths))
+        with torch.no_grad():
+            expected = model(*inputs)
+        for one, other in zip(expected, deployed(*inputs), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+class ReadsPadding(nn.Module):
+    """What a packed layer computes, by hand, without setting padding to 0: its output has steps of padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(FEATURES, HIDDEN)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        output, _ = self.layer(x)
+        last = output.gather(0, (lengths - 1).view(1, -1, 1).expand(-1, -1, HIDDEN))
+        return output.sum(0), last
+
+
+@pytest.mark.slow
+def test_a_layer_whose_padding_is_read_stays() -> None:
+    """An operation with lengths would return 0 for these steps. Costs 1 s."""
+    model, inputs = ReadsPadding().eval(), (torch.randn(5, 3, FEATURES), torch.tensor([2, 5, 4]))
+    assert not list(find_packed(portable(capture(model, inputs).program).graph))
+    deployed = ts.deploy(model, inputs, runtime="onnxruntime")
+    with torch.no_grad():
+        for one, other in zip(model(*inputs), deployed(*inputs), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+class Tagger(nn.Module):
+    """Reads all outputs of a packed layer in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.LSTM(8, 16, 2, bidirectional=True, batch_first=True), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_a_dynamic_packed_lstm_is_one_integer_operation_a_layer() -> None:
+    """Costs 4 s."""
+    torch.manual_seed(0)
+    model = Tagger().eval()
+    examples = [(torch.randn(3, 6, 8), torch.tensor([6, 2, 4])), (torch.randn(2, 9, 8), torch.tensor([3, 9]))]
+    quantized = ts.quantize.dynamic(model, examples, runtime="onnxruntime")
+    deployed = ts.deploy(quantized, examples, runtime="onnxruntime")
+    assert isinstance(deployed.payload, bytes)
+    operations = [node.op_type for node in onnx.load_from_string(deployed.payload).graph.node]
+    assert operations.count("DynamicQuantizeLSTM") == 2
+    assert "GatherElements" not in operations
+    fresh = (torch.randn(4, 7, 8), torch.tensor([1, 7, 3, 2]))
+    with torch.no_grad():
+        assert ts.quantize.sqnr(model(*fresh), deployed(*fresh)) > 25

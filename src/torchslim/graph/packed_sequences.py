@@ -40,12 +40,19 @@ class _Packing:
     given_lengths: Tensor
     steps: int
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # packed data, and the same before it was flattened
+    cleared: list[Tensor] = field(default_factory=list)  # padded batches whose padding is 0
 
     def packed(self, x: Tensor) -> Tensor:
         """Flatten (steps, batch, ...) -> (steps * batch, ...), as packed data have it."""
         data = x.flatten(0, 1)
         self.kept.append((data, x))
         return data
+
+    def clear(self, x: Tensor) -> Tensor:
+        """Set the padding of (steps, batch, features) to 0, as runtimes do that are given the lengths."""
+        result = torch.where(self.valid.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+        self.cleared.append(result)
+        return result
 
     @cached_property
     def batch_sizes(self) -> Tensor:
@@ -116,8 +123,9 @@ class PaddedPacking:
         """Replace `torch._VF._pad_packed_sequence`."""
         packing = self.of(batch_sizes)
         x = packing.padded(data)
-        valid = packing.valid.unflatten(1, (-1, *[1] * (x.dim() - 2)))
-        x = torch.where(valid, x, torch.full((), padding_value, dtype=x.dtype, device=x.device))
+        if padding_value or all(x is not cleared for cleared in packing.cleared):
+            valid = packing.valid.unflatten(1, (-1, *[1] * (x.dim() - 2)))
+            x = torch.where(valid, x, torch.full((), padding_value, dtype=x.dtype, device=x.device))
         if total_length > packing.steps:
             missing = (total_length - packing.steps, *x.shape[1:])
             x = torch.cat([x, x.new_full(missing, padding_value)])
@@ -159,7 +167,7 @@ class PaddedPacking:
                 )
                 outputs.append(packing.reverse(output) if direction else output)
                 ends.append(end)
-            x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+            x = packing.clear(torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0])
             if depth + 1 < layer.num_layers:
                 x = nn.functional.dropout(x, layer.dropout, layer.training)
         last: Any = tuple(torch.cat(parts) for parts in zip(*ends, strict=True))

@@ -6,7 +6,7 @@ these once, when it loads the model; it would run a DequantizeLinear at every ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torchslim.runtimes.onnx_kernels import PACKED
 
 MOVES = ("Transpose", "Reshape", "Unsqueeze", "Slice", "Concat", "Squeeze", "Split")  # they do not change values
 BYTES = ("INT8", "UINT8")
+MICROSOFT = "com.microsoft"
 
 
 def translations(graph: torch.fx.Graph) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -48,10 +49,15 @@ def translations(graph: torch.fx.Graph) -> dict[Callable[..., Any], Callable[...
     }
 
 
-def finish(proto: Any) -> None:
-    """Run all passes; drop constants that they leave without a reader, and the shapes of inner values."""
+def finish(proto: Any, *, lowered: bool = True) -> None:
+    """Run all passes; drop constants that they leave without a reader, and the shapes of inner values.
+
+    `lowered` uses operations that ONNX Runtime has beyond the standard.
+    """
     graph = Graph(proto.graph)
     integer_biases(graph)
+    if lowered and fused_biases(graph) and all(opset.domain != MICROSOFT for opset in proto.opset_import):
+        proto.opset_import.append(type(proto.opset_import[0])(domain=MICROSOFT, version=1))
     float_activations(graph)
     float_weights(graph)
     four_bit_weights(graph)
@@ -160,6 +166,66 @@ def integer_biases(graph: Graph) -> None:
         name = f"{node.name}_bias_float"
         graph.insert(node, helper.make_node("DequantizeLinear", [integers, scale], [name], name=name, **axis))
         owner.input[place] = name
+
+
+def fused_biases(graph: Graph) -> bool:
+    """Add the biases of quantized products inside of the products; return whether there were any.
+
+    ONNX Runtime computes a product of two dequantized factors on integers, but adds the bias in a pass of its own. A
+    Gelu is an exception: ONNX Runtime adds the bias inside of it.
+    """
+    from onnx import TensorProto, helper
+
+    makers, readers = graph.makers(), _readers(graph)
+    found = False
+    for node in list(graph.nodes):
+        if node.op_type != "MatMul" or (addition := _sum_of(node, graph, readers)) is None:
+            continue
+        total, place = addition
+        if _becomes_gemm(node, graph) or any(user.op_type == "Gelu" for user in readers.get(total.output[0], [])):
+            continue
+        moved = makers.get(node.input[1])
+        transpose = moved if moved is not None and moved.op_type == "Transpose" else None
+        factors = [makers.get(node.input[0]), moved if transpose is None else makers.get(transpose.input[0])]
+        if any(factor is None or factor.op_type != "DequantizeLinear" for factor in factors):
+            continue
+        left, right = factors
+        scales = [graph.constants.get(factor.input[1]) for factor in factors]
+        bias, weight = graph.constants[total.input[place]], graph.constants.get(right.input[0])
+        if weight is None or len(weight.dims) != 2 or left.input[0] in graph.constants or None in scales:
+            continue
+        columns = weight.dims[1 if transpose is None else 0]
+        axis = next((attribute.i for attribute in right.attribute if attribute.name == "axis"), 1) % 2
+        by_column = not scales[1].dims or axis == (1 if transpose is None else 0)
+        floats = all(constant.data_type == TensorProto.FLOAT for constant in (bias, *scales))
+        if not (floats and by_column) or scales[0].dims or list(bias.dims) != [columns]:
+            continue
+        if len(right.input) > 2 and (right.input[2] not in graph.constants or graph.array(right.input[2]).any()):
+            continue
+        name, zero_point = f"{node.name}_weight", left.input[2] if len(left.input) > 2 else ""
+        turned = [] if transpose is None else [helper.make_node("Transpose", [weight.name], [name], name=name)]
+        inputs = [left.input[0], name if turned else weight.name, left.input[1], right.input[1], zero_point, ""]
+        product = helper.make_node(
+            "MatMulIntegerToFloat", [*inputs, bias.name], list(total.output), name=node.name, domain=MICROSOFT
+        )
+        graph.replace(total, *turned, product)
+        graph.nodes = [other for other in graph.nodes if other is not node]
+        found = True
+    if found:
+        _drop_unread(graph, ("Transpose", "DequantizeLinear"))
+    return found
+
+
+def _drop_unread(graph: Graph, kinds: Sequence[str]) -> None:
+    """Delete nodes of these kinds that nothing reads."""
+    outputs = {output.name for output in graph.proto.output}
+    while unread := [
+        node
+        for readers in [_readers(graph)]
+        for node in graph.nodes
+        if node.op_type in kinds and not any(name in readers or name in outputs for name in node.output)
+    ]:
+        graph.nodes = [node for node in graph.nodes if all(node is not other for other in unread)]
 
 
 def _sum_of(product: Any, graph: Graph, readers: Mapping[str, list[Any]]) -> tuple[Any, int] | None:

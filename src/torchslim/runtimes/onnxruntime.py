@@ -73,7 +73,7 @@ def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
     widen(proto)
     _strip(proto)
     _name(proto, captured)
-    finish(proto)
+    finish(proto, lowered=lowered)
     try:
         return proto.SerializeToString()  # type: ignore[no-any-return]
     except ValueError as error:
