@@ -199,7 +199,7 @@ def test_nothing_stays_changed_where_a_model_fails() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(cases(), st.randoms(use_true_random=False))
 def test_onnx_runtime_computes_what_torch_computes_for_any_lengths(case: Case, random: Random) -> None:
     """A layer is one operation a depth, of as many directions as it has; a projection has none. Costs 15 s."""

@@ -6,8 +6,7 @@ these once, when it loads the model; it would run a DequantizeLinear at every ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,12 @@ import torch
 
 from torchslim.errors import ExportError
 from torchslim.graph.integer_patterns import is_dynamic
+from torchslim.runtimes.onnx_biases import MICROSOFT, becomes_gemm, fused_biases, integer_biases
+from torchslim.runtimes.onnx_graph import Graph
 from torchslim.runtimes.onnx_kernels import PACKED
 
 MOVES = ("Transpose", "Reshape", "Unsqueeze", "Slice", "Concat", "Squeeze", "Split")  # they do not change values
 BYTES = ("INT8", "UINT8")
-MICROSOFT = "com.microsoft"
 
 
 def translations(graph: torch.fx.Graph) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -70,181 +70,13 @@ def finish(proto: Any, *, lowered: bool = True) -> None:
     proto.opset_import.extend(imports)
 
 
-@dataclass
-class Graph:
-    """An ONNX graph to edit: its nodes in order, its constants, and the ranks of its values."""
-
-    proto: Any
-    nodes: list[Any] = field(init=False)
-    constants: dict[str, Any] = field(init=False)
-    ranks: dict[str, int] = field(init=False)  # of the values whose shapes are in the model, by name
-    fixed: bool = field(init=False)  # whether all inputs have fixed sizes
-    changed: bool = False
-
-    def __post_init__(self) -> None:
-        self.nodes = list(self.proto.node)
-        self.constants = {initializer.name: initializer for initializer in self.proto.initializer}
-        values = (*self.proto.value_info, *self.proto.output)
-        self.ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
-        sizes = (size for input_ in self.proto.input for size in input_.type.tensor_type.shape.dim)
-        self.fixed = all(size.HasField("dim_value") for size in sizes)
-
-    def makers(self) -> Mapping[str, Any]:
-        """Nodes, by the names of the values that they make."""
-        return {name: node for node in self.nodes for name in node.output}
-
-    def array(self, name: str) -> Any:
-        """Values of a constant, as a NumPy array."""
-        from onnx import numpy_helper
-
-        return numpy_helper.to_array(self.constants[name])
-
-    def store(self, array: Any, name: str) -> str:
-        """Add a constant; return its name."""
-        from onnx import numpy_helper
-
-        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
-        return name
-
-    def insert(self, before: Any, *nodes: Any) -> None:
-        """Insert `nodes` in front of the node `before`."""
-        place = next(index for index, node in enumerate(self.nodes) if node is before)
-        self.nodes[place:place] = nodes
-        self.changed = True
-
-    def replace(self, node: Any, *nodes: Any) -> None:
-        """Replace `node` by `nodes`."""
-        self.insert(node, *nodes)
-        self.nodes = [other for other in self.nodes if other is not node]
-
-    def write(self) -> None:
-        """Write the nodes and the constants that are read to the model."""
-        nodes, proto = [type(node).FromString(node.SerializeToString()) for node in self.nodes], self.proto
-        read_names = {name for node in nodes for name in node.input} | {output.name for output in proto.output}
-        constants = [constant for name, constant in self.constants.items() if name in read_names]
-        constants = [type(constant).FromString(constant.SerializeToString()) for constant in constants]
-        del proto.node[:], proto.initializer[:]
-        proto.node.extend(nodes)
-        proto.initializer.extend(constants)
-
-
-def integer_biases(graph: Graph) -> None:
-    """Store the biases of quantized layers as integers, at the scale of the products that they are added to.
-
-    Otherwise ONNX Runtime runs a Gemm with a float output (a network's last layer) in float, and where all sizes are
-    fixed it makes a Gemm of every product and sum. It has a pass that converts the bias where the output is quantized,
-    but that pass also quantizes the weights of layers that were left in float.
-    """
-    from onnx import helper
-
-    dequantized = {node.output[0]: node for node in graph.nodes if node.op_type == "DequantizeLinear"}
-    makers, readers = graph.makers(), _readers(graph)
-    for node in list(graph.nodes):
-        if node.op_type in ("Gemm", "Conv") and len(node.input) == 3:
-            owner, place, left_name, right_name = node, 2, node.input[0], node.input[1]
-        elif node.op_type == "MatMul" and (addition := _sum_of(node, graph, readers)) is not None:
-            if not _becomes_gemm(node, graph):
-                continue
-            (owner, place), left_name = addition, node.input[0]
-            maker = makers.get(node.input[1])
-            right_name = maker.input[0] if maker is not None and maker.op_type == "Transpose" else node.input[1]
-        else:
-            continue
-        if any(operand not in dequantized for operand in (left_name, right_name)):
-            continue
-        scale_names = [dequantized[operand].input[1] for operand in (left_name, right_name)]
-        if owner.input[place] not in graph.constants or any(
-            scale_name not in graph.constants for scale_name in scale_names
-        ):
-            continue
-        # in float64: the product of two small scales must not become 0 before the division by it
-        left_scale, right_scale = (graph.array(scale_name).astype(np.float64) for scale_name in scale_names)
-        steps = np.rint(graph.array(owner.input[place]) / (left_scale * right_scale)).clip(-(2**31) + 1, 2**31 - 1)
-        integers = graph.store(steps.astype(np.int32), f"{node.name}_bias")
-        scale = graph.store((left_scale * right_scale).astype(np.float32), f"{node.name}_bias_scale")
-        axis = {"axis": 0} if right_scale.ndim else {}
-        name = f"{node.name}_bias_float"
-        graph.insert(node, helper.make_node("DequantizeLinear", [integers, scale], [name], name=name, **axis))
-        owner.input[place] = name
-
-
-def fused_biases(graph: Graph) -> bool:
-    """Add the biases of quantized products inside of the products; return whether there were any.
-
-    ONNX Runtime computes a product of two dequantized factors on integers, but adds the bias in a pass of its own. A
-    Gelu is an exception: ONNX Runtime adds the bias inside of it.
-    """
-    from onnx import TensorProto, helper
-
-    makers, readers = graph.makers(), _readers(graph)
-    found = False
-    for node in list(graph.nodes):
-        if node.op_type != "MatMul" or (addition := _sum_of(node, graph, readers)) is None:
-            continue
-        total, place = addition
-        if _becomes_gemm(node, graph) or any(user.op_type == "Gelu" for user in readers.get(total.output[0], [])):
-            continue
-        moved = makers.get(node.input[1])
-        transpose = moved if moved is not None and moved.op_type == "Transpose" else None
-        factors = [makers.get(node.input[0]), moved if transpose is None else makers.get(transpose.input[0])]
-        if any(factor is None or factor.op_type != "DequantizeLinear" for factor in factors):
-            continue
-        left, right = factors
-        scales = [graph.constants.get(factor.input[1]) for factor in factors]
-        bias, weight = graph.constants[total.input[place]], graph.constants.get(right.input[0])
-        if weight is None or len(weight.dims) != 2 or left.input[0] in graph.constants or None in scales:
-            continue
-        columns = weight.dims[1 if transpose is None else 0]
-        axis = next((attribute.i for attribute in right.attribute if attribute.name == "axis"), 1) % 2
-        by_column = not scales[1].dims or axis == (1 if transpose is None else 0)
-        floats = all(constant.data_type == TensorProto.FLOAT for constant in (bias, *scales))
-        if not (floats and by_column) or scales[0].dims or list(bias.dims) != [columns]:
-            continue
-        if len(right.input) > 2 and (right.input[2] not in graph.constants or graph.array(right.input[2]).any()):
-            continue
-        name, zero_point = f"{node.name}_weight", left.input[2] if len(left.input) > 2 else ""
-        turned = [] if transpose is None else [helper.make_node("Transpose", [weight.name], [name], name=name)]
-        inputs = [left.input[0], name if turned else weight.name, left.input[1], right.input[1], zero_point, ""]
-        product = helper.make_node(
-            "MatMulIntegerToFloat", [*inputs, bias.name], list(total.output), name=node.name, domain=MICROSOFT
-        )
-        graph.replace(total, *turned, product)
-        graph.nodes = [other for other in graph.nodes if other is not node]
-        found = True
-    if found:
-        _drop_unread(graph, ("Transpose", "DequantizeLinear"))
-    return found
-
-
-def _drop_unread(graph: Graph, kinds: Sequence[str]) -> None:
-    """Delete nodes of these kinds that nothing reads."""
-    outputs = {output.name for output in graph.proto.output}
-    while unread := [
-        node
-        for readers in [_readers(graph)]
-        for node in graph.nodes
-        if node.op_type in kinds and not any(name in readers or name in outputs for name in node.output)
-    ]:
-        graph.nodes = [node for node in graph.nodes if all(node is not other for other in unread)]
-
-
-def _sum_of(product: Any, graph: Graph, readers: Mapping[str, list[Any]]) -> tuple[Any, int] | None:
-    """The node that adds a stored vector to `product` and is its only reader, and the index of the vector's input."""
-    users = readers.get(product.output[0], [])
-    if len(users) != 1 or users[0].op_type != "Add":
-        return None
-    place = 1 if users[0].input[0] == product.output[0] else 0
-    stored = graph.constants.get(users[0].input[place])
-    return (users[0], place) if stored is not None and len(stored.dims) == 1 else None
-
-
 def float_activations(graph: Graph) -> None:
     """Write a ReLU or clip after a quantized Gemm or MatMul as Max and Min, unless only roundings read it.
 
     ONNX Runtime looks for a rounding after a clip. If none follows, it leaves the layer in float, with weights that are
     dequantized at every call. It treats no other activation as a clip.
     """
-    makers, readers = graph.makers(), _readers(graph)
+    makers, readers = graph.makers(), graph.readers()
     for node in list(graph.nodes):
         if node.op_type not in ("Relu", "Clip") or _rounded(node, readers):
             continue
@@ -252,7 +84,7 @@ def float_activations(graph: Graph) -> None:
         if layer is not None and layer.op_type == "Add":
             products = [makers[input_] for input_ in layer.input if input_ in makers]
             layer = next(
-                (product for product in products if product.op_type == "MatMul" and _becomes_gemm(product, graph)), None
+                (product for product in products if product.op_type == "MatMul" and becomes_gemm(product, graph)), None
             )
         elif layer is not None and layer.op_type not in ("Gemm", "MatMul"):
             layer = None
@@ -290,19 +122,11 @@ def _bounded(node: Any, bounds: list[tuple[str, str]]) -> list[Any]:
     return nodes
 
 
-def _becomes_gemm(product: Any, graph: Graph) -> bool:
-    """Whether ONNX Runtime makes a Gemm of a product and the addition of a vector.
-
-    It does so for matrices, and where all sizes are fixed.
-    """
-    return graph.fixed or graph.ranks.get(product.output[0]) == 2
-
-
 def float_weights(graph: Graph) -> None:
     """Rewrite weights that no integer kernel reads, so that they are computed at load instead of at every call."""
     from onnx import TensorProto, helper
 
-    makers, readers = graph.makers(), _readers(graph)
+    makers, readers = graph.makers(), graph.readers()
     kinds = [TensorProto.DataType.Value(kind) for kind in BYTES]
     for node in list(graph.nodes):
         weight = graph.constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
@@ -333,7 +157,7 @@ def weights_of_their_own(graph: Graph) -> None:
         if node.op_type in ("DequantizeLinear", *MOVES) and node.input[0] in source:
             dequantized.add(node.output[0])
     outputs = {output.name for output in graph.proto.output}
-    readers = _readers(graph)
+    readers = graph.readers()
     used_names = {name for node in graph.nodes for name in (*node.output, node.name)} | set(graph.constants)
     for node in reversed(list(graph.nodes)):  # copy nodes that move a weight first, then the weight for each copy
         name = node.output[0]
@@ -351,14 +175,6 @@ def _free(name: str, used_names: set[str]) -> str:
         name += "_"
     used_names.add(name)
     return name
-
-
-def _readers(graph: Graph) -> dict[str, list[Any]]:
-    readers: dict[str, list[Any]] = {}
-    for node in graph.nodes:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    return readers
 
 
 def _users(node: Any, readers: Mapping[str, list[Any]]) -> Iterator[Any]:
