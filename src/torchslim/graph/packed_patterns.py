@@ -147,12 +147,13 @@ def _cells(run: Direction, nodes: Sequence[Node]) -> tuple[Node, ...]:
     given: Any = run.node.args[0]
     found = list[Node]()
     for node in nodes:
-        padded, states, parameters = node.args[:3]
-        parts, weights = _concatenated(padded, (-1, 2)), _concatenated(parameters[0], (1,))  # type: ignore[index]
+        arguments: Any = node.args
+        padded, states, parameters = arguments[:3]
+        parts, weights = _concatenated(padded, (-1, 2)), _concatenated(parameters[0], (1,))
         if parts is None or weights is None or len(parts) != 2 or len(weights) != 2:
             continue
         same = parts[0] is given and states == run.node.args[1] and weights[0] is run.parameters[0]
-        rest = list(parameters[1:]) == list(run.parameters[1:])  # type: ignore[index]
+        rest = list(parameters[1:]) == list(run.parameters[1:])
         if same and rest and _padding(parts[1]) is run.lengths and _shut(weights[1], run.hidden):
             found += [user for user in node.users if _taken(user) == 2]
     return tuple(found)

@@ -70,11 +70,11 @@ def fused_biases(graph: Graph) -> bool:
             continue
         moved = makers.get(node.input[1])
         transpose = moved if moved is not None and moved.op_type == "Transpose" else None
-        factors = [makers.get(node.input[0]), moved if transpose is None else makers.get(transpose.input[0])]
+        factors: list[Any] = [makers.get(node.input[0]), moved if transpose is None else makers.get(transpose.input[0])]
         if any(factor is None or factor.op_type != "DequantizeLinear" for factor in factors):
             continue
         left, right = factors
-        scales = [graph.constants.get(factor.input[1]) for factor in factors]
+        scales: list[Any] = [graph.constants.get(factor.input[1]) for factor in factors]
         bias, weight = graph.constants[total.input[place]], graph.constants.get(right.input[0])
         if weight is None or len(weight.dims) != 2 or left.input[0] in graph.constants or None in scales:
             continue

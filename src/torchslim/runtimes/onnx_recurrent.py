@@ -32,7 +32,7 @@ class Kind:
     options: dict[str, Any]
 
 
-KINDS = {
+KINDS: dict[Any, Kind] = {
     aten.lstm.input: Kind(operation="LSTM", gates=(0, 3, 1, 2), options={}),
     aten.gru.input: Kind(operation="GRU", gates=(1, 0, 2), options={"linear_before_reset": 1}),
     aten.rnn_tanh.input: Kind(operation="RNN", gates=(0,), options={}),
@@ -73,7 +73,7 @@ def _packed(editor: Editor, runs: Sequence[Direction]) -> None:
 
     def compute(x: Tensor, lengths: Tensor, *rest: Any) -> list[Tensor]:
         initial = [torch.cat(rest[index : states * count : states]) for index in range(states)]
-        weights = rest[states * count :]
+        weights: Sequence[Tensor] = rest[states * count :]
         if dynamic:
             y, *last = _integer(x, lengths.int(), initial, weights, options)
         else:
