@@ -15,6 +15,10 @@ from torchslim.prune import CRITERIA
 
 COMMAND = "python -m benchmarks.prune"
 BAR = -0.2
+RECONSTRUCTED = (
+    "*Reconstructed*: the remaining weights are solved for on the same images right after the cut",
+    "(`reconstruct=True`).",
+)
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Half of the width of a 95 % t-interval in standard errors, by degrees of freedom."""
 
@@ -34,8 +38,8 @@ def page(rows: Iterable[Row], machine: dict[str, Any], epochs: int = EPOCHS) -> 
         f"{epochs} epoch{'s' * (epochs > 1)} of SGD, learning rate 0.01, cosine, batches of {BATCH} in the same order.",
         "Torch-Pruning has its defaults and cuts in small steps until the target is reached, as in the reproduction of",
         "its paper. MACs are counted by torchslim on both sides. *Cut* is right after the cut, *recalibrated* with the",
-        "batch norms' statistics taken again, from which the finetuning starts on both sides. *Reconstructed*: the",
-        "remaining weights are solved for on the same images right after the cut (`reconstruct=True`).",
+        "batch norms' statistics taken again, from which the finetuning starts on both sides.",
+        *(RECONSTRUCTED if any(way.reconstruct for way in found.ours()) else ()),
         "**Everything is selected on validation** (5,000 images held out of train); test never selects.",
         "",
         "Unpruned: " + _baseline(found.baseline),
