@@ -61,8 +61,8 @@ def interleave(
         candidates: functions to call, by name.
         rounds: largest number of rounds.
         seconds: time after which to stop, though not before five rounds.
-        clock: seconds, by default `time.perf_counter`. `time.process_time` leaves out the turns that other programs take, which cost long calls more
-            than short ones; it counts the time of all threads.
+        clock: seconds, by default `time.perf_counter`. `time.process_time` leaves out the turns that other programs
+            take, which cost long calls more than short ones; it counts the time of all threads.
     """
     if rounds < 1:
         raise TorchslimError(f"rounds must be at least 1, got {rounds}; 50 give a spread that can be trusted")
