@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import torchslim as ts
-from benchmarks.jobs_page import page
+from benchmarks.jobs_page import latest, page
 from benchmarks.rows import Row, append, load, version
 from examples.gallery import JOBS, PackageMissing
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts
@@ -30,7 +30,7 @@ from torchslim.artifact.latency import Timings, resized
 from torchslim.core.batches import batch_size
 from torchslim.core.hardware import describe_machine
 from torchslim.errors import RecipeError
-from torchslim.pipeline.recipe import load_recipe
+from torchslim.pipeline.recipe import Recipe, load_recipe
 from torchslim.report.numbers import value_of
 
 ROWS = Path(__file__).with_suffix(".jsonl")
@@ -142,8 +142,20 @@ def measure(job: str) -> Row:
             row |= timed(*calls(before, result.deployed))
     except ts.TorchslimError as error:
         return row | {"reason": f"{type(error).__name__}: {error}"}
-    row["suggested"] = list(ts.suggest(model, task, runtime=recipe.target.runtime, part=recipe.part).reasons)
+    row["suggested"] = suggested(recipe, model, task)
     return row
+
+
+def suggested(recipe: Recipe, model: torch.nn.Module, task: ts.Task) -> list[str]:
+    """The reasons of the recipe that `suggest` gives for a job."""
+    return list(ts.suggest(model, task, runtime=recipe.target.runtime, part=recipe.part).reasons)
+
+
+def suggested_again(row: Row, now: str) -> Row:
+    """A measured row with the suggestion of the present source."""
+    recipe = load_recipe(EXAMPLES / row["job"] / "recipe.toml")
+    model, task, _ = recipe.load()
+    return row | {"suggested": suggested(recipe, model, task), "suggested_version": now}
 
 
 def missing(rows: Iterable[Row], jobs: Iterable[str], now: str, *, fresh: bool) -> list[str]:
@@ -156,6 +168,7 @@ def main() -> None:
     """Measure what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[*JOBS], help="one job, whether it was measured before or not")
+    parser.add_argument("--suggest", action="store_true", help="of measured jobs only derive the suggestion again")
     parser.add_argument("--fresh", action="store_true", help="run what was measured on other source again")
     parser.add_argument("--max-minutes", type=float, default=float("inf"), help="then nothing more is started")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the JSONL to go on with")
@@ -163,11 +176,17 @@ def main() -> None:
     torch.set_num_threads(1)
     stop = time.monotonic() + 60 * arguments.max_minutes
     now = version("ours")  # of the source that is loaded, whatever is edited meanwhile
-    todo = [arguments.only] if arguments.only else missing(load(arguments.rows), JOBS, now, fresh=arguments.fresh)
+    measured_before = latest(load(arguments.rows))
+    todo = missing(load(arguments.rows), JOBS, now, fresh=arguments.fresh)
+    if arguments.suggest:
+        todo = [job for job in JOBS if job in measured_before]
+    if arguments.only:
+        todo = [arguments.only]
     for number, job in enumerate(todo, 1):
         if time.monotonic() > stop:
             break
-        row = measure(job) | {"version": now}
+        again = arguments.suggest and job in measured_before
+        row = suggested_again(measured_before[job], now) if again else measure(job) | {"version": now}
         append(row, arguments.rows)
         print(f"{number}/{len(todo)} {job}: {row['reason'] or row['artifact']}", flush=True)
     target = arguments.rows.with_suffix(".md")

@@ -55,6 +55,7 @@ def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
         "the same runtime with one thread. The time is that of the processor for one sample, the speed-up the median",
         "of paired rounds with the 10th and 90th percentile. A model with deployed parts is timed whole, with its code",
         "in Python, on its first batch. Everything is selected on val and reported on test.",
+        *_suggestions(jobs),
         "*Minutes* are those of the whole recipe with its measurements, on a machine that others used, too; *lines* is",
         "the code of the model, the data and the task. [by_hand.md](by_hand.md) compares three of the jobs with what a",
         "user does by hand, with other libraries.",
@@ -76,6 +77,12 @@ def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
     if failed := [row for row in found.values() if row["reason"]]:
         lines += ["", "Not measured:", "", *(f"- {row['job']}: {row['reason']}" for row in failed)]
     return "\n".join(lines) + "\n"
+
+
+def _suggestions(jobs: Iterable[Row]) -> list[str]:
+    """A line about suggestions that were derived on other source than their row."""
+    later = {row.get("suggested_version", row["version"]) for row in jobs} - {row["version"] for row in jobs}
+    return [f"Some suggestions were derived later, on {', '.join(sorted(later))}."] if later else []
 
 
 def _line(row: Row) -> str:

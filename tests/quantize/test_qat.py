@@ -138,6 +138,31 @@ def test_ranges_follow_training_data_and_freeze() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loop_with_automatic_mixed_precision_trains_on_the_grid(dtype: torch.dtype) -> None:
+    """Layers compute in half precision, weights and ranges stay in float32. Costs 3 s each."""
+    x = images(8)
+    prepared = ready(trained_conv(), x).train()
+    before = {name: value.clone() for name, value in prepared.named_parameters()}
+    dtypes = {name: value.dtype for name, value in prepared.state_dict().items()}
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=dtype):
+            outputs = prepared(x)
+            loss = outputs.float().square().mean()
+        assert outputs.dtype == dtype
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert {name: value.dtype for name, value in prepared.state_dict().items()} == dtypes
+    assert all(bool(torch.isfinite(value).all()) for value in prepared.parameters())
+    assert any(not torch.equal(value, before[name]) for name, value in prepared.named_parameters())
+    assert sqnr(prepared.eval()(x), convert(prepared)(x)) > 40
+
+
+@pytest.mark.slow
 def test_learned_steps_learn() -> None:
     x = images(16)
     prepared = ready(trained_conv(), x, learned_step=True).train()
