@@ -73,6 +73,15 @@ def pruned(name: str) -> nn.Module:
     return ts.prune.channels(detector(name), (torch.rand(1, 3, SIZE, SIZE),), 0.4)
 
 
+def prepared(name: str) -> nn.Module:
+    """A detector with two layers on the int8 grid, and the first ranges of activations."""
+    examples = [(torch.rand(2, 3, SIZE, SIZE),), (torch.rand(1, 3, 128, 160),)]
+    model = ts.quantize.prepare(detector(name), examples, part=["model.0", "model.2"], qat=True)
+    with torch.no_grad():
+        model.train().predict(torch.rand(4, 3, SIZE, SIZE))  # type: ignore[operator]
+    return model
+
+
 def trainer() -> Any:
     """The trainer, but with the weights' own architecture in place of the one of their YAML file."""
     from ultralytics.models.yolo.detect import DetectionTrainer
@@ -167,13 +176,14 @@ def test_layers_on_the_int8_grid_are_trained_saved_converted_and_deployed(shapes
     assert list(resumed.model.state_dict()) == list(before)
 
 
-def test_training_resumes_from_the_librarys_own_checkpoint(shapes: Path, tmp_path: Path) -> None:
-    """Costs 10 s."""
+@pytest.mark.parametrize("make", [pruned, prepared])
+def test_training_resumes_from_the_librarys_own_checkpoint(make: Any, shapes: Path, tmp_path: Path) -> None:
+    """Costs 10 s each."""
     from ultralytics import YOLO
 
-    model = pruned("yolov8n")
-    torch.save({"model": model}, tmp_path / "pruned.pt")
-    owner = YOLO(str(tmp_path / "pruned.pt"))
+    model = make("yolov8n")
+    torch.save({"model": model}, tmp_path / "start.pt")
+    owner = YOLO(str(tmp_path / "start.pt"))
 
     class Interrupted(Exception):
         pass
@@ -190,6 +200,13 @@ def test_training_resumes_from_the_librarys_own_checkpoint(shapes: Path, tmp_pat
     resumed.train(trainer=trainer(), resume=True)
     assert resumed.trainer.epoch == 2
     assert widths(resumed.model) == widths(model)
+    parts = [module for module in resumed.model.modules() if isinstance(module, ts.quantize.Prepared)]
+    assert len(parts) == (2 if make is prepared else 0)
+    if parts:
+        images = torch.rand(2, 3, SIZE, SIZE)
+        expected = boxes(resumed.model, images)
+        quantized = ts.quantize.convert(resumed.model, checks=None)
+        assert ts.quantize.sqnr(expected, boxes(quantized, images)) > 40
 
 
 def test_the_librarys_own_trainer_builds_the_backbone_of_its_yaml_file_again(shapes: Path, tmp_path: Path) -> None:
