@@ -99,17 +99,19 @@ def onnx_kernels(deployed: Deployed) -> list[Kernel]:
     return kernels
 
 
-def onnx_origins(deployed: Deployed) -> list[tuple[Any, str, tuple[str, ...]]]:
-    """Each node of the optimized graph, the name of the node that it was made from, and those that made its inputs."""
+def onnx_origins(deployed: Deployed) -> list[tuple[Any, str, tuple[int, ...]]]:
+    """Nodes of the optimized graph, each with the name of the node that it was made from and the places of its makers.
+
+    Its makers are the nodes that compute its inputs.
+    """
     import onnx
 
     graph = _optimized(deployed)
     origins = _Origins(onnx.load_from_string(deployed.payload).graph, graph)
-    names = [origins.of(node)[0] for node in graph.node]
-    makers = {value: name for node, name in zip(graph.node, names, strict=True) for value in node.output}
+    makers = {value: place for place, node in enumerate(graph.node) for value in node.output}
     return [
-        (node, name, tuple(dict.fromkeys(makers[value] for value in node.input if value in makers)))
-        for node, name in zip(graph.node, names, strict=True)
+        (node, origins.of(node)[0], tuple(dict.fromkeys(makers[value] for value in node.input if value in makers)))
+        for node in graph.node
     ]
 
 

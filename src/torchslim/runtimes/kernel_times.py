@@ -22,13 +22,14 @@ RUNS = 30
 class KernelTime:
     """Milliseconds of one kernel in one call of its program: the median over the profiled calls.
 
-    `node` names the node of the program that does its main work, `before` the nodes of the kernels that it reads.
+    `node` names the node of the program that does its main work, `before` gives the places, in the order of execution,
+    of the kernels that it reads.
     """
 
     node: str
     type: str
     ms: float
-    before: tuple[str, ...] = ()
+    before: tuple[int, ...] = ()
 
 
 def kernel_times(deployed: Deployed, leaves: Sequence[Tensor]) -> list[KernelTime] | None:
@@ -38,7 +39,7 @@ def kernel_times(deployed: Deployed, leaves: Sequence[Tensor]) -> list[KernelTim
         deployed: the program.
         leaves: its flat inputs.
     """
-    profile = _PROFILERS.get(deployed.runtime)
+    profile = PROFILERS.get(deployed.runtime)
     return None if profile is None or deployed.payload is None else profile(deployed, list(leaves))
 
 
@@ -67,10 +68,11 @@ def _onnxruntime(deployed: Deployed, leaves: list[Tensor]) -> list[KernelTime]:
             durations.setdefault(name, []).append(float(event["dur"]))
     kernels = []
     for node, origin, before in onnx_origins(deployed):
-        if runs := durations.get(node.name):
-            ms = statistics.median(runs[len(runs) // 2 :]) / 1e3
-            kernels.append(KernelTime(node=origin, type=node.op_type, ms=ms, before=before))
+        runs = durations.get(node.name, [0.0])  # a node that gives its input on takes no time, and is not profiled
+        ms = statistics.median(runs[len(runs) // 2 :]) / 1e3
+        kernels.append(KernelTime(node=origin, type=node.op_type, ms=ms, before=before))
     return kernels
 
 
-_PROFILERS: Mapping[str, Callable[[Deployed, list[Tensor]], list[KernelTime]]] = {"onnxruntime": _onnxruntime}
+PROFILERS: Mapping[str, Callable[[Deployed, list[Tensor]], list[KernelTime]]] = {"onnxruntime": _onnxruntime}
+"""Functions that profile a program on its flat inputs, by runtime."""

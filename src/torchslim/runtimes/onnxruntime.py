@@ -129,7 +129,7 @@ def _layer_name(node: Any, owners: dict[str, str]) -> str:
     if "rule_name" in str(list(texts)) and len(node.input) > 1:
         # a fusion of several nodes, as of a batch norm and its convolution: the weight's name gives the layer; but the
         # graph of a quantized model holds the weights of all layers itself, under names that spell their paths
-        spelled = path.replace(".", "_") in node.input[1].rpartition(".")[2]
+        spelled = path and f"_{path}_".replace(".", "_") in f"_{node.input[1]}_".replace(".", "_")
         path = path if spelled else scope_path([owners.get(node.input[1], "")]) or path
     return f"{path or scopes[-1]}/{node.op_type}"
 

@@ -146,16 +146,17 @@ def test_layout_finds_readers_over_operations_between_layers(subject: Subject) -
     assert layout.borders("stem", {"inner": "int8"}) == {("float", "static")}
     assert layout.borders("stem", {"stem": "int8", "inner": "int8"}) == {("static", "float")}
     assert layout.borders("stem", {}) == frozenset()
-    assert layout.context("norm", {"stem": "int8"}) == "static"
-    assert layout.context("norm", {}) == "float"
+    assert layout.context("norm", dict.fromkeys(layout.layers, "int8")) == "static static"
+    assert layout.context("norm", {"inner": "int8"}) == "float mixed"
+    assert layout.context("norm", {}) == "float float"
 
 
 def test_shares_add_up_to_the_ratio_and_kernels_without_a_module_go_with_those_before_them() -> None:
     kernels = [
         KernelTime(node="cast", type="QuantizeLinear", ms=0.1),
-        KernelTime(node="a/Conv", type="Conv", ms=1.0, before=("cast",)),
-        KernelTime(node="cast_1", type="Transpose", ms=0.2, before=("a/Conv",)),
-        KernelTime(node="b/Gemm", type="Gemm", ms=0.0, before=("cast_1",)),
+        KernelTime(node="a/Conv", type="Conv", ms=1.0, before=(0,)),
+        KernelTime(node="cast_1", type="Transpose", ms=0.2, before=(1,)),
+        KernelTime(node="b/Gemm", type="Gemm", ms=0.0, before=(2,)),
     ]
     own, moves = shares(kernels, {"a", "b"}, 0.7)
     assert sum(own.values()) + sum(moves.values()) == pytest.approx(0.7)
@@ -181,13 +182,18 @@ def test_a_layout_without_choices_has_no_readers() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     program = torch.export.export(model, (torch.zeros(1, 4),))
     layout = layout_of(program, {"0", "1"}, ())
-    assert layout.context("1", {}) == "float"
+    assert layout.context("1", {}) == "float float"
     assert layout.readers == {INPUT: ()}
 
 
 def test_programs_must_be_counted() -> None:
     with pytest.raises(SensitivityError, match="at least 1"):
         measure_costs(nn.Linear(4, 4), (torch.zeros(1, 4),), programs=0)
+
+
+def test_a_runtime_without_a_profiler_is_refused() -> None:
+    with pytest.raises(SensitivityError, match="no profiler"):
+        measure_costs(nn.Linear(4, 4), (torch.zeros(1, 4),), target=Target(runtime="eager"))
 
 
 @pytest.mark.slow

@@ -53,7 +53,8 @@ class Fit:
 
     def curve(self, path: str, context: str) -> Curve:
         """The time of a module in a context; one without samples computes as in the nearest context that has some."""
-        for name in (context, "static" if context == "mixed" else FLOAT, FLOAT):
+        before, _, after = context.partition(" ")
+        for name in (context, *(f"{side} {side}" for side in (before, after) if side), FLOAT):
             if (path, name) in self.own:
                 return self.own[path, name]
         return next((curve for (owner, _), curve in self.own.items() if owner == path), Curve(time=()))
@@ -132,7 +133,7 @@ def _moves(
     for sample in samples:
         by_layer: dict[str, float] = {}
         for path, time in sample.moves.items():
-            layer = path if path in layout.readers else next(iter(layout.deciders.get(path, ())), INPUT)
+            layer = path if path in layout.readers else next(iter(layout.before.get(path, ())), INPUT)
             by_layer[layer] = by_layer.get(layer, 0.0) + time
         sums.append(by_layer)
     outputs = {path: works[path].output if path in works else () for path in layout.readers}

@@ -29,21 +29,38 @@ class Layout:
 
     Attributes:
         layers: paths of the layers with a choice.
-        deciders: for each other module, the nearest layers with a choice before it; the nearest after it if there are
-            none before.
+        before: for each other module, the nearest layers with a choice before it.
+        after: for each other module, the nearest layers with a choice after it.
         readers: for each layer with a choice, and for `INPUT`, the nearest layers with a choice that read its output.
     """
 
     layers: tuple[str, ...]
-    deciders: Mapping[str, tuple[str, ...]]
+    before: Mapping[str, tuple[str, ...]]
+    after: Mapping[str, tuple[str, ...]]
     readers: Mapping[str, tuple[str, ...]]
 
     def context(self, path: str, schemes: Mapping[str, str]) -> str:
-        """How a module computes: its scheme, or "float", "static" or "mixed" from the layers that decide it."""
+        """How a module computes: its scheme, or as the layers before and after it do, such as "float static".
+
+        A side is "float", "static" or "mixed"; a side without layers is as the other.
+        """
         if path in self.layers:
             return schemes.get(path, FLOAT)
-        kinds = {kind_of(schemes.get(layer, FLOAT)) == "static" for layer in self.deciders.get(path, ())}
-        return "mixed" if len(kinds) > 1 else "static" if kinds == {True} else FLOAT
+        sides = [self._side(layers.get(path, ()), schemes) for layers in (self.before, self.after)]
+        before, after = sides[0] or sides[1] or FLOAT, sides[1] or sides[0] or FLOAT
+        return f"{before} {after}"
+
+    def deciders(self, path: str) -> tuple[str, ...]:
+        """The layers that decide how a module computes, the nearest on each side first."""
+        if path in self.layers:
+            return (path,)
+        before, after = self.before.get(path, ()), self.after.get(path, ())
+        return tuple(dict.fromkeys([*before[-1:], *after[:1], *before, *after]))
+
+    @staticmethod
+    def _side(layers: Iterable[str], schemes: Mapping[str, str]) -> str:
+        kinds = {"static" if kind_of(schemes.get(layer, FLOAT)) == "static" else FLOAT for layer in layers}
+        return "mixed" if len(kinds) > 1 else next(iter(kinds), "")
 
     def borders(self, path: str, schemes: Mapping[str, str]) -> frozenset[tuple[Kind, Kind]]:
         """The changes of grid between a layer, or the inputs, and the layers that read its output."""
@@ -94,6 +111,7 @@ def layout_of(program: ExportedProgram, paths: Collection[str], layers: Iterable
 
     return Layout(
         layers=chosen,
-        deciders={path: nearest(path, before) or nearest(path, after) for path in before if path not in chosen},
+        before={path: nearest(path, before) for path in before if path not in chosen},
+        after={path: nearest(path, after) for path in before if path not in chosen},
         readers={path: nearest(path, after) for path in (INPUT, *chosen)},
     )

@@ -38,7 +38,7 @@ from torchslim.prune.latency.table import even_widths, programs
 from torchslim.prune.structured.plan import Plan, analyze
 from torchslim.prune.structured.selection import Amount
 from torchslim.runtimes import Deployed
-from torchslim.runtimes.kernel_times import kernel_times
+from torchslim.runtimes.kernel_times import PROFILERS, kernel_times
 
 PROGRAMS = 18
 """Programs of joint choices that are timed besides the reference; each takes seconds to make."""
@@ -95,6 +95,10 @@ def measure_costs(
     if programs < 1 or widths < 1:
         raise SensitivityError(f"programs and widths must be at least 1, got {programs} and {widths}")
     target, amount = target or Target(), amount or Amount(of="latency")
+    if target.runtime not in PROFILERS:
+        raise SensitivityError(
+            f"runtime {target.runtime!r} has no profiler that splits a program's time; one of {', '.join(PROFILERS)}"
+        )
     plan = plan or analyze(model, example_inputs)
     with preserved_globals(seed):
         subject = Subject.of(plan, example_inputs, target, amount, schemes, blocks or {}, dynamic_shapes, widths)

@@ -106,8 +106,8 @@ def spread_choices(
 ) -> list[Choice]:
     """Joint choices that cover every option of every decision about equally often.
 
-    Widths form a Latin hypercube. A third of the choices gives every layer its first scheme, float, a third gives every
-    layer one other scheme, and the rest draws a scheme for each layer.
+    Widths form a Latin hypercube. A quarter of the choices gives every layer its first scheme, float, a quarter gives
+    every layer one other scheme, and the rest draws a scheme for each layer, float for half of them.
 
     Args:
         options: for each unit the numbers of steps that it may keep.
@@ -123,15 +123,14 @@ def spread_choices(
         kept = tuple(
             int(own[int(place[number]) * len(own) // count]) for own, place in zip(options, places, strict=True)
         )
-        kind = number % 3 if others else 0
+        kind = number % 4 if others else 0
         if kind == 0:
             chosen = {layer: own[0] for layer, own in schemes.items()}
         elif kind == 1:
-            name = others[number // 3 % len(others)]
+            name = others[number // 4 % len(others)]
             chosen = {layer: name if name in own else own[-1] for layer, own in schemes.items()}
         else:
-            share = generator.uniform()
-            chosen = {layer: _drawn(own, share, generator) for layer, own in schemes.items()}
+            chosen = {layer: _drawn(own, 0.5, generator) for layer, own in schemes.items()}
         choices.append(Choice(kept=kept, schemes=chosen))
     return choices
 

@@ -66,24 +66,24 @@ def shares(
     the shares, and the paired rounds give their sum.
 
     Args:
-        kernels: in the order of execution; a node's name is its module's path, a slash and its operation.
+        kernels: all kernels; a node's name is its module's path, a slash and its operation.
         paths: of the modules that run operations.
         ratio: what the shares add up to.
 
     Returns:
         Shares by module of its own kernels, and of kernels without a module that read its output.
     """
-    net = [max(kernel.ms - CLOCK_MS, LEAST_MS) for kernel in kernels]
-    unit = ratio / sum(net) if net else 0.0
-    owners: dict[str, str] = {}
+    net = [max(kernel.ms - CLOCK_MS, LEAST_MS) if kernel.ms else 0.0 for kernel in kernels]
+    unit = ratio / sum(net) if any(net) else 0.0
+    owners: list[str] = []
     own: dict[str, float] = {}
     moves: dict[str, float] = {}
     for kernel, ms in zip(kernels, net, strict=True):
-        path = kernel.node.rpartition("/")[0]
-        if path in paths:
+        path, slash, _ = kernel.node.rpartition("/")
+        if slash and path in paths:
             part = own
         else:
-            part, path = moves, next((owners[name] for name in kernel.before if name in owners), INPUT)
-        owners[kernel.node] = path
+            part, path = moves, next((owners[place] for place in kernel.before if place < len(owners)), INPUT)
+        owners.append(path)
         part[path] = part.get(path, 0.0) + ms * unit
     return own, moves

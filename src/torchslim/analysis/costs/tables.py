@@ -75,6 +75,12 @@ class Space:
         schemes = {layer: own[place] for (layer, own), place in zip(self.schemes.items(), of_schemes, strict=True)}
         return Choice(kept=kept, schemes=schemes)
 
+    def places(self, choice: Choice) -> tuple[int, ...]:
+        """The inverse of `choice`; every block stays."""
+        widths = [own.index(steps) for own, steps in zip(self.kept, choice.kept, strict=True)]
+        schemes = [list(own).index(choice.schemes.get(layer, FLOAT)) for layer, own in self.schemes.items()]
+        return (*widths, *schemes, *([0] * len(self.blocks)))
+
     def widths(self, places: Sequence[int]) -> dict[str, int]:
         """The chosen widths by group, for `Prune(pattern="channel", widths=...)`; groups that stay are left out."""
         chosen = widths_of(self.coupling, self.choice(places).kept)
@@ -134,12 +140,11 @@ def latency_terms(
     """
     parts: list[Part] = []
     for path in works:
-        deciders = (path,) if path in space.schemes else layout.deciders.get(path, ())
 
         def own(schemes: Mapping[str, str], path: str = path) -> Curve:
             return fit.curve(path, layout.context(path, schemes))
 
-        parts.append(Part(path, deciders, own))
+        parts.append(Part(path, layout.deciders(path), own))
     for path, readers in layout.readers.items():
 
         def moves(schemes: Mapping[str, str], path: str = path) -> Curve:
