@@ -117,11 +117,11 @@ def page() -> str:
         "# Predicted against measured latency",
         "",
         f"Cost tables of {PROGRAMS} programs predict random joint choices of a width for every group and a scheme for",
-        "every layer, on ONNX Runtime with one thread, in CPU time. The error is |predicted / measured - 1|; the bars are",
-        f"{MEDIAN:.0%} (median) and {P90:.0%} (90th percentile). A model that misses a bar is marked. Written by",
+        "every layer, on ONNX Runtime with one thread, in CPU time. The error is |predicted / measured - 1|; its bars",
+        f"are {MEDIAN:.0%} (median) and {P90:.0%} (90th percentile). A model that misses a bar is marked. Written by",
         "`python -m benchmarks.predicted`.",
         "",
-        "| model | choices | float, full width | median error | 90th percentile | below the upper end | within the bars |",
+        "| model | choices | float, full width | median error | 90th percentile | below upper end | within the bars |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows = load(ROWS)
