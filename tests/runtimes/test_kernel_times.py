@@ -22,7 +22,7 @@ def test_kernels_of_a_partly_quantized_model_have_the_names_of_its_layers() -> N
     assert by_layer["0"] == "QLinearConv"
     assert by_layer["3"] in {"Conv", "FusedConv"}
     assert all(kernel.ms >= 0 for kernel in kernels)
-    assert all(place < len(kernels) for kernel in kernels for place in kernel.before)
+    assert all(-1 <= place < len(kernels) for kernel in kernels for place in kernel.before)
     assert any(kernel.before for kernel in kernels)
 
 

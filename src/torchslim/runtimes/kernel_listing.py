@@ -102,13 +102,14 @@ def onnx_kernels(deployed: Deployed) -> list[Kernel]:
 def onnx_origins(deployed: Deployed) -> list[tuple[Any, str, tuple[int, ...]]]:
     """Nodes of the optimized graph, each with the name of the node that it was made from and the places of its makers.
 
-    Its makers are the nodes that compute its inputs.
+    Its makers are the nodes that compute its inputs; -1 stands for the inputs of the graph.
     """
     import onnx
 
     graph = _optimized(deployed)
     origins = _Origins(onnx.load_from_string(deployed.payload).graph, graph)
     makers = {value: place for place, node in enumerate(graph.node) for value in node.output}
+    makers |= {input_.name: -1 for input_ in graph.input}
     return [
         (node, origins.of(node)[0], tuple(dict.fromkeys(makers[value] for value in node.input if value in makers)))
         for node in graph.node

@@ -23,7 +23,7 @@ class KernelTime:
     """Milliseconds of one kernel in one call of its program: the median over the profiled calls.
 
     `node` names the node of the program that does its main work, `before` gives the places, in the order of execution,
-    of the kernels that it reads.
+    of the kernels that it reads; -1 stands for the inputs. A kernel that reads constants alone has none.
     """
 
     node: str

@@ -153,15 +153,17 @@ def test_layout_finds_readers_over_operations_between_layers(subject: Subject) -
 
 def test_shares_add_up_to_the_ratio_and_kernels_without_a_module_go_with_those_before_them() -> None:
     kernels = [
-        KernelTime(node="cast", type="QuantizeLinear", ms=0.1),
+        KernelTime(node="cast", type="QuantizeLinear", ms=0.1, before=(-1,)),
         KernelTime(node="a/Conv", type="Conv", ms=1.0, before=(0,)),
         KernelTime(node="cast_1", type="Transpose", ms=0.2, before=(1,)),
-        KernelTime(node="b/Gemm", type="Gemm", ms=0.0, before=(2,)),
+        KernelTime(node="dequantize/DequantizeLinear", type="DequantizeLinear", ms=0.4),
+        KernelTime(node="b/Gemm", type="Gemm", ms=0.3, before=(2, 3)),
     ]
     own, moves = shares(kernels, {"a", "b"}, 0.7)
     assert sum(own.values()) + sum(moves.values()) == pytest.approx(0.7)
     assert set(own) == {"a", "b"}
     assert moves["a"] < own["a"]
+    assert own["b"] == pytest.approx(0.7 * 0.697 / 1.9925, rel=1e-3)  # with its weights' cast, less the clock's time
     assert set(moves) == {INPUT, "a"}
 
 

@@ -71,19 +71,26 @@ def shares(
         ratio: what the shares add up to.
 
     Returns:
-        Shares by module of its own kernels, and of kernels without a module that read its output.
+        Shares by module of its own kernels, and of kernels without a module that read its output. A kernel that reads
+        constants alone, as where weights become floats in every call, belongs to the module that reads its result.
     """
     net = [max(kernel.ms - CLOCK_MS, LEAST_MS) if kernel.ms else 0.0 for kernel in kernels]
     unit = ratio / sum(net) if any(net) else 0.0
+    readers = {place: number for number, kernel in reversed([*enumerate(kernels)]) for place in kernel.before}
     owners: list[str] = []
     own: dict[str, float] = {}
     moves: dict[str, float] = {}
-    for kernel, ms in zip(kernels, net, strict=True):
+    for number, (kernel, ms) in enumerate(zip(kernels, net, strict=True)):
         path, slash, _ = kernel.node.rpartition("/")
+        if not kernel.before and path not in paths:
+            last = number
+            while last in readers and kernels[last].node.rpartition("/")[0] not in paths:
+                last = readers[last]
+            path = kernels[last].node.rpartition("/")[0]
         if slash and path in paths:
             part = own
         else:
-            part, path = moves, next((owners[place] for place in kernel.before if place < len(owners)), INPUT)
+            part, path = moves, next((owners[place] for place in kernel.before if 0 <= place < number), INPUT)
         owners.append(path)
         part[path] = part.get(path, 0.0) + ms * unit
     return own, moves
