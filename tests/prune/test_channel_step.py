@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import torchslim as ts
 from tests.support import toy
+from tests.support.channel_steps import context, wide
 from torchslim.artifact.model_size import macs, parameters
 from torchslim.core.fingerprint import canonical, fingerprint
 from torchslim.core.reason import Reason
@@ -24,37 +24,6 @@ from torchslim.pipeline.recipe import parse_recipe
 from torchslim.prune.criteria.registry import CRITERIA
 
 TRAIN = ts.Finetune(epochs=2, optimizer="sgd", lr=0.02)
-
-
-class Wide(nn.Module):
-    """A stem, a residual block and a plain stage: groups of several widths, some coupled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32)
-        self.inner, self.inner_norm = nn.Conv2d(32, 48, 3, padding=1), nn.BatchNorm2d(48)
-        self.back = nn.Conv2d(48, 32, 3, padding=1)
-        self.last = nn.Conv2d(32, 64, 3, padding=1)
-        self.head = nn.Linear(64, toy.CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        x = torch.relu(self.back(torch.relu(self.inner_norm(self.inner(x)))) + x)
-        return self.head(torch.relu(self.last(x)).mean((2, 3)))
-
-
-def wide() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Wide().eval()
-
-
-def context(**fields: Any) -> ts.Context:
-    loader = DataLoader(
-        TensorDataset(*toy.images(64, 1)), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(5)
-    )
-    task = replace(toy.task(), train=loader)
-    return ts.Context(**{"task": task, "teacher": wide(), "example_inputs": (toy.images(4, 2)[0],), "seed": 3} | fields)
 
 
 def step(**fields: Any) -> ts.Prune:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
-from tests.prune.test_channel_step import context, wide
 from tests.support import toy
+from tests.support.channel_steps import context, wide
 from torchslim.errors import PruneError, SelectError
 from torchslim.pipeline.recipe import parse_recipe
 from torchslim.prune.structured.plan import analyze

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchslim as ts
-from tests.prune.test_channel_step import context, wide
 from tests.support import toy
+from tests.support.channel_steps import context, wide
 from torchslim.core.batches import batch_inputs, call
 from torchslim.errors import PruneError
 from torchslim.pipeline.recipe import parse_recipe
