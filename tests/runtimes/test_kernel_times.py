@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,7 @@ import torchslim as ts
 from torchslim.runtimes.kernel_times import kernel_times
 
 
+@pytest.mark.slow
 def test_kernels_of_a_partly_quantized_model_have_the_names_of_its_layers() -> None:
     """A float layer in a quantized graph lost its name when the exporter dropped the bias that folding had added."""
     torch.manual_seed(0)
