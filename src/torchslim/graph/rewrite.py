@@ -23,11 +23,11 @@ def graft(graph: Graph, traced: Graph, inputs: Sequence[Node], before: Node, own
         owner: node whose layer and lines of code the copies get.
     """
     places = [node for node in traced.nodes if node.op == "placeholder"]
-    old = set(graph.nodes)
+    copies = dict(zip(places, inputs, strict=True))
     with graph.inserting_before(before):
-        result = graph.graph_copy(traced, dict(zip(places, inputs, strict=True)))
-    for node in graph.nodes:
-        if node not in old:
+        result = graph.graph_copy(traced, copies)
+    for original, node in copies.items():
+        if original.op != "placeholder":
             node.meta |= {key: owner.meta[key] for key in SHARED_META if key in owner.meta}
     return result
 

@@ -20,6 +20,7 @@ from torchslim.runtimes.onnx_bfloat16 import widen
 from torchslim.runtimes.onnx_check import check_onnx
 from torchslim.runtimes.onnx_kernels import lower
 from torchslim.runtimes.onnx_passes import finish, translations
+from torchslim.runtimes.onnx_translation import to_onnx_program
 from torchslim.runtimes.spec import Session, Spec
 
 PIP = "pip install onnx onnxscript onnxruntime"
@@ -54,15 +55,7 @@ def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
         program = portable(captured.program)
         program = lower(program) if lowered else program
         with recurrent_kept_whole():
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                optimize=True,
-                external_data=False,
-                custom_translation_table=translations(program.graph),
-            )
-        assert exported is not None
+            exported = to_onnx_program(program, translations(program.graph))
         _register_constants(exported.model.graph)
         proto = exported.model_proto
     except Exception as error:
