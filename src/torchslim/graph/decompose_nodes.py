@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import _Namespace
 from torch.fx.node import map_arg
 
 from torchslim.graph.program_editor import Editor
@@ -63,7 +64,20 @@ def decompose_nodes(program: ExportedProgram, known: Callable[[Node], bool], tab
     with torch.no_grad():
         for node in [node for node in graph.nodes if node.op == "call_function"]:
             _decompose(editor, node, known, table, DEPTH)
+    _name_by_operation(graph)
     return editor.finished()
+
+
+def _name_by_operation(graph: Graph) -> None:
+    """Name nodes after their operations, as a trace does: files then depend on no pass that inserted nodes."""
+    graph.eliminate_dead_code()
+    names = _Namespace()
+    for node in graph.nodes:
+        name = node.name
+        if node.op == "call_function":
+            name = node.target._opname if isinstance(node.target, OpOverload) else node.target.__name__
+        node.name = names.create_name(name, node)
+    graph._graph_namespace = names
 
 
 def _check(program: ExportedProgram) -> None:
