@@ -1,7 +1,7 @@
 """CPU seconds and memory from a module to a saved artifact, beside the peers: python -m benchmarks.toolchain
 
-Every measurement runs in a process of its own, ours and the peer's in turn, on one thread. Imports count. Rows are
-appended to benchmarks/toolchain.jsonl, so that a killed benchmark resumes; benchmarks/toolchain.md is written from them.
+Each measurement runs in a process of its own, ours and the peer's in turn, on one thread. Imports count. Rows are
+appended to benchmarks/toolchain.jsonl: a killed benchmark resumes. benchmarks/toolchain.md is written from them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def page(rows: Iterable[Row]) -> str:
     lines = [
         "# Seconds to an artifact",
         "",
-        "CPU seconds and peak memory of a process that imports its libraries, makes an artifact of a module with random",
+        "CPU seconds and peak memory of a process that imports its libraries, makes an artifact of a module of random",
         "weights, and saves it: one thread, each measurement in a fresh process, ours and the peer's in turn, medians.",
         "torchslim checks its results (pruned models against masked ones, artifacts against their programs); peers do",
         f"not. Calibration: 4 batches of 8 samples. Made by `{COMMAND}` on {machine.get('cpu', 'an unknown CPU')}.",
