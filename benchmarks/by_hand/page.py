@@ -18,8 +18,7 @@ Three jobs of the [gallery](../examples): images, sentences and series. Every si
 and the same data, selects on val, and makes an ONNX file; one program measures all files on ONNX Runtime with one
 thread. *By hand* is a pipeline of several libraries, and *fasterai* the library that covers most of a pipeline, both
 written as their guides show it, in [by_hand/](by_hand). Images are trained on 4,000 samples in 4 epochs by every side;
-sentences are trained by none; series by torchslim alone, since the others remove nothing from an LSTM and so have
-nothing to repair.
+sentences and series are trained by none.
 
 - *metric*: accuracy on test, the mean over the seeds, with the lowest and the highest in brackets;
 - *latency*: milliseconds of one sample on the processor, without the time that other work took: eight samples a round,
