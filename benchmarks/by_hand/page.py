@@ -76,7 +76,7 @@ def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
     """The Markdown page."""
     found = latest(rows)
     jobs = list(dict.fromkeys(job for job, _, _ in found))
-    ours = ", ".join(sorted({row["version"] for row in found.values()}))
+    ours = ", ".join(sorted({row["version"] for row in found.values() if row["side"] in (OURS, TIMED)}))
     releases = dict(item for row in found.values() for item in row.get("versions", {}).items())
     loads = [row["load"] for row in found.values() if "load" in row]
     lines = [
