@@ -149,6 +149,21 @@ def test_starts_are_tried_first_and_failures_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_enqueued_trials_are_taken_and_none_is_drawn(tmp_path: Path) -> None:
+    book = ledger(open_storage(tmp_path / "study"), 3)
+    assert book.ask(drawn=False) is None
+    assert not book.queued()
+    values = {"x": 0.25, "kind": {"do": "b"}}
+    book.queue(values)
+    assert book.queued()
+    trial = book.ask(drawn=False)
+    assert book.values(trial) == values
+    assert (book.queued(), book.count(), book.known_values()) == (False, 1, {trial.number: values})
+    assert book.ask(drawn=False) is None
+    book.tell(trial, {"state": "candidate"}, answer(values))
+    assert (book.count(), book.known_values()) == (1, {trial.number: values})
+
+
 def test_after_a_repeat_it_looks_elsewhere(tmp_path: Path) -> None:
     book = ledger(open_storage(tmp_path / "study"), 12, seed=5, bounds=1)
     best = {"x": 0.0, "kind": {"do": "b"}}

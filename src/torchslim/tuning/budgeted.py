@@ -9,10 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from torchslim.core.budget import Budget
+from torchslim.core.files import present
 from torchslim.core.step import Target
 from torchslim.core.task import Task
 from torchslim.errors import RecipeError
+from torchslim.pipeline.document import load_document
 from torchslim.pipeline.options import RunOptions
+from torchslim.pipeline.recipe import parse_document
 from torchslim.pipeline.result import Result
 from torchslim.pipeline.runner import run_steps
 from torchslim.tuning.search_loop import search
@@ -57,7 +60,9 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
         raise RecipeError(f"{outcome.verdict.text}; see {folder / 'search.json'} for why each trial failed")
     result = best.result
     if result is None:  # made by an earlier process or another worker: run it again on its finished steps
-        recipe = space.recipe(best.values)
+        written = best.folder / "recipe.toml"
+        known = present(written)  # else another machine ran it
+        recipe = parse_document(load_document(written), may_be_empty=True) if known else space.recipe(best.values)
         rerun_options = replace(
             options,
             rehearse=False,

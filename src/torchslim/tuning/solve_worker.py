@@ -13,18 +13,23 @@ from torchslim.allocation.problem import Problem
 from torchslim.allocation.solver import solve
 from torchslim.core import distributed
 from torchslim.core.budget import UNITS
+from torchslim.core.folder_lock import holding
 from torchslim.core.step import Event, Trains
 from torchslim.errors import RecipeError
 from torchslim.tuning.choices import AFTER, SolvedSpace, epochs_by_prefix, solved_space
 from torchslim.tuning.explaining import explained
 from torchslim.tuning.pareto import WHOLE
 from torchslim.tuning.proposing import Proposal, Proposer, Seen, Tables
+from torchslim.tuning.search_folder import nothing
 from torchslim.tuning.solved_costs import Costs, solved_costs
 from torchslim.tuning.space import Space
 from torchslim.tuning.study import Design, Ledger
 from torchslim.tuning.tables import measure_tables
 from torchslim.tuning.trial import Lab
 from torchslim.tuning.worker import GIVE_UP, WAIT_SECONDS, Worker
+
+TABLES = "tables.lock"
+"""Held in the search's folder while tables are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,8 @@ def begun_solving(space: Space, lab: Lab) -> Solving:
     """
     costs: Costs | None = None
     if distributed.is_first():
-        costs = solved_costs(lab, space)
+        with holding(lab.folder.parent / TABLES, nothing):
+            costs = solved_costs(lab, space)
         bounds = {name: bound for name, bound in space.budget.bounds.items() if name in costs.costs}
         solve(Problem(decisions=costs.decisions, damage=(), costs=costs.costs, limits=bounds))
     decisions, members, blocks = distributed.told(
@@ -93,7 +99,8 @@ class SolveWorker(Worker):
         """Measure the tables, then propose and train recipes until the front needs no more."""
         if self.ledgers:
             start = time.perf_counter()
-            self.tables = measure_tables(self.lab, self.space, self.costs, self.folder / "tables", self.key)
+            with holding(self.folder / TABLES, nothing):  # workers that share the folder measure once
+                self.tables = measure_tables(self.lab, self.space, self.costs, self.folder / "tables", self.key)
             self.damage_seconds = time.perf_counter() - start
         distributed.wait()
         super()._run_trials()
@@ -110,10 +117,13 @@ class SolveWorker(Worker):
             ledger = self.ledgers[0]
             self.space.trained.update(ledger.known_values())
             if ledger.queued():
-                trial = ledger.ask()
+                trial = ledger.ask(drawn=False)
                 if trial is not None:
                     job = (trial, ledger.values(trial))
-                break
+                    break
+                if ledger.count() >= self.budget.trials:
+                    break
+                continue
             if not self._out_of_time() and self._propose():
                 continue
             if not ledger.waiting():

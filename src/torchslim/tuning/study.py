@@ -136,8 +136,11 @@ class Ledger:
             states = (optuna.trial.TrialState.WAITING,)
             return bool(self.study.get_trials(deepcopy=False, states=states))
 
-    def ask(self) -> Any:
+    def ask(self, *, drawn: bool = True) -> Any:
         """Return the next trial; None if there are enough.
+
+        Args:
+            drawn: draw the values of a trial where none is enqueued; False: return None then.
 
         Raises:
             StorageError: too many enqueued trials in a row have values beyond the ranges of their parameters.
@@ -147,14 +150,14 @@ class Ledger:
         with self._consulting():
             self.take_back()
             for _ in range(REFUSALS):
-                if self._count() >= self.design.trials:
+                if self._count() >= self.design.trials or not (drawn or self.queued()):
                     return None
                 number = sum(row.result is not None for row in self._rows())
                 sampler = "random" if self.repeats() else self.design.sampler  # a sampler that repeats itself is stuck
                 trial = self.study.ask()
                 trial.set_user_attr("worker", self.worker)
                 with self.beating(trial):  # drawing may take longer than the grace of a silent worker
-                    usable = self._set_values(trial, number, sampler)
+                    usable = self._set_values(trial, number, sampler if drawn else None)
                 if not usable or self._count(before=trial.number) >= self.design.trials:  # workers asked at once
                     self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 if usable:
@@ -349,23 +352,26 @@ class Ledger:
             if before is None or row.number < before
         )
 
-    def _set_values(self, trial: Any, number: int, sampler: Sampler) -> bool:
+    def _set_values(self, trial: Any, number: int, sampler: Sampler | None) -> bool:
         """Set the values of a trial: those that it was enqueued with, or drawn ones.
 
         Args:
             trial: of Optuna.
             number: number of trials with results.
-            sampler: draws the values.
+            sampler: draws the values; None: only enqueued ones are used.
 
         Returns:
-            False if the enqueued values are beyond the ranges of their parameters.
+            False if there are no values, or the enqueued ones are beyond the ranges of their parameters.
         """
         design = self.design
         rows = {row.number: row for row in self._rows()}
         if trial.number not in rows:
             return False
         values = rows[trial.number].queued
+        if values is None and sampler is None:
+            return False  # another worker took the enqueued trial
         if values is None:
+            assert sampler is not None
             others = [row for row in rows.values() if row.number != trial.number]
             values = draw(
                 design.parameters,
