@@ -92,7 +92,7 @@ def solved_costs(lab: Lab, space: Space) -> Costs:
     )
     base = lab.baseline(recipe.target)
     costs = {
-        figure: _scaled(tables.costs[cost], base[figure])
+        figure: scaled(tables.costs[cost], base[figure])
         for figure, cost in FIGURES.items()
         if figure in lab.budget.figures and cost in tables.costs
     }
@@ -108,7 +108,7 @@ def solved_costs(lab: Lab, space: Space) -> Costs:
     return found if prune is not None else without(found, WIDTH)
 
 
-def _scaled(terms: Sequence[Term], original: float) -> tuple[Term, ...]:
+def scaled(terms: Sequence[Term], original: float) -> tuple[Term, ...]:
     """The terms times a factor, so that the unchanged model costs `original`: in the budget's unit, for one sample."""
     full = sum(term.at((0,) * (max(term.decisions, default=0) + 1)) for term in terms)
     factor = original / full if full else 1.0
