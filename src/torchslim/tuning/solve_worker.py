@@ -141,11 +141,11 @@ class SolveWorker(Worker):
         """Enqueue the next proposal, unless another worker proposes it; False if there is none."""
         assert self.ledgers
         assert self.claims is not None
-        seen = self._seen()
-        proposal = self._proposal(seen)
+        number = self.ledgers[0].count()  # before the trials are read: a stale proposal is then claimed already
+        proposal = self._proposal(self._seen())
         if proposal is None:
             return False
-        claim = self.claims.claim({"trial": self.ledgers[0].count()})
+        claim = self.claims.claim({"trial": number})
         if claim is None:
             time.sleep(WAIT_SECONDS)
             return True
