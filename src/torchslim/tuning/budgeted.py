@@ -36,6 +36,7 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
         names={**NAMES, **dict(options.names or {})},
         example_inputs=options.example_inputs,
         part=options.part,
+        measure=False,  # the search measures for itself
     )
     document = {**suggestion.document, "seed": options.seed}
     if target.threads is not None:
