@@ -110,7 +110,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same rules on every machine: both runtimes, and VNNI; and the same weights each time."""
     torch.manual_seed(0)
     monkeypatch.setattr(suggesting, "installed", lambda *, speed=True: BOTH if speed else BOTH[:1])
-    monkeypatch.setattr(suggesting, "_pilots", lambda *arguments: ())  # tests of pilots stand in test_pilot.py
+    monkeypatch.setattr(suggesting, "pilots_of", lambda *arguments: ())  # tests of pilots stand in test_pilot.py
     with detected("avx512-vnni"):
         yield
 

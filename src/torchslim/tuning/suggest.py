@@ -125,7 +125,7 @@ def suggest(
     mix = _mix_of_parts(model, task, part, inputs, runtimes)
     schooling = _schooling(model, task, inputs)
     steps, lines, omissions = _steps(mix, schooling, budget, runtimes)
-    pilots = _pilots(model, task, steps, budget, runtimes, part, example_inputs) if measure else ()
+    pilots = pilots_of(model, task, steps, budget, runtimes, part, example_inputs) if measure else ()
     if pilots and not any(run.faster or run.failure for run in pilots) and len(steps) > 1:
         steps[-1]["skip"] = {"search": [False, True]}  # pruning alone may be faster
     document: Document = {
@@ -140,7 +140,7 @@ def suggest(
     return Suggestion(document=document, reasons=(*reasons, *lines_of_pilots), pilots=pilots)
 
 
-def _pilots(
+def pilots_of(
     model: nn.Module,
     task: Task,
     steps: Sequence[Document],
