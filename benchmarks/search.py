@@ -26,6 +26,7 @@ from torchslim.core.files import write_bytes
 from torchslim.core.step import Step, Trains
 from torchslim.pipeline.recipe import load_document, parse_document
 from torchslim.tuning import make_space
+from torchslim.tuning.choices import inside
 
 HERE = Path(__file__).parent
 RECIPE = Path("examples/fashion_mnist/search.toml")
@@ -230,16 +231,22 @@ def drawn_units(seed: int) -> Iterator[tuple[str, list[Step]]]:
 
     generator = random.Random(seed)
     structure = ts.prune.inspect(resnet(), example())
-    groups = {group.name: group.width for group in structure.groups if group.prunable}
+    groups = [group for group in structure.groups if group.prunable]
     layers = [name for name, module in resnet().named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    blocks = [block.name for block in structure.blocks if not block.reason]
     distill, quantize = load_document(SOLVED)["step"][1:]
     for _ in range(60):
-        widths = {name: generator.randrange(8, width + 1, 8) for name, width in groups.items()}
-        schemes = {name: "float" for name in layers if generator.random() < generator.choice((0.0, 0.0, 0.3))}
+        gone = [block for block in structure.blocks if block.prunable and generator.random() < 0.5]
+        modules = {module for block in gone for module in block.modules}
+        widths = {
+            next(iter(stay)): generator.randrange(8, group.width + 1, 8)
+            for group in groups
+            if (stay := [member for member in group.members if not inside(member, modules)])
+        }
+        share = generator.choice((0.0, 0.0, 0.3))  # of layers in float
+        schemes = {name: "float" for name in layers if not inside(name, modules) and generator.random() < share}
         steps: list[dict[str, Any]] = [{"do": "prune", "pattern": "channel", "criterion": "lamp", "widths": widths}]
-        if gone := [name for name in blocks if generator.random() < 0.5]:
-            steps.insert(0, {"do": "prune", "pattern": "block", "blocks": gone})
+        if gone:
+            steps.insert(0, {"do": "prune", "pattern": "block", "blocks": [block.name for block in gone]})
         document = {**load_document(SOLVED), "step": [*steps, distill, {**quantize, "layers": schemes}]}
         document.pop("budget")
         yield "random units", list(parse_document(document, "drawn").steps)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.search import Counted, cost, drawn, singles
+from benchmarks.search import Counted, cost, drawn, drawn_units, singles
 from benchmarks.search_page import area, page, told
 from examples.fashion_mnist.data import Batches
 from torchslim.pipeline.recipe import load_document
@@ -49,6 +49,16 @@ def test_the_example_can_be_searched_and_random_recipes_are_drawn_from_it(monkey
     assert len(first) == 60
     assert first != second
     assert first == [steps for _, steps in drawn(1)]
+
+
+@pytest.mark.slow
+def test_random_units_are_recipes_of_the_solver_s_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    drawn_recipes = [steps for _, steps in drawn_units(1)]
+    assert drawn_recipes == [steps for _, steps in drawn_units(1)]
+    kinds = {step.pattern for steps in drawn_recipes for step in steps if hasattr(step, "pattern")}  # type: ignore[attr-defined]
+    assert kinds == {"block", "channel"}
+    assert all(cost(steps) == 6_000 * 4 for steps in drawn_recipes)
 
 
 def test_samples_are_counted(tmp_path: Path) -> None:
