@@ -149,12 +149,12 @@ def _search_fault(search: dict[str, Any]) -> str | None:
     return None
 
 
-def _schema(kind: Any, file: str, fault: Callable[[Any], str | None]) -> Schema[Any]:
+def _checked_by(kind: Any, file: str, fault: Callable[[Any], str | None]) -> Schema[Any]:
     return Schema(kind, file, ArtifactError, limits=LIMITS, mend="run again", also=fault)
 
 
 KINDS: Mapping[str, tuple[str, Schema[Any]]] = {
-    "run": ("`result.save`", _schema(Run, "run.json", _run_fault)),
-    "search": ("`torchslim search`", _schema(SearchFile, "search.json", _search_fault)),
-    "sensitivity": ("`torchslim sensitivity`", _schema(SensitivityFile, "sensitivity.json", lambda data: None)),
+    "run": ("`result.save`", _checked_by(Run, "run.json", _run_fault)),
+    "search": ("`torchslim search`", _checked_by(SearchFile, "search.json", _search_fault)),
+    "sensitivity": ("`torchslim sensitivity`", _checked_by(SensitivityFile, "sensitivity.json", lambda data: None)),
 }

@@ -158,13 +158,15 @@ def apply_surgery(model: nn.Module, record: Mapping[str, Any] | str | Path) -> n
     Raises:
         PruneError: the record is damaged, of a newer version, or of another model.
     """
-    read = _schema().read(Path(record)) if isinstance(record, (str, Path)) else _schema().check(dict(record))
+    read = (
+        _record_schema().read(Path(record)) if isinstance(record, (str, Path)) else _record_schema().check(dict(record))
+    )
     copied, _ = copy_model(usable(model, PruneError))
     return replay(copied, read)
 
 
 @functools.cache
-def _schema() -> Schema[Any]:
+def _record_schema() -> Schema[Any]:
     from torchslim.prune.structured.record_schema import SurgeryJson  # loads pydantic
 
     return Schema[Any](SurgeryJson, "the surgery", PruneError, mend="copy or save it again")
