@@ -3,8 +3,8 @@
 In a folder that `torchslim latency` packed, bench.py times all programs in turn against the whole model, and
 writes latency.json for `latency_table` of a recipe.
 
-Needs numpy and the runtime of the model (onnxruntime for model.onnx, openvino for model.xml, torch for model.pt2 and
-model.aoti.pt2), and nothing else. Files are read once and checked against their recorded SHA-256. Nothing is unpickled,
+Needs numpy and the runtime of the model (onnxruntime for model.onnx, openvino for model.xml, executorch for model.pte,
+torch for model.pt2 and model.aoti.pt2), and nothing else. Files are read once and checked against their recorded SHA-256. Nothing is unpickled,
 and a program may call only the operators that it had when it was saved. model.aoti.pt2 is machine code, which runs only
 with --trusted.
 """
@@ -66,6 +66,8 @@ class Folder:
             return load_onnx(data, threads, without)
         if name.endswith(".xml"):
             return load_xml(data, self.read(f"{name.removesuffix('.xml')}.bin"), threads)
+        if name.endswith(".pte"):
+            return load_pte(data, threads, dtypes)
         if not name.endswith(".aoti.pt2"):
             return of_torch(load_pt2(data), threads, dtypes)
         if not self.trusted:
@@ -110,6 +112,18 @@ def load_xml(xml: bytes, weights: bytes, threads: int | None) -> Run:
         return [results[index] for index in range(len(model.outputs))]
 
     return run
+
+
+def load_pte(data: bytes, threads: int | None, dtypes: list[str]) -> Run:
+    """An ExecuTorch program as a function on arrays."""
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    if threads and portable_lib._threadpool_get_thread_count() != threads:  # before any program keeps the old threads
+        portable_lib._unsafe_reset_threadpool(threads)
+    program = Runtime.get().load_program(data)
+    method = program.load_method("forward")
+    return of_torch(lambda *tensors: method.execute(tensors), None, dtypes)
 
 
 def of_torch(program: Any, threads: int | None, dtypes: list[str]) -> Run:

@@ -51,6 +51,15 @@ PROFILES: Mapping[str, Profile] = {
         products=True,
         why="ONNX Runtime has no integer kernel for it",
     ),
+    # computes a layer on integers only between two pairs; no integer kernel for volumes
+    "executorch": Profile(
+        static=frozenset({"conv1d", "conv2d", "linear", "conv_transpose2d"}),
+        dynamic=frozenset({"linear"}),
+        outputs=frozenset({"conv1d", "conv2d", "linear", "conv_transpose2d"}),
+        additions="both",
+        concats=True,
+        why="XNNPACK has no integer kernel for it",
+    ),
     # fuses activations and additions into the layer: a pair in between would prevent that
     "openvino": Profile(
         static=CONVOLUTIONS | {"linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"},

@@ -60,7 +60,9 @@ SCHEMES: Mapping[str, Scheme] = {
     ),
 }
 
-INTEGER_RUNTIMES = frozenset({"onnxruntime", "openvino", "inductor", "aoti"})  # eager computes on dequantized floats
+# eager computes on dequantized floats
+INTEGER_RUNTIMES = frozenset({"onnxruntime", "openvino", "inductor", "aoti", "executorch"})
+SATURATING = INTEGER_RUNTIMES - {"executorch"}  # XNNPACK adds products in 32 bits
 
 
 def find_scheme(name: str) -> Scheme:
@@ -81,4 +83,4 @@ def weight_range(runtime: str, scheme: Scheme | None = None) -> tuple[int, int]:
     if scheme is not None and scheme.weight_bits == 4:
         return (-7, 7)
     on_integers = scheme is None or scheme.activations != "float"
-    return (-63, 63) if on_integers and runtime in INTEGER_RUNTIMES and saturates() else (-127, 127)
+    return (-63, 63) if on_integers and runtime in SATURATING and saturates() else (-127, 127)

@@ -15,6 +15,7 @@ RUNTIMES: Mapping[str, str] = {
     "aoti": "AOTInductor: the same kernels as machine code; saves a .pt2 package, loaded only where it is trusted",
     "inductor": "torch.compile, C++ kernels made on this machine; saves nothing",
     "onnxruntime": "ONNX Runtime; saves a .onnx",
+    "executorch": "ExecuTorch with XNNPACK, for phones; saves a .pte",
     "openvino": "OpenVINO; saves its IR, a .xml and a .bin",
 }
 
