@@ -18,7 +18,7 @@ from tests.support.quantized import Block, Tagger, quantized
 from torchslim.quantize import sqnr, static
 from torchslim.runtimes import RUNTIMES, Kernel, find_runtime, kernels
 
-COMPILED = ("inductor", "onnxruntime", "openvino")
+COMPILED = ("inductor", "onnxruntime", "openvino", "executorch")
 LAYERS = {"stem", "depthwise", "pointwise", "hidden", "head"}
 
 
@@ -99,7 +99,7 @@ def test_every_runtime_tells() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["inductor", "openvino"])
+@pytest.mark.parametrize("runtime", ["inductor", "openvino", "executorch"])
 @pytest.mark.parametrize("mode", ["static", "dynamic", "weights"])
 def test_linears_agree_with_the_graph_in_every_scheme(mode: Any, runtime: str) -> None:
     x = torch.randn(4, 7, 32)
@@ -110,7 +110,7 @@ def test_linears_agree_with_the_graph_in_every_scheme(mode: Any, runtime: str) -
         assert sqnr(converted(before.clone()), deployed(before)) >= (100 if mode == "weights" else 30)
         assert torch.equal(before, x[:count]), "the caller's tensor was written to"
     integers = {each.layer for each in kernels(deployed) if each.integer}
-    if mode == "weights" and runtime == "inductor":
+    if mode == "weights" and runtime in ("inductor", "executorch"):
         assert not integers, "it computes such layers with floats, made once"
         assert not any("dequantize_per_channel" in each.node for each in kernels(deployed))
     else:
@@ -118,7 +118,7 @@ def test_linears_agree_with_the_graph_in_every_scheme(mode: Any, runtime: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["inductor", "openvino"])
+@pytest.mark.parametrize("runtime", ["inductor", "openvino", "executorch"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_recurrent_layers_agree_with_the_graph(kind: str, runtime: str) -> None:
     x = torch.randn(4, 3, 6)  # inductor makes the code of a GRU step by step

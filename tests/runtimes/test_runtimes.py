@@ -31,7 +31,7 @@ from torchslim.quantize import sqnr, static
 from torchslim.runtimes import RUNTIMES, Deployed, find_runtime
 
 ARCHITECTURES = architectures()
-WITH_FILES = ("eager", "onnxruntime", "openvino")  # and aoti, which compiles for long: test_aoti.py
+WITH_FILES = ("eager", "onnxruntime", "openvino", "executorch")  # and aoti, which compiles for long: test_aoti.py
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from torchslim.graph.export import Captured, layer_of
 from torchslim.graph.io_structure import flatten
 from torchslim.runtimes.base import Runtime
 from torchslim.runtimes.executorch_passes import for_xnnpack
+from torchslim.runtimes.executorch_trial import check_pte, survive_pte
 from torchslim.runtimes.spec import Kernel, Session, Spec
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ def _delegated(nodes: Sequence[Node]) -> Iterator[Kernel]:
 
 def _operation(node: Node) -> str:
     """Name of an operation without its namespace and overload."""
-    name = getattr(node.target, "__name__", str(node.target))
-    return str(name).removeprefix("aten.").partition(".")[0]
+    name = str(getattr(node.target, "__name__", node.target))
+    return name.removeprefix("aten.").removeprefix("quantized_decomposed.").partition(".")[0]
 
 
 def _inside_layer(node: Node) -> bool:
@@ -234,10 +235,7 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     except RuntimeUnavailable:
         raise
     except Exception as error:
-        raise DeployError(
-            f"ExecuTorch cannot load the model: {type(error).__name__}: {_brief(error)}; use runtime 'onnxruntime', or "
-            "'eager'"
-        ) from error
+        raise _unfit(f"{type(error).__name__}: {_brief(error)}") from error
 
 
 def _kernels(deployed: Deployed) -> list[Kernel]:
@@ -246,8 +244,31 @@ def _kernels(deployed: Deployed) -> list[Kernel]:
     return session.kernels()
 
 
+def _unfit(message: str) -> DeployError:
+    return DeployError(f"ExecuTorch cannot run the model: {message[:300]}; use runtime 'onnxruntime', or 'eager'")
+
+
 def _brief(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
 
 
-RUNTIME = Runtime(name="executorch", suffix=PTE, make=_make, read=_read, converts=True, kernels=_kernels)
+def _check(files: Mapping[str, bytes]) -> None:
+    check_pte(files[PTE])
+
+
+def _try(files: Mapping[str, bytes], example: Sequence[Tensor]) -> None:
+    _import()
+    if message := survive_pte({PTE: files[PTE]}, example):
+        raise _unfit(message)
+
+
+RUNTIME = Runtime(
+    name="executorch",
+    suffix=PTE,
+    make=_make,
+    read=_read,
+    check=_check,
+    trial=_try,
+    kernels=_kernels,
+    converts=True,
+)

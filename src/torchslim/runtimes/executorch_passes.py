@@ -77,14 +77,19 @@ def _constants(program: ExportedProgram) -> Constant:
 
 
 def _rows_by_token(graph: Graph, constant: Constant) -> None:
-    """Replace dynamic rounding before int8 linear layers by XNNPACK's own, and leave it out elsewhere."""
+    """Replace dynamic rounding before int8 linear layers by XNNPACK's own, and leave it out elsewhere.
+
+    A linear layer on a fixed grid whose output stays in float, such as that of the model, has the same kernel.
+    """
     for node in list(graph.nodes):
-        source = find_dynamic(node)
-        if source is None:
-            continue
-        for user in list(node.users):
-            fits = _linear_on_int8(user, constant) and user.args[0] is node and find_rounded_rows(node) is not None
-            user.replace_input_with(node, _by_token(graph, source, user) if fits else source)
+        if decomposed(node) == DEQUANTIZE:
+            for user in list(node.users):
+                if _linear_on_int8(user, constant) and user.args[0] is node and not _rounded_behind(user):
+                    user.update_arg(0, _by_token(graph, node, user))
+        elif (source := find_dynamic(node)) is not None:
+            for user in list(node.users):
+                fits = _linear_on_int8(user, constant) and user.args[0] is node and find_rounded_rows(node) is not None
+                user.replace_input_with(node, _by_token(graph, source, user) if fits else source)
 
 
 def _linear_on_int8(node: Node, constant: Constant) -> bool:

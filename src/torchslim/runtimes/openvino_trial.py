@@ -5,7 +5,8 @@ child process reads, compiles and runs such a model once, and its exit status sh
 here from ordinary operations, those in `ORDINARY`, are not tried, which saves time.
 
 The files of an artifact may come from anyone, so they are tried once whatever their operations are. Files that ran are
-recorded in the cache folder under a seal of this user's secret, so that no other user can vouch for them.
+recorded in the cache folder, in a subfolder for each package, under a seal of this user's secret, so that no other user
+can vouch for them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ GROWTH = 2**30
 RELATIVE = 64
 """Bytes of memory to read, compile and run a model: `GROWTH` and `RELATIVE` times its files and inputs; on Linux."""
 STACK = 2**23  # bytes of a thread's stack; OpenVINO has one thread for each processor core
-REMEMBERED = "openvino"  # subfolder of the cache folder: empty files whose names are seals
 # ONNX operations of ordinary networks; none of them was seen to crash the process
 _NAMES = """
     Abs Add And ArgMax ArgMin AveragePool BatchNormalization BitShift BitwiseAnd Cast Ceil Clip Concat Constant
@@ -123,23 +123,31 @@ def survive(model: bytes, inputs: Sequence[Tensor], *, child: str = CHILD, limit
 
 
 def survive_files(
-    files: Mapping[str, bytes], inputs: Sequence[Tensor], *, child: str = CHILD, limit_s: float = LIMIT_S
+    files: Mapping[str, bytes],
+    inputs: Sequence[Tensor],
+    *,
+    child: str = CHILD,
+    limit_s: float = LIMIT_S,
+    engine: str = "OpenVINO",
+    package: str = "openvino",
 ) -> str:
     """Read, compile and run a model of an artifact once in a child process, unless this user has run it before.
 
     Args:
-        files: `.xml` and `.bin`.
+        files: the runtime's files by suffix, such as `.xml` and `.bin`; the child reads the first.
         inputs: tensors in the order of the model's inputs.
         child: the program that the child runs.
         limit_s: the time that the child may take, in seconds.
+        engine: name of the runtime, for messages.
+        package: the runtime's package, whose version the record of files that ran names.
 
     Returns:
-        OpenVINO's error message; empty if the model runs.
+        the runtime's error message; empty if the model runs.
 
     Raises:
         ArtifactError: the child crashed, could not begin, did not end in time, or ran out of memory.
     """
-    mark = _mark(files)
+    mark = _mark(files, package)
     if mark is not None and mark.exists():
         return ""
     advice = "the file is damaged or malicious; load it with runtime='eager', which reads its program instead"
@@ -150,20 +158,20 @@ def survive_files(
         result = _run(named_files, inputs, range(len(inputs)), child, limit_s, growth=growth)
     except subprocess.TimeoutExpired as error:
         raise ArtifactError(
-            f"OpenVINO did not compile and run the model within {limit_s:g} s in a child process; {advice}"
+            f"{engine} did not compile and run the model within {limit_s:g} s in a child process; {advice}"
         ) from error
     if result.returncode == RAISED:
         return result.stdout.decode(errors="replace") or "an error without a message"
     if result.returncode == NO_MEMORY:
-        raise ArtifactError(f"the OpenVINO model takes more than {growth:,} bytes to compile and run; {advice}")
+        raise ArtifactError(f"the {engine} model takes more than {growth:,} bytes to compile and run; {advice}")
     if result.returncode == UNREADY:
         raise ArtifactError(
-            "the child process that tries the OpenVINO model did not start: "
+            f"the child process that tries the {engine} model did not start: "
             f"{shorten(result.stderr.decode(errors='replace')[-300:], 300)}; load it with trusted=True if you trust it"
         )
     if result.returncode != RAN:
         raise ArtifactError(
-            f"OpenVINO crashes on the model: a child process that ran it ended {_ending(result.returncode)}; {advice}"
+            f"{engine} crashes on the model: a child process that ran it ended {_ending(result.returncode)}; {advice}"
         )
     if mark is not None:
         _remember(mark)
@@ -194,13 +202,13 @@ def _run(
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False)
 
 
-def _mark(files: Mapping[str, bytes]) -> Path | None:
-    """Path that records that these files ran with this OpenVINO on such a processor; None without a secret."""
+def _mark(files: Mapping[str, bytes], package: str) -> Path | None:
+    """Path that records that these files ran with this version of a runtime on such a processor; None without a secret."""
     secret = own_secret()
     if secret is None:
         return None
     content = [part for suffix in sorted(files) for part in (suffix, files[suffix])]
-    return cache_folder() / REMEMBERED / seal(secret, "openvino", version("openvino"), instruction_set(), *content)
+    return cache_folder() / package / seal(secret, package, version(package), instruction_set(), *content)
 
 
 def _remember(mark: Path) -> None:
