@@ -55,6 +55,7 @@ from torchslim.runtimes.pt2 import load_program, pack_program
 
 KINDS = (
     "eager-float", "eager-int8", "onnxruntime-float", "onnxruntime-int8", "openvino-float", "openvino-int8",
+    "executorch-float", "executorch-int8",
 )  # fmt: skip
 
 
@@ -710,8 +711,9 @@ def test_an_artifact_of_another_runtime_is_timed_without_torch(kind: str, saved:
 
 
 @pytest.mark.slow
-def test_a_pt2_artifact_is_timed_without_torchslim(saved: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(saved / "eager-int8", tmp_path / "moved")
+@pytest.mark.parametrize("kind", ["eager-int8", "executorch-float", "executorch-int8"])
+def test_an_artifact_that_needs_torch_is_timed_without_torchslim(kind: str, saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / kind, tmp_path / "moved")
     found = bench(folder, poisoned=("torchslim", "onnxruntime"))
     assert found["largest_difference_to_recorded_outputs"] == 0
     assert found["inputs"] == [[1, 3, 8, 8]]

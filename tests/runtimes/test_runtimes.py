@@ -281,7 +281,7 @@ def test_a_missing_compiler_says_what_to_install(runtime: str, monkeypatch: pyte
 
 
 def test_an_unknown_runtime_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="'tensorrt'.*eager, aoti, inductor, onnxruntime, openvino"):
+    with pytest.raises(RecipeError, match="'tensorrt'.*eager, aoti, inductor, onnxruntime, executorch, openvino"):
         find_runtime("tensorrt")
     assert {find_runtime(name).name for name in RUNTIMES} == set(RUNTIMES)
 

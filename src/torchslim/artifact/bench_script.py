@@ -4,9 +4,9 @@ In a folder that `torchslim latency` packed, bench.py times all programs in turn
 writes latency.json for `latency_table` of a recipe.
 
 Needs numpy and the runtime of the model (onnxruntime for model.onnx, openvino for model.xml, executorch for model.pte,
-torch for model.pt2 and model.aoti.pt2), and nothing else. Files are read once and checked against their recorded SHA-256. Nothing is unpickled,
-and a program may call only the operators that it had when it was saved. model.aoti.pt2 is machine code, which runs only
-with --trusted.
+torch for model.pt2 and model.aoti.pt2), and nothing else. Files are read once and checked against their recorded
+SHA-256. Nothing is unpickled, and a program may call only the operators that it had when it was saved. model.aoti.pt2
+is machine code, which runs only with --trusted.
 """
 
 from __future__ import annotations

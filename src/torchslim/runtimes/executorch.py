@@ -36,6 +36,7 @@ BATCH = 64  # the largest batch where the examples show no larger one
 FORWARD, KERNELS = "forward", "torchslim_kernels"
 """Methods of a `.pte`: the model, and a constant text that lists its kernels."""
 LAYERS = ("convolution", "linear", "addmm", "mm")
+BEFORE_FUSED = (*LAYERS, "add")
 FUSED = ("relu", "hardtanh", "clamp")
 MOVES = ("getitem", "view_copy", "_to_dim_order_copy", "_clone_dim_order", "clone", "alias_copy", "expand_copy", "view")
 NAMED = 20  # layers that a note names
@@ -56,7 +57,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     program, in_float = for_xnnpack(captured.program)
-    with bounded(captured) as bounds:
+    with bounded(captured) as bounds, _plain_convolutions():
         try:
             lowered = to_edge_transform_and_lower(
                 program,
@@ -83,8 +84,15 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
 
 
 @contextmanager
+def _plain_convolutions() -> Iterator[None]:
+    """Keep torch from choosing its own kernel for convolutions by the batch: a trace would bound it to below 16."""
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        yield
+
+
+@contextmanager
 def bounded(captured: Captured) -> Iterator[dict[tuple[int, int], int]]:
-    """Bound the free sizes of a program in the block, and yield the bounds by input and dimension.
+    """Bound the free sizes of a program in the block; yield the bounds by input and dimension, filled at its end.
 
     A size is bounded by the largest that the examples show; the batch by `BATCH`, if that is larger.
     """
@@ -109,8 +117,9 @@ def bounded(captured: Captured) -> Iterator[dict[tuple[int, int], int]]:
             own = before[symbol]
             bound = min(bound, int(own.upper)) if own.upper.is_Integer else bound
             environment.var_to_range[symbol] = ValueRanges(own.lower, bound)
-            bounds |= dict.fromkeys(places[symbol], bound)
         yield bounds
+        for symbol, (environment, _) in symbols.items():  # the lowering may have narrowed them
+            bounds |= dict.fromkeys(places[symbol], int(environment.var_to_range[symbol].upper))
     finally:
         for symbol, (environment, _) in symbols.items():
             environment.var_to_range[symbol] = before[symbol]
@@ -137,7 +146,9 @@ def _delegated(nodes: Sequence[Node]) -> Iterator[Kernel]:
         if "quantize_per" in name or "qparams" in name or name in MOVES or _inside_layer(node):
             continue
         fused = tuple(
-            f"{layer_of(user)}/{_operation(user)}" for user in node.users if len(node.users) == 1 and _inside_layer(user)
+            f"{layer_of(user)}/{_operation(user)}"
+            for user in node.users
+            if len(node.users) == 1 and _inside_layer(user)
         )
         own = f"{layer_of(node)}/{name}"
         yield Kernel(
@@ -152,13 +163,13 @@ def _operation(node: Node) -> str:
 
 
 def _inside_layer(node: Node) -> bool:
-    """Whether an activation has a convolution or linear layer before it, which has no other reader."""
+    """Whether an activation has a convolution, linear layer or addition before it, which has no other reader."""
     source = node.args[0] if node.args else None
     return (
         _operation(node) in FUSED
         and isinstance(source, Node)
         and source.op == "call_function"
-        and _operation(source) in LAYERS
+        and _operation(source) in BEFORE_FUSED
         and len(source.users) == 1
     )
 

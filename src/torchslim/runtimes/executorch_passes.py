@@ -103,9 +103,7 @@ def _by_token(graph: Graph, source: Node, user: Node) -> Node:
     with graph.inserting_before(user):
         chosen = graph.call_function(operations.choose_qparams_per_token_asymmetric.default, (source, torch.int8))
         scale, zero_point = (graph.call_function(operator.getitem, (chosen, index)) for index in (0, 1))
-        rounded = graph.call_function(
-            operations.quantize_per_token.default, (source, scale, zero_point, *limits)
-        )
+        rounded = graph.call_function(operations.quantize_per_token.default, (source, scale, zero_point, *limits))
         value = graph.call_function(
             operations.dequantize_per_token.default, (rounded, scale, zero_point, *limits, torch.float32)
         )
@@ -137,8 +135,7 @@ def _has_kernel(layer: Node, weight_node: Node, weight: Int8Weight) -> bool:
     if "_per_token" in decomposed(layer.args[0]):
         return True
     if layer.target in TRANSPOSED:
-        groups = layer.args[GROUPS_OF_TRANSPOSED] if len(layer.args) > GROUPS_OF_TRANSPOSED else 1
-        right_axis = weight.axis == 1 and groups == 1
+        right_axis = weight.axis == 1 and layer.args[GROUPS_OF_TRANSPOSED:][:1] in ((), (1,))
     else:
         right_axis = weight.axis == 0 and layer.target in (*CONVOLUTIONS, aten.linear.default)
     return right_axis and decomposed(layer.args[0]) == DEQUANTIZE and _rounded_behind(layer)
@@ -182,10 +179,10 @@ def _signed(graph: Graph) -> None:
 def _unsigned(graph: Graph) -> Iterator[Node]:
     """Conversions to unsigned bytes that are read by conversions back alone, and those."""
     for node in list(graph.nodes):
-        if decomposed(node) == QUANTIZE and node.args[5] is torch.uint8:
-            if all(decomposed(user) == DEQUANTIZE for user in node.users):
-                yield node
-                yield from list(node.users)
+        to_bytes = decomposed(node) == QUANTIZE and node.args[5] is torch.uint8
+        if to_bytes and all(decomposed(user) == DEQUANTIZE for user in node.users):
+            yield node
+            yield from list(node.users)
 
 
 def _folded(program: ExportedProgram) -> ExportedProgram:
@@ -195,7 +192,8 @@ def _folded(program: ExportedProgram) -> ExportedProgram:
     program._state_dict, program._constants = dict(program.state_dict), dict(program.constants)
     kept: set[Any] = {node.target for node in program.graph.nodes if decomposed(node)}
     kept |= {aten.full.default, aten.arange.default, aten.arange.start, aten.arange.start_step}
-    return constant_prop_pass(program, custom_skip_targets=kept)
+    folded: ExportedProgram = constant_prop_pass(program, custom_skip_targets=kept)
+    return folded
 
 
 def _place(node: Node, owner: Node) -> None:

@@ -71,6 +71,4 @@ def survive_pte(files: Mapping[str, bytes], inputs: Sequence[Tensor]) -> str:
         ArtifactError: as `survive_files`.
     """
     dtypes = json.dumps([str(tensor.dtype).removeprefix("torch.") for tensor in inputs]).encode()
-    return survive_files(
-        {**files, ".dtypes": dtypes}, inputs, child=CHILD, engine="ExecuTorch", package="executorch"
-    )
+    return survive_files({**files, ".dtypes": dtypes}, inputs, child=CHILD, engine="ExecuTorch", package="executorch")

@@ -203,7 +203,7 @@ def _run(
 
 
 def _mark(files: Mapping[str, bytes], package: str) -> Path | None:
-    """Path that records that these files ran with this version of a runtime on such a processor; None without a secret."""
+    """Path that records that these files ran here with this version of a runtime; None without a secret."""
     secret = own_secret()
     if secret is None:
         return None
