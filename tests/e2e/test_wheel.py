@@ -16,6 +16,7 @@ from torchslim import __version__
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = (
+    "executorch",
     "openvino",
     "optuna",
     "scipy",

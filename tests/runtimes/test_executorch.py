@@ -1,0 +1,89 @@
+"""ExecuTorch: bounds of free sizes, threads, layers without an integer kernel, and files that others wrote."""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchslim as ts
+from tests.support.compiled import deploy
+from torchslim.errors import ArtifactError, DeployError
+from torchslim.quantize import sqnr
+from torchslim.runtimes import Deployed, executorch, kernels
+from torchslim.runtimes.executorch_trial import check_pte, survive_pte
+
+pytestmark = pytest.mark.slow
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.layer(x)).mean(1))
+
+
+@functools.cache
+def small() -> Deployed:
+    torch.manual_seed(0)
+    return deploy(Tokens().eval(), (torch.randn(2, 5, 4),), runtime="executorch", threads=1)
+
+
+def test_a_free_size_is_bounded_by_the_examples_and_the_batch_by_64() -> None:
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    examples = [(torch.randn(2, length, 4),) for length in (3, 9)]
+    found = deploy(model, examples, runtime="executorch", dynamic_shapes="auto")  # type: ignore[arg-type]
+    for shape in ((1, 9, 4), (64, 3, 4), (64, 9, 4)):
+        x = torch.randn(shape)
+        assert torch.allclose(found(x), model(x), atol=1e-5)
+    for shape, words in (((65, 9, 4), "at most 64"), ((2, 10, 4), "at most 9")):
+        with pytest.raises(DeployError, match=words):
+            found(torch.randn(shape))
+
+
+def test_programs_of_different_numbers_of_threads_take_turns() -> None:
+    """ExecuTorch has one pool of threads; a program that keeps a replaced pool crashes the process."""
+    first, x = small(), torch.randn(3, 5, 4)
+    expected = first(x)
+    second = executorch.RUNTIME.read(first.payload, first.spec, 2)  # type: ignore[misc, arg-type]
+    for _ in range(2):
+        assert torch.allclose(second([x])[0], expected, atol=1e-6)
+        assert torch.allclose(first(x), expected, atol=1e-6)
+
+
+def test_weights_without_an_integer_kernel_become_floats_and_are_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    quantized, x = ts.quantize.weights(model, (torch.randn(2, 3, 6, 6),), bits=4), torch.randn(2, 3, 6, 6)
+    found = deploy(quantized, (x,), runtime="executorch", threads=1)
+    assert sqnr(quantized(x), found(x)) >= 100
+    assert not any(kernel.integer for kernel in kernels(found))
+    assert any("0, 2" in note for note in found.notes)
+
+
+def test_what_is_no_whole_file_is_refused() -> None:
+    good = small().payload
+    assert good is not None
+    check_pte(good)
+    for bad in (b"", good[:20], b"\0" * 100, good[: len(good) // 2], good[:4] + b"PK" + good[6:]):
+        with pytest.raises(ArtifactError, match=r"no \.pte file, or not whole"):
+            check_pte(bad)
+
+
+def test_a_file_that_crashes_or_fails_ends_nothing() -> None:
+    good, inputs = small().payload, [torch.randn(2, 5, 4)]
+    assert good is not None
+    assert survive_pte({".pte": good}, inputs) == ""
+    root = struct.unpack_from("<I", good)[0]
+    damaged = good[:root] + bytes(byte ^ 0x55 for byte in good[root : root + 400]) + good[root + 400 :]
+    try:
+        message = survive_pte({".pte": damaged}, inputs)
+    except ArtifactError as error:
+        message = str(error)
+    assert message
