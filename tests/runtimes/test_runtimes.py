@@ -32,6 +32,13 @@ from torchslim.runtimes import RUNTIMES, Deployed, find_runtime
 
 ARCHITECTURES = architectures()
 WITH_FILES = ("eager", "onnxruntime", "openvino", "executorch")  # and aoti, which compiles for long: test_aoti.py
+# lowering the unrolled steps of recurrent layers takes ExecuTorch a minute; the contracts of runtimes have short ones
+CASES = [
+    (name, runtime)
+    for name in ARCHITECTURES
+    for runtime in WITH_FILES
+    if runtime != "executorch" or name not in ("lstm", "gru")
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +55,7 @@ def deployed() -> dict[tuple[str, str], Deployed]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", WITH_FILES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "runtime"), CASES)
 def test_called_like_the_model_and_answering_like_it(name: str, runtime: str, deployed: Any) -> None:
     model, inputs = ARCHITECTURES[name]
     for count in (1, 2, 5):
@@ -59,7 +65,7 @@ def test_called_like_the_model_and_answering_like_it(name: str, runtime: str, de
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", WITH_FILES)
+@pytest.mark.parametrize("runtime", WITH_FILES[:3])
 def test_sequence_first_networks_keep_their_batch_free(runtime: str) -> None:
     model = Recurrent("LSTM", batch_first=False).eval()
     found = deploy(model, (torch.randn(7, 3, 6),), runtime=runtime)
