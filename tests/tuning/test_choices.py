@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import torchslim as ts
 from tests.support.searches import QUICK
 from torchslim.allocation.problem import Decision
 from torchslim.errors import RecipeError
@@ -45,6 +46,16 @@ def test_a_choice_is_pruning_then_training_then_quantization(space: SolvedSpace)
     assert (steps[0]["round_to"], steps[0]["min_channels"]) == (2, 2)
     assert (steps[2]["scheme"], steps[2]["layers"]) == ("int8", {"block.conv": "float"})
     space.recipe(values(6, 8, "int8", "float", "keep"))
+
+
+@pytest.mark.parametrize(("given", "written"), [({}, True), ({"reconstruct": False}, False)])
+def test_cuts_solve_for_what_remains_unless_the_recipe_refuses(given: dict[str, bool], written: bool) -> None:
+    document = tomllib.loads(QUICK)
+    document["step"][0] |= given
+    space = solved_space(make_space(document), DECISIONS, MEMBERS, {"block": {"block"}})
+    chosen = values(6, 8, "int8", "int8", "drop")
+    assert [step["reconstruct"] for step in space.chosen(chosen)["step"] if step["do"] == "prune"] == [written] * 2
+    assert [step.reconstruct for step in space.recipe(chosen).steps if isinstance(step, ts.Prune)] == [written] * 2
 
 
 def test_equal_schemes_need_no_exceptions(space: SolvedSpace) -> None:

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torchslim.allocation.problem import Decision, Problem, Term
 from torchslim.analysis.damage import DamageTable, plain_law
 from torchslim.tuning.pareto import volume
-from torchslim.tuning.proposing import ORIGINAL, Proposer, Seen, Tables
+from torchslim.tuning.proposing import BEYOND, ORIGINAL, Proposer, Seen, Tables
 
 WIDTHS = (32, 24, 16, 8)
 LAYERS = 6
@@ -36,8 +38,11 @@ def tables(bias: float = 1.0) -> Tables:
     return Tables(problem=problem, damage=damage, law=law, cost="latency")
 
 
-def train(proposer: Proposer, count: int, bias: float = 1.0) -> list[Seen]:
-    """Recipes that were proposed one after the other and measured: the drop is half of the damage, in points."""
+def train(proposer: Proposer, count: int, cliff: float = 0.0, unit: float = 1.0) -> list[Seen]:
+    """Recipes that were proposed one after the other and measured: the drop is half of the damage, in points.
+
+    Recipes that cost less than `cliff` lose five points more, which no table shows. `unit` is that of the metric.
+    """
     truth = tables()
     seen: list[Seen] = []
     for number in range(count + 1):
@@ -53,7 +58,8 @@ def train(proposer: Proposer, count: int, bias: float = 1.0) -> list[Seen]:
         damage = truth.damage.predicted(places, truth.law)
         cost = truth.problem.total(truth.problem.costs["latency"], places)
         trains = any(places[:LAYERS])
-        seen.append(Seen(number=number, places=places, cost=cost, drop=0.5 * damage, trains=trains))
+        drop = unit * (0.5 * damage + 5.0 * (cost < cliff))
+        seen.append(Seen(number=number, places=places, cost=cost, drop=drop, trains=trains))
     return seen
 
 
@@ -68,6 +74,32 @@ def test_a_chain_goes_down_and_the_gaps_are_filled() -> None:
     costs = [each.cost for each in seen]
     assert min(costs) < 0.5 * costs[0]
     assert max(each.drop or 0 for each in seen) < 2.0
+
+
+@pytest.mark.slow
+@settings(max_examples=8)
+@given(cliff=st.floats(1.5, 4.5), count=st.integers(5, 8))
+def test_a_step_that_lost_too_much_is_followed_by_recipes_in_its_gap(cliff: float, count: int) -> None:
+    seen = train(Proposer(tables(), wanted_drop=0.5), count, cliff)
+    too_far = next(number for number, each in enumerate(seen) if (each.drop or 0.0) > BEYOND * 0.5)
+    kept = min(each.cost for each in seen[:too_far])
+    assert too_far < count - 1
+    assert seen[too_far].cost < seen[too_far + 1].cost < kept
+
+
+def test_a_gap_is_filled_only_if_it_is_larger_than_noise() -> None:
+    proposer = Proposer(tables(), wanted_cost=3.3)
+    *earlier, last = train(proposer, 2)
+    assert proposer.propose([*earlier, replace(last, drop=0.04)], 5) is None
+    between = proposer.propose([*earlier, replace(last, drop=0.4)], 5)
+    assert between is not None
+    assert last.cost < between.cost < earlier[-1].cost
+
+
+def test_the_unit_of_the_metric_does_not_matter() -> None:
+    percent = train(Proposer(tables(), wanted_drop=0.5), 6)
+    fraction = train(Proposer(tables(), wanted_drop=0.005, metric=1.0), 6, unit=0.01)
+    assert [each.places for each in fraction] == [each.places for each in percent]
 
 
 def test_solving_beats_uniform_widths() -> None:

@@ -49,11 +49,16 @@ class Places:
 
 
 def template(space: Space) -> Document:
-    """The document without ranges: no step skipped, first choices, the middle of ranges, and no amounts of pruning."""
+    """The document without ranges: no step skipped, first choices, the middle of ranges, and no amounts of pruning.
+
+    Cuts solve for the weights that remain, unless the recipe says `reconstruct = false`: training then has less to
+    bring back.
+    """
     document = space.chosen(space.whole(0.5))
     place = Places.of(document["step"]).prune
     if place is not None:
-        document["step"][place] = {key: value for key, value in document["step"][place].items() if key not in DECIDED}
+        kept = {key: value for key, value in document["step"][place].items() if key not in DECIDED}
+        document["step"][place] = {**kept, "reconstruct": kept.get("reconstruct", True)}
     return document
 
 
@@ -137,7 +142,8 @@ class SolvedSpace(Space):
                 widths |= dict.fromkeys(stays[:1], new)
         steps: list[Document] = []
         if blocks:
-            steps.append({"do": "prune", "pattern": "block", "blocks": blocks})
+            reconstruct = prune is not None and prune["reconstruct"]
+            steps.append({"do": "prune", "pattern": "block", "blocks": blocks, "reconstruct": reconstruct})
         if widths and prune is not None:
             steps.append({**prune, "widths": widths})
         return steps

@@ -168,8 +168,10 @@ class SolveWorker(Worker):
         wanted = bounds.get(self.tables.cost)
         if wanted is not None and self.tables.cost == "latency":
             wanted /= self.costs.spread  # the upper end of what the tables may be wrong by
+        target = self.space.recipe(self.space.first).target
         return Proposer(
             self.tables,
+            metric=self.lab.baseline(target)["metric"],
             wanted_drop=bounds.get("metric_drop"),
             wanted_cost=wanted,
             changes=bool(self.space.recipe(self.space.first).steps),

@@ -19,6 +19,8 @@ from torchslim.core.isolation import preserved_globals, warn
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Event
 from torchslim.errors import StorageError, TaskError, TorchslimError
+from torchslim.pipeline.recipe import Recipe
+from torchslim.prune import Prune
 from torchslim.prune.structured.surgery import perform
 from torchslim.training.calibration import CalibrationData
 from torchslim.tuning.choices import AFTER, SolvedSpace
@@ -173,12 +175,18 @@ def _joint(
     cheap, _ = lab.efforts()
     try:
         with preserved_globals(lab.seed):
-            model = lab.made(space.recipe({**values, AFTER: ORIGINAL}), cheap)
+            model = lab.made(_plain(space.recipe({**values, AFTER: ORIGINAL})), cheap)
             value = gauge.value(runs, model)
     except TorchslimError as error:
         warn(f"a joint choice was not measured: {error}")
         return None
     return _damage_of(value, measure)
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The recipe without reconstruction, which is slow, and which the single damages are measured without too."""
+    steps = (replace(step, reconstruct=False) if isinstance(step, Prune) else step for step in recipe.steps)
+    return replace(recipe, steps=tuple(steps))
 
 
 def _read(path: Path, key: str) -> dict[str, float | None]:
