@@ -67,6 +67,24 @@ def test_weights_without_an_integer_kernel_become_floats_and_are_named() -> None
     assert any("0, 2" in note for note in found.notes)
 
 
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.three, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([torch.relu(self.one(x)), torch.relu(self.three(3 * x))], 1))
+
+
+def test_a_concatenation_of_values_on_different_grids_is_computed_on_integers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    quantized = ts.quantize.static(Joined().eval(), [(x,)], runtime="executorch")
+    found = deploy(quantized, (x,), runtime="executorch", threads=1)
+    assert sqnr(quantized(x), found(x)) >= 30
+    assert any("cat" in kernel.type and kernel.integer for kernel in kernels(found))
+
+
 def test_what_is_no_whole_file_is_refused() -> None:
     good = small().payload
     assert good is not None

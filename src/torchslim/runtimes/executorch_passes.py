@@ -48,6 +48,7 @@ def for_xnnpack(program: ExportedProgram) -> tuple[ExportedProgram, list[str]]:
     constant = _constants(program)
     _rows_by_token(graph, constant)
     in_float = _weights_in_float(graph, constant)
+    _concatenations_on_one_grid(graph)
     _signed(graph)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -165,6 +166,29 @@ def _arithmetic(graph: Graph, node: Node, rank: int, axis: int) -> Node:
         scales = graph.call_function(aten._to_copy.default, (scale,), {"dtype": torch.float32})
         scales = graph.call_function(aten.view.default, (scales, shape))
         return graph.call_function(aten.mul.Tensor, (floats, scales))
+
+
+def _concatenations_on_one_grid(graph: Graph) -> None:
+    """Round the inputs of an integer concatenation to the grid of its output, as XNNPACK's kernel has one grid.
+
+    The output is rounded to that grid anyway, so no number changes.
+    """
+    for node in list(graph.nodes):
+        reader = next(iter(node.users), None)
+        if node.target is not aten.cat.default or len(node.users) != 1 or decomposed(reader) != QUANTIZE:
+            continue
+        assert reader is not None
+        grid = reader.args[1:6]
+        for source in dict.fromkeys(node.args[0]):
+            if decomposed(source) != DEQUANTIZE or source.args[1:6] == grid:
+                continue
+            with graph.inserting_before(node):
+                rounded = graph.call_function(reader.target, (source, *grid))
+                value = graph.call_function(source.target, (rounded, *grid))
+            for new, like in ((rounded, source.args[0]), (value, source)):
+                new.meta["val"] = like.meta["val"]
+                _place(new, node)
+            node.replace_input_with(source, value)
 
 
 def _signed(graph: Graph) -> None:
