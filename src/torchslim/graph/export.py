@@ -26,6 +26,7 @@ from torchslim.core.step import Inputs
 from torchslim.core.trees import device_of, to_device
 from torchslim.errors import ExportError
 from torchslim.graph.allowed_sizes import refusal
+from torchslim.graph.batch_order import drop_batch_order
 from torchslim.graph.calling import Flat, bind, examples_of
 from torchslim.graph.capture_sizes import FreeSizes, free_sizes_of, other_sizes
 from torchslim.graph.dynamic_sizes import (
@@ -277,6 +278,7 @@ def _export(flat: Flat, leaves: Sequence[Tensor], spec: list[Any] | None) -> tup
             if packing.used:
                 _check_padded(flat, leaves)
                 drop_unused_cells(program)
+                drop_batch_order(program)
             return program, ""
         except ExportError:  # raised by us: the other way of exporting would fail the same way
             raise

@@ -120,7 +120,7 @@ def _direction(node: Node) -> Direction | None:
         readers = [user for natural in naturals for user in natural.users]
     merged = [reader for reader in readers if reader.target is aten.cat.default]
     outputs = [user for cat in merged for user in cat.users] if merged else readers
-    lengths += [_cleared(output) for output in outputs]  # type: ignore[misc]
+    lengths += [cleared_lengths(output) for output in outputs]  # type: ignore[misc]
     if (
         len(naturals) > 1
         or len(merged) > 1
@@ -193,12 +193,13 @@ def _before(node: Any) -> Node | None:
     return lengths if one == 1 and not node.kwargs else None
 
 
-def _cleared(node: Any) -> Node | None:
-    """Return the lengths, if a node is an output whose padding is set to 0."""
+def cleared_lengths(node: Any) -> Node | None:
+    """Return the lengths, if a node is a padded batch whose padding is set to 0."""
     condition, x, zero = _arguments(node, aten.where.self)[:3]
     valid, dim = _arguments(condition, aten.unsqueeze.default)[:2]
     sizes, fill = (*_arguments(zero, *ZEROS), 0)[:2]
-    return _valid(valid) if dim in (-1, 2) and sizes == [] and fill == 0 and _alike(node, x) else None
+    scalar = (sizes == [] and fill == 0) or _arguments(zero, aten.new_zeros.default)[1] == []
+    return _valid(valid) if dim in (-1, 2) and scalar and _alike(node, x) else None
 
 
 def _reversed(node: Any) -> Node | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from torchslim.graph.integer_patterns import Int8Weight, find_recurrent
-from torchslim.graph.packed_patterns import Direction, find_packed
+from torchslim.graph.packed_patterns import Direction, cleared_lengths, find_packed
 from torchslim.runtimes.onnx_editor import MICROSOFT, Editor
 
 aten = torch.ops.aten
@@ -72,7 +72,7 @@ def _packed(editor: Editor, runs: Sequence[Direction]) -> None:
         parameters = list(nodes)
 
     def compute(x: Tensor, lengths: Tensor, *rest: Any) -> list[Tensor]:
-        initial = [torch.cat(rest[index : states * count : states]) for index in range(states)]
+        initial = [_joined(rest[index : states * count : states]) for index in range(states)]
         weights: Sequence[Tensor] = rest[states * count :]
         if dynamic:
             y, *last = _integer(x, lengths.int(), initial, weights, options)
@@ -83,8 +83,15 @@ def _packed(editor: Editor, runs: Sequence[Direction]) -> None:
         output = y.squeeze(1) if count == 1 else y.transpose(1, 2).reshape(steps, batch, count * first.hidden)
         return [output, *(part for state in last for part in state.split(1))]
 
-    given = [state for run in runs for state in run.states]
-    output, *last = editor.trace(runs[-1].node, compute, [first.x, first.lengths, *given, *parameters], first.node)
+    initial = [state for run in runs for state in run.states]
+    zero = all(_zero(state) for state in initial)  # as the operations have it where none is given
+    x = first.x if dynamic else _unmasked(first)
+    output, *last = editor.trace(
+        runs[-1].node,
+        compute,
+        [x, first.lengths, *([None] * len(initial) if zero else initial), *parameters],
+        first.node,
+    )
     for place, run in enumerate(runs):
         for old, new in [
             *((node, output) for node in run.outputs),
@@ -93,6 +100,23 @@ def _packed(editor: Editor, runs: Sequence[Direction]) -> None:
         ]:
             old.replace_all_uses_with(new)
     _erase_unused(editor)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """States of all directions as one, (directions, batch, size)."""
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if given else None
+
+
+def _zero(state: Node) -> bool:
+    """Whether a node is a tensor of zeros, or a slice of one."""
+    whole: Any = state.args[0] if state.target is aten.slice.Tensor else state
+    return whole.target in (aten.new_zeros.default, aten.zeros.default)
+
+
+def _unmasked(run: Direction) -> Node:
+    """The batch before its padding was set to 0, which operations that are given the lengths do not read."""
+    return run.x.args[1] if cleared_lengths(run.x) is run.lengths else run.x  # type: ignore[return-value]
 
 
 def _erase_unused(editor: Editor) -> None:
@@ -117,13 +141,13 @@ def _float(
     kind: Kind,
     x: Tensor,
     lengths: Tensor,
-    initial: Sequence[Tensor],
+    initial: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     options: dict[str, Any],
 ) -> Sequence[Tensor]:
     """Output (steps, directions, batch, hidden) and last states of one layer over packed sequences."""
-    w, r, bias = (*weights, None)[:3]
-    shape = (initial[0].shape[0], x.shape[1], options["hidden_size"])
+    w, r, bias = weights[0], weights[1], weights[2] if weights[2:] else None
+    shape = (w.shape[0], x.shape[1], options["hidden_size"])
     activations = {name: value * shape[0] for name, value in kind.options.items() if isinstance(value, list)}
     return torch.onnx.ops.symbolic_multi_out(
         kind.operation,
@@ -156,13 +180,13 @@ def _stored(editor: Editor, cells: Sequence[Cell]) -> list[Node | None]:
 def _integer(
     x: Tensor,
     lengths: Tensor | None,
-    initial: Sequence[Tensor],
-    stored: Sequence[Tensor | None],
+    initial: Sequence[Tensor | None],
+    stored: Sequence[Any],
     options: dict[str, Any],
 ) -> Sequence[Tensor]:
     """Output (steps, directions, batch, hidden) and last states of one layer on integers."""
     w, w_scale, w_zero, r, r_scale, r_zero, bias = stored
-    shape = (initial[0].shape[0], x.shape[1], options["hidden_size"])
+    shape = (w.shape[0], x.shape[1], options["hidden_size"])
     return torch.onnx.ops.symbolic_multi_out(
         f"{MICROSOFT}DynamicQuantizeLSTM",
         (x, w, r, bias, lengths, *initial, None, w_scale, w_zero, r_scale, r_zero),
