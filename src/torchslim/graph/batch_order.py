@@ -168,8 +168,7 @@ def _along(node: Node, axes: Mapping[Node, Axis]) -> Axis:
 
 def _select(node: Node, axes: Mapping[Node, Axis]) -> Axis:
     axis = _along(node, axes)
-    dim: Any = node.args[1]
-    return None if axis is None else axis - (dim % _dims(node.args[0]) < axis)
+    return None if axis is None else axis - (node.args[1] % _dims(node.args[0]) < axis)  # type: ignore[operator]
 
 
 def _cat(node: Node, axes: Mapping[Node, Axis]) -> Axis:
