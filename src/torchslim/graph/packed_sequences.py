@@ -157,8 +157,7 @@ class PaddedPacking:
         ends: list[State] = []
         for depth in range(layer.num_layers):
             # integer kernels round a whole input with one range: zeros do not widen it, as they are on every grid
-            if all(x is not cleared for cleared in packing.cleared):
-                x = torch.where(packing.valid.unsqueeze(-1), x, x.new_zeros(()))
+            x = torch.where(packing.valid.unsqueeze(-1), x, x.new_zeros(()))
             outputs = []
             for direction in range(directions):
                 index = depth * directions + direction
@@ -169,7 +168,7 @@ class PaddedPacking:
                 outputs.append(packing.reverse(output) if direction else output)
                 ends.append(end)
             x = packing.clear(torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0])
-            if layer.training and depth + 1 < layer.num_layers:
+            if depth + 1 < layer.num_layers:
                 x = nn.functional.dropout(x, layer.dropout, layer.training)
         last: Any = tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
         last = last if isinstance(layer, nn.LSTM) else last[0]
