@@ -172,11 +172,11 @@ def _select(node: Node, axes: Mapping[Node, Axis]) -> Axis:
 
 
 def _cat(node: Node, axes: Mapping[Node, Axis]) -> Axis:
-    arguments: Any = (*node.args, 0)
-    parts, dim = arguments[0], arguments[1] % _dims(node)
-    found = {axes[part] for part in parts if _moves(part, axes)}
-    alike = all(_moves(part, axes) or _uniform(part, next(iter(found)) - _dims(node)) for part in parts)
-    return found.pop() if len(found) == 1 and dim not in found and alike else None
+    parts: Any = node.args[0]
+    dim = (*node.args, 0)[1] % _dims(node)  # type: ignore[operator]
+    moved = {axes[part] for part in parts if _moves(part, axes)}
+    alike = all(_moves(part, axes) or _uniform(part, next(iter(moved)) - _dims(node)) for part in parts)
+    return moved.pop() if len(moved) == 1 and dim not in moved and alike else None
 
 
 def _gather(node: Node, axes: Mapping[Node, Axis]) -> Axis:
@@ -211,7 +211,7 @@ def _recurrent(node: Node, axes: Mapping[Node, Axis]) -> Axis:
     return (axis, *[1] * len(initial)) if fits else None
 
 
-POINTWISE = (*CASTS, aten.expand.default, aten.clone.default, aten.contiguous.default, aten.detach.default)
+POINTWISE = (*CASTS, aten.expand.default, aten.clone.default, aten.contiguous.default, aten.dropout.default)
 VIEWS = (
     aten.view.default,
     aten.reshape.default,
