@@ -189,7 +189,7 @@ def _reduce(node: Node, axes: Mapping[Node, Axis]) -> Axis:
     """A sum of integers over the samples is the same in any order; one of floats is so but for its rounding."""
     given, dims, keep = (*node.args, None, False)[:3]
     size, axis = _dims(given), axes[given]  # type: ignore[index]
-    reduced = range(size) if not dims else [dim % size for dim in dims]  # type: ignore[union-attr]
+    reduced = range(size) if not dims else [dim % size for dim in dims]  # type: ignore[operator, union-attr]
     if axis in reduced:
         return None if given.meta["val"].is_floating_point() else SAME  # type: ignore[union-attr]
     return axis if keep else axis - sum(dim < axis for dim in reduced)
