@@ -76,7 +76,7 @@ CALLS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 NAMELESS = {"TorchslimError", "Form", "Step", "Deployed", "DeployedParts", "Result", "SearchResult", "Suggestion", "Sensitivity",
             "distill", "prune", "quantize", "quantize.Prepared", "quantize.QuantizedModule", "prune.ChannelGroup",
-            "prune.HeldZeros", "prune.Inspection", "prune.Sparsity", "prune.Statistic",
+            "prune.HeldZeros", "prune.Inspection", "prune.ResidualBlock", "prune.Sparsity", "prune.Statistic",
             "prune.Statistics"}  # not made by users, or without arguments to check  # fmt: skip
 
 

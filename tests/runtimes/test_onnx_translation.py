@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 
 import onnxruntime
@@ -100,3 +102,21 @@ def test_a_program_with_a_graph_inside_goes_through_the_exporter(monkeypatch):
     captured = capture(Branch(), (torch.randn(2, 2),), None)
     to_onnx_program(captured.program, {})
     assert called == [captured.program]
+
+
+LATE = """
+import torch, torchslim as ts
+from torch import nn
+model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+ts.deploy(model, (x,))  # builds the registry
+def refused(*args, **kwargs):
+    raise AssertionError("the whole program was traced again")
+torch.onnx.export = refused
+ts.deploy(ts.quantize.static(model, [(x,)]), (x,))  # imports the quantized operations
+"""
+
+
+@pytest.mark.slow  # 8 s: a process of its own
+def test_operations_that_are_registered_later_are_translated() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LATE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

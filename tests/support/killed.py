@@ -16,6 +16,7 @@ from tests.support import toy
 from tests.support.forked import become, context
 from tests.support.rehearsals import skip
 from tests.support.timing import shorten
+from torchslim.runtimes import onnxruntime
 
 STEPS = [
     ts.Prune(sparsity=0.5, schedule="iterative", rounds=2, train=ts.Finetune(epochs=2, optimizer="sgd", lr=1e-2)),
@@ -75,7 +76,7 @@ def arm(moment: str) -> Any:
 
         Path.replace = half_written  # type: ignore[method-assign,assignment]
     if moment == "export":
-        export, calls = torch.onnx.export, [0]
+        export, calls = onnxruntime.to_onnx_program, [0]
 
         def interrupted(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
@@ -84,7 +85,7 @@ def arm(moment: str) -> Any:
                 die()
             return done
 
-        torch.onnx.export = interrupted  # type: ignore[assignment]
+        onnxruntime.to_onnx_program = interrupted  # type: ignore[attr-defined]
     return progress
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def _type_rules() -> Any:
 
 def _registry(translations: Translations) -> tuple[Any, Table]:
     """The exporter's translations with those given, and the decompositions of operations that have none."""
-    standard, table = _standard_registry()
+    standard, table = _standard_registry(len(torch._C._dispatch_get_all_op_names()))
     if not translations:
         return standard, table
     registry = copy.copy(standard)
@@ -109,8 +109,12 @@ def _registry(translations: Translations) -> tuple[Any, Table]:
     return registry, {operation: function for operation, function in table.items() if operation not in translations}
 
 
-@cache
-def _standard_registry() -> tuple[Any, Table]:
+@lru_cache(maxsize=1)
+def _standard_registry(operations_in_torch: int) -> tuple[Any, Table]:
+    """The exporter's own translations, which leave out operations that no library has registered so far.
+
+    A library that is imported later, such as that of the quantized operations, changes the number of operations.
+    """
     from torch.onnx._constants import ONNX_DEFAULT_OPSET
     from torch.onnx._internal.exporter import _decomp, _registration
 
