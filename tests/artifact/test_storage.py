@@ -715,7 +715,9 @@ def test_an_artifact_of_another_runtime_is_timed_without_torch(kind: str, saved:
 def test_an_artifact_that_needs_torch_is_timed_without_torchslim(kind: str, saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved / kind, tmp_path / "moved")
     found = bench(folder, poisoned=("torchslim", "onnxruntime"))
-    assert found["largest_difference_to_recorded_outputs"] <= 1e-6  # one sample, recorded with three
+    # one sample, recorded with three: another kernel may round the last layer's input by one step
+    bound = 0.01 if kind == "executorch-int8" else 1e-6
+    assert found["largest_difference_to_recorded_outputs"] <= bound
     assert found["inputs"] == [[1, 3, 8, 8]]
 
 
