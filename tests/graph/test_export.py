@@ -28,7 +28,7 @@ from torchslim.core.isolation import evaluating, untouched
 from torchslim.core.trees import tensors
 from torchslim.errors import ExportError
 from torchslim.graph.calling import bind
-from torchslim.graph.export import Captured, capture
+from torchslim.graph.export import Captured, capture, user_line
 from torchslim.graph.io_structure import build, flatten
 
 ARCHITECTURES = architectures()
@@ -379,3 +379,9 @@ def test_flat_inputs_are_the_inputs_tensors() -> None:
         model, inputs = ARCHITECTURES[name]
         captured = capture(model, inputs)
         assert len(flatten(captured.inputs, bind(model, inputs))) == len(tensors(inputs))
+
+
+def test_errors_that_cause_each_other_have_no_line() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert user_line(first) == "an unknown line"

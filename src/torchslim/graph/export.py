@@ -234,7 +234,9 @@ def user_line(error: BaseException) -> str:
     """Return the innermost line outside torch and torchslim in a traceback, as 'file:line in function: code'."""
     innermost = None
     current: BaseException | None = error
-    while current is not None and innermost is None:
+    seen: set[int] = set()  # the causes of errors that are raised again may form a circle
+    while current is not None and innermost is None and id(current) not in seen:
+        seen.add(id(current))
         own = [
             frame
             for frame in traceback.extract_tb(current.__traceback__)
