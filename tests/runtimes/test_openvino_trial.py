@@ -24,7 +24,7 @@ from torchslim.core.hardware import cache_folder
 from torchslim.core.seals import SECRET
 from torchslim.errors import ArtifactError, DeployError
 from torchslim.quantize import sqnr
-from torchslim.runtimes import openvino, openvino_trial
+from torchslim.runtimes import file_trial, openvino
 from torchslim.runtimes.openvino_check import check_ir
 from torchslim.runtimes.openvino_trial import survive, survive_files
 
@@ -147,7 +147,7 @@ def test_files_that_ran_are_remembered_by_this_user_alone(files: dict[str, bytes
 
 
 def test_without_a_secret_nothing_is_remembered(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_trial, "own_secret", lambda: None)
+    monkeypatch.setattr(file_trial, "own_secret", lambda: None)
     assert survive_files(files, INPUT) == ""
     with pytest.raises(ArtifactError, match="SIGABRT"):
         survive_files(files, INPUT, child=ABORT)

@@ -13,41 +13,23 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from torchslim.errors import ArtifactError
-from torchslim.runtimes.openvino_trial import survive_files
+from torchslim.runtimes.file_trial import child_program, try_files
 
 HEADER = struct.Struct("<I4s4sIQQ")
 """Offset of the root table, magic of the flatbuffer and of the header, its length, bytes of the program, segments."""
-# as that of OpenVINO, in the runtime's own way; ExecuTorch's Python package needs torch
-CHILD = """
-import json, sys
-folder, path = sys.argv[1], json.loads(sys.argv[2])
-sys.path[:] = path
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-except ImportError:
-    resource = None
+CHILD = child_program(  # ExecuTorch's Python package needs torch
+    imports="""
 import numpy, torch
 from executorch.runtime import Runtime
-growth = int(sys.argv[5])
-if growth and resource is not None and sys.platform == "linux":
-    about = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    before, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [int(about["VmData"].split()[0]) * 1024 + growth, before, most]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(each for each in limits if each >= 0), most))
-names, file = json.loads(sys.argv[3]), sys.argv[4]
-values = [numpy.load(f"{folder}/{index}.npy", allow_pickle=False) for index in range(len(names))]
-try:
-    dtypes = json.load(open(f"{folder}/model.dtypes"))
-    tensors = [torch.from_numpy(value).to(getattr(torch, dtype)) for value, dtype in zip(values, dtypes)]
-    program = Runtime.get().load_program(open(f"{folder}/{file}", "rb").read())
-    program.load_method("forward").execute(tensors)
-    program.load_method("torchslim_kernels").execute([])
-except Exception as error:
-    memory = isinstance(error, MemoryError) or "bad_alloc" in str(error)
-    sys.stdout.buffer.write(str(error).encode("utf-8", "replace")[:100_000])
-    sys.exit(4 if memory else 3)
-"""
+""",
+    run="""
+dtypes = json.load(open(f"{folder}/model.dtypes"))
+tensors = [torch.from_numpy(value).to(getattr(torch, dtype)) for value, dtype in zip(values, dtypes)]
+program = Runtime.get().load_program(open(f"{folder}/{file}", "rb").read())
+program.load_method("forward").execute(tensors)
+program.load_method("torchslim_kernels").execute([])
+""",
+)
 
 
 def check_pte(data: bytes) -> None:
@@ -68,7 +50,7 @@ def survive_pte(files: Mapping[str, bytes], inputs: Sequence[Tensor]) -> str:
     """Run a model of an artifact once in a child process; return ExecuTorch's message, empty if the model runs.
 
     Raises:
-        ArtifactError: as `survive_files`.
+        ArtifactError: as `try_files`.
     """
     dtypes = json.dumps([str(tensor.dtype).removeprefix("torch.") for tensor in inputs]).encode()
-    return survive_files({**files, ".dtypes": dtypes}, inputs, child=CHILD, engine="ExecuTorch", package="executorch")
+    return try_files({**files, ".dtypes": dtypes}, inputs, child=CHILD, engine="ExecuTorch", package="executorch")

@@ -3,40 +3,29 @@
 OpenVINO 2026.4.1 ends with a segmentation fault when it reads an ONNX `STFT`, which cannot be caught as an error. A
 child process reads, compiles and runs such a model once, and its exit status shows whether that worked. Models made
 here from ordinary operations, those in `ORDINARY`, are not tried, which saves time.
-
-The files of an artifact may come from anyone, so they are tried once whatever their operations are. Files that ran are
-recorded in the cache folder, in a subfolder for each package, under a seal of this user's secret, so that no other user
-can vouch for them.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from torchslim.core.hardware import cache_folder, instruction_set
-from torchslim.core.schema import shorten
-from torchslim.core.seals import own_secret, seal
-from torchslim.errors import ArtifactError, DeployError
-from torchslim.runtimes.base import as_array
+from torchslim.errors import DeployError
+from torchslim.runtimes.file_trial import (
+    LIMIT_S,
+    NO_MEMORY,
+    RAISED,
+    RAN,
+    UNREADY,
+    child_program,
+    ending,
+    run_child,
+    try_files,
+)
 
-LIMIT_S = 900.0  # to read, compile and run a model once
-RAN, UNREADY, RAISED, NO_MEMORY = 0, 1, 3, 4  # exit statuses of a child that ends by itself
-GROWTH = 2**30
-RELATIVE = 64
-"""Bytes of memory to read, compile and run a model: `GROWTH` and `RELATIVE` times its files and inputs; on Linux."""
-STACK = 2**23  # bytes of a thread's stack; OpenVINO has one thread for each processor core
 # ONNX operations of ordinary networks; none of them was seen to crash the process
 _NAMES = """
     Abs Add And ArgMax ArgMin AveragePool BatchNormalization BitShift BitwiseAnd Cast Ceil Clip Concat Constant
@@ -49,36 +38,19 @@ _NAMES = """
     Slice Softmax Softplus Softsign Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
 """
 ORDINARY = frozenset(_NAMES.split())
-# the child's program: it does not import torch, which would take seconds, and leaves no core file
-CHILD = """
-import json, sys
-folder, path = sys.argv[1], json.loads(sys.argv[2])
-sys.path[:] = path
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-except ImportError:
-    resource = None
+# it does not import torch, which would take seconds
+CHILD = child_program(
+    imports="""
 sys.modules["openvino_telemetry"] = None
 import numpy, openvino
-growth = int(sys.argv[5])
-if growth and resource is not None and sys.platform == "linux":
-    about = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    before, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [int(about["VmData"].split()[0]) * 1024 + growth, before, most]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(each for each in limits if each >= 0), most))
-names, file = json.loads(sys.argv[3]), sys.argv[4]
-named = {name: numpy.load(f"{folder}/{index}.npy", allow_pickle=False) for index, name in enumerate(names)}
-try:
-    model = openvino.Core().read_model(f"{folder}/{file}")
-    known = {name for each in model.inputs for name in each.names} | set(range(len(model.inputs)))
-    taken = {name: value for name, value in named.items() if name in known}
-    openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(taken)
-except Exception as error:
-    memory = isinstance(error, MemoryError) or "bad_alloc" in str(error)
-    sys.stdout.buffer.write(str(error).encode("utf-8", "replace")[:100_000])
-    sys.exit(4 if memory else 3)
-"""
+""",
+    run="""
+model = openvino.Core().read_model(f"{folder}/{file}")
+known = {name for each in model.inputs for name in each.names} | set(range(len(model.inputs)))
+taken = {name: value for name, value in zip(names, values) if name in known}
+openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(taken)
+""",
+)
 
 
 def unusual(operations: Iterable[Any]) -> list[str]:
@@ -109,7 +81,9 @@ def survive(model: bytes, inputs: Sequence[Tensor], *, child: str = CHILD, limit
     if not suspects:
         return
     try:
-        result = _run({"model.onnx": model}, inputs, [input_.name for input_ in graph.input], child, limit_s, growth=0)
+        result = run_child(
+            {"model.onnx": model}, inputs, [input_.name for input_ in graph.input], child, limit_s, growth=0
+        )
     except subprocess.TimeoutExpired as error:
         raise DeployError(
             f"OpenVINO did not compile and run the model within {limit_s:g} s in a child process "
@@ -117,109 +91,13 @@ def survive(model: bytes, inputs: Sequence[Tensor], *, child: str = CHILD, limit
         ) from error
     if result.returncode not in (RAN, UNREADY, RAISED, NO_MEMORY):
         raise DeployError(
-            f"OpenVINO crashes on the model: a child process that ran it ended {_ending(result.returncode)}. "
+            f"OpenVINO crashes on the model: a child process that ran it ended {ending(result.returncode)}. "
             f"The cause is probably one of the operations {', '.join(suspects)}; use runtime 'onnxruntime', or 'eager'"
         )
 
 
 def survive_files(
-    files: Mapping[str, bytes],
-    inputs: Sequence[Tensor],
-    *,
-    child: str = CHILD,
-    limit_s: float = LIMIT_S,
-    engine: str = "OpenVINO",
-    package: str = "openvino",
+    files: Mapping[str, bytes], inputs: Sequence[Tensor], *, child: str = CHILD, limit_s: float = LIMIT_S
 ) -> str:
-    """Read, compile and run a model of an artifact once in a child process, unless this user has run it before.
-
-    Args:
-        files: the runtime's files by suffix, such as `.xml` and `.bin`; the child reads the first.
-        inputs: tensors in the order of the model's inputs.
-        child: the program that the child runs.
-        limit_s: the time that the child may take, in seconds.
-        engine: name of the runtime, for messages.
-        package: the runtime's package, whose version the record of files that ran names.
-
-    Returns:
-        the runtime's error message; empty if the model runs.
-
-    Raises:
-        ArtifactError: the child crashed, could not begin, did not end in time, or ran out of memory.
-    """
-    mark = _mark(files, package)
-    if mark is not None and mark.exists():
-        return ""
-    advice = "the file is damaged or malicious; load it with runtime='eager', which reads its program instead"
-    size = sum(map(len, files.values())) + sum(input_.numel() * input_.element_size() for input_ in inputs)
-    growth = GROWTH + RELATIVE * size
-    named_files = {f"model{suffix}": data for suffix, data in files.items()}
-    try:
-        result = _run(named_files, inputs, range(len(inputs)), child, limit_s, growth=growth)
-    except subprocess.TimeoutExpired as error:
-        raise ArtifactError(
-            f"{engine} did not compile and run the model within {limit_s:g} s in a child process; {advice}"
-        ) from error
-    if result.returncode == RAISED:
-        return result.stdout.decode(errors="replace") or "an error without a message"
-    if result.returncode == NO_MEMORY:
-        raise ArtifactError(f"the {engine} model takes more than {growth:,} bytes to compile and run; {advice}")
-    if result.returncode == UNREADY:
-        raise ArtifactError(
-            f"the child process that tries the {engine} model did not start: "
-            f"{shorten(result.stderr.decode(errors='replace')[-300:], 300)}; load it with trusted=True if you trust it"
-        )
-    if result.returncode != RAN:
-        raise ArtifactError(
-            f"{engine} crashes on the model: a child process that ran it ended {_ending(result.returncode)}; {advice}"
-        )
-    if mark is not None:
-        _remember(mark)
-    return ""
-
-
-def _run(
-    files: Mapping[str, bytes],
-    inputs: Sequence[Tensor],
-    names: Sequence[str | int],
-    child: str,
-    limit_s: float,
-    *,
-    growth: int,
-) -> subprocess.CompletedProcess[bytes]:
-    """Run a child on files, of which OpenVINO reads the first, and inputs by name or position; return its result.
-
-    The child may take `growth` bytes on top of those at its start; 0 sets no limit.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
-        for index, input_ in enumerate(inputs):
-            np.save(Path(folder) / f"{index}.npy", as_array(input_))
-        limit = growth and growth + STACK * (os.cpu_count() or 1)
-        arguments = [folder, json.dumps(sys.path), json.dumps(list(names)), next(iter(files)), str(limit)]
-        command = [sys.executable, "-W", "ignore", "-c", child, *arguments]
-        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False)
-
-
-def _mark(files: Mapping[str, bytes], package: str) -> Path | None:
-    """Path that records that these files ran here with this version of a runtime; None without a secret."""
-    secret = own_secret()
-    if secret is None:
-        return None
-    content = [part for suffix in sorted(files) for part in (suffix, files[suffix])]
-    return cache_folder() / package / seal(secret, package, version(package), instruction_set(), *content)
-
-
-def _remember(mark: Path) -> None:
-    try:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    except OSError:
-        return  # the cache cannot be written: the files are tried again next time
-
-
-def _ending(status: int) -> str:
-    if status < 0 and -status in {int(number) for number in signal.Signals}:
-        return f"by {signal.Signals(-status).name}"
-    return f"with status {status}"
+    """Read, compile and run the OpenVINO model of an artifact once, the `.xml` first; see `try_files`."""
+    return try_files(files, inputs, child=child, engine="OpenVINO", package="openvino", limit_s=limit_s)
