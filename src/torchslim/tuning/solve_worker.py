@@ -26,7 +26,7 @@ from torchslim.tuning.space import Space
 from torchslim.tuning.study import Design, Ledger
 from torchslim.tuning.tables import measure_tables
 from torchslim.tuning.trial import Lab
-from torchslim.tuning.worker import GIVE_UP, WAIT_SECONDS, Worker
+from torchslim.tuning.worker import WAIT_SECONDS, Worker
 
 TABLES = "tables.lock"
 """Held in the search's folder while tables are measured."""
@@ -262,12 +262,7 @@ class SolveWorker(Worker):
         claim = finals.claim({"trial": trial.number}) if final else None
         if claim is not None:
             finals.tell(claim, final, [0.0] if final["state"] == "measured" else None)
-        result["seconds"] = time.perf_counter() - start
-        figures = result.get("figures")
-        ledger.tell(trial, result, None if not figures else [figures[name] for name in self.budget.objectives])
-        results = [stored for _, _, stored in ledger.results()]
-        if len(results) >= GIVE_UP and all(stored["state"] == "failed" for stored in results):
-            raise RecipeError(f"each of the first {len(results)} trials failed; the last: {results[-1]['reason']}")
+        self._tell(trial, result, start)
 
     def _made(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Results of the trial and of its full training."""

@@ -132,6 +132,12 @@ class Worker:
         except BaseException:
             ledger.give_back(trial)
             raise
+        self._tell(trial, result, start)
+
+    def _tell(self, trial: Any, result: dict[str, Any], start: float) -> None:
+        """Store the result of a trial that began at `start`; end a search whose first trials all failed."""
+        assert self.ledgers
+        ledger = self.ledgers[0]
         result["seconds"] = time.perf_counter() - start
         figures = result.get("figures")
         ledger.tell(trial, result, None if not figures else [figures[name] for name in self.budget.objectives])
