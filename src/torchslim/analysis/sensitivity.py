@@ -91,35 +91,23 @@ def sensitivity(
     model, ratios, schemes = usable(model, SensitivityError), tuple(ratios), tuple(schemes)
     _check(model, ratios, schemes, measure, runtime, include, exclude, samples)
     with _steady(seed):
-        if part is not None:
-            sensings = part_sensings(
-                copy_model(model)[0].eval(),
-                task,
-                part,
-                measure=measure,
-                runtime=runtime,
-                include=include,
-                exclude=exclude,
-                samples=samples,
-                criterion=criterion,
-                seed=seed,
-                progress=progress,
-            )
-            return _measure(sensings, ratios, schemes, workdir, name or type(model).__name__)
-        sensing = Sensing(
-            model=model,
-            task=task,
-            example_inputs=task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs,
-            measure=measure,
-            runtime=runtime,
-            include=include,
-            exclude=exclude,
-            samples=samples,
-            criterion=criterion,
-            seed=seed,
-            progress=progress,
-        )
-        return _measure({WHOLE: sensing}, ratios, schemes, workdir, name or type(model).__name__)
+        options: dict[str, Any] = {
+            "measure": measure,
+            "runtime": runtime,
+            "include": include,
+            "exclude": exclude,
+            "samples": samples,
+            "criterion": criterion,
+            "seed": seed,
+            "progress": progress,
+        }
+        sensings: Mapping[str, Sensing]
+        if part is None:
+            inputs = task.inputs(take_first(task.val, "val")) if example_inputs is None else example_inputs
+            sensings = {WHOLE: Sensing(model=model, task=task, example_inputs=inputs, **options)}
+        else:
+            sensings = part_sensings(copy_model(model)[0].eval(), task, part, **options)
+        return _measure(sensings, ratios, schemes, workdir, name or type(model).__name__)
 
 
 def _measure(
