@@ -84,30 +84,6 @@ def test_docstring_examples_hold(name: str) -> None:
     assert not done.failed
 
 
-def test_the_public_names_are_those_of_all() -> None:
-    public = {name for name in vars(torchslim) if not name.startswith("_")}
-    modules = {
-        each.name.removeprefix("torchslim.").split(".")[0]
-        for each in pkgutil.walk_packages(torchslim.__path__, "torchslim.")
-    }
-    assert set(torchslim.__all__) <= public
-    assert public - set(torchslim.__all__) <= modules
-
-
-@pytest.mark.slow
-def test_importing_torchslim_loads_no_optional_dependency(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, torchslim; print([name for name in "
-        "('torchao', 'onnx', 'onnxruntime', 'lightning_fabric', 'plotly', 'jinja2', 'optuna', 'torch._dynamo') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-    assert done.stderr == ""
-
-
 @pytest.mark.slow
 def test_the_drawing_of_the_rooms_is_of_this_code() -> None:
     pytest.importorskip("grimp")

@@ -6,6 +6,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,35 @@ def test_no_function_hides_a_module_of_its_name(path: Path) -> None:
     if module not in ("__init__", "__main__"):
         importlib.import_module(name)
         assert getattr(importlib.import_module(package), module) is sys.modules[name]
+
+
+def loaded_first(path: Path) -> set[str]:
+    """Modules of torchslim that importing a module runs before the end of its own code, except its own packages."""
+    name = module_name(path)
+    modules = {module_name(other) for other in SOURCES}
+    nodes: list[ast.AST] = list(SOURCES[path].body)
+    found: set[str] = set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for full in imported(ast.Module([node], [])):
+                pieces = full.split(".")
+                found |= {".".join(pieces[:count]) for count in range(1, len(pieces) + 1)} & modules
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            nodes += ast.iter_child_nodes(node)
+    return {other for other in found if not f"{name}.".startswith(f"{other}.")}
+
+
+def module_name(path: Path) -> str:
+    """Full name of a source file's module; a package's own for its `__init__.py`."""
+    return ".".join(("torchslim", *path.relative_to(ROOT / "src" / "torchslim").with_suffix("").parts)).removesuffix(
+        ".__init__"
+    )
+
+
+def test_every_module_can_be_imported_first() -> None:
+    graph = {module_name(path): loaded_first(path) for path in SOURCES if "starters" not in path.parts}
+    assert "torchslim.core.step" in graph["torchslim.core.task"] | graph["torchslim.prune.step"]
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
