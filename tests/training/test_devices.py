@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.plugins.precision import MixedPrecision
 from torch import nn
 
 import torchslim as ts
 from torchslim.training.checkpoint import Record
-from torchslim.training.devices import Placement, placed
+from torchslim.training.devices import Placement, fabric_for, placed
 from torchslim.training.loop import Loop
 from torchslim.training.optimizer import OptimizerSettings
 
@@ -25,7 +27,7 @@ def placement(*, scaled: bool) -> Iterator[Placement]:
     """A model of one weight on the CPU, with or without a scale of the losses."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if scaled else []
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[*plugins, LightningEnvironment()])
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
     with placed(fabric, ts.Engine(), model, nn.Module(), OptimizerSettings(optimizer="sgd", lr=0.1)) as place:
@@ -77,3 +79,23 @@ def test_a_checkpoint_holds_the_scale(scaled: bool, tmp_path: Path) -> None:
         assert place.scales_losses is scaled
         if scaled:
             assert scale(place) == 2.0**15
+
+
+def test_where_slurm_is_installed_nothing_is_said_about_srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fabric warns wherever it finds `srun` and was not started by it."""
+    srun = tmp_path / "srun"
+    srun.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fabric_for(ts.Engine(accelerator="cpu")):
+            pass
+
+
+def test_processes_of_one_srun_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are workers of a search: torchrun alone joins processes to one training."""
+    for name, value in {"JOB_NAME": "search", "NTASKS": "2", "PROCID": "1", "LOCALID": "1", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with fabric_for(ts.Engine(accelerator="cpu")) as fabric:
+        assert fabric.world_size == 1
+        assert fabric.is_global_zero

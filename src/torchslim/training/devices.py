@@ -180,6 +180,7 @@ def fabric_for(engine: Engine) -> Iterator[Any]:
     logger.setLevel(logging.ERROR)
     try:
         from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
         precision: Any = engine.precision or _precision(engine)
         devices, nodes, strategy = engine.devices, 1, engine.strategy
@@ -188,6 +189,8 @@ def fabric_for(engine: Engine) -> Iterator[Any]:
             nodes = launched() // devices
             strategy = "ddp" if strategy == "auto" else strategy
             distributed.connect()
+        # torchrun alone joins processes: those of one srun or mpirun are workers of their own, which Fabric would join
+        torchrun = torch.distributed.is_torchelastic_launched()
         try:
             fabric = Fabric(
                 accelerator=engine.accelerator,
@@ -195,6 +198,7 @@ def fabric_for(engine: Engine) -> Iterator[Any]:
                 num_nodes=nodes,
                 strategy=_spread(devices, nodes) if strategy == FSDP else strategy,
                 precision=precision,
+                plugins=[TorchElasticEnvironment() if torchrun else LightningEnvironment()],
             )
         except TrainError:
             raise
