@@ -38,3 +38,12 @@ def postgresql() -> Path:
     require("PostgreSQL server", "postgresql", folder)
     assert folder is not None
     return folder
+
+
+def slurm() -> Path:
+    """The folder of Slurm's and Munge's services; the test is skipped where one of them is missing."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    found = [shutil.which(name, path=path) for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun")]
+    require("Slurm", "slurm-wlm munge", *found)
+    assert found[0] is not None
+    return Path(found[0]).parent
