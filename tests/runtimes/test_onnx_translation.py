@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchslim.core.isolation import quiet
 from torchslim.graph.export import Captured, capture, module_of
 from torchslim.graph.io_structure import flatten
+from torchslim.runtimes import onnx_translation
 from torchslim.runtimes.onnx_translation import to_onnx_program
 
 
@@ -100,8 +101,21 @@ def test_a_program_with_a_graph_inside_goes_through_the_exporter(monkeypatch):
     called = []
     monkeypatch.setattr(torch.onnx, "export", lambda program, **options: called.append(program))
     captured = capture(Branch(), (torch.randn(2, 2),), None)
-    to_onnx_program(captured.program, {})
+    notes: list[str] = []
+    to_onnx_program(captured.program, {}, notes)
     assert called == [captured.program]
+    assert len(notes) == 1
+    assert "is a graph inside the program" in notes[0]
+
+
+def test_an_error_of_another_kind_is_not_hidden_behind_the_slow_way(monkeypatch):
+    def broken(*args):
+        raise KeyError("a fault of our own")
+
+    monkeypatch.setattr(onnx_translation, "decompose_nodes", broken)
+    captured = capture(nn.Linear(2, 2), (torch.randn(2, 2),), None)
+    with pytest.raises(KeyError, match="a fault of our own"):
+        to_onnx_program(captured.program, {})
 
 
 LATE = """

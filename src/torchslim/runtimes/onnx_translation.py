@@ -19,33 +19,40 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.onnx.errors import OnnxExporterError
 
-from torchslim.graph.decompose_nodes import Table, decompose_nodes
+from torchslim.graph.decompose_nodes import NotLocal, Table, decompose_nodes
 
+REASON = 200  # characters
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
 
 
-def to_onnx_program(program: ExportedProgram, translations: Translations) -> Any:
+def to_onnx_program(program: ExportedProgram, translations: Translations, notes: list[str] | None = None) -> Any:
     """The optimized ONNX program, `torch.onnx.ONNXProgram`.
 
     Args:
         program: not modified.
         translations: translations of operations that the exporter has none for, by operation.
+        notes: if the program cannot be translated node by node, a note with the reason is added.
 
     Raises:
         Exception: of many types: the exporter cannot translate the program.
     """
     try:
         return _by_nodes(program, translations)
-    except Exception:  # noqa: BLE001 - the exporter has the last word, and its own message where it fails, too
-        return torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            optimize=True,
-            external_data=False,
-            custom_translation_table=dict(translations),
-        )
+    except (NotLocal, OnnxExporterError) as error:
+        if notes is not None:
+            reason = str(error).strip().partition("\n")[0][:REASON]
+            notes.append(f"translated to ONNX by torch.onnx.export, which takes several times as long: {reason}")
+    # the exporter has the last word, and its own message where it fails, too
+    return torch.onnx.export(
+        program,
+        dynamo=True,
+        verbose=False,
+        optimize=True,
+        external_data=False,
+        custom_translation_table=dict(translations),
+    )
 
 
 def _by_nodes(program: ExportedProgram, translations: Translations) -> Any:
@@ -87,7 +94,10 @@ def _convert_types(module: GraphModule) -> None:
     inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     mode = torch._guards.detect_fake_mode(inputs)
     with mode or nullcontext(), enable_python_dispatcher(), preserve_node_meta():
-        Conversion(module, _type_rules()).run(*inputs)
+        try:
+            Conversion(module, _type_rules()).run(*inputs)
+        except (RuntimeError, NotImplementedError) as error:  # of torch's fake tensors and of the exporter's rules
+            raise NotLocal(f"types cannot be converted node by node: {type(error).__name__}: {error}") from error
 
 
 @cache

@@ -36,15 +36,15 @@ def _import() -> Any:
 
 def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session, bytes | None]:
     _import()
-    payload = to_onnx(captured)
+    payload = to_onnx(captured, notes=spec.notes)
     return _read(payload, spec, threads), payload
 
 
-def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
+def to_onnx(captured: Captured, *, notes: list[str], lowered: bool = True) -> bytes:
     """Bytes of the program as an ONNX model: weights inside, no traces of the source code, the batch named "batch".
 
     Inputs and outputs have the model's names: `x`, `logits`, `pair_0`; a single output is `output`. `lowered`
-    uses operations that ONNX Runtime has beyond the standard.
+    uses operations that ONNX Runtime has beyond the standard. `notes` gets remarks on the translation.
     """
     try:
         import onnx  # noqa: F401
@@ -55,7 +55,7 @@ def to_onnx(captured: Captured, *, lowered: bool = True) -> bytes:
         program = portable(captured.program)
         program = lower(program) if lowered else program
         with recurrent_kept_whole():
-            exported = to_onnx_program(program, translations(program.graph))
+            exported = to_onnx_program(program, translations(program.graph), notes)
         _register_constants(exported.model.graph)
         proto = exported.model_proto
     except Exception as error:

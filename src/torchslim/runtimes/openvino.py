@@ -85,7 +85,7 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
     program = _open_attention(_without_dynamic(captured.program))
     # lower to ONNX Runtime's operations for 4-bit weights only: with 8 bits they would store more scales
     packed = any(node.target is torch.ops.aten.bitwise_right_shift.Tensor_Scalar for node in program.graph.nodes)
-    onnx = to_onnx(replace(captured, program=program), lowered=packed)
+    onnx = to_onnx(replace(captured, program=program), notes=spec.notes, lowered=packed)
     survive(onnx, flatten(captured.inputs, captured.example))
     try:
         model = openvino.Core().read_model(onnx)
