@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 BATCHES, SAMPLES = 4, 8
+SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml", "executorch": ".pte"}
 
 
 class Tagger(nn.Module):
@@ -75,9 +76,32 @@ class Bert(nn.Module):
         return self.bert(tokens).last_hidden_state  # type: ignore[no-any-return]
 
 
+class Scan(nn.Module):
+    """A selective scan, a step of 7 operations after the other, as exporters unroll it.
+
+    Source: Gu & Dao 2023, arXiv:2312.00752, equation 2.
+    """
+
+    def __init__(self, nodes: int, states: int = 8) -> None:
+        super().__init__()
+        self.steps = nodes // 7
+        self.decay, self.enter, self.read = (nn.Linear(4, states) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        decay, entered, read = self.decay(x).sigmoid(), self.enter(x), self.read(x)
+        state, answers = entered[:, 0], []
+        for step in range(self.steps):
+            state = decay[:, step] * state + entered[:, step]
+            answers.append((state * read[:, step]).sum(-1))
+        return torch.stack(answers, 1)
+
+
 def model_of(name: str) -> tuple[nn.Module, list[tuple[Tensor]]]:
     """A module with random weights and its calibration batches."""
     torch.manual_seed(0)
+    if name.startswith("scan-"):
+        scan = Scan(int(name.removeprefix("scan-")))
+        return scan.eval(), [(torch.randn(2, scan.steps, 4),)]
     own = {"bert": Bert, "lstm": Tagger, "unet": UNet}
     if name in own:
         model = own[name]()
@@ -101,9 +125,11 @@ def ours(model: nn.Module, batches: list[tuple[Tensor]], job: str, folder: Path)
 
     if job == "prune":
         ts.save(ts.prune.channels(model, batches[0], sparsity=0.5, of="macs"), folder)
-        return
-    quantized = ts.quantize.static(model, batches, runtime=job)
-    ts.deploy(quantized, batches[0], runtime=job).save(folder / ("model.onnx" if job == "onnxruntime" else "model.xml"))
+    elif job == "nodes":
+        ts.deploy(model, batches[0], dynamic_shapes="batch").save(folder / "model.onnx")
+    else:
+        quantized = ts.quantize.static(model, batches, runtime=job)
+        ts.deploy(quantized, batches[0], runtime=job).save(folder / f"model{SUFFIXES[job]}")
 
 
 def peer(model: nn.Module, batches: list[tuple[Tensor]], job: str, folder: Path) -> None:
@@ -121,8 +147,12 @@ def peer(model: nn.Module, batches: list[tuple[Tensor]], job: str, folder: Path)
         )
         pruner.step()
         torch.save(model.state_dict(), folder / "model.pt")
+    elif job == "nodes":
+        _exported(model, batches, folder / "model.onnx")
     elif job == "onnxruntime":
         _onnxruntime_peer(model, batches, folder)
+    elif job == "executorch":
+        _executorch_peer(model, batches, folder)
     else:
         import nncf
         import openvino
@@ -134,23 +164,45 @@ def peer(model: nn.Module, batches: list[tuple[Tensor]], job: str, folder: Path)
         openvino.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
 
 
+def _exported(model: nn.Module, batches: list[tuple[Tensor]], path: Path) -> None:
+    torch.onnx.export(
+        model,
+        batches[0],
+        str(path),
+        dynamo=True,
+        verbose=False,
+        input_names=["x"],
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        external_data=False,
+    )
+
+
+def _executorch_peer(model: nn.Module, batches: list[tuple[Tensor]], folder: Path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from executorch.exir import to_edge_transform_and_lower
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    free = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(torch.export.export(model, batches[0], dynamic_shapes=free).module(), quantizer)
+    for batch in batches:
+        prepared(*batch)
+    exported = torch.export.export(convert_pt2e(prepared), batches[0], dynamic_shapes=free)
+    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+    (folder / "model.pte").write_bytes(program.buffer)
+
+
 def _onnxruntime_peer(model: nn.Module, batches: list[tuple[Tensor]], folder: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     names = ["model.onnx", "prepared.onnx", "int8.onnx"]
     exported, prepared, written = (str(folder / name) for name in names)
-    free = ({0: torch.export.Dim.DYNAMIC},)
-    torch.onnx.export(
-        model,
-        batches[0],
-        exported,
-        dynamo=True,
-        verbose=False,
-        input_names=["x"],
-        dynamic_shapes=free,
-        external_data=False,
-    )
+    _exported(model, batches, Path(exported))
     quant_pre_process(exported, prepared)
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]

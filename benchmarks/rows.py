@@ -11,7 +11,12 @@ from typing import Any
 import torchslim
 
 Row = dict[str, Any]
-PEERS = {"peer": "torch-pruning", "torchao": "torchao", "nncf": "nncf"}  # their packages, by side
+PEERS = {  # their packages, by side
+    "peer": "torch-pruning",
+    "torchao": "torchao",
+    "nncf": "nncf",
+    "executorch": "executorch",
+}
 
 
 def version(side: str) -> str:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -22,19 +23,38 @@ HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "toolchain.jsonl", HERE / "toolchain.md"
 COMMAND = "python -m benchmarks.toolchain"
 MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0", "vit_b_16", "bert", "lstm", "unet")
+SIZES = ("scan-300", "scan-1000", "scan-3000")
 JOBS = {
     "prune": ("Half of the MACs pruned, saved", "torch-pruning", 2.0),
     "onnxruntime": ("int8 for ONNX Runtime", "torch.onnx.export, quant_pre_process, quantize_static", 1.0),
     "openvino": ("int8 for OpenVINO", "openvino.convert_model, nncf.quantize", 1.0),
+    "executorch": (
+        "int8 for ExecuTorch",
+        "torch.export, XNNPACKQuantizer, convert_pt2e, to_edge_transform_and_lower",
+        1.0,
+    ),
+    "nodes": ("An unrolled scan of 300 to 3,000 operations for ONNX Runtime, the batch free", "torch.onnx.export", 1.0),
 }
+PEERS = {"prune": "peer", "openvino": "nncf", "executorch": "executorch"}  # in `rows.PEERS`, by job
 SIDES = ("ours", "peer")
 LIMIT_S = 900
 
 
-def measure(model: str, job: str, side: str) -> Row:
-    """The row of one fresh process: CPU seconds with its imports, and its peak of memory."""
+def models_of(job: str) -> tuple[str, ...]:
+    """Names of the models of a job."""
+    return SIZES if job == "nodes" else MODELS
+
+
+def measure(model: str, job: str, side: str, packages: str = "") -> Row:
+    """The row of one fresh process: CPU seconds with its imports, and its peak of memory.
+
+    Args:
+        packages: a folder with the peers' packages, which a peer's process alone sees.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.one_toolchain", model, job, side]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    if packages and side == "peer":
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), packages)))
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -69,7 +89,7 @@ def page(rows: Iterable[Row]) -> str:
             "| model | ours, CPU s | peer, CPU s | ratio | ours, MiB | peer, MiB | runs | versions |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for model in MODELS:
+        for model in models_of(job):
             sides = [_newest(by_place.get((job, model, side), [])) for side in SIDES]
             seconds = [_median(side, "cpu_s") for side in sides]
             memory = [_median(side, "peak_mib") for side in sides]
@@ -81,6 +101,13 @@ def page(rows: Iterable[Row]) -> str:
             lines.append(f"| {model} | {' | '.join(cells)} | {min(map(len, sides))} | {versions} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def peer_version(job: str) -> str:
+    """The release of the libraries that a job's peer uses."""
+    if job in PEERS:
+        return version(PEERS[job])
+    return f"torch {metadata.version('torch')}, onnxruntime {metadata.version('onnxruntime')}"
 
 
 def _newest(rows: list[Row]) -> list[Row]:
@@ -101,23 +128,25 @@ def _cell(value: float | None, rows: list[Row]) -> str:
 def main() -> None:
     """Measure what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument("--models", nargs="*", default=(*MODELS, *SIZES), choices=(*MODELS, *SIZES))
     parser.add_argument("--jobs", nargs="*", default=tuple(JOBS), choices=tuple(JOBS))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--page", action="store_true", help="write the page from the rows, without measuring")
+    parser.add_argument("--packages", default="", help="a folder with the peers' packages: pip install --target")
     arguments = parser.parse_args()
-    peers = {"prune": "peer", "openvino": "nncf"}
+    if arguments.packages:
+        sys.path.append(arguments.packages)  # their versions are read from there
     for run in range(0 if arguments.page else arguments.runs):
         for job in arguments.jobs:
-            for model in arguments.models:
+            for model in (name for name in arguments.models if name in models_of(job)):
                 for side in SIDES:
                     is_ours = side == "ours"
-                    now = version(side) if is_ours else version(peers[job]) if job in peers else "ONNX Runtime's own"
+                    now = version(side) if is_ours else peer_version(job)
                     place = {"model": model, "job": job, "side": side, "version": now}
                     done = [row for row in load(ROWS) if all(row[key] == value for key, value in place.items())]
                     if len(done) > run:
                         continue
-                    row = {**place, **measure(model, job, side)}
+                    row = {**place, **measure(model, job, side, arguments.packages)}
                     append(row, ROWS)
                     print(f"{job} {model} {side}: {row['cpu_s']} CPU s {row.get('reason', '')}", flush=True)
     PAGE.write_text(page(load(ROWS)))
