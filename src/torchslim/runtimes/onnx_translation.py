@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.onnx.errors import OnnxExporterError
 
 from torchslim.graph.decompose_nodes import NotLocal, Table, decompose_nodes
+from torchslim.runtimes.onnx_optimizer import optimize
 
 REASON = 200  # characters
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
@@ -68,7 +69,7 @@ def _by_nodes(program: ExportedProgram, translations: Translations) -> Any:
     _convert_types(simple.graph_module)
     exported = _core._exported_program_to_onnx_program(simple, registry=registry)
     exported.model = onnxscript_apis.convert_version(exported.model, registry.opset_version)
-    exported.optimize()
+    optimize(exported.model)
     return exported
 
 
