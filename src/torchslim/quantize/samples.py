@@ -161,7 +161,7 @@ class _Rounding(Interpreter):
                 # beyond 64-bit integers the operation overflows; masks hold the largest float
                 value = value.clamp((low - zero_point - 1) * scale, (high - zero_point + 1) * scale)
                 return torch.fake_quantize_per_tensor_affine(value, scale, zero_point, low, high)
-        elif source in self.rounded and self.env[source].is_floating_point():
+        elif isinstance(source, Node) and source in self.rounded and self.env[source].is_floating_point():
             return self.env[source]
         return super().run_node(n)
 

@@ -32,7 +32,7 @@ def _passes() -> Any:
     from onnxscript.optimizer import _constant_folding as folding
     from onnxscript.rewriter import RewritePass
 
-    class Fold(folding.FoldConstantsPass):  # type: ignore[misc]
+    class Fold(folding.FoldConstantsPass):
         def _do_inference(self, node: Any) -> None:
             if not all(_is_known(value) for value in node.outputs):
                 super()._do_inference(node)

@@ -83,11 +83,12 @@ def test_channels_that_mix_with_positions_stay_and_the_reason_says_so() -> None:
     assert shrunk.hidden.weight.shape[0] < 12
 
 
-def test_a_model_of_one_size_is_checked_at_another_batch() -> None:
-    shrunk = ts.prune.channels(scramble(FixedSize()), (torch.randn(2, 3, 8, 8),), 0.4, round_to=1, min_channels=1)
+@pytest.mark.parametrize(("batch", "other"), [(2, 3), (3, 4), (8, 3)])
+def test_a_model_of_one_size_is_checked_at_another_batch(batch: int, other: int) -> None:
+    shrunk = ts.prune.channels(scramble(FixedSize()), (torch.randn(batch, 3, 8, 8),), 0.4, round_to=1, min_channels=1)
     record = ts.surgery(shrunk)
     assert record is not None
-    assert record["rounds"][0]["about"]["sizes"] == ["(2, 3, 8, 8)", "(3, 3, 8, 8)"]
+    assert record["rounds"][0]["about"]["sizes"] == [f"({batch}, 3, 8, 8)", f"({other}, 3, 8, 8)"]
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=4), min_size=1, max_size=3), st.booleans())

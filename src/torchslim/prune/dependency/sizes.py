@@ -23,6 +23,9 @@ from torchslim.prune.dependency.union_find import Ids
 LARGE = 96
 """From this extent on, the second size is below the first one, because it is cheaper."""
 
+FEW = 3
+"""The second size of a larger batch; the second size of a batch of up to `FEW` samples has one more."""
+
 
 def other_inputs(inputs: Inputs) -> Iterator[Inputs]:
     """Yield inputs of other sizes, the most informative first; the model may accept none of them.
@@ -49,14 +52,14 @@ def other_inputs(inputs: Inputs) -> Iterator[Inputs]:
         return resized_inputs
 
     extents = [key for key in _extents(flat) if key[1] > 1]
-    larger_batch = {(0, batch): batch + 1} if batch else {}
+    other_batch = {(0, batch): FEW if batch > FEW else batch + 1} if batch else {}
     for key in extents:
         for new in _near(key[1]):
-            yield resized({key: new} | larger_batch)
-    for key in extents if larger_batch else ():
+            yield resized({key: new} | other_batch)
+    for key in extents if other_batch else ():
         yield resized({key: _near(key[1])[0]})
-    if larger_batch:
-        yield resized(larger_batch)
+    if other_batch:
+        yield resized(other_batch)
 
 
 def _extents(flat: list[Any]) -> list[tuple[int, int]]:
