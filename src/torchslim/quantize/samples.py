@@ -145,7 +145,7 @@ def outputs(program: GraphModule, runs: Sequence[Run], *switches: bool) -> list[
 class _Rounding(Interpreter):
     """Runs a converted graph, with one operation for a quantization and its dequantization.
 
-    The numbers are the same. The two operations compute eight tensors in turn, which takes twice the time of all
+    The numbers are the same. The two operations compute eight tensors in turn, which took twice the time of all
     convolutions of a U-Net.
     """
 

@@ -2,10 +2,10 @@
 
 `torch.onnx.export` runs a program on fake tensors once more to decompose it, which takes most of its time. Here nodes
 for which the exporter has a translation stay as they are, and the others are decomposed one by one. The translations,
-their registry and the optimizer are the exporter's own. Programs that cannot be decomposed node by node go through
-`torch.onnx.export`.
+their registry and the optimizer's passes are the exporter's own. Programs that cannot be decomposed node by node go
+through `torch.onnx.export`.
 
-This file alone uses private parts of the exporter; `tests/runtimes/test_onnx_translation.py` fails when they change.
+This file and `onnx_optimizer.py` use private parts of the exporter; their tests fail when these change.
 """
 
 from __future__ import annotations
