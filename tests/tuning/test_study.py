@@ -90,6 +90,29 @@ def test_a_worker_of_another_machine_is_dead_when_its_beats_stop(
     assert len(near.results()) == 2
 
 
+def test_a_worker_that_dies_as_it_takes_a_trial_loses_no_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["torchslim.tuning.study"], "GRACE_BEATS", 1)
+    book = ledger(open_storage(tmp_path / "study"), 2)
+    values = {"x": 0.25, "kind": {"do": "b"}}
+    book.queue(values)
+    book.study.ask()  # and before it says who it is, it is killed
+    assert book.size() == 1
+    while not book.queued():
+        time.sleep(0.1)
+    assert book.values(book.ask(drawn=False)) == values
+
+
+def test_values_of_lost_trials_stay_known(tmp_path: Path) -> None:
+    book = ledger(open_storage(tmp_path / "study"), 2)
+    trial = book.ask()
+    values = book.values(trial)
+    book.give_back(trial)
+    assert (book.known_values(), book.known_values(lost=True)) == ({}, {0: values})
+    assert book.size() == 2  # it waits to be given again
+
+
 def test_who_is_taken_for_dead_and_is_not_goes_on(tmp_path: Path) -> None:
     storage = open_storage(tmp_path / "study")
     slow, quick = ledger(storage, 2), ledger(storage, 2)

@@ -228,14 +228,19 @@ class Ledger:
                 if row.result is not None and row.values is not None and SAME not in row.result
             ]
 
-    def known_values(self) -> dict[int, dict[str, Any]]:
-        """Values of every trial that is running or has a result, by number."""
+    def known_values(self, *, lost: bool = False) -> dict[int, dict[str, Any]]:
+        """Values by number of every trial that is running or has a result; with `lost`, also of those without."""
         with self._consulting():
             return {
                 row.number: self._decoded(row.values)
                 for row in self._rows()
-                if row.values is not None and (row.running or row.result is not None)
+                if row.values is not None and (lost or row.running or row.result is not None)
             }
+
+    def size(self) -> int:
+        """Number of all trials, also of those that wait or were lost; it never falls."""
+        with self._consulting():
+            return len(self.study.get_trials(deepcopy=False))
 
     def count(self) -> int:
         """Number of trials that are running or have a result."""
@@ -303,7 +308,7 @@ class Ledger:
                     self.last_beats[row.number] = (row.beat, now)
                 dead = now - self.last_beats[row.number][1] > GRACE_BEATS * self.beat
             if dead:
-                self._lose(row.number, row.values)
+                self._lose(row.number, row.values or row.queued)  # it may have died before it set the values
 
     def give_back(self, trial: Any) -> None:
         """Fail a trial of this worker, which cannot finish it, and enqueue its values again."""
