@@ -8,7 +8,6 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from torchslim.core import distributed
 from torchslim.core.files import clean_temporaries, present, write_json
 from torchslim.core.folder_lock import LOCK, holding
 from torchslim.core.isolation import warn
@@ -19,7 +18,6 @@ from torchslim.report.records import Text, strict
 from torchslim.runtimes import find_runtime
 from torchslim.tuning.sampling import Sampler
 from torchslim.tuning.space import Space
-from torchslim.tuning.storage import open_storage
 from torchslim.tuning.study import Design, Ledger
 
 
@@ -39,12 +37,9 @@ def check_space(space: Space) -> None:
 
 
 def make_ledgers(
-    space: Space, name: str, key: str, storage: str | Path, sampler: Sampler, beat: float
-) -> tuple[Ledger, Ledger] | None:
-    """Ledgers of the trials and of the finals; None in all but the first process of a distributed training."""
-    if not distributed.is_first():
-        return None
-    opened = open_storage(storage)
+    space: Space, name: str, key: str, storage: Any, sampler: Sampler, beat: float
+) -> tuple[Ledger, Ledger]:
+    """Ledgers of the trials and of the finals in a storage, as `open_storage` returns it."""
     budget = space.budget
     trials = Design(
         trials=budget.trials,
@@ -56,8 +51,8 @@ def make_ledgers(
     )
     finals = Design(trials=10**9, objectives=1)
     return (
-        Ledger(opened, name, key, trials, budget=budget, beat=beat),
-        Ledger(opened, f"{name}/finals", key, finals, budget=budget, beat=beat),
+        Ledger(storage, name, key, trials, budget=budget, beat=beat),
+        Ledger(storage, f"{name}/finals", key, finals, budget=budget, beat=beat),
     )
 
 

@@ -29,7 +29,7 @@ from torchslim.tuning.result import SearchResult
 from torchslim.tuning.sampling import Sampler
 from torchslim.tuning.search_folder import check_space, claim_folder, make_ledgers, mark_folder
 from torchslim.tuning.space import Space, make_space
-from torchslim.tuning.study import Ledger
+from torchslim.tuning.storage import open_storage
 from torchslim.tuning.trial import Lab
 from torchslim.tuning.worker import Worker, run_options
 
@@ -94,13 +94,20 @@ def search(
     lab = _make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress)
     spanned = dynamic_shapes == "auto" and example_inputs is None  # as in `run_steps`, which trains the finalists
     lab = replace(lab, parts=parts, examples=spanning_examples(task, lab.seed) if spanned else ())
+    name = study or folder.resolve().name
+    _mark(folder)
+    opened = open_storage(storage or folder / "study.journal") if distributed.is_first() else None
     if space.budget.method == "solve":
-        from torchslim.tuning.solve_worker import begun_solving  # slow to import: it loads the quantizer
+        from torchslim.tuning.shared_tables import SharedTables  # slow to import: it loads the quantizer
+        from torchslim.tuning.solve_worker import begun_solving
 
-        _mark(folder)
-        solving = begun_solving(space, lab)
+        shared = None if opened is None else SharedTables(opened, name, key, beat)
+        solving = begun_solving(space, lab, shared)
         space = solving.space
-    ledgers = _open(space, key, folder, storage=storage, study=study, sampler=sampler, beat=beat)
+    ledgers = None if opened is None else make_ledgers(space, name, key, opened, sampler, beat)
+    if distributed.is_first():
+        claim_folder(folder, key, space)
+    distributed.wait()
     if rehearse and space.document.get("rehearse", True):
         _rehearse(space, lab)
     if space.budget.method == "solve":
@@ -141,26 +148,6 @@ def _key(
         *([Sensitivity.load(sensitivity).priors()] if sensitivity else []),
         *([] if part is None else [as_list(part)]),
     )
-
-
-def _open(
-    space: Space,
-    key: str,
-    folder: Path,
-    *,
-    storage: str | Path | None,
-    study: str | None,
-    sampler: Sampler,
-    beat: float,
-) -> tuple[Ledger, Ledger] | None:
-    """Claim the folder and open the ledgers; None in all but the first process of a distributed training."""
-    _mark(folder)
-    name = study or folder.resolve().name
-    ledgers = make_ledgers(space, name, key, storage or folder / "study.journal", sampler, beat)
-    if distributed.is_first():
-        claim_folder(folder, key, space)
-    distributed.wait()
-    return ledgers
 
 
 def _make_lab(

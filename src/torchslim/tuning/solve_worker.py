@@ -12,24 +12,29 @@ from typing import Any
 from torchslim.allocation.problem import Problem
 from torchslim.allocation.solver import solve
 from torchslim.core import distributed
+from torchslim.core.batches import take_first
 from torchslim.core.budget import UNITS
-from torchslim.core.folder_lock import holding
 from torchslim.core.step import Event, Trains
 from torchslim.errors import RecipeError
 from torchslim.tuning.choices import AFTER, SolvedSpace, epochs_by_prefix, solved_space
 from torchslim.tuning.explaining import explained
 from torchslim.tuning.pareto import WHOLE
 from torchslim.tuning.proposing import Proposal, Proposer, Seen, Tables
-from torchslim.tuning.search_folder import nothing
-from torchslim.tuning.solved_costs import Costs, solved_costs
+from torchslim.tuning.shared_tables import (
+    COSTS,
+    DAMAGE,
+    SharedTables,
+    costs_from_json,
+    costs_to_json,
+    damage_from_json,
+    damage_to_json,
+)
+from torchslim.tuning.solved_costs import FIGURES, Costs, Question
 from torchslim.tuning.space import Space
 from torchslim.tuning.study import Design, Ledger
-from torchslim.tuning.tables import measure_tables
+from torchslim.tuning.tables import make_tables, measure_damage
 from torchslim.tuning.trial import Lab
 from torchslim.tuning.worker import WAIT_SECONDS, Worker
-
-TABLES = "tables.lock"
-"""Held in the search's folder while tables are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +44,38 @@ class Solving:
     space: SolvedSpace
     costs: Costs
 
+    shared: SharedTables | None
+
     def worker(self, lab: Lab, folder: Path, ledgers: tuple[Ledger, Ledger] | None, key: str) -> SolveWorker:
         """The worker of this process."""
-        return SolveWorker(self.space, lab, folder, ledgers, self.costs, key)
+        return SolveWorker(self.space, lab, folder, ledgers, self.costs, self.shared, key)
 
 
-def begun_solving(space: Space, lab: Lab) -> Solving:
-    """Measure the costs of the decisions in the first process, and share them with the others.
+def begun_solving(space: Space, lab: Lab, shared: SharedTables | None) -> Solving:
+    """Measure the costs of the decisions, or read those of another worker, and share them with the other processes.
+
+    Args:
+        space, lab: of the search.
+        shared: measurements in the storage; None in all but the first process of a distributed training.
 
     Raises:
+        TaskError: a step trains, and the task has no training data.
         Infeasible: no choice keeps the budget's bounds of costs.
     """
+    steps = space.recipe(space.whole(0.5)).steps
+    if any(sum(step.trainings()) for step in steps if isinstance(step, Trains)):
+        take_first(lab.task.train, "train")  # before what may take minutes
     costs: Costs | None = None
-    if distributed.is_first():
-        with holding(lab.folder.parent / TABLES, nothing):
-            costs = solved_costs(lab, space)
+    if shared is not None:
+        question = Question.of(lab, space)
+        shared.agree(question.empty.decisions)
+        names = [name for name in FIGURES if name in lab.budget.figures]
+        costs = shared.once(
+            COSTS,
+            lambda: question.measured(lab),
+            costs_to_json,
+            lambda content: costs_from_json(content, question.empty, names),
+        )
         bounds = {name: bound for name, bound in space.budget.bounds.items() if name in costs.costs}
         solve(Problem(decisions=costs.decisions, damage=(), costs=costs.costs, limits=bounds))
     decisions, members, blocks = distributed.told(
@@ -61,7 +83,7 @@ def begun_solving(space: Space, lab: Lab) -> Solving:
     )
     if costs is None:
         costs = Costs(decisions=decisions, costs={}, members=members, blocks=blocks)
-    return Solving(space=solved_space(space, decisions, members, blocks), costs=costs)
+    return Solving(space=solved_space(space, decisions, members, blocks), costs=costs, shared=shared)
 
 
 class SolveWorker(Worker):
@@ -71,6 +93,7 @@ class SolveWorker(Worker):
         space: of the decisions.
         lab, folder, ledgers: as for `Worker`.
         costs: of the decisions.
+        shared: measurements in the storage; None in all but the first process of a worker.
         key: of the search.
     """
 
@@ -83,10 +106,11 @@ class SolveWorker(Worker):
         folder: Path,
         ledgers: tuple[Ledger, Ledger] | None,
         costs: Costs,
+        shared: SharedTables | None,
         key: str,
     ) -> None:
         super().__init__(space, lab, folder, ledgers)
-        self.costs, self.key = costs, key
+        self.costs, self.shared, self.key = costs, shared, key
         self.tables: Tables | None = None
         self.damage_seconds = 0.0
         self.claims: Ledger | None = None
@@ -97,10 +121,15 @@ class SolveWorker(Worker):
 
     def _run_trials(self) -> None:
         """Measure the tables, then propose and train recipes until the front needs no more."""
-        if self.ledgers:
+        if self.shared is not None:
             start = time.perf_counter()
-            with holding(self.folder / TABLES, nothing):  # workers that share the folder measure once
-                self.tables = measure_tables(self.lab, self.space, self.costs, self.folder / "tables", self.key)
+            damage, law = self.shared.once(
+                DAMAGE,
+                lambda: measure_damage(self.lab, self.space, self.costs, self.folder / "tables", self.key),
+                damage_to_json,
+                lambda content: damage_from_json(content, self.costs.decisions),
+            )
+            self.tables = make_tables(self.budget, self.costs, damage, law)
             self.damage_seconds = time.perf_counter() - start
         distributed.wait()
         super()._run_trials()
@@ -115,7 +144,7 @@ class SolveWorker(Worker):
         job: Any = None
         while self.ledgers:
             ledger = self.ledgers[0]
-            self.space.trained.update(ledger.known_values())
+            self.space.trained.update(ledger.known_values(lost=True))  # others may go on from a trial that was lost
             if ledger.queued():
                 trial = ledger.ask(drawn=False)
                 if trial is not None:
@@ -141,13 +170,16 @@ class SolveWorker(Worker):
         """Enqueue the next proposal, unless another worker proposes it; False if there is none."""
         assert self.ledgers
         assert self.claims is not None
-        number = self.ledgers[0].count()  # before the trials are read: a stale proposal is then claimed already
+        number = self.ledgers[0].size()  # before the trials are read: a stale proposal is then claimed already
         proposal = self._proposal(self._seen())
         if proposal is None:
             return False
         claim = self.claims.claim({"trial": number})
         if claim is None:
             time.sleep(WAIT_SECONDS)
+            return True
+        if self.ledgers[0].size() != number:  # meanwhile a trial was enqueued, such as that of a dead worker
+            self.claims.give_back(claim)
             return True
         with self.claims.beating(claim):
             self.ledgers[0].queue({**proposal.solution.options, AFTER: proposal.after})

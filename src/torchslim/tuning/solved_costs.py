@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchslim.allocation.problem import LATENCY, MACS, MEMORY_BYTES, PARAMS, SIZE_BYTES, Decision, Term
-from torchslim.analysis.costs.measuring import measure_costs
+from torchslim.analysis.costs.measuring import Subject, costs_subject, measure_subject
 from torchslim.analysis.damage import WIDTH, kind_of
+from torchslim.core.step import Target
 from torchslim.errors import RecipeError
 from torchslim.prune import Prune
 from torchslim.prune.dependency.coupling import Coupling
@@ -54,58 +55,80 @@ class Costs:
     seconds: float = 0.0
 
 
-def solved_costs(lab: Lab, space: Space) -> Costs:
-    """Measure the costs of all decisions of a search, or read them from this machine's cache.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the costs of a search are asked for, before anything is measured.
 
-    Raises:
-        RecipeError: the recipe has no step whose content a solver could decide, or parts.
-        TorchslimError: the model cannot be analyzed.
+    Attributes:
+        subject: the model with its decisions.
+        target: of the recipe.
+        empty: decisions without costs.
+        widths: whether the recipe prunes channels.
     """
-    steps = space.document["step"]
-    places = Places.of(steps)
-    if places.prune is None and places.quantize is None:
-        raise RecipeError(
-            "budget: method = 'solve' decides widths and schemes, and the recipe neither prunes channels nor "
-            "quantizes; add such a step, or take method = 'sample'"
+
+    subject: Subject
+    target: Target
+    empty: Costs
+    widths: bool
+
+    @classmethod
+    def of(cls, lab: Lab, space: Space) -> Question:
+        """The decisions of a search.
+
+        Raises:
+            RecipeError: the recipe has no step whose content a solver could decide, or parts.
+            TorchslimError: the model cannot be analyzed.
+        """
+        steps = space.document["step"]
+        places = Places.of(steps)
+        if places.prune is None and places.quantize is None:
+            raise RecipeError(
+                "budget: method = 'solve' decides widths and schemes, and the recipe neither prunes channels nor "
+                "quantizes; add such a step, or take method = 'sample'"
+            )
+        if lab.parts:
+            raise RecipeError("budget: method = 'solve' takes whole models; leave out part, or take method = 'sample'")
+        recipe = space.recipe(space.whole(0.5))
+        prune = next((s for s in recipe.steps if isinstance(s, Prune) and s.pattern == "channel"), None)
+        options = None if prune is None else prune.channels().options
+        given: dict[str, Any] = {} if options is None else {"include": options.include, "exclude": options.exclude}
+        plan = analyze(lab.model, lab.example_inputs, **given)
+        depth = None if prune is None else _depth(lab, given)
+        blocks = {} if depth is None else _apart(depth)
+        subject = costs_subject(
+            lab.model,
+            lab.example_inputs,
+            target=recipe.target,
+            schemes=() if places.quantize is None else _schemes(steps[places.quantize]),
+            blocks=blocks,
+            amount=Amount(of="latency") if options is None else replace(options.amount, of="latency", scope="global"),
+            plan=plan,
+            dynamic_shapes=lab.dynamic_shapes,
+            seed=lab.seed,
         )
-    if lab.parts:
-        raise RecipeError("budget: method = 'solve' takes whole models; leave out part, or take method = 'sample'")
-    start = time.perf_counter()
-    recipe = space.recipe(space.whole(0.5))
-    prune = next((s for s in recipe.steps if isinstance(s, Prune) and s.pattern == "channel"), None)
-    options = None if prune is None else prune.channels().options
-    given: dict[str, Any] = {} if options is None else {"include": options.include, "exclude": options.exclude}
-    plan = analyze(lab.model, lab.example_inputs, **given)
-    depth = None if prune is None else _depth(lab, given)
-    blocks = {} if depth is None else _apart(depth)
-    tables = measure_costs(
-        lab.model,
-        lab.example_inputs,
-        target=recipe.target,
-        schemes=() if places.quantize is None else _schemes(steps[places.quantize]),
-        blocks=blocks,
-        amount=Amount(of="latency") if options is None else replace(options.amount, of="latency", scope="global"),
-        plan=plan,
-        dynamic_shapes=lab.dynamic_shapes,
-        seed=lab.seed,
-        progress=lab.progress,
-    )
-    base = lab.baseline(recipe.target)
-    costs = {
-        figure: scaled(tables.costs[cost], base[figure])
-        for figure, cost in FIGURES.items()
-        if figure in lab.budget.figures and cost in tables.costs
-    }
-    found = Costs(
-        decisions=tables.decisions,
-        costs=costs,
-        members=_members(tables.space.coupling),
-        blocks=blocks,
-        depth=depth,
-        spread=max(tables.spread[1], 1.0),
-        seconds=time.perf_counter() - start,
-    )
-    return found if prune is not None else without(found, WIDTH)
+        everything = Costs(
+            decisions=subject.space.decisions(),
+            costs={},
+            members=_members(subject.space.coupling),
+            blocks=blocks,
+            depth=depth,
+        )
+        empty = everything if prune is not None else without(everything, WIDTH)
+        return cls(subject=subject, target=recipe.target, empty=empty, widths=prune is not None)
+
+    def measured(self, lab: Lab) -> Costs:
+        """Measure the costs, or read them from this machine's cache."""
+        start = time.perf_counter()
+        tables = measure_subject(self.subject, seed=lab.seed, progress=lab.progress)
+        base = lab.baseline(self.target)
+        costs = {
+            figure: scaled(tables.costs[cost], base[figure])
+            for figure, cost in FIGURES.items()
+            if figure in lab.budget.figures
+        }
+        found = replace(self.empty, decisions=tables.decisions, costs=costs, spread=max(tables.spread[1], 1.0))
+        found = found if self.widths else without(found, WIDTH)
+        return replace(found, seconds=time.perf_counter() - start)
 
 
 def scaled(terms: Sequence[Term], original: float) -> tuple[Term, ...]:

@@ -14,6 +14,7 @@ from torchslim.allocation.problem import Decision, Problem
 from torchslim.analysis.damage import AdditionLaw, DamageTable, damage_table, fitted, kind_of
 from torchslim.analysis.measures import Measure, OutputGauge
 from torchslim.analysis.sensitivity import sensitivity
+from torchslim.core.budget import Budget
 from torchslim.core.files import digest, present
 from torchslim.core.isolation import preserved_globals, warn
 from torchslim.core.seals import read_sealed, write_sealed
@@ -38,8 +39,10 @@ SAMPLES = 256
 """Calibration samples for damages."""
 
 
-def measure_tables(lab: Lab, space: SolvedSpace, costs: Costs, folder: Path, key: str) -> Tables:
-    """The tables of a search; what was measured before is read from `folder` or from this machine's caches.
+def measure_damage(
+    lab: Lab, space: SolvedSpace, costs: Costs, folder: Path, key: str
+) -> tuple[DamageTable, AdditionLaw]:
+    """Single damages, and how they add up; what was measured before is read from `folder`.
 
     Args:
         lab: runs untrained recipes.
@@ -50,15 +53,19 @@ def measure_tables(lab: Lab, space: SolvedSpace, costs: Costs, folder: Path, key
     """
     measure = _measure(lab)
     damage = _damage(lab, space, costs, measure, folder)
+    return damage, _law(lab, space, damage, measure, folder / "joint.rows", key)
+
+
+def make_tables(budget: Budget, costs: Costs, damage: DamageTable, law: AdditionLaw) -> Tables:
+    """The tables of a search under a budget."""
     problem = Problem(
-        decisions=space.decisions,
-        damage=damage.terms(AdditionLaw(power=1.0, weights=(1.0,) * len(damage.kinds), outer=1.0)),
+        decisions=costs.decisions,
+        damage=damage.terms(law),
         costs=costs.costs,
-        limits={name: bound for name, bound in lab.budget.bounds.items() if name in costs.costs},
+        limits={name: bound for name, bound in budget.bounds.items() if name in costs.costs},
     )
-    traded = next((name for name in lab.budget.objectives if name in costs.costs), next(iter(costs.costs)))
-    law = _law(lab, space, damage, measure, folder / "joint.rows", key)
-    return Tables(problem=replace(problem, damage=damage.terms(law)), damage=damage, law=law, cost=traded)
+    traded = next((name for name in budget.objectives if name in costs.costs), next(iter(costs.costs)))
+    return Tables(problem=problem, damage=damage, law=law, cost=traded)
 
 
 def _measure(lab: Lab) -> Measure:

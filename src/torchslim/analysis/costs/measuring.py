@@ -92,8 +92,37 @@ def measure_costs(
         SensitivityError: an argument is out of range.
         PruneError, QuantizeError, ExportError: the model cannot be analyzed, quantized or captured.
     """
-    if programs < 1 or widths < 1:
-        raise SensitivityError(f"programs and widths must be at least 1, got {programs} and {widths}")
+    subject = costs_subject(
+        model,
+        example_inputs,
+        target=target,
+        schemes=schemes,
+        blocks=blocks,
+        amount=amount,
+        plan=plan,
+        dynamic_shapes=dynamic_shapes,
+        widths=widths,
+        seed=seed,
+    )
+    return measure_subject(subject, programs=programs, workdir=workdir, seed=seed, progress=progress)
+
+
+def costs_subject(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    target: Target | None = None,
+    schemes: Sequence[str] = ("int8",),
+    blocks: Mapping[str, Collection[str]] | None = None,
+    amount: Amount | None = None,
+    plan: Plan | None = None,
+    dynamic_shapes: Any = "auto",
+    widths: int = WIDTHS,
+    seed: int = 0,
+) -> Subject:
+    """The model with its decisions, before anything is measured; arguments and errors are those of `measure_costs`."""
+    if widths < 1:
+        raise SensitivityError(f"widths must be at least 1, got {widths}")
     target, amount = target or Target(), amount or Amount(of="latency")
     if target.runtime not in PROFILERS:
         raise SensitivityError(
@@ -101,7 +130,21 @@ def measure_costs(
         )
     plan = plan or analyze(model, example_inputs)
     with preserved_globals(seed):
-        subject = Subject.of(plan, example_inputs, target, amount, schemes, blocks or {}, dynamic_shapes, widths)
+        return Subject.of(plan, example_inputs, target, amount, schemes, blocks or {}, dynamic_shapes, widths)
+
+
+def measure_subject(
+    subject: Subject,
+    *,
+    programs: int = PROGRAMS,
+    workdir: str | Path | None = None,
+    seed: int = 0,
+    progress: Callable[[Event], None] = log_progress,
+) -> CostTables:
+    """The tables of a subject's decisions; arguments and errors are those of `measure_costs`."""
+    if programs < 1:
+        raise SensitivityError(f"programs must be at least 1, got {programs}")
+    with preserved_globals(seed):
         samples, reference = measured(subject, programs, seed, workdir, progress)
     return tables(subject, samples, reference)
 
