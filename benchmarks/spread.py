@@ -1,8 +1,11 @@
-"""What FSDP saves in each of two processes, against a copy of the model in each: python -m benchmarks.spread
+"""What is gained by several processes on this machine: python -m benchmarks.spread [fsdp | workers]
 
-Two processes on this machine train a transformer with AdamW for a few steps, on the CPU with gloo. Printed are the
-bytes that each holds between two steps, the most that it holds of weights during one, its memory at the peak, and the
-time of a step. Times are of this backend: they say nothing about GPUs.
+fsdp: two processes train a transformer with AdamW for a few steps, on the CPU with gloo. Printed are the bytes that
+each holds between two steps, the most that it holds of weights during one, its memory at the peak, and the time of a
+step, against a copy of the model in each. Times are of this backend: they say nothing about GPUs.
+
+workers: one and two workers of one search, each a process with one thread, try the same number of recipes. Printed are
+the trials an hour, from the start of the first trial to the end of the last.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import os
 import resource
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -26,6 +31,7 @@ from torch import Tensor, nn
 import torchslim as ts
 from torchslim.core import distributed
 from torchslim.training.loop import Hook, LabelLoss, Loop
+from torchslim.tuning.storage import open_storage
 
 MAPPED = "MALLOC_MMAP_THRESHOLD_"
 WIDTH, DEPTH, CLASSES, STEPS = 512, 12, 10, 8
@@ -101,7 +107,87 @@ def measure(rank: int, port: int, strategy: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def main() -> None:
+TRIALS = 12
+RECIPE = f"""
+model = "benchmarks.spread:network"
+task = "benchmarks.spread:images"
+threads = 1
+rehearse = false
+[[step]]
+do = "prune"
+pattern = "channel"
+sparsity = {{ search = [0.2, 0.6] }}
+[[step]]
+do = "distill"
+epochs = 8
+lr = {{ search = [1e-3, 1e-2], log = true }}
+[budget]
+metric_drop = 50.0
+minimize = ["metric_drop", "macs"]
+trials = {TRIALS}
+finalists = 1
+"""
+
+
+def network() -> nn.Module:
+    """Four convolutions and a head."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inner, outer in pairwise((1, 32, 32, 32, 32)):
+        layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES))
+
+
+def images() -> ts.Task:
+    """Noise whose level tells the class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(CLASSES, (768,), generator=generator)
+    pixels = torch.randn(768, 1, 16, 16, generator=generator) + labels.view(-1, 1, 1, 1)
+    batches = list(zip(pixels.split(64), labels.split(64), strict=True))
+    return ts.Task(train=batches[:8], val=batches[8:], metric="accuracy")
+
+
+def trials_an_hour(workers: int) -> float:
+    """Trials an hour of some workers of one search, which share a folder."""
+    import optuna
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "recipe.toml").write_text(RECIPE)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+        command = [
+            sys.executable,
+            "-m",
+            "torchslim",
+            "search",
+            str(folder / "recipe.toml"),
+            "--out",
+            str(folder / "out"),
+        ]
+        started = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(workers)]
+        codes = [each.wait() for each in started]
+        if any(codes):
+            raise SystemExit("a worker failed")
+        study = optuna.load_study(study_name="out", storage=open_storage(folder / "out" / "study.journal"))
+        done = [trial for trial in study.trials if "result" in trial.user_attrs]
+        assert len(done) == TRIALS
+        assert len({trial.user_attrs["worker"]["pid"] for trial in done}) == workers
+        span = max(trial.datetime_complete for trial in done) - min(trial.datetime_start for trial in done)
+    return TRIALS * 3600 / span.total_seconds()
+
+
+def compare_workers(rounds: int = 3) -> None:
+    """One and two workers in turn: medians, and the least and the most."""
+    rows: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for workers, rates in rows.items():
+            rates.append(trials_an_hour(workers))
+    print(f"| workers | trials an hour, median of {rounds} searches | least and most |\n| ---: | ---: | --- |")
+    for workers, rates in rows.items():
+        print(f"| {workers} | {statistics.median(rates):.0f} | {min(rates):.0f} to {max(rates):.0f} |")
+
+
+def compare_strategies() -> None:
     """Both ways, the second process's figures, with and without an allocator that gives memory back at once."""
     rows: dict[str, dict[str, float]] = {"ddp": {}, "fsdp": {}}
     # glibc keeps freed blocks in its heap, so that the peak tells what it kept; mapped ones are gone, and cost time
@@ -130,4 +216,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parts = {"fsdp": compare_strategies, "workers": compare_workers}
+    for part in sys.argv[1:] or parts:
+        parts[part]()

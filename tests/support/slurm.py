@@ -12,15 +12,14 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.support.distributed import free_port
 from tests.support.programs import slurm
+from tests.support.waiting import PATIENCE, until
 
 CONFIGURATION = """
 ClusterName=torchslim
@@ -49,17 +48,6 @@ NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=
 NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE
 """
-PATIENCE = 400.0  # seconds; a busy machine takes minutes to import torch in several processes
-
-
-def until(true: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-    """What `true` returns as soon as it is true."""
-    end = time.monotonic() + seconds
-    while not (value := true()):
-        if time.monotonic() > end:
-            raise TimeoutError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.2)
-    return value
 
 
 @dataclass(frozen=True)

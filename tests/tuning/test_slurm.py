@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import torchslim as ts
-from tests.support.slurm import Cluster, cluster, until
+from tests.support.slurm import Cluster, cluster
 from tests.support.toy import task
+from tests.support.waiting import until
 from tests.support.workers import RECIPE, TRIALS, Watched, tried
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
