@@ -2,7 +2,7 @@
 
 Sources: README and reproduce/ of Torch-Pruning (LAMP, global, pruned step by step until a speed-up; SGD of 0.01
 and momentum, lowered tenfold at 60 and 80 % of the epochs); torchdistill's KDLoss; ONNX Runtime's page on quantization
-(preprocess, QDQ, one scale a channel on processors with VNNI).
+(preprocess, QDQ, one scale a channel, weights of 7 bits on processors without VNNI, whose sums of products saturate).
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def run(model: nn.Module, train: Batches, val: Batches, calibration: Batches, ep
         Calibration(calibration),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
+        reduce_range="vnni" not in Path("/proc/cpuinfo").read_text(),
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
     )
