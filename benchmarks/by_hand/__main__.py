@@ -27,7 +27,8 @@ import torchslim as ts
 from benchmarks.by_hand.jobs import FLOAT, JOBS, OURS, Job
 from benchmarks.by_hand.lines import lines_of
 from benchmarks.by_hand.page import page
-from benchmarks.by_hand.serve import Served, accuracy, latency, samples
+from benchmarks.by_hand.paired import packed
+from benchmarks.by_hand.serve import Served, accuracy, hits, latency, samples
 from benchmarks.rows import Row, append, load, version
 from torchslim.core.hardware import describe_machine
 
@@ -89,8 +90,14 @@ def measure(job: Job, side: str, seed: int, folder: Path) -> Row:
         row["tried"] = tried(job, side, folder)
     path = Path(path)
     file = served(job, side, path)
-    row |= {"val": accuracy(file, task, task.val), "test": accuracy(file, task, task.test or task.val)}
+    row |= {"val": accuracy(hits(file, task, task.val))} | tested(file, task)
     return row | {"bytes": path.stat().st_size, "path": str(path.relative_to(folder))}
+
+
+def tested(file: Served, task: ts.Task) -> Row:
+    """The accuracy on test, and which of its samples are told right."""
+    told = hits(file, task, task.test or task.val)
+    return {"test": accuracy(told), "hits": packed(told.numpy()), "samples": len(told)}
 
 
 def tried(job: Job, side: str, folder: Path) -> list[dict[str, str]]:
@@ -141,7 +148,7 @@ def timed(job: Job, name: str, seed: int, rows: Iterable[Row], work: Path) -> Ro
     path = ts.save(deployed, folder) / "model.onnx"
     given = samples(task)
     file = Served(path)
-    result = {"test": accuracy(file, task, task.test or task.val), "bytes": path.stat().st_size}
+    result: Row = tested(file, task) | {"bytes": path.stat().st_size}
     return result | {"rounds": latency({FLOAT: file, **files}, given, ROUNDS), "load": os.getloadavg()[0]}
 
 

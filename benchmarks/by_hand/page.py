@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.by_hand.paired import LEVEL, Difference, difference, unpacked
 from benchmarks.rows import Row
 from torchslim.artifact.latency import Timings
 from torchslim.report.numbers import sized
@@ -28,6 +30,17 @@ sentences and series are trained by none.
   aliases that only annotations need. Every script is given the same model, loaders and baseline;
 - *minutes*: of making the file on this machine, which other work shared{load}; torchslim's contain
   its checks and its own measurements."""
+
+BAR = f"""\
+Torchslim's accuracy must not be worse, its latency must be less or equal (a median ratio of at most {EVEN:g}), with a
+third of the lines.
+
+*Accuracy* is torchslim's minus the other side's, in percentage points. A small difference may be chance, so an exact
+paired test compares the sides sample by sample: *p* is the probability of a difference of this size, up or down, if
+both sides are equally good. It is counted over the signs of all samples that differ, with the seeds averaged on each
+sample; for one seed this is McNemar's test. With p at most {LEVEL:g} torchslim is *better* or *worse*, otherwise *equal
+within error*. That is no proof of equality: no difference counts before six samples differ. The test speaks of these
+files on other samples, not of other seeds."""
 
 
 def latest(rows: Iterable[Row]) -> dict[tuple[str, int, str], Row]:
@@ -53,23 +66,49 @@ def mean(rows: Sequence[Row], key: str) -> float:
     return statistics.fmean(row[key] for row in rows)
 
 
-def verdicts(rows: Mapping[tuple[str, int, str], Row], job: str) -> dict[str, list[str]]:
-    """What torchslim's side misses against every other side, in words; an empty list is the bar met."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What torchslim's side reaches against another side.
+
+    Args:
+        accuracy: the difference on test; None if a row does not tell which samples are right.
+        points: that difference as it is, torchslim's mean minus the other side's.
+        misses: bars that torchslim's side misses, in words; empty if it meets all.
+    """
+
+    accuracy: Difference | None
+    points: float
+    misses: Sequence[str]
+
+
+def verdicts(rows: Mapping[tuple[str, int, str], Row], job: str) -> dict[str, Verdict]:
+    """The verdict against every other side."""
     ours, timed = of_side(rows, job, OURS), timings(rows, job)
-    found: dict[str, list[str]] = {}
+    found: dict[str, Verdict] = {}
     others = dict.fromkeys(side for name, _, side in rows if name == job and side not in (OURS, TIMED))
     for side in others:
         theirs = of_side(rows, job, side)
         if not ours or not theirs or OURS not in timed.rounds or side not in timed.rounds:
             continue
-        found[side] = misses = []
-        if (behind := mean(theirs, "test") - mean(ours, "test")) > 0:
-            misses.append(f"{behind:.2f} points less")
+        misses = []
+        accuracy, points = paired(ours, theirs), mean(ours, "test") - mean(theirs, "test")
+        if points < 0 and (accuracy is None or accuracy.verdict == "worse"):
+            misses.append(f"{-points:.2f} points less")
         if (ratio := timed.speedup(side, OURS).value) > EVEN:
             misses.append(f"{ratio:.2f} times the latency")
         if SHARE * ours[-1]["lines"] > theirs[-1]["lines"]:
             misses.append(f"{ours[-1]['lines']} lines against {theirs[-1]['lines']}")
+        found[side] = Verdict(accuracy=accuracy, points=points, misses=misses)
     return found
+
+
+def paired(ours: Iterable[Row], theirs: Iterable[Row]) -> Difference | None:
+    """The difference on the same samples over the seeds that both sides have."""
+    pairs = [(a, b) for a in ours for b in theirs if a["seed"] == b["seed"]]
+    if not pairs or any("hits" not in row for pair in pairs for row in pair):
+        return None
+    mine, other = ([unpacked(row["hits"], row["samples"]) for row in side] for side in zip(*pairs, strict=True))
+    return difference(mine, other)
 
 
 def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
@@ -127,18 +166,23 @@ def _ratio(timed: Timings, side: str) -> str:
 
 def _bar(rows: Mapping[tuple[str, int, str], Row], jobs: Sequence[str]) -> list[str]:
     lines = [
-        f"Torchslim's metric must be better or equal, its latency less or equal (a median ratio of at most {EVEN:g}),",
-        "with a third of the lines.",
+        BAR,
         "",
-        "| job | against | verdict |",
-        "| --- | --- | --- |",
+        "| job | against | accuracy, points | paired test | verdict |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for job in jobs:
-        lines += [
-            f"| {job} | {side} | {'**missed**: ' + '; '.join(misses) if misses else 'met'} |"
-            for side, misses in verdicts(rows, job).items()
-        ]
+        for side, verdict in verdicts(rows, job).items():
+            outcome = f"**missed**: {'; '.join(verdict.misses)}" if verdict.misses else "met"
+            lines.append(f"| {job} | {side} | {verdict.points:+.2f} | {_tested(verdict.accuracy)} | {outcome} |")
     return lines
+
+
+def _tested(accuracy: Difference | None) -> str:
+    if accuracy is None:
+        return "not tested"
+    digits = f"{accuracy.p:.2f}" if accuracy.p >= 0.1 else f"{accuracy.p:.1g}"
+    return f"{accuracy.verdict} ({accuracy.differ} of {accuracy.samples:,} samples differ, p = {digits})"
 
 
 def _broke(rows: Mapping[tuple[str, int, str], Row]) -> list[str]:

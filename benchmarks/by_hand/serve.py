@@ -56,11 +56,15 @@ def listed(task: ts.Task, batch: Any) -> tuple[list[Tensor], Tensor]:
     return list(inputs.values() if isinstance(inputs, Mapping) else inputs), labels
 
 
-def accuracy(served: Served, task: ts.Task, batches: Iterable[Any]) -> float:
-    """Per cent of the samples that the file tells right."""
+def hits(served: Served, task: ts.Task, batches: Iterable[Any]) -> Tensor:
+    """Whether the file tells each sample right, bool (samples,)."""
     pairs = [listed(task, batch) for batch in batches]
-    hits = [(served(inputs).argmax(1) == labels).float() for inputs, labels in pairs]
-    return 100 * float(torch.cat(hits).mean())
+    return torch.cat([served(inputs).argmax(1) == labels for inputs, labels in pairs])
+
+
+def accuracy(told: Tensor) -> float:
+    """Per cent of the samples that are told right."""
+    return 100 * float(told.double().mean())
 
 
 def samples(task: ts.Task, count: int = SAMPLES) -> list[list[Tensor]]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import torchslim as ts
-from benchmarks.by_hand import lines, page, serve
+from benchmarks.by_hand import lines, page, paired, serve
 from benchmarks.by_hand.jobs import JOBS
 
 MACHINE = {"processor": "a processor", "instruction_set": "AVX2"}
@@ -62,19 +65,66 @@ def test_all_sides_are_given_the_same(name: str) -> None:
     ("ours", "missed"),
     [
         ({}, []),
-        ({"test": 89.5}, ["0.50 points less"]),
+        ({"test": 89.5}, ["0.50 points less"]),  # rows of before hits were kept: the difference as it is
         ({"lines": 21}, ["21 lines against 60"]),
     ],
 )
 def test_the_bar_names_what_is_missed(ours: dict[str, Any], missed: list[str]) -> None:
     rows = [row("torchslim", **ours), row("by hand", lines=60), timed(1.0, 1.0)]
-    assert page.verdicts(page.latest(rows), "images") == {"by hand": missed}
+    assert page.verdicts(page.latest(rows), "images")["by hand"].misses == missed
 
 
 def test_a_longer_latency_misses_the_bar_and_seeds_are_averaged() -> None:
     rows = [row("torchslim", seed, 91.0 - seed) for seed in range(2)] + [row("by hand", 0, 90.5, lines=60)]
     rows += [timed(2.0, 1.0), timed(2.0, 1.0, seed=1)]
-    assert page.verdicts(page.latest(rows), "images") == {"by hand": ["2.00 times the latency"]}
+    assert page.verdicts(page.latest(rows), "images")["by hand"].misses == ["2.00 times the latency"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "missed", "said"),
+    [
+        (5, 0, [], "equal within error (5 of 1,000 samples differ, p = 0.06)"),
+        (6, 0, ["0.60 points less"], "worse (6 of 1,000 samples differ, p = 0.03)"),
+        (30, 20, [], "equal within error (50 of 1,000 samples differ, p = 0.20)"),
+        (2, 20, [], "better (22 of 1,000 samples differ, p = 0.0001)"),
+    ],
+)
+def test_a_difference_within_error_meets_the_bar(lost: int, gained: int, missed: list[str], said: str) -> None:
+    theirs = np.arange(1_000) >= gained
+    ours = np.arange(1_000) < 1_000 - lost
+    rows = [
+        row("torchslim", test=100 * ours.mean(), hits=paired.packed(ours), samples=1_000),
+        row("by hand", test=100 * theirs.mean(), hits=paired.packed(theirs), samples=1_000, lines=60),
+        timed(1.0, 1.0),
+    ]
+    assert page.verdicts(page.latest(rows), "images")["by hand"].misses == missed
+    assert f"| {(gained - lost) / 10:+.2f} | {said} |" in page.page(rows, MACHINE)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_packed_hits_come_back(hits: list[bool]) -> None:
+    assert paired.unpacked(paired.packed(hits), len(hits)).tolist() == hits
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 4))
+def test_equal_seeds_give_the_p_value_of_mcnemars_exact_test(lost: int, gained: int, seeds: int) -> None:
+    theirs = np.r_[np.ones(lost, bool), np.zeros(gained, bool), np.ones(7, bool)]
+    ours = np.r_[np.zeros(lost, bool), np.ones(gained, bool), np.ones(7, bool)]
+    found = paired.difference([ours] * seeds, [theirs] * seeds)
+    expected = scipy.stats.binomtest(gained, lost + gained).pvalue if lost + gained else 1.0
+    assert found.p == pytest.approx(expected, abs=1e-12)
+    assert (found.samples, found.differ) == (lost + gained + 7, lost + gained)
+    assert found.points == pytest.approx(100 * (gained - lost) / found.samples)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=9))
+def test_the_p_value_is_that_of_all_sign_flips(told: list[list[bool]]) -> None:
+    """Three seeds of both sides; every way to give the samples signs is written out."""
+    ours, theirs = np.array(told).T[:3], np.array(told).T[3:]
+    each = ours.sum(0) - theirs.sum(0)
+    flips = [np.dot(signs, each) for signs in itertools.product((-1, 1), repeat=len(each))]
+    expected = np.mean(np.abs(flips) >= abs(each.sum()))
+    assert paired.difference(list(ours), list(theirs)).p == pytest.approx(expected)
 
 
 def test_the_page_shows_failures_with_their_reason() -> None:
@@ -100,8 +150,10 @@ def test_a_file_is_served_with_the_accuracy_of_its_model(tmp_path: Path) -> None
     labels = model(x).argmax(1)
     path = ts.save(ts.deploy(model, (x,), runtime="onnxruntime"), tmp_path) / "model.onnx"
     task = ts.Task(val=[(x, labels)], metric="accuracy")
-    assert serve.accuracy(serve.Served(path), task, task.val) == 100.0
-    assert serve.accuracy(serve.Served(path, lambda inputs: [-inputs[0]]), task, task.val) < 100.0
+    assert serve.hits(serve.Served(path), task, task.val).all()
+    told = serve.hits(serve.Served(path, lambda inputs: [-inputs[0]]), task, task.val)
+    assert not told.all()
+    assert serve.accuracy(told) == pytest.approx(100 * told.numpy().mean())
 
 
 @pytest.mark.slow
@@ -112,7 +164,7 @@ def test_the_series_with_torchslim_run_in_small(tmp_path: Path) -> None:
 
     model, task = tiny.model(), tiny.task()
     path = series_torchslim.run(model, task.train, task.val, task.train, 0, tmp_path)
-    assert serve.accuracy(serve.Served(path), task, task.val) > 100 / 9
+    assert serve.accuracy(serve.hits(serve.Served(path), task, task.val)) > 100 / 9
 
 
 @pytest.mark.slow
@@ -124,7 +176,9 @@ def test_the_images_by_hand_run_in_small(tmp_path: Path) -> None:
 
     model, task = tiny.model(), tiny.task()
     path = images.run(model, task.train, task.val, task.val, 1, tmp_path)
-    assert serve.accuracy(serve.Served(path), task, task.val) >= 0.0
+    inputs, _ = serve.listed(task, next(iter(task.val)))
+    expected = serve.Served(tmp_path / "float.onnx")(inputs)
+    assert (serve.Served(path)(inputs) - expected).abs().max() < 0.2 * expected.abs().max()
     assert path.stat().st_size < (tmp_path / "float.onnx").stat().st_size
 
 
