@@ -17,6 +17,7 @@ from torchslim.graph.integer_patterns import is_dynamic
 from torchslim.runtimes.onnx_biases import MICROSOFT, becomes_gemm, fused_biases, integer_biases
 from torchslim.runtimes.onnx_graph import Graph
 from torchslim.runtimes.onnx_kernels import PACKED
+from torchslim.runtimes.onnx_reshapes import copied_sizes
 
 MOVES = ("Transpose", "Reshape", "Unsqueeze", "Slice", "Concat", "Squeeze", "Split")  # they do not change values
 BYTES = ("INT8", "UINT8")
@@ -62,6 +63,7 @@ def finish(proto: Any, *, lowered: bool = True) -> None:
     float_weights(graph)
     four_bit_weights(graph)
     weights_of_their_own(graph)
+    copied_sizes(graph)
     if graph.changed:
         graph.write()
     del proto.graph.value_info[:]
