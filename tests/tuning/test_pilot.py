@@ -18,18 +18,10 @@ from torchslim.core.measurement import Speedup
 from torchslim.runtimes import Deployed
 from torchslim.tuning import pilot as pilots
 from torchslim.tuning.pilot import MANY, Pilot, call_overhead, outside_share, pilot
-from torchslim.tuning.suggestion_text import LOSS, Mix, allowed_loss, tried
+from torchslim.tuning.suggestion_text import LOSS, allowed_loss, tried
 
 PERCENT = ts.Metric(fn=lambda predict, batches: 0.0, name="accuracy", unit="%")
 ERROR = ts.Metric(fn=lambda predict, batches: 0.0, name="error", unit="m", higher_is_better=False)
-
-
-def mix(depthwise: int = 0) -> Mix:
-    kinds = ("convolution", "depthwise", "linear", "attention", "recurrent")
-    return Mix(
-        shares=dict.fromkeys(kinds, 0.2), counts={"depthwise": depthwise}, operations=frozenset(), macs=1,
-        parameters=1, size_mb=1.0, runs={}, removable={}, smallest={}, stays="", tables=0.0, recalibrates=False,
-    )  # fmt: skip
 
 
 def run(low: float, high: float, lost: float = 0.0, **more: Any) -> Pilot:
@@ -39,7 +31,7 @@ def run(low: float, high: float, lost: float = 0.0, **more: Any) -> Pilot:
 
 
 def line(found: Pilot, budget: ts.Budget | None = None, metric: ts.Metric = PERCENT, **table: Any) -> str:
-    return tried(found, metric, budget or ts.Budget(), mix(depthwise=17), {"do": "quantize", **table})
+    return tried(found, metric, budget or ts.Budget(), {"do": "quantize", **table})
 
 
 class Two(nn.Module):
@@ -86,7 +78,6 @@ def test_a_call_that_gains_nothing_says_so_with_the_reasons() -> None:
 def test_a_loss_above_the_allowed_one_is_told(lost: float, budget: ts.Budget | None, said: bool) -> None:
     found = line(run(1.5, 1.7, lost), budget, mode="qat")
     assert ("rounding alone loses more than" in found) == said
-    assert ("17 depthwise convolutions" in found) == said
     assert ("trains on the grid" in found) == said
 
 

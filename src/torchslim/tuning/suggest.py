@@ -136,7 +136,7 @@ def suggest(
         "step": steps,
     }
     reasons = (about_model(mix, schooling), about_machine(mix, runtimes), therefore(lines, omissions))
-    lines_of_pilots = (tried(run, task.as_metric(), budget, mix, steps[-1]) for run in pilots)
+    lines_of_pilots = (tried(run, task.as_metric(), budget, steps[-1]) for run in pilots)
     return Suggestion(document=document, reasons=(*reasons, *lines_of_pilots), pilots=pilots)
 
 

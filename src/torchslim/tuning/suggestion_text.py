@@ -142,7 +142,7 @@ def therefore(told: Sequence[str], left: Sequence[str]) -> str:
     return f"{line}; left out: {'; '.join(left)}." if left else f"{line}."
 
 
-def tried(run: Pilot, metric: Metric, budget: Budget, mix: Mix, quantization: Document) -> str:
+def tried(run: Pilot, metric: Metric, budget: Budget, quantization: Document) -> str:
     """The line of a pilot: its figures, and what cannot be expected of the recipe because of them."""
     head = f"Tried: {run.scheme} on {run.runtime}, plainly rounded"
     if run.speedup is None or run.before is None or run.after is None or run.lost is None:
@@ -163,9 +163,7 @@ def tried(run: Pilot, metric: Metric, budget: Budget, mix: Mix, quantization: Do
         )
     allowed = allowed_loss(budget, metric, run.before)
     if run.lost > allowed:
-        clauses.append(
-            f"rounding alone loses more than {allowed:.2g}{unit}{_why_lossy(mix)}: {_mended(quantization, allowed)}"
-        )
+        clauses.append(f"rounding alone loses more than {allowed:.2g}{unit}: {_mended(quantization, allowed)}")
     return f"{head}: {'; '.join(clauses)}."
 
 
@@ -174,11 +172,6 @@ def allowed_loss(budget: Budget, metric: Metric, before: float) -> float:
     if budget.metric_drop is not None:
         return budget.metric_drop
     return LOSS if metric.unit == "%" else LOSS / 100 * abs(before)
-
-
-def _why_lossy(mix: Mix) -> str:
-    count = mix.counts.get("depthwise", 0)
-    return f" (channels of the {count} depthwise convolutions have very different ranges)" if count else ""
 
 
 def _mended(quantization: Document, allowed: float) -> str:
