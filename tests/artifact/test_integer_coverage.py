@@ -77,7 +77,7 @@ def test_programs_of_one_structure_are_known_by_it_however_their_tensors_are_sto
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "int4-weights", "int8-dynamic"])
 def test_bits_and_activations_are_read_from_the_graph(scheme: str) -> None:
     x = torch.randn(4, 3, 8, 8)
-    prepared = prepare(trained_conv(), (x,), scheme=scheme)
+    prepared = prepare(trained_conv(), (x,), scheme=scheme, runtime="eager")
     if scheme == "int8":
         prepared.calibrate([(x,)])
     captured = capture(convert(prepared), (x,))

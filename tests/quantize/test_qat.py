@@ -273,9 +273,8 @@ def test_the_model_stays_as_it_was_and_copies_are_independent() -> None:
 @pytest.mark.slow
 def test_layers_choose_their_schemes() -> None:
     x = images(8)
-    prepared = prepare(
-        trained_conv(), (x,), layers={"type:Conv2d": "float", "pointwise": "int8-weights", "head": "int8-dynamic"}
-    )
+    layers = {"type:Conv2d": "float", "pointwise": "int8-weights", "head": "int8-dynamic"}
+    prepared = prepare(trained_conv(), (x,), layers=layers, runtime="eager")
     bits = {each.layer: (each.action, each.weight_bits, each.activation_bits) for each in prepared.records}
     assert bits == {
         "stem": ("refused", None, None),

@@ -181,6 +181,9 @@ class SlimQuantizer(Quantizer):
             if scheme.activations == "dynamic":
                 reason = f"no runtime computes {layer.kind} with dynamic ranges: weights in int8, computing in float"
             scheme = WEIGHTS_ONLY
+        elif scheme.activations == "dynamic" and shape_of(weight)[layer.axis] <= self.profile.narrow:
+            reason = f"rounding its input takes longer than a product with {shape_of(weight)[layer.axis]} outputs"
+            reason, scheme = f"{reason}: weights in int8, computing in float", WEIGHTS_ONLY
         elif scheme.activations != "float" and is_constant(source):
             reason, scheme = "its input is stored, too: weights in int8, computing in float", WEIGHTS_ONLY
         inputs: dict[Node, Any] = {weight: self.specs.weight(scheme, layer.axis)}
