@@ -23,12 +23,11 @@ import torch
 
 import torchslim as ts
 from benchmarks.jobs_page import latest, page
-from benchmarks.rows import Row, append, load, version
+from benchmarks.rows import Row, append, load, machine_named, version
 from examples.gallery import JOBS, PackageMissing
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.artifact.latency import Timings, resized
 from torchslim.core.batches import batch_size
-from torchslim.core.hardware import describe_machine
 from torchslim.errors import RecipeError
 from torchslim.pipeline.recipe import Recipe, load_recipe
 from torchslim.report.numbers import value_of
@@ -187,10 +186,11 @@ def main() -> None:
             break
         again = arguments.suggest and job in measured_before
         row = suggested_again(measured_before[job], now) if again else measure(job) | {"version": now}
+        row = {"machine": machine_named()} | row
         append(row, arguments.rows)
         print(f"{number}/{len(todo)} {job}: {row['reason'] or row['artifact']}", flush=True)
     target = arguments.rows.with_suffix(".md")
-    target.write_text(page(load(arguments.rows), describe_machine(1)))
+    target.write_text(page(load(arguments.rows), torch.__version__.partition("+")[0]))
     print(target)
 
 

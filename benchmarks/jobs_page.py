@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from benchmarks.rows import Row
 from torchslim.report.numbers import sized
@@ -41,16 +40,15 @@ def misses(row: Row) -> list[str]:
     return found
 
 
-def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
+def page(rows: Iterable[Row], torch_version: str) -> str:
     """The Markdown page."""
     found = latest(rows)
     jobs = [row for row in found.values() if not row["reason"]]
-    versions = ", ".join(sorted({row["version"] for row in found.values()}))
     lines = [
         "# The gallery: whole jobs, float against the artifact",
         "",
-        f"Written by `python -m benchmarks.jobs`; {machine['processor']} ({machine['instruction_set']}), "
-        f"torch {machine['versions']['torch']}; torchslim {versions}.",
+        f"Written by `python -m benchmarks.jobs`; torch {torch_version}. The last column names the source of torchslim",
+        "and the processor of each row. Each machine trains the baselines anew, so their metrics differ.",
         "Every job is a folder of [examples/](../examples) with the recipe that ran here as it is. Both sides run on",
         "the same runtime with one thread. The time is that of the processor for one sample, the speed-up the median",
         "of paired rounds with the 10th and 90th percentile. A model with deployed parts is timed whole, with its code",
@@ -61,8 +59,8 @@ def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
         "user does by hand, with other libraries.",
         "",
         "| job | metric on test | float | artifact | bytes of float | artifact | smaller | ms of float "
-        "| artifact | faster | minutes | lines |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| artifact | faster | minutes | lines | measured on |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(_line, jobs),
         "",
         "## Bars",
@@ -100,5 +98,6 @@ def _line(row: Row) -> str:
         f"{speedup['value']:.2f}x [{speedup['low']:.2f}-{speedup['high']:.2f}], {speedup['verdict']}",
         f"{row['minutes']:.1f}",
         str(row["lines"]),
+        f"{row['version']}, {row['machine']}",
     ]
     return f"| {' | '.join(cells)} |"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torchslim
+from torchslim.core.hardware import describe_machine
 
 Row = dict[str, Any]
 PEERS = {  # their packages, by side
@@ -28,6 +29,12 @@ def version(side: str) -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def machine_named() -> str:
+    """The processor of this machine with its instruction set, for rows."""
+    machine = describe_machine(1)
+    return f"{machine['processor']} ({machine['instruction_set']})"
 
 
 def load(path: Path) -> list[Row]:

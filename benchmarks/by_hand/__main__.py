@@ -29,8 +29,7 @@ from benchmarks.by_hand.lines import lines_of
 from benchmarks.by_hand.page import page
 from benchmarks.by_hand.paired import packed
 from benchmarks.by_hand.serve import Served, accuracy, hits, latency, samples
-from benchmarks.rows import Row, append, load, version
-from torchslim.core.hardware import describe_machine
+from benchmarks.rows import Row, append, load, machine_named, version
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "by_hand.jsonl", HERE.parent / "by_hand.md"
@@ -184,6 +183,7 @@ def main() -> None:
         if time.monotonic() > stop:
             break
         row: Row = {"job": name, "seed": seed, "side": side, "version": now, "versions": versions(), "reason": ""}
+        row["machine"] = machine_named()
         folder = place(arguments.work, name, seed, side)
         if side == TIMED:
             row |= timed(JOBS[name], name, seed, load(arguments.rows), arguments.work)
@@ -193,7 +193,7 @@ def main() -> None:
         append(row, arguments.rows)
         print(name, seed, side, row["reason"] or f"{row['test']:.2f} % on test", file=sys.stderr, flush=True)
     if arguments.rows == ROWS:
-        PAGE.write_text(page(counted(load(ROWS)), describe_machine(1)))
+        PAGE.write_text(page(counted(load(ROWS))))
         print(PAGE)
 
 

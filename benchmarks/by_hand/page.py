@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.by_hand.paired import LEVEL, Difference, difference, unpacked
 from benchmarks.rows import Row
@@ -111,25 +110,30 @@ def paired(ours: Iterable[Row], theirs: Iterable[Row]) -> Difference | None:
     return difference(mine, other)
 
 
-def page(rows: Iterable[Row], machine: Mapping[str, Any]) -> str:
+def page(rows: Iterable[Row]) -> str:
     """The Markdown page."""
     found = latest(rows)
     jobs = list(dict.fromkeys(job for job, _, _ in found))
-    ours = ", ".join(sorted({row["version"] for row in found.values() if row["side"] in (OURS, TIMED)}))
     releases = dict(item for row in found.values() for item in row.get("versions", {}).items())
     loads = [row["load"] for row in found.values() if "load" in row]
     lines = [
         "# torchslim and what a user does by hand",
         "",
-        f"Written by `python -m benchmarks.by_hand`; {machine['processor']} ({machine['instruction_set']}); torchslim "
-        f"{ours}; {', '.join(f'{name} {release}' for name, release in releases.items())}.",
+        "Written by `python -m benchmarks.by_hand`; "
+        f"{', '.join(f'{name} {release}' for name, release in releases.items())}.",
         "",
         ABOUT.format(load=f" (load {min(loads):.0f} to {max(loads):.0f})" if loads else ""),
     ]
     for job in jobs:
-        lines += ["", f"## {job.capitalize()}", "", *_table(found, job)]
+        lines += ["", f"## {job.capitalize()}", "", _measured_on(found, job), "", *_table(found, job)]
     lines += ["", "## Bar", "", *_bar(found, jobs), "", "## What broke on the way", "", *_broke(found)]
     return "\n".join(lines) + "\n"
+
+
+def _measured_on(rows: Mapping[tuple[str, int, str], Row], job: str) -> str:
+    of_job = [row for (name, _, _), row in rows.items() if name == job]
+    ours = dict.fromkeys(row["version"] for row in of_job if row["side"] in (OURS, TIMED))
+    return f"Measured on {', '.join(dict.fromkeys(row['machine'] for row in of_job))}; torchslim {', '.join(ours)}."
 
 
 def _table(rows: Mapping[tuple[str, int, str], Row], job: str) -> list[str]:
@@ -180,7 +184,7 @@ def _bar(rows: Mapping[tuple[str, int, str], Row], jobs: Sequence[str]) -> list[
 
 def _tested(accuracy: Difference | None) -> str:
     if accuracy is None:
-        return "not tested"
+        return "not tested: its rows do not tell which samples are right"
     digits = f"{accuracy.p:.2f}" if accuracy.p >= 0.1 else f"{accuracy.p:.1g}"
     return f"{accuracy.verdict} ({accuracy.differ} of {accuracy.samples:,} samples differ, p = {digits})"
 

@@ -18,13 +18,13 @@ import torchslim as ts
 from benchmarks.by_hand import lines, page, paired, serve
 from benchmarks.by_hand.jobs import JOBS
 
-MACHINE = {"processor": "a processor", "instruction_set": "AVX2"}
 STATEMENTS = ("x = 1", "y = [\n    1,\n    2,\n]", "def f():\n    return 3", "class A:\n    b = 4")
 NOTHING = ("", "# a comment", "   # another")
 
 
 def row(side: str, seed: int = 0, test: float = 90.0, **more: Any) -> dict[str, Any]:
     found = {"job": "images", "seed": seed, "side": side, "version": "v1", "versions": {"peer": "1.0"}, "reason": ""}
+    found["machine"] = "a processor (AVX2)"
     return found | {"val": test, "test": test, "bytes": 2048, "minutes": 1.5, "lines": 20, "tried": []} | more
 
 
@@ -98,7 +98,7 @@ def test_a_difference_within_error_meets_the_bar(lost: int, gained: int, missed:
         timed(1.0, 1.0),
     ]
     assert page.verdicts(page.latest(rows), "images")["by hand"].misses == missed
-    assert f"| {(gained - lost) / 10:+.2f} | {said} |" in page.page(rows, MACHINE)
+    assert f"| {(gained - lost) / 10:+.2f} | {said} |" in page.page(rows)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
@@ -130,10 +130,15 @@ def test_the_p_value_is_that_of_all_sign_flips(told: list[list[bool]]) -> None:
 def test_the_page_shows_failures_with_their_reason() -> None:
     failed = row("fasterai", reason="TypeError: <a | b>")
     tried = row("by hand", tried=[{"what": "a call", "error": "ValueError: no"}])
-    text = page.page([row("torchslim"), failed, tried, timed(1.0, 2.0)], MACHINE)
+    text = page.page([row("torchslim"), failed, tried, timed(1.0, 2.0)])
     assert "TypeError: &lt;a \\| b>" in text
     assert "| images | by hand | a call | ValueError: no |" in text
     assert "| 2.000 | 0.50 [0.50-0.50] | 1.5 | 20 | 1 |" in text
+
+
+def test_every_job_names_its_source_and_its_processors() -> None:
+    text = page.page([row("torchslim"), row("by hand", version="v0"), timed(1.0, 2.0) | {"machine": "another (VNNI)"}])
+    assert "Measured on a processor (AVX2), another (VNNI); torchslim v1." in text
 
 
 def test_samples_keep_their_own_length() -> None:

@@ -14,13 +14,11 @@ from benchmarks.jobs_page import lost, misses, page
 from torchslim.errors import RecipeError
 from torchslim.pipeline.recipe import Recipe
 
-MACHINE = {"processor": "a processor", "instruction_set": "AVX2", "versions": {"torch": "2.0"}}
-
 
 def row(job: str = "images", **more: Any) -> dict[str, Any]:
     figures = {"val": 90.0, "test": 90.0, "bytes": 4_000}
     found = {
-        "job": job, "version": "v1", "reason": "", "lines": 50, "minutes": 1.5, "runtime": "onnxruntime",
+        "job": job, "version": "v1", "machine": "a processor (AVX2)", "reason": "", "lines": 50, "minutes": 1.5, "runtime": "onnxruntime",
         "metric": {"name": "accuracy", "unit": "%", "higher_is_better": True}, "float": figures,
         "artifact": figures | {"test": 89.5, "bytes": 1_000},
         "latency_ms": {"float": 2.0, "artifact": 1.0},
@@ -61,8 +59,8 @@ def test_a_metric_without_percent_loses_per_cent_of_itself() -> None:
 
 
 def test_the_page_shows_the_newest_row_that_counts_and_names_what_failed() -> None:
-    text = page([row("a", lines=1), row("a", lines=77), row("a", reason="broken"), row("b", reason="no data")], MACHINE)
-    assert "| 77 |" in text
+    text = page([row("a", lines=1), row("a", lines=77), row("a", reason="broken"), row("b", reason="no data")], "2.0")
+    assert "| 77 | v1, a processor (AVX2) |" in text
     assert "- b: no data" in text
     assert "broken" not in text
     assert "| a | met | Therefore: quantize to int8. Tried: int8. |" in text
@@ -82,10 +80,10 @@ def test_a_job_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = importlib.import_module("examples.tabular.tiny")
     torch.manual_seed(0)
     monkeypatch.setattr(Recipe, "load", lambda self: (tiny.model(), tiny.task(), None))
-    found = jobs.measure("tabular") | {"version": "v1"}
+    found = jobs.measure("tabular") | {"version": "v1", "machine": "a processor"}
     assert found["reason"] == ""
     assert found["artifact"]["bytes"] < found["float"]["bytes"]
     assert found["latency_ms"]["artifact"] > 0
     assert found["steps"] == ["prune", "distill", "quantize"]
     assert found["lines"] > 30
-    assert "| tabular | ROC AUC |" in page([found], MACHINE)
+    assert "| tabular | ROC AUC |" in page([found], "2.0")
