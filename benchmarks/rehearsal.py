@@ -7,6 +7,7 @@ two marks.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,12 +31,16 @@ LONGER = 10  # times as many epochs
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Seconds of a rehearsal, of the clock and of the processor, and of the run as it forecasts it."""
+    """Seconds of a rehearsal, of the clock and of the processor, and of the run as it forecasts it.
+
+    `load` is the mean number of programs that wanted to run on this machine in the last minutes.
+    """
 
     name: str
     seconds: float
     processor: float
     run: float
+    load: float
 
     @property
     def share(self) -> float:
@@ -65,7 +70,7 @@ def rehearsed(name: str, times: int) -> Cost:
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
     assert forecast is not None
     assert forecast.seconds is not None
-    return Cost(name=name, seconds=seconds, processor=processor, run=forecast.seconds)
+    return Cost(name=name, seconds=seconds, processor=processor, run=forecast.seconds, load=os.getloadavg()[1])
 
 
 def table(costs: Sequence[Cost]) -> str:
@@ -81,8 +86,9 @@ def table(costs: Sequence[Cost]) -> str:
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
-            f"Measured on {machine['processor']} ({machine['instruction_set']}), which other programs used, too. The",
-            "runs are not made: their time is the forecast.",
+            f"Measured on {os.cpu_count()} cores of {machine['processor']} ({machine['instruction_set']}), shared with "
+            "other programs: a load of",
+            f"{' and '.join(f'{cost.load:.0f}' for cost in costs)}. The runs are not made: their time is the forecast.",
             "",
         ]
     )

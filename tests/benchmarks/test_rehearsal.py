@@ -17,9 +17,11 @@ def test_every_training_gets_longer_and_other_steps_stay() -> None:
 
 
 def test_a_share_is_that_of_the_whole_run() -> None:
-    cost = Cost(name="a", seconds=60, processor=30, run=1140)
+    cost = Cost(name="a", seconds=60, processor=30, run=1140, load=2.3)
     assert cost.share == pytest.approx(0.05)
-    assert "| a | 60 s | 30 s | 19 min | 5.0% |" in table([cost])
+    text = table([cost])
+    assert "| a | 60 s | 30 s | 19 min | 5.0% |" in text
+    assert "a load of\n2." in text
 
 
 def test_the_page_has_the_place_of_the_figures_once() -> None:
