@@ -5,7 +5,8 @@ each holds between two steps, the most that it holds of weights during one, its 
 step, against a copy of the model in each. Times are of this backend: they say nothing about GPUs.
 
 workers: one and two workers of one search, each a process with one thread, try the same number of recipes. Printed are
-the trials an hour, from the start of the first trial to the end of the last.
+the trials an hour, from the start of the first trial to the end of the last, and the processor time, which other
+programs on the machine change less.
 """
 
 from __future__ import annotations
@@ -147,8 +148,8 @@ def images() -> ts.Task:
     return ts.Task(train=batches[:8], val=batches[8:], metric="accuracy")
 
 
-def trials_an_hour(workers: int) -> float:
-    """Trials an hour of some workers of one search, which share a folder."""
+def searched(workers: int) -> tuple[float, float]:
+    """Trials an hour and processor seconds a trial of some workers of one search, which share a folder."""
     import optuna
 
     with tempfile.TemporaryDirectory() as name:
@@ -164,7 +165,9 @@ def trials_an_hour(workers: int) -> float:
             "--out",
             str(folder / "out"),
         ]
-        started = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(workers)]
+        silent = subprocess.DEVNULL
+        before = processor_seconds()
+        started = [subprocess.Popen(command, env=environment, stdout=silent, stderr=silent) for _ in range(workers)]
         codes = [each.wait() for each in started]
         if any(codes):
             raise SystemExit("a worker failed")
@@ -173,18 +176,30 @@ def trials_an_hour(workers: int) -> float:
         assert len(done) == TRIALS
         assert len({trial.user_attrs["worker"]["pid"] for trial in done}) == workers
         span = max(trial.datetime_complete for trial in done) - min(trial.datetime_start for trial in done)
-    return TRIALS * 3600 / span.total_seconds()
+    return TRIALS * 3600 / span.total_seconds(), (processor_seconds() - before) / TRIALS
+
+
+def processor_seconds() -> float:
+    """Processor time of all processes that this one has started and waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def compare_workers(rounds: int = 3) -> None:
     """One and two workers in turn: medians, and the least and the most."""
-    rows: dict[int, list[float]] = {1: [], 2: []}
+    rows: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     for _ in range(rounds):
-        for workers, rates in rows.items():
-            rates.append(trials_an_hour(workers))
-    print(f"| workers | trials an hour, median of {rounds} searches | least and most |\n| ---: | ---: | --- |")
-    for workers, rates in rows.items():
-        print(f"| {workers} | {statistics.median(rates):.0f} | {min(rates):.0f} to {max(rates):.0f} |")
+        for workers, figures in rows.items():
+            figures.append(searched(workers))
+    print(f"{rounds} searches of {TRIALS} trials each; load of the machine at the end: {os.getloadavg()[0]:.1f}")
+    print("| workers | trials an hour | processor seconds a trial, with the start and the full training |")
+    print("| ---: | ---: | ---: |")
+    for workers, figures in rows.items():
+        cells = [
+            f"{statistics.median(column):.{digits}f} ({min(column):.{digits}f} to {max(column):.{digits}f})"
+            for column, digits in zip(zip(*figures, strict=True), (0, 1), strict=True)
+        ]
+        print(f"| {workers} | {' | '.join(cells)} |")
 
 
 def compare_strategies() -> None:
