@@ -169,13 +169,14 @@ def run_search(work: Path, seed: int) -> dict[str, Any]:
     return {"folders": folders, "samples": Counted.total(count), "artifacts": attempts + len(folders)}
 
 
-def run_solved(work: Path, seed: int, samples: float) -> dict[str, Any]:
-    """The solved search, with so many trained samples; its tables train nothing."""
+def run_solved(work: Path, seed: int, samples: float, artifacts: float) -> dict[str, Any]:
+    """The solved search, with so many trained samples and artifacts; its tables train nothing."""
     document = {**load_document(SOLVED), "seed": seed}
     document["threads"] = THREADS
     prune, distill, quantize = document["step"]
     document["step"] = [prune, {**distill, "epochs": max(1, round(samples / IMAGES / MEMBERS))}, quantize]
-    document["budget"] = {**document["budget"], "epochs": samples / IMAGES, "metric_drop": LEVEL}
+    limits = {"epochs": samples / IMAGES, "trials": round(artifacts), "metric_drop": LEVEL}
+    document["budget"] = {**document["budget"], **limits}
     count = work.with_suffix(".count")
     found = ts.search(resnet(), task(count), document, workdir=work, example_inputs=example(), rehearse=False)
     folders = sorted((work / "front").iterdir())
@@ -244,9 +245,10 @@ def drawn_units(seed: int) -> Iterator[tuple[str, list[Step]]]:
         }
         share = generator.choice((0.0, 0.0, 0.3))  # of layers in float
         schemes = {name: "float" for name in layers if not inside(name, modules) and generator.random() < share}
-        steps: list[dict[str, Any]] = [{"do": "prune", "pattern": "channel", "criterion": "lamp", "widths": widths}]
+        cut = {"do": "prune", "reconstruct": True}
+        steps: list[dict[str, Any]] = [{**cut, "pattern": "channel", "criterion": "lamp", "widths": widths}]
         if gone:
-            steps.insert(0, {"do": "prune", "pattern": "block", "blocks": [block.name for block in gone]})
+            steps.insert(0, {**cut, "pattern": "block", "blocks": [block.name for block in gone]})
         document = {**load_document(SOLVED), "step": [*steps, distill, {**quantize, "layers": schemes}]}
         document.pop("budget")
         yield "random units", list(parse_document(document, "drawn").steps)
@@ -276,7 +278,8 @@ def main() -> None:
                 if method == "search":
                     done = run_search(work, seed)
                 elif method in SHARES:
-                    done = run_solved(work / method, seed, samples * SHARES[method])
+                    share = SHARES[method]
+                    done = run_solved(work / method, seed, samples * share, artifacts * share)
                 else:
                     candidates = {"singles": singles, "random": drawn, "random-units": drawn_units}[method]
                     given = () if method == "singles" else (seed,)

@@ -78,6 +78,34 @@ def task(batches: Any, **options: Any) -> ts.Task:
     return ts.Task(**({"val": batches, "calibration": batches, "metric": "accuracy"} | options))
 
 
+# channels of a group --------------------------------------------------------------------------------------------------
+
+
+class Twins(nn.Module):
+    """Every hidden unit twice, so that the layer behind can do without one of each pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 4)
+        with torch.no_grad():
+            self.first.weight[6:], self.first.bias[6:] = self.first.weight[:6], self.first.bias[:6]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)))
+
+
+def test_a_channel_that_others_can_replace_does_no_damage_after_reconstruction() -> None:
+    data = task(rows(8))
+    plain, solved = (
+        ts.sensitivity(made(Twins), data, ratios=(1 / 12,), schemes=(), reconstruct=reconstruct)
+        for reconstruct in (False, True)
+    )
+    ((before,), (after,)) = ([point.value for point in found.points] for found in (plain, solved))
+    assert before is not None
+    assert after is not None
+    assert before < 40 < 80 < after  # dB
+
+
 # a layer by itself ----------------------------------------------------------------------------------------------------
 
 

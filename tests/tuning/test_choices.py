@@ -12,7 +12,7 @@ from tests.support.searches import QUICK
 from torchslim.allocation.problem import Decision
 from torchslim.errors import RecipeError
 from torchslim.tuning import make_space
-from torchslim.tuning.choices import AFTER, SolvedSpace, epochs_by_prefix, solved_space
+from torchslim.tuning.choices import AFTER, TRAIN, SolvedSpace, epochs_by_prefix, solved_space
 
 DECISIONS = (
     Decision(name="width conv1.weight[0]", options=(8, 6, 4)),
@@ -75,6 +75,12 @@ def test_a_chain_repeats_the_steps_before_it_and_adds_its_own(space: SolvedSpace
         space.chosen(each)["step"] for each in (space.trained[3], values(4, 4, "int8", "int8", "drop", after=5))
     )
     assert whole[:2] == first[:2]  # so that their result is shared
+
+
+def test_a_recipe_may_leave_out_its_own_training_alone(space: SolvedSpace) -> None:
+    space.trained[3] = values(6, 8, "int8", "int8", "keep")
+    steps = space.chosen({**values(4, 8, "int8", "int8", "keep", after=3), TRAIN: False})["step"]
+    assert [step["do"] for step in steps] == ["prune", "distill", "prune", "quantize"]
 
 
 def test_shared_trainings_are_counted_once(space: SolvedSpace) -> None:

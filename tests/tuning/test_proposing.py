@@ -38,28 +38,35 @@ def tables(bias: float = 1.0) -> Tables:
     return Tables(problem=problem, damage=damage, law=law, cost="latency")
 
 
-def train(proposer: Proposer, count: int, cliff: float = 0.0, unit: float = 1.0) -> list[Seen]:
+def train(proposer: Proposer, count: int, cliff: float = 0.0, unit: float = 1.0, untrained: int = 0) -> list[Seen]:
     """Recipes that were proposed one after the other and measured: the drop is half of the damage, in points.
 
-    Recipes that cost less than `cliff` lose five points more, which no table shows. `unit` is that of the metric.
+    Recipes that cost less than `cliff` lose five points more, which no table shows. `unit` is that of the metric. The
+    last `untrained` recipes do not train: they keep half of the damage of the trained one before them, and add all of
+    their own.
     """
     truth = tables()
     seen: list[Seen] = []
-    for number in range(count + 1):
-        proposal = proposer.propose(seen, count - number)
-        if proposal is None:
+    for number in range(count + 1 + untrained):
+        proposal = proposer.propose(seen, max(count - number, 0))
+        if proposal is None or not (proposal.train or untrained):
             break
+        assert proposal.train == (number == 0 or number < count)
         places = proposal.solution.places
         assert places not in {each.places for each in seen}
         parents = [each for each in seen if each.number == proposal.after]
         assert proposal.after == ORIGINAL or parents
+        assert all(parent.trains for parent in parents)
         for parent in parents:  # what the recipe before has removed does not come back
             assert all(a >= b for a, b in zip(places[:LAYERS], parent.places[:LAYERS], strict=True))
         damage = truth.damage.predicted(places, truth.law)
         cost = truth.problem.total(truth.problem.costs["latency"], places)
-        trains = any(places[:LAYERS])
-        drop = unit * (0.5 * damage + 5.0 * (cost < cliff))
-        seen.append(Seen(number=number, places=places, cost=cost, drop=drop, trains=trains))
+        trains = any(places[:LAYERS]) and proposal.train
+        before = [truth.damage.predicted(parent.places, truth.law) for parent in parents] or [0.0]
+        lasting = 0.5 * damage if proposal.train else 0.5 * before[0] + damage - before[0]
+        drop = unit * (lasting + 5.0 * (cost < cliff))
+        after = proposal.after
+        seen.append(Seen(number=number, places=places, cost=cost, drop=drop, trains=trains, after=after))
     return seen
 
 
@@ -138,10 +145,21 @@ def test_measured_costs_correct_predicted_ones() -> None:
     assert proposer.corrected(predicted, []) == predicted
 
 
-def test_nothing_is_proposed_without_training_left_or_without_a_gap() -> None:
-    proposer = Proposer(tables(), wanted_drop=0.5)
-    first = train(proposer, 0)
-    assert proposer.propose(first, 0) is None
+def test_small_cuts_without_training_fill_the_gaps_at_the_end() -> None:
+    few, more = (train(Proposer(tables(), wanted_drop=5.0), 4, unit=10.0, untrained=count) for count in (0, 12))
+    assert more[: len(few)] == few
+    assert len(more) > len(few)
+    full = float(WORK.sum())
+    covered = [volume([(each.drop or 0.0, each.cost) for each in seen], (5.0, full)) for seen in (few, more)]
+    assert covered[1] > 1.01 * covered[0]
+
+
+def test_cuts_without_training_end_when_the_gaps_are_small() -> None:
+    seen = train(Proposer(tables(), wanted_drop=5.0), 3, unit=10.0, untrained=500)
+    assert len(seen) < 100
+
+
+def test_nothing_is_proposed_without_a_gap() -> None:
     single = tables()
     fixed = replace(
         single,

@@ -117,6 +117,7 @@ def part_sensings(
     exclude: Patterns,
     samples: int,
     criterion: str | Criterion | Scorer,
+    reconstruct: bool,
     seed: int,
     progress: Callable[[Event], None],
 ) -> dict[str, PartSensing]:
@@ -152,6 +153,7 @@ def part_sensings(
             fixed=tuple(shared_with_the_rest(model, path)),
             samples=samples,
             criterion=criterion,
+            reconstruct=reconstruct,
             seed=seed,
             progress=progress,
             path=path,

@@ -1,4 +1,7 @@
-"""Measurements behind `sensitivity`: prunes one group or quantizes one layer at a time, the rest is unchanged."""
+"""Measurements behind `sensitivity`: prunes one group or quantizes one layer at a time, the rest is unchanged.
+
+With `reconstruct`, the weights that read the pruned group are solved for.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ from torchslim.prune.criteria.registry import Criterion, Scorer, find_criterion,
 from torchslim.prune.criteria.statistics import Gathered, gather
 from torchslim.prune.dependency.coupling import Coupling, Mask
 from torchslim.prune.dependency.groups import Unit
+from torchslim.prune.reconstruction.reconstruct import Calibration, reconstruct
 from torchslim.prune.structured.attributes import mend
 from torchslim.prune.structured.plan import Plan, analyze
 from torchslim.prune.structured.ranking import Ranking
@@ -58,6 +62,7 @@ class Sensing:
     fixed: tuple[str, ...] = ()
     samples: int = 512
     criterion: str | Criterion | Scorer = "lamp"
+    reconstruct: bool = False
     seed: int = 0
     progress: Callable[[Event], None] = log_progress
     notes: list[str] = field(default_factory=list)
@@ -152,13 +157,19 @@ class Sensing:
             return None, f"{diverged.path}: {diverged.what}"
         weights = {cut.weight for cut in surgery.cuts}
         begins = runs.story.begins(weights, {patch.module for patch in surgery.patches})
-        change = Changed(model=perform(plan.model, surgery).eval(), begins=begins)
+        pruned = perform(plan.model, surgery).eval()
         try:
+            if self.reconstruct:  # a weight that lost outputs alone gives what it gave, and is left
+                reconstruct(plan.model, pruned, self._calibration(), cuts=surgery.cuts, only=weights, seed=self.seed)
+            change = Changed(model=pruned, begins=begins)
             return self.gauge.value(runs, change), ""
         except TorchslimError:
             raise
         except Exception as error:  # noqa: BLE001 - any error of the user's code on other shapes is the result
             return None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+    def _calibration(self) -> Calibration:
+        return Calibration(batches=self.batches, forward=self.task.forward, mask=self.task.mask)
 
     # layers -----------------------------------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ def sensitivity(
     samples: int = 512,
     workdir: str | Path | None = None,
     criterion: str | Criterion | Scorer = "lamp",
+    reconstruct: bool = False,
     seed: int = 0,
     name: str = "",
     progress: Callable[[Event], None] = log_progress,
@@ -74,6 +75,8 @@ def sensitivity(
         samples: number of calibration samples, unless the task names calibration batches.
         workdir: folder where points are kept once they are measured; default: the cache folder of this machine.
         criterion: ranks the channels of a group; those with the lowest scores are removed.
+        reconstruct: solve for the weights that read a pruned group before the damage is measured, as `Prune` does with
+            the same option.
         seed: of everything random.
         name: of the model in the result; default: its class.
         progress: called with an `Event` at every phase.
@@ -98,6 +101,7 @@ def sensitivity(
             "exclude": exclude,
             "samples": samples,
             "criterion": criterion,
+            "reconstruct": reconstruct,
             "seed": seed,
             "progress": progress,
         }
@@ -186,7 +190,7 @@ def _key(sensing: Sensing) -> str:
         fingerprint(sensing.model.state_dict()),
         fingerprint([sensing.batches, take_first(sensing.task.val, "val") if of_metric else None]),
         fingerprint(sensing.example_inputs),
-        [sensing.measure, sensing.runtime, *map(canonical, selection), sensing.seed],
+        [sensing.measure, sensing.runtime, *map(canonical, selection), sensing.seed, sensing.reconstruct],
         canonical(sensing.task.metric) if of_metric else None,
         *sensing.more_of_key(),
     )

@@ -65,9 +65,10 @@ def inspect(model: str, inputs: tuple[str, ...], heads: Any, everything: bool, m
     show_default=True,
     help="Noise or divergence of the outputs, or the metric on val.",
 )
+@click.option("--reconstruct", is_flag=True, help="Solve for the weights that read a pruned group before measuring.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default runs/NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> None:
+def sensitivity(recipe: Path, measure: Any, reconstruct: bool, out: Path | None, as_json: bool) -> None:
     """Measure what pruning one group alone, or quantizing one layer alone, does to the outputs of a RECIPE's model.
 
     Writes sensitivity.json and sensitivity.html. An interrupted analysis resumes.
@@ -90,6 +91,7 @@ def sensitivity(recipe: Path, measure: Any, out: Path | None, as_json: bool) -> 
             model,
             task,
             measure=measure,
+            reconstruct=reconstruct,
             runtime=runtime,
             seed=document.get("seed", 0),
             name=document["model"],

@@ -2,8 +2,8 @@
 
 It is a search space like any other: every decision is a choice in the document of a recipe, so that stored values are
 checked, shown and written as those of any search. One value more names the trial whose trained weights a recipe starts
-from. The recipe then begins with the steps of that trial, up to its last training; these have run already, and their
-results are shared.
+from, and another says whether it trains again. The recipe then begins with the steps of that trial, up to its last
+training; these have run already, and their results are shared.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from torchslim.tuning.space import Parameter, Space
 
 AFTER = "after"
 """Name of the value that holds the number of the trial to start from; -1: the original model."""
+
+TRAIN = "train"
+"""Name of the value that says whether a recipe trains after its own cuts; the trial that it starts from may have."""
 
 MOST_TRIALS = 10**6
 KEEP, DROP = "keep", "drop"
@@ -95,7 +98,7 @@ class SolvedSpace(Space):
         for link in self._links(values):
             removals = self._removals(before, link, None if places.prune is None else steps[places.prune])
             if removals:
-                written += copy.deepcopy([*removals, *trainings])
+                written += copy.deepcopy([*removals, *(trainings if link.get(TRAIN, True) else [])])
             before = link
         document["step"] = [*written, *self._ending(values, steps[last:])]
         return document
@@ -103,16 +106,16 @@ class SolvedSpace(Space):
     @property
     def strongest(self) -> dict[str, Any]:
         """The last option of every decision, from the original model."""
-        return {AFTER: -1, **{decision.name: decision.options[-1] for decision in self.decisions}}
+        return {AFTER: -1, TRAIN: True, **{decision.name: decision.options[-1] for decision in self.decisions}}
 
     @property
     def first(self) -> dict[str, Any]:
         """The options that change nothing."""
-        return {AFTER: -1, **{decision.name: decision.options[0] for decision in self.decisions}}
+        return {AFTER: -1, TRAIN: True, **{decision.name: decision.options[0] for decision in self.decisions}}
 
     def whole(self, part: float) -> dict[str, Any]:
         """The options at the fraction `part` of the way from the first to the last."""
-        return {parameter.name: parameter.at(part) for parameter in self.parameters} | {AFTER: -1}
+        return {parameter.name: parameter.at(part) for parameter in self.parameters} | {AFTER: -1, TRAIN: True}
 
     def _links(self, values: Values) -> list[Values]:
         """Values of the trials that a recipe starts from, the first one first, and its own."""
@@ -200,9 +203,10 @@ def solved_space(
         if len(decision.options) > 1
     ]
     after = Parameter(name=AFTER, path=(AFTER,), kind="int", low=-1, high=MOST_TRIALS)
+    train = Parameter(name=TRAIN, path=(TRAIN,), kind="choice", choices=(True, False))
     return SolvedSpace(
         document={**template(space), "budget": space.document.get("budget", {})},
-        parameters=(*parameters, after),
+        parameters=(*parameters, after, train),
         budget=space.budget,
         where=space.where,
         decisions=tuple(decisions),

@@ -37,7 +37,7 @@ def explained(
     of_damage = f"{units['metric_drop']} lost".strip() if law.count else "damage before training"
     predicted = {tables.cost: proposer.corrected(proposer.predicted(member.places), earlier)}
     drop = proposer.expected(member.places, earlier)
-    if not math.isnan(drop):  # some recipe was trained before
+    if member.trains and not math.isnan(drop):  # some recipe was trained before
         predicted["metric_drop"] = drop
     return {
         "predicted": predicted,

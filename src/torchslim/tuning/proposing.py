@@ -2,8 +2,10 @@
 
 The proposals form a chain. The first one only quantizes. Each next one is solved for a lower cost, with options that
 remove no less than those of the recipe before it, and starts from its trained weights, so that training adds up along
-the chain. Once the chain has reached the lowest cost that is wanted, the widest gaps of the front are filled. After
-every measurement the weights of the kinds of changes are fitted again, and predicted costs are corrected.
+the chain. Once the chain has reached the lowest cost that is wanted, the widest gaps of the front are filled: by
+trained recipes as long as the budget of training lasts, then by small cuts from trained weights, which only solve for
+the weights that remain. After every measurement the weights of the kinds of changes are fitted again, and predicted
+costs are corrected.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ GAP = 0.03
 
 NOISE = 5e-4
 """A change of the metric by less than this fraction of the original's is noise: 0.045 points of an accuracy of 90 %."""
+
+FRACTIONS = (0.5, 0.25)
+"""Where a gap is filled without training, as fractions of its width on a logarithmic scale: small cuts lose least."""
 
 BEYOND = 1.5
 """Times the bound of the metric's drop: a chain ends behind a recipe that loses more."""
@@ -60,7 +65,8 @@ class Seen:
         places: of its options.
         cost: measured; predicted while it is trained.
         drop: of the metric after training; None while it is trained.
-        trains: whether its steps train.
+        trains: whether it trained after its own cuts.
+        after: number of the trained recipe that it started from.
     """
 
     number: int
@@ -68,16 +74,18 @@ class Seen:
     cost: float
     drop: float | None
     trains: bool = True
+    after: int = ORIGINAL
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """The next recipe: options, the trial whose weights it starts from, and what is expected."""
+    """The next recipe: options, the trial whose weights it starts from, whether it trains, and what is expected."""
 
     solution: Solution
     after: int
     cost: float
     drop: float
+    train: bool = True
 
 
 @dataclass
@@ -118,7 +126,7 @@ class Proposer:
         if quantized.places not in {each.places for each in known}:
             return self._made(quantized, original, seen)
         if remaining < 1:
-            return None
+            return self._untrained(known, seen)
         everything = known
         law = self.law(seen)
         lowest = min(everything, key=lambda each: (each.cost, each.number))
@@ -128,10 +136,20 @@ class Proposer:
             found = self._below(lowest, lowest.cost * ratio, law, seen)
             if found is not None:
                 return found
-        for upper, limit in self._gaps(everything):
-            found = self._below(upper, limit, law, seen)
+        for upper, lower in self._gaps(everything):
+            found = self._below(upper, _between(upper, lower, 0.5), law, seen)
             if found is not None:
                 return found
+        return None
+
+    def _untrained(self, known: Sequence[Seen], seen: Sequence[Seen]) -> Proposal | None:
+        """A small cut that fills the widest gap without training; None if all gaps were tried."""
+        for upper, lower in self._gaps(known):
+            for fraction in FRACTIONS:
+                limit = _between(upper, lower, fraction)
+                found = self._below(upper, limit, self.tables.law, seen) if upper.cost - limit > GAP * limit else None
+                if found is not None:
+                    return replace(found, train=False)
         return None
 
     def predicted(self, places: tuple[int, ...]) -> float:
@@ -199,8 +217,8 @@ class Proposer:
     def _too_far(self, each: Seen) -> bool:
         return self.wanted_drop is not None and (each.drop or 0.0) > BEYOND * max(self.wanted_drop, self.noise)
 
-    def _gaps(self, everything: Sequence[Seen]) -> list[tuple[Seen, float]]:
-        """The recipe above each gap of the front and the cost in its middle, the largest gap first."""
+    def _gaps(self, everything: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
+        """The recipes above and below each gap of the front, the largest gap first."""
         ordered = sorted(everything, key=lambda each: (each.cost, each.number))
         front: list[Seen] = []
         for each in reversed(ordered):  # from the dearest one on
@@ -215,9 +233,9 @@ class Proposer:
             height = bottom - (upper.drop or 0.0)
             if height > self.noise:  # else the cheaper recipe is as good
                 area = (upper.cost - lower.cost) * height
-                gaps.append((area, upper.number, upper, float(np.sqrt(upper.cost * lower.cost))))
+                gaps.append((area, upper.number, upper, lower))
         gaps.sort(key=lambda gap: (-gap[0], gap[1]))
-        return [(upper, limit) for _, _, upper, limit in gaps]
+        return [(upper, lower) for _, _, upper, lower in gaps]
 
     def _below(self, upper: Seen, limit: float, law: AdditionLaw, seen: Sequence[Seen]) -> Proposal | None:
         """The proposal at a cost, from a recipe above it; None if there is none that is new."""
@@ -245,7 +263,12 @@ class Proposer:
     def _made(self, solution: Solution, upper: Seen, seen: Sequence[Seen]) -> Proposal:
         return Proposal(
             solution=solution,
-            after=upper.number if upper.trains else ORIGINAL,
+            after=upper.number if upper.trains else upper.after,
             cost=self.corrected(solution.costs[self.tables.cost], seen),
             drop=self.expected(solution.places, seen),
         )
+
+
+def _between(upper: Seen, lower: Seen, fraction: float) -> float:
+    """The cost at a fraction of the way from one recipe to a cheaper one, on a logarithmic scale."""
+    return float(upper.cost * (lower.cost / upper.cost) ** fraction)

@@ -16,10 +16,10 @@ from torchslim.core.batches import take_first
 from torchslim.core.budget import UNITS
 from torchslim.core.step import Event, Trains
 from torchslim.errors import RecipeError
-from torchslim.tuning.choices import AFTER, SolvedSpace, epochs_by_prefix, solved_space
+from torchslim.tuning.choices import AFTER, TRAIN, SolvedSpace, epochs_by_prefix, solved_space
 from torchslim.tuning.explaining import explained
 from torchslim.tuning.pareto import WHOLE
-from torchslim.tuning.proposing import Proposal, Proposer, Seen, Tables
+from torchslim.tuning.proposing import ORIGINAL, Proposal, Proposer, Seen, Tables
 from torchslim.tuning.shared_tables import (
     COSTS,
     DAMAGE,
@@ -182,7 +182,7 @@ class SolveWorker(Worker):
             self.claims.give_back(claim)
             return True
         with self.claims.beating(claim):
-            self.ledgers[0].queue({**proposal.solution.options, AFTER: proposal.after})
+            self.ledgers[0].queue({**proposal.solution.options, AFTER: proposal.after, TRAIN: proposal.train})
         self.claims.tell(claim, {"state": "candidate"}, [0.0])
         return True
 
@@ -217,7 +217,8 @@ class SolveWorker(Worker):
         results = {number: result for number, _, result in self.ledgers[0].results()}
         seen = []
         for number, values in sorted(self.ledgers[0].known_values().items()):
-            places = self.tables.problem.places({name: value for name, value in values.items() if name != AFTER})
+            chosen = {name: value for name, value in values.items() if name not in (AFTER, TRAIN)}
+            places = self.tables.problem.places(chosen)
             figures = results.get(number, {}).get("figures")
             removes = any(
                 place and not decision.name.startswith("scheme ")
@@ -229,7 +230,8 @@ class SolveWorker(Worker):
                     places=places,
                     cost=figures[self.tables.cost] if figures else proposer.predicted(places),
                     drop=figures["metric_drop"] if figures else None,
-                    trains=removes and (figures is not None or number not in results),
+                    trains=removes and values.get(TRAIN, True) and (figures is not None or number not in results),
+                    after=values.get(AFTER, ORIGINAL),
                 )
             )
         return seen

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from torchslim.allocation.problem import Decision, Problem
+from torchslim.analysis.activation_cache import story_of
 from torchslim.analysis.damage import AdditionLaw, DamageTable, damage_table, fitted, kind_of
 from torchslim.analysis.measures import Measure, OutputGauge
 from torchslim.analysis.sensitivity import sensitivity
@@ -20,11 +20,11 @@ from torchslim.core.isolation import preserved_globals, warn
 from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import Event
 from torchslim.errors import StorageError, TaskError, TorchslimError
-from torchslim.pipeline.recipe import Recipe
-from torchslim.prune import Prune
+from torchslim.prune.reconstruction.reconstruct import Calibration
+from torchslim.prune.reconstruction.reconstruct import reconstruct as reconstruct_weights
 from torchslim.prune.structured.surgery import perform
 from torchslim.training.calibration import CalibrationData
-from torchslim.tuning.choices import AFTER, SolvedSpace
+from torchslim.tuning.choices import AFTER, TRAIN, Places, SolvedSpace, inside
 from torchslim.tuning.proposing import ORIGINAL, Tables
 from torchslim.tuning.solved_costs import Costs
 from torchslim.tuning.trial import Lab
@@ -32,11 +32,14 @@ from torchslim.tuning.trial import Lab
 RATIOS = tuple(eighth / 8 for eighth in range(1, 8))
 """Fractions of a group's channels whose removal is measured; widths between them are interpolated."""
 
-JOINT = 10
+JOINT = 8
 """Random joint choices on which it is measured how single damages add up."""
 
 SAMPLES = 256
 """Calibration samples for damages."""
+
+BEHIND = 12
+"""Parameters behind a dropped block that are solved for: all of them would take too long in a deep model."""
 
 
 def measure_damage(
@@ -52,7 +55,7 @@ def measure_damage(
         key: of the search; seals its files.
     """
     measure = _measure(lab)
-    damage = _damage(lab, space, costs, measure, folder)
+    damage = _damage(lab, space, costs, measure, folder, _reconstructs(space))
     return damage, _law(lab, space, damage, measure, folder / "joint.rows", key)
 
 
@@ -79,10 +82,18 @@ def _measure(lab: Lab) -> Measure:
     return "kl"
 
 
-def _damage(lab: Lab, space: SolvedSpace, costs: Costs, measure: Measure, folder: Path) -> DamageTable:
+def _reconstructs(space: SolvedSpace) -> bool:
+    """Whether the cuts of the recipes solve for the weights that remain: the tables are then measured like this too."""
+    place = Places.of(space.document["step"]).prune
+    return place is not None and bool(space.document["step"][place]["reconstruct"])
+
+
+def _damage(
+    lab: Lab, space: SolvedSpace, costs: Costs, measure: Measure, folder: Path, reconstruct: bool
+) -> DamageTable:
     kinds = {kind_of(decision) for decision in space.decisions}
     schemes = [str(o) for d in space.decisions if kind_of(d) == "scheme" for o in d.options if o != "float"]
-    blocks = _blocks(lab, costs, measure)
+    blocks = _blocks(lab, costs, measure, reconstruct)
     if not kinds & {"width", "scheme"}:
         return damage_table(space.decisions, [], blocks)
     found = sensitivity(
@@ -93,6 +104,7 @@ def _damage(lab: Lab, space: SolvedSpace, costs: Costs, measure: Measure, folder
         schemes=tuple(dict.fromkeys(schemes)),
         measure=measure,
         samples=SAMPLES,
+        reconstruct=reconstruct,
         seed=lab.seed,
         workdir=folder,
         progress=lab.progress,
@@ -101,19 +113,30 @@ def _damage(lab: Lab, space: SolvedSpace, costs: Costs, measure: Measure, folder
     return damage_table(space.decisions, [found], blocks)
 
 
-def _blocks(lab: Lab, costs: Costs, measure: Measure) -> dict[str, float]:
+def _blocks(lab: Lab, costs: Costs, measure: Measure, reconstruct: bool) -> dict[str, float]:
     """The damage of dropping each block."""
     if costs.depth is None or not costs.blocks:
         return {}
-    gauge = OutputGauge(measure, lab.task, CalibrationData(lab.task, lab.seed, SAMPLES).batches)
+    batches = CalibrationData(lab.task, lab.seed, SAMPLES).batches
+    gauge = OutputGauge(measure, lab.task, batches)
     runs = Alone(lab.model, gauge.inputs)
+    data = Calibration(batches=batches, forward=lab.task.forward, mask=lab.task.mask)
     damages = {}
     with preserved_globals(lab.seed):
         gauge.start(runs)
-        for name in costs.blocks:
-            value = gauge.value(runs, perform(lab.model, costs.depth.surgery([name])).eval())
-            damages[name] = _damage_of(value, measure)
+        used = story_of(lab.model, gauge.inputs[0]).used
+        for name, modules in costs.blocks.items():
+            pruned = perform(lab.model, costs.depth.surgery([name])).eval()
+            if reconstruct:
+                reconstruct_weights(lab.model, pruned, data, only=_behind(used, modules), seed=lab.seed)
+            damages[name] = _damage_of(gauge.value(runs, pruned), measure)
     return damages
+
+
+def _behind(used: Mapping[str, int], modules: Collection[str]) -> list[str]:
+    """The weights that are used first after those of some modules: they can make up for most of what is missing."""
+    last = max((time for name, time in used.items() if inside(name, modules)), default=0)
+    return sorted((name for name, time in used.items() if time > last), key=used.__getitem__)[:BEHIND]
 
 
 def _damage_of(value: float, measure: Measure) -> float:
@@ -154,7 +177,7 @@ def joint_choices(decisions: Sequence[Decision], count: int, seed: int) -> list[
 
 def _law(lab: Lab, space: SolvedSpace, damage: DamageTable, measure: Measure, path: Path, key: str) -> AdditionLaw:
     """How single damages add up, from untrained models with random joint choices."""
-    key = digest(key, measure, [decision.options for decision in space.decisions])
+    key = digest(key, measure, _reconstructs(space), [decision.options for decision in space.decisions])
     rows = _read(path, key)
     choices = joint_choices(space.decisions, JOINT, lab.seed)
     gauge = OutputGauge(measure, lab.task, CalibrationData(lab.task, lab.seed, SAMPLES).batches)
@@ -182,18 +205,12 @@ def _joint(
     cheap, _ = lab.efforts()
     try:
         with preserved_globals(lab.seed):
-            model = lab.made(_plain(space.recipe({**values, AFTER: ORIGINAL})), cheap)
+            model = lab.made(space.recipe({**values, AFTER: ORIGINAL, TRAIN: False}), cheap)
             value = gauge.value(runs, model)
     except TorchslimError as error:
         warn(f"a joint choice was not measured: {error}")
         return None
     return _damage_of(value, measure)
-
-
-def _plain(recipe: Recipe) -> Recipe:
-    """The recipe without reconstruction, which is slow, and which the single damages are measured without too."""
-    steps = (replace(step, reconstruct=False) if isinstance(step, Prune) else step for step in recipe.steps)
-    return replace(recipe, steps=tuple(steps))
 
 
 def _read(path: Path, key: str) -> dict[str, float | None]:
