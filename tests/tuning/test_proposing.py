@@ -38,12 +38,14 @@ def tables(bias: float = 1.0) -> Tables:
     return Tables(problem=problem, damage=damage, law=law, cost="latency")
 
 
-def train(proposer: Proposer, count: int, cliff: float = 0.0, unit: float = 1.0, untrained: int = 0) -> list[Seen]:
+def train(
+    proposer: Proposer, count: int, cliff: float = 0.0, unit: float = 1.0, untrained: int = 0, fee: float = 0.0
+) -> list[Seen]:
     """Recipes that were proposed one after the other and measured: the drop is half of the damage, in points.
 
     Recipes that cost less than `cliff` lose five points more, which no table shows. `unit` is that of the metric. The
     last `untrained` recipes do not train: they keep half of the damage of the trained one before them, and add all of
-    their own.
+    their own. Every training loses the `fee`.
     """
     truth = tables()
     seen: list[Seen] = []
@@ -64,7 +66,7 @@ def train(proposer: Proposer, count: int, cliff: float = 0.0, unit: float = 1.0,
         trains = any(places[:LAYERS]) and proposal.train
         before = [truth.damage.predicted(parent.places, truth.law) for parent in parents] or [0.0]
         lasting = 0.5 * damage if proposal.train else 0.5 * before[0] + damage - before[0]
-        drop = unit * (lasting + 5.0 * (cost < cliff))
+        drop = unit * (lasting + 5.0 * (cost < cliff)) + fee * (trains or bool(parents))
         after = proposal.after
         seen.append(Seen(number=number, places=places, cost=cost, drop=drop, trains=trains, after=after))
     return seen
@@ -143,6 +145,12 @@ def test_measured_costs_correct_predicted_ones() -> None:
     seen = [Seen(number=0, places=places, cost=1.3 * predicted, drop=0.1)]
     assert proposer.corrected(predicted, seen) == pytest.approx(1.3 * predicted)
     assert proposer.corrected(predicted, []) == predicted
+
+
+def test_what_every_training_loses_does_not_end_the_chain() -> None:
+    """A law without an offset took the first recipe's loss for that of its small cut, and stopped there."""
+    seen = train(Proposer(tables(), wanted_drop=0.7), 6, fee=0.5)
+    assert min(each.cost for each in seen) < 0.6 * seen[1].cost
 
 
 def test_small_cuts_without_training_fill_the_gaps_at_the_end() -> None:

@@ -5,6 +5,8 @@ measured on random joint choices, and after training on the choices that were tr
 
     damage = (sum over kinds k of weight_k * sum over the decisions of kind k of single_damage ** power) ** (1 / power)
 
+(after training without the outer power, and plus an offset: what training itself costs).
+
 The weights say how much one kind of change counts against another, the power how small changes count against large
 ones: below 1, training brings back more of the large ones. Minimizing the damage is minimizing the inner sum, which a
 solver takes as terms over single decisions.
@@ -24,6 +26,9 @@ from torchslim.analysis.result import Point, Sensitivity
 
 WIDTH, SCHEME, BLOCK = "width", "scheme", "block"
 POWERS = (0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0)
+PULL, PULL_OF_OFFSET = 0.3, 0.1
+"""How much weights are kept near those of a prior, and an offset near 0, in relative errors of one measurement."""
+
 LEAST = 1e-9
 """Damage of a change that the measure cannot tell from none: it still comes after changing nothing."""
 
@@ -67,7 +72,7 @@ class DamageTable:
 
     def predicted(self, places: Sequence[int], law: AdditionLaw) -> float:
         """The damage of a choice by a law."""
-        return float((self.sums(places, law.power) @ np.array(law.weights)) ** (1 / law.outer))
+        return float((self.sums(places, law.power) @ np.array(law.weights)) ** (1 / law.outer)) + law.offset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,7 @@ class AdditionLaw:
         power: of single damages.
         weights: by kind, in the order of `DamageTable.kinds`.
         outer: the sum is raised to 1 / outer: the power, if the sum is a damage of the same unit, or 1.
+        offset: what every choice loses, such as by training on little data.
         error: median factor, above 1, between the predicted and the measured damages that it was fitted to.
         count: number of these.
     """
@@ -85,6 +91,7 @@ class AdditionLaw:
     power: float
     weights: tuple[float, ...]
     outer: float
+    offset: float = 0.0
     error: float = 1.0
     count: int = 0
 
@@ -111,7 +118,7 @@ def fitted(
         damages: of the choices; with a prior they may be in another unit, such as points of a metric.
         powers: to try.
         prior: a law that relative weights stay near, as far as the damages leave them open; its sum is then not raised
-            to a power.
+            to a power, and the law has an offset.
         floor: damages below it count as this much: smaller ones are noise.
 
     Returns:
@@ -123,13 +130,14 @@ def fitted(
         outer = 1.0 if prior is not None else power
         sums = np.array([table.sums(choice, power) for choice in choices])
         pull = _pull(table, prior, power)
-        weights = _weights(sums, measured**outer, pull)
-        predicted = np.maximum(sums @ weights, LEAST) ** (1 / outer)
+        weights, offset = _weights(sums, measured**outer, pull, with_offset=prior is not None)
+        predicted = np.maximum(sums @ weights, LEAST) ** (1 / outer) + offset
         logs = np.abs(np.log(np.maximum(predicted, max(floor, LEAST)) / measured))
         law = AdditionLaw(
             power=power,
             weights=tuple(weights.tolist()),
             outer=outer,
+            offset=offset,
             error=float(np.exp(np.median(logs))),
             count=len(measured),
         )
@@ -157,19 +165,23 @@ def _of(table: DamageTable, kind: str) -> Iterable[tuple[Decision, Floats]]:
     return [(decision, single) for decision, single in pairs if kind_of(decision) == kind]
 
 
-def _weights(sums: Floats, targets: Floats, pull: Floats, strength: float = 0.3) -> Floats:
-    """Weights of at least 0 that reproduce the targets up to relative errors, and stay near a multiple of `pull`."""
+def _weights(sums: Floats, targets: Floats, pull: Floats, *, with_offset: bool) -> tuple[Floats, float]:
+    """Weights and an offset of at least 0 that reproduce the targets up to relative errors.
+
+    The weights stay near a multiple of `pull`, the offset near 0.
+    """
     from scipy.optimize import nnls
 
     scale = 1 / targets
     along = (sums @ pull) * scale
     multiple = float(along.sum() / max(along @ along, 1e-300))  # of `pull` alone
     center = np.maximum(multiple * pull, 1e-300)
-    # in units of the center, so that the pull treats all kinds alike
-    rows = np.concatenate([sums * scale[:, None] * center, strength * np.eye(len(pull))])
-    right = np.concatenate([np.ones(len(targets)), np.full(len(pull), strength)])
-    found: Floats = nnls(rows, right)[0] * center
-    return found
+    # in units of the center, so that the pull treats all kinds alike, and of the least target
+    columns = [sums * scale[:, None] * center, (scale * targets.min())[:, None] * with_offset]
+    pulls = np.diag([PULL] * len(pull) + [PULL_OF_OFFSET])
+    right = np.concatenate([np.ones(len(targets)), np.full(len(pull), PULL), [0.0]])
+    found: Floats = nnls(np.concatenate([np.concatenate(columns, 1), pulls]), right)[0]
+    return found[:-1] * center, float(found[-1] * targets.min())
 
 
 def damage_table(

@@ -23,6 +23,10 @@ from torchslim.analysis.damage import SCHEME, AdditionLaw, DamageTable, fitted, 
 MOST_STEP = 0.65
 """The next recipe of a chain costs at least this much of the recipe before it: training recovers small steps better."""
 
+LEAST_STEP = 0.85
+"""It costs at most this much of it, as long as the recipe before it is within the bound of the metric's drop: a law
+that was fitted to few recipes must not end a chain that has lost little so far."""
+
 GAP = 0.03
 """A gap between two recipes of less than this fraction of the cost is not filled."""
 
@@ -36,6 +40,9 @@ BEYOND = 1.5
 """Times the bound of the metric's drop: a chain ends behind a recipe that loses more."""
 
 TRAINED_POWERS = (0.25, 0.375, 0.5, 0.75, 1.0)
+ENOUGH = 5
+"""Trained recipes from which the power of single damages is fitted; fewer tell noise from a power too badly."""
+
 ORIGINAL = -1
 
 
@@ -132,7 +139,7 @@ class Proposer:
         lowest = min(everything, key=lambda each: (each.cost, each.number))
         target = self._target(law, lowest, seen)
         if not self._too_far(lowest) and lowest.cost > target * (1 + GAP):
-            ratio = max((target / lowest.cost) ** (1 / remaining), MOST_STEP)
+            ratio = float(np.clip((target / lowest.cost) ** (1 / remaining), MOST_STEP, LEAST_STEP))
             found = self._below(lowest, lowest.cost * ratio, law, seen)
             if found is not None:
                 return found
@@ -176,7 +183,7 @@ class Proposer:
             self.tables.damage,
             [each.places for each in trained],
             [each.drop or 0.0 for each in trained],
-            powers=TRAINED_POWERS,
+            powers=TRAINED_POWERS if len(trained) >= ENOUGH else (self.tables.law.power,),
             prior=replace(self.tables.law, outer=1.0),
             floor=self.noise,
         )
@@ -212,7 +219,8 @@ class Proposer:
             if found is None or self.tables.damage.predicted(found.places, law) > self.wanted_drop:
                 break
             target = float(limit)
-        return target
+        within = lowest.trains and lowest.drop is not None and lowest.drop < self.wanted_drop - self.noise
+        return min(target, lowest.cost * LEAST_STEP) if within else target
 
     def _too_far(self, each: Seen) -> bool:
         return self.wanted_drop is not None and (each.drop or 0.0) > BEYOND * max(self.wanted_drop, self.noise)
