@@ -105,3 +105,46 @@ def test_a_file_that_crashes_or_fails_ends_nothing() -> None:
     except ArtifactError as error:
         message = str(error)
     assert message
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.padded, self.head = nn.Linear(64, 48), nn.Linear(48, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.padded(torch.relu(self.layer(x)))))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linear_layers_with_integer_weights_alone_round_their_rows(bits: int) -> None:
+    """The file stores the integers; a padded group of 4 bits has no kernel. Costs 8 s each."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 64)
+    model = Wide().eval()
+    quantized = ts.quantize.weights(model, (x,), bits=bits)
+    found, floats = deploy(quantized, (x,), runtime="executorch", threads=1), deploy(model, (x,), runtime="executorch")
+    assert sqnr(quantized(x), found(x)) >= 35
+    integer = {kernel.layer for kernel in kernels(found) if kernel.integer}
+    assert integer == {"layer", "head"} | ({"padded"} if bits == 8 else set())
+    assert any("padded" in note for note in found.notes) == (bits == 4)
+    assert found.size_bytes < floats.size_bytes  # type: ignore[operator]
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.erf(self.layer(x)).cumsum(1)
+
+
+def test_operations_on_portable_kernels_have_a_reason() -> None:
+    torch.manual_seed(0)
+    found = deploy(Odd().eval(), (torch.randn(2, 4),), runtime="executorch", threads=1)
+    portable = {kernel.type: kernel.why for kernel in kernels(found) if kernel.type.startswith("portable")}
+    assert set(portable) == {"portable: erf", "portable: cumsum"}
+    assert all(portable.values())
+    assert any("erf" in note and "cumsum" in note and "XNNPACK" in note for note in found.notes)
+    assert not any(kernel.why for kernel in kernels(found) if kernel.type.startswith("xnnpack"))

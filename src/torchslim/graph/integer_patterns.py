@@ -205,9 +205,17 @@ def _calls(node: Any, name: str, overload: str) -> bool:
 
 def find_int4(node: Any, constant: Constant) -> Int4Weight | None:
     """Return the int4 weight whose chain of nodes, as `torchslim.quantize.weight_only` emits it, ends in `node`."""
-    shape = _static_shape(node)
-    if shape is None:
+    shape, sources = _static_shape(node), int4_sources(node)
+    if shape is None or sources is None:
         return None
+    packed, scale = map(constant, sources)
+    if packed is None or scale is None or packed.dtype != torch.uint8 or scale.dim() != 2:
+        return None
+    return Int4Weight(packed=packed, scale=scale, shape=shape)
+
+
+def int4_sources(node: Any) -> tuple[Node, Node] | None:
+    """The nodes of the packed integers and of the scales whose chain ends in `node`, if it is one."""
     node = _back(node, VIEWS)
     if _is(node, (aten.slice.Tensor,)):
         if tuple(node.args[1:3]) != (1, 0):
@@ -222,12 +230,8 @@ def find_int4(node: Any, constant: Constant) -> Int4Weight | None:
     stacked = _back(_back(difference.args[0], CASTS), VIEWS)
     if not _is(unsqueezed, (aten.unsqueeze.default,)) or not _is(stacked, (aten.stack.default,)):
         return None
-    source = _halved(stacked)
-    packed = None if source is None else constant(source)
-    scale = constant(unsqueezed.args[0])
-    if packed is None or scale is None or packed.dtype != torch.uint8 or scale.dim() != 2:
-        return None
-    return Int4Weight(packed=packed, scale=scale, shape=shape)
+    packed, scale = _halved(stacked), unsqueezed.args[0]
+    return (packed, scale) if packed is not None and isinstance(scale, Node) else None
 
 
 def int4_weights(graph: torch.fx.Graph, constant: Constant) -> dict[Node, Int4Weight]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from torchslim.graph.export import Captured, layer_of
 from torchslim.graph.io_structure import flatten
 from torchslim.runtimes.base import Runtime
 from torchslim.runtimes.executorch_passes import for_xnnpack
+from torchslim.runtimes.executorch_refusals import NO_KERNEL, refusals
 from torchslim.runtimes.executorch_trial import check_pte, survive_pte
 from torchslim.runtimes.spec import Kernel, Session, Spec
 
@@ -39,6 +41,7 @@ LAYERS = ("convolution", "linear", "addmm", "mm")
 BEFORE_FUSED = (*LAYERS, "add")
 FUSED = ("relu", "hardtanh", "clamp")
 MOVES = ("getitem", "view_copy", "_to_dim_order_copy", "_clone_dim_order", "clone", "alias_copy", "expand_copy", "view")
+PORTABLE = "portable: "
 NAMED = 20  # layers that a note names
 
 
@@ -57,15 +60,15 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     program, in_float = for_xnnpack(captured.program)
-    with bounded(captured) as bounds, _plain_convolutions():
+    with bounded(captured) as bounds, _plain_convolutions(), refusals() as reasons:
         try:
             lowered = to_edge_transform_and_lower(
                 program,
                 partitioner=[XnnpackPartitioner()],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
-            kernels = list(listed(lowered.exported_program()))
-            text = json.dumps([[each.node, each.type, each.integer, each.fused] for each in kernels])
+            kernels = list(listed(lowered.exported_program(), reasons))
+            text = json.dumps([[each.node, each.type, each.integer, each.fused, each.why] for each in kernels])
             lowered._config_methods = {KERNELS: text}  # only known now; the public way is an argument of the lowering
             payload = bytes(lowered.to_executorch().buffer)
         except Exception as error:
@@ -76,6 +79,8 @@ def _make(captured: Captured, spec: Spec, threads: int | None) -> tuple[Session,
     if in_float:
         names = ", ".join(in_float[:NAMED]) + (f" and {len(in_float) - NAMED} more" if len(in_float) > NAMED else "")
         spec.notes.append(f"executorch: XNNPACK has no integer kernel for these layers, which run in float: {names}")
+    if portable := [kernel for kernel in kernels if kernel.type.startswith(PORTABLE)]:
+        spec.notes.append(f"executorch: not on XNNPACK, so slow: {_listed(portable)}")
     if bounds:
         spec.guards.extend(f"s{index}_{dim} <= {bound}" for (index, dim), bound in bounds.items())
         largest = ", ".join(dict.fromkeys(str(bound) for bound in bounds.values()))
@@ -125,8 +130,22 @@ def bounded(captured: Captured) -> Iterator[dict[tuple[int, int], int]]:
             environment.var_to_range[symbol] = before[symbol]
 
 
-def listed(program: ExportedProgram) -> Iterator[Kernel]:
-    """The kernels of a lowered program: those of XNNPACK, and portable ones with their type beginning so."""
+def _listed(portable: Sequence[Kernel]) -> str:
+    """Operations on portable kernels by reason, with their counts."""
+    counts = Counter((kernel.why, kernel.type.removeprefix(PORTABLE)) for kernel in portable)
+    by_reason: dict[str, list[str]] = {}
+    for (why, operation), count in counts.items():
+        by_reason.setdefault(why, []).append(f"{count} {operation}" if count > 1 else operation)
+    return "; ".join(f"{', '.join(operations[:NAMED])} ({why})" for why, operations in by_reason.items())
+
+
+def listed(program: ExportedProgram, reasons: Mapping[str, str]) -> Iterator[Kernel]:
+    """The kernels of a lowered program: those of XNNPACK, and portable ones, with the partitioner's reasons.
+
+    Args:
+        program: lowered.
+        reasons: of the partitioner, by the nodes' names.
+    """
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
@@ -134,7 +153,8 @@ def listed(program: ExportedProgram) -> Iterator[Kernel]:
             module = program.graph_module.get_submodule(str(node.args[0].target))
             yield from _delegated(module.original_module.graph.nodes)
         elif (name := _operation(node)) not in MOVES and not name.startswith("sym_"):
-            yield Kernel(node=f"{layer_of(node)}/{name}", type=f"portable: {name}", integer=False)
+            why = reasons.get(node.name, NO_KERNEL)
+            yield Kernel(node=f"{layer_of(node)}/{name}", type=f"{PORTABLE}{name}", integer=False, why=why)
 
 
 def _delegated(nodes: Sequence[Node]) -> Iterator[Kernel]:
@@ -235,8 +255,8 @@ class _Loaded:
             self._load()
             (text,) = self.program.load_method(KERNELS).execute([])
         return [
-            Kernel(node=node, type=type_, integer=integer, fused=tuple(fused))
-            for node, type_, integer, fused in json.loads(text)
+            Kernel(node=node, type=type_, integer=integer, fused=tuple(fused), why=why)
+            for node, type_, integer, fused, why in json.loads(text)
         ]
 
 

@@ -1,8 +1,9 @@
 """Puts quantized programs into the form that XNNPACK's kernels are matched by; the rest computes in float.
 
-XNNPACK knows three kinds of integer layers: weights int8 per channel between activations with a fixed int8 grid, the
-same weights with activations that are rounded row by row at each call, and pairs of conversions around operations that
-take integers. Quantized programs of ours hold unsigned activations and spell row-wise rounding out in plain arithmetic.
+XNNPACK knows these integer layers: weights int8 per channel between activations with a fixed int8 grid; the same
+weights, or int4 in groups, with activations that are rounded row by row at each call; and pairs of conversions around
+operations that take integers. Quantized programs of ours hold unsigned activations and spell row-wise rounding out in
+plain arithmetic.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from torchslim.graph.export import layer_of
-from torchslim.graph.integer_patterns import Constant, Int8Weight, find_dynamic, find_int8, int4_weights
+from torchslim.graph.integer_patterns import (
+    Constant,
+    Int4Weight,
+    Int8Weight,
+    find_dynamic,
+    find_int4,
+    find_int8,
+    int4_sources,
+    int4_weights,
+)
 from torchslim.graph.rewrite import SHARED_META
 from torchslim.graph.row_ranges import find_rounded_rows
 from torchslim.runtimes.kernel_listing import decomposed
@@ -36,6 +46,7 @@ FUSED = (
 )
 """Activations that XNNPACK computes inside the layer before them."""
 GROUPS_OF_TRANSPOSED = 6  # index of the argument
+GROUP, OFFSET = 32, 8  # of 4-bit weights: sizes of groups are multiples of it; from 0..15 to -8..7
 SHIFT = 128  # from unsigned to signed bytes
 
 
@@ -47,12 +58,13 @@ def for_xnnpack(program: ExportedProgram) -> tuple[ExportedProgram, list[str]]:
     graph = program.graph
     constant = _constants(program)
     _rows_by_token(graph, constant)
+    grouped = _weights_alone(graph, constant)
     in_float = _weights_in_float(graph, constant)
     _concatenations_on_one_grid(graph)
     _signed(graph)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
-    return (_folded(program) if in_float else program), in_float
+    return (_folded(program) if in_float or grouped else program), in_float
 
 
 def _quantized(program: ExportedProgram) -> bool:
@@ -91,6 +103,55 @@ def _rows_by_token(graph: Graph, constant: Constant) -> None:
             for user in list(node.users):
                 fits = _linear_on_int8(user, constant) and user.args[0] is node and find_rounded_rows(node) is not None
                 user.replace_input_with(node, _by_token(graph, source, user) if fits else source)
+
+
+def _weights_alone(graph: Graph, constant: Constant) -> bool:
+    """Round the rows of floats before linear layers whose weights alone are integers: XNNPACK has no other kernel.
+
+    Weights of 4 bits keep their groups, unless a group is padded or no multiple of 32. Returns whether there are any.
+    """
+    grouped = False
+    for node in list(graph.nodes):
+        if (
+            node.target is not aten.linear.default
+            or decomposed(node.args[0])
+            or node.meta["val"].dtype != torch.float32
+        ):
+            continue
+        weight = find_int4(node.args[1], constant)
+        if weight is not None:
+            if weight.group_size % GROUP or weight.length % weight.group_size:
+                continue
+            node.update_arg(1, _by_group(graph, node.args[1], weight, node))
+            grouped = True
+        elif not _linear_on_int8(node, constant):
+            continue
+        node.update_arg(0, _by_token(graph, node.args[0], node))
+    return grouped
+
+
+def _by_group(graph: Graph, chain: Any, weight: Int4Weight, user: Node) -> Node:
+    """The operation that dequantizes groups of 4-bit weights, as XNNPACK knows it; its inputs are folded later."""
+    sources = int4_sources(chain)
+    assert sources is not None, "it has been found"
+    packed, scale = sources
+    with graph.inserting_before(user):
+        halves = [
+            graph.call_function(aten.bitwise_and.Scalar, (packed, 15)),
+            graph.call_function(aten.bitwise_right_shift.Tensor_Scalar, (packed, 4)),
+        ]
+        pairs = graph.call_function(aten.stack.default, (halves, -1))
+        rows = graph.call_function(aten.view.default, (pairs, list(weight.shape)))
+        signed = graph.call_function(aten._to_copy.default, (rows,), {"dtype": torch.int8})
+        values = graph.call_function(aten.sub.Tensor, (signed, OFFSET))
+        zeros = graph.call_function(aten.mul.Tensor, (scale, 0.0))
+        zero_points = graph.call_function(aten._to_copy.default, (zeros,), {"dtype": torch.int32})
+        grid = (-OFFSET, OFFSET - 1, torch.int8, weight.group_size, torch.float32)
+        dequantize = torch.ops.quantized_decomposed.dequantize_per_channel_group.default
+        floats = graph.call_function(dequantize, (values, scale, zero_points, *grid))
+    for node in (*halves, pairs, rows, signed, values, zeros, zero_points, floats):
+        _place(node, user)
+    return floats
 
 
 def _linear_on_int8(node: Node, constant: Constant) -> bool:

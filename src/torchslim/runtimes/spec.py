@@ -230,12 +230,14 @@ class Kernel:
         type: the runtime's name for what the kernel computes.
         integer: whether it computes on 8-bit integers or on integer weights (conversions do not count).
         fused: names of all nodes that the kernel computes at once, its own included, if the runtime lists them.
+        why: why the runtime has no better kernel for it, where it says so.
     """
 
     node: str
     type: str
     integer: bool
     fused: tuple[str, ...] = ()
+    why: str = ""
 
     @property
     def layer(self) -> str:
