@@ -148,3 +148,28 @@ def test_operations_on_portable_kernels_have_a_reason() -> None:
     assert all(portable.values())
     assert any("erf" in note and "cumsum" in note and "XNNPACK" in note for note in found.notes)
     assert not any(kernel.why for kernel in kernels(found) if kernel.type.startswith("xnnpack"))
+
+
+class Bottleneck(nn.Module):
+    """Several layers between the two readers of one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1)
+        self.deep, self.narrow = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return x + self.narrow(torch.relu(self.deep(torch.relu(self.wide(x)))))
+
+
+def test_a_residual_block_is_one_program_on_integers() -> None:
+    """Readers that shared a conversion made a group that depended on itself: the lowering failed."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    quantized = ts.quantize.static(Bottleneck().eval(), [(x,)], runtime="executorch", observer="min-max")
+    found = deploy(quantized, (x,), runtime="executorch", threads=1)
+    assert sqnr(quantized(x), found(x)) >= 30
+    work = [kernel for kernel in kernels(found) if "conv" in kernel.type or "add" in kernel.type]
+    assert len(work) == 5
+    assert all(kernel.integer for kernel in work)

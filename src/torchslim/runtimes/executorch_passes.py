@@ -62,6 +62,7 @@ def for_xnnpack(program: ExportedProgram) -> tuple[ExportedProgram, list[str]]:
     in_float = _weights_in_float(graph, constant)
     _concatenations_on_one_grid(graph)
     _signed(graph)
+    _own_conversions(graph)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return (_folded(program) if in_float or grouped else program), in_float
@@ -259,6 +260,21 @@ def _signed(graph: Graph) -> None:
         node.args = (value, scale, zero_point - SHIFT, low - SHIFT, high - SHIFT, torch.int8, *rest)  # type: ignore[operator]
         if decomposed(node) == QUANTIZE:
             node.meta["val"] = node.meta["val"].to(torch.int8)
+
+
+def _own_conversions(graph: Graph) -> None:
+    """Give each reader of a value its own conversion back to floats.
+
+    The partitioner takes layers that share one into a group. If other layers stand between them, as inside a residual
+    block, the group depends on itself, and the program cannot be lowered.
+    """
+    for node in list(graph.nodes):
+        if decomposed(node) != DEQUANTIZE:
+            continue
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(node):
+                copied = graph.node_copy(node)
+            user.replace_input_with(node, copied)
 
 
 def _unsigned(graph: Graph) -> Iterator[Node]:
