@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.coverage import BENCHMARK as PRUNING
-from benchmarks.one_zoo_quantized import EMPTY
+from benchmarks.one_zoo_quantized import EMPTY, PHONE, PHONE_FLOAT
 from benchmarks.quantize_page import BARS, SETTLED, group, whole_page, why
 from benchmarks.rows import load
 from benchmarks.runner import Benchmark, latest, main
@@ -32,7 +32,7 @@ def _smallest_first() -> Any:
 BENCHMARK = Benchmark(
     module="benchmarks.coverage_quantize",
     measure="benchmarks.one_zoo_quantized:measure",
-    sides=("ours", "torchao", "nncf", SETTLED),
+    sides=("ours", "torchao", "nncf", SETTLED, PHONE, PHONE_FLOAT),
     time_limit=120.0,
     grace=60.0,
     empty=EMPTY,

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from torchslim.core.isolation import quiet
 from torchslim.core.step import LayerRecord
 from torchslim.errors import ExportError, TorchslimError
 from torchslim.quantize import convert, prepare, sqnr
+from torchslim.runtimes import kernels
 from torchslim.runtimes.openvino import no_telemetry
 
 SAMPLES = 8  # to calibrate on
 BAR_DB = 20.0
 NOISE_DB = 40.0  # what a rounding to 8 bits leaves, about
 SCHEME, RUNTIME = "int8", "onnxruntime"
+PHONE, PHONE_FLOAT = "executorch", "executorch-float"
 STEPS = ("exports", "quantizes", "runs")
 EMPTY = {
     "exports": None, "quantizes": None, "runs": None, "sqnr_db": None, "integer_share": None, "silent": [],
@@ -42,7 +45,7 @@ def measure(entry: Entry, side: str, seconds: float) -> dict[str, Any]:
     Args:
         entry: of the zoo.
         side: "ours", "torchao" or "nncf"; "settled" is ours, once batch norms have the statistics of the calibration
-            inputs.
+            inputs; `PHONE` is ours for ExecuTorch, and `PHONE_FLOAT` the float model there.
         seconds: how long all of it may take, but for the building.
     """
     warnings.simplefilter("ignore")
@@ -59,7 +62,10 @@ def measure(entry: Entry, side: str, seconds: float) -> dict[str, Any]:
     with torch.no_grad():
         expected = call(model, inputs)
     row: dict[str, Any] = dict(EMPTY)
-    work = {"ours": ours, "torchao": torchao, "nncf": nncf, "settled": ours}[side]
+    work = {
+        "ours": ours, "torchao": torchao, "nncf": nncf, "settled": ours,
+        PHONE: partial(ours, runtime="executorch"), PHONE_FLOAT: in_float,
+    }[side]  # fmt: skip
     _, found = timed(lambda: work(model, inputs, batches, expected, row), seconds)
     row |= {key: found[key] for key in ("seconds", "peak_bytes")}
     row["reason"] = found["reason"] or row["reason"]
@@ -89,10 +95,17 @@ def another(inputs: Any) -> Any:
     return tree_map(draw, inputs)
 
 
-def ours(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expected: Any, row: dict[str, Any]) -> None:
-    """Static int8 for ONNX Runtime; the row is filled as far as it comes."""
+def ours(
+    model: nn.Module,
+    inputs: Inputs,
+    batches: Sequence[Inputs],
+    expected: Any,
+    row: dict[str, Any],
+    runtime: str = RUNTIME,
+) -> None:
+    """Static int8 for ONNX Runtime, or another runtime; the row is filled as far as it comes."""
     try:
-        prepared = prepare(model, inputs, runtime=RUNTIME, scheme=SCHEME)
+        prepared = prepare(model, inputs, runtime=runtime, scheme=SCHEME)
     except ExportError:
         raise
     except TorchslimError:
@@ -102,7 +115,7 @@ def ours(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expected: 
     prepared.calibrate(batches)
     quantized = convert(prepared)
     row["quantizes"] = True
-    deployed = ts.deploy(quantized, inputs, runtime=RUNTIME, threads=1)
+    deployed = ts.deploy(quantized, inputs, runtime=runtime, threads=1)
     row |= verified(deployed.made_from or quantized)
     answer = call(deployed, inputs)
     row["runs"] = True
@@ -110,7 +123,30 @@ def ours(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expected: 
     row["integer_share"] = found.integer_share
     row["kind"] = kind(found.layers)
     row |= left_in_float(found.layers, prepared.records)
+    row |= portable(deployed)
     compare(expected, answer, row)
+
+
+def in_float(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs], expected: Any, row: dict[str, Any]) -> None:
+    """The float model on ExecuTorch: what its lowering takes, whatever the quantization does."""
+    deployed = ts.deploy(model, inputs, runtime="executorch", threads=1)
+    row["exports"] = row["quantizes"] = True
+    answer = call(deployed, inputs)
+    row["runs"] = True
+    row |= portable(deployed)
+    compare(expected, answer, row)
+
+
+def portable(deployed: Any) -> dict[str, Any]:
+    """Operations that XNNPACK leaves to portable kernels, with their reasons; nothing for other runtimes."""
+    if deployed.runtime != "executorch":
+        return {}
+    found = Counter(
+        f"{kernel.type.removeprefix('portable: ')}: {kernel.why}"
+        for kernel in kernels(deployed)
+        if kernel.type.startswith("portable")
+    )
+    return {"portable": [[reason, count] for reason, count in found.most_common()]}
 
 
 def verified(quantized: nn.Module) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.one_zoo_quantized import BAR_DB, NOISE_DB, SAMPLES, STEPS
+from benchmarks.one_zoo_quantized import BAR_DB, NOISE_DB, PHONE, PHONE_FLOAT, SAMPLES, STEPS
 from benchmarks.rows import Row
 from benchmarks.runner import escape, latest, versions_of
 
@@ -85,7 +85,7 @@ def page(rows: Iterable[Row], machine: dict[str, Any], names: Sequence[str] | No
         inside = [name for name in models if group(name) == each]
         if inside:
             lines += ["", f"## {each}", "", *_table(inside, have)]
-    lines += _settled(models, have)
+    lines += _settled(models, have) + _phones(models, have)
     lines += _returned(models, have) + _below(models, have) + _silent(models, have) + _failures(models, have)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -198,6 +198,31 @@ def _settled(models: Sequence[str], have: Rows) -> list[str]:
     return lines + [
         f"| {row['model']} | {_decibels(row['sqnr_db'])} | {_decibels(row.get('noisy_db'))} |" for row in rows
     ]
+
+
+def _phones(models: Sequence[str], have: Rows) -> list[str]:
+    """Models that were lowered for ExecuTorch, in float and in int8; a sample of the zoo."""
+    names = [name for name in models if (name, PHONE) in have or (name, PHONE_FLOAT) in have]
+    if not names:
+        return []
+    lines = [
+        "", "## ExecuTorch", "",
+        f"`{COMMAND} --side {PHONE}` (int8) and `--side {PHONE_FLOAT}`: lowered to a `.pte`, run with its",
+        "Python runtime on x86, and compared with the float model in PyTorch. *Portable*: operations of",
+        "the int8 program that XNNPACK does not compute.",
+        "", "| model | float | int8 | MACs in int8 | portable |", "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name in names:
+        row, floats = have.get((name, PHONE)), have.get((name, PHONE_FLOAT))
+        share = None if row is None else row["integer_share"]
+        operations = [] if row is None else [f"{count} {reason}" for reason, count in row.get("portable", ())[:3]]
+        lines.append(
+            f"| {name} | {_peer(floats)} | {_peer(row)} | {'-' if share is None else f'{100 * share:.1f} %'} | "
+            f"{escape('; '.join(operations)) or '-'} |"
+        )
+    failed = [have[name, side] for name in names for side in (PHONE, PHONE_FLOAT) if (name, side) in have]
+    reasons = [f"- `{row['model']}` ({row['side']}): {escape(why(row))}" for row in failed if not row["counts"]]
+    return [*lines, *(["", *reasons] if reasons else [])]
 
 
 def _returned(models: Sequence[str], have: Rows) -> list[str]:

@@ -159,6 +159,18 @@ def test_groups_of_the_page():
     assert group("timm/fcn") == "timm"
 
 
+def test_the_page_lists_what_was_lowered_for_phones():
+    portable = [["cumsum: XNNPACK has no kernel for it", 2]]
+    rows = [
+        row("timm/a", "executorch", integer_share=0.9, portable=portable),
+        row("timm/a", "executorch-float", counts=False, runs=False, sqnr_db=None, reason="ExportError: no"),
+    ]
+    lines = quantize_page.page(rows, MACHINE, ["timm/a", "timm/b"]).splitlines()
+    assert "| timm/a | no (runs) | 31.2 dB | 90.0 % | 2 cumsum: XNNPACK has no kernel for it |" in lines
+    assert "- `timm/a` (executorch-float): ExportError: no" in lines
+    assert "## ExecuTorch" not in quantize_page.page([row("timm/a")], MACHINE, ["timm/a"])
+
+
 def test_the_page_judges_the_bars_of_all_models_and_lists_what_misses_them():
     rows = [
         row("torchvision/x"),
