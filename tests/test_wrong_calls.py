@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import os
 import re
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +31,15 @@ from torchslim.runtimes import Deployed
 INPUTS = (torch.zeros(2, 1, 8, 8),)
 MODEL, TASK = toy.model(), toy.task()
 CTX = ts.Context(task=TASK, teacher=MODEL, example_inputs=INPUTS)
+
+
+def secret() -> Path:
+    """A file with a token that only its owner can read."""
+    handle, path = tempfile.mkstemp()
+    os.write(handle, b"0" * 32)
+    os.close(handle)
+    return Path(path)
+
 
 CALLS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "compress": (ts.compress, {"model": MODEL, "task": TASK, "steps": [ts.Prune(sparsity=0.5)]}),
@@ -65,6 +76,7 @@ CALLS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Budget": (ts.Budget, {}),
     "Engine": (ts.Engine, {}),
     "Target": (ts.Target, {}),
+    "TimingWorker": (ts.TimingWorker, {"address": "127.0.0.1:1", "token": secret()}),
     "Metric": (ts.Metric, {"fn": len}),
     "Task": (ts.Task, {"val": TASK.val, "metric": "accuracy"}),
     "Context": (ts.Context, {"task": TASK, "teacher": MODEL, "example_inputs": INPUTS}),

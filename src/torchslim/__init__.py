@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchslim.artifact.assembled import DeployedParts
     from torchslim.artifact.deployment import deploy
     from torchslim.artifact.loading import load, load_module
+    from torchslim.artifact.remote import TimingWorker
     from torchslim.artifact.storage import save
     from torchslim.core.budget import Budget
     from torchslim.core.metrics import Metric
@@ -71,6 +72,7 @@ __all__ = [
     "Suggestion",
     "Target",
     "Task",
+    "TimingWorker",
     "TorchslimError",
     "compress",
     "deploy",
@@ -113,6 +115,7 @@ _HOMES = {
     "Suggestion": "tuning.suggest",
     "Target": "core.step",
     "Task": "core.task",
+    "TimingWorker": "artifact.remote",
     "TorchslimError": "errors",
     "compress": "facade",
     "deploy": "artifact.deployment",

@@ -57,6 +57,10 @@ class RuntimeUnavailable(TorchslimError):
     """A runtime's package or compiler is missing; the message says how to install it."""
 
 
+class WorkerError(TorchslimError):
+    """A worker that times programs cannot be reached, refused a job, or gave an answer that is not its own."""
+
+
 class ArtifactError(TorchslimError):
     """A saved artifact cannot be trusted or read."""
 

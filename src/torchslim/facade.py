@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from torchslim.analysis.result import Sensitivity
+from torchslim.artifact.remote import TimingWorker
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.budget import Budget
 from torchslim.core.step import Engine, Event, Inputs, Step, Target, log_progress
@@ -42,6 +43,7 @@ def compress(
     names: Mapping[str, str] | None = None,
     sensitivity: Sensitivity | str | Path | None = None,
     rehearse: bool = True,
+    worker: TimingWorker | None = None,
     progress: Callable[[Event], None] = log_progress,
 ) -> Result:
     """Run the steps on a copy of the model; measure the model after every step, and the artifact that ships.
@@ -66,6 +68,8 @@ def compress(
         sensitivity: result of `ts.sensitivity` or its file; guides pruning to a latency and layers="auto".
         rehearse: begin with every step at least effort, through the code of the run, so that nothing fails late; then
             show a forecast. A rehearsal that passed in `workdir` is not repeated.
+        worker: a `ts.TimingWorker`, a machine that times programs: the model is trained here and timed there, on the
+            device that counts. Eager PyTorch is timed here. None: everything is timed here.
         progress: called with an `Event` at every phase.
 
     Raises:
@@ -87,6 +91,7 @@ def compress(
         names=names,
         sensitivity=Sensitivity.load(sensitivity) if isinstance(sensitivity, (str, Path)) else sensitivity,
         rehearse=rehearse,
+        worker=worker,
         progress=progress,
     )
     return _run(model, task, steps, budget, options)

@@ -1,7 +1,8 @@
 """Times the model in this folder on this machine: python bench.py [--threads N] [--rounds N] [--batch N]
 
 In a folder that `torchslim latency` packed, bench.py times all programs in turn against the whole model, and
-writes latency.json for `latency_table` of a recipe.
+writes latency.json for `latency_table` of a recipe. In a folder that `torchslim bench --pack` wrote, it times the
+artifacts in turn, and writes times.json for `torchslim bench --import`.
 
 Needs numpy and the runtime of the model (onnxruntime for model.onnx, openvino for model.xml, executorch for model.pte,
 torch for model.pt2 and model.aoti.pt2), and nothing else. Files are read once and checked against their recorded
@@ -18,12 +19,14 @@ import io
 import json
 import math
 import operator
+import os
 import platform
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ Run = Callable[[list[Any]], list[Any]]
 HERE = Path(__file__).resolve().parent
 OPERATORS: tuple[str, ...] = ()  # of the programs in this folder, written when it was saved
 ROUND_SECONDS = 0.002  # a round repeats short calls until it lasts this long
+TIMES = "torchslim-times"
 TOGETHER = 8  # programs in memory at a time, besides the whole model
 
 
@@ -54,9 +58,9 @@ class Folder:
             sys.exit(f"{name} was changed since it was saved; copy the folder again")
         return data
 
-    def arrays(self) -> dict[str, Any]:
+    def arrays(self, name: str = "example.npz") -> dict[str, Any]:
         """The example inputs and outputs, by name."""
-        loaded = np.load(io.BytesIO(self.read("example.npz")), allow_pickle=False)
+        loaded = np.load(io.BytesIO(self.read(name)), allow_pickle=False)
         return {name: loaded[name] for name in sorted(loaded.files)}
 
     def load(self, name: str, threads: int | None, dtypes: list[str], without: Sequence[str] | None = None) -> Run:
@@ -321,22 +325,22 @@ def resized(arrays: list[Any], spec: dict[str, Any], batch: int | None) -> list[
     ]
 
 
-def in_turn(runs: dict[str, Run], arrays: list[Any], rounds: int) -> dict[str, list[float]]:
+def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds a call, timed A B A B ..., so that drift of the machine affects all; short calls are repeated."""
     repeats = {}
-    for name, run in runs.items():
+    for name, call in calls.items():
         fastest = float("inf")
         for _ in range(10):
             start = time.perf_counter()
-            run(arrays)
+            call()
             fastest = min(fastest, time.perf_counter() - start)
         repeats[name] = max(1, round(ROUND_SECONDS / max(fastest, 1e-7)))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, run in runs.items():
+        for name, call in calls.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
-                run(arrays)
+                call()
             seconds[name].append((time.perf_counter() - start) / repeats[name])
     return seconds
 
@@ -358,12 +362,50 @@ def time_pack(
     for start in range(0, len(programs), TOGETHER):
         group = programs[start : start + TOGETHER]
         runs = {"whole": whole_model} | {program["file"]: load(program["file"]) for program in group}
-        seconds = in_turn(runs, arrays, rounds)
+        seconds = in_turn({name: partial(run, arrays) for name, run in runs.items()}, rounds)
         for program in group:
             ratio = float(np.median(np.array(seconds[program["file"]]) / np.array(seconds["whole"])))
             rows.setdefault(program["row"], {})[str(program["width"])] = ratio
         print(f"{start + len(group)} of {len(programs)} programs timed", file=sys.stderr)
     return {"format": pack["gives"], "about": about, "machine": processor(), "rows": rows}
+
+
+def time_artifacts(
+    pack: dict[str, Any], folder: Folder, threads: int | None, rounds: int, batch: int | None
+) -> dict[str, Any]:
+    """Milliseconds of the artifacts of a packed folder by round, in turn, each on its own inputs."""
+    calls, rows = {}, []
+    for number, program in enumerate(pack["programs"]):
+        spec, count = program["spec"], threads or program["threads"]
+        run = folder.load(program["file"], count, spec["dtypes"], pack["disabled_optimizers"])
+        arrays, worst = checked(run, folder.arrays(program["example"]), "")
+        arrays = resized(arrays, spec, batch)
+        calls[str(number)] = partial(run, arrays)
+        about = {key: program[key] for key in ("name", "program", "runtime")}
+        shapes = [list(array.shape) for array in arrays]
+        difference_ = worst if math.isfinite(worst) else None
+        rows.append({**about, "threads": count, "inputs": shapes, "largest_difference": difference_})
+    seconds = in_turn(calls, rounds)
+    programs = [{**row, "ms": [1e3 * value for value in seconds[str(number)]]} for number, row in enumerate(rows)]
+    return {"format": pack["gives"], "version": 1, "machine": machine(), "programs": programs}
+
+
+def checked(run: Run, example: dict[str, Any], prefix: str) -> tuple[list[Any], float]:
+    """The example inputs whose names begin with `prefix`, and the largest difference to their recorded outputs."""
+    arrays = [array for name, array in example.items() if name.startswith(f"{prefix}in")]
+    expected = [array for name, array in example.items() if name.startswith(f"{prefix}out")]
+    return arrays, max((difference(*pair) for pair in zip(run(arrays), expected, strict=True)), default=0.0)
+
+
+def machine() -> dict[str, Any]:
+    """Description of this machine."""
+    system = f"{platform.system()} {platform.release()}"
+    return {
+        "processor": processor(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "system": system,
+    }
 
 
 def processor() -> str:
@@ -396,24 +438,24 @@ def main() -> None:
     if (HERE / "pack.json").is_file():
         pack = json.loads((HERE / "pack.json").read_text())
         folder = Folder(pack["files"], arguments.trusted)
-        table = time_pack(pack, folder, arguments.threads, arguments.rounds, arguments.batch)
-        write_whole(HERE / "latency.json", json.dumps(table, indent=1) + "\n")
-        print(HERE / "latency.json")
+        file, timer = ("times.json", time_artifacts) if pack["gives"] == TIMES else ("latency.json", time_pack)
+        table = timer(pack, folder, arguments.threads, arguments.rounds, arguments.batch)
+        write_whole(HERE / file, json.dumps(table, indent=1) + "\n")
+        print(HERE / file)
         return
     manifest = json.loads((HERE / "artifact.json").read_text())
     folder = Folder(manifest["files"], arguments.trusted)
     threads = arguments.threads or manifest["threads"]
     example, spec = folder.arrays(), manifest["spec"]
-    names = ("model.onnx", "model.xml", "model.aoti.pt2", "model.pt2")
+    names = ("model.onnx", "model.xml", "model.pte", "model.aoti.pt2", "model.pt2")
     run = folder.load(next(name for name in names if name in manifest["files"]), threads, spec["dtypes"])
     timed = []
     for prefix in ("", "largest_"):  # the median-size example, and the largest one where sizes vary
-        arrays = [array for name, array in example.items() if name.startswith(f"{prefix}in")]
-        expected = [array for name, array in example.items() if name.startswith(f"{prefix}out")]
-        if expected:
-            worst = max(difference(*pair) for pair in zip(run(arrays), expected, strict=True))
+        if f"{prefix}out000" in example:
+            arrays, worst = checked(run, example, prefix)
             arrays = resized(arrays, spec, arguments.batch)
-            p10, median, p90 = np.percentile(in_turn({"it": run}, arrays, arguments.rounds)["it"], [10, 50, 90]) * 1e3
+            seconds = in_turn({"it": partial(run, arrays)}, arguments.rounds)["it"]
+            p10, median, p90 = np.percentile(seconds, [10, 50, 90]) * 1e3
             spread = {"median": median, "p10": p10, "p90": p90, "rounds": arguments.rounds}
             about = {"threads": threads, "inputs": [list(array.shape) for array in arrays]}
             timed.append({"latency_ms": spread, **about, "largest_difference_to_recorded_outputs": worst})

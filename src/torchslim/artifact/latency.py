@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,22 +22,26 @@ WARMUP_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds by candidate, one value a round; round i of every candidate was measured side by side."""
+    """Milliseconds by candidate, one value a round; round i of every candidate was measured side by side.
+
+    `machines` names the machines of candidates that were measured elsewhere.
+    """
 
     rounds: Mapping[str, Sequence[float]]
+    machines: Mapping[str, str] = field(default_factory=dict)
 
     def latency(self, name: str) -> Measurement:
         """Milliseconds of one call of a candidate: the median round and the spread."""
         p10, median, p90 = percentiles(self.rounds[name])
-        return Measurement(
-            value=median, unit="ms", p10=p10, p90=p90, rounds=len(self.rounds[name]), machine=THIS_MACHINE
-        )
+        machine = self.machines.get(name, THIS_MACHINE)
+        return Measurement(value=median, unit="ms", p10=p10, p90=p90, rounds=len(self.rounds[name]), machine=machine)
 
     def speedup(self, name: str, baseline: str) -> Speedup:
         """How many times faster `name` is than `baseline`."""
         pairs = zip(self.rounds[baseline], self.rounds[name], strict=True)
         p10, median, p90 = percentiles([slow / fast for slow, fast in pairs])
-        return Speedup(value=median, p10=p10, p90=p90, rounds=len(self.rounds[name]), machine=THIS_MACHINE)
+        machine = self.machines.get(name, THIS_MACHINE)
+        return Speedup(value=median, p10=p10, p90=p90, rounds=len(self.rounds[name]), machine=machine)
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:

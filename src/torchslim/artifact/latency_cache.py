@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from torchslim.artifact.assembled import AnyDeployed
 from torchslim.artifact.latency import compare
+from torchslim.artifact.remote import TimingWorker
 from torchslim.core.files import digest, present, write_json
 from torchslim.core.folder_lock import holding
 from torchslim.core.hardware import cache_folder, describe_machine
@@ -82,19 +83,26 @@ class LatencyTable:
         threads: number of threads of the deployment; None leaves it to the runtime.
         path: the file; by default one in `cache_folder()` for this machine, runtime and number of threads.
         batch: samples a call.
+        worker: times the programs, in place of this machine.
     """
 
     def __init__(
-        self, runtime: str, threads: int | None = None, *, path: str | Path | None = None, batch: int | None = None
+        self,
+        runtime: str,
+        threads: int | None = None,
+        *,
+        path: str | Path | None = None,
+        batch: int | None = None,
+        worker: TimingWorker | None = None,
     ) -> None:
         self.runtime, self.threads, self.batch = runtime, threads, batch
-        machine = describe_machine(threads)
-        self.about: dict[str, Any] = {
-            "runtime": runtime,
-            "threads": threads,
-            "batch": batch,
-            **{key: machine[key] for key in ("processor", "instruction_set", "cores", "versions")},
-        }
+        self.compare = compare if worker is None else worker.compare
+        if worker is None:
+            machine = describe_machine(threads)
+            about = {key: machine[key] for key in ("processor", "instruction_set", "cores", "versions")}
+        else:
+            about = {"worker": worker.machine()}
+        self.about: dict[str, Any] = {"runtime": runtime, "threads": threads, "batch": batch, **about}
         self.given = path is not None  # a file that the user has named is not replaced if it holds something else
         self.path = Path(path) if path else cache_folder() / "latency" / f"{runtime}-{digest(self.about)[:16]}.json"
 
@@ -122,7 +130,7 @@ class LatencyTable:
         structures = {name: model.structure for name, model in deployed.items()}
         missing = {key: deployed[name] for name, key in structures.items() if key not in by_structure and key != first}
         if first not in by_structure or missing:
-            timings = compare({first: reference} | missing, batch=self.batch, rounds=rounds, seconds=seconds)
+            timings = self.compare({first: reference} | missing, batch=self.batch, rounds=rounds, seconds=seconds)
             new = [*missing] if first in by_structure else [first, *missing]  # a reference keeps its first figure
             for key in new:
                 by_structure[key] = Timing(ratio=timings.speedup(first, key), latency=timings.latency(key)).as_kept()
@@ -137,7 +145,7 @@ class LatencyTable:
         """
         first = reference.structure
         before = self.measure({"it": reference}, reference)["it"]
-        measured = compare({first: reference}, batch=self.batch, rounds=ROUNDS, seconds=SECONDS).latency(first)
+        measured = self.compare({first: reference}, batch=self.batch, rounds=ROUNDS, seconds=SECONDS).latency(first)
         if measured.value >= BUSY * before.latency.value:
             return before
         latency = Measurement(value=measured.value, unit="ms", rounds=measured.rounds)

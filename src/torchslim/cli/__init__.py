@@ -8,11 +8,12 @@ import traceback
 
 import click
 
-from torchslim.cli.artifacts import bench, kernels, report
+from torchslim.cli.artifacts import kernels, report
 from torchslim.cli.console import EXAMPLE
 from torchslim.cli.models import inspect, latency, sensitivity
 from torchslim.cli.runs import check, run, search, suggest
 from torchslim.cli.starting import demo, init, list_
+from torchslim.cli.timing import bench, worker
 from torchslim.core.terminal import printable
 
 
@@ -23,7 +24,10 @@ def cli(debug: bool) -> None:
     """Prune, distill and quantize a trained PyTorch model, and measure what ships."""
 
 
-COMMANDS = (demo, init, list_, run, check, search, suggest, inspect, sensitivity, latency, kernels, bench, report)
+COMMANDS = (
+    *(demo, init, list_, run, check, search, suggest, inspect, sensitivity, latency),
+    *(kernels, bench, worker, report),
+)
 for _command in COMMANDS:
     cli.add_command(_command)
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchslim.cli.console import EXAMPLE, default_name, progress_shown, with_report
+from torchslim.cli.timing import ON, TOKEN, worker_at
 from torchslim.core.search_path import current_folder_last
 from torchslim.core.step import step_name
 
 if TYPE_CHECKING:
+    from torchslim.artifact.remote import TimingWorker
     from torchslim.pipeline.recipe import Recipe
     from torchslim.pipeline.result import Result
 
@@ -23,8 +25,19 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace another recipe's run in the folder.")
 @click.option("--key", type=click.Path(path_type=Path), help="Sign the artifact with this private key (PEM, Ed25519).")
 @click.option("--no-rehearse", is_flag=True, help="Begin at once, without trying every step at least effort.")
+@ON
+@TOKEN
 @click.option("--json", "as_json", is_flag=True, help="Print run.json instead of the table.")
-def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, no_rehearse: bool, as_json: bool) -> None:
+def run(
+    recipe: Path,
+    out: Path | None,
+    overwrite: bool,
+    key: Path | None,
+    no_rehearse: bool,
+    on: str | None,
+    token: Path | None,
+    as_json: bool,
+) -> None:
     """Run a recipe; an interrupted run resumes.
 
     A rehearsal comes first: every step at least effort, so that nothing fails late, and a forecast of the time.
@@ -36,7 +49,8 @@ def run(recipe: Path, out: Path | None, overwrite: bool, key: Path | None, no_re
     current_folder_last()
     out = out or Path("runs") / default_name(recipe)
     parsed = load_recipe(recipe)
-    result = carried_out(parsed, out, overwrite=overwrite, key=key, rehearse=parsed.rehearse and not no_rehearse)
+    worker, rehearse = worker_at(on, token), parsed.rehearse and not no_rehearse
+    result = carried_out(parsed, out, overwrite=overwrite, key=key, rehearse=rehearse, worker=worker)
     if result is not None:
         click.echo(json.dumps(result.run, indent=1) if as_json else with_report(result, out / "report.html"))
 
@@ -49,6 +63,7 @@ def carried_out(
     key: Path | None = None,
     stages: Path | None = None,
     rehearse: bool = True,
+    worker: TimingWorker | None = None,
 ) -> Result | None:
     """Run a recipe and save its result in `out`; returns None in all processes except the first, which writes."""
     from torchslim.core import distributed
@@ -74,6 +89,7 @@ def carried_out(
             names={"model": recipe.model, "task": recipe.task},
             sensitivity=recipe.sensitivity,
             rehearse=rehearse,
+            worker=worker,
             progress=progress if distributed.is_first() else ignore_progress,
         )
         if not distributed.is_first():
@@ -88,9 +104,18 @@ def carried_out(
 @click.option("--storage", help="Storage that workers share: an Optuna URL or a file; default: a file in the folder.")
 @click.option("--study", help="Name of the study in the storage; default: the folder's name.")
 @click.option("--no-rehearse", is_flag=True, help="Begin at once, without trying every step at least effort.")
+@ON
+@TOKEN
 @click.option("--json", "as_json", is_flag=True, help="Print search.json instead of the table.")
 def search(
-    recipe: Path, out: Path | None, storage: str | None, study: str | None, no_rehearse: bool, as_json: bool
+    recipe: Path,
+    out: Path | None,
+    storage: str | None,
+    study: str | None,
+    no_rehearse: bool,
+    on: str | None,
+    token: Path | None,
+    as_json: bool,
 ) -> None:
     """Search a recipe with ranges for the best results under its budget; an interrupted search resumes.
 
@@ -117,6 +142,7 @@ def search(
             storage=storage,
             study=study,
             rehearse=not no_rehearse,
+            worker=worker_at(on, token),
             progress=progress if distributed.is_first() else ignore_progress,
         )
     if distributed.is_first():

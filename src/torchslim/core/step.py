@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from torchslim.core.checks import Seed, Threads, check_fields
+from torchslim.core.measurement import Measurement, Speedup
 from torchslim.core.program_names import first_programs
 from torchslim.core.task import Task
 from torchslim.core.tensor_objects import of_structure
@@ -153,6 +154,16 @@ class Workbench(Protocol):
         A model is made only when it is timed; if its maker returns None, it is left out. A name that was timed before
         on this machine, for a reference of the same structure, is not timed again unless `again` is set.
         """
+        ...
+
+    def compare(
+        self, deployed: Mapping[str, Callable[..., Any]], reference: str
+    ) -> Mapping[str, tuple[Measurement, Speedup]]:
+        """Milliseconds of deployed models, and their speed-up over one of them, from paired rounds."""
+        ...
+
+    def layer_times(self, deployed: Callable[..., Any]) -> Mapping[str, float] | None:
+        """Milliseconds of the layers of a deployed model, by path, from the runtime's profiler; None without one."""
         ...
 
     def about(self, reference: nn.Module) -> Mapping[str, Any]:

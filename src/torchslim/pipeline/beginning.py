@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchslim._version import __version__
+from torchslim.artifact.remote import RUNTIMES
 from torchslim.core.batches import take_first
 from torchslim.core.files import digest
 from torchslim.core.fingerprint import fingerprint
@@ -17,7 +18,7 @@ from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.parts import WHOLE, select_parts
 from torchslim.core.step import Context, Engine, Inputs, MakesModel, Step, check_order
 from torchslim.core.task import Task
-from torchslim.errors import TaskError
+from torchslim.errors import RecipeError, TaskError
 from torchslim.pipeline.options import RunOptions
 from torchslim.pipeline.target_bench import Bench
 from torchslim.runtimes import find_runtime
@@ -29,6 +30,12 @@ def check_before(model: nn.Module, steps: Sequence[Step], options: RunOptions) -
     """Raise for errors that need neither data nor a copy of the model."""
     check_order(steps)
     find_runtime(options.target.runtime)
+    if options.worker is not None and options.target.runtime not in RUNTIMES:
+        raise RecipeError(
+            f"a worker runs {', '.join(RUNTIMES)}, not {options.target.runtime!r}; name one of them, or give no worker"
+        )
+    if options.worker is not None and options.part is not None:
+        raise RecipeError("a worker times whole models, as the code around parts stays here; leave part or worker out")
     if not any(True for _ in model.parameters()):
         raise TaskError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
 
@@ -50,12 +57,15 @@ def ready(
             examples=ctx.examples,
             dynamic_shapes=ctx.dynamic_shapes,
             parts=ctx.parts,
+            worker=options.worker,
         )
         ctx = check_ctx = replace(ctx, workbench=bench)
         for step in steps:
             step.check(check_ctx)
             check_ctx = replace(check_ctx, model=begun(step, check_ctx.model, options.seed))
-        yield ctx, bench, origin(ctx, copied, first)
+        key = origin(ctx, copied, first)
+        # choices by latency are those of the machine that times
+        yield ctx, bench, key if options.worker is None else digest(key, options.worker.machine())
 
 
 def _context(

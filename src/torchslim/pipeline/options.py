@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from torchslim.analysis.result import Sensitivity
+from torchslim.artifact.remote import TimingWorker
 from torchslim.core.fingerprint import canonical
 from torchslim.core.step import Engine, Event, Inputs, Step, Target, log_progress
 
@@ -31,6 +32,7 @@ class RunOptions:
     names: Mapping[str, str] | None = None
     sensitivity: Sensitivity | None = None
     rehearse: bool = True
+    worker: TimingWorker | None = None
     progress: Callable[[Event], None] = log_progress
 
     def recipe(self, steps: Sequence[Step]) -> dict[str, Any]:

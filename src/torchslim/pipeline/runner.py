@@ -339,7 +339,7 @@ class _Runner:
         runtime = self.ctx.target.runtime
         self.ctx.progress(Event(step="artifact", phase="measure latency"))
         median, largest = shared_examples([stage.deployed for stage in stages])
-        timings = timed(stages, median, self.ctx.target, self.rounds)
+        timings = timed(stages, median, self.ctx.target, self.rounds, self.bench.worker)
         rows = [dict(stage.row) for stage in stages]
         rows.append(
             {
@@ -354,7 +354,9 @@ class _Runner:
                 "seconds": not_measured("no work was done"),
             }
         )
-        largest_timings = None if largest is None else timed(stages, largest, self.ctx.target, self.rounds)
+        largest_timings = (
+            None if largest is None else timed(stages, largest, self.ctx.target, self.rounds, self.bench.worker)
+        )
         compare_rows(rows, timings, runtime, tuple(self.ctx.parts), largest_timings)
         sizes = {}
         if median is not None and largest is not None and not isinstance(last.deployed, DeployedParts):
@@ -374,6 +376,6 @@ class _Runner:
             "reported_on": "test" if self.ctx.task.test is not None else "val (selected on val)",
             "batch": 1 if last.deployed.takes_single_samples else "as captured",
             **sizes,
-            "machines": {"this": self.machine},
+            "machines": {"this": self.machine, **self.bench.other_machines()},
             "rows": rows,
         }

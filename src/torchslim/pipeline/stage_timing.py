@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts, pieces
 from torchslim.artifact.latency import ROUND_SECONDS, Timings, compare
+from torchslim.artifact.remote import TimingWorker
 from torchslim.core.step import Target
 from torchslim.pipeline.stages import Stage
 from torchslim.runtimes.eager import on_eager
@@ -17,7 +18,13 @@ ROUNDS = 60
 SECONDS = 40.0
 
 
-def timed(stages: Sequence[Stage], inputs: Sequence[Tensor] | None, target: Target, rounds: int) -> Timings:
+def timed(
+    stages: Sequence[Stage],
+    inputs: Sequence[Tensor] | None,
+    target: Target,
+    rounds: int,
+    worker: TimingWorker | None = None,
+) -> Timings:
     """Latency of all stages on the target's runtime and on eager, and of the parts of models.
 
     Timings are named "INDEX/RUNTIME" by stage, and "INDEX/RUNTIME/PART" for parts.
@@ -27,9 +34,11 @@ def timed(stages: Sequence[Stage], inputs: Sequence[Tensor] | None, target: Targ
         inputs: flat inputs of every call; None takes the example of each program.
         target: the run's runtime and threads.
         rounds: largest number of rounds.
+        worker: times the programs on the target's runtime; those on eager are timed here.
     """
     # one runtime after the other: the threads of one keep spinning for a while and would slow down the other
     measured: dict[str, Sequence[float]] = {}
+    machines: dict[str, str] = {}
     for kind in dict.fromkeys((target.runtime, "eager")):
         candidates = {f"{i}/{kind}": _on(stage.deployed, kind, target.threads) for i, stage in enumerate(stages)}
         parts = {
@@ -38,8 +47,11 @@ def timed(stages: Sequence[Stage], inputs: Sequence[Tensor] | None, target: Targ
             for path, piece in pieces(candidate).items()
             if path
         }
-        measured |= compare(candidates | parts, rounds=rounds, seconds=SECONDS, inputs=inputs).rounds
-    return Timings(measured)
+        own = compare if worker is None or kind != target.runtime else worker.compare
+        timings = own(candidates | parts, rounds=rounds, seconds=SECONDS, inputs=inputs)
+        measured |= timings.rounds
+        machines |= timings.machines
+    return Timings(measured, machines)
 
 
 def timing_seconds(run: Mapping[str, Any]) -> float:

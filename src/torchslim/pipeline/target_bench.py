@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import nn
 
 from torchslim.artifact.assembled import AnyDeployed, DeployedParts
 from torchslim.artifact.deployment import deploy_programs, verified
-from torchslim.artifact.latency import ROUND_SECONDS, compare
+from torchslim.artifact.latency import ROUND_SECONDS, Timings, compare, resized
 from torchslim.artifact.latency_cache import SECONDS, LatencyTable
+from torchslim.artifact.remote import TimingWorker
 from torchslim.artifact.shipped import as_saved
 from torchslim.core.checks import check_fields
 from torchslim.core.files import digest
 from torchslim.core.fingerprint import canonical
+from torchslim.core.measurement import Measurement, Speedup
 from torchslim.core.parts import part_views
 from torchslim.core.step import Inputs, Makers, Step, Target
 from torchslim.core.task import Task
@@ -26,6 +28,7 @@ from torchslim.graph.export import capture
 from torchslim.graph.layers import structure_of
 from torchslim.quantize import Quantize, QuantizedModule, convert, prepare
 from torchslim.runtimes import Deployed, find_runtime
+from torchslim.runtimes.kernel_times import kernel_times
 from torchslim.training.calibration import CalibrationData
 
 ROUNDS = 100  # at most, for each program of a latency table; slow programs get as many as their time limit allows
@@ -44,6 +47,7 @@ class Bench:
         examples: further inputs, whose sizes span those of later calls, for `dynamic_shapes="auto"`.
         dynamic_shapes: as for `torchslim.deploy`.
         parts: examples of the parts that are deployed, by path; empty: the whole model is deployed.
+        worker: times programs, in place of this machine.
     """
 
     example_inputs: Inputs
@@ -53,6 +57,7 @@ class Bench:
     examples: Sequence[Inputs] = ()
     dynamic_shapes: Any = "auto"
     parts: Mapping[str, Sequence[Inputs]] = field(default_factory=dict)
+    worker: TimingWorker | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, RecipeError, "Bench: ")
@@ -84,7 +89,7 @@ class Bench:
 
     def latency(self, models: Makers, reference: nn.Module, *, again: bool = False) -> Mapping[str, float]:
         """Return each model's time over the reference's, both finished as the recipe ends; see `Workbench.latency`."""
-        table = LatencyTable(self.target.runtime, self.target.threads)
+        table = self.latency_table()
         first = self.about(reference)["structure"]
         timings = {} if again else table.known(first)  # looked up by name: making a program takes seconds
         to_time = {
@@ -100,12 +105,44 @@ class Bench:
                 table.add(first, measured)
         return {name: timings[name].ratio.value for name in models if name in timings}
 
+    @property
+    def timer(self) -> Callable[..., Timings]:
+        """Times programs, here or on the worker; as `artifact.latency.compare`."""
+        return compare if self.worker is None else self.worker.compare
+
+    def latency_table(self) -> LatencyTable:
+        """The cache of latencies of the machine that times."""
+        return LatencyTable(self.target.runtime, self.target.threads, worker=self.worker)
+
+    def other_machines(self) -> dict[str, dict[str, Any]]:
+        """Description of the worker's machine, by its name in measurements; empty without one."""
+        machine = {} if self.worker is None else self.worker.machine()
+        return {str(machine["processor"]): machine} if machine else {}
+
+    def compare(self, deployed: Mapping[str, Any], reference: str) -> dict[str, tuple[Measurement, Speedup]]:
+        """Latency and speed-up of deployed models; see `Workbench.compare`."""
+        timings = self.timer(deployed, rounds=ROUNDS, seconds=SECONDS)
+        return {name: (timings.latency(name), timings.speedup(name, reference)) for name in deployed}
+
+    def layer_times(self, deployed: Any) -> dict[str, float] | None:
+        """Milliseconds of the layers of a deployed model; see `Workbench.layer_times`."""
+        if not isinstance(deployed, Deployed) or self.worker is not None:
+            return None  # a worker has no profiler
+        kernels = kernel_times(deployed, resized(deployed))
+        if kernels is None:
+            return None
+        layers: dict[str, float] = {}
+        for kernel in kernels:
+            layer = kernel.node.rpartition("/")[0]
+            layers[layer] = layers.get(layer, 0.0) + kernel.ms
+        return layers
+
     def seconds_by_program(self, model: nn.Module) -> float:
         """About how long it takes to make and time one program of a latency table: of the model, as the recipe ends."""
         start = time.perf_counter()
         deployed = self.deploy(self.ended(model))
         made = time.perf_counter() - start
-        call = compare({"program": deployed}, rounds=1).latency("program").value / 1e3
+        call = self.timer({"program": deployed}, rounds=1).latency("program").value / 1e3
         return made + min(ROUNDS * max(call, ROUND_SECONDS), SECONDS)
 
     def about(self, reference: nn.Module) -> dict[str, Any]:

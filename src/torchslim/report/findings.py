@@ -288,5 +288,39 @@ def ceilings(run: Run) -> list[Ceiling]:
     return rounds
 
 
+def elsewhere(run: Run) -> list[str]:
+    """A line for every row that was timed on another machine."""
+    lines = []
+    for label, row in zip(labels(run["rows"]), run["rows"], strict=True):
+        for machine, found in row.get("elsewhere", {}).items():
+            latency, ratio = found["latency_ms"], found["over_baseline"]
+            low, high = map(significant, (latency.get("low", latency["value"]), latency.get("high", latency["value"])))
+            gain = ""
+            if is_measured(ratio) and row["kind"] != "baseline":
+                same = ratio["verdict"] == "no difference"
+                gain = ", no difference to" if same else f", {faster(ratio['value'])} than"
+                gain = f"{gain} the baseline there"
+            lines.append(f"{label} on {machine}: {significant(latency['value'])} ms [{low}-{high}]{gain}")
+    return lines
+
+
+def choices_by_latency(run: Run) -> list[str]:
+    """A line for every program of which layers were chosen by their latency."""
+    lines = []
+    for label, row in zip(labels(run["rows"]), run["rows"], strict=True):
+        for part, found in row.get("evidence", {}).get("faster_in_float", {}).items():
+            of = f", part {part}" if part else ""
+            chosen, floats, integers = (
+                "not deployed" if ms is None else f"{significant(ms)} ms"
+                for ms in (found["latency_ms"], found["float_ms"], found["integer_ms"])
+            )
+            lines.append(
+                f"{label}{of}: {found['in_float']} of {found['layers']} layers stay in float, where the model is "
+                f"faster: {chosen}; all on integers {integers}, all in float {floats} "
+                f"({found['programs']} programs timed)"
+            )
+    return lines
+
+
 def _taken(elsewhere: str) -> str:
     return f"on {elsewhere}" if elsewhere else "on this machine"

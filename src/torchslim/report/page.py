@@ -16,6 +16,8 @@ from torchslim.report.findings import (
     Layer,
     batch_words,
     ceilings,
+    choices_by_latency,
+    elsewhere,
     gains,
     gaps,
     labels,
@@ -111,6 +113,7 @@ def _render(run: Run) -> str:
         gaps=gaps(run, _step_entries(columns, rows)),
         part_latencies=part_latencies(run),
         gains=[(gain, cell_of("seconds", gain.seconds, significant)) for gain in gains(run)],
+        choices=[*choices_by_latency(run), *elsewhere(run)],
         ceilings=[(ceiling, _ceiling_cells(ceiling)) for ceiling in ceilings(run)],
         # layers
         layers=[_layer_row(layer) for layer in changed_layers],

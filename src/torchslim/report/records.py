@@ -101,10 +101,23 @@ class Cut(TypedDict):
 
 
 @extensible
+class FasterInFloat(TypedDict):
+    """A choice of layers by latency, for one program."""
+
+    in_float: Count
+    layers: Count
+    programs: Count
+    latency_ms: Number | None
+    float_ms: Number | None
+    integer_ms: Number | None
+
+
+@extensible
 class Evidence(TypedDict):
     """Further findings of a step; a user's own steps may add any keys."""
 
     latency: NotRequired[list[Cut]]
+    faster_in_float: NotRequired[dict[Text, FasterInFloat]]
 
 
 @strict
@@ -142,11 +155,21 @@ class Shrink(TypedDict):
 
 
 @strict
+class Elsewhere(TypedDict):
+    """Latency of a row on another machine, and its speed-up over the baseline there."""
+
+    latency_ms: Measured
+    over_baseline: Ratio
+    threads: int | None
+    inputs: list[list[Count]]
+
+
+@strict
 class Row(StageRow):
     """A stage, or the artifact, compared with the other rows, as in `run.json`.
 
     Where sizes vary, `latency_ms` and `speedup` are of the median-size inputs, and the figures of the largest inputs
-    stand beside them.
+    stand beside them. `elsewhere` has the figures of other machines, by name.
     """
 
     latency_ms: dict[Text, Entry]
@@ -154,6 +177,7 @@ class Row(StageRow):
     latency_largest_ms: NotRequired[dict[Text, Entry]]
     speedup_largest: NotRequired[Speedup]
     shrink: Shrink
+    elsewhere: NotRequired[dict[Text, Elsewhere]]
 
 
 @strict

@@ -8,6 +8,8 @@ from typing import Any, Literal, cast
 from torchslim.report.findings import (
     batch_words,
     ceilings,
+    choices_by_latency,
+    elsewhere,
     gains,
     gaps,
     labels,
@@ -76,6 +78,8 @@ def _table(run: Run) -> str:
         *_gain_lines(run),
         *_part_lines(run),
         *_ceiling_lines(run),
+        *_listed("layers chosen by latency", choices_by_latency(run)),
+        *_listed("latency on other machines", elsewhere(run)),
     ]
     missing = gaps(run, _shown(run))
     lines += ["", *[f"not measured ({ABSENT}): {plain(gap)}" for gap in missing]]
@@ -213,6 +217,10 @@ def _ceiling_lines(run: Run) -> list[str]:
             for line in lines
         ),
     ]
+
+
+def _listed(heading: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"{heading}:", *(f"  {plain(line)}" for line in lines)] if lines else []
 
 
 def _shown(run: Run) -> list[tuple[str, str, Entry]]:

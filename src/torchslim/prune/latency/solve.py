@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from torchslim.core import distributed
+from torchslim.core.measurement import Measurement, Speedup
 from torchslim.core.step import Makers, Workbench
 from torchslim.errors import PruneError
 from torchslim.prune.latency.cost_model import between
@@ -87,6 +88,20 @@ class Told:
         """Time of each model over the reference's."""
         own_times = dict(self.bench.latency(models, reference, again=again)) if distributed.is_first() else {}
         times: dict[str, float] = distributed.told(own_times)
+        return times
+
+    def compare(
+        self, deployed: Mapping[str, Callable[..., Any]], reference: str
+    ) -> Mapping[str, tuple[Measurement, Speedup]]:
+        """Latency and speed-up of deployed models."""
+        own = dict(self.bench.compare(deployed, reference)) if distributed.is_first() else {}
+        compared: dict[str, tuple[Measurement, Speedup]] = distributed.told(own)
+        return compared
+
+    def layer_times(self, deployed: Callable[..., Any]) -> Mapping[str, float] | None:
+        """Milliseconds of the layers of a deployed model."""
+        own = self.bench.layer_times(deployed) if distributed.is_first() else None
+        times: Mapping[str, float] | None = distributed.told(own)
         return times
 
     def within(self, path: str) -> Workbench:
