@@ -72,3 +72,16 @@ def test_a_damaged_one_is_refused(tmp_path, changes):
     (tmp_path / "run.json").write_text(json.dumps(run_with(cut(**changes))))
     with pytest.raises(ArtifactError, match=r"rows(\.1\.|\[1\]\.)evidence.*; run again"):
         load_run(tmp_path)
+
+
+def test_a_choice_of_layers_by_latency_has_a_line_in_the_table_and_on_the_page():
+    choice = {"in_float": 17, "layers": 53, "programs": 9, "latency_ms": 5.1, "float_ms": 7.5, "integer_ms": 20.7}
+    run = make_run()
+    run["rows"][1]["evidence"] = {"faster_in_float": {"": choice, "backbone": choice}}
+    (line, part) = findings.choices_by_latency(run)
+    assert "17 of 53 layers stay in float" in line
+    assert all(figure in line for figure in ("5.10 ms", "20.7 ms", "7.50 ms", "9 programs"))
+    assert "part backbone" in part
+    assert line in table(run)
+    assert "17 of 53 layers stay in float" in render(run)
+    assert "layers chosen by latency" not in table(make_run())

@@ -227,7 +227,8 @@ def test_large_tables_of_embeddings_are_stored_in_8_bits(rows: int, named: bool)
     data = ts.Task(val=[(tokens, tokens[:, 0])], metric="accuracy")
     fast = ts.suggest(model, data, FAST)
     (quantize,) = fast.document["step"]
-    assert quantize.get("layers") == ({"type:Embedding": "int8-weights"} if named else None)
+    assert quantize.get("layers") == ({"type:Embedding": "int8-weights"} if named else "auto")
+    assert quantize.get("by") == (None if named else "latency")
     assert ("tables of embeddings" in fast.reasons[2]) == named
     (weights,) = ts.suggest(model, data, SMALL).document["step"]
     assert "layers" not in weights, "schemes of weights store tables in 8 bits or fewer anyway"

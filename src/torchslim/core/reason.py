@@ -24,6 +24,7 @@ class Reason(StrEnum):
     # layers
     AS_ASKED = "left in float, as asked"
     BACK_IN_FLOAT = "back in float"
+    FASTER_IN_FLOAT = "faster in float"
 
     def with_detail(self, detail: str, separator: str = ": ") -> str:
         """Text of the reason, followed by a detail."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.batches import EXAMPLES
@@ -202,13 +203,21 @@ def weights(
     return quantized
 
 
-def converted(prepared: Prepared, checks: Checks | None) -> QuantizedModule:
-    """As `convert`, without its warnings, which are the model's `notes`."""
-    if (checks := Checks.of(checks)) is None:
-        return integers(prepared)
+def converted(prepared: Prepared, checks: Checks | None, known: Mapping[str, str] | None = None) -> QuantizedModule:
+    """As `convert`, without its warnings, which are the model's `notes`.
+
+    Units of `known` are left in float in any case; it gives the reasons.
+    """
     with quiet():
-        from torchslim.quantize.rollback import verified
-    return verified(prepared, checks)
+        from torchslim.quantize.rollback import rolled_back, verified
+        from torchslim.quantize.units import units_of
+    if (checks := Checks.of(checks)) is not None:
+        return verified(prepared, checks, known)
+    model = integers(prepared, known or {})
+    if known:
+        assert isinstance(prepared.program, GraphModule)
+        model.records = rolled_back(prepared.records, units_of(prepared.program), known)
+    return model
 
 
 def sqnr(reference: Any, value: Any) -> float:

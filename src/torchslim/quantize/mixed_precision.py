@@ -7,25 +7,23 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 from torch import nn
 
-from torchslim.core import distributed
 from torchslim.core.batches import predictor
-from torchslim.core.files import present
-from torchslim.core.isolation import copy_model, preserved_globals, warn
+from torchslim.core.isolation import copy_model, preserved_globals
 from torchslim.core.layer_patterns import check_patterns
 from torchslim.core.parts import WHOLE, mounted, under
 from torchslim.core.program_names import first_programs
-from torchslim.core.seals import read_sealed, write_sealed
 from torchslim.core.step import CHOICE_SECONDS, Context, Event
-from torchslim.errors import SelectError, StorageError
+from torchslim.errors import SelectError
 from torchslim.quantize.modules import Prepared
 from torchslim.quantize.preparation import convert
 from torchslim.quantize.schemes import FLOAT, find_scheme
+from torchslim.quantize.stored_rows import StoredRows
 from torchslim.training.calibration import PartCalibration
 from torchslim.training.loaders import seeded_splits
 
@@ -135,19 +133,12 @@ class Trials:
     model: nn.Module
     ctx: Context
     way: Way
-    rows: dict[str, float] = field(default_factory=dict)
     tried: int = 0
 
     def __post_init__(self) -> None:
-        self.path = None if self.ctx.state is None else self.ctx.state / "mixed.rows"
-        if self.path is not None and present(self.path):
-            try:
-                self.rows = json.loads(read_sealed(self.path, self.ctx.key))
-            except StorageError as error:
-                if distributed.is_first():
-                    warn(f"{error}; the choices of layers are measured again")
+        self.rows = StoredRows(self.ctx, "mixed.rows")
         self.data = PartCalibration(self.model, self.ctx, self.ctx.paths)
-        self.base = self._known("base", lambda: self.metric(predictor(self.model)))
+        self.base: float = self.rows.known("base", lambda: self.metric(predictor(self.model)))
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
@@ -180,7 +171,7 @@ class Trials:
                 for path, prepared in parts.items()
                 for layer, damage in damages(prepared, self.data.inputs(path)).items()
             }
-            self._keep(
+            self.rows.keep(
                 {f"damage {name}": min(sensitivities[name], sys.float_info.max) for name in names}
             )  # JSON has no infinity
         return tuple(sorted(names, key=lambda name: -sensitivities[name]))
@@ -202,7 +193,7 @@ class Trials:
             return self.metric(self._ships(mounted(whole, quantized)))
 
         start = time.perf_counter()
-        lost = self.lost(self._known(json.dumps(sorted(layers)), value))
+        lost = self.lost(float(self.rows.known(json.dumps(sorted(layers)), value)))
         self.tried += 1
         self.ctx.progress(
             Event(
@@ -243,13 +234,3 @@ class Trials:
         except SelectError:
             return False
         return True
-
-    def _known(self, key: str, measure: Callable[[], float]) -> float:
-        if key not in self.rows:
-            self._keep({key: measure()})
-        return self.rows[key]
-
-    def _keep(self, rows: Mapping[str, float]) -> None:
-        self.rows |= rows
-        if self.path is not None and distributed.is_first():
-            write_sealed(self.path, json.dumps(self.rows, allow_nan=False).encode(), self.ctx.key)

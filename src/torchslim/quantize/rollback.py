@@ -90,8 +90,13 @@ class Unverified(QuantizeError):
     """The quantized model fails its checks, which depend on its weights: another training may mend that."""
 
 
-def verified(prepared: Prepared, checks: Checks) -> QuantizedModule:
+def verified(prepared: Prepared, checks: Checks, known: Mapping[str, str] | None = None) -> QuantizedModule:
     """Convert a prepared model, with as many layers in float as the checks require.
+
+    Args:
+        prepared: calibrated or trained model.
+        checks: the thresholds.
+        known: units that are left in float in any case, with the reasons.
 
     Raises:
         QuantizeError: the checks hold for no choice that was tried.
@@ -109,8 +114,10 @@ def verified(prepared: Prepared, checks: Checks) -> QuantizedModule:
     def look(released: Released) -> list[Fault]:
         return evidence.off(make(released)[1])
 
-    failures = look(frozenset())
-    reasons = search(evidence.units, look, failures, evidence.names) if failures else {}
+    failures = look(frozenset(known or ()))
+    reasons: dict[str, str] | None = dict(known or {})
+    if failures:
+        reasons = search(evidence.units, look, failures, evidence.names, known=known)
     if reasons is None:
         raise Unverified(
             f"the quantized model cannot be verified: {failures[0].told(evidence.names)}, "
@@ -140,26 +147,38 @@ def concluded(
 
 
 def told(units: Sequence[Unit], reasons: Mapping[str, str]) -> list[str]:
-    """A line for every unit that went back to float."""
-    return [f"{_named(unit)} went back to float: {reasons[unit.key]}" for unit in units if unit.key in reasons]
+    """A line for every unit that went back to float because of a fault."""
+    return [
+        f"{_named(unit)} went back to float: {reasons[unit.key]}"
+        for unit in units
+        if unit.key in reasons and not Reason.FASTER_IN_FLOAT.given_in(reasons[unit.key])
+    ]
 
 
 def rolled_back(records: Sequence[LayerRecord], units: Sequence[Unit], reasons: Mapping[str, str]) -> list[LayerRecord]:
     """Records in which the units that went back to float are refused, with the reason."""
     layers = {unit.layer: reasons[unit.key] for unit in units if unit.key in reasons and not unit.operation}
     updated = [
-        LayerRecord(layer=record.layer, action="refused", reason=Reason.BACK_IN_FLOAT.with_detail(layers[record.layer]))
+        LayerRecord(layer=record.layer, action="refused", reason=_recorded(layers[record.layer]))
         if record.layer in layers
         else record
         for record in records
     ]
     recorded = {record.layer for record in records}
     for unit in units:
-        if unit.key in reasons and (unit.operation or unit.layer not in recorded):
+        follows = unit.operation and Reason.FASTER_IN_FLOAT.given_in(reasons.get(unit.key, ""))  # the layers before it
+        if unit.key in reasons and (unit.operation or unit.layer not in recorded) and not follows:
             operation = f" ({unit.operation})" if unit.operation else ""
-            reason = Reason.BACK_IN_FLOAT.with_detail(f"{operation}: {reasons[unit.key]}", "")
+            reason = _recorded(reasons[unit.key], operation)
             updated.append(LayerRecord(layer=unit.layer, action="refused", reason=reason))
     return updated
+
+
+def _recorded(reason: str, operation: str = "") -> str:
+    """The reason of a record: a choice for speed is no fault, and stands for itself."""
+    if Reason.FASTER_IN_FLOAT.given_in(reason):
+        return reason
+    return Reason.BACK_IN_FLOAT.with_detail(f"{operation}: {reason}", "")
 
 
 def search(

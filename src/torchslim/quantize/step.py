@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,6 @@ from torchslim.core.batches import take_first
 from torchslim.core.checks import check_fields
 from torchslim.core.imports import resolve
 from torchslim.core.isolation import copy_model, quiet
-from torchslim.core.layer_patterns import class_names, matches
 from torchslim.core.parts import inside, mounted, part_views, under
 from torchslim.core.reason import Reason
 from torchslim.core.step import Context, Form, Inputs, LayerRecord, Outcome
@@ -25,7 +24,7 @@ from torchslim.graph.export import WRAPPED
 from torchslim.quantize.accuracy_options import Accuracy, Helpers, Rounding, chosen_helpers
 from torchslim.quantize.checks import Checks
 from torchslim.quantize.functional import converted, decibels
-from torchslim.quantize.mixed_precision import KEPT, WIDENINGS, Trials, fallback, fewest
+from torchslim.quantize.latency_search import MOST_PROGRAMS
 from torchslim.quantize.modules import Prepared, QuantizedModule
 from torchslim.quantize.parts import check_layers, layers_inside, share_weights, take_back
 from torchslim.quantize.preparation import Layers, chooser, prepare
@@ -35,6 +34,7 @@ from torchslim.training.finetune import Training
 from torchslim.training.loop import Hook, Loop
 
 T = TypeVar("T")
+Choose = Callable[[Mapping[str, Prepared]], Mapping[str, Mapping[str, str]]]
 
 ANY_DROP = 1e9  # of the metric, in a rehearsal: the first choice of layers holds
 ANY_OUTPUTS = Checks(channel_db=-300.0, apart_db=300.0, apart_share=0.999)  # in a rehearsal, too
@@ -49,7 +49,10 @@ class Quantize:
         scheme: a name of `SCHEMES`, for every layer that `layers` does not name.
         layers: schemes, or "float", by glob over layers or "type:NAME"; the last pattern that matches counts. "auto":
             leave as few layers in float (of "int4-weights": in "int8-weights") as keep the metric within `metric_drop`,
-            by bisection over the most sensitive layers, each choice measured as the artifact.
+            by bisection over the most sensitive layers, each choice measured as the artifact; see `by`.
+        by: what "auto" judges layers by. "latency": layers that are faster in float on the target stay there, so that
+            the artifact is at least as fast as in float and as all on integers; at most 16 programs are made from one
+            calibration and timed. With `metric_drop`, the metric chooses first.
         metric_drop: with "auto", how much worse the metric on val may become, in its own unit, than that of the model
             that the step receives.
         mode: "ptq": post-training, calibrated on the task's calibration batches; "qat": then trained on the grid.
@@ -74,6 +77,7 @@ class Quantize:
 
     scheme: str = field(default="int8", kw_only=False)
     layers: Mapping[str, str] | Literal["auto"] = field(default_factory=dict, hash=False)
+    by: Literal["metric", "latency"] = "metric"
     metric_drop: float | None = None
     mode: Literal["ptq", "qat"] = "ptq"
     observer: str = "mse"
@@ -92,14 +96,7 @@ class Quantize:
         check_fields(self, QuantizeError)
         object.__setattr__(self, "checks", Checks.of(self.checks))
         find_scheme(self.scheme)
-        if isinstance(self.layers, str) and self.layers != "auto":
-            raise QuantizeError(f"layers must be a mapping of patterns to schemes, or 'auto', got {self.layers!r}")
-        if self.layers == "auto" and self.metric_drop is None:
-            raise QuantizeError("layers='auto' needs metric_drop, the largest allowed loss in the metric's unit")
-        if self.layers != "auto" and self.metric_drop is not None:
-            raise QuantizeError("metric_drop belongs to layers='auto'; set it, or leave metric_drop out")
-        if self.metric_drop is not None and not 0 <= self.metric_drop < math.inf:
-            raise QuantizeError(f"metric_drop must be a finite number of at least 0, got {self.metric_drop}")
+        self._check_auto()
         for name in self.exceptions().values():
             if name != FLOAT:
                 find_scheme(name)
@@ -114,13 +111,35 @@ class Quantize:
         if wrong := [name for name in ("norms_until", "ranges_until") if not 0 < getattr(self, name) <= 1]:
             raise QuantizeError(f"{wrong[0]} must be in (0, 1], got {getattr(self, wrong[0])}")
 
+    def _check_auto(self) -> None:
+        """Raise QuantizeError where `layers`, `by` and `metric_drop` do not fit each other."""
+        if isinstance(self.layers, str) and self.layers != "auto":
+            raise QuantizeError(f"layers must be a mapping of patterns to schemes, or 'auto', got {self.layers!r}")
+        if self.by not in ("metric", "latency"):
+            raise QuantizeError(f"by must be 'metric' or 'latency', got {self.by!r}")
+        if self.layers == "auto" and self.metric_drop is None and self.by == "metric":
+            raise QuantizeError(
+                "layers='auto' needs metric_drop, the largest allowed loss in the metric's unit, or by='latency'"
+            )
+        if self.layers != "auto" and self.by == "latency":
+            raise QuantizeError("by='latency' belongs to layers='auto'; set it, or leave by out")
+        if self.layers != "auto" and self.metric_drop is not None:
+            raise QuantizeError("metric_drop belongs to layers='auto'; set it, or leave metric_drop out")
+        if self.metric_drop is not None and not 0 <= self.metric_drop < math.inf:
+            raise QuantizeError(f"metric_drop must be a finite number of at least 0, got {self.metric_drop}")
+
     def check(self, ctx: Context) -> None:
         """Check that there is data to calibrate on, that the patterns name layers, and that training can start."""
         if self.calibrates():
             split = ctx.task.calibration_split
             take_first(getattr(ctx.task, split), split)
-        if self.layers == "auto":
+        if self.metric_drop is not None:
             take_first(ctx.task.val, "val")
+        if self.by == "latency" and ctx.workbench is None:
+            raise QuantizeError(
+                "by='latency' needs a workbench to measure latency: run the step by ts.compress or `torchslim run`, or "
+                "give a Context with workbench=ts.Bench(...)"
+            )
         model = ctx.model if ctx.model is not None else ctx.teacher
         chooser(model, self.scheme, self.exceptions())
         check_layers(model, ctx.paths, self.exceptions())
@@ -131,8 +150,14 @@ class Quantize:
         """Epochs of the training on the grid; empty with "ptq"."""
         return [self.training().epochs] if self.mode == "qat" else []
 
+    def timed_programs(self, model: nn.Module, ctx: Context) -> Mapping[str, int]:
+        """How many programs are made and timed at most to choose layers by latency, by the path of the part."""
+        return dict.fromkeys(ctx.parts or ("",), MOST_PROGRAMS) if self.by == "latency" else {}
+
     def rehearsed(self, folder: Path) -> Self:
         """Return the same quantization with one epoch of training, and one choice of layers, which holds.
+
+        Layers are not chosen by latency: all stay on integers.
 
         The outputs of an untrained model say little: they are compared, but nearly all differences pass. GPTQ replaces
         AdaRound: it needs the same statistics, and a fraction of the time.
@@ -141,6 +166,8 @@ class Quantize:
         return replace(
             self,
             checks=replace(ANY_OUTPUTS, samples=checks.samples) if isinstance(checks, Checks) else checks,
+            layers={} if self.layers == "auto" and self.metric_drop is None else self.layers,
+            by="metric",
             metric_drop=None if self.metric_drop is None else ANY_DROP,
             rounding="gptq" if self.rounding == "adaround" else self.rounding,
             train=self.training().rehearsed(folder) if self.mode == "qat" else None,
@@ -169,8 +196,20 @@ class Quantize:
         return default
 
     def __call__(self, model: nn.Module, ctx: Context) -> Outcome:
-        if self.layers == "auto":
-            return self._mixed(model, ctx)
+        if self.layers != "auto":
+            return self.outcome(model, ctx)
+        from torchslim.quantize.auto_layers import by_latency, by_metric
+
+        return by_latency(self, {}, model, ctx) if self.metric_drop is None else by_metric(self, model, ctx)
+
+    def outcome(self, model: nn.Module, ctx: Context, choose: Choose | None = None) -> Outcome:
+        """Quantize with the layers of the step.
+
+        Args:
+            model: changed by a training.
+            ctx: of the step.
+            choose: called with the calibrated parts, returns units of each that stay in float, with the reasons.
+        """
         prepared = self.prepared_parts(model, ctx, self.exceptions(), PartCalibration(model, ctx, ctx.paths))
         whole = mounted(copy_model(model)[0] if ctx.parts else model, prepared)
         history: Sequence[Mapping[str, float]] = ()
@@ -185,7 +224,8 @@ class Quantize:
             history, training_records = report.history, report.layers
         checks = self.checks
         assert not isinstance(checks, Mapping)
-        quantized = {path: converted(part, checks) for path, part in prepared.items()}
+        left = {} if choose is None else choose(prepared)
+        quantized = {path: converted(part, checks, left.get(path)) for path, part in prepared.items()}
         records: list[LayerRecord] = []
         messages: list[str] = []
         worst: list[dict[str, Any]] = []
@@ -223,7 +263,7 @@ class Quantize:
 
     def prepared(self, model: nn.Module, ctx: Context, layers: Layers, data: PartCalibration) -> dict[str, Prepared]:
         """Calibrated parts for post-training quantization, with `layers` in place of the step's."""
-        step = replace(self, layers=layers, metric_drop=None, mode="ptq", train=None, learned_step=False)
+        step = replace(self, layers=layers, by="metric", metric_drop=None, mode="ptq", train=None, learned_step=False)
         return step.prepared_parts(model, ctx, layers, data)
 
     def prepared_parts(
@@ -260,51 +300,6 @@ class Quantize:
             prepared.calibrate(batches)
         prepared.show(batches)
         return prepared
-
-    def _mixed(self, model: nn.Module, ctx: Context) -> Outcome:
-        """Find the layers to leave out, then quantize; after training, measure again and leave out more if needed."""
-        assert self.metric_drop is not None
-        trials = Trials(model, ctx, self)
-        choice = fewest(trials.layers, trials.drop, self.metric_drop, most=trials.most)
-        layers, drop, held = choice.layers, choice.drop, choice.held
-        outcome = self._with(trials.exceptions(layers), model, ctx)
-        if self.mode == "qat":
-            attempts = [(trials.lost_by(outcome.model), layers, outcome)]
-            for number in range(1, WIDENINGS + 1):
-                if attempts[-1][0] <= self.metric_drop or len(layers) >= trials.most:
-                    break
-                layers = trials.layers[: min(max(2 * len(layers), 1), trials.most)]
-                state = None if ctx.state is None else ctx.state / f"wider-{number}"
-                if state is not None:
-                    state.mkdir(parents=True, exist_ok=True)
-                outcome = self._with(trials.exceptions(layers), model, replace(ctx, state=state))
-                attempts.append((trials.lost_by(outcome.model), layers, outcome))
-            drop, layers, outcome = min(attempts, key=lambda attempt: attempt[0])
-            held = drop <= self.metric_drop
-        messages = list(outcome.warnings)
-        if not held:
-            unit = ctx.task.as_metric().unit
-            fallback_name = "float" if fallback(self.scheme) == FLOAT else "8 bits"
-            messages.append(
-                f"no choice of layers that was measured keeps the metric within {self.metric_drop:g} {unit}: the "
-                f"nearest loses {drop:.4g} {unit} with {len(layers)} of {len(trials.layers)} layers in {fallback_name}"
-            )
-        return replace(outcome, warnings=messages)
-
-    def _with(self, layers: dict[str, str], model: nn.Module, ctx: Context) -> Outcome:
-        """The step's outcome with layers left out, which their records explain."""
-        instead = fallback(self.scheme)
-        outcome = replace(self, layers=layers, metric_drop=None)(model, ctx)
-        types = class_names(model)
-
-        def explained(record: LayerRecord) -> LayerRecord:
-            left_out = record.reason == Reason.AS_ASKED or (
-                record.action == "quantized" and not record.reason and instead != FLOAT
-            )
-            match = next((layers[layer] for layer in reversed(layers) if matches(layer, record.layer, types)), None)
-            return replace(record, reason=KEPT[instead]) if left_out and match == instead else record
-
-        return replace(outcome, layers=[explained(record) for record in outcome.layers])
 
 
 class Freeze(Hook):
@@ -398,4 +393,6 @@ def _by_first_name(model: nn.Module, values: Mapping[str, T]) -> dict[str, T]:
 
 
 def _surprising(record: LayerRecord) -> bool:
+    if Reason.FASTER_IN_FLOAT.given_in(record.reason):
+        return False
     return record.action == "refused" and record.reason != Reason.AS_ASKED

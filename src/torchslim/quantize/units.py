@@ -17,8 +17,10 @@ from torchslim.quantize.aten_ops import (
     RECURRENT,
     TAKES_GRIDS,
     argument,
+    behind,
     is_constant,
     op_name,
+    shape_of,
     weighted,
 )
 
@@ -90,6 +92,32 @@ def release(program: GraphModule, units: Sequence[Unit], keys: Collection[str]) 
     program.recompile()
 
 
+def kinds_of(program: GraphModule, units: Sequence[Unit]) -> dict[str, str]:
+    """The kinds of the layers among the units, by key: names in the plural, such as "depthwise convolutions"."""
+    kinds: dict[str, str] = {}
+    layers = {unit.key for unit in units if not unit.operation}
+    for node in program.graph.nodes:
+        key = f"layer {layer_of(node)}"
+        if key in layers and key not in kinds and _is_layer(node):
+            kinds[key] = _kind(node)
+    return kinds
+
+
+def layers_before(program: GraphModule, units: Sequence[Unit]) -> dict[str, frozenset[str]]:
+    """For every operation between layers the layers whose results it reads, by keys of units."""
+    keys = {unit.key for unit in units}
+    operations = {unit.key for unit in units if unit.operation}
+    before: dict[Node, frozenset[str]] = {}  # for every node, the layers that its value comes from
+    found = {}
+    for node in program.graph.nodes:
+        sources = frozenset().union(*(before[source] for source in node.all_input_nodes))
+        if node.name in operations:
+            found[node.name] = sources
+        key = f"layer {layer_of(node)}"
+        before[node] = frozenset({key}) if _is_layer(node) and key in keys else sources
+    return found
+
+
 def observes(program: GraphModule, node: Node) -> bool:
     """Whether a node is an observer, which rounds once the graph is converted."""
     return node.op == "call_module" and hasattr(program.get_submodule(str(node.target)), "calculate_qparams")
@@ -99,6 +127,23 @@ def _is_layer(node: Node) -> bool:
     if weighted(node) is not None or node.target in RECURRENT or node.target in EMBEDDINGS:
         return True
     return node.op == "call_function" and node.target in PRODUCTS and not is_constant(node)
+
+
+def _kind(node: Node) -> str:
+    layout = weighted(node)
+    if layout is None:
+        if node.target in RECURRENT:
+            return "recurrent layers"
+        return "embeddings" if node.target in EMBEDDINGS else "products of activations"
+    if layout.kind == "linear":
+        return "linear layers"
+    weight = behind(argument(node, layout.weight))
+    outputs, inputs, *kernel = (0, 0) if weight is None else shape_of(weight)
+    if "transpose" in layout.kind:
+        return "transposed convolutions"
+    if inputs == 1 and outputs > 1:
+        return "depthwise convolutions"
+    return "pointwise convolutions" if set(kernel) == {1} else "convolutions"
 
 
 def _takes_grids(node: Node) -> bool:

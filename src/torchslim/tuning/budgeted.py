@@ -54,6 +54,7 @@ def compress_within(model: nn.Module, task: Task, budget: Budget, options: RunOp
         dynamic_shapes=options.dynamic_shapes,
         part=options.part,
         rehearse=options.rehearse,
+        worker=options.worker,
         progress=options.progress,
     )
     best = outcome.best

@@ -178,7 +178,8 @@ class SolvedSpace(Space):
         written = {**quantize, "scheme": main, "layers": {**own, **ordered}}
         if not written["layers"]:
             del written["layers"]
-        written.pop("metric_drop", None)
+        for key in ("metric_drop", "by"):
+            written.pop(key, None)
         return [written, *rest]
 
 

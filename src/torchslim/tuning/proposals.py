@@ -109,6 +109,10 @@ def quantize_step(mix: Mix, schooling: Schooling, budget: Budget, runtimes: Sequ
     if "int8" in schemes and mix.tables >= LARGE_TABLES:
         table["layers"] = {"type:Embedding": "int8-weights"}
         line += f", and the tables of embeddings ({mix.tables:.0%} of the parameters) to int8"
+    on_integers = all(SCHEMES[scheme].activations != "float" for scheme in schemes)
+    if "latency" in figures and on_integers and "layers" not in table:
+        table |= {"layers": "auto", "by": "latency"}
+        line += ", with layers in float that are faster there"
     if "latency" in figures and not any(SCHEMES[scheme].activations != "float" for scheme in schemes):
         line += " (fewer bytes at the speed of float: nothing here computes it on integers)"
     elif "latency" in figures and (saturates() or mix.shares["depthwise"] > MANY_DEPTHWISE):

@@ -11,6 +11,7 @@ from torch import nn
 
 from torchslim._version import __version__
 from torchslim.analysis.result import Sensitivity
+from torchslim.artifact.remote import TimingWorker
 from torchslim.core import distributed
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.batches import take_first
@@ -50,6 +51,7 @@ def search(
     part: str | Sequence[str] | None = None,
     beat: float = 5.0,
     rehearse: bool = True,
+    worker: TimingWorker | None = None,
     progress: Callable[[Event], None] = log_progress,
 ) -> SearchResult:
     """Find the best recipes under a budget: a Pareto front of artifacts, each with its recipe.
@@ -72,6 +74,7 @@ def search(
             replaces "gp" there; "random" does not learn.
         beat: seconds between signs of life of a worker.
         rehearse: begin with all steps of one recipe at least effort, as for `compress`; trials are not rehearsed.
+        worker: a machine that times programs, as for `compress`; not with method "solve", whose tables need profiles.
         progress: called with an `Event` at every phase.
 
     Raises:
@@ -85,7 +88,11 @@ def search(
     distributed.connect()
     first_batch = take_first(task.val, "val")
     part = space.document.get("part", part)
-    key = _key(space, model, teacher, first_batch, part)
+    if worker is not None and space.budget.method == "solve":
+        raise RecipeError("method = 'solve' profiles programs on this machine; leave it out, or leave worker out")
+    if worker is not None and part is not None:
+        raise RecipeError("a worker times whole models, as the code around parts stays here; leave part or worker out")
+    key = _key(space, model, teacher, first_batch, part, worker)
     inputs: Any = task.inputs(first_batch) if example_inputs is None else example_inputs
     dynamic_shapes = space.document.get("dynamic_shapes", dynamic_shapes)
     folder = Path(workdir)
@@ -93,7 +100,7 @@ def search(
     parts = {} if part is None else part_examples(model, task, paths, space.document.get("seed", 0))
     lab = _make_lab(space, folder, model, task, teacher, inputs, dynamic_shapes, progress)
     spanned = dynamic_shapes == "auto" and example_inputs is None  # as in `run_steps`, which trains the finalists
-    lab = replace(lab, parts=parts, examples=spanning_examples(task, lab.seed) if spanned else ())
+    lab = replace(lab, parts=parts, worker=worker, examples=spanning_examples(task, lab.seed) if spanned else ())
     name = study or folder.resolve().name
     _mark(folder)
     opened = open_storage(storage or folder / "study.journal") if distributed.is_first() else None
@@ -135,7 +142,12 @@ def _rehearse(space: Space, lab: Lab) -> None:
 
 
 def _key(
-    space: Space, model: nn.Module, teacher: nn.Module | None, first_batch: Any, part: str | Sequence[str] | None
+    space: Space,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    first_batch: Any,
+    part: str | Sequence[str] | None,
+    worker: TimingWorker | None,
 ) -> str:
     """Digest of everything that trials depend on: workers with equal keys share a study."""
     sensitivity = space.document.get("sensitivity")
@@ -147,6 +159,7 @@ def _key(
         "" if teacher is None else fingerprint(teacher.state_dict()),
         *([Sensitivity.load(sensitivity).priors()] if sensitivity else []),
         *([] if part is None else [as_list(part)]),
+        *([] if worker is None else [worker.machine()]),
     )
 
 

@@ -156,7 +156,7 @@ def pilots_of(
     scheme = last["scheme"] if isinstance(last["scheme"], str) else last["scheme"]["search"][0]
     if SCHEMES[scheme].activations == "float":
         return ()  # the recipe's line says that it saves no time
-    layers = last.get("layers", {})
+    layers = {} if last.get("layers") == "auto" else last.get("layers", {})
     return tuple(
         pilot(model, task, scheme, layers, name, part=part, example_inputs=example_inputs) for name in runtimes
     )

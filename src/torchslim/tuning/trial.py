@@ -13,6 +13,7 @@ from torchslim.artifact.assembled import AnyDeployed, pieces
 from torchslim.artifact.latency_cache import LatencyTable
 from torchslim.artifact.model_size import parameters, sample_macs
 from torchslim.artifact.peak_memory import peak_memory
+from torchslim.artifact.remote import TimingWorker
 from torchslim.core import distributed
 from torchslim.core.batches import take_first
 from torchslim.core.budget import Budget
@@ -71,6 +72,7 @@ def cut_short(step: Any, effort: Effort) -> Any:
             accuracy="plain",
             rounding=None,
             correct_biases=None,
+            by="metric",
             metric_drop=None,
         )
     return step
@@ -81,6 +83,8 @@ def _shorter(step: Any, effort: Effort) -> Any:
         return replace(step, epochs=max(1, int(step.epochs * effort.training)))
     if not is_dataclass(step) or isinstance(step, type):
         return step
+    if isinstance(step, Quantize) and step.by == "latency":  # programs are timed for whole recipes alone
+        step = replace(step, layers={} if step.metric_drop is None else "auto", by="metric")
     if isinstance(step, Quantize) and step.mode == "qat" and step.train is None:
         return replace(step, train=_shorter(step.training(), effort))
     inner = {
@@ -123,6 +127,7 @@ class Lab:
     examples: Sequence[Inputs] = ()
     dynamic_shapes: Any = "auto"
     parts: Mapping[str, Sequence[Inputs]] = field(default_factory=dict)
+    worker: TimingWorker | None = None
     short: float = 0.25
     progress: Callable[[Event], None] = log_progress
     _origins: dict[str, str] = field(default_factory=dict)
@@ -162,7 +167,7 @@ class Lab:
             with preserved_globals(self.seed):
                 deployed = bench.deploy(model)
             if "latency" in self.budget.figures:
-                LatencyTable(target.runtime, target.threads).settle(deployed)
+                bench.latency_table().settle(deployed)
             self._baselines[target] = deployed, {}
             with preserved_globals(self.seed):
                 self._baselines[target][1].update(self._sizes(deployed, self.model, target))
@@ -181,6 +186,7 @@ class Lab:
             examples=self.examples,
             dynamic_shapes=self.dynamic_shapes,
             parts=self.parts,
+            worker=self.worker,
         )
 
     def _context(self, recipe: Recipe) -> Context:
@@ -270,7 +276,7 @@ class Lab:
         figures: dict[str, float] = {}
         if "latency" in self.budget.figures:
             reference = self._baselines[target][0]
-            table = LatencyTable(target.runtime, target.threads)
+            table = LatencyTable(target.runtime, target.threads, worker=self.worker)
             timing = table.measure({"it": deployed}, reference)["it"]
             baseline = table.known(reference.structure)[reference.structure]
             figures["latency"] = timing.ratio.value * baseline.latency.value

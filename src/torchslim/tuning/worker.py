@@ -287,6 +287,7 @@ def run_options(recipe: Recipe, lab: Lab, workdir: Path | None = None, stages: P
         names={"model": recipe.model, "task": recipe.task},
         progress=lab.progress,
         rehearse=False,
+        worker=lab.worker,
         workdir=workdir,
         stages=stages,
     )
