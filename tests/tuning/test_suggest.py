@@ -6,6 +6,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,8 @@ def test_the_steps_of_a_suggestion_run(name: str, budget: ts.Budget) -> None:
     for values in ({}, *choices):
         trained = own = model()
         for step in space.recipe(space.starts[0] | values).steps:
+            if isinstance(step, ts.Quantize) and step.by == "latency":  # tests measure no time
+                step = replace(step, layers={}, by="metric")
             ctx = Context(task=data, teacher=own, example_inputs=inputs, target=Target(runtime="onnxruntime"))
             step.check(ctx)
             trained = step(trained, ctx).model
