@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ from torchslim.core.step import Context, Target
 from torchslim.errors import ExportError, RecipeError, TaskError
 from torchslim.tuning import make_space
 
-suggesting = sys.modules["torchslim.tuning.suggest"]  # the package has the function by that name
+suggesting = importlib.import_module("torchslim.tuning.suggest")  # the package has the function by that name
 
 FAST = ts.Budget(latency_ms=3.0, metric_drop=0.5)
 SMALL = ts.Budget(size_mb=2.0)
