@@ -77,7 +77,7 @@ def page(rows: Iterable[Row]) -> str:
         "CPU seconds and peak memory of a process that imports its libraries, makes an artifact of a module of random",
         "weights, and saves it: one thread, each measurement in a fresh process, ours and the peer's in turn, medians.",
         "torchslim checks its results (pruned models against masked ones, artifacts against their programs); peers do",
-        f"not. Calibration: 4 batches of 8 samples. Made by `{COMMAND}` on {machine.get('cpu', 'an unknown CPU')}.",
+        f"not. Calibration: 4 batches of 8 samples. Made by `{COMMAND}` on {machine.get('processor', 'a CPU')}.",
         "",
     ]
     for job, (title, peer, bar) in JOBS.items():
