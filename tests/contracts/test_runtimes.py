@@ -107,10 +107,11 @@ def test_linears_agree_with_the_graph_in_every_scheme(mode: Any, runtime: str) -
     deployed = find_runtime(runtime).compile(captured, source=converted, threads=1)
     for count in (1, 4):
         before = x[:count].clone()
-        assert sqnr(converted(before.clone()), deployed(before)) >= (100 if mode == "weights" else 30)
+        in_float = mode == "weights" and runtime != "executorch"  # which rounds the rows that it multiplies
+        assert sqnr(converted(before.clone()), deployed(before)) >= (100 if in_float else 30)
         assert torch.equal(before, x[:count]), "the caller's tensor was written to"
     integers = {each.layer for each in kernels(deployed) if each.integer}
-    if mode == "weights" and runtime in ("inductor", "executorch"):
+    if mode == "weights" and runtime == "inductor":
         assert not integers, "it computes such layers with floats, made once"
         assert not any("dequantize_per_channel" in each.node for each in kernels(deployed))
     else:
