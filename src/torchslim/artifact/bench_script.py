@@ -125,9 +125,8 @@ def load_pte(data: bytes, threads: int | None, dtypes: list[str]) -> Run:
 
     if threads and portable_lib._threadpool_get_thread_count() != threads:  # before any program keeps the old threads
         portable_lib._unsafe_reset_threadpool(threads)
-    program = Runtime.get().load_program(data)
-    method = program.load_method("forward")
-    return of_torch(lambda *tensors: method.execute(tensors), None, dtypes)
+    program = Runtime.get().load_program(data)  # owns the bytes that its methods read: it must live as long as they do
+    return of_torch(lambda *tensors: program.load_method("forward").execute(tensors), None, dtypes)
 
 
 def of_torch(program: Any, threads: int | None, dtypes: list[str]) -> Run:
