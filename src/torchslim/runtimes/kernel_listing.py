@@ -91,7 +91,11 @@ def onnx_kernels(deployed: Deployed) -> list[Kernel]:
     import onnx
 
     graph = _optimized(deployed)
-    narrow, origins = _narrow(graph), _Origins(onnx.load_from_string(deployed.payload).graph, graph)
+    return _onnx_kernels(graph, _Origins(onnx.load_from_string(deployed.payload).graph, graph))
+
+
+def _onnx_kernels(graph: Any, origins: _Origins) -> list[Kernel]:
+    narrow = _narrow(graph)
     kernels = []
     for node in graph.node:
         name, fused = origins.of(node)
@@ -99,8 +103,8 @@ def onnx_kernels(deployed: Deployed) -> list[Kernel]:
     return kernels
 
 
-def onnx_origins(deployed: Deployed) -> list[tuple[Any, str, tuple[int, ...]]]:
-    """Nodes of the optimized graph, each with the name of the node that it was made from and the places of its makers.
+def onnx_origins(deployed: Deployed) -> list[tuple[Any, Kernel, tuple[int, ...]]]:
+    """Nodes of the optimized graph, each as a kernel and with the places of its makers.
 
     Its makers are the nodes that compute its inputs; -1 stands for the inputs of the graph.
     """
@@ -111,8 +115,8 @@ def onnx_origins(deployed: Deployed) -> list[tuple[Any, str, tuple[int, ...]]]:
     makers = {value: place for place, node in enumerate(graph.node) for value in node.output}
     makers |= {input_.name: -1 for input_ in graph.input}
     return [
-        (node, origins.of(node)[0], tuple(dict.fromkeys(makers[value] for value in node.input if value in makers)))
-        for node in graph.node
+        (node, kernel, tuple(dict.fromkeys(makers[value] for value in node.input if value in makers)))
+        for node, kernel in zip(graph.node, _onnx_kernels(graph, origins), strict=True)
     ]
 
 

@@ -14,22 +14,27 @@ from torch import Tensor
 from torchslim.runtimes.base import Deployed, as_array
 from torchslim.runtimes.kernel_listing import UNWANTED, onnx_origins
 
-RUNS = 30
+RUNS = 50
 """Profiled calls of a program, after as many calls without effect."""
+
+DISTURBED = 1.3
+"""Calls of a kernel that take longer than its fastest quarter by this factor do not count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelTime:
-    """Milliseconds of one kernel in one call of its program: the median over the profiled calls.
+    """Milliseconds of one kernel in one call of its program: the mean over the undisturbed calls of a profile.
 
-    `node` names the node of the program that does its main work, `before` gives the places, in the order of execution,
-    of the kernels that it reads; -1 stands for the inputs. A kernel that reads constants alone has none.
+    `node` names the node of the program that does its main work, `integer` says whether it computes on integers, and
+    `before` gives the places, in the order of execution, of the kernels that it reads; -1 stands for the inputs. A
+    kernel that reads constants alone has none.
     """
 
     node: str
     type: str
     ms: float
     before: tuple[int, ...] = ()
+    integer: bool = False
 
 
 def kernel_times(deployed: Deployed, leaves: Sequence[Tensor]) -> list[KernelTime] | None:
@@ -67,12 +72,37 @@ def _onnxruntime(deployed: Deployed, leaves: list[Tensor]) -> list[KernelTime]:
         if event.get("cat") == "Node" and name != event["name"]:
             durations.setdefault(name, []).append(float(event["dur"]))
     kernels = []
-    for node, origin, before in onnx_origins(deployed):
+    for node, kernel, before in onnx_origins(deployed):
         runs = durations.get(node.name, [0.0])  # a node that gives its input on takes no time, and is not profiled
-        ms = statistics.median(runs[len(runs) // 2 :]) / 1e3
-        kernels.append(KernelTime(node=origin, type=node.op_type, ms=ms, before=before))
+        ms = _typical(runs[len(runs) // 2 :]) / 1e3
+        kernels.append(KernelTime(node=kernel.node, type=kernel.type, ms=ms, integer=kernel.integer, before=before))
     return kernels
 
 
-PROFILERS: Mapping[str, Callable[[Deployed, list[Tensor]], list[KernelTime]]] = {"onnxruntime": _onnxruntime}
+def _openvino(deployed: Deployed, leaves: list[Tensor]) -> list[KernelTime]:
+    from torchslim.runtimes.openvino import profile
+
+    return [
+        KernelTime(
+            node=kernel.node,
+            type=kernel.type,
+            ms=_typical(runs[len(runs) // 2 :]) / 1e3,
+            integer=kernel.integer,
+            before=before,
+        )
+        for kernel, before, runs in profile(deployed, leaves, 2 * RUNS)
+    ]
+
+
+def _typical(microseconds: Sequence[float]) -> float:
+    """The mean of the calls that were not disturbed; profilers count whole microseconds, so a quantile is coarse."""
+    quarter = sorted(microseconds)[len(microseconds) // 4]
+    limit = max(DISTURBED * quarter, quarter + 1.0)
+    return statistics.mean(duration for duration in microseconds if duration <= limit)
+
+
+PROFILERS: Mapping[str, Callable[[Deployed, list[Tensor]], list[KernelTime]]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
 """Functions that profile a program on its flat inputs, by runtime."""

@@ -197,23 +197,7 @@ class _Compiled:
 
 
 def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
-    openvino = _import()
-    settings: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        # otherwise floats are computed in bfloat16 on processors that have it
-        "INFERENCE_PRECISION_HINT": "f32",
-        # pinned threads of two models share a core while another core is idle
-        "ENABLE_CPU_PINNING": False,
-    }
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    files = unbundle(payload)
-    try:
-        core = openvino.Core()
-        model = core.read_model(files[XML], files[BIN])
-        compiled = core.compile_model(model, "CPU", settings)
-    except RuntimeError as error:
-        raise _unfit(str(error)) from error
+    compiled = _compiled(payload, threads)
     if len(compiled.inputs) != len(spec.dtypes):
         raise DeployError(
             f"the OpenVINO model takes {len(compiled.inputs)} inputs, its spec lists {len(spec.dtypes)}; save it again"
@@ -221,34 +205,94 @@ def _read(payload: bytes, spec: Spec, threads: int | None) -> Session:
     return _Compiled(compiled, spec)
 
 
+def _compiled(payload: bytes, threads: int | None, **more: Any) -> Any:
+    """Compile a model for the CPU, with `more` settings."""
+    openvino = _import()
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        # otherwise floats are computed in bfloat16 on processors that have it
+        "INFERENCE_PRECISION_HINT": "f32",
+        # pinned threads of two models share a core while another core is idle
+        "ENABLE_CPU_PINNING": False,
+        **more,
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    files = unbundle(payload)
+    try:
+        core = openvino.Core()
+        model = core.read_model(files[XML], files[BIN])
+        return core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        raise _unfit(str(error)) from error
+
+
+def profile(
+    deployed: Deployed, leaves: Sequence[Tensor], runs: int
+) -> list[tuple[Kernel, tuple[int, ...], list[float]]]:
+    """Microseconds of every kernel of a program in each of several calls, in the order of execution.
+
+    Args:
+        deployed: the program.
+        leaves: its flat inputs.
+        runs: number of calls.
+
+    Returns:
+        For each kernel the places of the kernels that it reads (-1 stands for the inputs) and its time in each call.
+        The node of a kernel that OpenVINO inserted, as for a change of layout, is the kernel's type.
+    """
+    assert deployed.payload is not None
+    model = _compiled(deployed.payload, deployed.threads, PERF_COUNT=True)
+    request = model.create_infer_request()
+    arrays = [as_array(leaf) for leaf in leaves]
+    times: dict[str, list[float]] = {}
+    for _ in range(runs):
+        request.infer(arrays, share_inputs=True)
+        for entry in request.profiling_info:
+            times.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e6)
+    places: dict[str, tuple[int, ...]] = {}
+    found: list[tuple[Kernel, tuple[int, ...], list[float]]] = []
+    for operation, kernel, original in _operations(model):
+        sources = [input_.get_source_output().get_node().get_friendly_name() for input_ in operation.inputs()]
+        before = tuple(dict.fromkeys(place for source in sources for place in places.get(source, ())))
+        name = operation.get_friendly_name()
+        if kernel is None:  # an input, a constant or an output
+            places[name] = (-1,) if operation.get_rt_info()["layerType"].value == "Input" else before
+            continue
+        places[name] = (len(found),)
+        found.append((kernel if original else replace(kernel, node=kernel.type), before, times.get(name, [0.0])))
+    return found
+
+
 def _kernels(deployed: Deployed) -> list[Kernel]:
     """Nodes of the compiled graph, without constants, inputs and outputs."""
     session = deployed.session
     assert isinstance(session, _Compiled)
-    kernels = []
-    for operation in session.model.get_runtime_model().get_ordered_ops():
+    return [kernel for _, kernel, _ in _operations(session.model) if kernel is not None]
+
+
+def _operations(model: Any) -> Iterator[tuple[Any, Kernel | None, bool]]:
+    """Nodes of a compiled graph with their kernels, and whether these come from the model; inputs have no kernel."""
+    for operation in model.get_runtime_model().get_ordered_ops():
         properties = {
             key: str(value.value) for key, value in operation.get_rt_info().items() if hasattr(value, "value")
         }
         kind, primitive = properties.get("layerType", ""), properties.get("primitiveType", "")
         constant = operation.get_friendly_name().endswith("_flatten_reshape")  # scales, folded when the model is read
         if not kind or kind in ("Const", "Input", "Output") or constant:
+            yield operation, None, False
             continue
         names = tuple(dict.fromkeys(map(_plain, properties.get("originalLayersNames", "").split(","))))
         parts = tuple(name for name in names if "/" in name and "QuantizeLinear" not in name) or names
         precision = properties.get("runtimePrecision", "")
         weights = f", {precision} weights" if kind == "FullyConnected" and primitive.endswith("f32") else ""
-        kernels.append(
-            Kernel(
-                node=parts[0] or operation.get_friendly_name(),
-                type=f"{kind}: {primitive}{weights}",
-                integer=kind in COMPUTES
-                and precision in NARROW
-                and not parts[0].rpartition("/")[2].startswith(BOOLEAN),
-                fused=names if len(names) > 1 else (),
-            )
+        kernel = Kernel(
+            node=parts[0] or operation.get_friendly_name(),
+            type=f"{kind}: {primitive}{weights}",
+            integer=kind in COMPUTES and precision in NARROW and not parts[0].rpartition("/")[2].startswith(BOOLEAN),
+            fused=names if len(names) > 1 else (),
         )
-    return kernels
+        yield operation, kernel, bool(parts[0])
 
 
 def _plain(name: str) -> str:
