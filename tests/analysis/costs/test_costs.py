@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,14 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torchslim.allocation.problem import LATENCY, MACS, PARAMS
-from torchslim.analysis.costs.layout import INPUT, layout_of
+from torchslim.analysis.costs.layout import INPUT, OUTPUT, layout_of
 from torchslim.analysis.costs.measuring import Subject, measure_costs, measured, tables
 from torchslim.analysis.costs.programs import Choice, random_choices, spread_choices
-from torchslim.analysis.costs.samples import Sample, shares
-from torchslim.analysis.costs.sizes import total
+from torchslim.analysis.costs.samples import Sample, observed, shares
+from torchslim.analysis.costs.sizes import Sizes, total
 from torchslim.core.measurement import Measurement
 from torchslim.core.step import Target
 from torchslim.errors import SensitivityError
+from torchslim.prune.latency.table import programs
 from torchslim.prune.structured.plan import analyze
 from torchslim.prune.structured.selection import Amount
 from torchslim.runtimes.kernel_times import KernelTime
@@ -65,11 +67,13 @@ def additive(subject: Subject, choice: Choice) -> Sample:
         speed = 0.3 if subject.layout.context(path, choice.schemes) == "int8" else 1.0
         macs, elements = float(total(work.macs, kept)), float(total(work.elements, kept))
         own[path] = 1e-3 * place + speed * 1e-6 * macs + 1e-5 * elements
-    for path in subject.layout.readers:
-        output = subject.works[path].output if path in subject.works else ()
-        moves[path] = len(subject.layout.borders(path, choice.schemes)) * (1e-3 + 1e-6 * float(total(output, kept)))
+    for station in subject.layout.readers:
+        output = subject.works[station].output if station in subject.works else ()
+        changes = subject.layout.changes(station, choice.schemes)
+        moves[station] = changes.total() * (1e-3 + 1e-6 * float(total(output, kept)))
     ratio = sum(own.values()) + sum(moves.values())
-    return Sample(choice=choice, ratio=ratio, low=ratio, high=ratio, own=own, moves=moves)
+    integer = frozenset(path for path in subject.works if path in subject.layout.readers)
+    return Sample(choice=choice, ratio=ratio, own=own, moves=moves, integer=integer)
 
 
 @settings(max_examples=30, deadline=None)
@@ -142,29 +146,65 @@ def test_decisions_name_groups_and_layers_and_read_back_as_options_of_steps(subj
 def test_layout_finds_readers_over_operations_between_layers(subject: Subject) -> None:
     layout = subject.layout
     assert layout.readers[INPUT] == ("stem",)
-    assert set(layout.readers["stem"]) == {"inner", "side", "head"}
-    assert layout.borders("stem", {"inner": "int8"}) == {("float", "static")}
-    assert layout.borders("stem", {"stem": "int8", "inner": "int8"}) == {("static", "float")}
-    assert layout.borders("stem", {}) == frozenset()
+    assert set(layout.readers["stem"]) == {"inner", "side", ""}  # the addition is outside of modules
+    assert layout.changes("stem", {"inner": "int8"}) == Counter({("float", "static"): 1})
+    assert layout.changes("stem", {"stem": "int8"}) == Counter({("static", "float"): 2})  # the addition is on a grid
+    assert layout.changes("stem", {}) == Counter()
+    assert layout.changes(INPUT, {"stem": "int8"}) == Counter({("input", "static"): 1})
     assert layout.context("norm", dict.fromkeys(layout.layers, "int8")) == "static static"
     assert layout.context("norm", {"inner": "int8"}) == "float mixed"
     assert layout.context("norm", {}) == "float float"
 
 
+def test_joins_are_on_a_grid_if_any_of_their_values_is_unless_they_were_seen_to_compute_on_floats(
+    subject: Subject,
+) -> None:
+    layout = subject.layout
+    for layer in ("stem", "outer"):
+        assert layout.grid("", {layer: "int8"}) == "static"
+    assert layout.grid("", {"inner": "int8"}) == "float"
+    assert set(layout.deciders("outer")) >= {"outer", "stem"}
+    seen = observed(layout, [Sample(choice=Choice(kept=(), schemes={"outer": "int8"}), ratio=1.0, own={"": 0.1})])
+    assert seen.floats == {""}
+    assert seen.grid("", {"outer": "int8"}) == "float"
+    assert seen.changes("outer", {"outer": "int8"}) == Counter({("static", "float"): 1})
+    kept = Sample(choice=Choice(kept=(), schemes={"outer": "int8"}), ratio=1.0, own={"": 0.1}, integer=frozenset({""}))
+    assert not observed(layout, [kept]).floats
+
+
 def test_shares_add_up_to_the_ratio_and_kernels_without_a_module_go_with_those_before_them() -> None:
     kernels = [
         KernelTime(node="cast", type="QuantizeLinear", ms=0.1, before=(-1,)),
-        KernelTime(node="a/Conv", type="Conv", ms=1.0, before=(0,)),
+        KernelTime(node="a/Conv", type="Conv", ms=1.0, before=(0,), integer=True),
         KernelTime(node="cast_1", type="Transpose", ms=0.2, before=(1,)),
         KernelTime(node="dequantize/DequantizeLinear", type="DequantizeLinear", ms=0.4),
         KernelTime(node="b/Gemm", type="Gemm", ms=0.3, before=(2, 3)),
     ]
-    own, moves = shares(kernels, {"a", "b"}, 0.7)
+    split = shares(kernels, lambda node: path if (path := node.rpartition("/")[0]) in {"a", "b"} else None, 0.7)
+    own, moves = split.own, split.moves
     assert sum(own.values()) + sum(moves.values()) == pytest.approx(0.7)
     assert set(own) == {"a", "b"}
     assert moves["a"] < own["a"]
     assert own["b"] == pytest.approx(0.7 * 0.697 / 1.9925, rel=1e-3)  # with its weights' cast, less the clock's time
     assert set(moves) == {INPUT, "a"}
+    assert split.integer == {"a"}
+
+
+def test_nodes_outside_of_modules_belong_to_the_model_and_casts_to_none(subject: Subject) -> None:
+    layout = subject.layout
+    assert layout.owner("inner/Conv") == "inner"
+    assert layout.owner("add/Add") == ""
+    assert layout.owner("add_17/Add") == ""
+    assert layout.owner("quantize_per_tensor_2/QuantizeLinear") is None
+    assert layout.owner("Reorder") is None
+
+
+def test_activations_of_a_linear_layer_do_not_count_its_transposed_weight() -> None:
+    plan = analyze(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)).eval(), (torch.zeros(5, 16),))
+    selection, _ = programs(plan, Amount(of="latency"))
+    work = Sizes(selection).works()["0"]
+    assert float(total(work.elements, {})) == 5 * 32
+    assert float(total(work.weights, {})) == 16 * 32 + 32
 
 
 @given(count=st.integers(3, 40), seed=st.integers(0, 5))
@@ -185,7 +225,7 @@ def test_a_layout_without_choices_has_no_readers() -> None:
     program = torch.export.export(model, (torch.zeros(1, 4),))
     layout = layout_of(program, {"0", "1"}, ())
     assert layout.context("1", {}) == "float float"
-    assert layout.readers == {INPUT: ()}
+    assert layout.readers == {INPUT: (OUTPUT,)}
 
 
 def test_programs_must_be_counted() -> None:

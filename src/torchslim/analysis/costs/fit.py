@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from torchslim.analysis.costs.layout import INPUT, Kind, Layout
+from torchslim.analysis.costs.layout import Layout
+from torchslim.analysis.costs.moves import Moves, fit_moves
 from torchslim.analysis.costs.samples import Sample
 from torchslim.analysis.costs.sizes import Product, Sum, Work, merged, scaled, total
 from torchslim.quantize.schemes import FLOAT
@@ -17,8 +18,10 @@ from torchslim.quantize.schemes import FLOAT
 Floats = NDArray[np.float64]
 
 FLOOR = 0.1
-"""Share of a module's mean time below which errors of its samples count as absolute ones."""
+"""Share of a module's mean time below which its samples say nothing about the spread."""
 
+APART = 3
+"""Sets of units whose MACs are fitted apart, at most."""
 
 MOVES = "moves"
 """Name of the casts and changes of layout among the ways of computing."""
@@ -42,13 +45,12 @@ class Fit:
 
     Attributes:
         own: by module and context, the time of its kernels.
-        moves: by layer (or `INPUT`) and set of changes of grid behind it, the time of the kernels that pass its output
-            on.
+        moves: the times of the kernels that pass values on between modules.
         constant: time of a call that no module takes.
     """
 
     own: Mapping[tuple[str, str], Curve] = field(default_factory=dict)
-    moves: Mapping[tuple[str, frozenset[tuple[Kind, Kind]]], Curve] = field(default_factory=dict)
+    moves: Moves = field(default_factory=Moves)
     constant: float = 0.0
 
     def curve(self, path: str, context: str) -> Curve:
@@ -76,83 +78,94 @@ def fit(samples: Sequence[Sample], works: Mapping[str, Work], layout: Layout, wi
     """
     kept = [fractions(sample, widths) for sample in samples]
     own: dict[tuple[str, str], Curve] = {}
-    alike: dict[str, list[str]] = {}
+    alike: dict[tuple[str, int], list[str]] = {}
+    parts = {path: _parts(work) for path, work in works.items()}
     for path, work in works.items():
-        alike.setdefault(work.alike, []).append(path)
+        alike.setdefault((work.alike, len(parts[path])), []).append(path)
     for paths in alike.values():
-        rows: dict[str, list[tuple[str, int]]] = {}
-        for path in paths:
-            for number, sample in enumerate(samples):
-                rows.setdefault(layout.context(path, sample.choice.schemes), []).append((path, number))
-        for context, places in rows.items():
-            features = np.array([_features(works[path], kept[number]) for path, number in places])
-            times = np.array([samples[number].own.get(path, 0.0) for path, number in places])
-            amounts, low, high = _solve(features, times)
+        places = [(path, number) for path in paths for number in range(len(samples))]
+        features = np.array([[1.0, *(_left(part, kept[number]) for part in parts[path])] for path, number in places])
+        times = np.array([samples[number].own.get(path, 0.0) for path, number in places])
+        weights = 1.0 / np.array([samples[number].ratio for _, number in places])
+        contexts = np.array([layout.context(path, samples[number].choice.schemes) for path, number in places])
+        for context, amounts in _by_context(features * weights[:, None], times * weights, contexts).items():
+            rows = contexts == context
+            low, high = _spread(times[rows], features[rows] @ amounts)
             for path in paths:
-                own[path, context] = Curve(time=_sum(works[path], amounts), low=low, high=high)
-    return Fit(own=own, moves=_moves(samples, works, layout, kept))
+                own[path, context] = Curve(time=_sum(parts[path], amounts), low=low, high=high)
+    return Fit(own=own, moves=fit_moves(samples, works, layout, kept))
 
 
-def _solve(features: Floats, times: Floats) -> tuple[Floats, float, float]:
-    """Non-negative amounts of the features, by least squares of relative errors, and the spread around them."""
-    scale = 1.0 / (times + FLOOR * times.mean() + 1e-9)
-    amounts = nnls(features * scale[:, None], times * scale)[0]
-    fitted = features @ amounts
+def _by_context(table: Floats, target: Floats, contexts: NDArray[np.str_]) -> dict[str, Floats]:
+    """Non-negative amounts of the features for each way of computing, by least squares.
+
+    Some ways are one in truth, as where a runtime has no kernel for a scheme and computes on floats. A way with fewer
+    samples takes the amounts of one with more if these predict its samples better than a fit predicts left-out ones.
+
+    Args:
+        table: (rows, features).
+        target: (rows,).
+        contexts: (rows,), the way of computing.
+    """
+    counts = {str(context): int((contexts == context).sum()) for context in np.unique(contexts)}
+    amounts: dict[str, Floats] = {}
+    for context in sorted(counts, key=lambda context: (-counts[context], context)):
+        rows = contexts == context
+        own_table, own_target = table[rows], target[rows]
+        found = {other: float(((own_table @ amounts[other] - own_target) ** 2).sum()) for other in amounts}
+        nearest = min(found, key=found.__getitem__, default=context)
+        if found and found[nearest] < _left_out(own_table, own_target):
+            amounts[context] = amounts[nearest]
+        else:
+            amounts[context] = np.asarray(nnls(own_table, own_target)[0])
+    return amounts
+
+
+def _left_out(table: Floats, target: Floats) -> float:
+    """Sum of squares of the errors at rows that are left out of the fit in turn."""
+    rows = np.arange(len(target))
+    return float(
+        sum((table[row] @ nnls(table[rows != row], target[rows != row])[0] - target[row]) ** 2 for row in rows)
+        if len(rows) > 1
+        else np.inf
+    )
+
+
+def _spread(times: Floats, fitted: Floats) -> tuple[float, float]:
+    """10th and 90th percentile of times over fitted ones, without times that are nearly zero."""
     real = (times > FLOOR * times.mean()) & (fitted > 0)
     if not real.any():
-        return amounts, 1.0, 1.0
+        return 1.0, 1.0
     low, high = np.quantile(times[real] / fitted[real], (0.1, 0.9))
-    return amounts, float(low), float(high)
+    return float(low), float(high)
 
 
-def _features(work: Work, kept: Mapping[int, float]) -> list[float]:
-    """1 and the fractions of the module's MACs, weights and activations that are left."""
-    return [1.0, *(_left(part, kept) for part in (work.macs, work.weights, work.elements))]
+def _parts(work: Work) -> list[Sum]:
+    """The sums that a module's time is fitted by: its MACs, its weights and its activations.
+
+    MACs on different units, as those of the inputs and of the states of a recurrent layer, are fitted apart if they are
+    few: kernels compute some of them in one product and others in many small ones.
+    """
+    by_units: dict[frozenset[int], list[Product]] = {}
+    for product in work.macs:
+        by_units.setdefault(product.units, []).append(product)
+    macs = [tuple(products) for products in by_units.values()] if len(by_units) <= APART else [work.macs]
+    return [part for part in (*macs, work.weights, work.elements) if part]
 
 
 def _left(part: Sum, kept: Mapping[int, float]) -> float:
-    full = total(part, {})
-    return float(total(part, kept) / full) if full else 0.0
+    """Fraction of a sum that is left."""
+    return float(total(part, kept) / total(part, {}))
 
 
-def _sum(work: Work, amounts: Floats) -> Sum:
-    """The time as a sum of products: the amounts of `_features`."""
+def _sum(parts: Sequence[Sum], amounts: Floats) -> Sum:
+    """The time as a sum of products: a constant, and the amounts of the parts."""
     constant, *others = amounts.tolist()
     products = [Product(amount=constant)]
-    for part, amount in zip((work.macs, work.weights, work.elements), others, strict=True):
+    for part, amount in zip(parts, others, strict=True):
         full = total(part, {})
-        products += [Product(amount=amount * term.amount / full, dims=term.dims) for term in part if full]
+        products += [Product(amount=amount * term.amount / full, dims=term.dims) for term in part]
     return tuple(product for product in merged(products) if product.amount)
-
-
-def _moves(
-    samples: Sequence[Sample], works: Mapping[str, Work], layout: Layout, kept: Sequence[Mapping[int, float]]
-) -> dict[tuple[str, frozenset[tuple[Kind, Kind]]], Curve]:
-    """Times of casts and changes of layout: a constant and an amount for each element, by changes of grid."""
-    sums: list[dict[str, float]] = []
-    for sample in samples:
-        by_layer: dict[str, float] = {}
-        for path, time in sample.moves.items():
-            layer = path if path in layout.readers else next(iter(layout.before.get(path, ())), INPUT)
-            by_layer[layer] = by_layer.get(layer, 0.0) + time
-        sums.append(by_layer)
-    outputs = {path: works[path].output if path in works else () for path in layout.readers}
-    rows: dict[frozenset[tuple[Kind, Kind]], list[tuple[list[float], float]]] = {}
-    for number, sample in enumerate(samples):
-        for path, output in outputs.items():
-            borders = layout.borders(path, sample.choice.schemes)
-            features = [1.0, float(total(output, kept[number]))]
-            rows.setdefault(borders, []).append((features, sums[number].get(path, 0.0)))
-    curves: dict[tuple[str, frozenset[tuple[Kind, Kind]]], Curve] = {}
-    for borders, places in rows.items():
-        table, times = np.array([row for row, _ in places]), np.array([time for _, time in places])
-        largest = max(float(table[:, 1].max()), 1.0)
-        constant, slope = nnls(table / np.array([1.0, largest]), times)[0]
-        for path, output in outputs.items():
-            products = [Product(amount=float(constant))]
-            products += [Product(amount=float(slope) / largest * term.amount, dims=term.dims) for term in output]
-            curves[path, borders] = Curve(time=merged(products))
-    return curves
 
 
 def predicted(
@@ -165,10 +178,9 @@ def predicted(
         context = layout.context(path, schemes)
         time = float(total(fitted.curve(path, context).time, kept))
         parts[context] = parts.get(context, 0.0) + time
-    for path in layout.readers:
-        curve = fitted.moves.get((path, layout.borders(path, schemes)))
-        if curve is not None:
-            parts[MOVES] = parts.get(MOVES, 0.0) + float(total(curve.time, kept))
+    for station in layout.readers:
+        time = float(total(fitted.moves.time(station, layout.changes(station, schemes)), kept))
+        parts[MOVES] = parts.get(MOVES, 0.0) + time
     return parts
 
 
@@ -193,8 +205,6 @@ def corrected(
             (path, context): replace(curve, time=scaled(curve.time, factors.get(context, 1.0)))
             for (path, context), curve in fitted.own.items()
         },
-        moves={
-            key: replace(curve, time=scaled(curve.time, factors.get(MOVES, 1.0))) for key, curve in fitted.moves.items()
-        },
+        moves=replace(fitted.moves, amounts=tuple(factors.get(MOVES, 1.0) * amount for amount in fitted.moves.amounts)),
         constant=float(amounts[-1]),
     )

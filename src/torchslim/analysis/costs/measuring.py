@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +19,7 @@ from torchslim.analysis.costs.bytes import memory_terms, size_terms
 from torchslim.analysis.costs.fit import Fit, corrected, fit, predicted
 from torchslim.analysis.costs.layout import Layout, layout_of
 from torchslim.analysis.costs.programs import Choice, Maker, spread_choices
-from torchslim.analysis.costs.samples import Sample, shares
+from torchslim.analysis.costs.samples import Sample, observed, shares
 from torchslim.analysis.costs.sizes import Sizes, Work
 from torchslim.analysis.costs.tables import CostTables, Space, latency_terms, sum_terms
 from torchslim.artifact.latency import interleave, resized
@@ -37,17 +37,24 @@ from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.latency.table import even_widths, programs
 from torchslim.prune.structured.plan import Plan, analyze
 from torchslim.prune.structured.selection import Amount
+from torchslim.quantize.schemes import FLOAT
 from torchslim.runtimes import Deployed
 from torchslim.runtimes.kernel_times import PROFILERS, kernel_times
 
-PROGRAMS = 18
-"""Programs of joint choices that are timed besides the reference; each takes seconds to make."""
+PROGRAMS = 12
+"""Programs of joint choices that are timed for each scheme, float included; each takes seconds to make."""
 
 WIDTHS = 7
 """Approximate number of widths below the full one that a unit may take."""
 
-ROUNDS, SECONDS = 40, 2.0
-"""Paired rounds of each program and the reference at most, and the time after which they end."""
+ROUNDS, SECONDS = 200, 1.5
+"""Rounds of each program and the reference in turn at most, and the time after which they end."""
+
+UNDISTURBED = 0.1
+"""Quantile of the rounds that counts: other programs only ever make a round slower."""
+
+FORMAT = 2
+"""Number of the format of the samples on disk."""
 
 
 @checks_arguments(SensitivityError)
@@ -62,7 +69,7 @@ def measure_costs(
     plan: Plan | None = None,
     dynamic_shapes: Any = "auto",
     widths: int = WIDTHS,
-    programs: int = PROGRAMS,
+    programs: int | None = None,
     workdir: str | Path | None = None,
     seed: int = 0,
     progress: Callable[[Event], None] = log_progress,
@@ -83,7 +90,7 @@ def measure_costs(
         plan: an analysis of the model, if there is one already.
         dynamic_shapes: as for `torchslim.deploy`.
         widths: approximate number of narrower widths for each unit.
-        programs: number of programs that are timed.
+        programs: number of programs that are timed; default: 12 for each scheme, float included.
         workdir: folder where timings are kept once they are measured; default: the cache folder of this machine.
         seed: of the joint choices.
         progress: called with an `Event` after every program.
@@ -136,13 +143,13 @@ def costs_subject(
 def measure_subject(
     subject: Subject,
     *,
-    programs: int = PROGRAMS,
+    programs: int | None = None,
     workdir: str | Path | None = None,
     seed: int = 0,
     progress: Callable[[Event], None] = log_progress,
 ) -> CostTables:
     """The tables of a subject's decisions; arguments and errors are those of `measure_costs`."""
-    if programs < 1:
+    if programs is not None and programs < 1:
         raise SensitivityError(f"programs must be at least 1, got {programs}")
     with preserved_globals(seed):
         samples, reference = measured(subject, programs, seed, workdir, progress)
@@ -205,15 +212,17 @@ class Subject:
         """The units of coupled channels."""
         return self.space.coupling
 
-    def choices(self, count: int, seed: int) -> list[Choice]:
+    def choices(self, count: int | None, seed: int) -> list[Choice]:
         """The choices to measure; the first is the reference's: full widths in float."""
+        if count is None:
+            count = PROGRAMS * len({FLOAT}.union(*self.space.schemes.values()))
         spread = spread_choices(self.space.kept, self.space.schemes, count, seed)
         return [Choice(kept=tuple(self.widths)), *spread]
 
 
 def measured(
     subject: Subject,
-    count: int,
+    count: int | None,
     seed: int,
     workdir: str | Path | None = None,
     progress: Callable[[Event], None] = lambda event: None,
@@ -241,34 +250,36 @@ def timed(subject: Subject, choice: Choice, reference: Deployed) -> tuple[Sample
     if model is None:
         return None
     deployed = subject.maker.compile(model)
-    clock = time.process_time if subject.maker.target.threads == 1 else time.perf_counter
+    ratio, reference_ms = compared(deployed, reference, subject.maker.target)
+    kernels = kernel_times(deployed, resized(deployed))
+    split = shares(kernels or (), subject.layout.owner, ratio)
+    sample = Sample(
+        choice=choice,
+        ratio=ratio,
+        size_bytes=deployed.size_bytes or 0,
+        own=split.own,
+        moves=split.moves,
+        integer=split.integer,
+    )
+    return sample, reference_ms
+
+
+def compared(deployed: Deployed, reference: Deployed, target: Target) -> tuple[float, float]:
+    """The time of a program over the reference's, and the reference's milliseconds, from undisturbed rounds."""
     leaves, whole = resized(deployed), resized(reference)
     timings = interleave(
         {"reference": lambda: reference.run(whole), "program": lambda: deployed.run(leaves)},
         rounds=ROUNDS,
         seconds=SECONDS,
-        clock=clock,
+        clock=time.process_time if target.threads == 1 else time.perf_counter,
     )
-    speedup = timings.speedup("program", "reference")
-    assert speedup.p10 is not None, "paired rounds have a spread"
-    assert speedup.p90 is not None
-    ratio = 1.0 / speedup.value
-    kernels = kernel_times(deployed, leaves)
-    own, moves = ({}, {}) if kernels is None else shares(kernels, subject.works, ratio)
-    sample = Sample(
-        choice=choice,
-        ratio=ratio,
-        low=1.0 / speedup.p90,
-        high=1.0 / speedup.p10,
-        size_bytes=deployed.size_bytes or 0,
-        own=own,
-        moves=moves,
-    )
-    return sample, timings.latency("reference").value
+    undisturbed = {name: float(np.quantile(rounds, UNDISTURBED)) for name, rounds in timings.rounds.items()}
+    return undisturbed["program"] / undisturbed["reference"], timings.latency("reference").value
 
 
 def tables(subject: Subject, samples: Sequence[Sample], reference: Measurement) -> CostTables:
     """The tables that samples give."""
+    subject = replace(subject, layout=observed(subject.layout, samples))
     arguments = (samples, subject.works, subject.layout, subject.widths)
     fitted = corrected(fit(*arguments), *arguments)
     ratios = [sample.ratio / predicted_ratio(fitted, sample, subject) for sample in samples]
@@ -328,6 +339,7 @@ class Shelf:
         machine = describe_machine(target.threads)
         key = digest(
             __version__,
+            FORMAT,
             subject.structure,
             subject.widths,
             {"runtime": target.runtime, "threads": target.threads, "shapes": repr(subject.maker.dynamic_shapes)},

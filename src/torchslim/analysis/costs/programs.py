@@ -107,7 +107,8 @@ def spread_choices(
     """Joint choices that cover every option of every decision about equally often.
 
     Widths form a Latin hypercube. A quarter of the choices gives every layer its first scheme, float, a quarter gives
-    every layer one other scheme, and the rest draws a scheme for each layer, float for half of them.
+    every layer one other scheme, and in the rest each layer takes all of its schemes equally often, in an order of its
+    own.
 
     Args:
         options: for each unit the numbers of steps that it may keep.
@@ -118,6 +119,8 @@ def spread_choices(
     generator = np.random.default_rng(seed)
     places = [generator.permutation(count) for _ in options]
     others = sorted({name for own in schemes.values() for name in own[1:]})
+    mixed = [number for number in range(count) if number % 4 > 1]
+    orders = {layer: dict(zip(mixed, generator.permutation(len(mixed)), strict=True)) for layer in schemes}
     choices = []
     for number in range(count):
         kept = tuple(
@@ -130,7 +133,7 @@ def spread_choices(
             name = others[number // 4 % len(others)]
             chosen = {layer: name if name in own else own[-1] for layer, own in schemes.items()}
         else:
-            chosen = {layer: _drawn(own, 0.5, generator) for layer, own in schemes.items()}
+            chosen = {layer: own[int(orders[layer][number]) % len(own)] for layer, own in schemes.items()}
         choices.append(Choice(kept=kept, schemes=chosen))
     return choices
 

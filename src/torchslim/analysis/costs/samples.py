@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torchslim.analysis.costs.layout import INPUT
+from torchslim.analysis.costs.layout import INPUT, Layout
 from torchslim.analysis.costs.programs import Choice
 from torchslim.runtimes.kernel_times import KernelTime
 
@@ -23,19 +23,19 @@ class Sample:
 
     Attributes:
         choice: the widths and schemes.
-        ratio, low, high: the time over the reference's from paired rounds: median, 10th and 90th percentile.
+        ratio: the time over the reference's.
         size_bytes: bytes of the runtime's files; 0 if it has none.
         own: by module, the share of its kernels in the program's time, in the unit of `ratio`; empty without profiler.
         moves: by module, the share of the kernels that pass its output on: casts and changes of layout; likewise.
+        integer: modules with kernels that compute on integers.
     """
 
     choice: Choice
     ratio: float
-    low: float
-    high: float
     size_bytes: int = 0
     own: Mapping[str, float] = field(default_factory=dict)
     moves: Mapping[str, float] = field(default_factory=dict)
+    integer: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """The sample as plain values."""
@@ -43,36 +43,41 @@ class Sample:
             "kept": list(self.choice.kept),
             "schemes": dict(self.choice.schemes),
             "ratio": self.ratio,
-            "low": self.low,
-            "high": self.high,
             "size_bytes": self.size_bytes,
             "own": dict(self.own),
             "moves": dict(self.moves),
+            "integer": sorted(self.integer),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sample:
         """The inverse of `to_dict`."""
-        values = {name: data[name] for name in ("ratio", "low", "high", "size_bytes", "own", "moves")}
-        return cls(choice=Choice(kept=tuple(data["kept"]), schemes=data["schemes"]), **values)
+        values = {name: data[name] for name in ("ratio", "size_bytes", "own", "moves")}
+        choice = Choice(kept=tuple(data["kept"]), schemes=data["schemes"])
+        return cls(choice=choice, integer=frozenset(data["integer"]), **values)
 
 
-def shares(
-    kernels: Sequence[KernelTime], paths: Collection[str], ratio: float
-) -> tuple[dict[str, float], dict[str, float]]:
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """A program's time by module: its own kernels, those that pass its output on, and which compute on integers."""
+
+    own: Mapping[str, float]
+    moves: Mapping[str, float]
+    integer: frozenset[str]
+
+
+def shares(kernels: Sequence[KernelTime], owner: Callable[[str], str | None], ratio: float) -> Shares:
     """Split a program's time among its modules as its kernels' times are: kernels of a module, and those behind it.
 
     Profiles and whole programs are timed one after the other on a machine whose speed drifts, so the profile gives
-    the shares, and the paired rounds give their sum.
+    the shares, and the paired rounds give their sum. A kernel that reads constants alone, as where weights become
+    floats in every call, belongs to the module that reads its result.
 
     Args:
-        kernels: all kernels; a node's name is its module's path, a slash and its operation.
-        paths: of the modules that run operations.
+        kernels: all kernels.
+        owner: the path of the module of a node, by the node's name; None for casts and changes of layout, which pass on
+            the output of the module before them.
         ratio: what the shares add up to.
-
-    Returns:
-        Shares by module of its own kernels, and of kernels without a module that read its output. A kernel that reads
-        constants alone, as where weights become floats in every call, belongs to the module that reads its result.
     """
     net = [max(kernel.ms - CLOCK_MS, LEAST_MS) if kernel.ms else 0.0 for kernel in kernels]
     unit = ratio / sum(net) if any(net) else 0.0
@@ -80,17 +85,30 @@ def shares(
     owners: list[str] = []
     own: dict[str, float] = {}
     moves: dict[str, float] = {}
+    integer: set[str] = set()
     for number, (kernel, ms) in enumerate(zip(kernels, net, strict=True)):
-        path, slash, _ = kernel.node.rpartition("/")
-        if not kernel.before and path not in paths:
-            last = number
-            while last in readers and kernels[last].node.rpartition("/")[0] not in paths:
-                last = readers[last]
-            path = kernels[last].node.rpartition("/")[0]
-        if slash and path in paths:
+        path = owner(kernel.node)
+        last = number
+        while path is None and not kernel.before and last in readers:
+            last = readers[last]
+            path = owner(kernels[last].node)
+        if path is not None:
             part = own
+            if kernel.integer:
+                integer.add(path)
         else:
             part, path = moves, next((owners[place] for place in kernel.before if 0 <= place < number), INPUT)
         owners.append(path)
         part[path] = part.get(path, 0.0) + ms * unit
-    return own, moves
+    return Shares(own, moves, frozenset(integer))
+
+
+def observed(layout: Layout, samples: Sequence[Sample]) -> Layout:
+    """The layout with the modules that computed on floats although values on a grid came in."""
+    on_grid: set[str] = set()
+    for sample in samples:
+        for path, time in sample.own.items():
+            if time and layout.grid(layout.station(path), sample.choice.schemes) == "static":
+                on_grid.add(path)
+    integer = frozenset[str]().union(*(sample.integer for sample in samples))
+    return replace(layout, floats=frozenset(on_grid - integer - set(layout.layers)))

@@ -6,7 +6,7 @@ amount of work is a sum of products of such dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from torchslim.prune.dependency.coupling import Coupling
 from torchslim.prune.dependency.propagation import Layers
+from torchslim.prune.dependency.trace import Value
 from torchslim.prune.structured.selection import Selection
 
 Shares = tuple[tuple[int, float], ...]
@@ -72,6 +73,7 @@ class Work:
     elements: Sum = ()
     output: Sum = ()  # elements of the last activation that it writes
     alike: str = ""  # equal for modules that do the same operations at the same sizes
+    kind: str = ""  # equal for modules that do the same operations at any sizes
 
     @property
     def units(self) -> frozenset[int]:
@@ -103,12 +105,16 @@ class Sizes:
     def works(self) -> dict[str, Work]:
         """The work of each module that runs operations of its own, by path, in the order of execution."""
         owners = {id(core): name for name, value in self.coupling.trace.weights.items() for core in value.layers}
+        stored = set(owners)  # of weights, and of what operations make of weights alone, such as transposed ones
         parts: dict[str, dict[str, list[Any]]] = {}
         for operation in self.coupling.trace.operations:
             if operation.constant:
                 continue
-            part = parts.setdefault(operation.path, {"macs": [], "weights": [], "elements": [], "seen": [], "key": []})
+            part = parts.setdefault(
+                operation.path, {"macs": [], "weights": [], "elements": [], "seen": [], "key": [], "kind": set()}
+            )
             part["key"].append((operation.name, operation.scalars, [v.shape for v in operation.inputs]))
+            part["kind"].add((operation.name, operation.inputs[1].shape[2:] if operation.macs else ()))
             if operation.macs:
                 dims = tuple(self._shares(layers, dim) for layers, dim in operation.factors)
                 part["macs"].append(Product(amount=float(operation.macs), dims=_flat(dims)))
@@ -117,6 +123,9 @@ class Sizes:
                 if names and not names & set(part["seen"]):
                     part["seen"] += names
                     part["weights"].append(self._elements(value.layers, value.shape))
+            if operation.inputs and all(value.layers and _inside(value, stored) for value in operation.inputs):
+                stored |= {id(core) for value in operation.outputs for core in value.layers}
+                continue
             written = [self._elements(value.layers, value.shape) for value in operation.outputs]
             part["elements"] += written
             part["output"] = written[:1] or part.get("output", [])
@@ -126,6 +135,7 @@ class Sizes:
                 weights=merged(part["weights"]),
                 elements=merged(part["elements"]),
                 output=merged(part.get("output", [])),
+                kind=repr(sorted(part["kind"])),
                 alike=repr((part["key"], [self.coupling.units[unit].width for unit in self._units_of(part)])),
             )
             for path, part in parts.items()
@@ -184,6 +194,10 @@ class Sizes:
             kept[unit] = max(kept[unit] // 2, 1)
             self._masks[unit] = self.selection.removed(kept)
         return self._masks[unit]
+
+
+def _inside(value: Value, cores: Collection[int]) -> bool:
+    return all(id(core) in cores for core in value.layers)
 
 
 def _flat(dims: Sequence[tuple[Shares, ...]]) -> tuple[Shares, ...]:

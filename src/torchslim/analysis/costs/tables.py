@@ -26,7 +26,10 @@ Floats = NDArray[np.float64]
 KEEP, DROP = "keep", "drop"
 
 TOGETHER = 3
-"""Units, and layers with a scheme, in one term at most: its table has an entry for every joint choice."""
+"""Units in one term at most: its table has an entry for every joint choice."""
+
+JOINT_SCHEMES = 32
+"""Joint choices of schemes in one term at most."""
 
 NEGLIGIBLE = 1e-5
 """Terms below this share of the reference's time are left out."""
@@ -144,13 +147,13 @@ def latency_terms(
         def own(schemes: Mapping[str, str], path: str = path) -> Curve:
             return fit.curve(path, layout.context(path, schemes))
 
-        parts.append(Part(path, layout.deciders(path), own))
-    for path, readers in layout.readers.items():
+        parts.append(Part(path, (path,) if path in layout.layers else layout.deciders(path), own))
+    for station in layout.readers:
 
-        def moves(schemes: Mapping[str, str], path: str = path) -> Curve:
-            return fit.moves.get((path, layout.borders(path, schemes)), Curve(time=()))
+        def moves(schemes: Mapping[str, str], station: str = station) -> Curve:
+            return Curve(time=fit.moves.time(station, layout.changes(station, schemes)))
 
-        parts.append(Part(path, (*((path,) if path in space.schemes else ()), *readers), moves))
+        parts.append(Part(station, layout.deciders(station), moves))
     terms = [Term(decisions=(), values=np.array(fit.constant * unit_ms))] if fit.constant else []
     for part in parts:
         for term in part.terms(space, upper):
@@ -190,7 +193,7 @@ class Part:
     def terms(self, space: Space, upper: bool = False) -> Iterator[Term]:
         """Its terms over units, schemes and blocks."""
         names = list(space.schemes)
-        deciding = [layer for layer in dict.fromkeys(self.deciders) if layer in space.schemes][:TOGETHER]
+        deciding = self._deciding(space)
         rest = [layer for layer in self.deciders if layer not in deciding]
         joint = list(combinations(*(space.schemes[layer] for layer in deciding)))
         curves = []
@@ -211,6 +214,17 @@ class Part:
                 values = np.stack([values, np.zeros_like(values)], axis=-1)
                 decisions = (*decisions, first + len(names) + number)
             yield _squeezed(Term(decisions=decisions, values=values))
+
+    def _deciding(self, space: Space) -> list[str]:
+        """The first of the deciders, whose joint choices are few."""
+        found: list[str] = []
+        count = 1
+        for layer in self.deciders:
+            count *= len(space.schemes.get(layer, ()))
+            if not 0 < count <= JOINT_SCHEMES:
+                break
+            found.append(layer)
+        return found
 
 
 def _sets(curves: Sequence[Curve]) -> list[tuple[int, ...]]:
