@@ -22,6 +22,7 @@ from torchslim.analysis.costs.programs import Choice, Maker, spread_choices
 from torchslim.analysis.costs.samples import Sample, observed, shares
 from torchslim.analysis.costs.sizes import Sizes, Work
 from torchslim.analysis.costs.tables import CostTables, Space, latency_terms, sum_terms
+from torchslim.analysis.costs.whole import fit_whole
 from torchslim.artifact.latency import interleave, resized
 from torchslim.core.arguments import checks_arguments
 from torchslim.core.files import digest, present
@@ -41,8 +42,11 @@ from torchslim.quantize.schemes import FLOAT
 from torchslim.runtimes import Deployed
 from torchslim.runtimes.kernel_times import PROFILERS, kernel_times
 
-PROGRAMS = 12
-"""Programs of joint choices that are timed for each scheme, float included; each takes seconds to make."""
+PROGRAMS, UNSPLIT = 12, 18
+"""Programs of joint choices that are timed for each scheme, float included, with a profiler and without."""
+
+FOLDS = 5
+"""Parts of the programs, each of which is left out once to measure the spread."""
 
 WIDTHS = 7
 """Approximate number of widths below the full one that a unit may take."""
@@ -76,9 +80,10 @@ def measure_costs(
 ) -> CostTables:
     """Tables of the latency, bytes, MACs, parameters and memory of every choice of widths, schemes and blocks.
 
-    A few whole programs of joint choices are compiled for the target and timed in turn with the float model. The
-    runtime's profiler splits the time of each among the modules. Their times are fitted by their work (MACs, weights
-    and activations) for each way of computing, and the times of whole programs correct the sum.
+    A few whole programs of joint choices are compiled for the target and timed in turn with the float model. Where the
+    runtime has a profiler (ONNX Runtime and OpenVINO have), it splits the time of each among the modules: their times
+    are fitted by their work (MACs, weights and activations) for each way of computing, and the times of whole programs
+    correct the sum. On other runtimes all modules of a kind are fitted together to the times of whole programs.
 
     Args:
         model: a float module; it is never modified.
@@ -90,7 +95,8 @@ def measure_costs(
         plan: an analysis of the model, if there is one already.
         dynamic_shapes: as for `torchslim.deploy`.
         widths: approximate number of narrower widths for each unit.
-        programs: number of programs that are timed; default: 12 for each scheme, float included.
+        programs: number of programs that are timed; default: 12 for each scheme, float included, and 18 without
+            a profiler.
         workdir: folder where timings are kept once they are measured; default: the cache folder of this machine.
         seed: of the joint choices.
         progress: called with an `Event` after every program.
@@ -131,10 +137,6 @@ def costs_subject(
     if widths < 1:
         raise SensitivityError(f"widths must be at least 1, got {widths}")
     target, amount = target or Target(), amount or Amount(of="latency")
-    if target.runtime not in PROFILERS:
-        raise SensitivityError(
-            f"runtime {target.runtime!r} has no profiler that splits a program's time; one of {', '.join(PROFILERS)}"
-        )
     plan = plan or analyze(model, example_inputs)
     with preserved_globals(seed):
         return Subject.of(plan, example_inputs, target, amount, schemes, blocks or {}, dynamic_shapes, widths)
@@ -215,7 +217,8 @@ class Subject:
     def choices(self, count: int | None, seed: int) -> list[Choice]:
         """The choices to measure; the first is the reference's: full widths in float."""
         if count is None:
-            count = PROGRAMS * len({FLOAT}.union(*self.space.schemes.values()))
+            each = PROGRAMS if self.maker.target.runtime in PROFILERS else UNSPLIT
+            count = each * len({FLOAT}.union(*self.space.schemes.values()))
         spread = spread_choices(self.space.kept, self.space.schemes, count, seed)
         return [Choice(kept=tuple(self.widths)), *spread]
 
@@ -280,9 +283,13 @@ def compared(deployed: Deployed, reference: Deployed, target: Target) -> tuple[f
 def tables(subject: Subject, samples: Sequence[Sample], reference: Measurement) -> CostTables:
     """The tables that samples give."""
     subject = replace(subject, layout=observed(subject.layout, samples))
-    arguments = (samples, subject.works, subject.layout, subject.widths)
-    fitted = corrected(fit(*arguments), *arguments)
-    ratios = [sample.ratio / predicted_ratio(fitted, sample, subject) for sample in samples]
+    fitted = fitted_to(samples, subject)
+    ratios = [
+        sample.ratio / predicted_ratio(partly, sample, subject)
+        for fold in range(min(FOLDS, len(samples)))
+        for partly in [fitted_to([s for place, s in enumerate(samples) if place % FOLDS != fold] or samples, subject)]
+        for sample in samples[fold::FOLDS]
+    ]
     space, sizes = subject.space, subject.sizes
     times = {
         end: latency_terms(space, subject.layout, subject.works, fitted, unit_ms=reference.value, upper=end == "upper")
@@ -305,6 +312,14 @@ def tables(subject: Subject, samples: Sequence[Sample], reference: Measurement) 
         spread=(low, high),
         programs=len(samples),
     )
+
+
+def fitted_to(samples: Sequence[Sample], subject: Subject) -> Fit:
+    """The times of all modules; those of whole programs alone decide if no program was split."""
+    arguments = (samples, subject.works, subject.layout, subject.widths)
+    if not any(sample.own for sample in samples):
+        return fit_whole(*arguments)
+    return corrected(fit(*arguments), *arguments)
 
 
 def predicted_ratio(fitted: Fit, sample: Sample, subject: Subject) -> float:

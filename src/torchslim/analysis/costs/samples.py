@@ -10,12 +10,6 @@ from torchslim.analysis.costs.layout import INPUT, Layout
 from torchslim.analysis.costs.programs import Choice
 from torchslim.runtimes.kernel_times import KernelTime
 
-CLOCK_MS = 0.0015
-"""What the profiler itself adds to each kernel's time."""
-
-LEAST_MS = 0.0002
-"""Least time of a kernel after `CLOCK_MS` is taken off."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
@@ -79,14 +73,14 @@ def shares(kernels: Sequence[KernelTime], owner: Callable[[str], str | None], ra
             the output of the module before them.
         ratio: what the shares add up to.
     """
-    net = [max(kernel.ms - CLOCK_MS, LEAST_MS) if kernel.ms else 0.0 for kernel in kernels]
-    unit = ratio / sum(net) if any(net) else 0.0
+    whole = sum(kernel.ms for kernel in kernels)
+    unit = ratio / whole if whole else 0.0
     readers = {place: number for number, kernel in reversed([*enumerate(kernels)]) for place in kernel.before}
     owners: list[str] = []
     own: dict[str, float] = {}
     moves: dict[str, float] = {}
     integer: set[str] = set()
-    for number, (kernel, ms) in enumerate(zip(kernels, net, strict=True)):
+    for number, kernel in enumerate(kernels):
         path = owner(kernel.node)
         last = number
         while path is None and not kernel.before and last in readers:
@@ -99,7 +93,7 @@ def shares(kernels: Sequence[KernelTime], owner: Callable[[str], str | None], ra
         else:
             part, path = moves, next((owners[place] for place in kernel.before if 0 <= place < number), INPUT)
         owners.append(path)
-        part[path] = part.get(path, 0.0) + ms * unit
+        part[path] = part.get(path, 0.0) + kernel.ms * unit
     return Shares(own, moves, frozenset(integer))
 
 

@@ -111,7 +111,7 @@ class CostTables:
         costs: terms of "latency" in ms, "size_bytes", "macs", "params" and "memory_bytes".
         upper: terms of the latency at the upper end (90th percentile) of the samples, for ceilings that must hold.
         reference: milliseconds of the float model at full width.
-        spread: 10th and 90th percentile of measured over predicted times of the programs that the tables are made from.
+        spread: 10th and 90th percentile of measured over predicted times of programs, each predicted without itself.
         programs: number of programs that were timed.
     """
 
