@@ -58,6 +58,7 @@ def interleave(
     rounds: int = 50,
     seconds: float = 60.0,
     clock: Callable[[], float] | None = None,
+    settle: bool = False,
 ) -> Timings:
     """Time the candidates in turn, A B A B ..., so that drift of the machine affects all of them.
 
@@ -67,6 +68,8 @@ def interleave(
         seconds: time after which to stop, though not before five rounds.
         clock: seconds, by default `time.perf_counter`. `time.process_time` leaves out the turns that other programs
             take, which cost long calls more than short ones; it counts the time of all threads.
+        settle: calls every candidate once before its turn, untimed: a candidate with large weights leaves the cache to
+            the next one, whose first call is slower then, and a short candidate has more calls in its turn.
     """
     if rounds < 1:
         raise TorchslimError(f"rounds must be at least 1, got {rounds}; 50 give a spread that can be trusted")
@@ -87,6 +90,8 @@ def interleave(
     stop = time.perf_counter() + seconds
     for number in range(rounds):
         for name, function in candidates.items():
+            if settle:
+                function()
             start = clock()
             for _ in range(repeats[name]):
                 function()

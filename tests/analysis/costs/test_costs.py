@@ -70,8 +70,9 @@ def additive(subject: Subject, choice: Choice) -> Sample:
         own[path] = 1e-3 * place + speed * 1e-6 * macs + 1e-5 * elements
     for station in subject.layout.readers:
         output = subject.works[station].output if station in subject.works else ()
-        changes = subject.layout.changes(station, choice.schemes)
-        moves[station] = changes.total() * (1e-3 + 1e-6 * float(total(output, kept)))
+        passes = subject.layout.passes(station, choice.schemes)
+        changes = sum(count for (made, taken), count in passes.items() if taken != made.replace("input", "float"))
+        moves[station] = changes * (1e-3 + 1e-6 * float(total(output, kept)))
     ratio = sum(own.values()) + sum(moves.values())
     integer = frozenset(path for path in subject.works if path in subject.layout.readers)
     return Sample(choice=choice, ratio=ratio, own=own, moves=moves, integer=integer)
@@ -148,10 +149,11 @@ def test_layout_finds_readers_over_operations_between_layers(subject: Subject) -
     layout = subject.layout
     assert layout.readers[INPUT] == ("stem",)
     assert set(layout.readers["stem"]) == {"inner", "side", ""}  # the addition is outside of modules
-    assert layout.changes("stem", {"inner": "int8"}) == Counter({("float", "static"): 1})
-    assert layout.changes("stem", {"stem": "int8"}) == Counter({("static", "float"): 2})  # the addition is on a grid
-    assert layout.changes("stem", {}) == Counter()
-    assert layout.changes(INPUT, {"stem": "int8"}) == Counter({("input", "static"): 1})
+    assert layout.passes("stem", {"inner": "int8"}) == Counter({("float", "static"): 1, ("float", "float"): 2})
+    on_grid = Counter({("static", "float"): 2, ("static", "static"): 1})  # the addition reads a value on a grid
+    assert layout.passes("stem", {"stem": "int8"}) == on_grid
+    assert layout.passes("stem", {}) == Counter({("float", "float"): 3})
+    assert layout.passes(INPUT, {"stem": "int8"}) == Counter({("input", "static"): 1})
     assert layout.context("norm", dict.fromkeys(layout.layers, "int8")) == "static static"
     assert layout.context("norm", {"inner": "int8"}) == "float mixed"
     assert layout.context("norm", {}) == "float float"
@@ -168,7 +170,7 @@ def test_joins_are_on_a_grid_if_any_of_their_values_is_unless_they_were_seen_to_
     seen = observed(layout, [Sample(choice=Choice(kept=(), schemes={"outer": "int8"}), ratio=1.0, own={"": 0.1})])
     assert seen.floats == {""}
     assert seen.grid("", {"outer": "int8"}) == "float"
-    assert seen.changes("outer", {"outer": "int8"}) == Counter({("static", "float"): 1})
+    assert seen.passes("outer", {"outer": "int8"}) == Counter({("static", "float"): 1})
     kept = Sample(choice=Choice(kept=(), schemes={"outer": "int8"}), ratio=1.0, own={"": 0.1}, integer=frozenset({""}))
     assert not observed(layout, [kept]).floats
 
@@ -205,6 +207,7 @@ def test_activations_of_a_linear_layer_do_not_count_its_transposed_weight() -> N
     selection, _ = programs(plan, Amount(of="latency"))
     work = Sizes(selection).works()["0"]
     assert float(total(work.elements, {})) == 5 * 32
+    assert float(total(work.reads, {})) == 5 * 16
     assert float(total(work.weights, {})) == 16 * 32 + 32
 
 
@@ -219,6 +222,21 @@ def test_spread_choices_use_every_option_equally_often(count: int, seed: int) ->
     first, again = (random_choices(options, schemes, count, seed) for _ in range(2))
     assert first == again
     assert all(choice.schemes["b"] == "float" for choice in first)
+
+
+def test_choices_cover_ways_of_computing_that_independent_draws_rarely_reach() -> None:
+    layers = "abcdefgh"
+    schemes = dict.fromkeys(layers, ("float", "int8"))
+
+    def ways(chosen: Mapping[str, str]) -> set[tuple[str, ...]]:
+        """A module between each three layers computes in eight ways."""
+        return {(layers[i : i + 3], *(chosen[layer] for layer in layers[i : i + 3])) for i in range(6)}
+
+    def distinct(covering: bool) -> int:
+        choices = spread_choices([(8, 4)], schemes, 16, 0, ways if covering else None)
+        return len({way for choice in choices for way in ways(choice.schemes)})
+
+    assert distinct(covering=True) > distinct(covering=False)
 
 
 def test_a_layout_without_choices_has_no_readers() -> None:

@@ -141,7 +141,7 @@ def _spread(times: Floats, fitted: Floats) -> tuple[float, float]:
 
 
 def _parts(work: Work) -> list[Sum]:
-    """The sums that a module's time is fitted by: its MACs, its weights and its activations.
+    """The sums that a module's time is fitted by: its MACs, and the weights and activations that it reads and writes.
 
     MACs on different units, as those of the inputs and of the states of a recurrent layer, are fitted apart if they are
     few: kernels compute some of them in one product and others in many small ones.
@@ -150,7 +150,7 @@ def _parts(work: Work) -> list[Sum]:
     for product in work.macs:
         by_units.setdefault(product.units, []).append(product)
     macs = [tuple(products) for products in by_units.values()] if len(by_units) <= APART else [work.macs]
-    return [part for part in (*macs, work.weights, work.elements) if part]
+    return [part for part in (*macs, work.weights, work.reads, work.elements) if part]
 
 
 def _left(part: Sum, kept: Mapping[int, float]) -> float:
@@ -179,7 +179,7 @@ def predicted(
         time = float(total(fitted.curve(path, context).time, kept))
         parts[context] = parts.get(context, 0.0) + time
     for station in layout.readers:
-        time = float(total(fitted.moves.time(station, layout.changes(station, schemes)), kept))
+        time = float(total(fitted.moves.time(station, layout.passes(station, schemes)), kept))
         parts[MOVES] = parts.get(MOVES, 0.0) + time
     return parts
 

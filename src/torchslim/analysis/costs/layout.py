@@ -23,7 +23,7 @@ INPUT = "<input>"
 OUTPUT = "<output>"
 """Stands for the model's outputs among readers; they are floats."""
 
-Change = tuple[str, str]
+Pass = tuple[str, str]
 """The grid of a value, "input", "float" or "static", and how a reader takes it."""
 
 
@@ -145,12 +145,10 @@ class Layout:
         kinds = {kind_of(schemes.get(layer, FLOAT)) for layer in self.deciding[station]}
         return "static" if "static" in kinds else FLOAT  # dynamic layers write floats
 
-    def changes(self, station: str, schemes: Mapping[str, str]) -> Counter[Change]:
-        """The changes of grid between a station's values and their readers, with the number of readers of each."""
-        made = self.grid(station, schemes)
-        return Counter(
-            ("input" if station == INPUT else made, kind) for kind in self._kinds(station, schemes) if kind != made
-        )
+    def passes(self, station: str, schemes: Mapping[str, str]) -> Counter[Pass]:
+        """How a station's values are passed on to their readers, with the number of readers of each kind."""
+        made = "input" if station == INPUT else self.grid(station, schemes)
+        return Counter((made, kind) for kind in self._kinds(station, schemes))
 
     def _kinds(self, station: str, schemes: Mapping[str, str]) -> list[str]:
         """How each reader of a station takes its values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -57,7 +57,7 @@ ROUNDS, SECONDS = 200, 1.5
 UNDISTURBED = 0.1
 """Quantile of the rounds that counts: other programs only ever make a round slower."""
 
-FORMAT = 2
+FORMAT = 3
 """Number of the format of the samples on disk."""
 
 
@@ -219,8 +219,14 @@ class Subject:
         if count is None:
             each = PROGRAMS if self.maker.target.runtime in PROFILERS else UNSPLIT
             count = each * len({FLOAT}.union(*self.space.schemes.values()))
-        spread = spread_choices(self.space.kept, self.space.schemes, count, seed)
+        spread = spread_choices(self.space.kept, self.space.schemes, count, seed, self.ways)
         return [Choice(kept=tuple(self.widths)), *spread]
+
+    def ways(self, schemes: Mapping[str, str]) -> set[Hashable]:
+        """How modules compute and pass their values on under the schemes of layers."""
+        contexts = {(path, self.layout.context(path, schemes)) for path in self.works}
+        passes = {(station, frozenset(self.layout.passes(station, schemes).items())) for station in self.layout.readers}
+        return contexts | passes
 
 
 def measured(
@@ -275,6 +281,7 @@ def compared(deployed: Deployed, reference: Deployed, target: Target) -> tuple[f
         rounds=ROUNDS,
         seconds=SECONDS,
         clock=time.process_time if target.threads == 1 else time.perf_counter,
+        settle=True,
     )
     undisturbed = {name: float(np.quantile(rounds, UNDISTURBED)) for name, rounds in timings.rounds.items()}
     return undisturbed["program"] / undisturbed["reference"], timings.latency("reference").value

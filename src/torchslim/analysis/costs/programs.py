@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,9 @@ from torchslim.prune.structured.selection import Selection
 from torchslim.quantize import convert, prepare
 from torchslim.quantize.schemes import FLOAT, find_scheme
 from torchslim.runtimes import Deployed, find_runtime
+
+DRAWN = 30
+"""Random schemes from which the one with the rarest ways of computing is taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,21 +106,27 @@ def _outer_first(schemes: Mapping[str, str]) -> dict[str, str]:
 
 
 def spread_choices(
-    options: Sequence[Sequence[int]], schemes: Mapping[str, Sequence[str]], count: int, seed: int = 0
+    options: Sequence[Sequence[int]],
+    schemes: Mapping[str, Sequence[str]],
+    count: int,
+    seed: int = 0,
+    ways: Callable[[Mapping[str, str]], Iterable[Hashable]] | None = None,
 ) -> list[Choice]:
     """Joint choices that cover every option of every decision about equally often.
 
     Widths form a Latin hypercube. A quarter of the choices gives every layer its first scheme, float, a quarter gives
     every layer one other scheme, and in the rest each layer takes all of its schemes equally often, in an order of its
-    own.
+    own. With `ways`, the rest are random schemes that lead to ways of computing which few choices before them have.
 
     Args:
         options: for each unit the numbers of steps that it may keep.
         schemes: for each layer the schemes that it takes, float first.
         count: number of choices.
         seed: of the permutations.
+        ways: how modules compute under the schemes of layers.
     """
     generator = np.random.default_rng(seed)
+    seen: Counter[Hashable] = Counter()
     places = [generator.permutation(count) for _ in options]
     others = sorted({name for own in schemes.values() for name in own[1:]})
     mixed = [number for number in range(count) if number % 4 > 1]
@@ -134,6 +144,11 @@ def spread_choices(
             chosen = {layer: name if name in own else own[-1] for layer, own in schemes.items()}
         else:
             chosen = {layer: own[int(orders[layer][number]) % len(own)] for layer, own in schemes.items()}
+            if ways is not None:
+                drawn = [{layer: str(generator.choice(own)) for layer, own in schemes.items()} for _ in range(DRAWN)]
+                chosen = max([chosen, *drawn], key=lambda each: sum((1 + seen[way]) ** -2 for way in ways(each)))
+        if ways is not None:
+            seen.update(ways(chosen))
         choices.append(Choice(kept=kept, schemes=chosen))
     return choices
 

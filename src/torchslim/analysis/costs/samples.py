@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -98,11 +99,17 @@ def shares(kernels: Sequence[KernelTime], owner: Callable[[str], str | None], ra
 
 
 def observed(layout: Layout, samples: Sequence[Sample]) -> Layout:
-    """The layout with the modules that computed on floats although values on a grid came in."""
-    on_grid: set[str] = set()
+    """The layout with the modules that computed on floats although values on a grid came in, in most samples.
+
+    A module with operations at several stations, such as one activation for several layers, may have a kernel at one of
+    them in a few samples.
+    """
+    on_grid: Counter[str] = Counter()
+    running: Counter[str] = Counter()
     for sample in samples:
-        for path, time in sample.own.items():
-            if time and layout.grid(layout.station(path), sample.choice.schemes) == "static":
-                on_grid.add(path)
+        for path in layout.paths - set(layout.layers):
+            if layout.grid(layout.station(path), sample.choice.schemes) == "static":
+                on_grid[path] += 1
+                running[path] += sample.own.get(path, 0.0) > 0
     integer = frozenset[str]().union(*(sample.integer for sample in samples))
-    return replace(layout, floats=frozenset(on_grid - integer - set(layout.layers)))
+    return replace(layout, floats=frozenset(path for path in running if 2 * running[path] > on_grid[path]) - integer)

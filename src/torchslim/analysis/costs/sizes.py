@@ -66,10 +66,11 @@ def scaled(amount: Sum, factor: float) -> Sum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Work of one module's own operations: MACs, elements of weights read, and elements of activations written."""
+    """Work of one module's own operations: MACs, elements of weights and activations read, and of those written."""
 
     macs: Sum = ()
     weights: Sum = ()
+    reads: Sum = ()
     elements: Sum = ()
     output: Sum = ()  # elements of the last activation that it writes
     alike: str = ""  # equal for modules that do the same operations at the same sizes
@@ -78,7 +79,7 @@ class Work:
     @property
     def units(self) -> frozenset[int]:
         """Units that the work depends on."""
-        parts = (*self.macs, *self.weights, *self.elements)
+        parts = (*self.macs, *self.weights, *self.reads, *self.elements)
         return frozenset(unit for product in parts for unit in product.units)
 
 
@@ -111,7 +112,8 @@ class Sizes:
             if operation.constant:
                 continue
             part = parts.setdefault(
-                operation.path, {"macs": [], "weights": [], "elements": [], "seen": [], "key": [], "kind": set()}
+                operation.path,
+                {"macs": [], "weights": [], "reads": [], "elements": [], "seen": [], "key": [], "kind": set()},
             )
             part["key"].append((operation.name, operation.scalars, [v.shape for v in operation.inputs]))
             part["kind"].add((operation.name, operation.inputs[1].shape[2:] if operation.macs else ()))
@@ -123,9 +125,10 @@ class Sizes:
                 if names and not names & set(part["seen"]):
                     part["seen"] += names
                     part["weights"].append(self._elements(value.layers, value.shape))
-            if operation.inputs and all(value.layers and _inside(value, stored) for value in operation.inputs):
+            if operation.inputs and all(_of(value, stored) for value in operation.inputs):
                 stored |= {id(core) for value in operation.outputs for core in value.layers}
                 continue
+            part["reads"] += [self._elements(v.layers, v.shape) for v in operation.inputs if not _of(v, stored)]
             written = [self._elements(value.layers, value.shape) for value in operation.outputs]
             part["elements"] += written
             part["output"] = written[:1] or part.get("output", [])
@@ -133,6 +136,7 @@ class Sizes:
             path: Work(
                 macs=merged(part["macs"]),
                 weights=merged(part["weights"]),
+                reads=merged(part["reads"]),
                 elements=merged(part["elements"]),
                 output=merged(part.get("output", [])),
                 kind=repr(sorted(part["kind"])),
@@ -158,7 +162,7 @@ class Sizes:
         return merged(product for work in self.works().values() for product in work.macs)
 
     def _units_of(self, part: Mapping[str, list[Any]]) -> list[int]:
-        products = (*part["macs"], *part["weights"], *part["elements"])
+        products = (*part["macs"], *part["weights"], *part["reads"], *part["elements"])
         return sorted({unit for product in products for unit in product.units})
 
     def _elements(self, layers: Layers, shape: Sequence[int]) -> Product:
@@ -196,8 +200,9 @@ class Sizes:
         return self._masks[unit]
 
 
-def _inside(value: Value, cores: Collection[int]) -> bool:
-    return all(id(core) in cores for core in value.layers)
+def _of(value: Value, cores: Collection[int]) -> bool:
+    """Whether a value is made of the stored tensors that have these cores."""
+    return bool(value.layers) and all(id(core) in cores for core in value.layers)
 
 
 def _flat(dims: Sequence[tuple[Shares, ...]]) -> tuple[Shares, ...]:

@@ -151,7 +151,7 @@ def latency_terms(
     for station in layout.readers:
 
         def moves(schemes: Mapping[str, str], station: str = station) -> Curve:
-            return Curve(time=fit.moves.time(station, layout.changes(station, schemes)))
+            return Curve(time=fit.moves.time(station, layout.passes(station, schemes)))
 
         parts.append(Part(station, layout.deciders(station), moves))
     terms = [Term(decisions=(), values=np.array(fit.constant * unit_ms))] if fit.constant else []

@@ -45,7 +45,9 @@ def fit_whole(samples: Sequence[Sample], works: Mapping[str, Work], layout: Layo
             for name, part in _parts(work).items():
                 add(row, (work.kind, layout.context(path, schemes), name), float(total(part, kept)))
         for station, output in outputs.items():
-            for (made, taken), count in layout.changes(station, schemes).items():
+            for (made, taken), count in layout.passes(station, schemes).items():
+                if made == taken:
+                    continue
                 add(row, ("move", made, taken, "constant"), float(count))
                 add(row, ("move", made, taken, "elements"), count * float(total(output, kept)))
         rows.append(row)
@@ -66,7 +68,7 @@ def fit_whole(samples: Sequence[Sample], works: Mapping[str, Work], layout: Layo
         ]
         own[path, context] = Curve(time=tuple(product for product in merged(products) if product.amount))
     names = tuple(sorted({(key[1], key[2]) for key in columns if key[0] == "move"}))
-    moved = [0.0, 0.0]
+    moved: list[float] = []
     for made, taken in names:
         moved += 2 * [found["move", made, taken, "constant"], found["move", made, taken, "elements"]]
     return Fit(own=own, moves=Moves(names=names, amounts=tuple(moved), outputs=outputs), constant=found["call",])
@@ -74,5 +76,5 @@ def fit_whole(samples: Sequence[Sample], works: Mapping[str, Work], layout: Layo
 
 def _parts(work: Work) -> dict[str, Sum]:
     """The sums that the time of a module is a sum of."""
-    parts = {"macs": work.macs, "weights": work.weights, "elements": work.elements}
+    parts = {"macs": work.macs, "weights": work.weights, "reads": work.reads, "elements": work.elements}
     return {"constant": (Product(amount=1.0),), **{name: part for name, part in parts.items() if part}}
