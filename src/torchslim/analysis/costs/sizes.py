@@ -113,10 +113,10 @@ class Sizes:
                 continue
             part = parts.setdefault(
                 operation.path,
-                {"macs": [], "weights": [], "reads": [], "elements": [], "seen": [], "key": [], "kind": set()},
+                {"macs": [], "weights": [], "reads": [], "elements": [], "seen": [], "key": [], "kind": []},
             )
             part["key"].append((operation.name, operation.scalars, [v.shape for v in operation.inputs]))
-            part["kind"].add((operation.name, operation.inputs[1].shape[2:] if operation.macs else ()))
+            part["kind"].append((operation.name, operation.inputs[1].shape[2:] if operation.macs else ()))
             if operation.macs:
                 dims = tuple(self._shares(layers, dim) for layers, dim in operation.factors)
                 part["macs"].append(Product(amount=float(operation.macs), dims=_flat(dims)))
@@ -139,7 +139,7 @@ class Sizes:
                 reads=merged(part["reads"]),
                 elements=merged(part["elements"]),
                 output=merged(part.get("output", [])),
-                kind=repr(sorted(part["kind"])),
+                kind=repr(sorted(set(part["kind"]))),
                 alike=repr((part["key"], [self.coupling.units[unit].width for unit in self._units_of(part)])),
             )
             for path, part in parts.items()
