@@ -272,10 +272,10 @@ def test_outputs_that_fail_their_checks_are_none_either(monkeypatch: pytest.Monk
     step = sys.modules["torchslim.quantize.step"]
     converted = step.converted
 
-    def strict(prepared: Any, checks: Any) -> Any:
+    def strict(prepared: Any, checks: Any, known: Any = None) -> Any:
         if checks is not None:
             raise Unverified("the quantized model cannot be verified")
-        return converted(prepared, checks)
+        return converted(prepared, checks, known)
 
     monkeypatch.setattr(step, "converted", strict)
     rehearse([ts.Quantize("int8")])

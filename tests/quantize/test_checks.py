@@ -140,6 +140,17 @@ def test_elements_that_are_steps_away_are_counted():
     assert apart([[value]], [[graph]], [[deployed]], [0], Checks(apart_share=0.01, apart_db=30)) == []
 
 
+@pytest.mark.parametrize(("count", "faulty"), [(2, False), (8, True)])
+def test_few_elements_may_exceed_the_bound_by_chance(count: int, faulty: bool):
+    torch.manual_seed(0)
+    value = torch.rand(8, 4, 32)
+    graph = (value * 255).round() / 255
+    deployed = graph.clone()
+    deployed.view(-1)[:count] += 2 / 255
+    checks = Checks(apart_db=60)
+    assert (len(apart([[value]], [[graph]], [[deployed]], [0], checks)) > 0) == faulty
+
+
 def test_classes_are_integers():
     torch.manual_seed(0)
     value = torch.randint(0, 10, (16,))

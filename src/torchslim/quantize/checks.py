@@ -285,7 +285,8 @@ def _further(part: _Part, dim: int | None, checks: Checks) -> Iterator[Fault]:
         step = step.clamp(min=4 * float((expected - graph).abs().max()))
     over = int(((deployed - graph).abs() > step.unsqueeze(1)).sum())
     share = over / deployed.numel()
-    if over > 1 and share > checks.apart_share:
+    expected_over = checks.apart_share * deployed.numel()
+    if over > 1 + expected_over + 2 * math.sqrt(expected_over):  # more than the bound and its spread by chance
         yield Fault(
             kind="steps",
             place=Place(output=part.output),
