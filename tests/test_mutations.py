@@ -20,6 +20,13 @@ from torchslim.errors import RecipeError, TorchslimError
 GOOD = documents((*PLAIN, *RANGES))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Import what checks need before they are timed: modules are imported when they are first used."""
+    for document in GOOD:
+        check(document)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(KINDS))
 @settings(max_examples=40)
