@@ -151,7 +151,8 @@ class Proposer:
 
     def _untrained(self, known: Sequence[Seen], seen: Sequence[Seen]) -> Proposal | None:
         """A small cut that fills the widest gap without training; None if all gaps were tried."""
-        for upper, lower in self._gaps(known):
+        measured = [each for each in known if each.drop is not None]  # others are lost, or their gaps may close
+        for upper, lower in self._gaps(measured):
             for fraction in FRACTIONS:
                 limit = _between(upper, lower, fraction)
                 found = self._below(upper, limit, self.tables.law, seen) if upper.cost - limit > GAP * limit else None

@@ -229,13 +229,14 @@ class Ledger:
             ]
 
     def known_values(self, *, lost: bool = False) -> dict[int, dict[str, Any]]:
-        """Values by number of every trial that is running or has a result; with `lost`, also of those without."""
+        """Values by number of every trial that is running or has a result; with `lost`, also of those without.
+
+        A worker may die while it takes a trial: the values that were enqueued for it are then those of the lost trial.
+        """
         with self._consulting():
-            return {
-                row.number: self._decoded(row.values)
-                for row in self._rows()
-                if row.values is not None and (lost or row.running or row.result is not None)
-            }
+            rows = [row for row in self._rows() if lost or row.running or row.result is not None]
+            values = {row.number: row.queued if lost and row.values is None else row.values for row in rows}
+            return {number: self._decoded(each) for number, each in values.items() if each is not None}
 
     def size(self) -> int:
         """Number of all trials, also of those that wait or were lost; it never falls."""
