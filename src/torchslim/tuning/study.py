@@ -235,7 +235,7 @@ class Ledger:
         """
         with self._consulting():
             rows = [row for row in self._rows() if lost or row.running or row.result is not None]
-            values = {row.number: row.queued if lost and row.values is None else row.values for row in rows}
+            values = {row.number: row.values or (row.queued if lost and row.worker else None) for row in rows}
             return {number: self._decoded(each) for number, each in values.items() if each is not None}
 
     def size(self) -> int:
