@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import torchslim as ts
+from benchmarks.rows import version
 from benchmarks.search_page import LEVEL, METHODS, page
 from examples.fashion_mnist import resnet
 from examples.fashion_mnist import task as demo_task
@@ -290,7 +291,7 @@ def main() -> None:
                     for folder, technique in zip(done["folders"], names, strict=True)
                 ]
                 known = {"seed": seed, "method": method, "samples": done["samples"], "artifacts": done["artifacts"],
-                         "points": points}  # fmt: skip
+                         "points": points, "version": version("ours")}  # fmt: skip
                 with rows_path.open("a") as file:  # processes may share it, a seed each
                     file.write(json.dumps(known) + "\n")
                 print(f"seed {seed}, {method}: {known['samples']} samples, {known['artifacts']} artifacts", flush=True)

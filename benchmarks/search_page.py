@@ -13,7 +13,7 @@ SLACK = 0.25  # points: about one standard error of a difference on 4,000 images
 LEVEL = 2.0  # points of accuracy: what is farther from the baseline counts nothing
 Row = Mapping[str, Any]
 METHODS = {
-    "search": "torchslim search",
+    "search": "torchslim search, sampled",
     "solve": "torchslim search, solved",
     "solve-fifth": "torchslim search, solved, a fifth of the samples",
     "singles": "grid of single techniques",
@@ -79,11 +79,15 @@ def page(rows: Sequence[Row]) -> str:
         for row in rows
         if row["samples"] > budgets.get(row["seed"], row["samples"])
     ]
+    versions = sorted({f"{METHODS[row['method']]}: {row['version']}" for row in rows if "version" in row})
+    if versions:
+        lines += ["", f"Versions of torchslim's source: {'; '.join(versions)}."]
     if missing:
         lines += ["", f"Not run yet (the same command goes on): {', '.join(missing)}."]
     lines += ["", "## Against each single technique, level by level", ""]
     lines += [
-        "Each artifact of a single technique that loses at most 2 points, and the search's artifacts of the same seed: "
+        "Each artifact of a single technique that loses at most 2 points, and the search's artifacts of the same seed, "
+        "of the solved one where it was run: "
         "is one of them at least as accurate and at least as fast, better in one of the two? Equal: it is the same.",
         "",
         "| seed | technique | points lost, test | time | beaten on test | beaten on val |",
@@ -92,17 +96,18 @@ def page(rows: Sequence[Row]) -> str:
     answers: dict[str, list[str]] = {"test": [], "val": [], "slack": []}
     for seed in seeds:
         found = {row["method"]: row["points"] for row in rows if row["seed"] == seed}
-        if not {"search", "singles"} <= set(found):
+        searched = found.get("solve", found.get("search"))
+        if searched is None or "singles" not in found:
             continue
         for single in sorted(found["singles"], key=lambda single_: single_["drop_test"]):
             found_out = {
-                split: told(single, found["search"], split) if single[f"drop_{split}"] <= LEVEL else "beyond 2 points"
+                split: told(single, searched, split) if single[f"drop_{split}"] <= LEVEL else "beyond 2 points"
                 for split in ("test", "val")
             }
             for split, answer in found_out.items():
                 answers[split] += [answer] * (single[f"drop_{split}"] <= LEVEL)
             if single["drop_test"] <= LEVEL:
-                answers["slack"].append(told(single, found["search"], "test", SLACK))
+                answers["slack"].append(told(single, searched, "test", SLACK))
                 lines.append(
                     f"| {seed} | {single['technique']} | {single['drop_test']:.2f} | {single['ratio']:.3f} | "
                     f"{found_out['test']} | {found_out['val']} |"
@@ -112,6 +117,8 @@ def page(rows: Sequence[Row]) -> str:
         f"and {sum(each == 'equal' for each in given)} equalled"
         for name, given in answers.items()
     }
+    if not answers["slack"]:
+        lines.append("| not run | | | | | |")
     lines += [
         "",
         f"Beaten: {counts['test']} on test; {counts['val']} on val; on test with {SLACK:g} points of slack, about one "
@@ -119,14 +126,14 @@ def page(rows: Sequence[Row]) -> str:
         "",
         "## The search's artifacts",
         "",
-        "| seed | points lost, val | test | time over the baseline's | bytes over the baseline's |",
-        "|---|---|---|---|---|",
+        "| method | seed | points lost, val | test | time over the baseline's | bytes over the baseline's |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row["method"] == "search":
+        if row["method"] in ("search", "solve"):
             lines += [
-                f"| {row['seed']} | {point['drop_val']:.2f} | {point['drop_test']:.2f} | {point['ratio']:.3f} | "
-                f"{point['size']:.3f} |"
+                f"| {METHODS[row['method']]} | {row['seed']} | {point['drop_val']:.2f} | {point['drop_test']:.2f} | "
+                f"{point['ratio']:.3f} | {point['size']:.3f} |"
                 for point in sorted(row["points"], key=lambda point: point["ratio"])
             ]
     return "\n".join(lines) + "\n"

@@ -39,7 +39,7 @@ def test_who_is_beaten_and_what_is_beyond_is_counted() -> None:
     text = page(ROWS)
     assert "Beaten: 1 of 2 and 0 equalled on test; 1 of 2 and 0 equalled on val" in text
     assert "slack, about one standard error on 4,000 images, 2 of 2 and 0 equalled" in text
-    assert "| torchslim search | 0 | 10 | 3 |" in text
+    assert "| torchslim search, sampled | 0 | 10 | 3 |" in text
 
 
 def test_the_example_can_be_searched_and_random_recipes_are_drawn_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
