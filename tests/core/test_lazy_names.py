@@ -63,6 +63,7 @@ def test_other_names_are_modules_or_errors(package: str) -> None:
 
 
 def test_a_missing_dependency_of_a_module_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("torchslim.cli")  # so that there is something to forget, whichever test runs first
     monkeypatch.delitem(sys.modules, "torchslim.cli")
     monkeypatch.delattr(torchslim, "cli", raising=False)
     monkeypatch.setitem(sys.modules, "click", None)
