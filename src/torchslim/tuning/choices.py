@@ -21,19 +21,22 @@ from torchslim.pipeline.recipe import Recipe
 from torchslim.prune.masking.patterns import CHANNEL
 from torchslim.tuning.space import Parameter, Space
 
+Document = dict[str, Any]
+Values = Mapping[str, Any]
+
 AFTER = "after"
 """Name of the value that holds the number of the trial to start from; -1: the original model."""
 
 TRAIN = "train"
 """Name of the value that says whether a recipe trains after its own cuts; the trial that it starts from may have."""
 
+ALONE: Values = {AFTER: -1, TRAIN: True}
+"""The values of a recipe that starts from the original model and trains."""
+
 MOST_TRIALS = 10**6
 KEEP, DROP = "keep", "drop"
 DECIDED = ("sparsity", "of", "scope", "schedule", "rounds", "until", "train", "latency_table", "skip")
 """Fields of a pruning step that the solver's widths replace."""
-
-Document = dict[str, Any]
-Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +109,16 @@ class SolvedSpace(Space):
     @property
     def strongest(self) -> dict[str, Any]:
         """The last option of every decision, from the original model."""
-        return {AFTER: -1, TRAIN: True, **{decision.name: decision.options[-1] for decision in self.decisions}}
+        return {**ALONE, **{decision.name: decision.options[-1] for decision in self.decisions}}
 
     @property
     def first(self) -> dict[str, Any]:
         """The options that change nothing."""
-        return {AFTER: -1, TRAIN: True, **{decision.name: decision.options[0] for decision in self.decisions}}
+        return {**ALONE, **{decision.name: decision.options[0] for decision in self.decisions}}
 
     def whole(self, part: float) -> dict[str, Any]:
         """The options at the fraction `part` of the way from the first to the last."""
-        return {parameter.name: parameter.at(part) for parameter in self.parameters} | {AFTER: -1, TRAIN: True}
+        return {parameter.name: parameter.at(part) for parameter in self.parameters} | {**ALONE}
 
     def _links(self, values: Values) -> list[Values]:
         """Values of the trials that a recipe starts from, the first one first, and its own."""

@@ -16,7 +16,7 @@ from torchslim.core.batches import take_first
 from torchslim.core.budget import UNITS
 from torchslim.core.step import Event, Trains
 from torchslim.errors import RecipeError
-from torchslim.tuning.choices import AFTER, TRAIN, SolvedSpace, epochs_by_prefix, solved_space
+from torchslim.tuning.choices import AFTER, ALONE, TRAIN, SolvedSpace, epochs_by_prefix, solved_space
 from torchslim.tuning.explaining import explained
 from torchslim.tuning.pareto import WHOLE
 from torchslim.tuning.proposing import ORIGINAL, Proposal, Proposer, Seen, Tables
@@ -217,7 +217,7 @@ class SolveWorker(Worker):
         results = {number: result for number, _, result in self.ledgers[0].results()}
         seen = []
         for number, values in sorted(self.ledgers[0].known_values().items()):
-            chosen = {name: value for name, value in values.items() if name not in (AFTER, TRAIN)}
+            chosen = {name: value for name, value in values.items() if name not in ALONE}
             places = self.tables.problem.places(chosen)
             figures = results.get(number, {}).get("figures")
             removes = any(
